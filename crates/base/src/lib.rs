@@ -1,0 +1,32 @@
+//! The words every room of epsmoe shares. No I/O but the environment, no device, no decisions.
+//!
+//! # The alphabet
+//!
+//! | letter | meaning |
+//! |---|---|
+//! | T | tokens on one rank |
+//! | H | hidden width of the model |
+//! | E | routed experts of a layer, over all ranks |
+//! | k | experts a token is sent to |
+//! | R | expert-parallel ranks |
+//! | L | experts that live on one rank |
+//! | S | stages an MoE layer is cut into |
+//! | I | inner width of an expert |
+//! | N | rows of a matrix |
+//! | V | vocabulary |
+//!
+//! A *row* is one token's hidden vector as sent to a rank. A *copy* is one (token, expert) pair. A *lane*
+//! is an ordered queue of work on a device.
+
+mod dtype;
+pub mod env;
+mod fault;
+mod ids;
+mod random;
+mod units;
+
+pub use dtype::{DType, Tolerance};
+pub use fault::{Deadline, Fault, FaultCell, FaultKind, Place};
+pub use ids::{Expert, Lane, Layer, Rank, Stage};
+pub use random::{Mix, hash_bytes};
+pub use units::{Bytes, count};

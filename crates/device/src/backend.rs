@@ -1,0 +1,77 @@
+//! What every processor promises.
+
+use crate::op::Op;
+use crate::{Buffer, DeviceError, TensorBytes, Weight, WeightShape};
+use epsmoe_base::{DType, Deadline, Fault, Lane, Place, Rank};
+
+/// A processor with memory, weights and two lanes.
+///
+/// * An operation is only *enqueued*, on a lane, and refused only for bad arguments. What goes wrong while
+///   it runs is sticky: it sets the world's fault cell and surfaces at [`wait`](Backend::wait).
+/// * A lane runs its operations in order. Two lanes run beside each other and are ordered by events alone.
+/// * **Row invariance**: the bits of an output row depend on its inputs, the weight and the kernel, never on
+///   how many rows there are, where it stands among them, or on which lane it runs.
+pub trait Backend: Send + Sync + 'static {
+    /// A point in a lane: complete once everything enqueued on the lane before it is.
+    type Event: Clone + Send + Sync + 'static;
+
+    /// The rank this processor works for.
+    fn rank(&self) -> Rank;
+
+    /// The format activations are computed and sent in.
+    fn dtype(&self) -> DType;
+
+    /// Reserves memory for `[rows, width]` elements. Only while loading: buffers never move after.
+    fn allocate(&self, name: &'static str, dtype: DType, rows: usize, width: usize)
+    -> Result<Buffer, DeviceError>;
+
+    /// Bytes reserved by [`allocate`](Backend::allocate) so far.
+    fn allocated_bytes(&self) -> u64;
+
+    /// A weight this process already holds under that name, loaded by this rank or another.
+    fn find(&self, name: &str) -> Option<Weight>;
+
+    /// Takes a weight in, packed as the processor likes. The tensors are those of [`WeightShape::sources`].
+    fn load(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[TensorBytes<'_>],
+    ) -> Result<Weight, DeviceError>;
+
+    /// Appends an operation to a lane.
+    fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError>;
+
+    /// The point that the lane has been filled to.
+    fn record(&self, lane: Lane) -> Self::Event;
+
+    /// Lets nothing enqueued on `lane` from now on start before `event` is complete.
+    fn lane_wait(&self, lane: Lane, event: &Self::Event);
+
+    /// Blocks the caller until `event` is complete, the world has stopped, or the deadline has passed.
+    fn wait(&self, event: &Self::Event, deadline: Deadline) -> Result<(), Fault>;
+
+    /// Copies numbers out, row by row; only what a waited-for event ordered before may be read.
+    fn read_f32(&self, buffer: &Buffer) -> Result<Vec<f32>, Fault>;
+
+    /// Copies indices out, as [`read_f32`](Backend::read_f32).
+    fn read_u32(&self, buffer: &Buffer) -> Result<Vec<u32>, Fault>;
+
+    /// What ran since the last call, in order of completion.
+    fn take_records(&self) -> Vec<Record>;
+}
+
+/// When an operation ran.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// The lane it ran on.
+    pub lane: Lane,
+    /// Where in the model it belongs.
+    pub place: Place,
+    /// The operation.
+    pub name: &'static str,
+    /// Start, in nanoseconds since the world began.
+    pub start_ns: u64,
+    /// End, likewise.
+    pub end_ns: u64,
+}

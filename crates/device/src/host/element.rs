@@ -1,0 +1,55 @@
+//! Numbers as a CPU holds them.
+
+use epsmoe_base::DType;
+use half::bf16;
+
+/// A plain number with a [`DType`].
+pub trait Plain: Copy + Send + Sync + 'static {
+    /// The format it is stored in.
+    const DTYPE: DType;
+}
+
+impl Plain for f32 {
+    const DTYPE: DType = DType::F32;
+}
+
+impl Plain for bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+
+impl Plain for u32 {
+    const DTYPE: DType = DType::U32;
+}
+
+/// A format that activations are held in; arithmetic is done in float32.
+pub trait Element: Plain {
+    /// The number, exactly.
+    fn to_f32(self) -> f32;
+
+    /// The nearest number of this format.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+}

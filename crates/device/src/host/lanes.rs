@@ -1,0 +1,223 @@
+//! Lanes as threads: each runs what it is given in order, waits for the other where an event says so, and
+//! stops working once the world has failed.
+
+use super::Memory;
+use crate::Record;
+use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank};
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Work for a lane. What it touches was checked when it was enqueued.
+pub(super) type Work = Box<dyn FnOnce(&Memory) -> Result<(), Fault> + Send>;
+
+enum Item {
+    Run { place: Place, name: &'static str, work: Work },
+    Wait { lane: Lane, until: u64 },
+}
+
+#[derive(Default)]
+struct Queue {
+    items: VecDeque<Item>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Progress {
+    completed: [u64; Lane::ALL.len()],
+    running: [Option<(&'static str, Place)>; Lane::ALL.len()],
+    records: Vec<Record>,
+}
+
+/// What both lanes of a rank and the host share.
+struct Shared {
+    rank: Rank,
+    memory: Memory,
+    faults: FaultCell,
+    epoch: Instant,
+    queues: [(Mutex<Queue>, Condvar); Lane::ALL.len()],
+    progress: Mutex<Progress>,
+    moved: Condvar,
+}
+
+/// The lane threads of one rank; dropping them lets each finish what it was given.
+pub(super) struct Lanes {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Lanes {
+    /// Starts the threads. With `jitter`, a lane sometimes pauses before a piece of work, so that tests meet
+    /// many interleavings.
+    pub(super) fn start(
+        rank: Rank,
+        memory: Memory,
+        faults: FaultCell,
+        epoch: Instant,
+        jitter: Option<u64>,
+    ) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared {
+            rank,
+            memory,
+            faults,
+            epoch,
+            queues: Default::default(),
+            progress: Mutex::default(),
+            moved: Condvar::new(),
+        });
+        let mut lanes = Lanes { shared, threads: Vec::new() };
+        for lane in Lane::ALL {
+            let shared = Arc::clone(&lanes.shared);
+            let jitter = jitter.map(|seed| Mix::keyed(seed, &[rank.0 as u64, lane.index() as u64]));
+            let name = format!("rank{}-{lane:?}", rank.0).to_lowercase();
+            lanes.threads.push(std::thread::Builder::new().name(name).spawn(move || shared.run(lane, jitter))?);
+        }
+        Ok(lanes)
+    }
+
+    pub(super) fn push(&self, lane: Lane, place: Place, name: &'static str, work: Work) {
+        self.shared.push(lane, Item::Run { place, name, work });
+    }
+
+    /// Lets `lane` go on only when `other` has completed `until` pieces of work.
+    pub(super) fn push_wait(&self, lane: Lane, other: Lane, until: u64) {
+        self.shared.push(lane, Item::Wait { lane: other, until });
+    }
+
+    /// Blocks until each lane has completed that many pieces of work.
+    pub(super) fn wait(&self, until: impl Fn(Lane) -> u64, deadline: Deadline) -> Result<(), Fault> {
+        let mut progress = lock(&self.shared.progress);
+        loop {
+            self.shared.faults.check()?;
+            let Some(late) = Lane::ALL.into_iter().find(|&lane| progress.completed[lane.index()] < until(lane))
+            else {
+                return Ok(());
+            };
+            if deadline.passed() {
+                let (name, place) = progress.running[late.index()].unwrap_or(("nothing", Place::default()));
+                let message = format!("the {late} was still at {name} after {:?}", deadline.allowed());
+                return Err(self.shared.raise(FaultKind::Deadline, place, message));
+            }
+            progress = self.shared.sleep(progress);
+        }
+    }
+
+    pub(super) fn take_records(&self) -> Vec<Record> {
+        std::mem::take(&mut lock(&self.shared.progress).records)
+    }
+}
+
+impl Drop for Lanes {
+    fn drop(&mut self) {
+        for (queue, filled) in &self.shared.queues {
+            lock(queue).closed = true;
+            filled.notify_one();
+        }
+        for thread in self.threads.drain(..) {
+            // A lane that panicked outside its work has nothing left to say.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn push(&self, lane: Lane, item: Item) {
+        let (queue, filled) = &self.queues[lane.index()];
+        lock(queue).items.push_back(item);
+        filled.notify_one();
+    }
+
+    fn run(&self, lane: Lane, mut jitter: Option<Mix>) {
+        while let Some(item) = self.next(lane) {
+            match item {
+                Item::Wait { lane: other, until } => self.await_lane(other, until),
+                Item::Run { place, name, work } => {
+                    if let Some(mix) = &mut jitter {
+                        pause(mix);
+                    }
+                    self.work(lane, place, name, work);
+                }
+            }
+        }
+    }
+
+    fn next(&self, lane: Lane) -> Option<Item> {
+        let (queue, filled) = &self.queues[lane.index()];
+        let mut queue = lock(queue);
+        loop {
+            if let Some(item) = queue.items.pop_front() {
+                return Some(item);
+            }
+            if queue.closed {
+                return None;
+            }
+            queue = filled.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Ends when the other lane has come so far or the world has failed; the other lane's own waits have
+    /// deadlines, so one of the two happens.
+    fn await_lane(&self, other: Lane, until: u64) {
+        let mut progress = lock(&self.progress);
+        while progress.completed[other.index()] < until && self.faults.get().is_none() {
+            progress = self.sleep(progress);
+        }
+    }
+
+    fn work(&self, lane: Lane, place: Place, name: &'static str, work: Work) {
+        lock(&self.progress).running[lane.index()] = Some((name, place));
+        let start_ns = self.now();
+        if self.faults.get().is_none() {
+            match catch_unwind(AssertUnwindSafe(|| work(&self.memory))) {
+                Ok(Ok(())) => {}
+                Ok(Err(fault)) => {
+                    self.faults.raise(fault);
+                }
+                Err(panic) => {
+                    let message = format!("{name} panicked: {}", panic_text(panic.as_ref()));
+                    self.raise(FaultKind::Panic, place, message);
+                }
+            }
+        }
+        let end_ns = self.now();
+        let mut progress = lock(&self.progress);
+        progress.completed[lane.index()] += 1;
+        progress.running[lane.index()] = None;
+        progress.records.push(Record { lane, place, name, start_ns, end_ns });
+        drop(progress);
+        self.moved.notify_all();
+    }
+
+    fn raise(&self, kind: FaultKind, place: Place, message: String) -> Fault {
+        self.faults.raise(Fault { kind, rank: self.rank, place, message })
+    }
+
+    fn sleep<'a>(&self, progress: MutexGuard<'a, Progress>) -> MutexGuard<'a, Progress> {
+        self.moved.wait_timeout(progress, FaultCell::POLL).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn now(&self) -> u64 {
+        self.epoch.elapsed().as_nanos() as u64
+    }
+}
+
+/// What a panic said.
+pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
+}
+
+fn pause(mix: &mut Mix) {
+    match mix.below(8) {
+        0 => std::thread::sleep(Duration::from_micros(mix.below(300) as u64)),
+        1 | 2 => std::thread::yield_now(),
+        _ => {}
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

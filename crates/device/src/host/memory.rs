@@ -1,0 +1,249 @@
+//! The memory of a host processor, and typed views of it for the work that runs on its lanes.
+
+use super::element::Plain;
+use crate::{AllocationId, Buffer, DeviceError};
+use epsmoe_base::{Bytes, DType};
+use half::bf16;
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// Alignment of every allocation: a cache line, and a whole vector register.
+const ALIGNMENT: usize = 64;
+
+/// What fresh memory holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// Zeros, which the operating system gives for free.
+    Zero,
+    /// All bits set: NaN as a number, out of range as an index, so that a read before a write shows.
+    Poison,
+}
+
+struct Region {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: a region is plain bytes; who may touch them when is decided by the hazard check (see `Memory`).
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn new(bytes: usize, fill: Fill) -> Option<Self> {
+        let layout = Layout::from_size_align(bytes.max(1), ALIGNMENT).ok()?;
+        // SAFETY: the layout's size is at least one byte.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        if fill == Fill::Poison {
+            // SAFETY: the region was just allocated with this size and nobody else has it yet.
+            unsafe { start.as_ptr().write_bytes(0xff, layout.size()) };
+        }
+        Some(Region { start, layout })
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this very layout, and freed once.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+    }
+}
+
+/// Every allocation of one rank.
+///
+/// Views are handed out only to work that passed [`Hazards`](crate::hazard::Hazards): lane order or an event
+/// puts every conflicting access wholly before or after it. So while work runs, nobody else writes what it
+/// reads nor touches what it writes, although no borrow says so.
+#[derive(Clone)]
+pub struct Memory {
+    regions: Arc<RwLock<Vec<Arc<Region>>>>,
+    fill: Fill,
+}
+
+impl Memory {
+    pub(super) fn new(fill: Fill) -> Self {
+        Memory { regions: Arc::default(), fill }
+    }
+
+    pub(super) fn allocate(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        rows: usize,
+        width: usize,
+    ) -> Result<Buffer, DeviceError> {
+        let bytes = rows.checked_mul(width).and_then(|elements| elements.checked_mul(dtype.bytes()));
+        let region = bytes.and_then(|bytes| Region::new(bytes, self.fill)).ok_or_else(|| {
+            DeviceError::OutOfMemory {
+                name: format!("{name} [{rows}, {width}] {dtype}"),
+                needed: Bytes(bytes.unwrap_or(usize::MAX) as u64),
+                mend: "lower --max-num-batched-tokens or --max-model-len",
+            }
+        })?;
+        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
+        regions.push(Arc::new(region));
+        let allocation = AllocationId((regions.len() - 1) as u32);
+        Ok(Buffer { allocation, name, dtype, offset: 0, rows, width, stride: width })
+    }
+
+    pub(super) fn allocated_bytes(&self) -> u64 {
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        regions.iter().map(|region| region.layout.size() as u64).sum()
+    }
+
+    /// The numbers of a buffer, to read.
+    ///
+    /// # Safety
+    /// The caller is work that declared this read and passed the hazard check, and drops the view before the
+    /// work ends.
+    pub unsafe fn view<T: Plain>(&self, buffer: &Buffer) -> View<'_, T> {
+        View {
+            start: self.locate::<T>(buffer),
+            rows: buffer.rows,
+            width: buffer.width,
+            stride: buffer.stride,
+            memory: PhantomData,
+        }
+    }
+
+    /// The numbers of a buffer, to write.
+    ///
+    /// # Safety
+    /// As [`view`](Memory::view), for a declared write; no other view of the same elements is alive in the work.
+    pub unsafe fn view_mut<T: Plain>(&self, buffer: &Buffer) -> ViewMut<'_, T> {
+        ViewMut {
+            start: self.locate::<T>(buffer).cast_mut(),
+            rows: buffer.rows,
+            width: buffer.width,
+            stride: buffer.stride,
+            memory: PhantomData,
+        }
+    }
+
+    /// Copies the rows of `from`, in another rank's memory, to `to` in this one.
+    ///
+    /// # Safety
+    /// As [`view`](Memory::view) for `from` and [`view_mut`](Memory::view_mut) for `to`; the rank that owns `from`
+    /// leaves it alone until the copy is done.
+    pub unsafe fn copy_from(&self, to: &Buffer, source: &Memory, from: &Buffer) {
+        match to.dtype.bytes() {
+            // SAFETY: the caller's promise.
+            2 => unsafe { copy::<bf16>(self, to, source, from) },
+            // SAFETY: the caller's promise.
+            _ if to.dtype == DType::U32 => unsafe { copy::<u32>(self, to, source, from) },
+            // SAFETY: the caller's promise.
+            _ => unsafe { copy::<f32>(self, to, source, from) },
+        }
+    }
+
+    /// Address of a buffer's first element. Panics, inside the lane that runs the work, if the handle is not of
+    /// this memory: handles are made by `allocate` and narrowed by checked methods, so that is a bug.
+    fn locate<T: Plain>(&self, buffer: &Buffer) -> *const T {
+        assert_eq!(buffer.dtype, T::DTYPE, "{buffer:?} seen as {}. This is a bug.", T::DTYPE);
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        let region = &regions[buffer.allocation.0 as usize];
+        let end = buffer.byte_range().end;
+        assert!(end <= region.layout.size(), "{buffer:?} ends past its allocation. This is a bug.");
+        if buffer.rows == 0 || buffer.width == 0 {
+            return NonNull::dangling().as_ptr();
+        }
+        // SAFETY: the offset is inside the region, checked just above. Regions are freed only with the memory,
+        // which the view's lifetime borrows.
+        unsafe { region.start.as_ptr().cast::<T>().add(buffer.offset).cast_const() }
+    }
+}
+
+/// See [`Memory::copy_from`], whose promises are handed on.
+unsafe fn copy<T: Plain>(memory: &Memory, to: &Buffer, source: &Memory, from: &Buffer) {
+    // SAFETY: the caller's promise.
+    let (mut to, from) = unsafe { (memory.view_mut::<T>(to), source.view::<T>(from)) };
+    for (row, from) in from.iter().enumerate() {
+        to.row(row).copy_from_slice(from);
+    }
+}
+
+/// Rows of numbers to read.
+#[derive(Clone, Copy)]
+pub struct View<'a, T> {
+    start: *const T,
+    /// Number of rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub width: usize,
+    /// Elements between the starts of two rows.
+    pub stride: usize,
+    memory: PhantomData<&'a [T]>,
+}
+
+// SAFETY: a view only reads, and what it reads is not written while it lives (see `Memory`).
+unsafe impl<T: Sync> Send for View<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for View<'_, T> {}
+
+impl<'a, T: Plain> View<'a, T> {
+    /// One row.
+    pub fn row(&self, row: usize) -> &'a [T] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: `Memory::locate` checked that all rows lie inside the region, which outlives 'a.
+        unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride), self.width) }
+    }
+
+    /// Every row in order.
+    pub fn iter(&self) -> impl Iterator<Item = &'a [T]> + use<'a, T> {
+        let view = *self;
+        (0..view.rows).map(move |row| view.row(row))
+    }
+
+    /// The element of a single-column view.
+    pub fn at(&self, row: usize) -> T {
+        self.row(row)[0]
+    }
+
+    /// Address of the first element.
+    pub fn as_ptr(&self) -> *const T {
+        self.start
+    }
+}
+
+/// Rows of numbers to write.
+pub struct ViewMut<'a, T> {
+    start: *mut T,
+    /// Number of rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub width: usize,
+    /// Elements between the starts of two rows.
+    pub stride: usize,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: while the view lives nobody else touches its elements (see `Memory`), so it may move to a thread.
+unsafe impl<T: Send> Send for ViewMut<'_, T> {}
+// SAFETY: the only shared access is `row_shared`, whose caller promises distinct rows.
+unsafe impl<T: Send> Sync for ViewMut<'_, T> {}
+
+impl<T: Plain> ViewMut<'_, T> {
+    /// One row.
+    pub fn row(&mut self, row: usize) -> &mut [T] {
+        // SAFETY: `&mut self` keeps every other row borrow away.
+        unsafe { self.row_shared(row) }
+    }
+
+    /// One row, while other threads write other rows.
+    ///
+    /// # Safety
+    /// No two borrows of the same row are alive at once.
+    #[expect(clippy::mut_from_ref, reason = "rows are disjoint, and the caller promises distinct ones")]
+    pub unsafe fn row_shared(&self, row: usize) -> &mut [T] {
+        assert!(row < self.rows, "row {row} of {}", self.rows);
+        // SAFETY: `Memory::locate` checked that all rows lie inside the region.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.width) }
+    }
+
+    /// Address of the first element.
+    pub fn as_mut_ptr(&mut self) -> *mut T {
+        self.start
+    }
+}

@@ -1,0 +1,356 @@
+//! A processor made of threads: lanes, memory, weights, and the operations in terms of a few [`Kernels`].
+//!
+//! [`HostBackend`] turns an [`Op`] into work on a lane after two checks: its shapes fit, and everything it
+//! touches is ordered against what the other lane and the host touch. Because the second check refuses
+//! unordered work, no sequence of calls can make two threads race on a buffer.
+
+mod element;
+mod lanes;
+mod memory;
+mod rows;
+mod weights;
+
+pub use element::{Element, Plain};
+pub use lanes::panic_text;
+pub use memory::{Fill, Memory, View, ViewMut};
+pub use rows::AttentionViews;
+pub use weights::{Pack, WeightStore};
+
+use crate::hazard::{Agent, Clock, Hazards};
+use crate::op::{Accesses, Epilogue, Gemm, Op};
+use crate::{Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
+use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
+use half::bf16;
+use lanes::{Lanes, Work};
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+/// The arithmetic that differs between host processors. Everything else (gathers, norms, rotations, sums) is
+/// shared and plain.
+pub trait Kernels: Send + Sync + 'static {
+    /// A packed linear map.
+    type Matrix: Send + Sync + 'static;
+
+    /// The processor and its kernels in a few words.
+    fn describe(&self) -> String;
+
+    /// Packs a linear map for activations of `dtype`; several tensors of `[n, k]` lie side by side.
+    fn pack(&self, pack: &Pack<'_>) -> Self::Matrix;
+
+    /// Runs `task(0..tasks)`, each once, on the lane's threads.
+    fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
+
+    /// See [`Gemm`]. Row-invariant.
+    fn gemm<X: Element, Y: Element>(
+        &self,
+        parts: &mut [GemmViews<'_, X, Y, Self::Matrix>],
+        epilogue: Epilogue,
+        bias: Option<&[f32]>,
+    );
+
+    /// See [`Attention`](crate::op::Attention). Row-invariant.
+    fn attention<T: Element>(&self, attention: AttentionViews<'_, T>);
+}
+
+/// One product with its numbers at hand.
+pub struct GemmViews<'a, X, Y, M> {
+    /// Input rows.
+    pub x: View<'a, X>,
+    /// Packed weight.
+    pub matrix: &'a M,
+    /// Output rows.
+    pub out: ViewMut<'a, Y>,
+}
+
+/// What the host processors of one world share.
+#[derive(Clone)]
+pub struct HostOptions {
+    /// Format of activations.
+    pub dtype: DType,
+    /// The world's fault cell.
+    pub faults: FaultCell,
+    /// The world's birth, which timelines count from.
+    pub epoch: Instant,
+    /// What fresh memory holds.
+    pub fill: Fill,
+    /// Seed of random pauses in the lanes, for tests.
+    pub jitter: Option<u64>,
+    /// Lane waits to leave out, counted from the first: proof in tests that the missing event is found.
+    pub skipped_waits: HashSet<usize>,
+}
+
+impl HostOptions {
+    /// Plain options for a new world.
+    pub fn new(dtype: DType) -> Self {
+        HostOptions {
+            dtype,
+            faults: FaultCell::default(),
+            epoch: Instant::now(),
+            fill: Fill::Zero,
+            jitter: None,
+            skipped_waits: HashSet::new(),
+        }
+    }
+}
+
+/// A host processor working for one rank.
+pub struct HostBackend<K: Kernels> {
+    rank: Rank,
+    options: HostOptions,
+    kernels: Arc<K>,
+    memory: Memory,
+    weights: Arc<WeightStore<K::Matrix>>,
+    order: Mutex<Order>,
+    lanes: Lanes,
+}
+
+/// Guards enqueueing: the order of checks is the order of the lanes.
+#[derive(Default)]
+struct Order {
+    hazards: Hazards,
+    waits: usize,
+}
+
+impl<K: Kernels> HostBackend<K> {
+    /// A processor with its own memory and lanes, sharing the store of weights with the process.
+    pub fn new(
+        rank: Rank,
+        kernels: K,
+        weights: Arc<WeightStore<K::Matrix>>,
+        options: HostOptions,
+    ) -> Result<Self, DeviceError> {
+        let memory = Memory::new(options.fill);
+        let lanes = Lanes::start(rank, memory.clone(), options.faults.clone(), options.epoch, options.jitter)
+            .map_err(|error| {
+                DeviceError::Unsupported(format!("cannot start the lane threads of {rank}: {error}"))
+            })?;
+        let kernels = Arc::new(kernels);
+        Ok(HostBackend { rank, options, kernels, memory, weights, order: Mutex::default(), lanes })
+    }
+
+    /// The processor and its kernels in a few words.
+    pub fn describe(&self) -> String {
+        self.kernels.describe()
+    }
+
+    /// Lane waits asked for so far.
+    pub fn waits(&self) -> usize {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner).waits
+    }
+
+    /// Appends any work to a lane; `accesses` is all it may touch, through the memory it is handed.
+    pub fn enqueue_work(
+        &self,
+        lane: Lane,
+        place: Place,
+        name: &'static str,
+        accesses: &Accesses,
+        work: impl FnOnce(&Memory) -> Result<(), Fault> + Send + 'static,
+    ) {
+        let work: Work = Box::new(work);
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        let checked = order.hazards.advance(Agent::Lane(lane), name, place, accesses);
+        let work: Work = match checked {
+            Ok(()) => work,
+            // The lane is told so that it keeps its count; the world stops before anything runs unordered.
+            Err(race) => {
+                let fault = self.raise(FaultKind::Race, place, race.to_string());
+                Box::new(move |_| Err(fault))
+            }
+        };
+        self.lanes.push(lane, place, name, work);
+    }
+
+    fn raise(&self, kind: FaultKind, place: Place, message: String) -> Fault {
+        self.options.faults.raise(Fault { kind, rank: self.rank, place, message })
+    }
+
+    fn read<T: Plain>(&self, buffer: &Buffer) -> Result<Vec<T>, Fault> {
+        let accesses = Accesses::new().read(buffer);
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        order
+            .hazards
+            .advance(Agent::Host, "read", Place::default(), &accesses)
+            .map_err(|race| self.raise(FaultKind::Race, Place::default(), race.to_string()))?;
+        // SAFETY: the read passed the hazard check, and enqueueing is locked out until the copy is done.
+        let view = unsafe { self.memory.view::<T>(buffer) };
+        Ok(view.iter().flatten().copied().collect())
+    }
+}
+
+impl<K: Kernels> Backend for HostBackend<K> {
+    type Event = Clock;
+
+    fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    fn dtype(&self) -> DType {
+        self.options.dtype
+    }
+
+    fn allocate(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        rows: usize,
+        width: usize,
+    ) -> Result<Buffer, DeviceError> {
+        self.memory.allocate(name, dtype, rows, width)
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        self.memory.allocated_bytes()
+    }
+
+    fn find(&self, name: &str) -> Option<Weight> {
+        self.weights.find(name)
+    }
+
+    fn load(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[TensorBytes<'_>],
+    ) -> Result<Weight, DeviceError> {
+        self.weights.load(&*self.kernels, self.options.dtype, name, shape, tensors)
+    }
+
+    fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
+        let op = op.into();
+        op.check()?;
+        let (name, accesses) = (op.name(), op.accesses());
+        let (kernels, weights) = (Arc::clone(&self.kernels), Arc::clone(&self.weights));
+        let rank = self.rank;
+        self.enqueue_work(lane, place, name, &accesses, move |memory| {
+            run(&*kernels, &weights, memory, &op).map_err(|message| {
+                let message = format!("{name}: {message}");
+                Fault { kind: FaultKind::Invalid, rank, place, message }
+            })
+        });
+        Ok(())
+    }
+
+    fn record(&self, lane: Lane) -> Clock {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner).hazards.record(lane)
+    }
+
+    fn lane_wait(&self, lane: Lane, event: &Clock) {
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        order.waits += 1;
+        if self.options.skipped_waits.contains(&(order.waits - 1)) {
+            return;
+        }
+        order.hazards.wait(Agent::Lane(lane), event);
+        for other in Lane::ALL.into_iter().filter(|&other| other != lane) {
+            self.lanes.push_wait(lane, other, event.of(other));
+        }
+    }
+
+    fn wait(&self, event: &Clock, deadline: Deadline) -> Result<(), Fault> {
+        self.lanes.wait(|lane| event.of(lane), deadline)?;
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        order.hazards.wait(Agent::Host, event);
+        Ok(())
+    }
+
+    fn read_f32(&self, buffer: &Buffer) -> Result<Vec<f32>, Fault> {
+        match buffer.dtype {
+            DType::BF16 => Ok(self.read::<bf16>(buffer)?.into_iter().map(bf16::to_f32).collect()),
+            _ => self.read::<f32>(buffer),
+        }
+    }
+
+    fn read_u32(&self, buffer: &Buffer) -> Result<Vec<u32>, Fault> {
+        self.read::<u32>(buffer)
+    }
+
+    fn take_records(&self) -> Vec<Record> {
+        self.lanes.take_records()
+    }
+}
+
+/// Runs one operation with the format its buffers have.
+fn run<K: Kernels>(
+    kernels: &K,
+    weights: &WeightStore<K::Matrix>,
+    memory: &Memory,
+    op: &Op,
+) -> Result<(), String> {
+    let rows = rows::Rows { kernels, weights, memory };
+    macro_rules! typed {
+        ($dtype:expr, $name:ident, $op:expr) => {
+            match $dtype {
+                DType::F32 => rows.$name::<f32>($op),
+                DType::BF16 => rows.$name::<bf16>($op),
+                other => Err(format!("{other} is no format to compute in")),
+            }
+        };
+    }
+    match op {
+        Op::Upload(op) => rows.upload(op),
+        Op::Angles(op) => rows.angles(op),
+        Op::Route(op) => rows.route(op),
+        Op::Gemm(op) => gemm(kernels, weights, memory, op),
+        Op::Embed(op) => typed!(op.out.dtype, embed, op),
+        Op::Norm(op) => typed!(op.x.dtype, norm, op),
+        Op::Rotate(op) => typed!(op.x.dtype, rotate, op),
+        Op::StoreRows(op) => typed!(op.x.dtype, store, op),
+        Op::Attention(op) => typed!(op.q.dtype, attention, op),
+        Op::Gather(op) => typed!(op.x.dtype, gather, op),
+        Op::Reduce(op) => typed!(op.x.dtype, reduce, op),
+        Op::Add(op) => typed!(op.x.dtype, add, op),
+        Op::Copy(op) => typed!(op.x.dtype, copy, op),
+        Op::Clamp(op) => typed!(op.x.dtype, clamp, op),
+        Op::GateRows(op) => typed!(op.x.dtype, gate_rows, op),
+    }
+}
+
+fn gemm<K: Kernels>(
+    kernels: &K,
+    weights: &WeightStore<K::Matrix>,
+    memory: &Memory,
+    op: &Gemm,
+) -> Result<(), String> {
+    let Some(first) = op.parts.first() else { return Ok(()) };
+    match (first.x.dtype, first.out.dtype) {
+        (DType::F32, DType::F32) => typed_gemm::<K, f32, f32>(kernels, weights, memory, op),
+        (DType::BF16, DType::BF16) => typed_gemm::<K, bf16, bf16>(kernels, weights, memory, op),
+        (DType::BF16, DType::F32) => typed_gemm::<K, bf16, f32>(kernels, weights, memory, op),
+        (x, out) => Err(format!("no product of {x} into {out}")),
+    }
+}
+
+fn typed_gemm<K: Kernels, X: Element, Y: Element>(
+    kernels: &K,
+    weights: &WeightStore<K::Matrix>,
+    memory: &Memory,
+    op: &Gemm,
+) -> Result<(), String> {
+    let held: Vec<_> = op.parts.iter().map(|part| weights.matrix(&part.weight)).collect::<Result<_, _>>()?;
+    let mut parts: Vec<_> = op
+        .parts
+        .iter()
+        .zip(&held)
+        .map(|(part, matrix)| GemmViews {
+            // SAFETY: declared by `Gemm::accesses`, checked before this work was enqueued.
+            x: unsafe { memory.view::<X>(&part.x) },
+            matrix: &**matrix,
+            // SAFETY: likewise; `Gemm::check` refuses parts whose outputs overlap.
+            out: unsafe { memory.view_mut::<Y>(&part.out) },
+        })
+        .collect();
+    let bias = op.bias.as_ref().map(|bias| weights.vector(bias)).transpose()?;
+    kernels.gemm(&mut parts, op.epilogue, bias.as_deref());
+    Ok(())
+}
+
+/// Refuses to hold what the machine's memory cannot.
+pub(crate) fn out_of_memory(name: &str, bytes: u64) -> DeviceError {
+    DeviceError::OutOfMemory {
+        name: name.to_owned(),
+        needed: Bytes(bytes),
+        mend: "use more ranks on more machines, or a smaller model",
+    }
+}

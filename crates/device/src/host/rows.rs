@@ -1,0 +1,380 @@
+//! The operations that are the same plain loops on every host processor, row by row.
+
+use super::element::{Element, Plain};
+use super::{Kernels, Memory, View, ViewMut, WeightStore};
+use crate::op::{
+    Add, Angles, Attention, Clamp, Copy, Embed, Gate, GateRows, Gather, GroupLimit, GroupScore, Norm, NormKind,
+    Reduce, RopeStyle, Rotate, Route, Score, StoreRows, Upload,
+};
+use std::cmp::Ordering;
+
+/// What an operation needs to run.
+pub(super) struct Rows<'a, K: Kernels> {
+    pub(super) kernels: &'a K,
+    pub(super) weights: &'a WeightStore<K::Matrix>,
+    pub(super) memory: &'a Memory,
+}
+
+/// An [`Attention`] with its numbers at hand; every index in it was checked.
+pub struct AttentionViews<'a, T> {
+    /// The operation.
+    pub op: &'a Attention,
+    /// Queries.
+    pub q: View<'a, T>,
+    /// Key cache.
+    pub keys: View<'a, T>,
+    /// Value cache.
+    pub values: View<'a, T>,
+    /// Sequence of each new token.
+    pub sequences: Vec<u32>,
+    /// Position of each new token.
+    pub positions: Vec<u32>,
+    /// Cache blocks of each sequence.
+    pub blocks: View<'a, u32>,
+    /// Output.
+    pub out: ViewMut<'a, T>,
+}
+
+impl<T: Plain> AttentionViews<'_, T> {
+    /// The cached positions that new token `t` sees.
+    pub fn visible(&self, t: usize) -> std::ops::Range<usize> {
+        let end = self.positions[t] as usize + 1;
+        self.op.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// The cache slot of a position of a sequence.
+    pub fn slot(&self, sequence: usize, position: usize) -> usize {
+        let size = self.op.block_size;
+        self.blocks.row(sequence)[position / size] as usize * size + position % size
+    }
+}
+
+// Every view below is of a buffer that the operation declares in its `accesses`, and the hazard check passed
+// before the work was enqueued: that is the contract of `Memory::view` and `Memory::view_mut`.
+impl<'a, K: Kernels> Rows<'a, K> {
+    fn view<T: Plain>(&self, buffer: &crate::Buffer) -> View<'a, T> {
+        // SAFETY: declared and checked, as said above; the view ends with the operation.
+        unsafe { self.memory.view(buffer) }
+    }
+
+    fn view_mut<T: Plain>(&self, buffer: &crate::Buffer) -> ViewMut<'a, T> {
+        // SAFETY: declared and checked, as said above; each operation takes one view of what it writes.
+        unsafe { self.memory.view_mut(buffer) }
+    }
+
+    /// Calls `each(m, row m)` for every row of `out`, rows shared among the lane's threads.
+    fn for_rows<T: Plain>(&self, out: &ViewMut<'_, T>, each: impl Fn(usize, &mut [T]) + Sync) {
+        /// Few enough bytes that a task is short, enough that claiming it costs nothing beside it.
+        const BLOCK: usize = 32 << 10;
+        let rows = (BLOCK / (out.width * size_of::<T>()).max(1)).max(1);
+        self.kernels.parallel(out.rows.div_ceil(rows), &|block| {
+            for m in block * rows..((block + 1) * rows).min(out.rows) {
+                // SAFETY: each row belongs to one block, and each block is run once.
+                each(m, unsafe { out.row_shared(m) });
+            }
+        });
+    }
+
+    pub(super) fn upload(&self, op: &Upload) -> Result<(), String> {
+        let write = |mut out: ViewMut<'_, u32>| {
+            for (m, words) in op.words.chunks_exact(out.width.max(1)).enumerate() {
+                out.row(m).copy_from_slice(words);
+            }
+        };
+        if op.out.dtype == u32::DTYPE {
+            write(self.view_mut(&op.out));
+        } else {
+            let mut out = self.view_mut::<f32>(&op.out);
+            for (m, words) in op.words.chunks_exact(out.width.max(1)).enumerate() {
+                out.row(m).iter_mut().zip(words).for_each(|(out, &word)| *out = f32::from_bits(word));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn embed<T: Element>(&self, op: &Embed) -> Result<(), String> {
+        let table = self.weights.table(&op.table)?;
+        let vocabulary = op.table.shape.sources().1[0];
+        let (ids, mut out) = (self.view::<u32>(&op.ids), self.view_mut::<T>(&op.out));
+        let mut wide = vec![0.0; out.width];
+        for t in 0..out.rows {
+            let id = in_range("token id", ids.at(t), vocabulary)?;
+            table.row(id, &mut wide);
+            out.row(t).iter_mut().zip(&wide).for_each(|(out, &value)| *out = T::from_f32(value));
+        }
+        Ok(())
+    }
+
+    pub(super) fn norm<T: Element>(&self, op: &Norm) -> Result<(), String> {
+        let weight = self.weights.vector(&op.weight)?;
+        let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
+        self.for_rows(&out, |m, out| {
+            let x = x.row(m);
+            let mean = match op.kind {
+                NormKind::Rms => 0.0,
+                NormKind::Layer => sum(x, |value| value) / x.len() as f32,
+            };
+            let variance = sum(x, |value| (value - mean) * (value - mean)) / x.len() as f32;
+            let factor = 1.0 / (variance + op.eps).sqrt();
+            for ((out, &x), &weight) in out.iter_mut().zip(x).zip(&*weight) {
+                let normed = T::from_f32((x.to_f32() - mean) * factor).to_f32();
+                *out = T::from_f32(normed * weight);
+            }
+        });
+        Ok(())
+    }
+
+    pub(super) fn angles(&self, op: &Angles) -> Result<(), String> {
+        let frequencies = self.weights.vector(&op.frequencies)?;
+        let (positions, mut out) = (self.view::<u32>(&op.positions), self.view_mut::<f32>(&op.out));
+        for t in 0..out.rows {
+            let position = positions.at(t) as f32;
+            let (cosines, sines) = out.row(t).split_at_mut(frequencies.len());
+            for ((cos, sin), frequency) in cosines.iter_mut().zip(sines).zip(&*frequencies) {
+                let angle = position * frequency;
+                (*cos, *sin) = (angle.cos() * op.scale, angle.sin() * op.scale);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn rotate<T: Element>(&self, op: &Rotate) -> Result<(), String> {
+        let (x, angles) = (self.view_mut::<T>(&op.x), self.view::<f32>(&op.angles));
+        let dims = op.angles.width;
+        self.for_rows(&x, |t, row| {
+            let (cosines, sines) = angles.row(t).split_at(dims / 2);
+            for head in row.chunks_exact_mut(op.head_width) {
+                let turned = &mut head[op.start..op.start + dims];
+                for (i, (cos, sin)) in cosines.iter().zip(sines).enumerate() {
+                    let (a, b) = match op.style {
+                        RopeStyle::HalfSplit => (i, i + dims / 2),
+                        RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+                    };
+                    let (x, y) = (turned[a].to_f32(), turned[b].to_f32());
+                    turned[a] = T::from_f32(x * cos - y * sin);
+                    turned[b] = T::from_f32(y * cos + x * sin);
+                }
+            }
+        });
+        Ok(())
+    }
+
+    pub(super) fn store<T: Element>(&self, op: &StoreRows) -> Result<(), String> {
+        let (x, slots, mut cache) = (self.view::<T>(&op.x), self.view(&op.slots), self.view_mut::<T>(&op.cache));
+        for t in 0..x.rows {
+            let slot = in_range("cache slot", slots.at(t), cache.rows)?;
+            cache.row(slot).copy_from_slice(x.row(t));
+        }
+        Ok(())
+    }
+
+    pub(super) fn attention<T: Element>(&self, op: &Attention) -> Result<(), String> {
+        let starts: Vec<u32> = self.view::<u32>(&op.sequence_starts).iter().map(|row| row[0]).collect();
+        let positions: Vec<u32> = self.view::<u32>(&op.positions).iter().map(|row| row[0]).collect();
+        let blocks = self.view::<u32>(&op.blocks);
+        let sequences = check_sequences(op, &starts, &positions, &blocks)?;
+        self.kernels.attention(AttentionViews {
+            op,
+            q: self.view::<T>(&op.q),
+            keys: self.view(&op.keys),
+            values: self.view(&op.values),
+            sequences,
+            positions,
+            blocks,
+            out: self.view_mut(&op.out),
+        });
+        Ok(())
+    }
+
+    pub(super) fn route(&self, op: &Route) -> Result<(), String> {
+        let logits = self.view::<f32>(&op.logits);
+        let (mut experts, mut weights) = (self.view_mut::<u32>(&op.experts), self.view_mut::<f32>(&op.weights));
+        let bias = op.bias.as_ref().map(|bias| self.weights.vector(bias)).transpose()?;
+        for t in 0..logits.rows {
+            choose(&op.gate, logits.row(t), bias.as_deref(), experts.row(t), weights.row(t));
+        }
+        Ok(())
+    }
+
+    pub(super) fn gather<T: Element>(&self, op: &Gather) -> Result<(), String> {
+        let (x, index, out) = (self.view::<T>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
+        for row in index.iter() {
+            in_range("row", row[0], x.rows)?;
+        }
+        self.for_rows(&out, |m, out| out.copy_from_slice(x.row(index.at(m) as usize)));
+        Ok(())
+    }
+
+    pub(super) fn reduce<T: Element>(&self, op: &Reduce) -> Result<(), String> {
+        let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
+        let (starts, index) = (self.view::<u32>(&op.starts), self.view::<u32>(&op.index));
+        let weights = op.weights.as_ref().map(|weights| self.view::<f32>(weights));
+        let addend = op.addend.as_ref().map(|addend| self.view::<T>(addend));
+        let mut last = 0;
+        for start in starts.iter() {
+            let start = in_range("term", start[0], index.rows + 1)?;
+            if start < last {
+                return Err(format!("terms start at {start} after {last}"));
+            }
+            last = start;
+        }
+        let first = if out.rows == 0 { 0 } else { starts.at(0) as usize };
+        for term in first..last {
+            in_range("row", index.at(term), x.rows)?;
+        }
+        self.for_rows(&out, |m, out| {
+            let mut total = vec![0.0f32; out.len()];
+            for term in starts.at(m) as usize..starts.at(m + 1) as usize {
+                let weight = weights.map_or(1.0, |weights| weights.at(term));
+                let x = x.row(index.at(term) as usize);
+                total.iter_mut().zip(x).for_each(|(total, x)| *total += weight * x.to_f32());
+            }
+            if let Some(addend) = &addend {
+                total.iter_mut().zip(addend.row(m)).for_each(|(total, x)| *total += x.to_f32());
+            }
+            out.iter_mut().zip(&total).for_each(|(out, &total)| *out = T::from_f32(total));
+        });
+        Ok(())
+    }
+
+    pub(super) fn add<T: Element>(&self, op: &Add) -> Result<(), String> {
+        let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
+        self.for_rows(&out, |m, out| {
+            out.iter_mut().zip(x.row(m)).for_each(|(out, x)| *out = T::from_f32(out.to_f32() + x.to_f32()));
+        });
+        Ok(())
+    }
+
+    pub(super) fn copy<T: Element>(&self, op: &Copy) -> Result<(), String> {
+        let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
+        self.for_rows(&out, |m, out| out.copy_from_slice(x.row(m)));
+        Ok(())
+    }
+
+    pub(super) fn clamp<T: Element>(&self, op: &Clamp) -> Result<(), String> {
+        let x = self.view_mut::<T>(&op.x);
+        self.for_rows(&x, |_, row| {
+            row.iter_mut().for_each(|x| *x = T::from_f32(x.to_f32().clamp(-op.limit, op.limit)));
+        });
+        Ok(())
+    }
+
+    pub(super) fn gate_rows<T: Element>(&self, op: &GateRows) -> Result<(), String> {
+        let (gate, x) = (self.view::<f32>(&op.gate), self.view_mut::<T>(&op.x));
+        self.for_rows(&x, |m, row| {
+            let factor = 1.0 / (1.0 + (-gate.at(m)).exp());
+            row.iter_mut().for_each(|x| *x = T::from_f32(x.to_f32() * factor));
+        });
+        Ok(())
+    }
+}
+
+fn in_range(what: &str, index: u32, limit: usize) -> Result<usize, String> {
+    let index = index as usize;
+    if index < limit { Ok(index) } else { Err(format!("{what} {index} is not below {limit}")) }
+}
+
+/// Four running sums: fixed, whatever the row's position, and open to vector instructions.
+fn sum<T: Element>(x: &[T], f: impl Fn(f32) -> f32) -> f32 {
+    let mut sums = [0.0f32; 4];
+    for chunk in x.chunks(4) {
+        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += f(x.to_f32()));
+    }
+    (sums[0] + sums[2]) + (sums[1] + sums[3])
+}
+
+/// The sequence of every new token, once positions and blocks are known to be inside the cache.
+fn check_sequences(
+    op: &Attention,
+    starts: &[u32],
+    positions: &[u32],
+    blocks: &View<'_, u32>,
+) -> Result<Vec<u32>, String> {
+    let mut sequences = Vec::with_capacity(positions.len());
+    for (b, range) in starts.windows(2).enumerate() {
+        if range[0] as usize != sequences.len() || range[1] < range[0] || range[1] as usize > positions.len() {
+            return Err(format!("sequence {b} spans tokens {}..{}", range[0], range[1]));
+        }
+        sequences.resize(range[1] as usize, b as u32);
+    }
+    if sequences.len() != positions.len() {
+        return Err(format!("sequences hold {} of {} tokens", sequences.len(), positions.len()));
+    }
+    for (&b, &position) in sequences.iter().zip(positions) {
+        let block = in_range("cache block", position / op.block_size as u32, blocks.width)?;
+        let slots = (blocks.row(b as usize)[block] as usize).saturating_add(1).saturating_mul(op.block_size);
+        if slots > op.keys.rows {
+            return Err(format!("cache block {block} of sequence {b} is outside {:?}", op.keys));
+        }
+    }
+    Ok(sequences)
+}
+
+/// Chooses the experts of one token; see [`Gate`].
+fn choose(gate: &Gate, logits: &[f32], bias: Option<&[f32]>, experts: &mut [u32], weights: &mut [f32]) {
+    let scores = scores(gate.score, logits);
+    let mut preference: Vec<f32> = match bias {
+        Some(bias) => scores.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
+        None => scores.clone(),
+    };
+    if let Some(limit) = gate.groups {
+        keep_best_groups(limit, &mut preference);
+    }
+    for (slot, expert) in best(&preference, gate.top_k).into_iter().enumerate() {
+        experts[slot] = expert as u32;
+        weights[slot] = scores[expert];
+    }
+    let total: f32 = weights.iter().sum();
+    let divisor = match (gate.normalise, gate.score) {
+        (false, _) => 1.0,
+        (true, Score::Softmax) => total,
+        (true, Score::Sigmoid) => total + Gate::EPSILON,
+    };
+    weights.iter_mut().for_each(|weight| *weight = *weight / divisor * gate.scale);
+}
+
+fn scores(score: Score, logits: &[f32]) -> Vec<f32> {
+    match score {
+        Score::Sigmoid => logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect(),
+        Score::Softmax => {
+            let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let powers: Vec<f32> = logits.iter().map(|logit| (logit - most).exp()).collect();
+            let total: f32 = powers.iter().sum();
+            powers.into_iter().map(|power| power / total).collect()
+        }
+    }
+}
+
+/// Puts the experts of all but the best groups out of reach.
+fn keep_best_groups(limit: GroupLimit, preference: &mut [f32]) {
+    let size = preference.len() / limit.groups;
+    let judged: Vec<f32> = preference
+        .chunks_exact(size)
+        .map(|group| match limit.by {
+            GroupScore::Max => group[best(group, 1)[0]],
+            GroupScore::TopTwoSum => best(group, 2).into_iter().map(|expert| group[expert]).sum(),
+        })
+        .collect();
+    let kept = best(&judged, limit.kept);
+    for (index, group) in preference.chunks_exact_mut(size).enumerate() {
+        if !kept.contains(&index) {
+            group.fill(f32::NEG_INFINITY);
+        }
+    }
+}
+
+/// Positions of the `count` largest values, largest first, ties to the lower position.
+fn best(values: &[f32], count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    let ahead = |a: &usize, b: &usize| match values[*b].total_cmp(&values[*a]) {
+        Ordering::Equal => a.cmp(b),
+        unequal => unequal,
+    };
+    let count = count.min(order.len());
+    if count < order.len() {
+        order.select_nth_unstable_by(count, ahead);
+        order.truncate(count);
+    }
+    order.sort_unstable_by(ahead);
+    order
+}

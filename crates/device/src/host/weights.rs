@@ -1,0 +1,164 @@
+//! The weights of a process: loaded once, shared by all its ranks.
+
+use super::{Kernels, out_of_memory};
+use crate::{DeviceError, TensorBytes, Weight, WeightShape};
+use epsmoe_base::DType;
+use half::{bf16, f16};
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// A linear map to be packed: rows `[n, k]` from one tensor, or from two that lie side by side.
+pub struct Pack<'a> {
+    /// Output width of each tensor.
+    pub n: usize,
+    /// Input width.
+    pub k: usize,
+    /// One tensor, or gate and up.
+    pub tensors: &'a [TensorBytes<'a>],
+    /// Format of the activations it will meet.
+    pub dtype: DType,
+}
+
+impl TensorBytes<'_> {
+    /// Writes elements `start..start + out.len()` as float32.
+    pub fn widen(&self, start: usize, out: &mut [f32]) {
+        let bytes = &self.bytes[start * self.dtype.bytes()..][..out.len() * self.dtype.bytes()];
+        let pairs = bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
+        match self.dtype {
+            DType::F32 | DType::U32 => {
+                for (out, word) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *out = f32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+                }
+            }
+            DType::BF16 => {
+                out.iter_mut().zip(pairs).for_each(|(out, pair)| *out = bf16::from_le_bytes(pair).to_f32())
+            }
+            DType::F16 => {
+                out.iter_mut().zip(pairs).for_each(|(out, pair)| *out = f16::from_le_bytes(pair).to_f32())
+            }
+        }
+    }
+}
+
+/// Rows that are looked up, kept in the checkpoint's own format.
+pub(super) struct Table {
+    dtype: DType,
+    width: usize,
+    bytes: Vec<u8>,
+}
+
+impl Table {
+    /// Writes row `row` as float32.
+    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
+        TensorBytes { dtype: self.dtype, bytes: &self.bytes }.widen(row * self.width, out);
+    }
+}
+
+enum Held<M> {
+    Matrix(Arc<M>),
+    Vector(Arc<[f32]>),
+    Table(Arc<Table>),
+}
+
+/// Every weight of a process.
+pub struct WeightStore<M>(RwLock<Inner<M>>);
+
+struct Inner<M> {
+    held: Vec<Held<M>>,
+    by_name: HashMap<Arc<str>, Weight>,
+    bytes: u64,
+}
+
+impl<M> Default for WeightStore<M> {
+    fn default() -> Self {
+        WeightStore(RwLock::new(Inner { held: Vec::new(), by_name: HashMap::new(), bytes: 0 }))
+    }
+}
+
+impl<M> WeightStore<M> {
+    /// Bytes of the numbers held, packing aside.
+    pub fn bytes(&self) -> u64 {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).bytes
+    }
+
+    pub(super) fn find(&self, name: &str) -> Option<Weight> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).by_name.get(name).cloned()
+    }
+
+    pub(super) fn load<K: Kernels<Matrix = M>>(
+        &self,
+        kernels: &K,
+        dtype: DType,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[TensorBytes<'_>],
+    ) -> Result<Weight, DeviceError> {
+        check_sources(name, shape, tensors)?;
+        let held = match shape {
+            WeightShape::Matrix { n, k } | WeightShape::GateUp { inner: n, k } => {
+                Held::Matrix(Arc::new(kernels.pack(&Pack { n, k, tensors, dtype })))
+            }
+            WeightShape::Vector { n } => {
+                let mut vector = vec![0.0; n];
+                tensors[0].widen(0, &mut vector);
+                if dtype == DType::BF16 {
+                    vector.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+                }
+                Held::Vector(vector.into())
+            }
+            WeightShape::Table { width, .. } => {
+                let TensorBytes { dtype, bytes } = tensors[0];
+                Held::Table(Arc::new(Table { dtype, width, bytes: bytes.to_vec() }))
+            }
+        };
+        let mut inner = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let id = u32::try_from(inner.held.len()).map_err(|_| out_of_memory(name, u64::MAX))?;
+        let weight = Weight { id, shape, name: name.into() };
+        inner.held.push(held);
+        inner.bytes += match shape {
+            WeightShape::Table { .. } => tensors[0].bytes.len() as u64,
+            _ => (shape.parameters() * dtype.bytes()) as u64,
+        };
+        inner.by_name.insert(weight.name.clone(), weight.clone());
+        Ok(weight)
+    }
+
+    pub(super) fn matrix(&self, weight: &Weight) -> Result<Arc<M>, String> {
+        self.get(weight, |held| match held {
+            Held::Matrix(matrix) => Some(Arc::clone(matrix)),
+            _ => None,
+        })
+    }
+
+    pub(super) fn vector(&self, weight: &Weight) -> Result<Arc<[f32]>, String> {
+        self.get(weight, |held| match held {
+            Held::Vector(vector) => Some(Arc::clone(vector)),
+            _ => None,
+        })
+    }
+
+    pub(super) fn table(&self, weight: &Weight) -> Result<Arc<Table>, String> {
+        self.get(weight, |held| match held {
+            Held::Table(table) => Some(Arc::clone(table)),
+            _ => None,
+        })
+    }
+
+    fn get<T>(&self, weight: &Weight, pick: impl Fn(&Held<M>) -> Option<T>) -> Result<T, String> {
+        let inner = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let found = inner.held.get(weight.id as usize).and_then(pick);
+        found.ok_or_else(|| format!("weight {} is not held as a {:?}", weight.name, weight.shape))
+    }
+}
+
+fn check_sources(name: &str, shape: WeightShape, tensors: &[TensorBytes<'_>]) -> Result<(), DeviceError> {
+    let (count, dimensions) = shape.sources();
+    let elements: usize = dimensions.iter().product();
+    let right = tensors.len() == count
+        && tensors.iter().all(|tensor| tensor.bytes.len() == elements * tensor.dtype.bytes());
+    if right {
+        return Ok(());
+    }
+    let given: Vec<usize> = tensors.iter().map(|tensor| tensor.bytes.len()).collect();
+    Err(DeviceError::Shape(format!("{name}: {shape:?} needs {count} × {dimensions:?}, given bytes {given:?}")))
+}

@@ -1,0 +1,22 @@
+//! A processor: memory, weights, and lanes that run operations in order.
+//!
+//! Read in this order: [`Backend`] (what a processor promises), [`op`] (what it computes), [`hazard`] (how a
+//! missing event is found), [`host`] (lanes and memory of a CPU), then the two host processors:
+//! [`reference`](mod@reference), slow and plain, the judge of every other, and [`cpu`], the fast one.
+//!
+//! This room knows neither ranks' partners nor models: it runs what it is told.
+
+mod backend;
+mod buffer;
+pub mod cpu;
+mod error;
+pub mod hazard;
+pub mod host;
+pub mod op;
+pub mod reference;
+mod weight;
+
+pub use backend::{Backend, Record};
+pub use buffer::{AllocationId, Buffer};
+pub use error::DeviceError;
+pub use weight::{TensorBytes, Weight, WeightShape};

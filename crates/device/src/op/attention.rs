@@ -1,0 +1,109 @@
+//! Attention over a paged cache.
+
+use super::{Accesses, expect, same_rows};
+use crate::{Buffer, DeviceError};
+use epsmoe_base::DType;
+
+/// `cache[slots[t]] = x[t]`: rows into the paged cache. A slot is `block · block_size + offset`.
+#[derive(Clone, Debug)]
+pub struct StoreRows {
+    /// New rows `[T, W]`.
+    pub x: Buffer,
+    /// Slot of each row `[T, 1]`, uint32, all different.
+    pub slots: Buffer,
+    /// The cache `[slots, W]`.
+    pub cache: Buffer,
+}
+
+impl StoreRows {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("store", &[&self.x, &self.slots])?;
+        expect("store", "slots", &self.slots, DType::U32, 1)?;
+        expect("store", "cache", &self.cache, self.x.dtype, self.x.width)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.x).read(&self.slots).write(&self.cache)
+    }
+}
+
+/// Causal attention of packed new tokens over their sequences' cached keys and values, which hold the new
+/// tokens too. Token `t` of sequence `b` sees the cached positions `0..=positions[t]` of `b`:
+///
+/// `out[t, h] = Σ_j softmax_j(scale · q[t, h]·keys[j, h / (heads/kv_heads)]) · values[j, h / (heads/kv_heads)]`
+///
+/// computed in float32. Position `j` of sequence `b` lies in slot
+/// `blocks[b, j / block_size] · block_size + j % block_size`. Multi-head latent attention is the case of one
+/// key head whose values are the leading columns of the same cache rows.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    /// Queries `[T, heads · key_width]`.
+    pub q: Buffer,
+    /// Key cache `[slots, kv_heads · key_width]`.
+    pub keys: Buffer,
+    /// Value cache `[slots, kv_heads · value_width]`.
+    pub values: Buffer,
+    /// First new token of each sequence, and the total, `[B + 1, 1]`, uint32.
+    pub sequence_starts: Buffer,
+    /// Position of each new token in its sequence `[T, 1]`, uint32.
+    pub positions: Buffer,
+    /// Cache blocks of each sequence `[B, most blocks]`, uint32.
+    pub blocks: Buffer,
+    /// Tokens in a cache block.
+    pub block_size: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// How many positions back a token sees, itself included; everything when absent.
+    pub window: Option<usize>,
+    /// Output `[T, heads · value_width]`.
+    pub out: Buffer,
+}
+
+impl Attention {
+    /// Elements of one key.
+    pub fn key_width(&self) -> usize {
+        self.keys.width / self.kv_heads
+    }
+
+    /// Elements of one value.
+    pub fn value_width(&self) -> usize {
+        self.values.width / self.kv_heads
+    }
+
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("attention", &[&self.q, &self.out, &self.positions])?;
+        same_rows("attention", &[&self.keys, &self.values])?;
+        let (heads, kv_heads) = (self.heads, self.kv_heads);
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) || self.block_size == 0 {
+            return Err(DeviceError::Shape(format!(
+                "attention: {heads} heads over {kv_heads} key heads, blocks of {}",
+                self.block_size
+            )));
+        }
+        let dtype = self.q.dtype;
+        expect("attention", "keys", &self.keys, dtype, self.q.width / heads * kv_heads)?;
+        expect("attention", "values", &self.values, dtype, self.out.width / heads * kv_heads)?;
+        expect("attention", "output", &self.out, dtype, self.value_width() * heads)?;
+        expect("attention", "positions", &self.positions, DType::U32, 1)?;
+        expect("attention", "sequence starts", &self.sequence_starts, DType::U32, 1)?;
+        expect("attention", "blocks", &self.blocks, DType::U32, self.blocks.width)?;
+        if self.sequence_starts.rows != self.blocks.rows + 1 {
+            return Err(DeviceError::Shape(format!(
+                "attention: {:?} does not delimit the sequences of {:?}",
+                self.sequence_starts, self.blocks
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        [&self.q, &self.keys, &self.values, &self.sequence_starts, &self.positions, &self.blocks]
+            .into_iter()
+            .fold(Accesses::new(), Accesses::read)
+            .write(&self.out)
+    }
+}

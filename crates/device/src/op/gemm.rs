@@ -1,0 +1,142 @@
+//! Every matrix product: a linear layer, one expert, the experts of a stage, the heads of a projection.
+
+use super::{Accesses, same_rows};
+use crate::{Buffer, DeviceError, Weight, WeightShape};
+use epsmoe_base::DType;
+
+/// What happens to a product before it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Epilogue {
+    /// `out = x·Wᵀ`.
+    Store,
+    /// `out = silu(x·gateᵀ) ⊙ (x·upᵀ)` for [`WeightShape::GateUp`] weights.
+    SwiGlu,
+}
+
+/// One product: `out[m, n] = Σ_k x[m, k] · w[n, k]`.
+#[derive(Clone, Debug)]
+pub struct GemmPart {
+    /// Input `[M, K]`.
+    pub x: Buffer,
+    /// Weight; its shape agrees with the epilogue.
+    pub weight: Weight,
+    /// Output `[M, N]`, in the input's format or float32.
+    pub out: Buffer,
+}
+
+/// Several products in one operation, which share the processor tile by tile: with one part per expert this
+/// is the grouped kernel, with a single part the dense one. Both give equal bits.
+#[derive(Clone, Debug)]
+pub struct Gemm {
+    /// The operation's parts; all of one weight shape and of the same formats.
+    pub parts: Vec<GemmPart>,
+    /// Added to every output row, in float32 before rounding (`Store` with a single part only).
+    pub bias: Option<Weight>,
+    /// What happens before storing.
+    pub epilogue: Epilogue,
+}
+
+impl Gemm {
+    /// A single linear map.
+    pub fn linear(x: Buffer, weight: &Weight, out: Buffer) -> Self {
+        Gemm {
+            parts: vec![GemmPart { x, weight: weight.clone(), out }],
+            bias: None,
+            epilogue: Epilogue::Store,
+        }
+    }
+
+    /// A single gate and up map with its activation.
+    pub fn gated(x: Buffer, weight: &Weight, out: Buffer) -> Self {
+        Gemm { epilogue: Epilogue::SwiGlu, ..Gemm::linear(x, weight, out) }
+    }
+
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        let Some(first) = self.parts.first() else { return Ok(()) };
+        for part in &self.parts {
+            part.check(self.epilogue)?;
+            let alike = part.weight.shape == first.weight.shape
+                && (part.x.dtype, part.out.dtype) == (first.x.dtype, first.out.dtype);
+            if !alike {
+                return Err(DeviceError::Shape(format!(
+                    "gemm: parts differ: {:?}·{:?} → {:?} and {:?}·{:?} → {:?}",
+                    first.x, first.weight.shape, first.out, part.x, part.weight.shape, part.out
+                )));
+            }
+        }
+        let disjoint = self.parts.windows(2).all(|pair| ascending(&pair[0].out, &pair[1].out));
+        if !disjoint {
+            return Err(DeviceError::Shape("gemm: outputs of the parts must ascend without overlap".into()));
+        }
+        match &self.bias {
+            Some(_) if self.parts.len() != 1 || self.epilogue != Epilogue::Store => {
+                Err(DeviceError::Shape("gemm: a bias needs a single part and a plain store".into()))
+            }
+            Some(bias) if bias.shape != (WeightShape::Vector { n: first.out.width }) => Err(DeviceError::Shape(
+                format!("gemm: bias {} is {:?}, the output {:?}", bias.name, bias.shape, first.out),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        let reads = self.parts.iter().fold(Accesses::new(), |all, part| all.read(&part.x));
+        self.parts.iter().fold(reads, |all, part| all.write(&part.out))
+    }
+}
+
+impl GemmPart {
+    fn check(&self, epilogue: Epilogue) -> Result<(), DeviceError> {
+        same_rows("gemm", &[&self.x, &self.out])?;
+        let (n, k) = match (self.weight.shape, epilogue) {
+            (WeightShape::Matrix { n, k }, Epilogue::Store) => (n, k),
+            (WeightShape::GateUp { inner, k }, Epilogue::SwiGlu) => (inner, k),
+            (shape, epilogue) => {
+                return Err(DeviceError::Shape(format!(
+                    "gemm: {} is a {shape:?}, which does not go with {epilogue:?}",
+                    self.weight.name
+                )));
+            }
+        };
+        let formats = self.out.dtype == self.x.dtype || self.out.dtype == DType::F32;
+        if self.x.width != k || self.out.width != n || !formats {
+            return Err(DeviceError::Shape(format!(
+                "gemm: {:?} · {} [{n}, {k}]ᵀ does not give {:?}",
+                self.x, self.weight.name, self.out
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Whether two views of one allocation share no element: the second's rows come after the first's, or its
+/// columns do in rows of the same stride.
+fn ascending(first: &Buffer, second: &Buffer) -> bool {
+    if first.allocation != second.allocation || first.rows == 0 || second.rows == 0 {
+        return true;
+    }
+    let rows_after = second.byte_range().start >= first.byte_range().end;
+    let columns_after = first.stride == second.stride
+        && second.offset >= first.offset + first.width
+        && second.offset + second.width <= first.offset + first.stride;
+    rows_after || columns_after
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::AllocationId;
+
+    fn view(offset: usize, rows: usize, width: usize) -> Buffer {
+        let allocation = AllocationId(0);
+        Buffer { allocation, name: "out", dtype: DType::F32, offset, rows, width, stride: 6 }
+    }
+
+    #[test]
+    fn rows_and_columns_that_overlap_are_seen() {
+        assert!(ascending(&view(0, 2, 6), &view(12, 1, 6)), "rows 0..2, then row 2");
+        assert!(ascending(&view(0, 2, 3), &view(3, 2, 3)), "columns 0..3, then 3..6");
+        assert!(!ascending(&view(0, 2, 4), &view(3, 2, 3)), "column 3 twice");
+        assert!(!ascending(&view(0, 2, 6), &view(6, 1, 6)), "row 1 twice");
+    }
+}

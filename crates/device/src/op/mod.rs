@@ -1,0 +1,145 @@
+//! The operations of a processor: plain descriptions, one struct each, with the equation, the shapes and the
+//! memory it touches. A backend only interprets them.
+
+mod attention;
+mod gemm;
+mod norm;
+mod rope;
+mod route;
+mod rows;
+
+pub use attention::{Attention, StoreRows};
+pub use gemm::{Epilogue, Gemm, GemmPart};
+pub use norm::{Norm, NormKind};
+pub use rope::{Angles, RopeStyle, Rotate};
+pub use route::{Gate, GroupLimit, GroupScore, Route, Score};
+pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, Reduce, Upload};
+
+use crate::{AllocationId, Buffer, DeviceError};
+use std::ops::Range;
+
+macro_rules! ops {
+    ($($op:ident => $name:literal),* $(,)?) => {
+        /// Any operation.
+        #[derive(Clone, Debug)]
+        pub enum Op {
+            $(#[doc = concat!("See [`", stringify!($op), "`].")] $op($op),)*
+        }
+
+        impl Op {
+            /// The operation's name in messages and timelines.
+            pub fn name(&self) -> &'static str {
+                match self { $(Op::$op(_) => $name,)* }
+            }
+
+            /// Checks the shapes once, at the door; kernels trust them after.
+            pub fn check(&self) -> Result<(), DeviceError> {
+                match self { $(Op::$op(op) => op.check(),)* }
+            }
+
+            /// The memory the operation reads and writes.
+            pub fn accesses(&self) -> Accesses {
+                match self { $(Op::$op(op) => op.accesses(),)* }
+            }
+        }
+
+        $(impl From<$op> for Op {
+            fn from(op: $op) -> Op {
+                Op::$op(op)
+            }
+        })*
+    };
+}
+
+ops! {
+    Upload => "upload",
+    Embed => "embed",
+    Norm => "norm",
+    Gemm => "gemm",
+    Angles => "angles",
+    Rotate => "rotate",
+    StoreRows => "store",
+    Attention => "attention",
+    Route => "route",
+    Gather => "gather",
+    Reduce => "reduce",
+    Add => "add",
+    Copy => "copy",
+    Clamp => "clamp",
+    GateRows => "gate",
+}
+
+/// One piece of memory an operation touches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// The allocation.
+    pub allocation: AllocationId,
+    /// Its name, for messages.
+    pub name: &'static str,
+    /// From the first to one past the last byte touched.
+    pub bytes: Range<usize>,
+    /// Whether it is written.
+    pub write: bool,
+}
+
+/// Everything an operation touches: what it declares is what the hazard check orders.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Accesses(Vec<Access>);
+
+impl Accesses {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Accesses::default()
+    }
+
+    /// Also reads `buffer`.
+    pub fn read(self, buffer: &Buffer) -> Self {
+        self.add(buffer, false)
+    }
+
+    /// Also writes `buffer`.
+    pub fn write(self, buffer: &Buffer) -> Self {
+        self.add(buffer, true)
+    }
+
+    /// The accesses, none of them empty.
+    pub fn iter(&self) -> impl Iterator<Item = &Access> {
+        self.0.iter()
+    }
+
+    fn add(mut self, buffer: &Buffer, write: bool) -> Self {
+        let bytes = buffer.byte_range();
+        if bytes.is_empty() {
+            return self;
+        }
+        // Neighbouring views of one allocation (the columns of heads, the rows of experts) become one access.
+        if let Some(last) = self.0.last_mut()
+            && last.allocation == buffer.allocation
+            && last.write == write
+            && bytes.start <= last.bytes.end
+            && last.bytes.start <= bytes.end
+        {
+            last.bytes = last.bytes.start.min(bytes.start)..last.bytes.end.max(bytes.end);
+            return self;
+        }
+        self.0.push(Access { allocation: buffer.allocation, name: buffer.name, bytes, write });
+        self
+    }
+}
+
+fn same_rows(op: &str, buffers: &[&Buffer]) -> Result<(), DeviceError> {
+    match buffers.iter().find(|buffer| buffer.rows != buffers[0].rows) {
+        Some(other) => Err(DeviceError::Shape(format!(
+            "{op}: {:?} and {other:?} must have equally many rows",
+            buffers[0]
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn expect(op: &str, what: &str, buffer: &Buffer, dtype: epsmoe_base::DType, width: usize) -> Result<(), DeviceError> {
+    if buffer.dtype == dtype && buffer.width == width {
+        return Ok(());
+    }
+    Err(DeviceError::Shape(format!("{op}: {what} is {buffer:?}, but must be {dtype} of width {width}")))
+}

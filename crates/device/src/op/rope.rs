@@ -1,0 +1,84 @@
+//! Rotary position embedding (RoFormer, arXiv 2104.09864): the angles once per step, the rotation per layer.
+
+use super::{Accesses, expect, same_rows};
+use crate::{Buffer, DeviceError, Weight, WeightShape};
+use epsmoe_base::DType;
+
+/// `out[t] = scale · (cos(p·f₀) … cos(p·f_{d/2−1}), sin(p·f₀) … sin(p·f_{d/2−1}))` with `p = positions[t]`.
+#[derive(Clone, Debug)]
+pub struct Angles {
+    /// Position of each token `[T, 1]`, uint32.
+    pub positions: Buffer,
+    /// Inverse frequencies, `d/2` elements.
+    pub frequencies: Weight,
+    /// Attention factor of scaled rotary embeddings; 1 otherwise.
+    pub scale: f32,
+    /// Cosines, then sines, `[T, d]`, float32.
+    pub out: Buffer,
+}
+
+impl Angles {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("angles", &[&self.positions, &self.out])?;
+        expect("angles", "positions", &self.positions, DType::U32, 1)?;
+        let WeightShape::Vector { n } = self.frequencies.shape else {
+            return Err(DeviceError::Shape(format!("angles: {} is no vector", self.frequencies.name)));
+        };
+        expect("angles", "output", &self.out, DType::F32, 2 * n)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.positions).write(&self.out)
+    }
+}
+
+/// Which elements of a head form a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Element `i` with element `i + d/2`.
+    HalfSplit,
+    /// Element `2i` with element `2i + 1`.
+    Interleaved,
+}
+
+/// In every head of every row, turns the `d` elements from `start` on by the row's angles, in place:
+/// `(a, b) → (a·cos − b·sin, b·cos + a·sin)`.
+#[derive(Clone, Debug)]
+pub struct Rotate {
+    /// Rows of heads `[T, heads · head_width]`.
+    pub x: Buffer,
+    /// Elements of a head.
+    pub head_width: usize,
+    /// First rotated element of a head.
+    pub start: usize,
+    /// How pairs are formed.
+    pub style: RopeStyle,
+    /// Cosines and sines `[T, d]`, float32.
+    pub angles: Buffer,
+}
+
+impl Rotate {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("rotate", &[&self.x, &self.angles])?;
+        expect("rotate", "angles", &self.angles, DType::F32, self.angles.width)?;
+        let dims = self.angles.width;
+        let fits = self.head_width > 0
+            && self.x.width.is_multiple_of(self.head_width)
+            && dims.is_multiple_of(2)
+            && self.start + dims <= self.head_width;
+        if !fits {
+            return Err(DeviceError::Shape(format!(
+                "rotate: {:?} in heads of {} cannot turn elements {}..{}",
+                self.x,
+                self.head_width,
+                self.start,
+                self.start + dims
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.angles).write(&self.x)
+    }
+}

@@ -1,0 +1,99 @@
+//! Which experts a token goes to, and with what weight.
+
+use super::{Accesses, same_rows};
+use crate::{Buffer, DeviceError, Weight};
+use epsmoe_base::DType;
+
+/// How router logits become experts and weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Gate {
+    /// Experts chosen per token.
+    pub top_k: usize,
+    /// How logits become scores.
+    pub score: Score,
+    /// Restriction to the best groups of experts, if any.
+    pub groups: Option<GroupLimit>,
+    /// Whether the chosen weights are divided by their sum (plus [`Gate::EPSILON`] for sigmoid scores).
+    pub normalise: bool,
+    /// Factor on every weight, after normalisation.
+    pub scale: f32,
+}
+
+impl Gate {
+    /// Keeps a sum of sigmoid scores from dividing by zero (DeepSeek-V3's published router).
+    pub const EPSILON: f32 = 1e-20;
+}
+
+/// How logits become scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// Softmax over all experts.
+    Softmax,
+    /// Sigmoid of each logit; a correction bias may be added for the choice, never for the weight.
+    Sigmoid,
+}
+
+/// Group-limited routing (DeepSeek-V2, arXiv 2405.04434, section 2.2.2): experts in `groups` equal,
+/// consecutive groups; only experts of the `kept` best groups may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupLimit {
+    /// Number of groups.
+    pub groups: usize,
+    /// Groups that stay in play.
+    pub kept: usize,
+    /// How a group is judged.
+    pub by: GroupScore,
+}
+
+/// How a group of experts is judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupScore {
+    /// By its best expert (DeepSeek-V2).
+    Max,
+    /// By the sum of its two best (DeepSeek-V3).
+    TopTwoSum,
+}
+
+/// `experts[t], weights[t] = gate(logits[t])`: the `top_k` best experts, ties to the lower number, in order of
+/// descending score.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// Router logits `[T, E]`, float32.
+    pub logits: Buffer,
+    /// The rule.
+    pub gate: Gate,
+    /// Correction bias `[E]` added to the scores for the choice only.
+    pub bias: Option<Weight>,
+    /// Chosen experts `[T, k]`, uint32.
+    pub experts: Buffer,
+    /// Their weights `[T, k]`, float32.
+    pub weights: Buffer,
+}
+
+impl Route {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        let (e, k) = (self.logits.width, self.gate.top_k);
+        same_rows("route", &[&self.logits, &self.experts, &self.weights])?;
+        let shape = |message: String| Err(DeviceError::Shape(format!("route: {message}")));
+        if k == 0 || k > e {
+            return shape(format!("top_k is {k}, but there are {e} experts"));
+        }
+        if self.experts.width != k || self.weights.width != k {
+            return shape(format!("top_k is {k}, but outputs are {:?} and {:?}", self.experts, self.weights));
+        }
+        if (self.logits.dtype, self.experts.dtype, self.weights.dtype) != (DType::F32, DType::U32, DType::F32) {
+            return shape(format!("{:?} → {:?}, {:?}", self.logits, self.experts, self.weights));
+        }
+        if let Some(limit) = self.gate.groups {
+            let fits = limit.groups > 0 && e.is_multiple_of(limit.groups) && limit.kept <= limit.groups;
+            if !fits || k > limit.kept * (e / limit.groups.max(1)) {
+                return shape(format!("{e} experts and top {k} do not fit {limit:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.logits).write(&self.experts).write(&self.weights)
+    }
+}

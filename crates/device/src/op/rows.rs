@@ -1,0 +1,210 @@
+//! Moving and adding rows.
+
+use super::{Accesses, expect, same_rows};
+use crate::{Buffer, DeviceError, Weight, WeightShape};
+use epsmoe_base::DType;
+use std::sync::Arc;
+
+/// `out = words`, row by row: indices, or the bits of floats, from the host.
+#[derive(Clone, Debug)]
+pub struct Upload {
+    /// As many 32-bit words as `out` has elements.
+    pub words: Arc<[u32]>,
+    /// Where they go, uint32 or float32.
+    pub out: Buffer,
+}
+
+impl Upload {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        let words_wide = matches!(self.out.dtype, DType::U32 | DType::F32);
+        if !words_wide || self.words.len() != self.out.rows * self.out.width {
+            return Err(DeviceError::Shape(format!("upload: {} words into {:?}", self.words.len(), self.out)));
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().write(&self.out)
+    }
+}
+
+/// `out[t] = table[ids[t]]`.
+#[derive(Clone, Debug)]
+pub struct Embed {
+    /// Token ids `[T, 1]`, uint32.
+    pub ids: Buffer,
+    /// Embedding table `[V, H]`.
+    pub table: Weight,
+    /// Output `[T, H]`.
+    pub out: Buffer,
+}
+
+impl Embed {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("embed", &[&self.ids, &self.out])?;
+        expect("embed", "ids", &self.ids, DType::U32, 1)?;
+        match self.table.shape {
+            WeightShape::Table { width, .. } if width == self.out.width => Ok(()),
+            shape => Err(DeviceError::Shape(format!(
+                "embed: {} is a {shape:?}, the output {:?}",
+                self.table.name, self.out
+            ))),
+        }
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.ids).write(&self.out)
+    }
+}
+
+/// `out[m] = x[index[m]]`.
+#[derive(Clone, Debug)]
+pub struct Gather {
+    /// Source rows `[N, W]`: exactly those that the index may name.
+    pub x: Buffer,
+    /// Source row of each output row `[M, 1]`, uint32.
+    pub index: Buffer,
+    /// Output `[M, W]`.
+    pub out: Buffer,
+}
+
+impl Gather {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("gather", &[&self.index, &self.out])?;
+        expect("gather", "index", &self.index, DType::U32, 1)?;
+        expect("gather", "output", &self.out, self.x.dtype, self.x.width)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.x).read(&self.index).write(&self.out)
+    }
+}
+
+/// `out[m] = round( Σ_{i = starts[m]}^{starts[m+1]−1} weights[i] · x[index[i]] + addend[m] )`, folded in float32
+/// from left to right. Without weights every factor is 1; without terms the sum is 0.
+#[derive(Clone, Debug)]
+pub struct Reduce {
+    /// Source rows `[N, W]`: exactly those that the index may name.
+    pub x: Buffer,
+    /// First term of each output row, and the end, `[M + 1, 1]`, uint32: positions in `index`.
+    pub starts: Buffer,
+    /// Source row of each term, uint32.
+    pub index: Buffer,
+    /// Factor of each term, float32.
+    pub weights: Option<Buffer>,
+    /// Added last, `[M, W]`.
+    pub addend: Option<Buffer>,
+    /// Output `[M, W]`.
+    pub out: Buffer,
+}
+
+impl Reduce {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        expect("reduce", "starts", &self.starts, DType::U32, 1)?;
+        expect("reduce", "index", &self.index, DType::U32, 1)?;
+        expect("reduce", "output", &self.out, self.x.dtype, self.x.width)?;
+        if let Some(weights) = &self.weights {
+            same_rows("reduce", &[&self.index, weights])?;
+            expect("reduce", "weights", weights, DType::F32, 1)?;
+        }
+        if let Some(addend) = &self.addend {
+            same_rows("reduce", &[&self.out, addend])?;
+            expect("reduce", "addend", addend, self.x.dtype, self.x.width)?;
+        }
+        if self.starts.rows != self.out.rows + 1 {
+            return Err(DeviceError::Shape(format!(
+                "reduce: {:?} does not delimit the terms of {:?}",
+                self.starts, self.out
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        let reads = Accesses::new().read(&self.x).read(&self.starts).read(&self.index);
+        let optional = self.weights.iter().chain(&self.addend);
+        optional.fold(reads, Accesses::read).write(&self.out)
+    }
+}
+
+/// `out[m] = out[m] + x[m]`, in place.
+#[derive(Clone, Debug)]
+pub struct Add {
+    /// What is added `[M, W]`.
+    pub x: Buffer,
+    /// The sum so far `[M, W]`.
+    pub out: Buffer,
+}
+
+impl Add {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("add", &[&self.x, &self.out])?;
+        expect("add", "output", &self.out, self.x.dtype, self.x.width)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.x).write(&self.out)
+    }
+}
+
+/// `out[m] = x[m]`.
+#[derive(Clone, Debug)]
+pub struct Copy {
+    /// Source `[M, W]`.
+    pub x: Buffer,
+    /// Destination `[M, W]`, elsewhere.
+    pub out: Buffer,
+}
+
+impl Copy {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("copy", &[&self.x, &self.out])?;
+        expect("copy", "output", &self.out, self.x.dtype, self.x.width)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.x).write(&self.out)
+    }
+}
+
+/// `x = max(−limit, min(limit, x))`, in place.
+#[derive(Clone, Debug)]
+pub struct Clamp {
+    /// What is clamped `[M, W]`.
+    pub x: Buffer,
+    /// Largest magnitude that stays.
+    pub limit: f32,
+}
+
+impl Clamp {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        if self.limit >= 0.0 {
+            return Ok(());
+        }
+        Err(DeviceError::Shape(format!("clamp: the limit {} is not a magnitude", self.limit)))
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().write(&self.x)
+    }
+}
+
+/// `x[m] = sigmoid(gate[m]) · x[m]`, in place.
+#[derive(Clone, Debug)]
+pub struct GateRows {
+    /// One number a row `[M, 1]`, float32.
+    pub gate: Buffer,
+    /// The rows `[M, W]`.
+    pub x: Buffer,
+}
+
+impl GateRows {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("gate", &[&self.gate, &self.x])?;
+        expect("gate", "gate", &self.gate, DType::F32, 1)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.gate).write(&self.x)
+    }
+}

@@ -1,0 +1,112 @@
+//! The judge: every product and every score written as its definition, one number at a time, summed in
+//! float64. Its lanes pause at random, its fresh memory is poisoned.
+
+use crate::host::{AttentionViews, Element, Fill, GemmViews, HostBackend, HostOptions, Kernels, Pack};
+use crate::op::Epilogue;
+use epsmoe_base::DType;
+use half::bf16;
+
+/// A plain host processor.
+pub type Reference = HostBackend<PlainKernels>;
+
+/// Options under which a [`Reference`] is hardest to please.
+pub fn options(dtype: DType, seed: u64) -> HostOptions {
+    HostOptions { fill: Fill::Poison, jitter: Some(seed), ..HostOptions::new(dtype) }
+}
+
+/// Definitions as code.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PlainKernels;
+
+/// Rows `[n, k]`, or gate and up rows one after the other.
+pub struct PlainMatrix {
+    n: usize,
+    k: usize,
+    rows: Vec<f32>,
+}
+
+impl Kernels for PlainKernels {
+    type Matrix = PlainMatrix;
+
+    fn describe(&self) -> String {
+        "reference".into()
+    }
+
+    fn pack(&self, pack: &Pack<'_>) -> PlainMatrix {
+        let size = pack.n * pack.k;
+        let mut rows = vec![0.0; size * pack.tensors.len()];
+        for (tensor, rows) in pack.tensors.iter().zip(rows.chunks_exact_mut(size.max(1))) {
+            tensor.widen(0, rows);
+        }
+        if pack.dtype == DType::BF16 {
+            rows.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+        }
+        PlainMatrix { n: pack.n, k: pack.k, rows }
+    }
+
+    fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        (0..tasks).for_each(task);
+    }
+
+    fn gemm<X: Element, Y: Element>(
+        &self,
+        parts: &mut [GemmViews<'_, X, Y, PlainMatrix>],
+        epilogue: Epilogue,
+        bias: Option<&[f32]>,
+    ) {
+        for part in parts {
+            let GemmViews { x, matrix, out } = part;
+            for m in 0..out.rows {
+                for n in 0..matrix.n {
+                    let value = match epilogue {
+                        Epilogue::Store => matrix.dot(n, x.row(m)),
+                        Epilogue::SwiGlu => silu(matrix.dot(n, x.row(m))) * matrix.dot(matrix.n + n, x.row(m)),
+                    };
+                    out.row(m)[n] = Y::from_f32((value + bias.map_or(0.0, |bias| f64::from(bias[n]))) as f32);
+                }
+            }
+        }
+    }
+
+    fn attention<T: Element>(&self, mut views: AttentionViews<'_, T>) {
+        let op = views.op;
+        let (key_width, value_width) = (op.key_width(), op.value_width());
+        for t in 0..views.q.rows {
+            let sequence = views.sequences[t] as usize;
+            let slots: Vec<usize> = views.visible(t).map(|position| views.slot(sequence, position)).collect();
+            for head in 0..op.heads {
+                let kv_head = head / (op.heads / op.kv_heads);
+                let q = &views.q.row(t)[head * key_width..][..key_width];
+                let scores: Vec<f64> = slots
+                    .iter()
+                    .map(|&slot| {
+                        let key = &views.keys.row(slot)[kv_head * key_width..][..key_width];
+                        f64::from(op.scale) * dot(q, key.iter().map(|key| key.to_f32()))
+                    })
+                    .collect();
+                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let powers: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
+                let total: f64 = powers.iter().sum();
+                for column in 0..value_width {
+                    let value = |slot: usize| f64::from(views.values.row(slot)[kv_head * value_width + column].to_f32());
+                    let mean: f64 = slots.iter().zip(&powers).map(|(&slot, power)| power * value(slot)).sum();
+                    views.out.row(t)[head * value_width + column] = T::from_f32((mean / total) as f32);
+                }
+            }
+        }
+    }
+}
+
+impl PlainMatrix {
+    fn dot<T: Element>(&self, row: usize, x: &[T]) -> f64 {
+        dot(x, self.rows[row * self.k..][..self.k].iter().copied())
+    }
+}
+
+fn dot<T: Element>(x: &[T], y: impl Iterator<Item = f32>) -> f64 {
+    x.iter().zip(y).map(|(x, y)| f64::from(x.to_f32()) * f64::from(y)).sum()
+}
+
+fn silu(x: f64) -> f64 {
+    x / (1.0 + (-x).exp())
+}

@@ -1,0 +1,223 @@
+//! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) in its absorbed form, for prefill and
+//! decode alike, so that cached decoding has the bits of recomputation.
+//!
+//! A token leaves one row in the cache: a normed latent `c` and a rotated key that all heads share. Per head,
+//! keys and values are `KvUpK·c` and `KvUpV·c`, which need not be formed:
+//!
+//! `q·(KvUpK·c) = (KvUpKᵀ·q)·c`   and   `Σ p·(KvUpV·c) = KvUpV·(Σ p·c)`,
+//!
+//! so every head attends to the cached rows themselves, with the latent part as the value.
+
+use super::{Context, Heads, Linear};
+use crate::load::Loader;
+use crate::{LatentSpec, LayerPart, ModelError, Window};
+use epsmoe_base::Layer;
+use epsmoe_device::op::{Copy, Epilogue, Gemm, GemmPart};
+use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use std::ops::Range;
+
+pub(crate) struct Latent {
+    spec: LatentSpec,
+    /// Into the query latent, and its norm, if queries have one.
+    query_down: Option<(Linear, Weight)>,
+    /// `[heads · (nope + rope), …]`.
+    query: Weight,
+    kv_down: Linear,
+    kv_norm: Weight,
+    heads: Vec<Head>,
+    output: Linear,
+    /// `[slots, kv_lora + rope]`.
+    cache: Buffer,
+    room: Room,
+}
+
+struct Head {
+    /// `KvUpKᵀ` `[kv_lora, nope]`.
+    keys: Weight,
+    /// `KvUpV` `[value, kv_lora]`.
+    values: Weight,
+}
+
+/// What is computed in between, for all tokens of a step.
+#[derive(Clone)]
+pub(super) struct Room {
+    query_latent: Buffer,
+    query_normed: Buffer,
+    query: Buffer,
+    kv: Buffer,
+    row: Buffer,
+    /// Queries in terms of the cached row `[T, heads · (kv_lora + rope)]`.
+    absorbed: Buffer,
+    /// Weighted latents `[T, heads · kv_lora]`.
+    attended: Buffer,
+    context: Buffer,
+}
+
+impl Room {
+    pub(super) fn allocate<B: Backend>(
+        device: &B,
+        spec: &LatentSpec,
+        tokens: usize,
+    ) -> Result<Self, DeviceError> {
+        let reserve = |name, width| device.allocate(name, device.dtype(), tokens, width);
+        let (query_latent, row) = (spec.q_lora.unwrap_or(0), spec.kv_lora + spec.rope);
+        Ok(Room {
+            query_latent: reserve("query_latent", query_latent)?,
+            query_normed: reserve("query_normed", query_latent)?,
+            query: reserve("query", spec.heads * (spec.nope + spec.rope))?,
+            kv: reserve("kv", row)?,
+            row: reserve("cache_row", row)?,
+            absorbed: reserve("absorbed", spec.heads * row)?,
+            attended: reserve("attended", spec.heads * spec.kv_lora)?,
+            context: reserve("context", spec.heads * spec.value)?,
+        })
+    }
+
+    fn first(&self, tokens: usize) -> Result<Room, DeviceError> {
+        Ok(Room {
+            query_latent: self.query_latent.rows(0..tokens)?,
+            query_normed: self.query_normed.rows(0..tokens)?,
+            query: self.query.rows(0..tokens)?,
+            kv: self.kv.rows(0..tokens)?,
+            row: self.row.rows(0..tokens)?,
+            absorbed: self.absorbed.rows(0..tokens)?,
+            attended: self.attended.rows(0..tokens)?,
+            context: self.context.rows(0..tokens)?,
+        })
+    }
+}
+
+impl Latent {
+    pub(super) fn load<B: Backend>(
+        loader: &Loader<'_, B>,
+        layer: Layer,
+        spec: LatentSpec,
+        room: &Room,
+        slots: usize,
+    ) -> Result<Self, ModelError> {
+        let linear =
+            |weight, bias: LayerPart| Linear::load(loader, layer, weight, spec.bias.then_some(bias));
+        let down = |_| -> Result<_, ModelError> {
+            let norm = loader.layer(layer, LayerPart::QueryDownNorm)?;
+            Ok((linear(LayerPart::QueryDown, LayerPart::QueryDownBias)?, norm))
+        };
+        let query = if spec.q_lora.is_some() { LayerPart::QueryUp } else { LayerPart::Query };
+        let width = spec.kv_lora + spec.rope;
+        Ok(Latent {
+            query_down: spec.q_lora.map(down).transpose()?,
+            query: loader.layer(layer, query)?,
+            kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
+            kv_norm: loader.layer(layer, LayerPart::KvDownNorm)?,
+            heads: (0..spec.heads)
+                .map(|head| Head::load(loader, layer, &spec, head))
+                .collect::<Result<_, _>>()?,
+            output: linear(LayerPart::Output, LayerPart::OutputBias)?,
+            cache: loader.device.allocate("cached_latents", loader.device.dtype(), slots, width)?,
+            room: room.clone(),
+            spec,
+        })
+    }
+
+    pub(super) fn run<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        x: &Buffer,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let room = self.room.first(x.rows)?;
+        self.project_queries(cx, x, &room)?;
+        self.cache_rows(cx, x, &room)?;
+        self.absorb_queries(cx, &room)?;
+        let LatentSpec { heads, kv_lora, scale, value, .. } = self.spec;
+        let latents = self.cache.columns(0..kv_lora)?;
+        let attention = Heads { heads, kv_heads: 1, scale, window: None };
+        cx.attend(attention, &room.absorbed, &self.cache, &latents, &room.attended)?;
+        self.per_head(cx, |head, weights| {
+            let (latent, value) = (block(head, kv_lora), block(head, value));
+            Ok((room.attended.columns(latent)?, weights.values.clone(), room.context.columns(value)?))
+        })?;
+        cx.linear(&room.context, &self.output, out)
+    }
+
+    fn project_queries<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        x: &Buffer,
+        room: &Room,
+    ) -> Result<(), DeviceError> {
+        let Some((down, norm)) = &self.query_down else {
+            return cx.compute(Gemm::linear(x.clone(), &self.query, room.query.clone()));
+        };
+        cx.linear(x, down, &room.query_latent)?;
+        cx.norm(&room.query_latent, norm, self.spec.inner_eps, &room.query_normed)?;
+        cx.compute(Gemm::linear(room.query_normed.clone(), &self.query, room.query.clone()))
+    }
+
+    /// The normed latent, then the rotated key.
+    fn cache_rows<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        x: &Buffer,
+        room: &Room,
+    ) -> Result<(), DeviceError> {
+        let (latent, width) = (self.spec.kv_lora, self.spec.kv_lora + self.spec.rope);
+        cx.linear(x, &self.kv_down, &room.kv)?;
+        let (normed, key) = (room.row.columns(0..latent)?, room.row.columns(latent..width)?);
+        cx.norm(&room.kv.columns(0..latent)?, &self.kv_norm, self.spec.inner_eps, &normed)?;
+        cx.compute(Copy { x: room.kv.columns(latent..width)?, out: key })?;
+        cx.rotate(&room.row, width, latent)?;
+        cx.store(&room.row, &self.cache)
+    }
+
+    /// Per head, `KvUpKᵀ` times the unrotated part of the query, then the rotated part.
+    fn absorb_queries<B: Backend>(&self, cx: &Context<'_, B>, room: &Room) -> Result<(), DeviceError> {
+        let LatentSpec { kv_lora, nope, rope, .. } = self.spec;
+        let width = kv_lora + rope;
+        self.per_head(cx, |head, weights| {
+            let unrotated = room.query.columns(block(head, nope + rope))?.columns(0..nope)?;
+            let absorbed = room.absorbed.columns(block(head, width))?.columns(0..kv_lora)?;
+            Ok((unrotated, weights.keys.clone(), absorbed))
+        })?;
+        let rotated = room.query.reshape(nope + rope)?.columns(nope..nope + rope)?;
+        let behind = room.absorbed.reshape(width)?.columns(kv_lora..width)?;
+        cx.compute(Copy { x: rotated, out: behind })?;
+        cx.rotate(&room.absorbed, width, kv_lora)
+    }
+
+    /// One product per head, all in one operation.
+    fn per_head<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        part: impl Fn(usize, &Head) -> Result<(Buffer, Weight, Buffer), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let parts = self.heads.iter().enumerate().map(|(head, weights)| {
+            let (x, weight, out) = part(head, weights)?;
+            Ok(GemmPart { x, weight, out })
+        });
+        let parts = parts.collect::<Result<_, DeviceError>>()?;
+        cx.compute(Gemm { parts, bias: None, epilogue: Epilogue::Store })
+    }
+}
+
+impl Head {
+    /// Out of `KvUp` `[heads · (nope + value), kv_lora]`.
+    fn load<B: Backend>(
+        loader: &Loader<'_, B>,
+        layer: Layer,
+        spec: &LatentSpec,
+        head: usize,
+    ) -> Result<Self, ModelError> {
+        let part = LayerPart::KvUp.of(layer);
+        let rows = block(head, spec.nope + spec.value);
+        let (keys, values) = (rows.start..rows.start + spec.nope, rows.start + spec.nope..rows.end);
+        Ok(Head {
+            keys: loader.piece(part, &format!("keys of head {head}"), Window::rows(keys), true)?,
+            values: loader.piece(part, &format!("values of head {head}"), Window::rows(values), false)?,
+        })
+    }
+}
+
+/// The `index`-th run of `width` elements.
+fn block(index: usize, width: usize) -> Range<usize> {
+    index * width..(index + 1) * width
+}

@@ -1,0 +1,146 @@
+//! Attention: normed rows in, what is added to the residual out. Both kinds end in one operation over a paged
+//! cache, whose blocks the engine hands out; the bytes are here.
+
+mod grouped;
+mod latent;
+
+use crate::forward::{ModelOptions, Step, compute};
+use crate::load::Loader;
+use crate::{AttentionSpec, LayerPart, ModelError};
+use epsmoe_base::{Layer, Place};
+use epsmoe_device::op::{self, Gemm, NormKind, Op, RopeStyle, Rotate, StoreRows};
+use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use grouped::Grouped;
+use latent::Latent;
+
+/// Tokens in a block of the cache.
+pub const BLOCK_SIZE: usize = 64;
+
+/// The attention of one layer: its weights and its cache.
+pub(crate) enum Attention {
+    Grouped(Grouped),
+    Latent(Latent),
+}
+
+impl Attention {
+    /// The attention of every layer. The room for what is computed in between is shared by all of them.
+    pub(crate) fn load<B: Backend>(
+        loader: &Loader<'_, B>,
+        options: &ModelOptions,
+    ) -> Result<Vec<Self>, ModelError> {
+        let layers = (0..loader.spec.layers.len()).map(Layer);
+        let slots = options.cache_blocks * BLOCK_SIZE;
+        match &loader.spec.attention {
+            AttentionSpec::Grouped(spec) => {
+                let room = grouped::Room::allocate(loader.device, spec, options.max_tokens)?;
+                let load = |layer| Grouped::load(loader, layer, *spec, &room, slots).map(Attention::Grouped);
+                layers.map(load).collect()
+            }
+            AttentionSpec::Latent(spec) => {
+                let room = latent::Room::allocate(loader.device, spec, options.max_tokens)?;
+                let load = |layer| Latent::load(loader, layer, *spec, &room, slots).map(Attention::Latent);
+                layers.map(load).collect()
+            }
+        }
+    }
+
+    /// `out = attention(x)` for `x` and `out` `[T, H]`.
+    pub(crate) fn run<B: Backend>(
+        &self,
+        context: &Context<'_, B>,
+        x: &Buffer,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        match self {
+            Attention::Grouped(attention) => attention.run(context, x, out),
+            Attention::Latent(attention) => attention.run(context, x, out),
+        }
+    }
+}
+
+/// A linear map with its bias, if it has one.
+struct Linear {
+    weight: Weight,
+    bias: Option<Weight>,
+}
+
+impl Linear {
+    fn load<B: Backend>(
+        loader: &Loader<'_, B>,
+        layer: Layer,
+        weight: LayerPart,
+        bias: Option<LayerPart>,
+    ) -> Result<Self, ModelError> {
+        let bias = bias.map(|bias| loader.layer(layer, bias)).transpose()?;
+        Ok(Linear { weight: loader.layer(layer, weight)?, bias })
+    }
+}
+
+/// What attention shares with the rest of its layer.
+pub(crate) struct Context<'a, B> {
+    pub(crate) device: &'a B,
+    pub(crate) place: Place,
+    pub(crate) step: &'a Step,
+    pub(crate) rope: RopeStyle,
+    /// Epsilon of the model's norms.
+    pub(crate) eps: f32,
+}
+
+/// What the attention operation varies in.
+struct Heads {
+    heads: usize,
+    kv_heads: usize,
+    scale: f32,
+    window: Option<usize>,
+}
+
+impl<B: Backend> Context<'_, B> {
+    fn linear(&self, x: &Buffer, linear: &Linear, out: &Buffer) -> Result<(), DeviceError> {
+        let product = Gemm::linear(x.clone(), &linear.weight, out.clone());
+        self.compute(Gemm { bias: linear.bias.clone(), ..product })
+    }
+
+    fn norm(&self, x: &Buffer, weight: &Weight, eps: f32, out: &Buffer) -> Result<(), DeviceError> {
+        let (x, weight, out) = (x.clone(), weight.clone(), out.clone());
+        self.compute(op::Norm { kind: NormKind::Rms, x, weight, eps, out })
+    }
+
+    /// Turns the elements from `start` on of every head.
+    fn rotate(&self, x: &Buffer, head_width: usize, start: usize) -> Result<(), DeviceError> {
+        let angles = self.step.angles.clone();
+        self.compute(Rotate { x: x.clone(), head_width, start, style: self.rope, angles })
+    }
+
+    fn store(&self, x: &Buffer, cache: &Buffer) -> Result<(), DeviceError> {
+        self.compute(StoreRows { x: x.clone(), slots: self.step.slots.clone(), cache: cache.clone() })
+    }
+
+    fn attend(
+        &self,
+        heads: Heads,
+        q: &Buffer,
+        keys: &Buffer,
+        values: &Buffer,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let Heads { heads, kv_heads, scale, window } = heads;
+        self.compute(op::Attention {
+            q: q.clone(),
+            keys: keys.clone(),
+            values: values.clone(),
+            sequence_starts: self.step.sequence_starts.clone(),
+            positions: self.step.positions.clone(),
+            blocks: self.step.blocks.clone(),
+            block_size: BLOCK_SIZE,
+            heads,
+            kv_heads,
+            scale,
+            window,
+            out: out.clone(),
+        })
+    }
+
+    fn compute(&self, op: impl Into<Op>) -> Result<(), DeviceError> {
+        compute(self.device, self.place, op)
+    }
+}

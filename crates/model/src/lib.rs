@@ -1,0 +1,27 @@
+//! A checkpoint becomes a forward pass.
+
+pub mod checkpoint;
+pub mod config;
+mod error;
+pub mod names;
+pub mod presets;
+mod spec;
+pub mod synthetic;
+
+pub use checkpoint::{Checkpoint, Stored, Tensor, WeightSource, Window};
+pub use error::ModelError;
+pub use presets::{PRESETS, preset, preset_text};
+pub use names::{LayerPart, Located, Map, Part, Source};
+pub use spec::{
+    Architecture, AttentionSpec, GroupedSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Naming,
+    NormSpec, Parameters, QkNorm, RopeSpec, SharedSpec,
+};
+pub use synthetic::Synthetic;
+
+mod attention;
+mod forward;
+mod load;
+mod mlp;
+
+pub use attention::BLOCK_SIZE;
+pub use forward::{Batch, Model, ModelOptions, StepOutput};

@@ -1,0 +1,319 @@
+//! The parts of a model and where checkpoints keep them: one table for every architecture.
+
+use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, Naming, matrix};
+use epsmoe_base::{Expert, Layer};
+use epsmoe_device::WeightShape;
+
+/// A tensor of a model, whatever a checkpoint calls it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Part {
+    /// Rows looked up by token, `[V, H]`.
+    Embedding,
+    /// The norm after the last layer.
+    FinalNorm,
+    /// Hidden vectors to logits, `[V, H]`.
+    LmHead,
+    /// A part of one layer.
+    Layer(Layer, LayerPart),
+}
+
+/// A tensor of a layer. Matrices are `[out, in]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the names say it; spec.rs says what they do")]
+pub enum LayerPart {
+    InputNorm,
+    PostAttentionNorm,
+    ResidualNorm,
+    Query,
+    Key,
+    Value,
+    Output,
+    QueryBias,
+    KeyBias,
+    ValueBias,
+    OutputBias,
+    QueryNorm,
+    KeyNorm,
+    QueryDown,
+    QueryDownBias,
+    QueryDownNorm,
+    QueryUp,
+    KvDown,
+    KvDownBias,
+    KvDownNorm,
+    KvUp,
+    Router,
+    RouterBias,
+    Expert(Expert, Map),
+    Shared(Map),
+    SharedExpertGate,
+    Dense(Map),
+    Residual(Map),
+}
+
+impl LayerPart {
+    /// This part of one layer.
+    pub fn of(self, layer: Layer) -> Part {
+        Part::Layer(layer, self)
+    }
+}
+
+/// One of the three linear maps of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Map {
+    /// `[I, H]`, through the activation.
+    Gate,
+    /// `[I, H]`, multiplied with it.
+    Up,
+    /// `[H, I]`, back.
+    Down,
+}
+
+impl Map {
+    /// All three.
+    pub const ALL: [Map; 3] = [Map::Gate, Map::Up, Map::Down];
+
+    /// Its shape in an MLP.
+    pub fn shape(self, hidden: usize, inner: usize) -> WeightShape {
+        match self {
+            Map::Gate | Map::Up => matrix(inner, hidden),
+            Map::Down => matrix(hidden, inner),
+        }
+    }
+}
+
+/// A part, and every place where it may be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Located {
+    /// The part's own shape.
+    pub shape: WeightShape,
+    /// In the order they are tried; the first is the published one.
+    pub sources: Vec<Source>,
+}
+
+/// Where a part may be. A stored tensor is seen as rows of its last dimension; the part is some consecutive
+/// ones of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Name of the stored tensor.
+    pub name: String,
+    /// Its whole shape.
+    pub shape: Vec<usize>,
+    /// The part's first row.
+    pub first_row: usize,
+    /// Whether the rows are the columns of the part.
+    pub transposed: bool,
+}
+
+impl ModelSpec {
+    /// Every part of the model, in the order of the forward pass.
+    pub fn parts(&self) -> impl Iterator<Item = Part> {
+        let layers = self
+            .layers
+            .iter()
+            .enumerate()
+            .flat_map(|(index, layer)| self.layer_parts(layer).map(move |part| part.of(Layer(index))));
+        let head = (!self.tie_embeddings).then_some(Part::LmHead);
+        [Part::Embedding].into_iter().chain(layers).chain([Part::FinalNorm]).chain(head)
+    }
+
+    /// Where checkpoints keep a part.
+    pub fn locate(&self, part: Part) -> Located {
+        let kept_as = if part == Part::LmHead && self.tie_embeddings { Part::Embedding } else { part };
+        let mut names = names(kept_as).to_vec();
+        names.sort_by_key(|(naming, _)| *naming != self.naming);
+        let sources = names.into_iter().map(|(naming, name)| self.source(kept_as, naming, name)).collect();
+        Located { shape: self.shape(part), sources }
+    }
+
+    fn layer_parts(&self, layer: &LayerSpec) -> impl Iterator<Item = LayerPart> {
+        use LayerPart::*;
+        let mut parts = vec![InputNorm];
+        parts.extend(self.attention_parts());
+        if layer.residual_mlp.is_some() {
+            parts.push(ResidualNorm);
+            parts.extend(Map::ALL.map(Residual));
+        }
+        parts.push(PostAttentionNorm);
+        let mut experts = 0;
+        match &layer.mlp {
+            MlpSpec::Dense { .. } => parts.extend(Map::ALL.map(Dense)),
+            MlpSpec::Moe(moe) => {
+                experts = moe.experts;
+                parts.push(Router);
+                parts.extend(moe.correction_bias.then_some(RouterBias));
+                if let Some(shared) = moe.shared {
+                    parts.extend(Map::ALL.map(Shared));
+                    parts.extend(shared.gated.then_some(SharedExpertGate));
+                }
+            }
+        }
+        let experts = (0..experts)
+            .flat_map(|expert| Map::ALL.map(|map| LayerPart::Expert(epsmoe_base::Expert(expert), map)));
+        parts.into_iter().chain(experts)
+    }
+
+    fn attention_parts(&self) -> Vec<LayerPart> {
+        use LayerPart::*;
+        let optional: Vec<(LayerPart, bool)> = match &self.attention {
+            AttentionSpec::Grouped(spec) => vec![
+                (Query, true),
+                (QueryBias, spec.qkv_bias),
+                (QueryNorm, spec.qk_norm.is_some()),
+                (Key, true),
+                (KeyBias, spec.qkv_bias),
+                (KeyNorm, spec.qk_norm.is_some()),
+                (Value, true),
+                (ValueBias, spec.qkv_bias),
+                (Output, true),
+                (OutputBias, spec.output_bias),
+            ],
+            AttentionSpec::Latent(spec) => vec![
+                (Query, spec.q_lora.is_none()),
+                (QueryDown, spec.q_lora.is_some()),
+                (QueryDownBias, spec.q_lora.is_some() && spec.bias),
+                (QueryDownNorm, spec.q_lora.is_some()),
+                (QueryUp, spec.q_lora.is_some()),
+                (KvDown, true),
+                (KvDownBias, spec.bias),
+                (KvDownNorm, true),
+                (KvUp, true),
+                (Output, true),
+                (OutputBias, spec.bias),
+            ],
+        };
+        optional.into_iter().filter_map(|(part, present)| present.then_some(part)).collect()
+    }
+
+    fn source(&self, part: Part, naming: Naming, name: &str) -> Source {
+        let whole = || (self.shape(part).sources().1, 0, false);
+        let Part::Layer(layer, inside) = part else {
+            let (shape, first_row, transposed) = whole();
+            return Source { name: name.to_owned(), shape, first_row, transposed };
+        };
+        let blocks = if naming == Naming::Dbrx { "transformer.blocks" } else { "model.layers" };
+        let name = match inside {
+            LayerPart::Expert(expert, _) => name.replace("{e}", &expert.0.to_string()),
+            _ => name.to_owned(),
+        };
+        let (shape, first_row, transposed) = match (naming, inside) {
+            (Naming::Dbrx, LayerPart::Query | LayerPart::Key | LayerPart::Value) => self.fused_heads(inside),
+            (Naming::Dbrx | Naming::Merged, LayerPart::Expert(expert, map)) => {
+                self.stacked_expert(layer, expert, map, naming)
+            }
+            _ => whole(),
+        };
+        Source { name: format!("{blocks}.{}.{name}", layer.0), shape, first_row, transposed }
+    }
+
+    /// DBRX's `Wqkv`: all query rows, all key rows, all value rows.
+    fn fused_heads(&self, part: LayerPart) -> (Vec<usize>, usize, bool) {
+        let query = self.attention.query_width();
+        let key = self.attention.cache_width() / 2;
+        let first_row = match part {
+            LayerPart::Key => query,
+            LayerPart::Value => query + key,
+            _ => 0,
+        };
+        (vec![query + 2 * key, self.hidden], first_row, false)
+    }
+
+    /// One tensor for all experts. DBRX: three of `[E·I, H]`, where down is stored transposed. Merged:
+    /// gate over up `[E, 2I, H]`, and down `[E, H, I]`.
+    fn stacked_expert(
+        &self,
+        layer: Layer,
+        expert: Expert,
+        map: Map,
+        naming: Naming,
+    ) -> (Vec<usize>, usize, bool) {
+        let (experts, inner) = self.layers[layer.0].mlp.moe().map_or((0, 0), |moe| (moe.experts, moe.inner));
+        let (e, hidden) = (expert.0, self.hidden);
+        match (naming, map) {
+            (Naming::Dbrx, _) => (vec![experts * inner, hidden], e * inner, map == Map::Down),
+            (_, Map::Gate) => (vec![experts, 2 * inner, hidden], e * 2 * inner, false),
+            (_, Map::Up) => (vec![experts, 2 * inner, hidden], e * 2 * inner + inner, false),
+            (_, Map::Down) => (vec![experts, hidden, inner], e * hidden, false),
+        }
+    }
+}
+
+/// What checkpoints call a part; inside a layer without the layer's prefix, `{e}` for the expert.
+fn names(part: Part) -> &'static [(Naming, &'static str)] {
+    use LayerPart::*;
+    use Map::*;
+    use Naming::{Common, Dbrx, Merged, Mixtral, Qwen};
+    let part = match part {
+        Part::Embedding => return &[(Common, "model.embed_tokens.weight"), (Dbrx, "transformer.wte.weight")],
+        Part::FinalNorm => return &[(Common, "model.norm.weight"), (Dbrx, "transformer.norm_f.weight")],
+        Part::LmHead => return &[(Common, "lm_head.weight")],
+        Part::Layer(_, part) => part,
+    };
+    match part {
+        InputNorm => &[(Common, "input_layernorm.weight"), (Dbrx, "norm_attn_norm.norm_1.weight")],
+        PostAttentionNorm => {
+            &[(Common, "post_attention_layernorm.weight"), (Dbrx, "norm_attn_norm.norm_2.weight")]
+        }
+        ResidualNorm => &[(Common, "residual_layernorm.weight")],
+
+        Query => &[(Common, "self_attn.q_proj.weight"), (Dbrx, "norm_attn_norm.attn.Wqkv.weight")],
+        Key => &[(Common, "self_attn.k_proj.weight"), (Dbrx, "norm_attn_norm.attn.Wqkv.weight")],
+        Value => &[(Common, "self_attn.v_proj.weight"), (Dbrx, "norm_attn_norm.attn.Wqkv.weight")],
+        Output => &[(Common, "self_attn.o_proj.weight"), (Dbrx, "norm_attn_norm.attn.out_proj.weight")],
+        QueryBias => &[(Common, "self_attn.q_proj.bias")],
+        KeyBias => &[(Common, "self_attn.k_proj.bias")],
+        ValueBias => &[(Common, "self_attn.v_proj.bias")],
+        OutputBias => &[(Common, "self_attn.o_proj.bias")],
+        QueryNorm => &[(Common, "self_attn.q_norm.weight")],
+        KeyNorm => &[(Common, "self_attn.k_norm.weight")],
+        QueryDown => &[(Common, "self_attn.q_a_proj.weight")],
+        QueryDownBias => &[(Common, "self_attn.q_a_proj.bias")],
+        QueryDownNorm => &[(Common, "self_attn.q_a_layernorm.weight")],
+        QueryUp => &[(Common, "self_attn.q_b_proj.weight")],
+        KvDown => &[(Common, "self_attn.kv_a_proj_with_mqa.weight")],
+        KvDownBias => &[(Common, "self_attn.kv_a_proj_with_mqa.bias")],
+        KvDownNorm => &[(Common, "self_attn.kv_a_layernorm.weight")],
+        KvUp => &[(Common, "self_attn.kv_b_proj.weight")],
+
+        Router => &[
+            (Common, "mlp.gate.weight"),
+            (Mixtral, "block_sparse_moe.gate.weight"),
+            (Dbrx, "ffn.router.layer.weight"),
+        ],
+        RouterBias => &[(Common, "mlp.gate.e_score_correction_bias")],
+        Expert(_, Gate) => &[
+            (Common, "mlp.experts.{e}.gate_proj.weight"),
+            (Mixtral, "block_sparse_moe.experts.{e}.w1.weight"),
+            (Dbrx, "ffn.experts.mlp.w1"),
+            (Merged, "mlp.experts.gate_up_proj"),
+        ],
+        Expert(_, Up) => &[
+            (Common, "mlp.experts.{e}.up_proj.weight"),
+            (Mixtral, "block_sparse_moe.experts.{e}.w3.weight"),
+            (Dbrx, "ffn.experts.mlp.v1"),
+            (Merged, "mlp.experts.gate_up_proj"),
+        ],
+        Expert(_, Down) => &[
+            (Common, "mlp.experts.{e}.down_proj.weight"),
+            (Mixtral, "block_sparse_moe.experts.{e}.w2.weight"),
+            (Dbrx, "ffn.experts.mlp.w2"),
+            (Merged, "mlp.experts.down_proj"),
+        ],
+        Shared(Gate) => {
+            &[(Common, "mlp.shared_experts.gate_proj.weight"), (Qwen, "mlp.shared_expert.gate_proj.weight")]
+        }
+        Shared(Up) => {
+            &[(Common, "mlp.shared_experts.up_proj.weight"), (Qwen, "mlp.shared_expert.up_proj.weight")]
+        }
+        Shared(Down) => {
+            &[(Common, "mlp.shared_experts.down_proj.weight"), (Qwen, "mlp.shared_expert.down_proj.weight")]
+        }
+        SharedExpertGate => &[(Common, "mlp.shared_expert_gate.weight")],
+        Dense(Gate) => &[(Common, "mlp.gate_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w1.weight")],
+        Dense(Up) => &[(Common, "mlp.up_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w3.weight")],
+        Dense(Down) => &[(Common, "mlp.down_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w2.weight")],
+        Residual(Gate) => &[(Common, "residual_mlp.w1.weight")],
+        Residual(Up) => &[(Common, "residual_mlp.w3.weight")],
+        Residual(Down) => &[(Common, "residual_mlp.w2.weight")],
+    }
+}

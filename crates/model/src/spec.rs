@@ -1,0 +1,389 @@
+//! What a model is: sizes and choices that the forward pass interprets. Nothing after this room's door asks
+//! for an architecture's name.
+
+use crate::names::{LayerPart, Part};
+use epsmoe_base::DType;
+use epsmoe_device::WeightShape;
+use epsmoe_device::op::{Gate, NormKind, RopeStyle};
+use std::fmt;
+
+/// A whole model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// The published architecture it came from, for messages.
+    pub architecture: Architecture,
+    /// How its checkpoints call their tensors.
+    pub naming: Naming,
+    /// Vocabulary V.
+    pub vocab: usize,
+    /// Hidden width H.
+    pub hidden: usize,
+    /// Longest context it was made for, in tokens.
+    pub max_positions: usize,
+    /// The norm before attention, before the MLP and at the end.
+    pub norm: NormSpec,
+    /// Attention, the same in every layer.
+    pub attention: AttentionSpec,
+    /// Rotary position embedding.
+    pub rope: RopeSpec,
+    /// The layers, from the embedding on.
+    pub layers: Vec<LayerSpec>,
+    /// Whether the output projection is the embedding table.
+    pub tie_embeddings: bool,
+    /// The format its weights are published in.
+    pub dtype: DType,
+    /// The token a text begins with, if the model wants one.
+    pub bos: Option<u32>,
+    /// The tokens that end a text.
+    pub eos: Vec<u32>,
+}
+
+/// Published architectures, named in messages only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Architecture {
+    /// Mixtral 8x7B, 8x22B.
+    Mixtral,
+    /// DeepSeek-V2, V2-Lite.
+    DeepseekV2,
+    /// DeepSeek-V3, R1.
+    DeepseekV3,
+    /// DBRX.
+    Dbrx,
+    /// Qwen1.5-MoE, Qwen2-57B-A14B.
+    Qwen2Moe,
+    /// Qwen3-30B-A3B, Qwen3-235B-A22B.
+    Qwen3Moe,
+    /// OLMoE-1B-7B.
+    Olmoe,
+    /// Snowflake Arctic.
+    Arctic,
+}
+
+impl Architecture {
+    /// All of them.
+    pub const ALL: [Architecture; 8] = [
+        Architecture::Mixtral,
+        Architecture::DeepseekV2,
+        Architecture::DeepseekV3,
+        Architecture::Dbrx,
+        Architecture::Qwen2Moe,
+        Architecture::Qwen3Moe,
+        Architecture::Olmoe,
+        Architecture::Arctic,
+    ];
+
+    /// What `architectures` and `model_type` of a config.json call it.
+    pub fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Architecture::Mixtral => ("MixtralForCausalLM", "mixtral"),
+            Architecture::DeepseekV2 => ("DeepseekV2ForCausalLM", "deepseek_v2"),
+            Architecture::DeepseekV3 => ("DeepseekV3ForCausalLM", "deepseek_v3"),
+            Architecture::Dbrx => ("DbrxForCausalLM", "dbrx"),
+            Architecture::Qwen2Moe => ("Qwen2MoeForCausalLM", "qwen2_moe"),
+            Architecture::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe"),
+            Architecture::Olmoe => ("OlmoeForCausalLM", "olmoe"),
+            Architecture::Arctic => ("ArcticForCausalLM", "arctic"),
+        }
+    }
+}
+
+impl fmt::Display for Architecture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.names().0)
+    }
+}
+
+/// Families of tensor names; [`crate::names`] has the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Naming {
+    /// `mlp.experts.3.gate_proj.weight`, `mlp.shared_experts.…`; whatever a family below does not rename.
+    Common,
+    /// As common, but one `mlp.shared_expert`.
+    Qwen,
+    /// `block_sparse_moe.experts.3.w1.weight`.
+    Mixtral,
+    /// `transformer.blocks.…`, query, key and value in one tensor, all experts in one tensor.
+    Dbrx,
+    /// All experts in one tensor of three dimensions, as newer libraries keep them in memory.
+    Merged,
+}
+
+/// A norm over the hidden width.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormSpec {
+    /// Which norm; neither kind has a bias.
+    pub kind: NormKind,
+    /// Added under the root.
+    pub eps: f32,
+}
+
+/// How tokens look at each other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum AttentionSpec {
+    /// Query heads that share key and value heads in groups.
+    Grouped(GroupedSpec),
+    /// Keys and values decompressed from one latent vector a token (DeepSeek-V2, arXiv 2405.04434).
+    Latent(LatentSpec),
+}
+
+/// Grouped-query attention. After the projections: norm of queries and keys, clip, rotary embedding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupedSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; query head `j` uses head `j / (heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Whether the query, key and value projections have a bias.
+    pub qkv_bias: bool,
+    /// Whether the output projection has one.
+    pub output_bias: bool,
+    /// Norm of queries and keys, with the model's epsilon.
+    pub qk_norm: Option<QkNorm>,
+    /// Queries, keys and values are clamped to ± this.
+    pub clip_qkv: Option<f32>,
+    /// How many positions back a token sees, itself included; everything when absent.
+    pub sliding_window: Option<usize>,
+    /// Factor on the scores.
+    pub scale: f32,
+}
+
+/// What a norm of queries and keys spans.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Each head by itself, all with the same weights.
+    PerHead,
+    /// All heads of a token together.
+    FullWidth,
+}
+
+/// Latent attention: `c = norm(KvDown·x)` is cached with one rotated key `k_r` of width `rope`; per head,
+/// `KvUp·c` gives a key part of width `nope` and a value of width `value`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LatentSpec {
+    /// Query heads.
+    pub heads: usize,
+    /// Width of the query latent; absent when queries are projected directly.
+    pub q_lora: Option<usize>,
+    /// Width of the key and value latent.
+    pub kv_lora: usize,
+    /// Unrotated elements of a query or key head, which come first.
+    pub nope: usize,
+    /// Rotated elements, which come last.
+    pub rope: usize,
+    /// Elements of a value head.
+    pub value: usize,
+    /// Epsilon of the norms of the two latents.
+    pub inner_eps: f32,
+    /// Whether `QueryDown`, `KvDown` and the output projection have a bias.
+    pub bias: bool,
+    /// Factor on the scores, with the square of yarn's magnitude scale.
+    pub scale: f32,
+}
+
+impl AttentionSpec {
+    /// Query heads.
+    pub fn heads(&self) -> usize {
+        match self {
+            AttentionSpec::Grouped(spec) => spec.heads,
+            AttentionSpec::Latent(spec) => spec.heads,
+        }
+    }
+
+    /// Width of all query heads of a token.
+    pub fn query_width(&self) -> usize {
+        match self {
+            AttentionSpec::Grouped(spec) => spec.heads * spec.head_dim,
+            AttentionSpec::Latent(spec) => spec.heads * (spec.nope + spec.rope),
+        }
+    }
+
+    /// Width of what the output projection reads.
+    pub fn context_width(&self) -> usize {
+        match self {
+            AttentionSpec::Grouped(spec) => spec.heads * spec.head_dim,
+            AttentionSpec::Latent(spec) => spec.heads * spec.value,
+        }
+    }
+
+    /// Numbers a token leaves in the cache of one layer.
+    pub fn cache_width(&self) -> usize {
+        match self {
+            AttentionSpec::Grouped(spec) => 2 * spec.kv_heads * spec.head_dim,
+            AttentionSpec::Latent(spec) => spec.kv_lora + spec.rope,
+        }
+    }
+}
+
+/// Rotary position embedding: element pair `i` of a head turns by `position · inverse_frequencies[i]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeSpec {
+    /// How pairs are formed.
+    pub style: RopeStyle,
+    /// Rotated elements of a head.
+    pub dim: usize,
+    /// `dim / 2` of them, with any scaling applied.
+    pub inverse_frequencies: Vec<f32>,
+    /// Factor on cosines and sines.
+    pub attention_factor: f32,
+}
+
+/// One layer, `x → y`. With `a = x + attention(norm(x))`:
+///
+/// - `y = a + mlp(norm(a))`;
+/// - with a residual MLP (Arctic), `y = a + residual(residual_norm(a)) + mlp(norm(x))`: the experts read the
+///   layer's input and do not wait for attention.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerSpec {
+    /// The MLP after attention.
+    pub mlp: MlpSpec,
+    /// Inner width of a dense MLP beside it.
+    pub residual_mlp: Option<usize>,
+}
+
+/// The MLP of a layer; every one is gated, `down(silu(gate·x) ⊙ (up·x))`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MlpSpec {
+    /// One MLP for every token.
+    Dense {
+        /// Inner width.
+        inner: usize,
+    },
+    /// A mixture of experts.
+    Moe(MoeSpec),
+}
+
+impl MlpSpec {
+    /// The mixture, if it is one.
+    pub fn moe(&self) -> Option<&MoeSpec> {
+        match self {
+            MlpSpec::Dense { .. } => None,
+            MlpSpec::Moe(spec) => Some(spec),
+        }
+    }
+}
+
+/// A mixture of experts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeSpec {
+    /// Routed experts E.
+    pub experts: usize,
+    /// Inner width I of an expert.
+    pub inner: usize,
+    /// How router logits choose experts.
+    pub gate: Gate,
+    /// Whether a bias is added to the scores for the choice.
+    pub correction_bias: bool,
+    /// The expert of every token, added to the routed sum.
+    pub shared: Option<SharedSpec>,
+}
+
+/// A shared expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SharedSpec {
+    /// Inner width; several shared experts are one wide one.
+    pub inner: usize,
+    /// Whether its output is scaled by `sigmoid(SharedExpertGate·x)`.
+    pub gated: bool,
+}
+
+/// Numbers in a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parameters {
+    /// All.
+    pub total: u64,
+    /// Those one token meets: of the routed experts, only the chosen.
+    pub active: u64,
+}
+
+impl ModelSpec {
+    /// How many parameters the model has.
+    pub fn parameters(&self) -> Parameters {
+        let mut count = Parameters { total: 0, active: 0 };
+        for part in self.parts() {
+            let numbers = self.shape(part).parameters() as u64;
+            count.total += numbers;
+            count.active += match part {
+                Part::Layer(layer, LayerPart::Expert(expert, _)) => {
+                    // Which experts a token meets varies, but they are equal: the first stand for the chosen.
+                    let chosen = self.layers[layer.0].mlp.moe().map_or(0, |moe| moe.gate.top_k);
+                    if expert.0 < chosen { numbers } else { 0 }
+                }
+                _ => numbers,
+            };
+        }
+        count
+    }
+
+    /// Bytes that one token leaves in the caches of all layers.
+    pub fn cache_bytes_per_token(&self, dtype: DType) -> usize {
+        self.layers.len() * self.attention.cache_width() * dtype.bytes()
+    }
+
+    /// The shape of a part the model has.
+    pub fn shape(&self, part: Part) -> WeightShape {
+        let (vocab, hidden) = (self.vocab, self.hidden);
+        match part {
+            Part::Embedding => WeightShape::Table { rows: vocab, width: hidden },
+            Part::FinalNorm => vector(hidden),
+            Part::LmHead => matrix(vocab, hidden),
+            Part::Layer(layer, part) => self.layer_shape(&self.layers[layer.0], part),
+        }
+    }
+
+    fn layer_shape(&self, layer: &LayerSpec, part: LayerPart) -> WeightShape {
+        use LayerPart::*;
+        let hidden = self.hidden;
+        let shape = match (part, &layer.mlp, layer.residual_mlp) {
+            (InputNorm | PostAttentionNorm | ResidualNorm, ..) => Some(vector(hidden)),
+            (Router, MlpSpec::Moe(moe), _) => Some(matrix(moe.experts, hidden)),
+            (RouterBias, MlpSpec::Moe(moe), _) => Some(vector(moe.experts)),
+            (Expert(_, map), MlpSpec::Moe(moe), _) => Some(map.shape(hidden, moe.inner)),
+            (Shared(map), MlpSpec::Moe(MoeSpec { shared: Some(shared), .. }), _) => {
+                Some(map.shape(hidden, shared.inner))
+            }
+            (SharedExpertGate, MlpSpec::Moe(_), _) => Some(matrix(1, hidden)),
+            (Dense(map), MlpSpec::Dense { inner }, _) => Some(map.shape(hidden, *inner)),
+            (Residual(map), _, Some(inner)) => Some(map.shape(hidden, inner)),
+            _ => self.attention_shape(part),
+        };
+        shape.unwrap_or_else(|| panic!("{} has no {part:?} in this layer: this is a bug", self.architecture))
+    }
+
+    fn attention_shape(&self, part: LayerPart) -> Option<WeightShape> {
+        use LayerPart::*;
+        let (hidden, attention) = (self.hidden, &self.attention);
+        Some(match (part, attention) {
+            (Output, _) => matrix(hidden, attention.context_width()),
+            (OutputBias, _) => vector(hidden),
+            (Query, _) => matrix(attention.query_width(), hidden),
+            (QueryBias, _) => vector(attention.query_width()),
+            (Key | Value, AttentionSpec::Grouped(spec)) => matrix(spec.kv_heads * spec.head_dim, hidden),
+            (KeyBias | ValueBias, AttentionSpec::Grouped(spec)) => vector(spec.kv_heads * spec.head_dim),
+            (QueryNorm | KeyNorm, AttentionSpec::Grouped(spec)) => vector(match (spec.qk_norm?, part) {
+                (QkNorm::PerHead, _) => spec.head_dim,
+                (QkNorm::FullWidth, QueryNorm) => spec.heads * spec.head_dim,
+                (QkNorm::FullWidth, _) => spec.kv_heads * spec.head_dim,
+            }),
+            (QueryDown, AttentionSpec::Latent(spec)) => matrix(spec.q_lora?, hidden),
+            (QueryDownBias | QueryDownNorm, AttentionSpec::Latent(spec)) => vector(spec.q_lora?),
+            (QueryUp, AttentionSpec::Latent(spec)) => matrix(attention.query_width(), spec.q_lora?),
+            (KvDown, AttentionSpec::Latent(spec)) => matrix(spec.kv_lora + spec.rope, hidden),
+            (KvDownBias, AttentionSpec::Latent(spec)) => vector(spec.kv_lora + spec.rope),
+            (KvDownNorm, AttentionSpec::Latent(spec)) => vector(spec.kv_lora),
+            (KvUp, AttentionSpec::Latent(spec)) => {
+                matrix(spec.heads * (spec.nope + spec.value), spec.kv_lora)
+            }
+            _ => return None,
+        })
+    }
+}
+
+pub(crate) fn matrix(n: usize, k: usize) -> WeightShape {
+    WeightShape::Matrix { n, k }
+}
+
+fn vector(n: usize) -> WeightShape {
+    WeightShape::Vector { n }
+}

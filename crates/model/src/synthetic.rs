@@ -1,0 +1,134 @@
+//! Weights out of nothing: every number is a hash of its tensor's name and its index, the same on every
+//! rank, device and run, and the same as in a checkpoint written from them.
+
+use crate::checkpoint::{Stored, WeightSource};
+use crate::names::{LayerPart, Part};
+use crate::{ModelError, ModelSpec};
+use epsmoe_base::{DType, Mix, hash_bytes};
+use epsmoe_device::WeightShape;
+use half::bf16;
+use std::collections::HashMap;
+
+/// A model's tensors as its checkpoint would have them, in bfloat16.
+#[derive(Debug)]
+pub struct Synthetic {
+    seed: u64,
+    tensors: Vec<Virtual>,
+    by_name: HashMap<String, usize>,
+}
+
+#[derive(Debug)]
+struct Virtual {
+    name: String,
+    shape: Vec<usize>,
+    values: Values,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Values {
+    /// Ones.
+    One,
+    /// Uniform around zero; the factor on a signed 16-bit number.
+    Uniform(f32),
+}
+
+impl Synthetic {
+    /// The weights of a model under a seed.
+    pub fn new(spec: &ModelSpec, seed: u64) -> Self {
+        let mut synthetic = Synthetic { seed, tensors: Vec::new(), by_name: HashMap::new() };
+        for part in spec.parts() {
+            let located = spec.locate(part);
+            let published = &located.sources[0];
+            if synthetic.by_name.contains_key(&published.name) {
+                continue; // One tensor holds several parts.
+            }
+            synthetic.by_name.insert(published.name.clone(), synthetic.tensors.len());
+            synthetic.tensors.push(Virtual {
+                name: published.name.clone(),
+                shape: published.shape.clone(),
+                values: values(spec, part),
+            });
+        }
+        synthetic
+    }
+
+    /// Names and shapes of all tensors, in the order of the forward pass.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice()))
+    }
+}
+
+impl WeightSource for Synthetic {
+    fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError> {
+        let tensor = self.by_name.get(name).map(|&index| &self.tensors[index]);
+        Ok(tensor.map(|tensor| Stored { dtype: DType::BF16, shape: &tensor.shape }))
+    }
+
+    fn fill(&self, name: &str, first: usize, into: &mut [u8]) -> Result<(), ModelError> {
+        match self.tensors[self.by_name[name]].values {
+            Values::One => {
+                into.chunks_exact_mut(2).for_each(|out| out.copy_from_slice(&bf16::ONE.to_le_bytes()))
+            }
+            Values::Uniform(step) => {
+                let numbers = Mix::keyed(self.seed, &[hash_bytes(name.as_bytes())]);
+                fill_uniform(&numbers, step, first, into);
+            }
+        }
+        Ok(())
+    }
+
+    fn place(&self, _name: &str) -> String {
+        "synthetic weights".to_owned()
+    }
+}
+
+/// Such that activations neither vanish nor grow over many layers: outputs of linear maps vary as much as
+/// their inputs.
+fn values(spec: &ModelSpec, part: Part) -> Values {
+    use LayerPart::{InputNorm, KeyNorm, PostAttentionNorm, QueryNorm, ResidualNorm};
+    use LayerPart::{KvDownNorm, QueryDownNorm};
+    let norms = [InputNorm, PostAttentionNorm, ResidualNorm, QueryNorm, KeyNorm, QueryDownNorm, KvDownNorm];
+    let deviation = match (part, spec.shape(part)) {
+        (Part::FinalNorm, _) => return Values::One,
+        (Part::Layer(_, inside), _) if norms.contains(&inside) => return Values::One,
+        (_, WeightShape::Vector { .. }) => BIAS_DEVIATION,
+        // A table that is also the output projection must be scaled as one.
+        (_, WeightShape::Table { width, .. }) if spec.tie_embeddings => 1.0 / (width as f32).sqrt(),
+        (_, WeightShape::Table { .. }) => 1.0,
+        (_, WeightShape::Matrix { k, .. } | WeightShape::GateUp { k, .. }) => 1.0 / (k as f32).sqrt(),
+    };
+    // A uniform number in [-w, w) deviates by w/√3.
+    Values::Uniform(deviation * 3f32.sqrt() / 32768.0)
+}
+
+/// Enough to be seen, not enough to drown what it is added to.
+const BIAS_DEVIATION: f32 = 0.1;
+
+/// Numbers to a word of the hash.
+const LANES: usize = 4;
+
+/// Elements from number `first` on; words are cut where the range cuts them, so ranges agree where they meet.
+fn fill_uniform(numbers: &Mix, step: f32, first: usize, into: &mut [u8]) {
+    let word = |index: usize| {
+        let hash = numbers.at(index as u64);
+        let mut bytes = [0; 2 * LANES];
+        for lane in 0..LANES {
+            let number = (hash >> (16 * lane)) as u16 as i16;
+            bytes[2 * lane..][..2].copy_from_slice(&bf16::from_f32(f32::from(number) * step).to_le_bytes());
+        }
+        bytes
+    };
+    let lead = into.len().min(2 * (first.next_multiple_of(LANES) - first));
+    let (head, body) = into.split_at_mut(lead);
+    let skipped = 2 * (first % LANES);
+    head.copy_from_slice(&word(first / LANES)[skipped..][..lead]);
+    let start = first.div_ceil(LANES);
+    let whole = body.len() / (2 * LANES);
+    let mut words = body.chunks_exact_mut(2 * LANES);
+    for (index, out) in (start..).zip(&mut words) {
+        out.copy_from_slice(&word(index));
+    }
+    let tail = words.into_remainder();
+    let length = tail.len();
+    tail.copy_from_slice(&word(start + whole)[..length]);
+}

@@ -1,0 +1,531 @@
+//! What configs are read as, and which are refused with what words.
+
+use epsmoe_device::op::{Gate, GroupLimit};
+use epsmoe_model::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, config, preset};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}
+
+/// A spec in a few lines.
+fn outline(spec: &ModelSpec) -> String {
+    let tied = if spec.tie_embeddings { " tied" } else { "" };
+    let mut lines = vec![format!(
+        "{} {} V{} H{}{tied} positions {} {:?} {:e} bos {:?} eos {:?}",
+        spec.architecture,
+        spec.dtype,
+        spec.vocab,
+        spec.hidden,
+        spec.max_positions,
+        spec.norm.kind,
+        spec.norm.eps,
+        spec.bos.unwrap_or_default(),
+        spec.eos
+    )];
+    lines.push(attention(&spec.attention));
+    let rope = &spec.rope;
+    assert_eq!(rope.inverse_frequencies.len(), rope.dim / 2);
+    let last = rope.inverse_frequencies[rope.dim / 2 - 1];
+    lines.push(format!("{:?} {} to {last:.4e} times {:.4}", rope.style, rope.dim, rope.attention_factor));
+    lines.extend(spec.layers.iter().map(layer));
+    lines.dedup_by(|next, line| line == next);
+    lines.join("\n")
+}
+
+fn attention(spec: &AttentionSpec) -> String {
+    match spec {
+        AttentionSpec::Grouped(spec) => {
+            let mut text = format!(
+                "{}/{} heads of {} scale {:.5}",
+                spec.heads, spec.kv_heads, spec.head_dim, spec.scale
+            );
+            let extras = [
+                spec.qkv_bias.then(|| "qkv bias".to_owned()),
+                spec.output_bias.then(|| "output bias".to_owned()),
+                spec.qk_norm.map(|norm| format!("norm {norm:?}")),
+                spec.clip_qkv.map(|clip| format!("clip {clip}")),
+                spec.sliding_window.map(|window| format!("window {window}")),
+            ];
+            extras.into_iter().flatten().for_each(|extra| text += &format!(", {extra}"));
+            text
+        }
+        AttentionSpec::Latent(spec) => format!(
+            "latent {} heads q {} kv {} of {}+{} value {} scale {:.5} bias {} eps {:e}",
+            spec.heads,
+            spec.q_lora.unwrap_or_default(),
+            spec.kv_lora,
+            spec.nope,
+            spec.rope,
+            spec.value,
+            spec.scale,
+            spec.bias,
+            spec.inner_eps
+        ),
+    }
+}
+
+fn layer(layer: &LayerSpec) -> String {
+    let mut text = match &layer.mlp {
+        MlpSpec::Dense { inner } => format!("dense {inner}"),
+        MlpSpec::Moe(moe) => {
+            let mut text = format!("{} experts of {}, {}", moe.experts, moe.inner, gate(&moe.gate));
+            if moe.correction_bias {
+                text += ", bias";
+            }
+            if let Some(shared) = moe.shared {
+                text += &format!(", shared {}{}", shared.inner, if shared.gated { " gated" } else { "" });
+            }
+            text
+        }
+    };
+    if let Some(inner) = layer.residual_mlp {
+        text += &format!(", residual {inner}");
+    }
+    text
+}
+
+fn gate(gate: &Gate) -> String {
+    let normalise = if gate.normalise { " normalised" } else { "" };
+    let groups = match gate.groups {
+        Some(GroupLimit { groups, kept, by }) => format!(" in {kept} of {groups} groups by {by:?}"),
+        None => String::new(),
+    };
+    format!("top {}{groups} {:?}{normalise} x{}", gate.top_k, gate.score, gate.scale)
+}
+
+#[track_caller]
+fn check(name: &str, expected: &str) {
+    let spec = config::read(&fixture(name)).unwrap();
+    let expected: Vec<&str> = expected.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    assert_eq!(outline(&spec), expected.join("\n"), "{name}");
+}
+
+#[test]
+fn mixtral() {
+    check(
+        "mixtral",
+        "MixtralForCausalLM bfloat16 V320 H64 positions 4096 Rms 1e-5 bos 0 eos [1]
+         8/2 heads of 8 scale 0.35355
+         HalfSplit 8 to 3.1623e-5 times 1.0000
+         8 experts of 112, top 2 Softmax normalised x1",
+    );
+    check(
+        "mixtral_f16",
+        "MixtralForCausalLM float16 V320 H48 positions 32768 Rms 1e-5 bos 0 eos [1]
+         6/3 heads of 20 scale 0.22361
+         HalfSplit 20 to 3.9811e-6 times 1.0000
+         5 experts of 40, top 3 Softmax normalised x1",
+    );
+}
+
+#[test]
+fn deepseek() {
+    check(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM bfloat16 V320 H64 positions 4096 Rms 1e-6 bos 0 eos [1]
+         latent 4 heads q 48 kv 32 of 16+8 value 16 scale 0.20412 bias false eps 1e-6
+         Interleaved 8 to 1.0000e-3 times 1.0000
+         dense 96
+         16 experts of 32, top 4 in 2 of 4 groups by Max Softmax x2, shared 64",
+    );
+    check(
+        "deepseek_v2_lite",
+        "DeepseekV2ForCausalLM float32 V320 H32 positions 4096 Rms 1e-6 bos 0 eos [1]
+         latent 4 heads q 0 kv 16 of 8+8 value 12 scale 0.25000 bias false eps 1e-6
+         Interleaved 8 to 1.0000e-3 times 1.0000
+         dense 48
+         8 experts of 16, top 3 Softmax x1, shared 32",
+    );
+    // scale: 28^-1/2 · (0.1 · 0.707 · ln 40 + 1)² = 0.18898 · 1.58963
+    check(
+        "deepseek_v2_yarn",
+        "DeepseekV2ForCausalLM float16 V320 H32 positions 2560 Rms 1e-6 bos 0 eos [1]
+         latent 4 heads q 24 kv 16 of 12+16 value 8 scale 0.30041 bias false eps 1e-6
+         Interleaved 16 to 7.9057e-6 times 1.0000
+         dense 48
+         12 experts of 16, top 3 in 2 of 4 groups by Max Softmax x4, shared 16",
+    );
+    check(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM bfloat16 V320 H32 positions 2560 Rms 1e-6 bos 0 eos [1]
+         latent 4 heads q 24 kv 16 of 12+16 value 12 scale 0.29918 bias false eps 1e-6
+         Interleaved 16 to 7.9057e-6 times 1.0880
+         dense 48
+         16 experts of 16, top 4 in 2 of 4 groups by TopTwoSum Sigmoid normalised x2.5, bias, shared 16",
+    );
+}
+
+#[test]
+fn dbrx() {
+    check(
+        "dbrx",
+        "DbrxForCausalLM bfloat16 V320 H64 positions 2048 Layer 1e-5 bos 0 eos [1]
+         8/2 heads of 8 scale 0.35355, clip 8
+         HalfSplit 8 to 1.0000e-3 times 1.0000
+         16 experts of 80, top 4 Softmax normalised x1",
+    );
+    check(
+        "dbrx_clip",
+        "DbrxForCausalLM bfloat16 V320 H32 positions 32768 Layer 1e-5 bos 0 eos []
+         4/2 heads of 8 scale 0.35355, clip 0.8
+         HalfSplit 8 to 5.3183e-5 times 1.0000
+         6 experts of 24, top 3 Softmax normalised x1",
+    );
+}
+
+#[test]
+fn qwen() {
+    check(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM bfloat16 V320 H48 positions 32768 Rms 1e-6 bos 0 eos [1]
+         4/2 heads of 12 scale 0.28868, qkv bias
+         HalfSplit 12 to 1.0000e-5 times 1.0000
+         10 experts of 20, top 4 Softmax x1, shared 40 gated
+         dense 56
+         10 experts of 20, top 4 Softmax x1, shared 40 gated",
+    );
+    check(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM bfloat16 V320 H64 tied positions 4096 Rms 1e-6 bos 0 eos [1]
+         4/2 heads of 32 scale 0.17678, norm PerHead
+         HalfSplit 32 to 1.7783e-4 times 1.0000
+         32 experts of 24, top 8 Softmax normalised x1",
+    );
+    check(
+        "qwen3_moe_sparse",
+        "Qwen3MoeForCausalLM bfloat16 V320 H32 positions 40960 Rms 1e-6 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000, norm PerHead
+         HalfSplit 16 to 5.6234e-6 times 1.0000
+         dense 48
+         12 experts of 20, top 4 Softmax normalised x1",
+    );
+    check(
+        "qwen3_moe_merged",
+        "Qwen3MoeForCausalLM bfloat16 V320 H32 positions 40960 Rms 1e-6 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000, norm PerHead
+         HalfSplit 16 to 5.6234e-6 times 1.0000
+         12 experts of 20, top 4 Softmax normalised x1",
+    );
+}
+
+#[test]
+fn olmoe_and_arctic() {
+    check(
+        "olmoe",
+        "OlmoeForCausalLM bfloat16 V320 H48 positions 4096 Rms 1e-5 bos 0 eos [1]
+         6/3 heads of 8 scale 0.35355, norm FullWidth, clip 0.9
+         HalfSplit 8 to 1.0000e-3 times 1.0000
+         8 experts of 24, top 3 Softmax x1",
+    );
+    check(
+        "arctic",
+        "ArcticForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 8 scale 0.35355
+         HalfSplit 8 to 1.0000e-3 times 1.0000
+         dense 24
+         8 experts of 24, top 2 Softmax normalised x1, residual 32
+         dense 24
+         8 experts of 24, top 2 Softmax normalised x1, residual 32",
+    );
+}
+
+/// Billions of parameters, all and active, and bytes a token leaves in the cache in bfloat16, as their
+/// authors state them (cards and papers round; 0.1 is allowed).
+#[test]
+fn presets_are_as_large_as_published() {
+    let expected = [
+        ("deepseek-v2", 235.7, 21.4, 60 * 576 * 2),
+        ("deepseek-v2-lite", 15.7, 2.7, 27 * 576 * 2),
+        ("deepseek-v3", 671.0, 37.6, 61 * 576 * 2),
+        ("mixtral-8x7b", 46.7, 12.9, 32 * 2048 * 2),
+        ("dbrx", 131.6, 36.5, 40 * 2048 * 2),
+        ("qwen2-moe-a2.7b", 14.3, 2.7, 24 * 4096 * 2),
+        ("qwen3-30b-a3b", 30.5, 3.3, 48 * 1024 * 2),
+        ("olmoe-1b-7b", 6.9, 1.3, 16 * 4096 * 2),
+        ("arctic", 476.8, 15.6, 35 * 2048 * 2),
+        ("llamacpp-qwen3moe-mini", 0.855, 0.1, 6 * 512 * 2),
+        ("llamacpp-deepseek2-mini", 0.748, 0.1, 6 * 288 * 2),
+        ("llamacpp-deepseek2-lite4", 1.86, 0.3, 4 * 576 * 2),
+    ];
+    for (name, total, active, cache) in expected {
+        let spec = preset(name).unwrap();
+        let parameters = spec.parameters();
+        let close = |numbers: u64, billions: f64| (numbers as f64 / 1e9 - billions).abs() < 0.1;
+        assert!(close(parameters.total, total), "{name}: {parameters:?}");
+        assert!(close(parameters.active, active), "{name}: {parameters:?}");
+        assert_eq!(spec.cache_bytes_per_token(epsmoe_base::DType::BF16), cache, "{name}");
+    }
+    for (name, _) in PRESETS {
+        preset(name).unwrap();
+    }
+}
+
+#[test]
+fn an_unknown_preset_lists_the_known() {
+    let message = preset("gpt-5").unwrap_err().to_string();
+    assert!(
+        message.starts_with("there is no preset `gpt-5`; there are: deepseek-v2-mini, mixtral-mini"),
+        "{message}"
+    );
+}
+
+#[track_caller]
+fn close(got: &[f32], want: &[f32]) {
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!((got - want).abs() <= want.abs() * 3e-7, "frequency {i} is {got:e}, expected {want:e}");
+    }
+}
+
+/// Numbers printed by transformers 5.17 for the same configs.
+#[test]
+fn frequencies_are_the_published_ones() {
+    let spec = config::read(&fixture("deepseek_v3")).unwrap();
+    let expected =
+        [1.0, 0.213_453_72, 0.034_999_996, 7.905_695e-4, 2.5e-4, 7.905_695e-5, 2.5e-5, 7.905_694_5e-6];
+    close(&spec.rope.inverse_frequencies, &expected);
+    assert!((spec.rope.attention_factor - 1.087_954_6).abs() < 1e-6);
+
+    let frequencies = preset("deepseek-v2").unwrap().rope.inverse_frequencies;
+    close(&frequencies[9..13], &[0.074_989_416, 0.056_234_13, 0.039_006_926, 0.026_879_36]);
+    close(&frequencies[21..25], &[4.149_904_1e-4, 1.778_279_4e-4, 3.333_803_4e-5, 2.5e-5]);
+
+    let yarn = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768 });
+    let rope = patched("qwen3_moe", json!({ "head_dim": 64, "rope_theta": 1e6, "rope_scaling": yarn }))
+        .unwrap()
+        .rope;
+    close(&rope.inverse_frequencies[11..14], &[8.659_643e-3, 5.154_795_5e-3, 3.043_117_7e-3]);
+    assert!((rope.attention_factor - 1.138_629_4).abs() < 1e-6);
+
+    let linear = json!({ "type": "linear", "factor": 8 });
+    let rope = patched("mixtral", json!({ "rope_scaling": linear })).unwrap().rope;
+    close(&rope.inverse_frequencies, &[0.125, 0.031_622_78 / 8.0, 0.001 / 8.0, 3.162_277_5e-5 / 8.0]);
+}
+
+#[test]
+fn old_and_new_keys_mean_the_same() {
+    let old = patched("mixtral", json!({ "rope_theta": 5e4, "torch_dtype": "float16" })).unwrap();
+    let new = json!({
+        "rope_theta": null, "torch_dtype": null, "dtype": "float16",
+        "rope_parameters": { "rope_type": "default", "rope_theta": 5e4 }
+    });
+    assert_eq!(old, patched("mixtral", new).unwrap());
+}
+
+#[test]
+fn nulls_are_not_always_absences() {
+    let spec = patched("mixtral_f16", json!({ "num_key_value_heads": null })).unwrap();
+    let AttentionSpec::Grouped(attention) = spec.attention else { panic!("{:?}", spec.attention) };
+    assert_eq!(attention.kv_heads, 6);
+    let spec = patched("deepseek_v2", json!({ "n_shared_experts": null })).unwrap();
+    assert_eq!(spec.layers[1].mlp.moe().unwrap().shared, None);
+    let spec = patched("mixtral", json!({ "eos_token_id": [7, 9], "bos_token_id": null })).unwrap();
+    assert_eq!((spec.bos, spec.eos), (None, vec![7, 9]));
+}
+
+/// A fixture's config with some keys replaced.
+fn patched(name: &str, patch: Value) -> Result<ModelSpec, epsmoe_model::ModelError> {
+    let text = std::fs::read(fixture(name).join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    for (key, value) in patch.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    config::parse(config.to_string().as_bytes(), "config.json")
+}
+
+#[track_caller]
+fn refused(name: &str, patch: Value, expected: &str) {
+    match patched(name, patch) {
+        Ok(spec) => panic!("accepted: {}", outline(&spec)),
+        Err(error) => assert_eq!(error.to_string(), format!("config.json: {expected}")),
+    }
+}
+
+#[test]
+fn impossible_numbers_are_refused() {
+    refused(
+        "mixtral",
+        json!({ "num_attention_heads": 0 }),
+        "`num_attention_heads` is 0, but must be a whole number from 1 to 4096; correct it or fetch the file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "hidden_size": -64 }),
+        "`hidden_size` is -64, but must be a whole number from 1 to 1048576; correct it or fetch the file again",
+    );
+    refused(
+        "dbrx",
+        json!({ "d_model": 64.5 }),
+        "`d_model` is 64.5, but must be a whole number from 1 to 1048576; correct it or fetch the file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "vocab_size": u64::MAX }),
+        "`vocab_size` is 18446744073709551615, but must be a whole number from 1 to 16777216; correct it or fetch \
+         the file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "num_hidden_layers": "three" }),
+        "`num_hidden_layers` is \"three\", but must be a whole number from 1 to 1024; correct it or fetch the file \
+         again",
+    );
+    refused(
+        "mixtral",
+        json!({ "rms_norm_eps": 0.0 }),
+        "`rms_norm_eps` is 0.0, but must be a number from 0.000000000000000000000000000001 to 1; correct it or \
+         fetch the file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "num_experts_per_tok": 9 }),
+        "`num_experts_per_tok` is 9, but must be a whole number from 1 to 8; correct it or fetch the file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "eos_token_id": [1, 320] }),
+        "`eos_token_id` is [1,320], but must be a token id below the vocabulary's 320, or a list of them; correct \
+         it or fetch the file again",
+    );
+    refused(
+        "qwen3_moe",
+        json!({ "num_local_experts": 60_000, "num_hidden_layers": 1000 }),
+        "all layers together have 60000000 experts, of at most 1048576",
+    );
+}
+
+#[test]
+fn sizes_that_do_not_fit_each_other_are_refused() {
+    refused(
+        "mixtral",
+        json!({ "num_key_value_heads": 3 }),
+        "the number of heads (8) is no multiple of the number of key and value heads (3); correct it or fetch the \
+         file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "num_attention_heads": 6 }),
+        "the hidden size (64) is no multiple of the number of heads (6); correct it or fetch the file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "head_dim": 7 }),
+        "the rotated part of a head is 7 wide, but must be even; correct it or fetch the file again",
+    );
+    refused(
+        "deepseek_v2",
+        json!({ "n_group": 3 }),
+        "the number of experts (16) is no multiple of `n_group` (3); correct it or fetch the file again",
+    );
+    refused(
+        "deepseek_v2",
+        json!({ "n_group": 8, "topk_group": 1 }),
+        "`num_experts_per_tok` is 4, but 1 groups of 2 experts are kept; correct it or fetch the file again",
+    );
+    refused(
+        "deepseek_v3",
+        json!({ "n_group": 16, "topk_group": 8 }),
+        "`n_group` is 16, but groups must have two experts or more; correct it or fetch the file again",
+    );
+}
+
+#[test]
+fn what_would_change_results_is_refused() {
+    refused(
+        "mixtral",
+        json!({ "architectures": ["LlamaForCausalLM"] }),
+        "architecture `LlamaForCausalLM` is not supported; supported are MixtralForCausalLM, DeepseekV2ForCausalLM, \
+         DeepseekV3ForCausalLM, DbrxForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, OlmoeForCausalLM, \
+         ArcticForCausalLM",
+    );
+    refused(
+        "deepseek_v3",
+        json!({ "quantization_config": { "quant_method": "fp8" } }),
+        "`quantization_config` (fp8) is not supported; use an unquantised (bfloat16) version of the model",
+    );
+    refused(
+        "mixtral",
+        json!({ "hidden_act": "gelu" }),
+        "`hidden_act` is \"gelu\", but must be `silu`, the only kind supported; correct it or fetch the file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "rope_scaling": { "rope_type": "llama3", "factor": 8.0 } }),
+        "`rope_scaling.rope_type` is \"llama3\", which is not supported; supported are default, linear and yarn",
+    );
+    refused(
+        "mixtral",
+        json!({ "rope_scaling": { "type": "yarn" } }),
+        "`rope_scaling.factor` is missing; fetch the file again",
+    );
+    refused(
+        "mixtral",
+        json!({ "rope_parameters": { "full_attention": { "rope_theta": 1.0 } } }),
+        "`rope_parameters.full_attention` is a section; one embedding for all layers is supported",
+    );
+    refused(
+        "qwen2_moe",
+        json!({ "use_sliding_window": true }),
+        "`use_sliding_window` is true, which is not supported",
+    );
+    refused(
+        "qwen2_moe",
+        json!({ "layer_types": ["full_attention", "sliding_attention", "full_attention"] }),
+        "`layer_types` has \"sliding_attention\"; only \"full_attention\" in every layer is supported",
+    );
+    refused(
+        "mixtral",
+        json!({ "partial_rotary_factor": 0.5 }),
+        "`partial_rotary_factor` is 0.5; only 1 is supported",
+    );
+    refused(
+        "mixtral",
+        json!({ "torch_dtype": "float8_e4m3fn" }),
+        "`torch_dtype` is \"float8_e4m3fn\", but must be bfloat16, float16 or float32; correct it or fetch the file \
+         again",
+    );
+    refused(
+        "dbrx",
+        json!({ "ffn_config": { "moe_normalize_expert_weights": 2.0 } }),
+        "`ffn_config.moe_normalize_expert_weights` is 2.0, but must be 1 or null, the norms supported; correct it or \
+         fetch the file again",
+    );
+    refused(
+        "deepseek_v2",
+        json!({ "topk_method": "noaux_tc" }),
+        "`topk_method` is \"noaux_tc\"; supported are greedy and group_limited_greedy",
+    );
+}
+
+#[track_caller]
+fn refused_text(text: &[u8], expected: &str) {
+    let message = config::parse(text, "config.json").unwrap_err().to_string();
+    assert!(message.starts_with(expected), "{message}");
+}
+
+#[test]
+fn text_that_is_no_config_is_refused() {
+    refused_text(b"", "config.json: this is not valid JSON (EOF while parsing a value at line 1 column 0)");
+    refused_text(b"[]", "config.json: this is not a JSON object; fetch the file again");
+    refused_text(b"{}", "config.json: architecture `none` is not supported; supported are Mixtral");
+    refused_text(b"{\"rms_norm_eps\": NaN}", "config.json: this is not valid JSON (expected value");
+    refused_text(b"{\"rope_theta\": 1e999}", "config.json: this is not valid JSON (number out of range");
+    refused_text(&[b'['; 100_000], "config.json: this is not valid JSON (recursion limit exceeded");
+    refused_text(b"{\"model_type\": \"\xff\"}", "config.json: this is not valid JSON (invalid unicode");
+    let long = format!("{{\"model_type\": \"mixtral\", \"vocab_size\": \"{}\"}}", "x".repeat(100_000));
+    let message = config::parse(long.as_bytes(), "config.json").unwrap_err().to_string();
+    assert!(message.len() < 250, "{message}");
+}
+
+#[test]
+fn a_huge_config_is_not_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    std::fs::File::create(&path).unwrap().set_len(1 << 40).unwrap();
+    let message = config::read(folder.path()).unwrap_err().to_string();
+    assert!(
+        message.ends_with("1099511627776 bytes are more than such a file may have (16777216)"),
+        "{message}"
+    );
+}

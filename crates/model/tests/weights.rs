@@ -1,0 +1,457 @@
+//! Reading weights: every layout gives the same bytes, and damaged files are refused with clear words.
+
+use epsmoe_base::{DType, Mix, env};
+use epsmoe_model::{
+    Checkpoint, LayerPart, Map, ModelSpec, Naming, Part, Synthetic, Tensor, WeightSource, Window, config,
+    preset,
+};
+use half::bf16;
+use safetensors::tensor::{Dtype, TensorView, serialize};
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+const FIXTURES: [&str; 14] = [
+    "arctic",
+    "dbrx",
+    "dbrx_clip",
+    "deepseek_v2",
+    "deepseek_v2_lite",
+    "deepseek_v2_yarn",
+    "deepseek_v3",
+    "mixtral",
+    "mixtral_f16",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_moe_merged",
+    "qwen3_moe_sparse",
+];
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}
+
+fn open(name: &str) -> (ModelSpec, Checkpoint) {
+    (config::read(&fixture(name)).unwrap(), Checkpoint::open(&fixture(name)).unwrap())
+}
+
+fn whole(source: &dyn WeightSource, spec: &ModelSpec, part: Part) -> Tensor {
+    source.read(&spec.locate(part), &Window::whole()).unwrap()
+}
+
+/// Stored tensors by name.
+type Stored = BTreeMap<String, (DType, Vec<usize>, Vec<u8>)>;
+
+fn write(path: &Path, stored: &Stored) {
+    let dtype = |dtype| match dtype {
+        DType::BF16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
+        _ => Dtype::F32,
+    };
+    let views = stored.iter().map(|(name, (format, shape, bytes))| {
+        (name, TensorView::new(dtype(*format), shape.clone(), bytes).unwrap())
+    });
+    fs::write(path, serialize(views, None).unwrap()).unwrap();
+}
+
+/// The same model in another family's layout: each part is put where that family looks first.
+fn stored_as(naming: Naming, spec: &ModelSpec, source: &dyn WeightSource) -> Stored {
+    let spec = ModelSpec { naming, ..spec.clone() };
+    let mut stored = Stored::new();
+    for part in spec.parts() {
+        let to = &spec.locate(part).sources[0];
+        let tensor = whole(source, &spec, part);
+        let tensor = if to.transposed { tensor.transposed() } else { tensor };
+        let row = tensor.dtype.bytes() * to.shape.get(1..).map_or(1, |_| *tensor.shape.last().unwrap());
+        let row = if to.shape.len() == 1 { tensor.dtype.bytes() } else { row };
+        let size = tensor.dtype.bytes() * to.shape.iter().product::<usize>();
+        let (_, _, bytes) =
+            stored.entry(to.name.clone()).or_insert_with(|| (tensor.dtype, to.shape.clone(), vec![0; size]));
+        bytes[to.first_row * row..][..tensor.bytes.len()].copy_from_slice(&tensor.bytes);
+    }
+    stored
+}
+
+#[test]
+fn every_layout_gives_the_same_bytes() {
+    for name in FIXTURES {
+        let (spec, checkpoint) = open(name);
+        for naming in [Naming::Common, Naming::Qwen, Naming::Mixtral, Naming::Dbrx, Naming::Merged] {
+            let folder = TempDir::new().unwrap();
+            write(&folder.path().join("model.safetensors"), &stored_as(naming, &spec, &checkpoint));
+            let rewritten = Checkpoint::open(folder.path()).unwrap();
+            for part in spec.parts() {
+                assert_eq!(
+                    whole(&rewritten, &spec, part),
+                    whole(&checkpoint, &spec, part),
+                    "{name} as {naming:?}: {part:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_are_exactly_the_tensors_of_a_checkpoint() {
+    for name in FIXTURES {
+        let (spec, checkpoint) = open(name);
+        let mut read = HashSet::new();
+        for part in spec.parts() {
+            let located = spec.locate(part);
+            let found =
+                located.sources.iter().find(|source| checkpoint.find(&source.name).unwrap().is_some());
+            read.insert(found.unwrap_or_else(|| panic!("{name}: {located:?}")).name.clone());
+        }
+        // Layers beyond the last one predict further tokens, which nothing here does.
+        let beyond = format!("model.layers.{}.", spec.layers.len());
+        let there = checkpoint.names().filter(|name| !name.starts_with(&beyond));
+        assert_eq!(there.map(str::to_owned).collect::<HashSet<_>>(), read, "{name}");
+    }
+}
+
+#[test]
+fn windows_are_pieces_of_the_whole() {
+    let seed = env::test_seed();
+    println!("EPSMOE_TEST_SEED={seed}");
+    let mut random = Mix::new(seed);
+    for name in ["dbrx_clip", "qwen3_moe_merged", "mixtral_f16", "deepseek_v2_lite"] {
+        let (spec, checkpoint) = open(name);
+        for part in spec.parts() {
+            let tensor = whole(&checkpoint, &spec, part);
+            let [n, k] = [tensor.shape[0], tensor.shape.get(1).copied().unwrap_or(1)];
+            let mut range = |width: usize| {
+                let [a, b] = [random.below(width + 1), random.below(width + 1)];
+                a.min(b)..a.max(b)
+            };
+            let (rows, columns) = (range(n), range(k));
+            let window = Window { rows: Some(rows.clone()), columns: Some(columns.clone()) };
+            let piece = checkpoint.read(&spec.locate(part), &window).unwrap();
+            let size = tensor.dtype.bytes();
+            let expected: Vec<u8> = rows
+                .flat_map(|row| {
+                    &tensor.bytes[(row * k + columns.start) * size..(row * k + columns.end) * size]
+                })
+                .copied()
+                .collect();
+            assert_eq!(piece.bytes, expected, "{name}: {part:?} {window:?}");
+        }
+    }
+}
+
+/// DBRX by hand: expert 2's down projection is rows 48..72 of `w2`, transposed.
+#[test]
+fn a_transposed_expert_by_hand() {
+    let (spec, checkpoint) = open("dbrx_clip");
+    let mut stored = vec![0; 144 * 32 * 2];
+    checkpoint.fill("transformer.blocks.1.ffn.experts.mlp.w2", 0, &mut stored).unwrap();
+    let part = LayerPart::Expert(epsmoe_base::Expert(2), Map::Down).of(epsmoe_base::Layer(1));
+    let down = whole(&checkpoint, &spec, part);
+    assert_eq!(down.shape, [32, 24]);
+    for (output, input) in [(0, 0), (31, 0), (5, 23)] {
+        let (at, from) = ((output * 24 + input) * 2, ((48 + input) * 32 + output) * 2);
+        assert_eq!(down.bytes[at..at + 2], stored[from..from + 2]);
+    }
+}
+
+#[test]
+fn a_written_synthetic_model_reads_as_it_was() {
+    for name in ["mixtral", "dbrx", "qwen2_moe", "arctic", "deepseek_v3"] {
+        let spec = config::read(&fixture(name)).unwrap();
+        let synthetic = Synthetic::new(&spec, 7);
+        let mut stored = Stored::new();
+        for (name, shape) in synthetic.tensors() {
+            let mut bytes = vec![0; 2 * shape.iter().product::<usize>()];
+            synthetic.fill(name, 0, &mut bytes).unwrap();
+            stored.insert(name.to_owned(), (DType::BF16, shape.to_vec(), bytes));
+        }
+        let (_, published) = open(name);
+        let names: HashSet<&str> = published.names().filter(|name| !name.contains("layers.3.")).collect();
+        let made: HashSet<&str> = stored.keys().map(String::as_str).collect();
+        assert!(name == "arctic" || names == made, "{name}");
+        let folder = TempDir::new().unwrap();
+        write(&folder.path().join("model.safetensors"), &stored);
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        for part in spec.parts() {
+            assert_eq!(whole(&checkpoint, &spec, part), whole(&synthetic, &spec, part), "{name}: {part:?}");
+        }
+    }
+}
+
+#[test]
+fn synthetic_numbers_do_not_depend_on_the_range_asked_for() {
+    let spec = preset("mixtral-mini").unwrap();
+    let synthetic = Synthetic::new(&spec, 3);
+    let name = "model.layers.1.self_attn.q_proj.weight";
+    let mut all = vec![0; 2 * 64];
+    synthetic.fill(name, 0, &mut all).unwrap();
+    for first in 0..64 {
+        for last in first..=64 {
+            let mut piece = vec![0; 2 * (last - first)];
+            synthetic.fill(name, first, &mut piece).unwrap();
+            assert_eq!(piece, all[2 * first..2 * last], "{first}..{last}");
+        }
+    }
+}
+
+#[test]
+fn synthetic_numbers_spread_as_their_layer_needs() {
+    let spec = preset("mixtral-mini").unwrap();
+    let synthetic = Synthetic::new(&spec, 3);
+    let numbers = |part: Part| -> Vec<f64> {
+        let tensor = whole(&synthetic, &spec, part);
+        tensor.bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f64()).collect()
+    };
+    let deviation = |numbers: Vec<f64>| {
+        let count = numbers.len() as f64;
+        let mean = numbers.iter().sum::<f64>() / count;
+        assert!(mean.abs() < 0.01, "{mean}");
+        (numbers.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count).sqrt()
+    };
+    let down = LayerPart::Expert(epsmoe_base::Expert(3), Map::Down).of(epsmoe_base::Layer(2));
+    assert!((deviation(numbers(down)) * 1024f64.sqrt() - 1.0).abs() < 0.01);
+    assert!((deviation(numbers(Part::Embedding)) - 1.0).abs() < 0.01);
+    assert!(numbers(Part::FinalNorm).iter().all(|&x| x == 1.0));
+    assert_ne!(
+        numbers(down),
+        numbers(LayerPart::Expert(epsmoe_base::Expert(4), Map::Down).of(epsmoe_base::Layer(2)))
+    );
+}
+
+/// Three numbers that must never change: checkpoints made from a seed are made again from it.
+#[test]
+fn synthetic_numbers_are_stable() {
+    let spec = preset("mixtral-mini").unwrap();
+    let mut bytes = [0; 6];
+    Synthetic::new(&spec, 3).fill("model.embed_tokens.weight", 1000, &mut bytes).unwrap();
+    assert_eq!(bytes, STABLE);
+}
+
+const STABLE: [u8; 6] = [0; 6];
+
+// ---- refusals ----------------------------------------------------------------------------------------------
+
+/// A folder with one safetensors file of a header and zeros.
+fn crafted(header: &str, data: usize) -> TempDir {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.resize(bytes.len() + data, 0);
+    with_file("model.safetensors", &bytes)
+}
+
+fn with_file(name: &str, bytes: &[u8]) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join(name), bytes).unwrap();
+    folder
+}
+
+#[track_caller]
+fn refused(folder: &TempDir, expected: &str) {
+    let message = Checkpoint::open(folder.path()).unwrap_err().to_string();
+    let message = message.replace(&folder.path().display().to_string(), "DIR");
+    assert_eq!(message, format!("DIR{expected}"));
+}
+
+const DAMAGED: &str = "the file is damaged or incomplete: fetch it again";
+
+#[track_caller]
+fn header_refused(header: &str, data: usize, expected: &str) {
+    refused(&crafted(header, data), &format!("/model.safetensors: {expected}; {DAMAGED}"));
+}
+
+#[test]
+fn a_folder_without_weights() {
+    refused(
+        &TempDir::new().unwrap(),
+        ": there is neither model.safetensors nor model.safetensors.index.json; give a folder with safetensors \
+         weights, and convert other formats to safetensors first",
+    );
+}
+
+#[test]
+fn header_lengths() {
+    refused(
+        &with_file("model.safetensors", b"abc"),
+        &format!("/model.safetensors: 3 bytes are too few for a header; {DAMAGED}"),
+    );
+    refused(
+        &with_file("model.safetensors", &[0xff; 64]),
+        &format!(
+            "/model.safetensors: the header claims 18446744073709551615 bytes, of at most 56; {DAMAGED}"
+        ),
+    );
+    let folder = with_file("model.safetensors", &200_000_000u64.to_le_bytes());
+    let file = fs::OpenOptions::new().write(true).open(folder.path().join("model.safetensors")).unwrap();
+    file.set_len(1 << 30).unwrap();
+    refused(
+        &folder,
+        &format!("/model.safetensors: the header claims 200000000 bytes, of at most 100000000; {DAMAGED}"),
+    );
+}
+
+#[test]
+fn headers_that_are_no_headers() {
+    header_refused("{", 0, "the header is not valid: EOF while parsing an object at line 1 column 1");
+    header_refused(
+        "[]",
+        0,
+        "the header is not valid: invalid type: sequence, expected tensors by name at line 1 column 0",
+    );
+    header_refused(
+        r#"{"a":{"dtype":"F31","shape":[1],"data_offsets":[0,4]}}"#,
+        4,
+        "the header is not valid: unknown variant `F31`, expected one of `BOOL`, `F4`, `F6_E2M3`, `F6_E3M2`, `U8`, \
+         `I8`, `F8_E5M2`, `F8_E4M3`, `F8_E8M0`, `I16`, `U16`, `F16`, `BF16`, `I32`, `U32`, `F32`, `C64`, `F64`, \
+         `I64`, `U64` at line 1 column 19",
+    );
+    header_refused(
+        r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#,
+        4,
+        "the header is not valid: invalid value: integer `-1`, expected usize at line 1 column 31",
+    );
+    let one = r#""a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#;
+    header_refused(
+        &format!("{{{one},{one}}}"),
+        4,
+        "the header is not valid: tensor `a` is there twice at line 1 column 107",
+    );
+}
+
+#[test]
+fn offsets() {
+    let two = |second: &str| {
+        format!(
+            r#"{{"a":{{"dtype":"F32","shape":[2],"data_offsets":[0,8]}},"b":{{"dtype":"F32","shape":[2],"data_offsets":{second}}}}}"#
+        )
+    };
+    header_refused(
+        &two("[4,12]"),
+        12,
+        "tensor `b` overlaps the one before it: it starts at byte 4, where 8 is due",
+    );
+    header_refused(
+        &two("[12,20]"),
+        20,
+        "tensor `b` leaves a hole before it: it starts at byte 12, where 8 is due",
+    );
+    header_refused(&two("[8,12]"), 12, "tensor `b` has bytes 8..12, but shape [2] of F32 takes 8");
+    header_refused(&two("[8,4]"), 12, "tensor `b` has bytes 8..4, but shape [2] of F32 takes 8");
+    header_refused(&two("[8,16]"), 12, "its tensors take 16 bytes, but 12 follow the header");
+    header_refused(&two("[8,16]"), 17, "its tensors take 16 bytes, but 17 follow the header");
+}
+
+#[test]
+fn shapes_that_overflow() {
+    header_refused(
+        r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}"#,
+        0,
+        "tensor `a` has the impossible shape [4294967296, 4294967296]",
+    );
+    header_refused(
+        r#"{"a":{"dtype":"F64","shape":[576460752303423488],"data_offsets":[0,0]}}"#,
+        0,
+        "tensor `a` has the impossible shape [576460752303423488]",
+    );
+}
+
+#[test]
+fn files_that_are_no_files() {
+    let folder = TempDir::new().unwrap();
+    symlink("/dev/zero", folder.path().join("model.safetensors")).unwrap();
+    refused(&folder, "/model.safetensors: this is not a plain file; give a folder of plain files");
+}
+
+#[track_caller]
+fn index_refused(weight_map: &str, expected: &str) {
+    let folder =
+        with_file("model.safetensors.index.json", format!(r#"{{"weight_map":{weight_map}}}"#).as_bytes());
+    let one = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+    fs::copy(crafted(one, 4).path().join("model.safetensors"), folder.path().join("one.safetensors"))
+        .unwrap();
+    refused(&folder, expected);
+}
+
+#[test]
+fn indices() {
+    for name in ["../one.safetensors", "/etc/passwd", "sub/one.safetensors", ".", ""] {
+        index_refused(
+            &format!(r#"{{"a":"{name}"}}"#),
+            &format!(
+                "/model.safetensors.index.json: `{name}` is not the name of a file in this folder; do not trust this \
+                 model"
+            ),
+        );
+    }
+    index_refused(
+        r#"{"a":"one.safetensors","b":"two.safetensors"}"#,
+        "/two.safetensors: the file is missing, but model.safetensors.index.json puts tensors there; fetch it",
+    );
+    index_refused(
+        r#"{"a":"one.safetensors","b":"one.safetensors"}"#,
+        "/one.safetensors: there is no tensor `b`, which model.safetensors.index.json puts here; fetch both again",
+    );
+    index_refused(
+        "7",
+        "/model.safetensors.index.json: no index (invalid type: integer `7`, expected a map at line 1 column 15); \
+         fetch it again",
+    );
+}
+
+#[test]
+fn a_truncated_shard() {
+    let folder = TempDir::new().unwrap();
+    for file in fs::read_dir(fixture("mixtral")).unwrap().map(|file| file.unwrap().path()) {
+        fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let shard = folder.path().join("model-00002-of-00009.safetensors");
+    let file = fs::OpenOptions::new().write(true).open(shard).unwrap();
+    file.set_len(100_000).unwrap();
+    let message = Checkpoint::open(folder.path()).unwrap_err().to_string();
+    assert!(
+        message.contains("model-00002-of-00009.safetensors: its tensors take 114688 bytes, but 9"),
+        "{message}"
+    );
+}
+
+#[test]
+fn weights_of_another_model() {
+    let (_, checkpoint) = open("mixtral");
+    let spec = config::read(&fixture("mixtral_f16")).unwrap();
+    let place = fixture("mixtral").display().to_string();
+    let refused = |spec: &ModelSpec, part: Part| {
+        checkpoint.read(&spec.locate(part), &Window::whole()).unwrap_err().to_string().replace(&place, "DIR")
+    };
+    assert_eq!(
+        refused(&spec, Part::FinalNorm),
+        "DIR/model-00009-of-00009.safetensors: tensor `model.norm.weight` has shape [64], but config.json makes it \
+         [48]; the two belong to different models: use the config.json that came with these weights"
+    );
+    let spec = config::read(&fixture("dbrx_clip")).unwrap();
+    let expert = LayerPart::Expert(epsmoe_base::Expert(2), Map::Up).of(epsmoe_base::Layer(7));
+    let spec = ModelSpec { layers: vec![spec.layers[0].clone(); 8], ..spec };
+    assert_eq!(
+        refused(&spec, expert),
+        "DIR: there is no tensor `transformer.blocks.7.ffn.experts.mlp.v1` nor \
+         `model.layers.7.mlp.experts.2.up_proj.weight` nor \
+         `model.layers.7.block_sparse_moe.experts.2.w3.weight` nor `model.layers.7.mlp.experts.gate_up_proj`; the \
+         weights are incomplete or of another model than config.json: fetch both again"
+    );
+}
+
+#[test]
+fn formats_that_are_not_read() {
+    let folder =
+        crafted(r#"{"model.norm.weight":{"dtype":"F8_E4M3","shape":[64],"data_offsets":[0,64]}}"#, 64);
+    let spec = config::read(&fixture("mixtral")).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let message = checkpoint.read(&spec.locate(Part::FinalNorm), &Window::whole()).unwrap_err().to_string();
+    assert!(
+        message.ends_with(
+            "tensor `model.norm.weight` is F8_E4M3; only BF16, F16 and F32 weights are read: use an unquantised \
+             version of the model"
+        ),
+        "{message}"
+    );
+}

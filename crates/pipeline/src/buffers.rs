@@ -1,0 +1,86 @@
+//! All the memory of the MoE layers of one rank, reserved once and used by every layer in turn.
+
+use crate::PipelineOptions;
+use epsmoe_base::DType;
+use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_plan::{Capacity, LayerSizes, record_words};
+
+/// Widths of the MoE layers of a model, and how much of everything a rank can hold at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PipelineSizes {
+    /// Hidden width H, inner width I, top k, local experts L.
+    pub layer: LayerSizes,
+    /// Inner width of the shared expert; 0 without one.
+    pub shared_inner: usize,
+    /// Room for tokens, rows and copies, equal on all ranks.
+    pub capacity: Capacity,
+}
+
+/// The buffers, in the order in which data walks through them.
+pub(crate) struct LayerBuffers {
+    /// Router logits `[T, E]`, chosen experts and weights `[T, k]`.
+    pub(crate) router_logits: Buffer,
+    pub(crate) router_experts: Buffer,
+    pub(crate) router_weights: Buffer,
+    /// Token of each send row; the rows `[rows sent, H]` and their metadata records.
+    pub(crate) send_index: Buffer,
+    pub(crate) send_rows: Buffer,
+    pub(crate) send_records: Buffer,
+    /// What arrives: rows `[rows received, H]` and records.
+    pub(crate) received_rows: Buffer,
+    pub(crate) received_records: Buffer,
+    /// Received row of each copy; the copies of one stage `[stage copies, H]`, their activations
+    /// `[stage copies, I]`, and the outputs of all stages `[copies, H]`.
+    pub(crate) expand_index: Buffer,
+    pub(crate) expanded: Buffer,
+    pub(crate) inner: Buffer,
+    pub(crate) outputs: Buffer,
+    /// Which copies, with which weights, make each partial sum; the sums `[rows received, H]`.
+    pub(crate) reduce_starts: Buffer,
+    pub(crate) reduce_index: Buffer,
+    pub(crate) reduce_weights: Buffer,
+    pub(crate) sums: Buffer,
+    /// Sums that came home `[rows sent, H]`, and which of them make each token's output.
+    pub(crate) home_rows: Buffer,
+    pub(crate) home_starts: Buffer,
+    pub(crate) home_index: Buffer,
+    /// The shared expert's activations `[T, shared I]`, its gate `[T, 1]` and its output `[T, H]`.
+    pub(crate) shared_inner: Buffer,
+    pub(crate) shared_gate: Buffer,
+    pub(crate) shared_out: Buffer,
+}
+
+impl LayerBuffers {
+    pub(crate) fn allocate<B: Backend>(device: &B, options: &PipelineOptions) -> Result<Self, DeviceError> {
+        let PipelineSizes { layer, shared_inner, capacity } = options.sizes;
+        let Capacity { tokens, rows_sent, rows_received, copies, stage_copies } = capacity;
+        let (hidden, words, dtype) = (layer.hidden, record_words(layer.top_k), device.dtype());
+        let values = |name, rows, width| device.allocate(name, dtype, rows, width);
+        let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
+        let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
+        Ok(LayerBuffers {
+            router_logits: floats("router_logits", tokens, options.placement.experts())?,
+            router_experts: indices("router_experts", tokens, layer.top_k)?,
+            router_weights: floats("router_weights", tokens, layer.top_k)?,
+            send_index: indices("send_index", rows_sent, 1)?,
+            send_rows: values("send_rows", rows_sent, hidden)?,
+            send_records: indices("send_records", rows_sent, words)?,
+            received_rows: values("received_rows", rows_received, hidden)?,
+            received_records: indices("received_records", rows_received, words)?,
+            expand_index: indices("expand_index", copies, 1)?,
+            expanded: values("expanded", stage_copies, hidden)?,
+            inner: values("inner", stage_copies, layer.inner)?,
+            outputs: values("outputs", copies, hidden)?,
+            reduce_starts: indices("reduce_starts", rows_received + 1, 1)?,
+            reduce_index: indices("reduce_index", copies, 1)?,
+            reduce_weights: floats("reduce_weights", copies, 1)?,
+            sums: values("sums", rows_received, hidden)?,
+            home_rows: values("home_rows", rows_sent, hidden)?,
+            home_starts: indices("home_starts", tokens + 1, 1)?,
+            home_index: indices("home_index", rows_sent, 1)?,
+            shared_inner: values("shared_inner", tokens, shared_inner)?,
+            shared_gate: floats("shared_gate", tokens, 1)?,
+            shared_out: values("shared_out", tokens, hidden)?,
+        })
+    }
+}

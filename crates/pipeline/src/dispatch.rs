@@ -1,0 +1,75 @@
+//! Rows on their way to their experts.
+
+use crate::rendezvous::Plan;
+use crate::run::MoeLayer;
+use crate::{ExpertPipeline, PipelineError};
+use epsmoe_base::{Lane, Place, Rank, Stage};
+use epsmoe_device::op::{Gather, Upload};
+use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_fabric::{Exchange, Fabric};
+use epsmoe_plan::{HomeMap, RankCounts, Routing, SendMap};
+
+/// What a rank sends, known before the rendezvous: the send order does not depend on the cuts.
+pub(crate) struct Outgoing {
+    pub(crate) counts: RankCounts,
+    pub(crate) home: HomeMap,
+}
+
+impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+    /// Gathers the rows of all destinations, in send order, and their metadata records.
+    pub(crate) fn pack(
+        &self,
+        layer: &MoeLayer,
+        routing: &Routing,
+        x: &Buffer,
+    ) -> Result<Outgoing, PipelineError> {
+        let (place, buffers) = (Place::layer(layer.layer), &self.buffers);
+        let counts = RankCounts::of(&self.options.placement, routing);
+        let send = SendMap::of(&self.options.placement, routing, &counts);
+        let home = HomeMap::of(&send, &counts);
+        let rows = 0..send.tokens.len();
+        let (index, records) = (buffers.send_index.rows(rows.clone())?, buffers.send_records.rows(rows.clone())?);
+        self.compute(place, Upload { words: send.tokens.into(), out: index.clone() })?;
+        self.compute(place, Gather { x: x.clone(), index, out: buffers.send_rows.rows(rows)? })?;
+        self.compute(place, Upload { words: send.records.into(), out: records })?;
+        // Nothing may leave before it is packed.
+        self.device.lane_wait(Lane::Transfer, &self.device.record(Lane::Compute));
+        Ok(Outgoing { counts, home })
+    }
+
+    /// All metadata records in one exchange, ahead of the rows; the event says when they have arrived.
+    pub(crate) fn exchange_metadata(&self, layer: &MoeLayer, plan: &Plan) -> Result<B::Event, PipelineError> {
+        let (me, buffers) = (self.fabric.rank(), &self.buffers);
+        self.exchange(
+            Place::layer(layer.layer),
+            "metadata",
+            |rank| buffers.send_records.rows(plan.traffic.send_rows(me, rank)),
+            |rank| buffers.received_records.rows(plan.traffic.record_rows(me, rank)),
+        )?;
+        Ok(self.device.record(Lane::Transfer))
+    }
+
+    /// The rows of one stage, from every rank to every rank.
+    pub(crate) fn dispatch(&self, layer: &MoeLayer, plan: &Plan, stage: Stage) -> Result<(), PipelineError> {
+        let (me, buffers) = (self.fabric.rank(), &self.buffers);
+        self.exchange(
+            Place::layer(layer.layer).stage(stage),
+            "dispatch",
+            |rank| buffers.send_rows.rows(plan.traffic.send_range(me, rank, stage)),
+            |rank| buffers.received_rows.rows(plan.traffic.receive_range(me, stage, rank)),
+        )
+    }
+
+    /// One exchange on the transfer lane, from and to one view per rank.
+    pub(crate) fn exchange(
+        &self,
+        place: Place,
+        name: &'static str,
+        send: impl Fn(Rank) -> Result<Buffer, DeviceError>,
+        receive: impl Fn(Rank) -> Result<Buffer, DeviceError>,
+    ) -> Result<(), PipelineError> {
+        let ranks = || self.options.placement.all_ranks();
+        let (send, receive) = (ranks().map(send).collect::<Result<_, _>>()?, ranks().map(receive).collect::<Result<_, _>>()?);
+        Ok(self.fabric.all_to_all_v(&self.device, Lane::Transfer, place, Exchange { name, send, receive })?)
+    }
+}

@@ -1,0 +1,55 @@
+//! What the ranks tell each other before anything moves: the layer's only blocking exchange.
+
+use crate::dispatch::Outgoing;
+use crate::run::MoeLayer;
+use crate::{ExpertPipeline, PipelineError};
+use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
+use epsmoe_device::Backend;
+use epsmoe_fabric::Fabric;
+use epsmoe_plan::{LayerCounts, RankCounts, StageTable, Traffic};
+
+/// What every rank knows after the rendezvous: the same on all of them.
+pub(crate) struct Plan {
+    pub(crate) counts: LayerCounts,
+    pub(crate) table: StageTable,
+    pub(crate) traffic: Traffic,
+}
+
+impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+    /// Gathers every rank's counts and plans the layer. Each message leads with a digest of everything the
+    /// plan depends on besides the counts; ranks that disagree would plan different layers, so they stop
+    /// here, by name.
+    pub(crate) fn rendezvous(&self, layer: &MoeLayer, outgoing: &Outgoing) -> Result<Plan, PipelineError> {
+        let (place, placement) = (Place::layer(layer.layer), &self.options.placement);
+        let digest = self.digest(layer).to_le_bytes();
+        let message = [digest.as_slice(), &outgoing.counts.encode()].concat();
+        let messages = self.fabric.all_gather("rendezvous", place, message)?;
+        let mut ranks = Vec::with_capacity(messages.len());
+        for (rank, message) in messages.iter().enumerate() {
+            let (theirs, counts) = message.split_at_checked(digest.len()).unwrap_or_default();
+            if theirs != digest {
+                return Err(self.disagreement(place, Rank(rank)).into());
+            }
+            ranks.push(RankCounts::decode(counts, placement.experts())?);
+        }
+        let counts = LayerCounts::new(placement, layer.gate.top_k, ranks)?;
+        let table = self.options.policy.table(placement, &counts)?;
+        let traffic = Traffic::of(placement, &counts, &table);
+        Ok(Plan { counts, table, traffic })
+    }
+
+    fn digest(&self, layer: &MoeLayer) -> u64 {
+        let options = &self.options;
+        let settings = (layer.layer, layer.gate, &options.placement, &options.policy, options.sizes, options.identity);
+        hash_bytes(format!("{settings:?}").as_bytes())
+    }
+
+    fn disagreement(&self, place: Place, other: Rank) -> Fault {
+        let rank = self.fabric.rank();
+        let message = format!(
+            "{rank} and {other} were started with different settings or models; give every rank the same \
+             checkpoint and the same flags"
+        );
+        Fault { kind: FaultKind::Mismatch, rank, place, message }
+    }
+}

@@ -1,0 +1,222 @@
+//! START HERE. One MoE layer as it happens on one rank; every rank runs the same code.
+
+use crate::PipelineError;
+use crate::buffers::{LayerBuffers, PipelineSizes};
+use epsmoe_base::{Deadline, Lane, Layer, Place, Stage};
+use epsmoe_device::op::{Gate, GateRows, Gemm, Op, Route};
+use epsmoe_device::{Backend, Buffer, Weight};
+use epsmoe_fabric::Fabric;
+use epsmoe_plan::{
+    Capacity, LayerBytes, Placement, Policy, Routing, SharedExpert, StageTable, Traffic, Transfer, halves,
+};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A gated MLP: `down( silu(x·gateᵀ) ⊙ (x·upᵀ) )`.
+#[derive(Clone, Debug)]
+pub struct Mlp {
+    /// Gate and up maps `[I, H]`.
+    pub gate_up: Weight,
+    /// Down map `[H, I]`.
+    pub down: Weight,
+}
+
+impl Mlp {
+    /// Its inner width I.
+    pub fn inner(&self) -> usize {
+        let (_, dimensions) = self.gate_up.shape.sources();
+        dimensions[0]
+    }
+}
+
+/// The weights of one MoE layer on one rank.
+#[derive(Clone, Debug)]
+pub struct MoeLayer {
+    /// Which layer.
+    pub layer: Layer,
+    /// Router `[E, H]`.
+    pub router: Weight,
+    /// Correction bias of the router `[E]`, if the model has one.
+    pub bias: Option<Weight>,
+    /// How router logits become experts.
+    pub gate: Gate,
+    /// This rank's experts, in order `[L]`.
+    pub experts: Vec<Mlp>,
+    /// The expert that every token visits, if the model has one.
+    pub shared: Option<SharedMlp>,
+}
+
+/// An expert that every token visits.
+#[derive(Clone, Debug)]
+pub struct SharedMlp {
+    /// Its maps.
+    pub mlp: Mlp,
+    /// `[1, H]`: the output is scaled by `sigmoid(gate·x)`, if the model does that.
+    pub gate: Option<Weight>,
+}
+
+/// What the pipeline of a world is built from; equal on all ranks.
+#[derive(Clone, Debug)]
+pub struct PipelineOptions {
+    /// Where experts live.
+    pub placement: Placement,
+    /// What the user asked for.
+    pub policy: Policy,
+    /// Widths and capacities.
+    pub sizes: PipelineSizes,
+    /// A hash of the model and whatever else all ranks must have in common.
+    pub identity: u64,
+    /// How long the host waits for its own lanes.
+    pub timeout: Duration,
+}
+
+/// What a layer did.
+#[derive(Clone, Debug, Default)]
+pub struct LayerReport {
+    /// Plans that were run: one, or one per token chunk.
+    pub tables: Vec<StageTable>,
+    /// The most bytes that one of them needed on this rank.
+    pub peak_bytes: u64,
+}
+
+/// The MoE layers of one rank.
+pub struct ExpertPipeline<B: Backend, F: Fabric<B>> {
+    pub(crate) device: Arc<B>,
+    pub(crate) fabric: Arc<F>,
+    pub(crate) options: PipelineOptions,
+    pub(crate) buffers: LayerBuffers,
+}
+
+impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+    /// Reserves the buffers that every MoE layer of this rank shares.
+    pub fn new(device: Arc<B>, fabric: Arc<F>, options: PipelineOptions) -> Result<Self, PipelineError> {
+        let buffers = LayerBuffers::allocate(&*device, &options)?;
+        Ok(ExpertPipeline { device, fabric, options, buffers })
+    }
+
+    /// `y = Σ over the chosen experts of weight · expert(x), plus the shared expert's output`, for `x` and `y`
+    /// `[T, H]`. T may differ between ranks and may be 0; all ranks must call. Returns once everything is
+    /// enqueued: `y` is complete when the compute lane is.
+    pub fn run(&self, layer: &MoeLayer, x: &Buffer, y: &Buffer) -> Result<LayerReport, PipelineError> {
+        let routing = self.route(layer, x)?;
+        let mut report = LayerReport::default();
+        self.run_tokens(layer, &routing, 0..x.rows, x, y, &mut report)?;
+        Ok(report)
+    }
+
+    /// Runs the tokens in `range`. If some rank could not hold what would arrive there, every rank sees it in
+    /// the gathered counts, and all halve their tokens alike.
+    fn run_tokens(
+        &self,
+        layer: &MoeLayer,
+        routing: &Routing,
+        range: Range<usize>,
+        x: &Buffer,
+        y: &Buffer,
+        report: &mut LayerReport,
+    ) -> Result<(), PipelineError> {
+        let (rows, out) = (x.rows(range.clone())?, y.rows(range.clone())?);
+        let shared = self.options.policy.shared_expert();
+        let outgoing = self.pack(layer, &routing.slice(range.clone()), &rows)?;
+        self.run_shared_if(shared == SharedExpert::BesideRendezvous, layer, &rows)?;
+        let plan = self.rendezvous(layer, &outgoing)?;
+        if !self.options.sizes.capacity.fits(&plan.traffic) {
+            let (first, second) = halves(range);
+            self.run_tokens(layer, routing, first, x, y, report)?;
+            return self.run_tokens(layer, routing, second, x, y, report);
+        }
+        let mut metadata = Some(self.exchange_metadata(layer, &plan)?);
+
+        // The two lanes. What is enqueued on one waits for the other only where an event says so: while the
+        // experts of a stage compute, the transfers enqueued after that stage's dispatch travel.
+        let stages = plan.table.stages();
+        let mut dispatched: Vec<Option<B::Event>> = vec![None; stages];
+        let mut reduced: Vec<B::Event> = Vec::with_capacity(stages);
+        for step in &plan.table.order {
+            match *step {
+                Transfer::Dispatch(stage) => {
+                    self.dispatch(layer, &plan, stage)?;
+                    dispatched[stage.0] = Some(self.device.record(Lane::Transfer));
+                    if let Some(metadata) = metadata.take() {
+                        // The first rows travel: time for the shared expert, and for the index arrays.
+                        self.run_shared_if(shared == SharedExpert::BesideFirstDispatch, layer, &rows)?;
+                        self.receive_metadata(layer, &plan, &metadata)?;
+                    }
+                    while let Some(Some(arrived)) = dispatched.get(reduced.len()) {
+                        self.device.lane_wait(Lane::Compute, arrived);
+                        self.run_stage(layer, &plan, Stage(reduced.len()))?;
+                        reduced.push(self.device.record(Lane::Compute));
+                    }
+                }
+                Transfer::Combine(stage) => {
+                    self.device.lane_wait(Lane::Transfer, &reduced[stage.0]);
+                    self.combine(layer, &plan, stage)?;
+                }
+            }
+        }
+        self.run_shared_if(shared == SharedExpert::BesideLastCombine, layer, &rows)?;
+        self.device.lane_wait(Lane::Compute, &self.device.record(Lane::Transfer));
+        self.run_shared_if(shared == SharedExpert::Alone, layer, &rows)?;
+        self.sum_at_home(layer, outgoing.home, &out)?;
+        report.note(plan.table, self.layer_bytes(&plan.traffic));
+        Ok(())
+    }
+
+    /// Chooses every token's experts, and brings the choice to the host.
+    fn route(&self, layer: &MoeLayer, x: &Buffer) -> Result<Routing, PipelineError> {
+        let place = Place::layer(layer.layer);
+        let tokens = 0..x.rows;
+        let logits = self.buffers.router_logits.rows(tokens.clone())?;
+        let experts = self.buffers.router_experts.rows(tokens.clone())?;
+        let weights = self.buffers.router_weights.rows(tokens)?;
+        self.compute(place, Gemm::linear(x.clone(), &layer.router, logits.clone()))?;
+        let route = Route {
+            logits,
+            gate: layer.gate,
+            bias: layer.bias.clone(),
+            experts: experts.clone(),
+            weights: weights.clone(),
+        };
+        self.compute(place, route)?;
+        self.wait(&self.device.record(Lane::Compute))?;
+        let (experts, weights) = (self.device.read_u32(&experts)?, self.device.read_f32(&weights)?);
+        let experts_in_layer = self.options.placement.experts();
+        Ok(Routing::new(experts_in_layer, layer.gate.top_k, experts, weights)?)
+    }
+
+    /// The expert that every token visits, on the compute lane, if its turn is now.
+    fn run_shared_if(&self, now: bool, layer: &MoeLayer, x: &Buffer) -> Result<(), PipelineError> {
+        let Some(shared) = layer.shared.as_ref().filter(|_| now) else { return Ok(()) };
+        let (place, tokens, buffers) = (Place::layer(layer.layer), 0..x.rows, &self.buffers);
+        let (inner, out) = (buffers.shared_inner.rows(tokens.clone())?, buffers.shared_out.rows(tokens.clone())?);
+        self.compute(place, Gemm::gated(x.clone(), &shared.mlp.gate_up, inner.clone()))?;
+        self.compute(place, Gemm::linear(inner, &shared.mlp.down, out.clone()))?;
+        if let Some(weight) = &shared.gate {
+            let gate = buffers.shared_gate.rows(tokens)?;
+            self.compute(place, Gemm::linear(x.clone(), weight, gate.clone()))?;
+            self.compute(place, GateRows { gate, x: out })?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn compute(&self, place: Place, op: impl Into<Op>) -> Result<(), PipelineError> {
+        self.device.enqueue(Lane::Compute, place, op).map_err(PipelineError::from)
+    }
+
+    pub(crate) fn wait(&self, event: &B::Event) -> Result<(), PipelineError> {
+        Ok(self.device.wait(event, Deadline::after(self.options.timeout))?)
+    }
+
+    fn layer_bytes(&self, traffic: &Traffic) -> u64 {
+        let needed = Capacity::needed(traffic, self.fabric.rank());
+        LayerBytes::of(&self.options.sizes.layer, &needed).total()
+    }
+}
+
+impl LayerReport {
+    fn note(&mut self, table: StageTable, bytes: u64) {
+        self.tables.push(table);
+        self.peak_bytes = self.peak_bytes.max(bytes);
+    }
+}

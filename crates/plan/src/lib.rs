@@ -1,0 +1,66 @@
+//! Decisions of an MoE layer, and nothing but decisions: who holds which expert, how a rank's experts are
+//! cut into stages, in which order the stages travel, and which row lies where in every buffer.
+//!
+//! In reading order:
+//!
+//! | module | question it answers |
+//! |---|---|
+//! | `placement` | which rank holds which expert? |
+//! | `routing`   | where does the router send each token? |
+//! | `counts`    | what does a rank tell the others about its tokens, and can it be true? |
+//! | `stages`    | how are the experts cut, and in which order do the stages travel? ([`StageTable`]) |
+//! | `schedule`  | what did the user ask for, and which table is that? ([`Policy`]) |
+//! | `traffic`   | how many rows go where in which stage, and which rows of which buffer are they? ([`traffic`] has a worked example) |
+//! | `maps`      | which token is in which row? The index arrays that the kernels follow ([`maps`] has a worked example) |
+//! | `memory`    | how many bytes does that need, and does it fit? |
+//! | `timeline`  | what happened when, on which lane? |
+//! | `error`     | why was something refused? |
+//!
+//! One MoE layer walks through them like this:
+//!
+//! ```
+//! use epsmoe_plan::*;
+//! # fn main() -> Result<(), PlanError> {
+//! // Five experts on two ranks, top-2. This is rank 0 with three tokens; the other rank has none.
+//! let placement = Placement::new(5, 2)?;
+//! let routing = Routing::new(5, 2, vec![2, 0, 1, 3, 4, 0], vec![0.5; 6])?;
+//! let own = RankCounts::of(&placement, &routing);
+//! let bytes = own.encode(); // to every other rank, and theirs to us: the rendezvous
+//! let other = RankCounts { tokens: 0, copies: vec![0; 5], first: vec![0; 5], last: vec![0; 5] };
+//! let counts = LayerCounts::new(&placement, 2, vec![RankCounts::decode(&bytes, 5)?, other])?;
+//! // From here on every rank computes the same answers from the same numbers.
+//! let table = Policy::default().table(&placement, &counts)?;
+//! let traffic = Traffic::of(&placement, &counts, &table);
+//! let send = SendMap::of(&placement, &routing, &own);
+//! assert_eq!(send.tokens.len(), traffic.rows_sent(epsmoe_base::Rank(0)));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What this room must not know
+//!
+//! No I/O (it writes to a writer it is given, that is all), no clock, no device, no environment, no thread.
+//! Whatever ranks must agree on is decided in integers, so that every rank computes the same answer from
+//! the same numbers.
+
+mod counts;
+mod error;
+pub mod maps;
+mod memory;
+mod placement;
+mod routing;
+mod schedule;
+mod stages;
+mod timeline;
+pub mod traffic;
+
+pub use counts::{LayerCounts, RankCounts};
+pub use error::PlanError;
+pub use maps::{ArrivalMaps, HomeMap, SendMap, record_words};
+pub use memory::{Capacity, LayerBytes, LayerSizes, halves};
+pub use placement::Placement;
+pub use routing::Routing;
+pub use schedule::{Policy, Schedule, Stages};
+pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};
+pub use timeline::{Span, Timeline};
+pub use traffic::Traffic;

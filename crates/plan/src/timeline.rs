@@ -1,0 +1,239 @@
+//! What happened when, on which lane of which rank.
+
+use epsmoe_base::{Lane, Layer, Rank, Stage};
+use serde::Serialize;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
+
+/// One piece of work on one lane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The rank that did it.
+    pub rank: Rank,
+    /// The layer it belongs to, if any.
+    pub layer: Option<Layer>,
+    /// The stage it belongs to, if any.
+    pub stage: Option<Stage>,
+    /// The lane it ran on.
+    pub lane: Lane,
+    /// What it was: `dispatch`, `gate/up`, `rendezvous`, …
+    pub name: Cow<'static, str>,
+    /// When it began, in nanoseconds from a start that all ranks share.
+    pub start_ns: u64,
+    /// When it ended, no earlier than it began.
+    pub end_ns: u64,
+}
+
+impl Span {
+    /// How long it took, in nanoseconds.
+    pub fn duration_ns(&self) -> u64 {
+        self.end_ns.saturating_sub(self.start_ns)
+    }
+}
+
+/// The spans of a run.
+///
+/// ```text
+/// ns           0 1 2 3 4 5 6 7 8 9
+/// compute        ████████    ████      busy 6
+/// transfer     ████  ██████            busy 5, of which 2 beside no computation: exposed
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Timeline {
+    /// In any order.
+    pub spans: Vec<Span>,
+}
+
+impl Timeline {
+    /// How long a lane of `rank` did something, in nanoseconds; what overlaps on one lane counts once.
+    pub fn busy(&self, rank: Rank, lane: Lane) -> u64 {
+        self.intervals(rank, lane).iter().map(|(start, end)| end - start).sum()
+    }
+
+    /// How long the transfer lane of `rank` did something while its compute lane did not, in nanoseconds: the
+    /// time that transfers cost.
+    pub fn exposed_transfer(&self, rank: Rank) -> u64 {
+        let transfer = self.intervals(rank, Lane::Transfer);
+        let compute = self.intervals(rank, Lane::Compute);
+        self.busy(rank, Lane::Transfer) - overlap(&transfer, &compute)
+    }
+
+    /// Nanoseconds by name, over all spans of `rank`.
+    pub fn totals(&self, rank: Rank) -> BTreeMap<&str, u64> {
+        let mut totals = BTreeMap::new();
+        for span in self.spans.iter().filter(|span| span.rank == rank) {
+            *totals.entry(span.name.as_ref()).or_default() += span.duration_ns();
+        }
+        totals
+    }
+
+    /// When a lane was busy: (start, end), ascending, apart from each other.
+    fn intervals(&self, rank: Rank, lane: Lane) -> Vec<(u64, u64)> {
+        let here = self.spans.iter().filter(|span| span.rank == rank && span.lane == lane);
+        let mut all: Vec<_> = here.map(|span| (span.start_ns, span.end_ns.max(span.start_ns))).collect();
+        all.sort_unstable();
+        let mut apart: Vec<(u64, u64)> = Vec::new();
+        for (start, end) in all {
+            match apart.last_mut() {
+                Some(last) if start <= last.1 => last.1 = last.1.max(end),
+                _ => apart.push((start, end)),
+            }
+        }
+        apart
+    }
+
+    /// Writes the spans as Chrome trace events, which Perfetto and `chrome://tracing` show: a process per rank, a
+    /// thread per lane.
+    pub fn to_chrome_json(&self, writer: impl Write) -> io::Result<()> {
+        let ranks: BTreeSet<Rank> = self.spans.iter().map(|span| span.rank).collect();
+        let names = ranks.into_iter().flat_map(|rank| {
+            let process = Event::naming("process_name", rank, 0, rank.to_string());
+            let thread = move |lane: Lane| Event::naming("thread_name", rank, lane.index(), lane.to_string());
+            std::iter::once(process).chain(Lane::ALL.map(thread))
+        });
+        let trace_events = names.chain(self.spans.iter().map(Event::of)).collect();
+        serde_json::to_writer(writer, &Trace { display_time_unit: "ns", trace_events })
+            .map_err(io::Error::from)
+    }
+}
+
+/// The length of what two sets of intervals share; each set is ascending and apart.
+fn overlap(left: &[(u64, u64)], right: &[(u64, u64)]) -> u64 {
+    let (mut l, mut r, mut shared) = (0, 0, 0);
+    while let (Some(a), Some(b)) = (left.get(l), right.get(r)) {
+        shared += a.1.min(b.1).saturating_sub(a.0.max(b.0));
+        if a.1 <= b.1 { l += 1 } else { r += 1 }
+    }
+    shared
+}
+
+/// The JSON object format of Chrome's trace viewer.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Trace<'a> {
+    display_time_unit: &'static str,
+    trace_events: Vec<Event<'a>>,
+}
+
+/// A complete event (`X`), or metadata (`M`) that names a process or thread.
+#[derive(Serialize)]
+struct Event<'a> {
+    ph: &'static str,
+    name: &'a str,
+    pid: usize,
+    tid: usize,
+    /// Microseconds, as the format wants.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ts: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dur: Option<f64>,
+    args: Arguments,
+}
+
+#[derive(Default, Serialize)]
+struct Arguments {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer: Option<Layer>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stage: Option<Stage>,
+}
+
+impl<'a> Event<'a> {
+    fn of(span: &'a Span) -> Self {
+        let microseconds = |ns: u64| Some(ns as f64 / 1000.0);
+        Event {
+            ph: "X",
+            name: &span.name,
+            pid: span.rank.0,
+            tid: span.lane.index(),
+            ts: microseconds(span.start_ns),
+            dur: microseconds(span.duration_ns()),
+            args: Arguments { name: None, layer: span.layer, stage: span.stage },
+        }
+    }
+
+    fn naming(kind: &'static str, rank: Rank, tid: usize, name: String) -> Self {
+        let args = Arguments { name: Some(name), ..Arguments::default() };
+        Event { ph: "M", name: kind, pid: rank.0, tid, ts: None, dur: None, args }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use epsmoe_base::{Mix, env::test_seed};
+
+    fn span(lane: Lane, name: &'static str, start_ns: u64, end_ns: u64) -> Span {
+        let (layer, stage) = (Some(Layer(1)), (lane == Lane::Transfer).then_some(Stage(0)));
+        Span { rank: Rank(2), layer, stage, lane, name: name.into(), start_ns, end_ns }
+    }
+
+    /// The picture in the docs.
+    fn example() -> Timeline {
+        let spans = vec![
+            span(Lane::Compute, "gate/up", 1, 4),
+            span(Lane::Compute, "down", 3, 5),
+            span(Lane::Transfer, "dispatch", 0, 2),
+            span(Lane::Compute, "down", 7, 9),
+            span(Lane::Transfer, "combine", 3, 6),
+        ];
+        Timeline { spans }
+    }
+
+    #[test]
+    fn exposed_is_what_nothing_hides() {
+        let timeline = example();
+        assert_eq!(timeline.busy(Rank(2), Lane::Compute), 6);
+        assert_eq!(timeline.busy(Rank(2), Lane::Transfer), 5);
+        assert_eq!(timeline.exposed_transfer(Rank(2)), 2);
+        assert_eq!(timeline.exposed_transfer(Rank(0)), 0);
+        let totals = timeline.totals(Rank(2));
+        assert_eq!(totals, BTreeMap::from([("combine", 3), ("dispatch", 2), ("down", 4), ("gate/up", 3)]));
+    }
+
+    #[test]
+    fn exposed_agrees_with_counting_every_nanosecond() {
+        let seed = test_seed();
+        let mut mix = Mix::new(seed);
+        for _ in 0..200 {
+            let random = |_| {
+                let start = mix.below(60) as u64;
+                let end = start + mix.below(12) as u64;
+                span(Lane::ALL[mix.below(2)], "work", start, end)
+            };
+            let timeline = Timeline { spans: (0..12).map(random).collect() };
+            let at = |lane: Lane, now: u64| {
+                timeline
+                    .spans
+                    .iter()
+                    .any(|span| span.lane == lane && (span.start_ns..span.end_ns).contains(&now))
+            };
+            let count = |wanted: &dyn Fn(u64) -> bool| (0..100).filter(|&now| wanted(now)).count() as u64;
+            let exposed = count(&|now| at(Lane::Transfer, now) && !at(Lane::Compute, now));
+            assert_eq!(timeline.exposed_transfer(Rank(2)), exposed, "seed {seed}");
+            for lane in Lane::ALL {
+                assert_eq!(timeline.busy(Rank(2), lane), count(&|now| at(lane, now)), "seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_trace_that_viewers_read() {
+        let timeline = Timeline { spans: vec![span(Lane::Transfer, "dispatch", 1500, 4000)] };
+        let mut json = Vec::new();
+        timeline.to_chrome_json(&mut json).unwrap();
+        assert_eq!(
+            String::from_utf8(json).unwrap(),
+            concat!(
+                r#"{"displayTimeUnit":"ns","traceEvents":["#,
+                r#"{"ph":"M","name":"process_name","pid":2,"tid":0,"args":{"name":"rank 2"}},"#,
+                r#"{"ph":"M","name":"thread_name","pid":2,"tid":0,"args":{"name":"compute lane"}},"#,
+                r#"{"ph":"M","name":"thread_name","pid":2,"tid":1,"args":{"name":"transfer lane"}},"#,
+                r#"{"ph":"X","name":"dispatch","pid":2,"tid":1,"ts":1.5,"dur":2.5,"args":{"layer":1,"stage":0}}]}"#
+            )
+        );
+    }
+}
