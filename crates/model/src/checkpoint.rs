@@ -34,16 +34,12 @@ pub trait WeightSource: Send + Sync {
 
     /// Reads a part of a model, or a window of it.
     fn read(&self, part: &Located, window: &Window) -> Result<Tensor, ModelError> {
-        let mut found = None;
-        for source in &part.sources {
-            if let Some(stored) = self.find(&source.name)? {
-                found = Some((source, stored));
-                break;
-            }
-        }
+        let mut sources = part.sources.iter();
+        let found = sources.find_map(|source| Some((source, self.find(&source.name).transpose()?)));
         let Some((source, stored)) = found else {
             return Err(missing(part, self.place("")));
         };
+        let stored = stored?;
         if stored.shape != source.shape {
             return Err(ModelError::Weights {
                 file: self.place(&source.name),
@@ -122,16 +118,27 @@ impl Tensor {
     /// Rows become columns, of a tensor of two dimensions.
     pub fn transposed(self) -> Tensor {
         let (rows, columns) = (self.shape[0], self.shape[1]);
-        let size = self.dtype.bytes();
-        let mut bytes = Vec::with_capacity(self.bytes.len());
-        for column in 0..columns {
-            for row in 0..rows {
-                let at = (row * columns + column) * size;
-                bytes.extend_from_slice(&self.bytes[at..at + size]);
-            }
-        }
+        let bytes = match self.dtype.bytes() {
+            2 => transpose::<2>(&self.bytes, rows, columns),
+            _ => transpose::<4>(&self.bytes, rows, columns),
+        };
         Tensor { shape: vec![columns, rows], bytes, ..self }
     }
+}
+
+fn transpose<const SIZE: usize>(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {
+    /// Columns at a time, so that what they write stays in the cache while rows pass.
+    const TILE: usize = 32;
+    let (from, _) = bytes.as_chunks::<SIZE>();
+    let mut to = vec![[0; SIZE]; from.len()];
+    for tile in (0..columns).step_by(TILE) {
+        for row in 0..rows {
+            for column in tile..columns.min(tile + TILE) {
+                to[column * rows + row] = from[row * columns + column];
+            }
+        }
+    }
+    to.into_flattened()
 }
 
 /// A rectangle of a stored tensor seen as rows.

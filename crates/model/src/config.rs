@@ -229,7 +229,7 @@ fn shortened(value: &Value) -> String {
     }
 }
 
-// ---- what architectures share ------------------------------------------------------------------------------
+// ---- what architectures share ------------------------------------------------------------------------
 
 /// What a config may leave out.
 struct Defaults {
@@ -409,7 +409,7 @@ fn softmax_moe(experts: usize, inner: usize, top_k: usize) -> MoeSpec {
     MoeSpec { experts, inner, gate, correction_bias: false, shared: None }
 }
 
-// ---- rotary embedding --------------------------------------------------------------------------------------
+// ---- rotary embedding --------------------------------------------------------------------------------
 
 /// Rotary embedding, and the factor that yarn puts on the scores of latent attention.
 struct Rope {
@@ -536,7 +536,7 @@ fn magnitude(stretch: f64, scale: f64) -> f64 {
     if stretch <= 1.0 { 1.0 } else { 0.1 * scale * stretch.ln() + 1.0 }
 }
 
-// ---- architectures -----------------------------------------------------------------------------------------
+// ---- architectures -----------------------------------------------------------------------------------
 
 const MIXTRAL: Defaults = Defaults {
     vocab: 32_000,

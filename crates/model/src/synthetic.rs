@@ -111,12 +111,8 @@ const LANES: usize = 4;
 fn fill_uniform(numbers: &Mix, step: f32, first: usize, into: &mut [u8]) {
     let word = |index: usize| {
         let hash = numbers.at(index as u64);
-        let mut bytes = [0; 2 * LANES];
-        for lane in 0..LANES {
-            let number = (hash >> (16 * lane)) as u16 as i16;
-            bytes[2 * lane..][..2].copy_from_slice(&bf16::from_f32(f32::from(number) * step).to_le_bytes());
-        }
-        bytes
+        let lane = |lane: usize| u64::from(rounded(f32::from((hash >> (16 * lane)) as i16) * step));
+        (lane(0) | lane(1) << 16 | lane(2) << 32 | lane(3) << 48).to_le_bytes()
     };
     let lead = into.len().min(2 * (first.next_multiple_of(LANES) - first));
     let (head, body) = into.split_at_mut(lead);
@@ -131,4 +127,10 @@ fn fill_uniform(numbers: &Mix, step: f32, first: usize, into: &mut [u8]) {
     let tail = words.into_remainder();
     let length = tail.len();
     tail.copy_from_slice(&word(start + whole)[..length]);
+}
+
+/// The bits of the nearest bfloat16, ties to even, of a number that is finite.
+fn rounded(number: f32) -> u16 {
+    let bits = number.to_bits();
+    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }

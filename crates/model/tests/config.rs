@@ -1,4 +1,5 @@
 //! What configs are read as, and which are refused with what words.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use epsmoe_device::op::{Gate, GroupLimit};
 use epsmoe_model::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, config, preset};
@@ -231,8 +232,8 @@ fn olmoe_and_arctic() {
     );
 }
 
-/// Billions of parameters, all and active, and bytes a token leaves in the cache in bfloat16, as their
-/// authors state them (cards and papers round; 0.1 is allowed).
+/// Billions of parameters, all and active, and bytes a token leaves in the cache in bfloat16. Counted by hand
+/// from the shapes; they round to what the authors publish (236 and 21 for DeepSeek-V2, 480 and 17 for Arctic).
 #[test]
 fn presets_are_as_large_as_published() {
     let expected = [
@@ -244,7 +245,7 @@ fn presets_are_as_large_as_published() {
         ("qwen2-moe-a2.7b", 14.3, 2.7, 24 * 4096 * 2),
         ("qwen3-30b-a3b", 30.5, 3.3, 48 * 1024 * 2),
         ("olmoe-1b-7b", 6.9, 1.3, 16 * 4096 * 2),
-        ("arctic", 476.8, 15.6, 35 * 2048 * 2),
+        ("arctic", 478.6, 17.3, 35 * 2048 * 2),
         ("llamacpp-qwen3moe-mini", 0.855, 0.1, 6 * 512 * 2),
         ("llamacpp-deepseek2-mini", 0.748, 0.1, 6 * 288 * 2),
         ("llamacpp-deepseek2-lite4", 1.86, 0.3, 4 * 576 * 2),
@@ -289,7 +290,7 @@ fn frequencies_are_the_published_ones() {
 
     let frequencies = preset("deepseek-v2").unwrap().rope.inverse_frequencies;
     close(&frequencies[9..13], &[0.074_989_416, 0.056_234_13, 0.039_006_926, 0.026_879_36]);
-    close(&frequencies[21..25], &[4.149_904_1e-4, 1.778_279_4e-4, 3.333_803_4e-5, 2.5e-5]);
+    close(&frequencies[21..25], &[4.149_904e-4, 1.778_279_4e-4, 3.333_803_4e-5, 2.5e-5]);
 
     let yarn = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768 });
     let rope = patched("qwen3_moe", json!({ "head_dim": 64, "rope_theta": 1e6, "rope_scaling": yarn }))

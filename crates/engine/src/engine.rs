@@ -1,0 +1,180 @@
+//! START HERE: [`Engine::step`].
+
+use crate::batch::{Piece, RankQueue, Sequence};
+use crate::pages::blocks_for;
+use crate::{Completion, EngineError, Finish, Request, StepReport, World};
+use epsmoe_base::{FaultCell, Rank};
+use epsmoe_device::Backend;
+use epsmoe_fabric::Fabric;
+use epsmoe_model::{Model, ModelOptions, ModelSpec, WeightSource};
+use epsmoe_plan::Policy;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How an engine is set up.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Most tokens of one rank in one step.
+    pub max_batched_tokens: usize,
+    /// Most sequences of one rank at once.
+    pub max_sequences: usize,
+    /// Longest sequence, prompt and new tokens together.
+    pub max_model_len: usize,
+    /// How MoE layers are scheduled.
+    pub policy: Policy,
+    /// How long any wait may take.
+    pub timeout: Duration,
+}
+
+impl EngineOptions {
+    /// What each rank's model is told.
+    pub fn model(&self) -> ModelOptions {
+        let max_blocks = blocks_for(self.max_model_len).max(1);
+        ModelOptions {
+            max_tokens: self.max_batched_tokens,
+            max_sequences: self.max_sequences,
+            cache_blocks: max_blocks * self.max_sequences,
+            max_blocks,
+            policy: self.policy.clone(),
+            capacity: None,
+            timeout: self.timeout,
+        }
+    }
+}
+
+/// Requests in, completions out.
+pub struct Engine {
+    spec: Arc<ModelSpec>,
+    options: EngineOptions,
+    world: World,
+    queues: Vec<RankQueue>,
+    submitted: u64,
+    finished: BTreeMap<u64, Completion>,
+}
+
+impl Engine {
+    /// Loads the model on every rank, one after the other so that shared weights are read once, and starts
+    /// them.
+    pub fn start<B: Backend, F: Fabric<B>>(
+        spec: Arc<ModelSpec>,
+        source: &dyn WeightSource,
+        ranks: Vec<(Arc<B>, Arc<F>)>,
+        faults: FaultCell,
+        options: EngineOptions,
+        mut loaded: impl FnMut(Rank),
+    ) -> Result<Self, EngineError> {
+        let model_options = options.model();
+        let mut models = Vec::with_capacity(ranks.len());
+        for (device, fabric) in ranks {
+            let rank = fabric.rank();
+            models.push(Model::load(Arc::clone(&spec), source, device, fabric, model_options.clone())?);
+            loaded(rank);
+        }
+        let queues = models.iter().map(|_| RankQueue::new(model_options.cache_blocks)).collect();
+        let world = World::start(models, faults)?;
+        Ok(Engine { spec, options, world, queues, submitted: 0, finished: BTreeMap::new() })
+    }
+
+    /// Puts a request in the queue of the rank with the least to do; returns its number.
+    pub fn submit(&mut self, request: Request) -> Result<u64, EngineError> {
+        request.check(self.spec.vocab, self.options.max_model_len)?;
+        let number = self.submitted;
+        self.submitted += 1;
+        let sequence = Sequence {
+            number,
+            tokens: request.prompt.clone(),
+            request,
+            cached: 0,
+            blocks: Vec::new(),
+            completion: Completion::default(),
+            submitted: Instant::now(),
+        };
+        let idlest = self.queues.iter_mut().min_by_key(|queue| queue.load());
+        if let Some(queue) = idlest {
+            queue.waiting.push_back(sequence);
+        }
+        Ok(number)
+    }
+
+    /// Whether there is nothing left to do.
+    pub fn is_idle(&self) -> bool {
+        self.queues.iter().all(RankQueue::is_idle)
+    }
+
+    /// One step of every rank: a batch each, the model, a token for every sequence that has come to its end.
+    /// Ranks without work take part, for their experts.
+    pub fn step(&mut self) -> Result<StepReport, EngineError> {
+        let mut batches = Vec::with_capacity(self.queues.len());
+        let mut pieces = Vec::with_capacity(self.queues.len());
+        for queue in &mut self.queues {
+            queue.admit(self.options.max_sequences);
+            let (batch, of_rank) = queue.next_batch(self.options.max_batched_tokens);
+            batches.push(batch);
+            pieces.push(of_rank);
+        }
+        let report = self.world.step(batches)?;
+        for ((queue, output), pieces) in self.queues.iter_mut().zip(&report.outputs).zip(&pieces) {
+            let mut rows = output.logits.chunks_exact(self.spec.vocab);
+            for piece in pieces {
+                queue.running[piece.sequence].advance(piece, rows.by_ref().take(piece.logits), &self.spec.eos);
+            }
+            for sequence in queue.running.extract_if(.., |sequence| sequence.completion.finish.is_some()) {
+                queue.blocks.give_back(sequence.blocks);
+                self.finished.insert(sequence.number, sequence.completion);
+            }
+        }
+        Ok(report)
+    }
+
+    /// The answer of a request that has ended.
+    pub fn take(&mut self, number: u64) -> Option<Completion> {
+        self.finished.remove(&number)
+    }
+
+    /// Runs requests to their ends; answers come in the order of the requests. `each` sees every step.
+    pub fn run(
+        &mut self,
+        requests: Vec<Request>,
+        mut each: impl FnMut(&StepReport),
+    ) -> Result<Vec<Completion>, EngineError> {
+        let numbers = requests.into_iter().map(|request| self.submit(request));
+        let numbers = numbers.collect::<Result<Vec<_>, _>>()?;
+        while !self.is_idle() {
+            each(&self.step()?);
+        }
+        Ok(numbers.into_iter().filter_map(|number| self.take(number)).collect())
+    }
+}
+
+impl Sequence {
+    /// Takes in what a step computed of it: cached positions, prompt logits, and maybe a new token.
+    fn advance<'a>(&mut self, piece: &Piece, rows: impl Iterator<Item = &'a [f32]>, eos: &[u32]) {
+        self.cached = piece.positions.end;
+        let mut last = None;
+        for row in rows {
+            if self.request.prompt_logits && self.completion.ids.is_empty() {
+                self.completion.prompt_logits.extend_from_slice(row);
+            }
+            last = Some(row);
+        }
+        if self.cached < self.tokens.len() {
+            return;
+        }
+        if let Some(logits) = last.filter(|_| self.request.max_tokens > 0) {
+            let id = self.request.sampling.choose(logits, self.number, self.cached - 1);
+            self.tokens.push(id);
+            self.completion.ids.push(id);
+            if self.completion.ids.len() == 1 {
+                self.completion.time_to_first_token = self.submitted.elapsed();
+            }
+            if eos.contains(&id) && !self.request.ignore_eos {
+                self.completion.finish = Some(Finish::Stop);
+            }
+        }
+        if self.completion.ids.len() == self.request.max_tokens {
+            self.completion.finish.get_or_insert(Finish::Length);
+        }
+        self.completion.total_time = self.submitted.elapsed();
+    }
+}
