@@ -59,7 +59,7 @@ fn engine<K: Kernels>(folder: &Path, kernels: impl Fn() -> K, ranks: usize, poli
     let options = HostOptions::new(DType::F32);
     let store = Arc::new(WeightStore::default());
     let faults = options.faults.clone();
-    let fabric = ThreadsOptions { timeout: TIMEOUT, faults: faults.clone(), delay: None, mischief: None };
+    let fabric = ThreadsOptions::new(TIMEOUT, faults.clone());
     let ranks = Threads::world(ranks, fabric).into_iter().enumerate().map(|(rank, fabric)| {
         let device = HostBackend::new(Rank(rank), kernels(), Arc::clone(&store), options.clone()).unwrap();
         (Arc::new(device), Arc::new(fabric))

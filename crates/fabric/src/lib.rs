@@ -5,8 +5,10 @@
 //! the device, so that no bit depends on the fabric. It knows nothing of experts or layers: a
 //! [`Place`] is only a label for messages.
 
+mod link;
 mod threads;
 
+pub use link::{Link, Pacing};
 pub use threads::{Act, Mischief, Threads, ThreadsOptions};
 
 use epsmoe_base::{Fault, Lane, Place, Rank};

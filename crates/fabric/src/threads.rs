@@ -1,7 +1,8 @@
 //! Ranks as threads of one process. Rows are copied once, from the sender's memory to the receiver's, by the
 //! receiver.
 
-use crate::{Exchange, Fabric};
+use crate::link::PacedLink;
+use crate::{Exchange, Fabric, Link, Pacing};
 use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank, count};
 use epsmoe_device::host::{HostBackend, Kernels, Memory};
 use epsmoe_device::op::Accesses;
@@ -9,7 +10,7 @@ use epsmoe_device::{Buffer, DeviceError};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How a world of threads behaves.
 #[derive(Clone, Debug)]
@@ -18,10 +19,19 @@ pub struct ThreadsOptions {
     pub timeout: Duration,
     /// The world's fault cell.
     pub faults: FaultCell,
+    /// How fast rows travel; as fast as memory when absent.
+    pub link: Option<Link>,
     /// Seed of random delays before each exchange, for tests.
     pub delay: Option<u64>,
     /// One thing that goes wrong, for tests.
     pub mischief: Option<Mischief>,
+}
+
+impl ThreadsOptions {
+    /// A world at memory speed in which nothing goes wrong on purpose.
+    pub fn new(timeout: Duration, faults: FaultCell) -> Self {
+        ThreadsOptions { timeout, faults, link: None, delay: None, mischief: None }
+    }
 }
 
 /// A rank that misbehaves at one of its exchanges, counted from zero.
@@ -52,6 +62,7 @@ struct Parcel {
     place: Place,
     memory: Memory,
     rows: Buffer,
+    posted: Instant,
     taken: Arc<AtomicUsize>,
 }
 
@@ -81,6 +92,7 @@ struct World {
 pub struct Threads {
     rank: Rank,
     world: Arc<World>,
+    link: Option<Arc<Mutex<PacedLink>>>,
     exchanges: AtomicU64,
     rounds: AtomicU64,
 }
@@ -99,10 +111,16 @@ impl Threads {
         let end = |rank| Threads {
             rank: Rank(rank),
             world: Arc::clone(&world),
+            link: world.options.link.map(|link| Arc::new(Mutex::new(PacedLink::new(link)))),
             exchanges: AtomicU64::new(0),
             rounds: AtomicU64::new(0),
         };
         (0..size).map(end).collect()
+    }
+
+    /// How well this rank kept to its link's times so far; nothing at memory speed.
+    pub fn pacing(&self) -> Option<Pacing> {
+        self.link.as_ref().map(|link| lock(link).pacing())
     }
 }
 
@@ -133,6 +151,7 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
             rank: self.rank,
             world: Arc::clone(&self.world),
             place,
+            link: self.link.clone(),
             delay: options.delay.map(|seed| Mix::keyed(seed, &[self.rank.0 as u64, number])),
             act: mischief.map(|mischief| mischief.act),
         };
@@ -186,6 +205,7 @@ struct Trip {
     rank: Rank,
     world: Arc<World>,
     place: Place,
+    link: Option<Arc<Mutex<PacedLink>>>,
     delay: Option<Mix>,
     act: Option<Act>,
 }
@@ -201,11 +221,30 @@ impl Trip {
             Some(Act::SendOneRowLess) | None => {}
         }
         let deadline = Deadline::after(self.world.options.timeout);
-        let taken = self.send(memory, exchange);
+        let mut ready = Instant::now();
+        let taken = self.send(memory, exchange, ready);
         for source in 0..self.world.size {
-            self.receive(memory, exchange, source, deadline)?;
+            ready = ready.max(self.receive(memory, exchange, source, deadline)?);
         }
-        self.await_taken(exchange, &taken, deadline)
+        self.await_taken(exchange, &taken, deadline)?;
+        self.pace(exchange, ready);
+        Ok(())
+    }
+
+    /// Sleeps until the link would have carried the exchange that could start at `ready`.
+    fn pace(&self, exchange: &Exchange, ready: Instant) {
+        let Some(link) = &self.link else { return };
+        let others = |parts: &[Buffer]| -> u64 {
+            let others = parts.iter().enumerate().filter(|(rank, _)| *rank != self.rank.0);
+            others.map(|(_, part)| (part.rows * part.width * part.dtype.bytes()) as u64).sum()
+        };
+        let bytes = others(&exchange.send).max(others(&exchange.receive));
+        if bytes == 0 {
+            return;
+        }
+        let (due, copied) = (lock(link).book(ready, bytes), Instant::now());
+        std::thread::sleep(due.saturating_duration_since(copied));
+        lock(link).note(due, copied, Instant::now());
     }
 
     /// Does nothing until the others notice.
@@ -216,7 +255,7 @@ impl Trip {
         }
     }
 
-    fn send(&self, memory: &Memory, exchange: &Exchange) -> Vec<Arc<AtomicUsize>> {
+    fn send(&self, memory: &Memory, exchange: &Exchange, posted: Instant) -> Vec<Arc<AtomicUsize>> {
         let mut parcels = lock(&self.world.parcels);
         let taken = exchange.send.iter().enumerate().map(|(destination, rows)| {
             let taken = Arc::new(AtomicUsize::new(0));
@@ -225,6 +264,7 @@ impl Trip {
                 place: self.place,
                 memory: memory.clone(),
                 rows: rows.clone(),
+                posted,
                 taken: Arc::clone(&taken),
             });
             taken
@@ -234,13 +274,14 @@ impl Trip {
         taken
     }
 
+    /// Copies what `source` sent; returns when it was sent.
     fn receive(
         &self,
         memory: &Memory,
         exchange: &Exchange,
         source: usize,
         deadline: Deadline,
-    ) -> Result<(), Fault> {
+    ) -> Result<Instant, Fault> {
         let lane = source * self.world.size + self.rank.0;
         let parcel = self.until(deadline, |parcels| parcels[lane].pop_front(), || {
             format!("{} did not send {} within {:?}", Rank(source), exchange.name, deadline.allowed())
@@ -278,7 +319,7 @@ impl Trip {
         // Taking the lock orders the notice after a sender's look at the flag.
         drop(lock(&self.world.parcels));
         self.world.moved.notify_all();
-        Ok(())
+        Ok(parcel.posted)
     }
 
     /// What was sent may be overwritten once everybody has taken it.

@@ -1,0 +1,142 @@
+//! A link with a chosen speed, so that the pipeline can be watched at work on a machine whose ranks share
+//! memory.
+//!
+//! Each rank has one link. An exchange occupies it from the moment everything it needs is there until
+//! `start + latency + bytes / rate`, where `bytes` is the larger of what leaves for and what comes from
+//! *other* ranks; the next exchange starts after that. Finish times are absolute and virtual, so a late
+//! wake-up delays one exchange and never the ones after it. Nobody spins: the lane sleeps, and how late it
+//! woke up is reported.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+/// A link's speed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Link {
+    /// Bytes a second, each way.
+    pub bytes_per_second: u64,
+    /// Paid once by every exchange.
+    pub latency: Duration,
+}
+
+impl Link {
+    /// How long an exchange of `bytes` occupies the link.
+    pub fn time(&self, bytes: u64) -> Duration {
+        let nanoseconds = u128::from(bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
+        self.latency + Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (rate, microseconds) = (self.bytes_per_second, self.latency.as_micros());
+        let (rate, unit) = match rate {
+            _ if rate.is_multiple_of(1_000_000_000) => (rate / 1_000_000_000, "GB/s"),
+            _ if rate.is_multiple_of(1_000_000) => (rate / 1_000_000, "MB/s"),
+            _ => (rate, "B/s"),
+        };
+        write!(f, "{rate}{unit},{microseconds}us")
+    }
+}
+
+impl FromStr for Link {
+    type Err = String;
+
+    /// `10GB/s,50us`: a rate in B/s, kB/s, MB/s or GB/s, and a latency in ns, us or ms, which may be left out.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refuse = || format!("`{text}` is no link: write a rate and a latency, like 10GB/s,50us");
+        let (rate, latency) = text.split_once(',').unwrap_or((text, "0us"));
+        let rates = [("GB/s", 1e9), ("MB/s", 1e6), ("kB/s", 1e3), ("B/s", 1.0)];
+        let times = [("ns", 1.0), ("us", 1e3), ("ms", 1e6)];
+        let rate = scaled(rate.trim(), &rates).filter(|rate| *rate >= 1.0).ok_or_else(refuse)?;
+        let latency = scaled(latency.trim(), &times).ok_or_else(refuse)?;
+        Ok(Link { bytes_per_second: rate as u64, latency: Duration::from_nanos(latency as u64) })
+    }
+}
+
+/// A number with one of some units; nothing if it is not one of at most 10¹⁵.
+fn scaled(text: &str, units: &[(&str, f64)]) -> Option<f64> {
+    let (number, factor) =
+        units.iter().find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, factor)))?;
+    let value = number.trim().parse::<f64>().ok()? * factor;
+    (0.0..=1e15).contains(&value).then_some(value)
+}
+
+/// How well sleeping kept to a link's times.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pacing {
+    /// Exchanges that took time on the link.
+    pub exchanges: u64,
+    /// Those whose rows took longer to copy than the link would: the machine cannot show them.
+    pub unresolved: u64,
+    /// Sum of how late the lane woke up after the others.
+    pub late: Duration,
+    /// The latest of them.
+    pub latest: Duration,
+}
+
+/// One rank's link while it runs.
+#[derive(Debug)]
+pub(crate) struct PacedLink {
+    link: Link,
+    free_at: Instant,
+    pacing: Pacing,
+}
+
+impl PacedLink {
+    pub(crate) fn new(link: Link) -> Self {
+        PacedLink { link, free_at: Instant::now(), pacing: Pacing::default() }
+    }
+
+    pub(crate) fn pacing(&self) -> Pacing {
+        self.pacing
+    }
+
+    /// When an exchange of `bytes` that could start at `ready` is over; books the link until then.
+    pub(crate) fn book(&mut self, ready: Instant, bytes: u64) -> Instant {
+        self.free_at = ready.max(self.free_at) + self.link.time(bytes);
+        self.free_at
+    }
+
+    /// Notes an exchange whose rows were there at `copied`, which should have been over at `due` and was at
+    /// `now`.
+    pub(crate) fn note(&mut self, due: Instant, copied: Instant, now: Instant) {
+        self.pacing.exchanges += 1;
+        if copied > due {
+            self.pacing.unresolved += 1;
+            return;
+        }
+        let late = now.saturating_duration_since(due);
+        self.pacing.late += late;
+        self.pacing.latest = self.pacing.latest.max(late);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_written_as_people_write_them() {
+        let link: Link = "10GB/s,50us".parse().unwrap();
+        assert_eq!(link, Link { bytes_per_second: 10_000_000_000, latency: Duration::from_micros(50) });
+        assert_eq!(link.to_string(), "10GB/s,50us");
+        assert_eq!("1.5 MB/s".parse::<Link>().unwrap().to_string(), "1500000B/s,0us");
+        for wrong in ["", "10", "0GB/s", "-1GB/s", "10GB/s,5", "NaNGB/s", "1e30GB/s"] {
+            assert!(wrong.parse::<Link>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn exchanges_queue_on_a_busy_link() {
+        let mut link = PacedLink::new("1GB/s,10us".parse().unwrap());
+        let start = link.free_at;
+        let first = link.book(start, 1_000_000);
+        assert_eq!(first - start, Duration::from_micros(1010));
+        let second = link.book(start + Duration::from_micros(100), 1_000_000);
+        assert_eq!(second - start, Duration::from_micros(2020), "it waits for the first");
+        let third = link.book(start + Duration::from_millis(5), 0);
+        assert_eq!(third - start, Duration::from_micros(5010), "the link was free before it was ready");
+    }
+}
