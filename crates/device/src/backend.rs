@@ -22,8 +22,13 @@ pub trait Backend: Send + Sync + 'static {
     fn dtype(&self) -> DType;
 
     /// Reserves memory for `[rows, width]` elements. Only while loading: buffers never move after.
-    fn allocate(&self, name: &'static str, dtype: DType, rows: usize, width: usize)
-    -> Result<Buffer, DeviceError>;
+    fn allocate(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        rows: usize,
+        width: usize,
+    ) -> Result<Buffer, DeviceError>;
 
     /// Bytes reserved by [`allocate`](Backend::allocate) so far.
     fn allocated_bytes(&self) -> u64;

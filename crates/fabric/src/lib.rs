@@ -38,8 +38,13 @@ pub trait Fabric<B: Backend>: Send + Sync + 'static {
 
     /// Enqueues an exchange of rows on a lane. It is complete when everything has arrived here *and* what was
     /// sent may be overwritten.
-    fn all_to_all_v(&self, device: &B, lane: Lane, place: Place, exchange: Exchange)
-    -> Result<(), DeviceError>;
+    fn all_to_all_v(
+        &self,
+        device: &B,
+        lane: Lane,
+        place: Place,
+        exchange: Exchange,
+    ) -> Result<(), DeviceError>;
 
     /// Gives `message` to every rank and returns everybody's, in rank order. Blocks the caller.
     fn all_gather(&self, name: &'static str, place: Place, message: Vec<u8>) -> Result<Vec<Vec<u8>>, Fault>;

@@ -143,7 +143,8 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
         check(&exchange, self.world.size)?;
         let number = self.exchanges.fetch_add(1, Ordering::Relaxed);
         let options = &self.world.options;
-        let mischief = options.mischief.filter(|mischief| (mischief.rank, mischief.exchange) == (self.rank, number));
+        let mischief =
+            options.mischief.filter(|mischief| (mischief.rank, mischief.exchange) == (self.rank, number));
         if mischief.is_some_and(|mischief| mischief.act == Act::SendOneRowLess) {
             shorten(&mut exchange.send)?;
         }
@@ -180,7 +181,8 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
                 return Ok(messages);
             };
             if deadline.passed() {
-                let message = format!("{} did not come to {name} within {:?}", Rank(silent), deadline.allowed());
+                let message =
+                    format!("{} did not come to {name} within {:?}", Rank(silent), deadline.allowed());
                 return Err(world.raise(FaultKind::Deadline, self.rank, place, message));
             }
             letters = sleep(&world.written, letters);
@@ -283,9 +285,11 @@ impl Trip {
         deadline: Deadline,
     ) -> Result<Instant, Fault> {
         let lane = source * self.world.size + self.rank.0;
-        let parcel = self.until(deadline, |parcels| parcels[lane].pop_front(), || {
-            format!("{} did not send {} within {:?}", Rank(source), exchange.name, deadline.allowed())
-        })?;
+        let parcel = self.until(
+            deadline,
+            |parcels| parcels[lane].pop_front(),
+            || format!("{} did not send {} within {:?}", Rank(source), exchange.name, deadline.allowed()),
+        )?;
         let room = &exchange.receive[source];
         if (parcel.name, parcel.place) != (exchange.name, self.place) {
             let message = format!(
@@ -331,9 +335,18 @@ impl Trip {
     ) -> Result<(), Fault> {
         for (destination, taken) in taken.iter().enumerate() {
             let done = || (taken.load(Ordering::Acquire) == 1).then_some(());
-            self.until(deadline, |_| done(), || {
-                format!("{} did not take {} within {:?}", Rank(destination), exchange.name, deadline.allowed())
-            })?;
+            self.until(
+                deadline,
+                |_| done(),
+                || {
+                    format!(
+                        "{} did not take {} within {:?}",
+                        Rank(destination),
+                        exchange.name,
+                        deadline.allowed()
+                    )
+                },
+            )?;
         }
         Ok(())
     }

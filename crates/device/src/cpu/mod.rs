@@ -1,1 +1,113 @@
-//! stub
+//! The CPU: our own kernels over packed weights, on threads that belong to the rank's compute lane.
+//!
+//! [`gemm`] has the matrix products, `attention` the attention, `pool` the threads; everything else is the shared
+//! plain code of [`host`](crate::host), spread over the same threads.
+
+mod attention;
+pub mod gemm;
+mod pool;
+
+use crate::TensorBytes;
+use crate::host::{AttentionViews, Element, GemmViews, HostBackend, Kernels, Pack};
+use crate::op::Epilogue;
+use epsmoe_base::DType;
+use gemm::{ElementType, Isa, PackedMatrix, SourceRow};
+use pool::ComputePool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The CPU as a host processor.
+pub type Cpu = HostBackend<CpuKernels>;
+
+/// Kernels for one instruction set on a fixed number of threads.
+pub struct CpuKernels {
+    isa: Isa,
+    /// Only the compute lane runs on it, so the lock is never waited for.
+    pool: Mutex<ComputePool>,
+}
+
+impl CpuKernels {
+    /// Kernels on `threads` threads, the lane's own included.
+    pub fn new(threads: usize, isa: Isa) -> Result<Self, String> {
+        if threads == 0 {
+            return Err("0 threads can compute nothing: give at least 1".into());
+        }
+        if !isa.is_supported() {
+            let best = Isa::detect();
+            return Err(format!(
+                "this processor has no {isa}: use {best} or leave the choice to the program"
+            ));
+        }
+        Ok(CpuKernels { isa, pool: Mutex::new(ComputePool::new(threads)) })
+    }
+
+    /// What the threads can do at most: floating-point operations a second in float32 and bfloat16 on registers
+    /// only, and bytes a second read from memory.
+    pub fn peaks(&self) -> Peaks {
+        let mut pool = self.pool();
+        Peaks {
+            float32: gemm::peak::compute(&mut pool, self.isa, ElementType::F32),
+            bfloat16: gemm::peak::compute(&mut pool, self.isa, ElementType::Bf16),
+            memory: gemm::peak::memory_read(&mut pool),
+        }
+    }
+
+    fn pool(&self) -> MutexGuard<'_, ComputePool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The most that some threads can do.
+#[derive(Clone, Copy, Debug)]
+pub struct Peaks {
+    /// Floating-point operations a second in float32, a multiply-add counted as two.
+    pub float32: f64,
+    /// The same for bfloat16 products summed in float32.
+    pub bfloat16: f64,
+    /// Bytes a second read from memory.
+    pub memory: f64,
+}
+
+impl Kernels for CpuKernels {
+    type Matrix = PackedMatrix;
+
+    fn describe(&self) -> String {
+        format!("cpu {}, {}", self.isa, epsmoe_base::count(self.pool().threads(), "thread"))
+    }
+
+    fn pack(&self, pack: &Pack<'_>) -> PackedMatrix {
+        let (mut pool, element, shape) = (self.pool(), ElementType::of(pack.dtype), [pack.n, pack.k]);
+        let row = |tensor: usize| move |row: usize| source_row(&pack.tensors[tensor], row, pack.k);
+        match pack.tensors.len() {
+            1 => PackedMatrix::pack(&mut pool, self.isa, element, shape, row(0)),
+            _ => PackedMatrix::pack_gated(&mut pool, self.isa, element, shape, row(0), row(1)),
+        }
+    }
+
+    fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.pool().run(tasks, task);
+    }
+
+    fn gemm<X: Element, Y: Element>(
+        &self,
+        parts: &mut [GemmViews<'_, X, Y, PackedMatrix>],
+        _: Epilogue,
+        bias: Option<&[f32]>,
+    ) {
+        // Whether a matrix is gated was decided when it was packed, and checked with the operation.
+        gemm::multiply(&mut self.pool(), parts, bias);
+    }
+
+    fn attention<T: Element>(&self, views: AttentionViews<'_, T>) {
+        attention::run(&mut self.pool(), self.isa, &views);
+    }
+}
+
+fn source_row<'a>(tensor: &TensorBytes<'a>, row: usize, k: usize) -> SourceRow<'a> {
+    let width = k * tensor.dtype.bytes();
+    let bytes = &tensor.bytes[row * width..][..width];
+    match tensor.dtype {
+        DType::BF16 => SourceRow::Bf16(bytes),
+        DType::F16 => SourceRow::F16(bytes),
+        DType::F32 | DType::U32 => SourceRow::F32(bytes),
+    }
+}

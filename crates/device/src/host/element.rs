@@ -4,7 +4,7 @@ use epsmoe_base::DType;
 use half::bf16;
 
 /// A plain number with a [`DType`].
-pub trait Plain: Copy + Send + Sync + 'static {
+pub trait Plain: bytemuck::Pod + Send + Sync {
     /// The format it is stored in.
     const DTYPE: DType;
 }

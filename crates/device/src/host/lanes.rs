@@ -73,7 +73,9 @@ impl Lanes {
             let shared = Arc::clone(&lanes.shared);
             let jitter = jitter.map(|seed| Mix::keyed(seed, &[rank.0 as u64, lane.index() as u64]));
             let name = format!("rank{}-{lane:?}", rank.0).to_lowercase();
-            lanes.threads.push(std::thread::Builder::new().name(name).spawn(move || shared.run(lane, jitter))?);
+            lanes
+                .threads
+                .push(std::thread::Builder::new().name(name).spawn(move || shared.run(lane, jitter))?);
         }
         Ok(lanes)
     }
@@ -92,7 +94,8 @@ impl Lanes {
         let mut progress = lock(&self.shared.progress);
         loop {
             self.shared.faults.check()?;
-            let Some(late) = Lane::ALL.into_iter().find(|&lane| progress.completed[lane.index()] < until(lane))
+            let Some(late) =
+                Lane::ALL.into_iter().find(|&lane| progress.completed[lane.index()] < until(lane))
             else {
                 return Ok(());
             };

@@ -6,6 +6,7 @@ use epsmoe_base::{Bytes, DType};
 use half::bf16;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -200,11 +201,6 @@ impl<'a, T: Plain> View<'a, T> {
     pub fn at(&self, row: usize) -> T {
         self.row(row)[0]
     }
-
-    /// Address of the first element.
-    pub fn as_ptr(&self) -> *const T {
-        self.start
-    }
 }
 
 /// Rows of numbers to write.
@@ -237,13 +233,21 @@ impl<T: Plain> ViewMut<'_, T> {
     /// No two borrows of the same row are alive at once.
     #[expect(clippy::mut_from_ref, reason = "rows are disjoint, and the caller promises distinct ones")]
     pub unsafe fn row_shared(&self, row: usize) -> &mut [T] {
-        assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: `Memory::locate` checked that all rows lie inside the region.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.stride), self.width) }
+        // SAFETY: the caller's promise.
+        unsafe { self.columns_shared(row, 0..self.width) }
     }
 
-    /// Address of the first element.
-    pub fn as_mut_ptr(&mut self) -> *mut T {
-        self.start
+    /// Some columns of one row, while other threads write other elements.
+    ///
+    /// # Safety
+    /// No two borrows of the same element are alive at once.
+    #[expect(clippy::mut_from_ref, reason = "pieces are disjoint, by the caller's promise")]
+    pub unsafe fn columns_shared(&self, row: usize, columns: Range<usize>) -> &mut [T] {
+        assert!(row < self.rows && columns.start <= columns.end && columns.end <= self.width);
+        // SAFETY: inside the row, checked above; `Memory::locate` checked that all rows lie inside the region.
+        unsafe {
+            let start = self.start.add(row * self.stride + columns.start);
+            std::slice::from_raw_parts_mut(start, columns.len())
+        }
     }
 }

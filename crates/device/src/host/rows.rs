@@ -3,8 +3,8 @@
 use super::element::{Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore};
 use crate::op::{
-    Add, Angles, Attention, Clamp, Copy, Embed, Gate, GateRows, Gather, GroupLimit, GroupScore, Norm, NormKind,
-    Reduce, RopeStyle, Rotate, Route, Score, StoreRows, Upload,
+    Add, Angles, Attention, Clamp, Copy, Embed, Gate, GateRows, Gather, GroupLimit, GroupScore, Norm,
+    NormKind, Reduce, RopeStyle, Rotate, Route, Score, StoreRows, Upload,
 };
 use std::cmp::Ordering;
 
@@ -160,7 +160,8 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     pub(super) fn store<T: Element>(&self, op: &StoreRows) -> Result<(), String> {
-        let (x, slots, mut cache) = (self.view::<T>(&op.x), self.view(&op.slots), self.view_mut::<T>(&op.cache));
+        let (x, slots, mut cache) =
+            (self.view::<T>(&op.x), self.view(&op.slots), self.view_mut::<T>(&op.cache));
         for t in 0..x.rows {
             let slot = in_range("cache slot", slots.at(t), cache.rows)?;
             cache.row(slot).copy_from_slice(x.row(t));
@@ -188,7 +189,8 @@ impl<'a, K: Kernels> Rows<'a, K> {
 
     pub(super) fn route(&self, op: &Route) -> Result<(), String> {
         let logits = self.view::<f32>(&op.logits);
-        let (mut experts, mut weights) = (self.view_mut::<u32>(&op.experts), self.view_mut::<f32>(&op.weights));
+        let (mut experts, mut weights) =
+            (self.view_mut::<u32>(&op.experts), self.view_mut::<f32>(&op.weights));
         let bias = op.bias.as_ref().map(|bias| self.weights.vector(bias)).transpose()?;
         for t in 0..logits.rows {
             choose(&op.gate, logits.row(t), bias.as_deref(), experts.row(t), weights.row(t));
@@ -197,7 +199,8 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     pub(super) fn gather<T: Element>(&self, op: &Gather) -> Result<(), String> {
-        let (x, index, out) = (self.view::<T>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
+        let (x, index, out) =
+            (self.view::<T>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
         for row in index.iter() {
             in_range("row", row[0], x.rows)?;
         }
@@ -292,7 +295,8 @@ fn check_sequences(
 ) -> Result<Vec<u32>, String> {
     let mut sequences = Vec::with_capacity(positions.len());
     for (b, range) in starts.windows(2).enumerate() {
-        if range[0] as usize != sequences.len() || range[1] < range[0] || range[1] as usize > positions.len() {
+        if range[0] as usize != sequences.len() || range[1] < range[0] || range[1] as usize > positions.len()
+        {
             return Err(format!("sequence {b} spans tokens {}..{}", range[0], range[1]));
         }
         sequences.resize(range[1] as usize, b as u32);

@@ -101,9 +101,6 @@ impl<M> WeightStore<M> {
             WeightShape::Vector { n } => {
                 let mut vector = vec![0.0; n];
                 tensors[0].widen(0, &mut vector);
-                if dtype == DType::BF16 {
-                    vector.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
-                }
                 Held::Vector(vector.into())
             }
             WeightShape::Table { width, .. } => {
@@ -160,5 +157,7 @@ fn check_sources(name: &str, shape: WeightShape, tensors: &[TensorBytes<'_>]) ->
         return Ok(());
     }
     let given: Vec<usize> = tensors.iter().map(|tensor| tensor.bytes.len()).collect();
-    Err(DeviceError::Shape(format!("{name}: {shape:?} needs {count} × {dimensions:?}, given bytes {given:?}")))
+    Err(DeviceError::Shape(format!(
+        "{name}: {shape:?} needs {count} × {dimensions:?}, given bytes {given:?}"
+    )))
 }

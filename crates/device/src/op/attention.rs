@@ -78,7 +78,7 @@ impl Attention {
         same_rows("attention", &[&self.q, &self.out, &self.positions])?;
         same_rows("attention", &[&self.keys, &self.values])?;
         let (heads, kv_heads) = (self.heads, self.kv_heads);
-        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) || self.block_size == 0 {
+        if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) || self.block_size == 0 {
             return Err(DeviceError::Shape(format!(
                 "attention: {heads} heads over {kv_heads} key heads, blocks of {}",
                 self.block_size
@@ -86,6 +86,7 @@ impl Attention {
         }
         let dtype = self.q.dtype;
         expect("attention", "keys", &self.keys, dtype, self.q.width / heads * kv_heads)?;
+        expect("attention", "queries", &self.q, dtype, self.key_width() * heads)?;
         expect("attention", "values", &self.values, dtype, self.out.width / heads * kv_heads)?;
         expect("attention", "output", &self.out, dtype, self.value_width() * heads)?;
         expect("attention", "positions", &self.positions, DType::U32, 1)?;

@@ -72,9 +72,12 @@ impl Gemm {
             Some(_) if self.parts.len() != 1 || self.epilogue != Epilogue::Store => {
                 Err(DeviceError::Shape("gemm: a bias needs a single part and a plain store".into()))
             }
-            Some(bias) if bias.shape != (WeightShape::Vector { n: first.out.width }) => Err(DeviceError::Shape(
-                format!("gemm: bias {} is {:?}, the output {:?}", bias.name, bias.shape, first.out),
-            )),
+            Some(bias) if bias.shape != (WeightShape::Vector { n: first.out.width }) => {
+                Err(DeviceError::Shape(format!(
+                    "gemm: bias {} is {:?}, the output {:?}",
+                    bias.name, bias.shape, first.out
+                )))
+            }
             _ => Ok(()),
         }
     }

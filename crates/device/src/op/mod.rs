@@ -137,7 +137,13 @@ fn same_rows(op: &str, buffers: &[&Buffer]) -> Result<(), DeviceError> {
     }
 }
 
-fn expect(op: &str, what: &str, buffer: &Buffer, dtype: epsmoe_base::DType, width: usize) -> Result<(), DeviceError> {
+fn expect(
+    op: &str,
+    what: &str,
+    buffer: &Buffer,
+    dtype: epsmoe_base::DType,
+    width: usize,
+) -> Result<(), DeviceError> {
     if buffer.dtype == dtype && buffer.width == width {
         return Ok(());
     }

@@ -1,7 +1,7 @@
 //! Which experts a token goes to, and with what weight.
 
 use super::{Accesses, same_rows};
-use crate::{Buffer, DeviceError, Weight};
+use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
 /// How router logits become experts and weights.
@@ -81,8 +81,12 @@ impl Route {
         if self.experts.width != k || self.weights.width != k {
             return shape(format!("top_k is {k}, but outputs are {:?} and {:?}", self.experts, self.weights));
         }
-        if (self.logits.dtype, self.experts.dtype, self.weights.dtype) != (DType::F32, DType::U32, DType::F32) {
+        if (self.logits.dtype, self.experts.dtype, self.weights.dtype) != (DType::F32, DType::U32, DType::F32)
+        {
             return shape(format!("{:?} → {:?}, {:?}", self.logits, self.experts, self.weights));
+        }
+        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.shape != WeightShape::Vector { n: e }) {
+            return shape(format!("bias {} is {:?}, but there are {e} experts", bias.name, bias.shape));
         }
         if let Some(limit) = self.gate.groups {
             let fits = limit.groups > 0 && e.is_multiple_of(limit.groups) && limit.kept <= limit.groups;

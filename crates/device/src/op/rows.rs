@@ -18,7 +18,11 @@ impl Upload {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         let words_wide = matches!(self.out.dtype, DType::U32 | DType::F32);
         if !words_wide || self.words.len() != self.out.rows * self.out.width {
-            return Err(DeviceError::Shape(format!("upload: {} words into {:?}", self.words.len(), self.out)));
+            return Err(DeviceError::Shape(format!(
+                "upload: {} words into {:?}",
+                self.words.len(),
+                self.out
+            )));
         }
         Ok(())
     }

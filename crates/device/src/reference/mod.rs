@@ -60,7 +60,9 @@ impl Kernels for PlainKernels {
                 for n in 0..matrix.n {
                     let value = match epilogue {
                         Epilogue::Store => matrix.dot(n, x.row(m)),
-                        Epilogue::SwiGlu => silu(matrix.dot(n, x.row(m))) * matrix.dot(matrix.n + n, x.row(m)),
+                        Epilogue::SwiGlu => {
+                            silu(matrix.dot(n, x.row(m))) * matrix.dot(matrix.n + n, x.row(m))
+                        }
                     };
                     out.row(m)[n] = Y::from_f32((value + bias.map_or(0.0, |bias| f64::from(bias[n]))) as f32);
                 }
@@ -88,7 +90,9 @@ impl Kernels for PlainKernels {
                 let powers: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
                 let total: f64 = powers.iter().sum();
                 for column in 0..value_width {
-                    let value = |slot: usize| f64::from(views.values.row(slot)[kv_head * value_width + column].to_f32());
+                    let value = |slot: usize| {
+                        f64::from(views.values.row(slot)[kv_head * value_width + column].to_f32())
+                    };
                     let mean: f64 = slots.iter().zip(&powers).map(|(&slot, power)| power * value(slot)).sum();
                     views.out.row(t)[head * value_width + column] = T::from_f32((mean / total) as f32);
                 }

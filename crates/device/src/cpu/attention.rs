@@ -1,0 +1,318 @@
+//! Attention in blocks of keys, for one query or thousands, through the micro-kernel of the matrix products.
+//!
+//! A task is one key head of one sequence and a run of its new tokens: rows are (token, query head) pairs that
+//! share that head. It walks the cached keys in blocks of [`KEYS`] positions counted from 0, and keeps for each
+//! row the largest score so far, the sum of powers and the weighted values (the online softmax of Milakov and
+//! Gimelshein, arXiv 1805.02867). Blocks begin at fixed positions and all sums run in a fixed order, so a row's
+//! bits depend on its query and on the keys that it sees, not on the rows beside it: a token decoded alone has the
+//! bits it has in a prompt.
+
+use super::gemm::{AlignedWords, BLOCK_STEPS, BLOCK_STRIDE, ElementType, Functions, Isa, Tile, exp};
+use super::pool::ComputePool;
+use crate::host::{AttentionViews, Element};
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Key positions in a block: what the weighted values wait for in registers, and a block of packed rows.
+const KEYS: usize = 64;
+
+/// Rows of a task: enough that packing a block of keys is little beside using it.
+const ROWS: usize = 512;
+
+/// Runs the operation on the pool's threads.
+pub(super) fn run<T: Element>(pool: &mut ComputePool, isa: Isa, views: &AttentionViews<'_, T>) {
+    let group = views.op.heads / views.op.kv_heads;
+    let mut tasks = Vec::new();
+    let mut first = 0;
+    for sequence in views.sequences.chunk_by(|a, b| a == b) {
+        let tokens = first..first + sequence.len();
+        first = tokens.end;
+        for start in tokens.clone().step_by((ROWS / group).max(1)) {
+            let tokens = start..tokens.end.min(start + (ROWS / group).max(1));
+            tasks.extend((0..views.op.kv_heads).map(|kv_head| (tokens.clone(), kv_head)));
+        }
+    }
+    // Later tokens see more keys: the longest tasks first, so that the threads end together.
+    tasks.sort_by_key(|(tokens, _)| std::cmp::Reverse(views.positions[tokens.end - 1]));
+    pool.run(tasks.len(), |index| {
+        let (tokens, kv_head) = tasks[index].clone();
+        SCRATCH.with_borrow_mut(|scratch| {
+            let functions = Functions::select(isa, ElementType::F32);
+            Task { views, functions, tokens, kv_head, group }.run(scratch);
+        });
+    });
+}
+
+/// One thread's room, kept from call to call. Everything is float32, whatever the cache holds.
+struct Scratch {
+    /// Queries, tile after tile; in a tile, block after block of steps; in a block, row after row.
+    queries: AlignedWords,
+    /// Keys of a block, panel after panel of `width` keys: for each step `width` words.
+    keys: AlignedWords,
+    /// Values of a block, panel after panel of `width` columns: for each key `width` words.
+    values: AlignedWords,
+    /// Scores of a tile, panel after panel `[rows, width]`.
+    scores: AlignedWords,
+    /// Powers of a tile, as the micro-kernel reads rows.
+    powers: AlignedWords,
+    /// Weighted values, tile after tile; in a tile, panel after panel `[rows, width]`.
+    sums: AlignedWords,
+    state: Vec<RowState>,
+}
+
+/// Where a row's softmax stands.
+#[derive(Clone, Copy)]
+struct RowState {
+    /// Key positions the row sees.
+    first: usize,
+    end: usize,
+    /// Largest score so far.
+    most: f32,
+    /// Sum of `exp(score − most)`.
+    total: f32,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
+        queries: AlignedWords::zeros(0),
+        keys: AlignedWords::zeros(0),
+        values: AlignedWords::zeros(0),
+        scores: AlignedWords::zeros(0),
+        powers: AlignedWords::zeros(0),
+        sums: AlignedWords::zeros(0),
+        state: Vec::new(),
+    });
+}
+
+struct Task<'a, 'v, T> {
+    views: &'a AttentionViews<'v, T>,
+    functions: &'static Functions,
+    tokens: Range<usize>,
+    kv_head: usize,
+    group: usize,
+}
+
+impl<T: Element> Task<'_, '_, T> {
+    fn run(&self, scratch: &mut Scratch) {
+        self.begin(scratch);
+        let first = scratch.state.iter().map(|row| row.first).min().unwrap_or(0);
+        let end = scratch.state.iter().map(|row| row.end).max().unwrap_or(0);
+        for block in first / KEYS..end.div_ceil(KEYS) {
+            let positions = block * KEYS..end.min((block + 1) * KEYS);
+            self.pack_keys(&positions, &mut scratch.keys);
+            self.pack_values(&positions, &mut scratch.values);
+            for tile in self.tiles() {
+                let sees = |row: &RowState| row.first < positions.end && row.end > positions.start;
+                if scratch.state[tile.clone()].iter().any(sees) {
+                    self.score(&tile, scratch);
+                    self.soften(&tile, &positions, scratch);
+                    self.weigh(&tile, scratch);
+                }
+            }
+        }
+        self.store(scratch);
+    }
+
+    fn rows(&self) -> usize {
+        self.tokens.len() * self.group
+    }
+
+    /// Row `r` is query head `r % group` of token `r / group`.
+    fn token_and_head(&self, row: usize) -> (usize, usize) {
+        (self.tokens.start + row / self.group, self.kv_head * self.group + row % self.group)
+    }
+
+    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<T> {
+        let (rows, most) = (self.rows(), self.functions.tiles.len());
+        (0..rows).step_by(most).map(move |start| start..rows.min(start + most))
+    }
+
+    /// Words of one packed query row, and panels of a block of keys and of a row of values.
+    fn query_words(&self) -> usize {
+        self.views.op.key_width().div_ceil(BLOCK_STEPS) * BLOCK_STRIDE
+    }
+
+    fn key_panels(&self) -> usize {
+        KEYS.div_ceil(self.functions.width())
+    }
+
+    fn value_panels(&self) -> usize {
+        self.views.op.value_width().div_ceil(self.functions.width())
+    }
+
+    /// Makes room, packs the queries, and starts every row's softmax.
+    fn begin(&self, scratch: &mut Scratch) {
+        let (rows, width, key_width) = (self.rows(), self.functions.width(), self.views.op.key_width());
+        let most_rows = self.functions.tiles.len();
+        scratch.queries.grow(rows * self.query_words());
+        scratch.keys.grow(self.key_panels() * key_width * width);
+        scratch.values.grow(self.value_panels() * KEYS * width);
+        scratch.scores.grow(self.key_panels() * most_rows * width);
+        scratch.powers.grow(most_rows * BLOCK_STRIDE);
+        let sums = rows * self.value_panels() * width;
+        scratch.sums.grow(sums);
+        scratch.sums[..sums].fill(0);
+        scratch.state.clear();
+        for tile in self.tiles() {
+            let base = tile.start * self.query_words();
+            for (in_tile, row) in tile.clone().enumerate() {
+                let (token, head) = self.token_and_head(row);
+                let query = &self.views.q.row(token)[head * key_width..][..key_width];
+                for (block, steps) in query.chunks(BLOCK_STEPS).enumerate() {
+                    let start = base + (block * tile.len() + in_tile) * BLOCK_STRIDE;
+                    let words = &mut scratch.queries[start..][..steps.len()];
+                    words.iter_mut().zip(steps).for_each(|(word, x)| *word = x.to_f32().to_bits());
+                }
+                let visible = self.views.visible(token);
+                scratch.state.push(RowState {
+                    first: visible.start,
+                    end: visible.end,
+                    most: f32::NEG_INFINITY,
+                    total: 0.0,
+                });
+            }
+        }
+    }
+
+    /// Keys past the block's last position keep what was there: their scores are never looked at.
+    fn pack_keys(&self, positions: &Range<usize>, keys: &mut AlignedWords) {
+        let (width, key_width) = (self.functions.width(), self.views.op.key_width());
+        let sequence = self.views.sequences[self.tokens.start] as usize;
+        for (key, position) in positions.clone().enumerate() {
+            let slot = self.views.slot(sequence, position);
+            let row = &self.views.keys.row(slot)[self.kv_head * key_width..][..key_width];
+            let panel = &mut keys[key / width * key_width * width..][..key_width * width];
+            for (words, x) in panel.chunks_exact_mut(width).zip(row) {
+                words[key % width] = x.to_f32().to_bits();
+            }
+        }
+    }
+
+    /// Values past the block's last position are 0, since their powers are: 0 times what was there may be NaN.
+    fn pack_values(&self, positions: &Range<usize>, values: &mut AlignedWords) {
+        let (width, value_width) = (self.functions.width(), self.views.op.value_width());
+        let sequence = self.views.sequences[self.tokens.start] as usize;
+        for key in 0..KEYS {
+            let position = positions.start + key;
+            let row: &[T] = if position < positions.end {
+                let slot = self.views.slot(sequence, position);
+                &self.views.values.row(slot)[self.kv_head * value_width..][..value_width]
+            } else {
+                &[]
+            };
+            for panel in 0..self.value_panels() {
+                let words = &mut values[(panel * KEYS + key) * width..][..width];
+                let columns = row.get(panel * width..).unwrap_or_default();
+                let filled = columns.len().min(width);
+                words.iter_mut().zip(columns).for_each(|(word, x)| *word = x.to_f32().to_bits());
+                words[filled..].fill(0);
+            }
+        }
+    }
+
+    /// `scores = queries · keysᵀ` for one tile.
+    fn score(&self, tile: &Range<usize>, scratch: &mut Scratch) {
+        let (width, key_width) = (self.functions.width(), self.views.op.key_width());
+        let queries = &scratch.queries[tile.start * self.query_words()..];
+        for panel in 0..self.key_panels() {
+            let scores = &mut scratch.scores[panel * tile.len() * width..][..tile.len() * width];
+            scores.fill(0);
+            let keys = &scratch.keys[panel * key_width * width..][..key_width * width];
+            self.multiply(tile.len(), key_width, queries, keys, scores);
+        }
+    }
+
+    /// Scores become powers, and what was summed before is scaled to the new largest score.
+    fn soften(&self, tile: &Range<usize>, positions: &Range<usize>, scratch: &mut Scratch) {
+        let (width, panels, scale) = (self.functions.width(), self.value_panels(), self.views.op.scale);
+        let Scratch { scores, powers, sums, state, .. } = scratch;
+        for (in_tile, row) in tile.clone().enumerate() {
+            let mut weights = [0.0; KEYS];
+            for (panel, weights) in weights.chunks_mut(width).enumerate() {
+                let scores = &scores[(panel * tile.len() + in_tile) * width..][..weights.len()];
+                let scores = scores.iter().map(|&bits| f32::from_bits(bits) * scale);
+                weights.iter_mut().zip(scores).for_each(|(weight, score)| *weight = score);
+            }
+            let state = &mut state[row];
+            let visible = state.first.clamp(positions.start, positions.end) - positions.start
+                ..state.end.clamp(positions.start, positions.end) - positions.start;
+            // SAFETY: the table exists only where its instructions do.
+            let factor =
+                unsafe { (self.functions.soften)(&mut weights, visible, &mut state.most, &mut state.total) };
+            let words = &mut powers[in_tile * BLOCK_STRIDE..][..KEYS];
+            words.iter_mut().zip(weights).for_each(|(word, weight)| *word = weight.to_bits());
+            if factor != 1.0 {
+                for panel in 0..panels {
+                    let at = (tile.start * panels + panel * tile.len() + in_tile) * width;
+                    let sums: &mut [f32] = bytemuck::cast_slice_mut(&mut sums[at..at + width]);
+                    sums.iter_mut().for_each(|sum| *sum *= factor);
+                }
+            }
+        }
+    }
+
+    /// `sums += powers · values` for one tile.
+    fn weigh(&self, tile: &Range<usize>, scratch: &mut Scratch) {
+        let (width, panels) = (self.functions.width(), self.value_panels());
+        for panel in 0..panels {
+            let at = (tile.start * panels + panel * tile.len()) * width;
+            let values = &scratch.values[panel * KEYS * width..][..KEYS * width];
+            let sums = &mut scratch.sums[at..at + tile.len() * width];
+            self.multiply(tile.len(), KEYS, &scratch.powers, values, sums);
+        }
+    }
+
+    fn multiply(&self, rows: usize, steps: usize, left: &[u32], right: &[u32], sums: &mut [u32]) {
+        assert!(left.len() >= steps.div_ceil(BLOCK_STEPS) * rows * BLOCK_STRIDE);
+        assert!(right.len() == steps * self.functions.width() && sums.len() == rows * self.functions.width());
+        let tile = Tile {
+            steps,
+            activations: left.as_ptr(),
+            weights: right.as_ptr(),
+            sums: sums.as_mut_ptr().cast(),
+            prefetch: right.as_ptr().cast(),
+            prefetch_stride: 0,
+        };
+        // SAFETY: the table exists only where its instructions do; the operands were measured just above.
+        unsafe { (self.functions.tiles[rows - 1])(tile) }
+    }
+
+    fn store(&self, scratch: &Scratch) {
+        let (width, panels) = (self.functions.width(), self.value_panels());
+        let value_width = self.views.op.value_width();
+        for tile in self.tiles() {
+            for (in_tile, row) in tile.clone().enumerate() {
+                let (token, head) = self.token_and_head(row);
+                let columns = head * value_width..(head + 1) * value_width;
+                // SAFETY: each (token, head) pair is a row of exactly one task.
+                let out = unsafe { self.views.out.columns_shared(token, columns) };
+                let total = scratch.state[row].total;
+                for (panel, out) in out.chunks_mut(width).enumerate() {
+                    let at = (tile.start * panels + panel * tile.len() + in_tile) * width;
+                    let sums = scratch.sums[at..].iter().map(|&bits| f32::from_bits(bits));
+                    // Adding 0 leaves one zero: a block that a row does not see may have turned −0 into +0.
+                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::from_f32(sum / total + 0.0));
+                }
+            }
+        }
+    }
+}
+
+/// One row's scores of a block become powers of the scores it sees, 0 elsewhere; returns the factor that brings
+/// what was summed before to the new largest score.
+#[inline(always)]
+pub(super) fn soften(scores: &mut [f32], visible: Range<usize>, most: &mut f32, total: &mut f32) -> f32 {
+    if visible.is_empty() {
+        scores.fill(0.0);
+        return 1.0;
+    }
+    let before = *most;
+    *most = scores[visible.clone()].iter().copied().fold(before, f32::max);
+    for (key, score) in scores.iter_mut().enumerate() {
+        let power = exp(*score - *most);
+        *score = if visible.contains(&key) { power } else { 0.0 };
+    }
+    let factor = if before == f32::NEG_INFINITY { 0.0 } else { exp(before - *most) };
+    *total = *total * factor + scores.iter().sum::<f32>();
+    factor
+}

@@ -1,0 +1,92 @@
+//! What happens to a tile's sums before they are stored. Plain Rust without branches, inlined into
+//! functions that enable wide vectors, so that the compiler vectorises it; every operation is an IEEE
+//! one, so the bits do not depend on the vector width.
+
+use half::bf16;
+
+/// For each row of `sums` `[rows, 2 · lanes]`, gate in the first half and up in the second, puts
+/// `silu(gate) · up` into the first half.
+#[inline(always)]
+pub(crate) fn swiglu(sums: &mut [f32], lanes: usize) {
+    for row in sums.chunks_exact_mut(2 * lanes) {
+        let (gates, ups) = row.split_at_mut(lanes);
+        for (gate, up) in gates.iter_mut().zip(ups) {
+            *gate = silu(*gate) * *up;
+        }
+    }
+}
+
+/// `x · sigmoid(x)`.
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `eˣ` with a relative error below 2e-7; `x` is clamped to ±87, inside which the result is normal.
+///
+/// `x = n·ln 2 + r` with `n` an integer and `|r| ≤ ln 2 / 2`; `eʳ` is its Taylor polynomial and `2ⁿ`
+/// is made from its exponent bits.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    /// Adding it to a small number leaves the nearest integer in the low bits.
+    const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³
+    /// `ln 2` in two parts, the first with so few bits that `n` times it is exact.
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+
+    let x = x.clamp(-87.0, 87.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * LN_2_HIGH - n * LN_2_LOW;
+    let mut power = 1.0 / 5040.0;
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        power = power * r + coefficient;
+    }
+    let two_to_n = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    power * two_to_n
+}
+
+/// Rounds to the nearest bf16, ties to even; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn round_to_bf16(from: &[f32], to: &mut [bf16]) {
+    for (from, to) in from.iter().zip(to) {
+        let bits = from.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+        let kept = if from.is_nan() { bits | 0x0040_0000 } else { rounded };
+        *to = bf16::from_bits((kept >> 16) as u16);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_and_silu_are_accurate() {
+        for step in -8700..=8700 {
+            let x = step as f32 * 0.01;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 2e-7, "exp({x}): relative error {error:e}");
+        }
+        assert_eq!(silu(0.0), 0.0);
+        assert_eq!(silu(f32::INFINITY), f32::INFINITY);
+        assert_eq!(silu(200.0), 200.0);
+        assert!(silu(-200.0).abs() < 1e-30);
+        assert!(silu(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn bf16_rounding_agrees_with_half() {
+        let mut bits = 1_u32;
+        for _ in 0..100_000 {
+            bits = bits.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let value = f32::from_bits(bits);
+            let mut rounded = [bf16::ZERO];
+            round_to_bf16(&[value], &mut rounded);
+            let expected = bf16::from_f32(value);
+            assert!(rounded[0].to_bits() == expected.to_bits() || value.is_nan());
+            assert_eq!(rounded[0].is_nan(), value.is_nan());
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! The one micro-kernel, generic over the instruction set and the element type.
+//!
+//! Both operands are arrays of 32-bit *words*. A word is one *step* along K: one f32, or two
+//! neighbouring bf16 (`k` even in the low half, `k + 1` in the high half; the missing partner of an
+//! odd K is zero). So the kernels of both types have the same loads and the same loop.
+
+use super::{ElementType, Isa, avx2, avx512, scalar};
+
+/// Vectors side by side in a tile. With 14 rows, 2 vectors of sums a row leave 4 of AVX-512's 32
+/// registers for the weights and the activation; gate and up take one vector each.
+pub(crate) const VECTORS: usize = 2;
+
+/// Steps in one block of packed activations; 14 rows of it fill a fifth of a 32 KiB L1 cache.
+pub(crate) const BLOCK_STEPS: usize = 128;
+
+/// Words from one row to the next within a block: one cache line more than the block, so that the
+/// rows fall into different cache sets.
+pub(crate) const BLOCK_STRIDE: usize = BLOCK_STEPS + 16;
+
+/// Operations on one vector register, for one instruction set and element type.
+///
+/// # Safety
+/// Implementations may use instructions beyond the target's baseline: every method may be called only
+/// where the processor supports them, and inlined into a function that enables them.
+pub(crate) unsafe trait Kernel {
+    /// `LANES` sums in f32.
+    type Sums: Copy;
+    /// One step of `LANES` columns of weights.
+    type Weights: Copy;
+    /// One step of one row of activations, in all lanes.
+    type Activation: Copy;
+
+    const LANES: usize;
+
+    /// Reads `LANES` sums.
+    ///
+    /// # Safety
+    /// `from` points to `LANES` readable values; see also the trait.
+    unsafe fn load_sums(from: *const f32) -> Self::Sums;
+
+    /// Writes `LANES` sums.
+    ///
+    /// # Safety
+    /// `to` points to `LANES` writable values; see also the trait.
+    unsafe fn store_sums(to: *mut f32, sums: Self::Sums);
+
+    /// Reads one step of `LANES` columns.
+    ///
+    /// # Safety
+    /// `from` points to `LANES` readable words; see also the trait.
+    unsafe fn load_weights(from: *const u32) -> Self::Weights;
+
+    /// Reads one step of one row.
+    ///
+    /// # Safety
+    /// `from` points to a readable word; see also the trait.
+    unsafe fn load_activation(from: *const u32) -> Self::Activation;
+
+    /// `sums + activation · weights`, in each lane.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn multiply_add(
+        sums: Self::Sums,
+        activation: Self::Activation,
+        weights: Self::Weights,
+    ) -> Self::Sums;
+
+    /// Asks for the cache line at `address`, which may be any address.
+    fn prefetch(address: *const u8);
+}
+
+/// The operands of one call of the micro-kernel, for `rows` rows by `VECTORS · LANES` columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile {
+    /// Steps to run.
+    pub steps: usize,
+    /// Activations: blocks of `rows` rows of `BLOCK_STRIDE` words, see `pack::ActivationLayout`.
+    pub activations: *const u32,
+    /// Weights: for each step `VECTORS · LANES` words, one a column.
+    pub weights: *const u32,
+    /// Sums `[rows, VECTORS · LANES]`, read at the start and written back at the end.
+    pub sums: *mut f32,
+    /// Where the memory to be brought into the cache meanwhile begins; `prefetch_stride` bytes a step.
+    pub prefetch: *const u8,
+    pub prefetch_stride: usize,
+}
+
+/// `sums += activations · weights` for `ROWS` rows. Per element the additions are in rising `k`.
+///
+/// # Safety
+/// The pointers of `tile` are valid for the shapes given at its fields, and the processor supports
+/// the instructions of `K`, which the caller enables.
+#[inline(always)]
+pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
+    let width = VECTORS * K::LANES;
+    let Tile { mut activations, mut weights, mut prefetch, .. } = tile;
+    // SAFETY: all addresses stay inside the operands described at `Tile`: `weights` advances by
+    // `width` words `steps` times, `activations` by a whole block after each block, and rows and
+    // steps inside a block are below `ROWS` and `BLOCK_STEPS`. Prefetches may go anywhere.
+    unsafe {
+        let mut sums: [[K::Sums; VECTORS]; ROWS] = std::array::from_fn(|row| {
+            std::array::from_fn(|vector| K::load_sums(tile.sums.add(row * width + vector * K::LANES)))
+        });
+        let mut left = tile.steps;
+        while left > 0 {
+            let steps = left.min(BLOCK_STEPS);
+            for step in 0..steps {
+                let columns: [K::Weights; VECTORS] =
+                    std::array::from_fn(|vector| K::load_weights(weights.add(vector * K::LANES)));
+                K::prefetch(prefetch);
+                K::prefetch(prefetch.wrapping_add(64));
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let activation = K::load_activation(activations.add(row * BLOCK_STRIDE + step));
+                    for (sums, columns) in sums.iter_mut().zip(columns) {
+                        *sums = K::multiply_add(*sums, activation, columns);
+                    }
+                }
+                weights = weights.add(width);
+                prefetch = prefetch.wrapping_add(tile.prefetch_stride);
+            }
+            activations = activations.add(ROWS * BLOCK_STRIDE);
+            left -= steps;
+        }
+        for (row, sums) in sums.into_iter().enumerate() {
+            for (vector, sums) in sums.into_iter().enumerate() {
+                K::store_sums(tile.sums.add(row * width + vector * K::LANES), sums);
+            }
+        }
+    }
+}
+
+/// `rounds` times a multiply-add on each sum of the largest tile, on registers only; returns the
+/// number of multiply-adds in f32 lanes.
+///
+/// # Safety
+/// The processor supports the instructions of `K`, which the caller enables.
+#[inline(always)]
+pub(crate) unsafe fn spin_multiply_add<K: Kernel, const ROWS: usize>(rounds: usize) -> f64 {
+    let words = std::hint::black_box([0x3f80_3f80_u32; 64]); // about 1.0, in either type
+    let mut values = [0.5_f32; 64];
+    // SAFETY: the arrays are longer than a vector of any instruction set.
+    unsafe {
+        let columns = K::load_weights(words.as_ptr());
+        let activation = K::load_activation(words.as_ptr());
+        let mut sums = [[K::load_sums(values.as_ptr()); VECTORS]; ROWS];
+        for _ in 0..rounds {
+            for sums in sums.as_flattened_mut() {
+                *sums = K::multiply_add(*sums, activation, columns);
+            }
+        }
+        for sums in sums.as_flattened() {
+            K::store_sums(values.as_mut_ptr(), *sums);
+            std::hint::black_box(&values);
+        }
+    }
+    (rounds * ROWS * VECTORS * K::LANES) as f64
+}
+
+/// The compiled kernels for one instruction set and element type.
+///
+/// The function pointers may be called only on a processor with that instruction set; a table is
+/// handed out by [`Functions::select`] only there.
+pub(crate) struct Functions {
+    /// Columns in one vector; a panel has `VECTORS · lanes`.
+    pub lanes: usize,
+    /// The micro-kernel for 1, 2, … rows.
+    pub tiles: &'static [unsafe fn(Tile)],
+    /// See `epilogue::swiglu`.
+    pub swiglu: unsafe fn(&mut [f32], usize),
+    /// See `epilogue::round_to_bf16`.
+    pub round_to_bf16: unsafe fn(&[f32], &mut [half::bf16]),
+    /// See `attention::soften`.
+    pub soften: unsafe fn(&mut [f32], std::ops::Range<usize>, &mut f32, &mut f32) -> f32,
+    /// See [`spin_multiply_add`].
+    pub spin: unsafe fn(usize) -> f64,
+}
+
+impl Functions {
+    /// The kernels for `isa` and `element`.
+    ///
+    /// # Panics
+    /// If this processor does not support `isa`.
+    pub(crate) fn select(isa: Isa, element: ElementType) -> &'static Self {
+        assert!(isa.is_supported(), "this processor does not support the instruction set {isa}");
+        match isa {
+            Isa::Scalar => scalar::functions(element),
+            Isa::Avx2 => avx2::functions(element),
+            Isa::Avx512 => avx512::functions(element),
+        }
+    }
+
+    /// Columns in a panel.
+    pub(crate) fn width(&self) -> usize {
+        VECTORS * self.lanes
+    }
+}
+
+/// Defines `pub(super) static $name: Functions`, compiling the generic code for a kernel type with
+/// the given target features, once for each number of rows listed.
+macro_rules! functions {
+    ($name:ident, $kernel:ty, $($feature:literal)?, rows: $($rows:literal)+) => {
+        pub(super) static $name: $crate::cpu::gemm::kernel::Functions = {
+            use $crate::cpu::gemm::{epilogue, kernel};
+
+            const MOST_ROWS: usize = [$($rows),+].len();
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn tile<const ROWS: usize>(tile: kernel::Tile) {
+                // SAFETY: the caller's promise.
+                unsafe { kernel::multiply_tile::<$kernel, ROWS>(tile) }
+            }
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn swiglu(sums: &mut [f32], lanes: usize) {
+                epilogue::swiglu(sums, lanes);
+            }
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn round_to_bf16(from: &[f32], to: &mut [half::bf16]) {
+                epilogue::round_to_bf16(from, to);
+            }
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn soften(
+                scores: &mut [f32],
+                visible: std::ops::Range<usize>,
+                most: &mut f32,
+                total: &mut f32,
+            ) -> f32 {
+                $crate::cpu::attention::soften(scores, visible, most, total)
+            }
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn spin(rounds: usize) -> f64 {
+                // SAFETY: the caller's promise.
+                unsafe { kernel::spin_multiply_add::<$kernel, MOST_ROWS>(rounds) }
+            }
+            kernel::Functions {
+                lanes: <$kernel as kernel::Kernel>::LANES,
+                tiles: &[$(tile::<$rows>),+],
+                swiglu,
+                round_to_bf16,
+                soften,
+                spin,
+            }
+        };
+    };
+}
+pub(crate) use functions;

@@ -1,0 +1,78 @@
+//! Matrix kernels over packed weights: `C[M, N] = A[M, K] · W[N, K]ᵀ`.
+//!
+//! Weights are packed once ([`PackedMatrix`]) into panels of columns. One call multiplies several row
+//! ranges, each by its own matrix (the experts of a stage, the heads of a projection), or a single one; all
+//! use one micro-kernel.
+//!
+//! **Row invariance.** The bits of an output row depend on that row of `A`, on `W`, on the element
+//! types and on the instruction set, and on nothing else: each output element is one chain of
+//! multiply-adds over `k` in rising order, whatever the number of rows, the position of the row, the
+//! tile it falls into, the number of threads or the grouping.
+
+mod avx2;
+mod avx512;
+mod driver;
+mod epilogue;
+mod kernel;
+mod pack;
+pub mod peak;
+mod scalar;
+
+pub(super) use driver::multiply;
+pub(super) use epilogue::exp;
+pub(super) use kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Tile};
+pub(super) use pack::{AlignedWords, SourceRow};
+pub use pack::{ElementType, PackedMatrix};
+
+use std::fmt;
+use std::str::FromStr;
+
+/// An instruction set the kernels are written for, from the slowest to the fastest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Portable Rust: separate multiply and add.
+    Scalar,
+    /// AVX2 and FMA, 8 lanes; bf16 is widened to f32.
+    Avx2,
+    /// AVX-512 (F, BW, VL, DQ), 16 lanes; bf16 uses VDPBF16PS where the processor has it and is
+    /// widened to f32 otherwise.
+    Avx512,
+}
+
+impl Isa {
+    /// All levels, slowest first.
+    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+
+    /// The fastest level this processor supports.
+    pub fn detect() -> Self {
+        *Self::ALL.iter().rfind(|isa| isa.is_supported()).expect("scalar code runs anywhere")
+    }
+
+    /// Whether this processor can run the level.
+    pub fn is_supported(self) -> bool {
+        match self {
+            Isa::Scalar => true,
+            Isa::Avx2 => avx2::is_supported(),
+            Isa::Avx512 => avx512::is_supported(),
+        }
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Isa::Scalar => "scalar",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        })
+    }
+}
+
+impl FromStr for Isa {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|isa| isa.to_string() == name);
+        found.ok_or_else(|| format!("unknown instruction set {name:?}: use scalar, avx2 or avx512"))
+    }
+}

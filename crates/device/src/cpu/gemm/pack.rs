@@ -1,0 +1,404 @@
+//! Weights packed into column panels, and the small types they are made of.
+
+use super::Isa;
+use super::epilogue::round_to_bf16;
+use super::kernel::Functions;
+use crate::cpu::pool::ComputePool;
+use epsmoe_base::DType;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use memmap2::MmapMut;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut, Range};
+
+/// Element type of packed weights and of the activations multiplied with them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ElementType {
+    /// float32.
+    F32,
+    /// bfloat16, two in a word; products and sums are float32.
+    Bf16,
+}
+
+impl ElementType {
+    /// What is kept for activations of `dtype`.
+    pub fn of(dtype: DType) -> Self {
+        if dtype == DType::BF16 { ElementType::Bf16 } else { ElementType::F32 }
+    }
+
+    /// Number of 32-bit words, that is of kernel steps, for `k` elements.
+    pub(crate) fn steps(self, k: usize) -> usize {
+        match self {
+            ElementType::F32 => k,
+            ElementType::Bf16 => k.div_ceil(2),
+        }
+    }
+}
+
+/// One row of an unpacked matrix: `K` little-endian elements, at any alignment.
+#[derive(Clone, Copy, Debug)]
+pub enum SourceRow<'a> {
+    F32(&'a [u8]),
+    Bf16(&'a [u8]),
+    F16(&'a [u8]),
+}
+
+impl SourceRow<'_> {
+    /// Number of elements.
+    fn len(self) -> usize {
+        match self {
+            SourceRow::F32(bytes) => bytes.len() / 4,
+            SourceRow::Bf16(bytes) | SourceRow::F16(bytes) => bytes.len() / 2,
+        }
+    }
+
+    /// Writes elements `range` as words of `element`.
+    fn write_words(self, range: Range<usize>, element: ElementType, words: &mut [u32]) {
+        match (self, element) {
+            (SourceRow::F32(bytes), ElementType::F32) => {
+                bytes_to_words(&bytes[4 * range.start..4 * range.end], words);
+            }
+            (SourceRow::Bf16(bytes), ElementType::Bf16) => {
+                bytes_to_words(&bytes[2 * range.start..2 * range.end], words);
+            }
+            _ => {
+                let mut values = [0.0_f32; PACK_ELEMENTS];
+                let values = &mut values[..range.len()];
+                self.read_f32(range, values);
+                match element {
+                    ElementType::F32 => bytes_to_words(bytemuck::cast_slice(values), words),
+                    ElementType::Bf16 => {
+                        let mut rounded = [bf16::ZERO; PACK_ELEMENTS];
+                        let rounded = &mut rounded[..values.len()];
+                        round_to_bf16(values, rounded);
+                        bytes_to_words(bytemuck::cast_slice(rounded), words);
+                    }
+                }
+            }
+        }
+    }
+
+    fn read_f32(self, range: Range<usize>, values: &mut [f32]) {
+        match self {
+            SourceRow::F32(bytes) => {
+                bytemuck::cast_slice_mut(values).copy_from_slice(&bytes[4 * range.start..4 * range.end]);
+            }
+            SourceRow::Bf16(bytes) => {
+                let halves = bytes[2 * range.start..2 * range.end].as_chunks().0;
+                for (value, half) in values.iter_mut().zip(halves) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes(*half)) << 16);
+                }
+            }
+            SourceRow::F16(bytes) => {
+                let mut halves = [f16::ZERO; PACK_ELEMENTS];
+                let halves = &mut halves[..range.len()];
+                bytemuck::cast_slice_mut(halves).copy_from_slice(&bytes[2 * range.start..2 * range.end]);
+                halves.convert_to_f32_slice(values);
+            }
+        }
+    }
+}
+
+/// Copies little-endian elements into the words that hold them; a half-filled last word gets zero.
+pub(crate) fn bytes_to_words(bytes: &[u8], words: &mut [u32]) {
+    let (whole, rest) = bytes.as_chunks::<4>();
+    for (word, bytes) in words.iter_mut().zip(whole) {
+        *word = u32::from_le_bytes(*bytes);
+    }
+    if let [low, high] = *rest {
+        words[whole.len()] = u32::from_le_bytes([low, high, 0, 0]);
+    }
+}
+
+/// Elements of a source row converted at a time; its words in all columns of a panel fit in L1.
+const PACK_ELEMENTS: usize = 128;
+
+/// A weight matrix `W [N, K]` (`y = x · Wᵀ`), or the pair gate and up, packed for the micro-kernel.
+///
+/// Columns of the product, that is rows of `W`, are cut into panels of `width` columns (32 for
+/// AVX-512). A panel holds, for each step along K, one word for each of its columns, and is read from
+/// its first word to its last. The word of column `n` at step `s` is at
+///
+/// ```text
+/// (n / width) · width · steps  +  s · width  +  n % width
+/// ```
+///
+/// Columns beyond `N` in the last panel are zero, and so is the partner of the last bf16 of an odd K.
+///
+/// In the gated form, panel `p` holds `width / 2` columns of gate, then the same columns of up, so that
+/// one tile has both and can store `silu(gate) · up`.
+pub struct PackedMatrix {
+    words: AlignedWords,
+    columns: usize,
+    k: usize,
+    element: ElementType,
+    gated: bool,
+    functions: &'static Functions,
+}
+
+impl PackedMatrix {
+    /// Packs `W [n, k]`; `row(i)` gives row `i`, in any type. Uses no memory beyond the result.
+    ///
+    /// # Panics
+    /// If a row has not `k` elements or the processor does not support `isa`.
+    pub fn pack<'a>(
+        pool: &mut ComputePool,
+        isa: Isa,
+        element: ElementType,
+        [n, k]: [usize; 2],
+        row: impl Fn(usize) -> SourceRow<'a> + Sync,
+    ) -> Self {
+        let functions = Functions::select(isa, element);
+        let mut matrix = Self::zeros(functions, element, [n, k], false);
+        let width = functions.width();
+        matrix.fill(pool, |panel, column| {
+            let n_index = panel * width + column;
+            (n_index < n).then(|| row(n_index))
+        });
+        matrix
+    }
+
+    /// Packs `W_gate [i, k]` and `W_up [i, k]` into one gated matrix with `i` output columns.
+    ///
+    /// # Panics
+    /// Like [`Self::pack`].
+    pub fn pack_gated<'a>(
+        pool: &mut ComputePool,
+        isa: Isa,
+        element: ElementType,
+        [i, k]: [usize; 2],
+        gate: impl Fn(usize) -> SourceRow<'a> + Sync,
+        up: impl Fn(usize) -> SourceRow<'a> + Sync,
+    ) -> Self {
+        let functions = Functions::select(isa, element);
+        let mut matrix = Self::zeros(functions, element, [i, k], true);
+        let lanes = functions.lanes;
+        matrix.fill(pool, |panel, column| {
+            let index = panel * lanes + column % lanes;
+            (index < i).then(|| if column < lanes { gate(index) } else { up(index) })
+        });
+        matrix
+    }
+
+    fn zeros(
+        functions: &'static Functions,
+        element: ElementType,
+        [columns, k]: [usize; 2],
+        gated: bool,
+    ) -> Self {
+        let mut matrix = Self { words: AlignedWords::zeros(0), columns, k, element, gated, functions };
+        matrix.words = AlignedWords::zeros(matrix.panels() * matrix.panel_words());
+        matrix
+    }
+
+    /// Packs each panel as one task; `source(panel, column)` is `None` for padding.
+    fn fill<'a>(
+        &mut self,
+        pool: &mut ComputePool,
+        source: impl Fn(usize, usize) -> Option<SourceRow<'a>> + Sync,
+    ) {
+        let (panels, panel_words) = (self.panels(), self.panel_words());
+        let (width, k, element) = (self.functions.width(), self.k, self.element);
+        let words = SharedSlice::new(&mut self.words);
+        pool.run(panels, |panel| {
+            // SAFETY: each task has its own panel.
+            let words = unsafe { words.part(panel * panel_words..(panel + 1) * panel_words) };
+            let rows: Vec<_> =
+                (0..width).filter_map(|column| Some((column, source(panel, column)?))).collect();
+            for (_, row) in &rows {
+                assert_eq!(row.len(), k, "a weight row has the wrong length");
+            }
+            for start in (0..k).step_by(PACK_ELEMENTS) {
+                let range = start..k.min(start + PACK_ELEMENTS);
+                let steps = element.steps(range.start)..element.steps(range.end);
+                let block = &mut words[steps.start * width..steps.end * width];
+                for &(column, row) in &rows {
+                    let mut row_words = [0; PACK_ELEMENTS];
+                    let row_words = &mut row_words[..steps.len()];
+                    row.write_words(range.clone(), element, row_words);
+                    for (step, word) in block.chunks_exact_mut(width).zip(row_words) {
+                        step[column] = *word;
+                    }
+                }
+            }
+        });
+    }
+
+    /// Columns of the product: `N`, or the intermediate width of a gated pair.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Length of the rows multiplied with it.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Type of the weights, and of the activations they are multiplied with.
+    pub fn element(&self) -> ElementType {
+        self.element
+    }
+
+    /// Whether it is a pair gate and up, whose product is `silu(gate) · up`.
+    pub fn gated(&self) -> bool {
+        self.gated
+    }
+
+    /// Memory taken, in bytes.
+    pub fn bytes(&self) -> usize {
+        size_of_val(&*self.words)
+    }
+
+    /// Whether both can be used in one grouped call.
+    pub(crate) fn same_kind(&self, other: &Self) -> bool {
+        let kind = |matrix: &Self| (matrix.columns, matrix.k, matrix.element, matrix.gated);
+        kind(self) == kind(other) && std::ptr::eq(self.functions, other.functions)
+    }
+
+    pub(crate) fn functions(&self) -> &'static Functions {
+        self.functions
+    }
+
+    pub(crate) fn steps(&self) -> usize {
+        self.element.steps(self.k)
+    }
+
+    /// Output columns made by one panel.
+    pub(crate) fn panel_columns(&self) -> usize {
+        if self.gated { self.functions.lanes } else { self.functions.width() }
+    }
+
+    pub(crate) fn panels(&self) -> usize {
+        self.columns.div_ceil(self.panel_columns())
+    }
+
+    fn panel_words(&self) -> usize {
+        self.functions.width() * self.steps()
+    }
+
+    pub(crate) fn panel(&self, panel: usize) -> &[u32] {
+        &self.words[panel * self.panel_words()..][..self.panel_words()]
+    }
+}
+
+/// Zeroed words that begin on a page, in huge pages where the system grants them: panels are read once
+/// from end to end, and with small pages every 4 KiB would cost a miss of the address cache. The memory
+/// is not touched here, so that the thread that packs a panel is the first to do so.
+pub(crate) struct AlignedWords {
+    memory: MmapMut,
+}
+
+impl AlignedWords {
+    /// # Panics
+    /// If the system has no memory left.
+    pub(crate) fn zeros(len: usize) -> Self {
+        let memory = MmapMut::map_anon(len * size_of::<u32>()).expect("out of memory");
+        #[cfg(target_os = "linux")]
+        // Only a hint: without huge pages everything works, more slowly.
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        Self { memory }
+    }
+
+    /// Makes it at least `len` words long; the contents may be lost.
+    pub(crate) fn grow(&mut self, len: usize) {
+        if self.len() < len {
+            *self = Self::zeros(len);
+        }
+    }
+}
+
+impl Deref for AlignedWords {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        bytemuck::cast_slice(&self.memory)
+    }
+}
+
+impl DerefMut for AlignedWords {
+    fn deref_mut(&mut self) -> &mut [u32] {
+        bytemuck::cast_slice_mut(&mut self.memory)
+    }
+}
+
+/// A slice of which several threads write different parts.
+pub(crate) struct SharedSlice<'a, T> {
+    start: *mut T,
+    len: usize,
+    slice: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: parts are handed out under the promise that they do not overlap.
+unsafe impl<T: Send> Sync for SharedSlice<'_, T> {}
+
+impl<'a, T> SharedSlice<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
+    }
+
+    /// Part `range` of the slice.
+    ///
+    /// # Safety
+    /// While the part lives, no other part that overlaps it does.
+    #[expect(clippy::mut_from_ref, reason = "disjoint parts, by the caller's promise")]
+    pub(crate) unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "part outside the slice");
+        // SAFETY: in bounds by the assertion; not aliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pack_scalar(element: ElementType, [n, k]: [usize; 2], values: &[f32]) -> PackedMatrix {
+        let mut pool = ComputePool::new(2);
+        PackedMatrix::pack(&mut pool, Isa::Scalar, element, [n, k], |row| {
+            SourceRow::F32(bytemuck::cast_slice(&values[row * k..][..k]))
+        })
+    }
+
+    /// W [10, 3] of f32 in panels of 8 columns: W[9, 2] is in panel 1, step 2, column 1, that is at
+    /// word 1·8·3 + 2·8 + 1 = 41 of 48.
+    #[test]
+    fn f32_word_index_worked_example() {
+        let values: Vec<f32> = (0..30).map(|index| index as f32).collect();
+        let packed = pack_scalar(ElementType::F32, [10, 3], &values);
+        assert_eq!(packed.words.len(), 48);
+        assert_eq!(packed.words.as_ptr().addr() % 64, 0);
+        assert_eq!(f32::from_bits(packed.words[41]), 9.0 * 3.0 + 2.0);
+        assert_eq!(packed.words[42..48], [0; 6], "columns 10..16 do not exist");
+    }
+
+    /// W [10, 3] of bf16 has 2 steps: W[9, 2] is the low half of word 1·8·2 + 1·8 + 1 = 25 of 32.
+    #[test]
+    fn bf16_word_index_worked_example() {
+        let values: Vec<f32> = (0..30).map(|index| index as f32).collect();
+        let packed = pack_scalar(ElementType::Bf16, [10, 3], &values);
+        assert_eq!(packed.words.len(), 32);
+        assert_eq!(packed.words[25], u32::from(bf16::from_f32(29.0).to_bits()));
+        let pair = [27.0, 28.0].map(|value| u32::from(bf16::from_f32(value).to_bits()));
+        assert_eq!(packed.words[17], pair[0] | pair[1] << 16, "W[9, 0] and W[9, 1]");
+    }
+
+    #[test]
+    fn every_source_type_gives_the_same_words() {
+        let mut pool = ComputePool::new(2);
+        let values: Vec<f32> = (0..20 * 301).map(|index| (index % 251) as f32 - 125.0).collect();
+        let as_bf16: Vec<bf16> = values.iter().map(|value| bf16::from_f32(*value)).collect();
+        let as_f16: Vec<f16> = values.iter().map(|value| f16::from_f32(*value)).collect();
+        for element in [ElementType::F32, ElementType::Bf16] {
+            let mut pack = |row: &(dyn Fn(usize) -> SourceRow<'static> + Sync)| {
+                PackedMatrix::pack(&mut pool, Isa::Scalar, element, [20, 301], row).words.to_vec()
+            };
+            let values: &'static [f32] = values.clone().leak();
+            let as_bf16: &'static [bf16] = as_bf16.clone().leak();
+            let as_f16: &'static [f16] = as_f16.clone().leak();
+            let expected = pack(&|row| SourceRow::F32(bytemuck::cast_slice(&values[row * 301..][..301])));
+            let from_bf16 = pack(&|row| SourceRow::Bf16(bytemuck::cast_slice(&as_bf16[row * 301..][..301])));
+            let from_f16 = pack(&|row| SourceRow::F16(bytemuck::cast_slice(&as_f16[row * 301..][..301])));
+            assert!(from_bf16 == expected && from_f16 == expected);
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What this machine can do at most: the figures that kernel speeds are compared with.
+
+use super::kernel::Functions;
+use super::{ElementType, Isa};
+use crate::cpu::pool::ComputePool;
+use std::hint::black_box;
+use std::sync::{Barrier, Mutex, PoisonError};
+use std::time::Instant;
+
+/// Times that each figure is measured; the best counts, since disturbances only ever slow a loop down.
+const ATTEMPTS: usize = 12;
+
+/// Floating-point operations per second, a multiply-add counted as two, of all threads of `pool`
+/// together, in a loop that touches registers only, with the instruction that the kernels of `isa`
+/// and `element` use. Takes about 50 ms (longer for `Scalar`).
+///
+/// # Panics
+/// If the processor does not support `isa`.
+pub fn compute(pool: &mut ComputePool, isa: Isa, element: ElementType) -> f64 {
+    /// Three to four milliseconds for 28 sums, one multiply-add a cycle.
+    const ROUNDS: usize = 400_000;
+    let functions = Functions::select(isa, element);
+    let flops_per_lane = match element {
+        ElementType::F32 => 2.0,
+        ElementType::Bf16 => 4.0,
+    };
+    best_rate(pool, |_| {
+        // SAFETY: a table exists only where the processor supports its instructions.
+        let multiply_adds = unsafe { (functions.spin)(ROUNDS) };
+        multiply_adds * flops_per_lane
+    })
+}
+
+/// Bytes per second that all threads of `pool` together read from memory, each from its own 128 MiB,
+/// so that caches hold little of it from one pass to the next. Takes a few tenths of a second.
+pub fn memory_read(pool: &mut ComputePool) -> f64 {
+    const WORDS: usize = (128 << 20) / size_of::<u64>();
+    let buffers: Vec<_> = (0..pool.threads()).map(|_| Mutex::new(Vec::new())).collect();
+    let lock = |thread: usize| buffers[thread].lock().unwrap_or_else(PoisonError::into_inner);
+    pool.run(buffers.len(), |thread| lock(thread).resize(WORDS, 1_u64));
+    best_rate(pool, |thread| {
+        let buffer = lock(thread);
+        black_box(buffer.iter().fold(0, |sum, word| sum ^ word));
+        size_of_val(&buffer[..]) as f64
+    })
+}
+
+/// Runs `work(thread)` on all threads at the same time; it returns the amount done. The best sum of
+/// the threads' amounts per second.
+fn best_rate(pool: &mut ComputePool, work: impl Fn(usize) -> f64 + Sync) -> f64 {
+    let together = Barrier::new(pool.threads());
+    let mut best = 0.0_f64;
+    for _ in 0..ATTEMPTS {
+        let rate = Mutex::new(0.0);
+        pool.run(pool.threads(), |thread| {
+            together.wait();
+            let start = Instant::now();
+            let amount = work(thread);
+            let own_rate = amount / start.elapsed().as_secs_f64();
+            *rate.lock().unwrap_or_else(PoisonError::into_inner) += own_rate;
+        });
+        best = best.max(rate.into_inner().unwrap_or_else(PoisonError::into_inner));
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_counts_the_work_of_all_threads() {
+        let mut pool = ComputePool::new(3);
+        let rate = best_rate(&mut pool, |_| {
+            std::thread::sleep(std::time::Duration::from_millis(2));
+            1.0
+        });
+        assert!(rate > 100.0 && rate <= 1500.0, "{rate}");
+    }
+}

@@ -1,0 +1,301 @@
+//! A fork-join pool owned by one rank's compute lane.
+//!
+//! A pool of `t` threads is the caller's own thread plus `t − 1` workers. [`ComputePool::run`] hands
+//! out task numbers from one atomic counter until none is left. Several ranks may share the same
+//! cores, so an idle worker spins for a few microseconds only and then parks, and the caller never
+//! waits for a worker that has not started: it *closes* the job, after which nobody can enter.
+//!
+//! Everything the threads agree on is in one atomic word, the *gate*:
+//!
+//! ```text
+//! bits 63..32  epoch: number of jobs ever opened
+//! bit  31      STOP: the pool is being dropped
+//! bit  30      OPEN: workers may enter the job of this epoch
+//! bits 29..0   number of workers inside the job
+//! ```
+
+use std::any::Any;
+use std::hint::spin_loop;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Thread};
+
+const EPOCH_ONE: u64 = 1 << 32;
+const STOP: u64 = 1 << 31;
+const OPEN: u64 = 1 << 30;
+const INSIDE: u64 = OPEN - 1;
+
+/// Pauses before a waiting thread parks: a few microseconds on current cores.
+const SPINS: usize = 256;
+
+/// Fixed worker threads that split numbered tasks with the thread that calls [`ComputePool::run`].
+pub struct ComputePool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    gate: AtomicU64,
+    /// The job of the current epoch; valid for a worker that is counted inside the gate.
+    job: AtomicPtr<Job<'static>>,
+}
+
+struct Job<'a> {
+    body: &'a (dyn Fn(Claims<'_>) + Sync),
+    next: AtomicUsize,
+    tasks: usize,
+    threads: usize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    caller: Thread,
+}
+
+/// The tasks one thread of a job gets: an iterator that claims the next unclaimed task number.
+pub struct Claims<'a> {
+    next: &'a AtomicUsize,
+    tasks: usize,
+    threads: usize,
+    ahead: Option<usize>,
+}
+
+impl Claims<'_> {
+    fn claim(&self) -> Option<usize> {
+        let task = self.next.fetch_add(1, Ordering::Relaxed);
+        (task < self.tasks).then_some(task)
+    }
+
+    /// The task that the next call of `next` will return, claimed ahead so that its data can be
+    /// prefetched. Near the end it returns `None` instead: a task held back there would leave another
+    /// thread idle.
+    pub fn look_ahead(&mut self) -> Option<usize> {
+        let unclaimed = self.tasks.saturating_sub(self.next.load(Ordering::Relaxed));
+        if self.ahead.is_none() && unclaimed > self.threads {
+            self.ahead = self.claim();
+        }
+        self.ahead
+    }
+}
+
+impl Iterator for Claims<'_> {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        self.ahead.take().or_else(|| self.claim())
+    }
+}
+
+impl ComputePool {
+    /// A pool of `threads` threads (at least one), the caller's included.
+    ///
+    /// # Panics
+    /// If the system cannot start a thread.
+    pub fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared { gate: AtomicU64::new(0), job: AtomicPtr::new(ptr::null_mut()) });
+        let start = |index| {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new()
+                .name(format!("compute-{index}"))
+                .spawn(move || shared.work())
+                .expect("cannot start a compute thread")
+        };
+        let workers = (1..threads).map(start).collect();
+        Self { shared, workers }
+    }
+
+    /// Number of threads that share the tasks, the caller's included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `body(task)` once for each task in `0..tasks` and returns when all are done.
+    ///
+    /// # Panics
+    /// With the payload of the first task that panicked; tasks not yet claimed are then skipped.
+    pub fn run(&mut self, tasks: usize, body: impl Fn(usize) + Sync) {
+        self.run_claims(tasks, |claims| claims.for_each(&body));
+    }
+
+    /// Like [`Self::run`], but calls `body` at most once a thread, with an iterator over the tasks
+    /// that the thread claims, so that a thread can keep state from one task to the next.
+    ///
+    /// # Panics
+    /// Like [`Self::run`].
+    pub fn run_claims(&mut self, tasks: usize, body: impl Fn(Claims<'_>) + Sync) {
+        let threads = self.threads();
+        let job = Job {
+            body: &body,
+            next: AtomicUsize::new(0),
+            tasks,
+            threads,
+            panic: Mutex::new(None),
+            caller: thread::current(),
+        };
+        let helpers = &self.workers[..(threads - 1).min(tasks.saturating_sub(1))];
+        if !helpers.is_empty() {
+            self.shared.open(&job);
+            helpers.iter().for_each(|worker| worker.thread().unpark());
+        }
+        job.take_part();
+        if !helpers.is_empty() {
+            self.shared.close();
+        }
+        let panic = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(payload) = panic {
+            resume_unwind(payload);
+        }
+    }
+}
+
+impl Drop for ComputePool {
+    fn drop(&mut self) {
+        self.shared.gate.fetch_or(STOP, Ordering::Release);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // Tasks' panics are caught where they run, so a worker ends normally.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Job<'_> {
+    /// Runs the body on this thread; keeps the first panic for the caller and stops further claims.
+    fn take_part(&self) {
+        let claims = Claims { next: &self.next, tasks: self.tasks, threads: self.threads, ahead: None };
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| (self.body)(claims))) {
+            self.next.fetch_max(self.tasks, Ordering::Relaxed);
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
+        }
+    }
+}
+
+impl Shared {
+    /// Publishes `job` to the workers. [`Self::close`] must follow before `job` goes away.
+    fn open(&self, job: &Job<'_>) {
+        self.job.store(ptr::from_ref(job).cast_mut().cast(), Ordering::Relaxed);
+        let closed = self.gate.load(Ordering::Relaxed);
+        self.gate.store(closed + EPOCH_ONE + OPEN, Ordering::Release);
+    }
+
+    /// Lets no more workers in and waits for those inside.
+    fn close(&self) {
+        self.gate.fetch_and(!OPEN, Ordering::Relaxed);
+        wait_until(|| (self.gate.load(Ordering::Acquire) & INSIDE == 0).then_some(()));
+    }
+
+    /// A worker's life: enter each job that is still open, until the pool stops.
+    fn work(&self) {
+        let mut last_epoch = 0;
+        loop {
+            let gate = wait_until(|| {
+                let gate = self.gate.load(Ordering::Acquire);
+                let open = gate & OPEN != 0 && gate / EPOCH_ONE != last_epoch;
+                (open || gate & STOP != 0).then_some(gate)
+            });
+            if gate & STOP != 0 {
+                return;
+            }
+            let entered = self.gate.compare_exchange(gate, gate + 1, Ordering::Acquire, Ordering::Relaxed);
+            if entered.is_ok() {
+                last_epoch = gate / EPOCH_ONE;
+                self.help();
+            }
+        }
+    }
+
+    /// Takes part in the current job and leaves it. The worker is counted inside the gate.
+    fn help(&self) {
+        // SAFETY: this worker entered an open gate, so the pointer is the job of this epoch, and
+        // `run_claims` keeps the job alive until `close` has seen this worker leave.
+        let job = unsafe { &*self.job.load(Ordering::Relaxed) };
+        let caller = job.caller.clone();
+        job.take_part();
+        if self.gate.fetch_sub(1, Ordering::Release) & (OPEN | INSIDE) == 1 {
+            caller.unpark();
+        }
+    }
+}
+
+/// Polls `ready` for a few microseconds, then parks between polls; whoever makes it ready unparks.
+fn wait_until<T>(ready: impl Fn() -> Option<T>) -> T {
+    for _ in 0..SPINS {
+        if let Some(value) = ready() {
+            return value;
+        }
+        spin_loop();
+    }
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        thread::park();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in 1..=5 {
+            let mut pool = ComputePool::new(threads);
+            for tasks in [0, 1, 2, 3, 7, 100] {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, |task| {
+                    counts[task].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn look_ahead_loses_no_task() {
+        let mut pool = ComputePool::new(3);
+        for tasks in 0..40 {
+            let sum = AtomicUsize::new(0);
+            pool.run_claims(tasks, |mut claims| {
+                while let Some(task) = claims.next() {
+                    let ahead = claims.look_ahead();
+                    assert_ne!(ahead, Some(task));
+                    sum.fetch_add(task + 1, Ordering::Relaxed);
+                }
+            });
+            assert_eq!(sum.into_inner(), tasks * (tasks + 1) / 2);
+        }
+    }
+
+    #[test]
+    fn many_short_jobs_back_to_back() {
+        let mut pool = ComputePool::new(4);
+        let sum = AtomicUsize::new(0);
+        for round in 0..20_000 {
+            pool.run(4, |_| {
+                sum.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(sum.load(Ordering::Relaxed), 4 * (round + 1));
+        }
+    }
+
+    #[test]
+    fn a_panic_on_any_thread_reaches_the_caller_and_the_pool_lives_on() {
+        let mut pool = ComputePool::new(3);
+        for bad in 0..6 {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(6, |task| {
+                    thread::sleep(Duration::from_micros(200));
+                    assert!(task != bad, "task {task} fails");
+                });
+            }));
+            let payload = result.expect_err("the panic must reach the caller");
+            let message = payload.downcast_ref::<String>().expect("a formatted message");
+            assert!(message.contains(&format!("task {bad} fails")), "{message}");
+        }
+        let done = AtomicBool::new(false);
+        pool.run(1, |_| done.store(true, Ordering::Relaxed));
+        assert!(done.into_inner());
+    }
+}
