@@ -1,4 +1,4 @@
-//! What a rank computes next.
+//! What a group of ranks computes next.
 
 use crate::pages::{BlockPool, slot};
 use crate::{Completion, Request};
@@ -21,8 +21,8 @@ pub(crate) struct Sequence {
     pub(crate) submitted: Instant,
 }
 
-/// The sequences of one rank.
-pub(crate) struct RankQueue {
+/// The sequences of one group of ranks that compute the same tokens.
+pub(crate) struct GroupQueue {
     pub(crate) waiting: VecDeque<Sequence>,
     pub(crate) running: Vec<Sequence>,
     pub(crate) blocks: BlockPool,
@@ -38,12 +38,12 @@ pub(crate) struct Piece {
     pub(crate) logits: usize,
 }
 
-impl RankQueue {
+impl GroupQueue {
     pub(crate) fn new(blocks: usize) -> Self {
-        RankQueue { waiting: VecDeque::new(), running: Vec::new(), blocks: BlockPool::new(blocks) }
+        GroupQueue { waiting: VecDeque::new(), running: Vec::new(), blocks: BlockPool::new(blocks) }
     }
 
-    /// Tokens this rank has still to compute, as far as they are known.
+    /// Tokens this group has still to compute, as far as they are known.
     pub(crate) fn load(&self) -> usize {
         let all = self.waiting.iter().chain(&self.running);
         all.map(|sequence| sequence.tokens.len() + sequence.request.max_tokens - sequence.cached).sum()
@@ -60,6 +60,18 @@ impl RankQueue {
             let Some(blocks) = self.blocks.take(next.tokens.len() + next.request.max_tokens) else { return };
             self.running.extend(self.waiting.pop_front().map(|sequence| Sequence { blocks, ..sequence }));
         }
+    }
+
+    /// Takes a sequence out, wherever it is, and its blocks back.
+    pub(crate) fn remove(&mut self, number: u64) -> Option<Sequence> {
+        let is_it = |sequence: &Sequence| sequence.number == number;
+        if let Some(at) = self.waiting.iter().position(is_it) {
+            return self.waiting.remove(at);
+        }
+        let at = self.running.iter().position(is_it)?;
+        let mut sequence = self.running.remove(at);
+        self.blocks.give_back(std::mem::take(&mut sequence.blocks));
+        Some(sequence)
     }
 
     /// The next batch of at most `budget` tokens: every sequence that only has its newest token to compute, then
@@ -94,6 +106,7 @@ impl Sequence {
         batch.slots.extend(positions.clone().map(|position| slot(&self.blocks, position)));
         batch.sequence_starts.push(batch.ids.len() as u32);
         batch.blocks.push(self.blocks.clone());
+        batch.sequences.push(self.number);
         let wanted = positions.clone().filter(|&position| self.wants_logits(position));
         let before = batch.logits.len();
         batch.logits.extend(wanted.map(|position| (first + position - positions.start) as u32));

@@ -1,12 +1,13 @@
 //! START HERE: [`Engine::step`].
 
-use crate::batch::{Piece, RankQueue, Sequence};
+use crate::batch::{Piece, GroupQueue, Sequence};
 use crate::pages::blocks_for;
 use crate::{Completion, EngineError, Finish, Request, StepReport, World};
 use epsmoe_base::{FaultCell, Rank};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
-use epsmoe_model::{Model, ModelOptions, ModelSpec, WeightSource};
+use epsmoe_model::{Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
+use epsmoe_pipeline::RoutingLog;
 use epsmoe_plan::Policy;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,14 +16,18 @@ use std::time::{Duration, Instant};
 /// How an engine is set up.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
-    /// Most tokens of one rank in one step.
+    /// Most tokens of one group of ranks in one step.
     pub max_batched_tokens: usize,
-    /// Most sequences of one rank at once.
+    /// Most sequences of one group at once.
     pub max_sequences: usize,
     /// Longest sequence, prompt and new tokens together.
     pub max_model_len: usize,
     /// How MoE layers are scheduled.
     pub policy: Policy,
+    /// How the model is spread over ranks.
+    pub parallel: Parallel,
+    /// What decides where tokens go, and whether that is recorded.
+    pub routing: RoutingMode,
     /// How long any wait may take.
     pub timeout: Duration,
 }
@@ -38,6 +43,8 @@ impl EngineOptions {
             max_blocks,
             policy: self.policy.clone(),
             capacity: None,
+            parallel: self.parallel,
+            routing: self.routing.clone(),
             timeout: self.timeout,
         }
     }
@@ -48,9 +55,11 @@ pub struct Engine {
     spec: Arc<ModelSpec>,
     options: EngineOptions,
     world: World,
-    queues: Vec<RankQueue>,
+    /// Of each group of ranks that compute the same tokens.
+    queues: Vec<GroupQueue>,
     submitted: u64,
     finished: BTreeMap<u64, Completion>,
+    routing: RoutingLog,
 }
 
 impl Engine {
@@ -65,18 +74,20 @@ impl Engine {
         mut loaded: impl FnMut(Rank),
     ) -> Result<Self, EngineError> {
         let model_options = options.model();
+        let groups = options.parallel.groups(ranks.len())?;
         let mut models = Vec::with_capacity(ranks.len());
         for (device, fabric) in ranks {
             let rank = fabric.rank();
             models.push(Model::load(Arc::clone(&spec), source, device, fabric, model_options.clone())?);
             loaded(rank);
         }
-        let queues = models.iter().map(|_| RankQueue::new(model_options.cache_blocks)).collect();
+        let queues = (0..groups).map(|_| GroupQueue::new(model_options.cache_blocks)).collect();
         let world = World::start(models, faults)?;
-        Ok(Engine { spec, options, world, queues, submitted: 0, finished: BTreeMap::new() })
+        let (finished, routing) = (BTreeMap::new(), RoutingLog::default());
+        Ok(Engine { spec, options, world, queues, submitted: 0, finished, routing })
     }
 
-    /// Puts a request in the queue of the rank with the least to do; returns its number.
+    /// Puts a request in the queue of the group with the least to do; returns its number.
     pub fn submit(&mut self, request: Request) -> Result<u64, EngineError> {
         request.check(self.spec.vocab, self.options.max_model_len)?;
         let number = self.submitted;
@@ -99,22 +110,27 @@ impl Engine {
 
     /// Whether there is nothing left to do.
     pub fn is_idle(&self) -> bool {
-        self.queues.iter().all(RankQueue::is_idle)
+        self.queues.iter().all(GroupQueue::is_idle)
     }
 
-    /// One step of every rank: a batch each, the model, a token for every sequence that has come to its end.
-    /// Ranks without work take part, for their experts.
+    /// One step of every rank: a batch for each group, the model, a token for every sequence that has come to
+    /// its end, from the logits of its group's first rank. Groups without work take part, for their experts.
     pub fn step(&mut self) -> Result<StepReport, EngineError> {
-        let mut batches = Vec::with_capacity(self.queues.len());
+        let group_size = self.world.size() / self.queues.len();
+        let mut batches = Vec::with_capacity(self.world.size());
         let mut pieces = Vec::with_capacity(self.queues.len());
         for queue in &mut self.queues {
             queue.admit(self.options.max_sequences);
-            let (batch, of_rank) = queue.next_batch(self.options.max_batched_tokens);
-            batches.push(batch);
-            pieces.push(of_rank);
+            let (batch, of_group) = queue.next_batch(self.options.max_batched_tokens);
+            batches.extend(std::iter::repeat_n(batch, group_size));
+            pieces.push(of_group);
         }
-        let report = self.world.step(batches)?;
-        for ((queue, output), pieces) in self.queues.iter_mut().zip(&report.outputs).zip(&pieces) {
+        let mut report = self.world.step(batches)?;
+        for output in &mut report.outputs {
+            self.routing.merge(std::mem::take(&mut output.routing));
+        }
+        let first_ranks = report.outputs.iter().step_by(group_size);
+        for ((queue, output), pieces) in self.queues.iter_mut().zip(first_ranks).zip(&pieces) {
             let mut rows = output.logits.chunks_exact(self.spec.vocab);
             for piece in pieces {
                 queue.running[piece.sequence].advance(piece, rows.by_ref().take(piece.logits), &self.spec.eos);
@@ -125,6 +141,29 @@ impl Engine {
             }
         }
         Ok(report)
+    }
+
+    /// New tokens of a request so far.
+    pub fn tokens(&self, number: u64) -> &[u32] {
+        let mut running = self.queues.iter().flat_map(|queue| &queue.running);
+        let running = running.find(|sequence| sequence.number == number).map(|sequence| &sequence.completion);
+        running.or_else(|| self.finished.get(&number)).map_or(&[], |completion| &completion.ids)
+    }
+
+    /// Ends a request where it is: its text has come to a stop, or nobody wants it any more.
+    pub fn stop(&mut self, number: u64) {
+        for queue in &mut self.queues {
+            if let Some(mut sequence) = queue.remove(number) {
+                sequence.completion.finish = Some(Finish::Stop);
+                self.finished.insert(number, sequence.completion);
+            }
+        }
+    }
+
+    /// Where tokens went so far, if [`RoutingMode::Record`] was asked for; sequences are numbered by
+    /// [`submit`](Engine::submit).
+    pub fn routing(&self) -> &RoutingLog {
+        &self.routing
     }
 
     /// The answer of a request that has ended.
@@ -162,7 +201,7 @@ impl Sequence {
             return;
         }
         if let Some(logits) = last.filter(|_| self.request.max_tokens > 0) {
-            let id = self.request.sampling.choose(logits, self.number, self.cached - 1);
+            let id = self.request.sampling.choose(logits, &self.tokens, self.number);
             self.tokens.push(id);
             self.completion.ids.push(id);
             if self.completion.ids.len() == 1 {

@@ -3,25 +3,34 @@
 //! Start at [`Engine::step`]: each step gives every rank a batch, runs them together, and turns the logits into
 //! tokens. Around it: `request` (what is asked and answered), `pages` (who owns which cache block), `batch`
 //! (what a rank computes next), `world` (the ranks and their threads), `sample` (a token from logits),
-//! `text` (tokens to and from text).
+//! `text` (tokens to and from text), `chat` (conversations become prompts), `generation` (how a checkpoint wants
+//! to be sampled), `files` (their small files).
 //!
 //! This room knows no wire format and no architecture.
 
 mod batch;
+mod chat;
 mod engine;
+mod files;
+mod generation;
 mod pages;
 mod request;
 mod sample;
 mod text;
 mod world;
 
+pub use chat::{ChatTemplate, Message};
 pub use engine::{Engine, EngineOptions};
+pub use generation::GenerationConfig;
 pub use request::{Completion, Finish, Request};
 pub use sample::Sampling;
-pub use text::Text;
+pub use text::{Text, TextStream};
 pub use world::{StepReport, World};
 
 use epsmoe_base::Fault;
+pub use epsmoe_model::{Experts, Parallel, RoutingMode};
+pub use epsmoe_pipeline::RoutingLog;
+
 use epsmoe_model::ModelError;
 
 /// Why a request was refused or a step failed.

@@ -44,7 +44,7 @@ pub struct Completion {
 
 impl Request {
     /// Refuses what cannot be run by a model of `vocab` tokens with contexts of `max_model_len`.
-    pub(crate) fn check(&self, vocab: usize, max_model_len: usize) -> Result<(), EngineError> {
+    pub fn check(&self, vocab: usize, max_model_len: usize) -> Result<(), EngineError> {
         let refuse = |message| Err(EngineError::Request(message));
         if self.prompt.is_empty() {
             return refuse("the prompt is empty: give at least one token".into());

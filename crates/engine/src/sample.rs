@@ -2,41 +2,105 @@
 
 use crate::EngineError;
 use epsmoe_base::Mix;
+use std::borrow::Cow;
+use std::collections::BTreeSet;
 
-/// How the next token is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// How the next token is chosen: repetitions are damped, then the temperature applies, then `top_k`, `top_p` and
+/// `min_p` each leave out what is too unlikely, then one of the rest is drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
     /// Divides the logits before the softmax; 0 takes the most likely token.
     pub temperature: f32,
+    /// Only this many of the most likely tokens; 0 for all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together have this probability; 1 for all.
+    pub top_p: f32,
+    /// Only tokens at least this likely, as a share of the most likely one's probability; 0 for all.
+    pub min_p: f32,
+    /// Logits of tokens that are there already are divided by this if positive, multiplied if negative; 1 leaves
+    /// them.
+    pub repetition_penalty: f32,
     /// Of the randomness. A token depends on seed, request and position, not on what runs beside it.
     pub seed: u64,
 }
 
+impl Default for Sampling {
+    fn default() -> Self {
+        Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+    }
+}
+
+/// A token that may be drawn, and its weight: 1 for the most likely.
+type Candidate = (u32, f64);
+
 impl Sampling {
     pub(crate) fn check(&self) -> Result<(), EngineError> {
-        if self.temperature.is_finite() && self.temperature >= 0.0 {
-            return Ok(());
-        }
-        let message = format!("temperature is {}, but must be a number of at least 0", self.temperature);
-        Err(EngineError::Request(message))
+        let number = |name, value: f32, fits: bool, range| {
+            let message = format!("{name} is {value}, but must be {range}");
+            if fits { Ok(()) } else { Err(EngineError::Request(message)) }
+        };
+        let Sampling { temperature, top_p, min_p, repetition_penalty: penalty, .. } = *self;
+        number("temperature", temperature, temperature.is_finite() && temperature >= 0.0, "a number of at least 0")?;
+        number("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1")?;
+        number("min_p", min_p, (0.0..=1.0).contains(&min_p), "from 0 to 1")?;
+        number("repetition_penalty", penalty, penalty.is_finite() && penalty > 0.0, "a number above 0")
     }
 
-    /// The token after `position` of request number `request`.
-    pub(crate) fn choose(&self, logits: &[f32], request: u64, position: usize) -> u32 {
+    /// The token after `context`, which request number `request` has so far.
+    pub(crate) fn choose(&self, logits: &[f32], context: &[u32], request: u64) -> u32 {
+        let logits = self.penalised(logits, context);
         if self.temperature == 0.0 {
-            return most_likely(logits);
+            return most_likely(&logits);
         }
-        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weight = |logit: &f32| f64::from((logit - most) / self.temperature).exp();
-        let total: f64 = logits.iter().map(weight).sum();
-        let mut left = f64::from(Mix::keyed(self.seed, &[request, position as u64]).unit()) * total;
-        for (id, logit) in logits.iter().enumerate() {
-            left -= weight(logit);
+        let candidates = self.candidates(&logits);
+        let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
+        let position = context.len().saturating_sub(1) as u64;
+        let mut left = f64::from(Mix::keyed(self.seed, &[request, position]).unit()) * total;
+        for (id, weight) in candidates {
+            left -= weight;
             if left < 0.0 {
-                return id as u32;
+                return id;
             }
         }
-        most_likely(logits)
+        most_likely(&logits)
+    }
+
+    fn penalised<'a>(&self, logits: &'a [f32], context: &[u32]) -> Cow<'a, [f32]> {
+        if self.repetition_penalty == 1.0 {
+            return Cow::Borrowed(logits);
+        }
+        let mut logits = logits.to_vec();
+        for &id in context.iter().collect::<BTreeSet<_>>() {
+            let logit = &mut logits[id as usize];
+            *logit = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
+        }
+        Cow::Owned(logits)
+    }
+
+    fn candidates(&self, logits: &[f32]) -> Vec<Candidate> {
+        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weight = |logit: &f32| f64::from((logit - most) / self.temperature).exp();
+        let mut candidates: Vec<Candidate> = (0..).zip(logits.iter().map(weight)).collect();
+        let ahead = |a: &Candidate, b: &Candidate| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        if (1..candidates.len()).contains(&self.top_k) {
+            candidates.select_nth_unstable_by(self.top_k, ahead);
+            candidates.truncate(self.top_k);
+        }
+        if self.top_p < 1.0 {
+            candidates.sort_unstable_by(ahead);
+            let wanted = f64::from(self.top_p) * candidates.iter().map(|(_, weight)| weight).sum::<f64>();
+            let mut sum = 0.0;
+            let before = candidates.iter().take_while(|(_, weight)| {
+                sum += weight;
+                sum < wanted
+            });
+            let kept = before.count() + 1;
+            candidates.truncate(kept);
+        }
+        candidates.retain(|(_, weight)| *weight >= f64::from(self.min_p));
+        // In order of their ids, whatever was left out: a draw does not depend on how candidates were sorted.
+        candidates.sort_unstable_by_key(|(id, _)| *id);
+        candidates
     }
 }
 
@@ -55,25 +119,62 @@ fn most_likely(logits: &[f32]) -> u32 {
 mod tests {
     use super::*;
 
+    /// A context of `length` tokens.
+    fn context(length: usize) -> Vec<u32> {
+        vec![0; length]
+    }
+
+    /// Every token that 2000 draws give.
+    fn drawn(sampling: Sampling, logits: &[f32]) -> Vec<u32> {
+        let draws = (1..2001).map(|length| sampling.choose(logits, &context(length), 0));
+        draws.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
     #[test]
     fn zero_temperature_takes_the_largest_and_ties_go_low() {
-        let greedy = Sampling::default();
-        assert_eq!(greedy.choose(&[0.0, 3.0, 3.0, -1.0], 0, 0), 1);
+        assert_eq!(Sampling::default().choose(&[0.0, 3.0, 3.0, -1.0], &[0], 0), 1);
     }
 
     #[test]
     fn draws_follow_the_softmax() {
-        let sampling = Sampling { temperature: 1.0, seed: 5 };
-        let logits = [0.0, 1.0f32.ln() + 2.0f32.ln(), f32::NEG_INFINITY];
-        let ones = (0..3000).filter(|&position| sampling.choose(&logits, 0, position) == 1).count();
+        let sampling = Sampling { temperature: 1.0, seed: 5, ..Sampling::default() };
+        let logits = [0.0, 2.0f32.ln(), f32::NEG_INFINITY];
+        let ones = (1..3001).filter(|&length| sampling.choose(&logits, &context(length), 0) == 1).count();
         assert!((1850..2150).contains(&ones), "probability 2/3, drawn {ones} of 3000 times");
-        assert!((0..3000).all(|position| sampling.choose(&logits, 0, position) != 2));
+        assert_eq!(drawn(sampling, &logits), [0, 1]);
     }
 
     #[test]
-    fn impossible_temperatures_are_refused() {
+    fn the_unlikely_is_left_out() {
+        // Probabilities 0.1, 0.4, 0.2, 0.3.
+        let logits = [1.0f32, 4.0, 2.0, 3.0].map(f32::ln);
+        let all = Sampling { temperature: 1.0, ..Sampling::default() };
+        assert_eq!(drawn(all, &logits), [0, 1, 2, 3]);
+        assert_eq!(drawn(Sampling { top_k: 2, ..all }, &logits), [1, 3]);
+        assert_eq!(drawn(Sampling { top_k: 9, ..all }, &logits), [0, 1, 2, 3]);
+        assert_eq!(drawn(Sampling { top_p: 0.6, ..all }, &logits), [1, 3]);
+        assert_eq!(drawn(Sampling { top_p: 0.01, ..all }, &logits), [1]);
+        assert_eq!(drawn(Sampling { min_p: 0.45, ..all }, &logits), [1, 2, 3]);
+    }
+
+    #[test]
+    fn repetitions_are_damped() {
+        let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
+        assert_eq!(sampling.choose(&[3.0, 2.0, -1.0], &[0, 0], 0), 1);
+        assert_eq!(sampling.choose(&[-1.0, -1.5, -3.0], &[0], 0), 1);
+    }
+
+    #[test]
+    fn the_impossible_is_refused() {
+        let refused = |sampling: Sampling| sampling.check().unwrap_err().to_string();
         for temperature in [-1.0, f32::NAN, f32::INFINITY] {
-            assert!(Sampling { temperature, seed: 0 }.check().is_err());
+            assert!(refused(Sampling { temperature, ..Sampling::default() }).contains("temperature"));
         }
+        assert_eq!(
+            refused(Sampling { top_p: 0.0, ..Sampling::default() }),
+            "top_p is 0, but must be above 0 and at most 1"
+        );
+        assert!(refused(Sampling { min_p: 1.5, ..Sampling::default() }).contains("min_p"));
+        assert!(refused(Sampling { repetition_penalty: 0.0, ..Sampling::default() }).contains("repetition_penalty"));
     }
 }

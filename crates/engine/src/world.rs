@@ -2,7 +2,7 @@
 
 use crate::EngineError;
 use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank};
-use epsmoe_device::Backend;
+use epsmoe_device::{Backend, DeviceError};
 use epsmoe_device::host::panic_text;
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
@@ -135,6 +135,7 @@ fn serve<B: Backend, F: Fabric<B>>(
         let answer = match catch_unwind(AssertUnwindSafe(|| model.forward(&batch))) {
             Ok(Ok(output)) => Ok((output, spans(rank, model))),
             Ok(Err(ModelError::Pipeline(PipelineError::Fault(fault)))) => Err(faults.raise(fault)),
+            Ok(Err(ModelError::Device(DeviceError::Fault(fault)))) => Err(faults.raise(fault)),
             Ok(Err(error)) => raise(FaultKind::Invalid, error.to_string()),
             Err(panic) => raise(FaultKind::Panic, format!("panicked: {}", panic_text(panic.as_ref()))),
         };

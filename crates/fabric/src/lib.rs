@@ -5,9 +5,11 @@
 //! the device, so that no bit depends on the fabric. It knows nothing of experts or layers: a
 //! [`Place`] is only a label for messages.
 
+mod alone;
 mod link;
 mod threads;
 
+pub use alone::Alone;
 pub use link::{Link, Pacing};
 pub use threads::{Act, Mischief, Threads, ThreadsOptions};
 

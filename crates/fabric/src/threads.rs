@@ -58,6 +58,8 @@ pub enum Act {
 
 /// Rows on their way: the receiver copies them from where they lie.
 struct Parcel {
+    /// Which exchange of its sender: two lanes may have exchanges on their way at once.
+    number: u64,
     name: &'static str,
     place: Place,
     memory: Memory,
@@ -72,9 +74,16 @@ struct Letters {
     rounds: HashMap<u64, Round>,
 }
 
+#[derive(Clone)]
+struct Letter {
+    name: &'static str,
+    place: Place,
+    message: Vec<u8>,
+}
+
 #[derive(Default)]
 struct Round {
-    messages: Vec<Option<Vec<u8>>>,
+    letters: Vec<Option<Letter>>,
     readers: usize,
 }
 
@@ -151,6 +160,7 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
         let trip = Trip {
             rank: self.rank,
             world: Arc::clone(&self.world),
+            number,
             place,
             link: self.link.clone(),
             delay: options.delay.map(|seed| Mix::keyed(seed, &[self.rank.0 as u64, number])),
@@ -167,18 +177,24 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
         let round = self.rounds.fetch_add(1, Ordering::Relaxed);
         let deadline = Deadline::after(world.options.timeout);
         let mut letters = lock(&world.letters);
-        letters.round(round, world.size).messages[self.rank.0] = Some(message);
+        letters.round(round, world.size).letters[self.rank.0] = Some(Letter { name, place, message });
         world.written.notify_all();
         loop {
             world.options.faults.check()?;
             let entry = letters.round(round, world.size);
-            let Some(silent) = entry.messages.iter().position(Option::is_none) else {
-                let messages = entry.messages.iter().flatten().cloned().collect();
+            let Some(silent) = entry.letters.iter().position(Option::is_none) else {
+                let all: Vec<Letter> = entry.letters.iter().flatten().cloned().collect();
                 entry.readers += 1;
                 if entry.readers == world.size {
                     letters.rounds.remove(&round);
                 }
-                return Ok(messages);
+                let due = |letter: &Letter| (letter.name, letter.place) == (name, place);
+                if let Some(rank) = all.iter().position(|letter| !due(letter)) {
+                    let Letter { name: other, place: there, .. } = &all[rank];
+                    let message = format!("{} came to {other} ({there}) where {name} was due", Rank(rank));
+                    return Err(world.raise(FaultKind::Mismatch, self.rank, place, message));
+                }
+                return Ok(all.into_iter().map(|letter| letter.message).collect());
             };
             if deadline.passed() {
                 let message =
@@ -192,7 +208,7 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
 
 impl Letters {
     fn round(&mut self, round: u64, size: usize) -> &mut Round {
-        self.rounds.entry(round).or_insert_with(|| Round { messages: vec![None; size], readers: 0 })
+        self.rounds.entry(round).or_insert_with(|| Round { letters: vec![None; size], readers: 0 })
     }
 }
 
@@ -206,6 +222,7 @@ impl World {
 struct Trip {
     rank: Rank,
     world: Arc<World>,
+    number: u64,
     place: Place,
     link: Option<Arc<Mutex<PacedLink>>>,
     delay: Option<Mix>,
@@ -262,6 +279,7 @@ impl Trip {
         let taken = exchange.send.iter().enumerate().map(|(destination, rows)| {
             let taken = Arc::new(AtomicUsize::new(0));
             parcels[self.rank.0 * self.world.size + destination].push_back(Parcel {
+                number: self.number,
                 name: exchange.name,
                 place: self.place,
                 memory: memory.clone(),
@@ -287,7 +305,10 @@ impl Trip {
         let lane = source * self.world.size + self.rank.0;
         let parcel = self.until(
             deadline,
-            |parcels| parcels[lane].pop_front(),
+            |parcels| {
+                let at = parcels[lane].iter().position(|parcel| parcel.number == self.number)?;
+                parcels[lane].remove(at)
+            },
             || format!("{} did not send {} within {:?}", Rank(source), exchange.name, deadline.allowed()),
         )?;
         let room = &exchange.receive[source];

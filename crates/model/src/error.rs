@@ -42,6 +42,9 @@ pub enum ModelError {
         /// Every preset's name.
         known: String,
     },
+    /// A way to spread the model over ranks that leaves some rank without work, or does not fit their number.
+    #[error("{0}")]
+    Parallel(String),
     /// The device refused a weight, a buffer or an operation.
     #[error(transparent)]
     Device(#[from] DeviceError),

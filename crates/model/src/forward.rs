@@ -1,19 +1,25 @@
 //! Token ids become logits. START HERE to follow a token: [`Model::forward`].
 
 use crate::attention::{Attention, Context};
+use crate::collectives::Group;
 use crate::load::Loader;
 use crate::mlp::{MlpWeights, ResidualWeights};
-use crate::{LayerPart, MlpSpec, ModelError, ModelSpec, MoeSpec, Part, WeightSource};
+use crate::parallel::Layout;
+use crate::step::{Roster, Step};
+use crate::{Experts, LayerPart, MlpSpec, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use epsmoe_base::{DType, Deadline, Lane, Layer, Place, hash_bytes};
 use epsmoe_device::op::{Add, Angles, Embed, Gather, Gemm, Norm, Op, Upload};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
-use epsmoe_fabric::Fabric;
-use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, PipelineOptions, PipelineSizes};
-use epsmoe_plan::{Capacity, LayerSizes, Placement, Policy};
+use epsmoe_fabric::{Alone, Fabric};
+use epsmoe_pipeline::{
+    ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, RoutingLog,
+};
+use epsmoe_plan::{Capacity, LayerSizes, Policy, Schedule};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What one rank computes in one step: new tokens of some sequences, packed one after the other.
+/// What one group of ranks computes in one step: new tokens of some sequences, packed one after the other.
+/// Every rank of the group is given the same.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     /// Token ids `[T]`.
@@ -26,6 +32,8 @@ pub struct Batch {
     pub sequence_starts: Vec<u32>,
     /// Cache blocks of each sequence, in order `[B]`.
     pub blocks: Vec<Vec<u32>>,
+    /// Number of each sequence, by which a routing log knows it `[B]`.
+    pub sequences: Vec<u64>,
     /// Tokens whose logits are wanted, ascending.
     pub logits: Vec<u32>,
 }
@@ -33,9 +41,9 @@ pub struct Batch {
 /// How a model is run; equal on all ranks.
 #[derive(Clone, Debug)]
 pub struct ModelOptions {
-    /// Most tokens of one rank in one step.
+    /// Most tokens of one group of ranks in one step.
     pub max_tokens: usize,
-    /// Most sequences of one rank in one step.
+    /// Most sequences of one group in one step.
     pub max_sequences: usize,
     /// Cache blocks of one rank.
     pub cache_blocks: usize,
@@ -45,24 +53,49 @@ pub struct ModelOptions {
     pub policy: Policy,
     /// Room for the tokens of an MoE layer; the worst case when absent. Layers that do not fit run in chunks.
     pub capacity: Option<Capacity>,
+    /// How the model is spread over ranks.
+    pub parallel: Parallel,
+    /// What decides where tokens go.
+    pub routing: RoutingMode,
     /// How long any wait may take.
     pub timeout: Duration,
+}
+
+/// What decides which experts a token goes to.
+#[derive(Clone, Debug, Default)]
+pub enum RoutingMode {
+    /// The model's gates.
+    #[default]
+    Gate,
+    /// The gates, and every step tells what they chose.
+    Record,
+    /// What another run recorded.
+    Replay(Arc<RoutingLog>),
 }
 
 /// What a step gave.
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
-    /// Logits of the wanted tokens, row by row `[wanted, V]`.
+    /// Logits of the wanted tokens, row by row `[wanted, V]`; on the first rank of each group.
     pub logits: Vec<f32>,
     /// What each MoE layer did.
     pub layers: Vec<LayerReport>,
+    /// Where the tokens went that this rank routed, if that was to be recorded.
+    pub routing: RoutingLog,
 }
 
 /// The model of one rank: its weights, its cache and its buffers.
 pub struct Model<B: Backend, F: Fabric<B>> {
     spec: Arc<ModelSpec>,
     device: Arc<B>,
-    pipeline: Option<ExpertPipeline<B, F>>,
+    fabric: Arc<F>,
+    layout: Layout,
+    /// A hash of everything that ranks must have in common.
+    identity: u64,
+    /// The ranks that split attention, and those that split MLPs.
+    attention: Group<B, F>,
+    mlp: Group<B, F>,
+    experts: ExpertLayers<B, F>,
     options: ModelOptions,
     embedding: Weight,
     frequencies: Weight,
@@ -70,6 +103,16 @@ pub struct Model<B: Backend, F: Fabric<B>> {
     final_norm: Weight,
     head: Weight,
     buffers: StepBuffers,
+}
+
+/// What runs the MoE layers of one rank.
+enum ExpertLayers<B: Backend, F: Fabric<B>> {
+    /// The model has none.
+    None,
+    /// Whole experts, over all ranks.
+    Spread(ExpertPipeline<B, F>),
+    /// A part of every expert, on this rank for itself.
+    Split(ExpertPipeline<B, Alone>),
 }
 
 struct LayerWeights {
@@ -83,37 +126,30 @@ struct LayerWeights {
 /// Logits are computed for this many tokens at a time.
 const LOGIT_ROWS: usize = 256;
 
-/// Room for one step, `[T, …]` each unless said otherwise.
+/// Room for one step.
 struct StepBuffers {
+    /// Of the tokens this rank keeps `[kept, 1]`.
     ids: Buffer,
+    /// Of all tokens of the group `[T, …]`.
     positions: Buffer,
     slots: Buffer,
-    sequence_starts: Buffer,
-    /// `[B, most blocks of a sequence]`.
-    blocks: Buffer,
     angles: Buffer,
-    /// The residual stream.
+    /// `[B + 1, 1]`, and `[B, most blocks of a sequence]`.
+    sequence_starts: Buffer,
+    blocks: Buffer,
+    /// The residual stream of the tokens this rank keeps, and what becomes of it, `[kept, H]`.
     hidden: Buffer,
     normed: Buffer,
     /// What attention or an MLP gives.
     mixed: Buffer,
     /// The layer's normed input, for experts that read it beside attention.
     early: Buffer,
+    /// Of a dense MLP, for all tokens of the ranks that split it.
     inner: Buffer,
-    /// `[LOGIT_ROWS, …]`: which tokens, their hidden vectors, their logits.
+    /// Tokens whose logits are wanted, of those that this rank keeps `[kept, 1]`.
     wanted: Buffer,
-    last: Buffer,
-    last_normed: Buffer,
+    /// `[LOGIT_ROWS, V]`
     logits: Buffer,
-}
-
-/// The views that every layer of one step shares.
-pub(crate) struct Step {
-    pub(crate) positions: Buffer,
-    pub(crate) slots: Buffer,
-    pub(crate) sequence_starts: Buffer,
-    pub(crate) blocks: Buffer,
-    pub(crate) angles: Buffer,
 }
 
 impl<B: Backend, F: Fabric<B>> Model<B, F> {
@@ -125,37 +161,42 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         fabric: Arc<F>,
         options: ModelOptions,
     ) -> Result<Self, ModelError> {
-        let loader = Loader { spec: &spec, source, device: &*device };
-        let moe = spec.layers.iter().find_map(|layer| layer.mlp.moe());
-        let placement = moe.map(|moe| Placement::new(moe.experts, fabric.size())).transpose()?;
-        let rank = fabric.rank();
+        let layout = options.parallel.layout(&spec, fabric.rank(), fabric.size())?;
+        let loader = Loader { spec: &spec, source, device: &*device, layout };
         let layers = Attention::load(&loader, &options)?.into_iter().enumerate().map(|(layer, attention)| {
             let layer = Layer(layer);
             Ok(LayerWeights {
                 input_norm: loader.layer(layer, LayerPart::InputNorm)?,
                 attention,
                 mlp_norm: loader.layer(layer, LayerPart::PostAttentionNorm)?,
-                mlp: MlpWeights::load(&loader, layer, placement.as_ref(), rank)?,
+                mlp: MlpWeights::load(&loader, layer)?,
                 residual: ResidualWeights::load(&loader, layer)?,
             })
         });
         let layers = layers.collect::<Result<_, ModelError>>()?;
-        let pipeline = match (moe, placement) {
-            (Some(moe), Some(placement)) => {
-                let pipeline = pipeline_options(&spec, moe, placement, &options, device.dtype());
-                Some(ExpertPipeline::new(Arc::clone(&device), fabric, pipeline)?)
-            }
-            _ => None,
+        let (embedding, final_norm) = (loader.part(Part::Embedding)?, loader.part(Part::FinalNorm)?);
+        let head = loader.part(Part::LmHead)?;
+        let frequencies = loader.vector("inverse frequencies", &spec.rope.inverse_frequencies)?;
+        let tokens = options.max_tokens;
+        let group = |ranks, together| {
+            let (device, fabric) = (Arc::clone(&device), Arc::clone(&fabric));
+            Group::new(device, fabric, ranks, spec.hidden, together, layout.most_kept(tokens))
         };
+        let identity = hash_bytes(format!("{spec:?} {} {:?}", device.dtype(), options.parallel).as_bytes());
         Ok(Model {
-            embedding: loader.part(Part::Embedding)?,
-            frequencies: loader.vector("inverse frequencies", &spec.rope.inverse_frequencies)?,
-            final_norm: loader.part(Part::FinalNorm)?,
-            head: loader.part(Part::LmHead)?,
-            buffers: StepBuffers::allocate(&*device, &spec, &options)?,
+            attention: group(layout.attention_ranks(), tokens)?,
+            mlp: group(layout.mlp_ranks(), layout.most_in_mlp(tokens))?,
+            experts: ExpertLayers::new(&spec, &layout, &options, identity, &device, &fabric)?,
+            buffers: StepBuffers::allocate(&*device, &spec, &options, &layout)?,
+            identity,
+            embedding,
+            frequencies,
             layers,
-            pipeline,
+            final_norm,
+            head,
+            layout,
             options,
+            fabric,
             device,
             spec,
         })
@@ -171,27 +212,33 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         &self.device
     }
 
-    /// Runs one step. Every rank of the world calls it, with its own batch, which may be empty.
+    /// Runs one step. Every rank of the world calls it, with its group's batch, which may be empty.
     pub fn forward(&self, batch: &Batch) -> Result<StepOutput, ModelError> {
+        let mut output = StepOutput::default();
         let step = self.begin(batch)?;
-        let tokens = batch.ids.len();
-        let hidden = self.buffers.hidden.rows(0..tokens)?;
-        let mut layers = Vec::new();
+        let hidden = self.buffers.hidden.rows(0..step.kept.len())?;
         for (index, layer) in self.layers.iter().enumerate() {
-            layers.extend(self.run_layer(Layer(index), layer, &step, &hidden)?);
+            self.run_layer(Layer(index), layer, &step, &hidden, &mut output)?;
         }
-        Ok(StepOutput { logits: self.logits(&hidden, &batch.logits)?, layers })
+        output.logits = self.logits(&step, &hidden, &batch.logits)?;
+        Ok(output)
     }
 
-    /// Brings the batch to the device and looks up the embeddings.
+    /// Brings the batch to the device and looks up the embeddings of the tokens that this rank keeps.
     fn begin(&self, batch: &Batch) -> Result<Step, ModelError> {
         let (buffers, tokens, sequences) = (&self.buffers, batch.ids.len(), batch.blocks.len());
+        let labelled = !matches!(self.options.routing, RoutingMode::Gate);
+        let roster = Roster::call(&*self.fabric, &self.layout, self.identity, batch, labelled)?;
+        let (attention, mlp) = (self.attention.shares(&roster.kept), self.mlp.shares(&roster.kept));
+        self.attention.begin(&attention)?;
+        self.mlp.begin(&mlp)?;
+        let kept = attention.of(self.fabric.rank().0);
         let widest = buffers.blocks.width;
         let mut blocks = vec![0; sequences * widest];
         for (row, sequence) in blocks.chunks_exact_mut(widest).zip(&batch.blocks) {
             row[..sequence.len()].copy_from_slice(sequence);
         }
-        let ids = self.upload(&batch.ids, &buffers.ids.rows(0..tokens)?)?;
+        let ids = self.upload(&batch.ids[kept.clone()], &buffers.ids.rows(0..kept.len())?)?;
         let positions = self.upload(&batch.positions, &buffers.positions.rows(0..tokens)?)?;
         let slots = self.upload(&batch.slots, &buffers.slots.rows(0..tokens)?)?;
         let starts = buffers.sequence_starts.rows(0..sequences + 1)?;
@@ -204,19 +251,22 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
             scale: self.spec.rope.attention_factor,
             out: angles.clone(),
         })?;
-        let (table, out) = (self.embedding.clone(), buffers.hidden.rows(0..tokens)?);
+        let (table, out) = (self.embedding.clone(), buffers.hidden.rows(0..kept.len())?);
         self.compute(Place::default(), Embed { ids, table, out })?;
-        Ok(Step { positions, slots, sequence_starts, blocks, angles })
+        let routed = roster.labels(self.mlp.ranks());
+        Ok(Step { positions, slots, sequence_starts, blocks, angles, kept, attention, mlp, routed })
     }
 
-    /// `hidden` through one layer, in place; see [`LayerSpec`](crate::LayerSpec) for the equations.
+    /// `hidden` through one layer, in place; see [`LayerSpec`](crate::LayerSpec) for the equations. What ranks
+    /// split is computed `across` them, the rest for the tokens that this rank keeps.
     fn run_layer(
         &self,
         layer: Layer,
         weights: &LayerWeights,
         step: &Step,
         hidden: &Buffer,
-    ) -> Result<Option<LayerReport>, ModelError> {
+        output: &mut StepOutput,
+    ) -> Result<(), ModelError> {
         let (place, buffers, tokens) = (Place::layer(layer), &self.buffers, 0..hidden.rows);
         let (normed, mixed) = (buffers.normed.rows(tokens.clone())?, buffers.mixed.rows(tokens.clone())?);
         let early = buffers.early.rows(tokens)?;
@@ -231,12 +281,14 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
             rope: self.spec.rope.style,
             eps: self.spec.norm.eps,
         };
-        weights.attention.run(&context, &normed, &mixed)?;
+        let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
+        self.attention.across(place, &step.attention, &normed, &mixed, attention)?;
         self.add(place, &mixed, hidden)?;
         let input = match &weights.residual {
             Some(residual) => {
                 self.norm(place, hidden, &residual.norm, &normed)?;
-                self.dense(place, &residual.mlp, &normed, &mixed)?;
+                let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, x, out);
+                self.mlp.across(place, &step.mlp, &normed, &mixed, dense)?;
                 self.add(place, &mixed, hidden)?;
                 early
             }
@@ -245,43 +297,74 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
                 normed
             }
         };
-        let report = match (&weights.mlp, &self.pipeline) {
-            (MlpWeights::Moe(moe), Some(pipeline)) => Some(pipeline.run(moe, &input, &mixed)?),
-            (MlpWeights::Dense(mlp), _) => {
-                self.dense(place, mlp, &input, &mixed)?;
-                None
-            }
-            (MlpWeights::Moe(_), None) => unreachable!("a model with experts has a pipeline. This is a bug."),
-        };
-        self.add(place, &mixed, hidden)?;
-        Ok(report)
+        self.mlp.across(place, &step.mlp, &input, &mixed, |x, out| match &weights.mlp {
+            MlpWeights::Dense(mlp) => self.dense(place, mlp, x, out).map_err(ModelError::from),
+            MlpWeights::Moe(moe) => match &self.experts {
+                ExpertLayers::Spread(pipeline) => self.mixture(pipeline, moe, step, x, out, output),
+                ExpertLayers::Split(pipeline) => self.mixture(pipeline, moe, step, x, out, output),
+                ExpertLayers::None => unreachable!("a model with experts has a pipeline. This is a bug."),
+            },
+        })?;
+        Ok(self.add(place, &mixed, hidden)?)
     }
 
-    /// Logits of the wanted tokens, on the host.
-    fn logits(&self, hidden: &Buffer, wanted: &[u32]) -> Result<Vec<f32>, ModelError> {
+    /// An MoE layer whose routing is made, recorded or replayed.
+    fn mixture<G: Fabric<B>>(
+        &self,
+        pipeline: &ExpertPipeline<B, G>,
+        moe: &MoeLayer,
+        step: &Step,
+        x: &Buffer,
+        y: &Buffer,
+        output: &mut StepOutput,
+    ) -> Result<(), ModelError> {
+        let routing = match &self.options.routing {
+            RoutingMode::Replay(log) => {
+                let (_, router) = moe.router.shape.sources();
+                log.routing(moe.layer, &step.routed, router[0], moe.gate.top_k).map_err(PipelineError::from)?
+            }
+            RoutingMode::Gate | RoutingMode::Record => pipeline.route(moe, x)?,
+        };
+        if matches!(self.options.routing, RoutingMode::Record) {
+            output.routing.record(moe.layer, &step.routed, &routing);
+        }
+        output.layers.push(pipeline.run_routed(moe, &routing, x, y)?);
+        Ok(())
+    }
+
+    /// Logits of the wanted tokens, on the host of the group's first rank.
+    fn logits(&self, step: &Step, hidden: &Buffer, wanted: &[u32]) -> Result<Vec<f32>, ModelError> {
         let (place, buffers) = (Place::default(), &self.buffers);
-        let mut logits = Vec::with_capacity(wanted.len() * self.spec.vocab);
-        for wanted in wanted.chunks(buffers.logits.rows) {
-            let rows = 0..wanted.len();
-            let index = self.upload(wanted, &buffers.wanted.rows(rows.clone())?)?;
-            let (last, normed) = (buffers.last.rows(rows.clone())?, buffers.last_normed.rows(rows.clone())?);
-            let out = buffers.logits.rows(rows)?;
-            self.compute(place, Gather { x: hidden.clone(), index, out: last.clone() })?;
-            self.norm(place, &last, &self.final_norm, &normed)?;
-            self.compute(place, Gemm::linear(normed, &self.head, out.clone()))?;
-            self.finish()?;
-            logits.extend(self.device.read_f32(&out)?);
+        let before = |end: usize| wanted.partition_point(|&token| (token as usize) < end);
+        let kept = &wanted[before(step.kept.start)..before(step.kept.end)];
+        let kept: Vec<u32> = kept.iter().map(|&token| token - step.kept.start as u32).collect();
+        let rows = 0..kept.len();
+        let index = self.upload(&kept, &buffers.wanted.rows(rows.clone())?)?;
+        let (last, normed) = (buffers.mixed.rows(rows.clone())?, buffers.normed.rows(rows)?);
+        self.compute(place, Gather { x: hidden.clone(), index, out: last.clone() })?;
+        self.norm(place, &last, &self.final_norm, &normed)?;
+        let wanted_of = |rank| before(step.attention.of(rank).end) - before(step.attention.of(rank).start);
+        let wanted_of: Vec<usize> = (0..self.fabric.size()).map(wanted_of).collect();
+        let last = self.attention.all_gather(place, &self.attention.shares(&wanted_of), &normed)?;
+
+        let mut logits = Vec::new();
+        if self.layout.in_group().index == 0 {
+            for start in (0..last.rows).step_by(buffers.logits.rows.max(1)) {
+                let rows = start..last.rows.min(start + buffers.logits.rows);
+                let out = buffers.logits.rows(0..rows.len())?;
+                self.compute(place, Gemm::linear(last.rows(rows)?, &self.head, out.clone()))?;
+                self.finish()?;
+                logits.extend(self.device.read_f32(&out)?);
+            }
         }
-        if wanted.is_empty() {
-            self.finish()?;
-        }
+        self.finish()?;
         Ok(logits)
     }
 
-    /// Waits for everything enqueued.
+    /// Waits for everything enqueued; exchanges have half the time, so that they name who is late.
     fn finish(&self) -> Result<(), ModelError> {
         let event = self.device.record(Lane::Compute);
-        Ok(self.device.wait(&event, Deadline::after(self.options.timeout))?)
+        Ok(self.device.wait(&event, Deadline::after(2 * self.options.timeout))?)
     }
 
     fn dense(&self, place: Place, mlp: &Mlp, x: &Buffer, out: &Buffer) -> Result<(), DeviceError> {
@@ -319,58 +402,73 @@ impl StepBuffers {
         device: &B,
         spec: &ModelSpec,
         options: &ModelOptions,
+        layout: &Layout,
     ) -> Result<Self, DeviceError> {
-        let (tokens, sequences, hidden) = (options.max_tokens, options.max_sequences, spec.hidden);
-        let values = |name, width| device.allocate(name, device.dtype(), tokens, width);
+        let (tokens, sequences) = (options.max_tokens, options.max_sequences);
+        let kept = layout.most_kept(tokens);
+        let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
-        let logit_rows = tokens.min(LOGIT_ROWS);
-        let last = |name| device.allocate(name, device.dtype(), logit_rows, hidden);
         let residual = spec.layers.iter().any(|layer| layer.residual_mlp.is_some());
         Ok(StepBuffers {
-            ids: indices("ids", tokens, 1)?,
+            ids: indices("ids", kept, 1)?,
             positions: indices("positions", tokens, 1)?,
             slots: indices("slots", tokens, 1)?,
+            angles: device.allocate("angles", DType::F32, tokens, spec.rope.dim)?,
             sequence_starts: indices("sequence_starts", sequences + 1, 1)?,
             blocks: indices("blocks", sequences, options.max_blocks)?,
-            angles: device.allocate("angles", DType::F32, tokens, spec.rope.dim)?,
-            hidden: values("hidden", hidden)?,
-            normed: values("normed", hidden)?,
-            mixed: values("mixed", hidden)?,
-            early: values("early", if residual { hidden } else { 0 })?,
-            inner: values("inner", widest_dense(spec))?,
-            wanted: indices("wanted", logit_rows, 1)?,
-            last: last("last")?,
-            last_normed: last("last_normed")?,
-            logits: device.allocate("logits", DType::F32, logit_rows, spec.vocab)?,
+            hidden: values("hidden", kept, spec.hidden)?,
+            normed: values("normed", kept, spec.hidden)?,
+            mixed: values("mixed", kept, spec.hidden)?,
+            early: values("early", kept, if residual { spec.hidden } else { 0 })?,
+            inner: values("inner", layout.most_in_mlp(tokens), layout.inner().most(widest_dense(spec)))?,
+            wanted: indices("wanted", kept, 1)?,
+            logits: device.allocate("logits", DType::F32, tokens.min(LOGIT_ROWS), spec.vocab)?,
         })
     }
 }
 
-/// Sizes of the expert pipeline. Everything that ranks must have in common is in it, or in its identity.
-fn pipeline_options(
-    spec: &ModelSpec,
-    moe: &MoeSpec,
-    placement: Placement,
-    options: &ModelOptions,
-    dtype: DType,
-) -> PipelineOptions {
-    let top_k = moe.gate.top_k;
-    let layer = LayerSizes {
-        hidden: spec.hidden,
-        inner: moe.inner,
-        top_k,
-        local_experts: placement.max_local(),
-        activation_bytes: dtype.bytes(),
-    };
-    let worst = || Capacity::worst_case(options.max_tokens, &placement, top_k);
-    let capacity = options.capacity.unwrap_or_else(worst);
-    let shared_inner = moe.shared.map_or(0, |shared| shared.inner);
-    PipelineOptions {
-        sizes: PipelineSizes { layer, shared_inner, capacity },
-        placement,
-        policy: options.policy.clone(),
-        identity: hash_bytes(format!("{spec:?} {dtype}").as_bytes()),
-        timeout: options.timeout,
+impl<B: Backend, F: Fabric<B>> ExpertLayers<B, F> {
+    fn new(
+        spec: &ModelSpec,
+        layout: &Layout,
+        options: &ModelOptions,
+        identity: u64,
+        device: &Arc<B>,
+        fabric: &Arc<F>,
+    ) -> Result<Self, ModelError> {
+        let Some(moe) = spec.layers.iter().find_map(|layer| layer.mlp.moe()) else {
+            return Ok(ExpertLayers::None);
+        };
+        let (placement, _) = layout.placement(moe.experts)?;
+        let (top_k, inner) = (moe.gate.top_k, layout.inner());
+        let layer = LayerSizes {
+            hidden: spec.hidden,
+            inner: inner.of(moe.inner).len(),
+            top_k,
+            local_experts: placement.max_local(),
+            activation_bytes: device.dtype().bytes(),
+        };
+        let worst = || Capacity::worst_case(layout.most_in_mlp(options.max_tokens), &placement, top_k);
+        let capacity = options.capacity.unwrap_or_else(worst);
+        let shared_inner = moe.shared.map_or(0, |shared| inner.of(shared.inner).len());
+        let pipeline = PipelineOptions {
+            sizes: PipelineSizes { layer, shared_inner, capacity },
+            placement,
+            policy: options.policy.clone(),
+            identity,
+            timeout: options.timeout,
+        };
+        let device = Arc::clone(device);
+        Ok(match layout.experts() {
+            Experts::Ep => ExpertLayers::Spread(ExpertPipeline::new(device, Arc::clone(fabric), pipeline)?),
+            Experts::Tp => {
+                // Experts that never travel leave stages nothing to run beside.
+                let policy = Policy { gemm: pipeline.policy.gemm, ..Policy::default() };
+                let policy = Policy { schedule: Schedule::Serial, ..policy };
+                let pipeline = PipelineOptions { policy, ..pipeline };
+                ExpertLayers::Split(ExpertPipeline::new(device, Arc::new(Alone), pipeline)?)
+            }
+        })
     }
 }
 

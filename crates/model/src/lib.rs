@@ -19,9 +19,13 @@ pub use spec::{
 pub use synthetic::Synthetic;
 
 mod attention;
+mod collectives;
 mod forward;
 mod load;
 mod mlp;
+mod parallel;
+mod step;
 
 pub use attention::BLOCK_SIZE;
-pub use forward::{Batch, Model, ModelOptions, StepOutput};
+pub use forward::{Batch, Model, ModelOptions, RoutingMode, StepOutput};
+pub use parallel::{Experts, Parallel};

@@ -1,24 +1,25 @@
 //! Parts of a model become weights of a device: read once, each rank only what it holds.
 
+use crate::parallel::{Layout, Share};
 use crate::{LayerPart, Map, ModelError, ModelSpec, Part, Tensor, WeightSource, Window};
 use epsmoe_base::Layer;
 use epsmoe_device::{Backend, Weight, WeightShape};
 use epsmoe_pipeline::Mlp;
+use std::ops::Range;
 
 /// Reads the parts of one model into one device.
 pub(crate) struct Loader<'a, B> {
     pub(crate) spec: &'a ModelSpec,
     pub(crate) source: &'a dyn WeightSource,
     pub(crate) device: &'a B,
+    /// What this rank holds.
+    pub(crate) layout: Layout,
 }
 
 impl<B: Backend> Loader<'_, B> {
     /// A part as it is.
     pub(crate) fn part(&self, part: Part) -> Result<Weight, ModelError> {
-        let name = self.name(part);
-        // With tied embeddings one stored tensor serves as a table and as a map.
-        let key = if part == Part::LmHead { format!("{name} as output") } else { name };
-        self.held(&key, self.spec.shape(part), || Ok(vec![self.read(part, &Window::whole())?]))
+        self.window(part, &Window::whole())
     }
 
     /// A part of a layer as it is.
@@ -26,16 +27,31 @@ impl<B: Backend> Loader<'_, B> {
         self.part(part.of(layer))
     }
 
-    /// A gated MLP, its gate and up maps side by side.
-    pub(crate) fn mlp(&self, layer: Layer, map: impl Fn(Map) -> LayerPart) -> Result<Mlp, ModelError> {
+    /// Some rows or columns of a part; named after them, so that ranks that hold the same ones share them.
+    pub(crate) fn window(&self, part: Part, window: &Window) -> Result<Weight, ModelError> {
+        let name = self.name(part, window);
+        // With tied embeddings one stored tensor serves as a table and as a map.
+        let key = if part == Part::LmHead { format!("{name} as output") } else { name };
+        self.held(&key, self.shape(part, window), || Ok(vec![self.read(part, window)?]))
+    }
+
+    /// A share of the inner width of a gated MLP: rows of its gate and up maps, which lie side by side, and
+    /// columns of its down map.
+    pub(crate) fn mlp(
+        &self,
+        layer: Layer,
+        share: Share,
+        map: impl Fn(Map) -> LayerPart,
+    ) -> Result<Mlp, ModelError> {
         let (gate, up, down) = (map(Map::Gate).of(layer), map(Map::Up).of(layer), map(Map::Down).of(layer));
-        let WeightShape::Matrix { n: inner, k } = self.spec.shape(gate) else {
-            unreachable!("the maps of an MLP are matrices. This is a bug.")
-        };
-        let gate_up = self.held(&format!("{} and up", self.name(gate)), WeightShape::GateUp { inner, k }, || {
-            Ok(vec![self.read(gate, &Window::whole())?, self.read(up, &Window::whole())?])
+        let (inner, k) = self.matrix(gate);
+        let inner = share.of(inner);
+        let rows = Window::rows(inner.clone());
+        let shape = WeightShape::GateUp { inner: inner.len(), k };
+        let gate_up = self.held(&format!("{} and up", self.name(gate, &rows)), shape, || {
+            Ok(vec![self.read(gate, &rows)?, self.read(up, &rows)?])
         })?;
-        Ok(Mlp { gate_up, down: self.part(down)? })
+        Ok(Mlp { gate_up, down: self.window(down, &Window::columns(inner))? })
     }
 
     /// Numbers computed from the configuration rather than stored.
@@ -45,22 +61,12 @@ impl<B: Backend> Loader<'_, B> {
         self.held(name, WeightShape::Vector { n: values.len() }, || Ok(vec![tensor]))
     }
 
-    /// Some rows of a part, transposed or not, under a name of its own.
-    pub(crate) fn piece(
-        &self,
-        part: Part,
-        name: &str,
-        window: Window,
-        transposed: bool,
-    ) -> Result<Weight, ModelError> {
-        let WeightShape::Matrix { n, k } = self.spec.shape(part) else {
-            unreachable!("pieces are cut from matrices. This is a bug.")
-        };
-        let rows = window.rows.as_ref().map_or(n, |rows| rows.len());
-        let shape = if transposed { WeightShape::Matrix { n: k, k: rows } } else { WeightShape::Matrix { n: rows, k } };
-        self.held(&format!("{} {name}", self.name(part)), shape, || {
-            let tensor = self.read(part, &window)?;
-            Ok(vec![if transposed { tensor.transposed() } else { tensor }])
+    /// Some rows of a matrix, which become its columns.
+    pub(crate) fn transposed(&self, part: Part, rows: Range<usize>) -> Result<Weight, ModelError> {
+        let (_, k) = self.matrix(part);
+        let (shape, window) = (WeightShape::Matrix { n: k, k: rows.len() }, Window::rows(rows));
+        self.held(&format!("{} transposed", self.name(part, &window)), shape, || {
+            Ok(vec![self.read(part, &window)?.transposed()])
         })
     }
 
@@ -83,7 +89,28 @@ impl<B: Backend> Loader<'_, B> {
         self.source.read(&self.spec.locate(part), window)
     }
 
-    fn name(&self, part: Part) -> String {
-        format!("{part:?}")
+    /// Rows and columns of a matrix.
+    fn matrix(&self, part: Part) -> (usize, usize) {
+        let WeightShape::Matrix { n, k } = self.spec.shape(part) else {
+            unreachable!("{part:?} is no matrix. This is a bug.")
+        };
+        (n, k)
+    }
+
+    fn shape(&self, part: Part, window: &Window) -> WeightShape {
+        let length = |range: &Option<Range<usize>>, whole| range.as_ref().map_or(whole, |range| range.len());
+        let (rows, columns) = (&window.rows, &window.columns);
+        match self.spec.shape(part) {
+            WeightShape::Matrix { n, k } => WeightShape::Matrix { n: length(rows, n), k: length(columns, k) },
+            WeightShape::Vector { n } => WeightShape::Vector { n: length(rows, n) },
+            whole => whole,
+        }
+    }
+
+    fn name(&self, part: Part, window: &Window) -> String {
+        let range = |what, range: &Option<Range<usize>>| {
+            range.as_ref().map_or_else(String::new, |range| format!(" {what} {range:?}"))
+        };
+        format!("{part:?}{}{}", range("rows", &window.rows), range("columns", &window.columns))
     }
 }

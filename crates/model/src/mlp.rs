@@ -1,17 +1,16 @@
 //! The MLP of a layer: dense, a mixture of experts, or both.
 
 use crate::load::Loader;
-use crate::{LayerPart, MlpSpec, ModelError};
-use epsmoe_base::{Expert, Layer, Rank};
+use crate::{LayerPart, MlpSpec, ModelError, MoeSpec};
+use epsmoe_base::{Expert, Layer};
 use epsmoe_device::{Backend, Weight};
 use epsmoe_pipeline::{Mlp, MoeLayer, SharedMlp};
-use epsmoe_plan::Placement;
 
 /// The MLP weights of one layer on one rank.
 pub(crate) enum MlpWeights {
     /// One MLP for every token.
     Dense(Mlp),
-    /// This rank's experts.
+    /// This rank's experts, or its share of every expert.
     Moe(MoeLayer),
 }
 
@@ -22,32 +21,37 @@ pub(crate) struct ResidualWeights {
 }
 
 impl MlpWeights {
-    pub(crate) fn load<B: Backend>(
-        loader: &Loader<'_, B>,
-        layer: Layer,
-        placement: Option<&Placement>,
-        rank: Rank,
-    ) -> Result<Self, ModelError> {
-        let spec = match (&loader.spec.layers[layer.0].mlp, placement) {
-            (MlpSpec::Moe(spec), Some(placement)) => (spec, placement),
-            _ => return Ok(MlpWeights::Dense(loader.mlp(layer, LayerPart::Dense)?)),
-        };
-        let (spec, placement) = spec;
-        let expert = |expert| loader.mlp(layer, |map| LayerPart::Expert(Expert(expert), map));
-        let shared = |shared: &crate::SharedSpec| -> Result<SharedMlp, ModelError> {
-            let gate = shared.gated.then(|| loader.layer(layer, LayerPart::SharedExpertGate)).transpose()?;
-            Ok(SharedMlp { mlp: loader.mlp(layer, LayerPart::Shared)?, gate })
-        };
-        let bias = spec.correction_bias.then(|| loader.layer(layer, LayerPart::RouterBias));
-        Ok(MlpWeights::Moe(MoeLayer {
-            layer,
-            router: loader.layer(layer, LayerPart::Router)?,
-            bias: bias.transpose()?,
-            gate: spec.gate,
-            experts: placement.experts_of(rank).map(expert).collect::<Result<_, _>>()?,
-            shared: spec.shared.as_ref().map(shared).transpose()?,
-        }))
+    pub(crate) fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer) -> Result<Self, ModelError> {
+        match &loader.spec.layers[layer.0].mlp {
+            MlpSpec::Dense { .. } => {
+                Ok(MlpWeights::Dense(loader.mlp(layer, loader.layout.inner(), LayerPart::Dense)?))
+            }
+            MlpSpec::Moe(spec) => Ok(MlpWeights::Moe(load_moe(loader, layer, spec)?)),
+        }
     }
+}
+
+fn load_moe<B: Backend>(
+    loader: &Loader<'_, B>,
+    layer: Layer,
+    spec: &MoeSpec,
+) -> Result<MoeLayer, ModelError> {
+    let inner = loader.layout.inner();
+    let (placement, rank) = loader.layout.placement(spec.experts)?;
+    let expert = |expert| loader.mlp(layer, inner, |map| LayerPart::Expert(Expert(expert), map));
+    let shared = |shared: &crate::SharedSpec| -> Result<SharedMlp, ModelError> {
+        let gate = shared.gated.then(|| loader.layer(layer, LayerPart::SharedExpertGate)).transpose()?;
+        Ok(SharedMlp { mlp: loader.mlp(layer, inner, LayerPart::Shared)?, gate })
+    };
+    let bias = spec.correction_bias.then(|| loader.layer(layer, LayerPart::RouterBias));
+    Ok(MoeLayer {
+        layer,
+        router: loader.layer(layer, LayerPart::Router)?,
+        bias: bias.transpose()?,
+        gate: spec.gate,
+        experts: placement.experts_of(rank).map(expert).collect::<Result<_, _>>()?,
+        shared: spec.shared.as_ref().map(shared).transpose()?,
+    })
 }
 
 impl ResidualWeights {
@@ -57,7 +61,7 @@ impl ResidualWeights {
     ) -> Result<Option<Self>, ModelError> {
         let load = |_| -> Result<Self, ModelError> {
             let norm = loader.layer(layer, LayerPart::ResidualNorm)?;
-            Ok(ResidualWeights { norm, mlp: loader.mlp(layer, LayerPart::Residual)? })
+            Ok(ResidualWeights { norm, mlp: loader.mlp(layer, loader.layout.inner(), LayerPart::Residual)? })
         };
         loader.spec.layers[layer.0].residual_mlp.map(load).transpose()
     }

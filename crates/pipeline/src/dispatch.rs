@@ -28,6 +28,10 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let send = SendMap::of(&self.options.placement, routing, &counts);
         let home = HomeMap::of(&send, &counts);
         let rows = 0..send.tokens.len();
+        if rows.end > buffers.send_rows.rows {
+            // Everybody will see it in the counts, and halve their tokens.
+            return Ok(Outgoing { counts, home });
+        }
         let (index, records) = (buffers.send_index.rows(rows.clone())?, buffers.send_records.rows(rows.clone())?);
         self.compute(place, Upload { words: send.tokens.into(), out: index.clone() })?;
         self.compute(place, Gather { x: x.clone(), index, out: buffers.send_rows.rows(rows)? })?;

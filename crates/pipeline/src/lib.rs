@@ -3,7 +3,8 @@
 //! Start at [`ExpertPipeline::run`]: it reads as the layer happens. Then, in the order of the data:
 //! `rendezvous` (what the ranks tell each other before anything moves), `dispatch` (rows to their
 //! experts), `experts` (a stage of experts, from received rows to partial sums), `combine` (partial sums
-//! back home), and `buffers` (all the memory of it, reserved once).
+//! back home), and `buffers` (all the memory of it, reserved once). Beside it, `routing_log`: what routers chose,
+//! recorded and replayed.
 //!
 //! This room executes the plan's [`StageTable`](epsmoe_plan::StageTable); it decides nothing itself, and knows
 //! no model by name.
@@ -13,9 +14,12 @@ mod combine;
 mod dispatch;
 mod experts;
 mod rendezvous;
+mod routing_log;
 mod run;
 
 pub use buffers::PipelineSizes;
+pub use rendezvous::disagreement;
+pub use routing_log::{Flips, RoutingLog, RoutingLogError, TokenId};
 pub use run::{ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp};
 
 use epsmoe_base::Fault;
@@ -34,4 +38,7 @@ pub enum PipelineError {
     /// No plan fits what was asked.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// A recorded routing cannot be followed.
+    #[error(transparent)]
+    Routing(#[from] RoutingLogError),
 }

@@ -28,7 +28,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         for (rank, message) in messages.iter().enumerate() {
             let (theirs, counts) = message.split_at_checked(digest.len()).unwrap_or_default();
             if theirs != digest {
-                return Err(self.disagreement(place, Rank(rank)).into());
+                return Err(disagreement(self.fabric.rank(), place, Rank(rank)).into());
             }
             ranks.push(RankCounts::decode(counts, placement.experts())?);
         }
@@ -43,13 +43,13 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let settings = (layer.layer, layer.gate, &options.placement, &options.policy, options.sizes, options.identity);
         hash_bytes(format!("{settings:?}").as_bytes())
     }
+}
 
-    fn disagreement(&self, place: Place, other: Rank) -> Fault {
-        let rank = self.fabric.rank();
-        let message = format!(
-            "{rank} and {other} were started with different settings or models; give every rank the same \
-             checkpoint and the same flags"
-        );
-        Fault { kind: FaultKind::Mismatch, rank, place, message }
-    }
+/// Two ranks that would compute different layers.
+pub fn disagreement(rank: Rank, place: Place, other: Rank) -> Fault {
+    let message = format!(
+        "{rank} and {other} were started with different settings or models; give every rank the same \
+         checkpoint and the same flags"
+    );
+    Fault { kind: FaultKind::Mismatch, rank, place, message }
 }

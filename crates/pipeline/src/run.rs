@@ -4,7 +4,7 @@ use crate::PipelineError;
 use crate::buffers::{LayerBuffers, PipelineSizes};
 use epsmoe_base::{Deadline, Lane, Layer, Place, Stage};
 use epsmoe_device::op::{Gate, GateRows, Gemm, Op, Route};
-use epsmoe_device::{Backend, Buffer, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
     Capacity, LayerBytes, Placement, Policy, Routing, SharedExpert, StageTable, Traffic, Transfer, halves,
@@ -67,7 +67,8 @@ pub struct PipelineOptions {
     pub sizes: PipelineSizes,
     /// A hash of the model and whatever else all ranks must have in common.
     pub identity: u64,
-    /// How long the host waits for its own lanes.
+    /// How long ranks wait for each other. The host waits twice as long for its own lanes, so that the exchange
+    /// notices a late rank first: it knows which one.
     pub timeout: Duration,
 }
 
@@ -91,6 +92,13 @@ pub struct ExpertPipeline<B: Backend, F: Fabric<B>> {
 impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     /// Reserves the buffers that every MoE layer of this rank shares.
     pub fn new(device: Arc<B>, fabric: Arc<F>, options: PipelineOptions) -> Result<Self, PipelineError> {
+        let PipelineSizes { layer, capacity, .. } = options.sizes;
+        let least = Capacity::worst_case(1, &options.placement, layer.top_k);
+        if !capacity.holds(&least) {
+            // Halving a layer's tokens would never end.
+            let message = format!("one token of every rank needs {least:?}, but there is {capacity:?}");
+            return Err(DeviceError::Shape(message).into());
+        }
         let buffers = LayerBuffers::allocate(&*device, &options)?;
         Ok(ExpertPipeline { device, fabric, options, buffers })
     }
@@ -100,8 +108,19 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     /// enqueued: `y` is complete when the compute lane is.
     pub fn run(&self, layer: &MoeLayer, x: &Buffer, y: &Buffer) -> Result<LayerReport, PipelineError> {
         let routing = self.route(layer, x)?;
+        self.run_routed(layer, &routing, x, y)
+    }
+
+    /// [`run`](Self::run) with experts that are already chosen.
+    pub fn run_routed(
+        &self,
+        layer: &MoeLayer,
+        routing: &Routing,
+        x: &Buffer,
+        y: &Buffer,
+    ) -> Result<LayerReport, PipelineError> {
         let mut report = LayerReport::default();
-        self.run_tokens(layer, &routing, 0..x.rows, x, y, &mut report)?;
+        self.run_tokens(layer, routing, 0..x.rows, x, y, &mut report)?;
         Ok(report)
     }
 
@@ -164,7 +183,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     }
 
     /// Chooses every token's experts, and brings the choice to the host.
-    fn route(&self, layer: &MoeLayer, x: &Buffer) -> Result<Routing, PipelineError> {
+    pub fn route(&self, layer: &MoeLayer, x: &Buffer) -> Result<Routing, PipelineError> {
         let place = Place::layer(layer.layer);
         let tokens = 0..x.rows;
         let logits = self.buffers.router_logits.rows(tokens.clone())?;
@@ -205,7 +224,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     }
 
     pub(crate) fn wait(&self, event: &B::Event) -> Result<(), PipelineError> {
-        Ok(self.device.wait(event, Deadline::after(self.options.timeout))?)
+        Ok(self.device.wait(event, Deadline::after(2 * self.options.timeout))?)
     }
 
     fn layer_bytes(&self, traffic: &Traffic) -> u64 {

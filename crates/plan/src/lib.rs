@@ -14,6 +14,7 @@
 //! | `maps`      | which token is in which row? The index arrays that the kernels follow ([`maps`] has a worked example) |
 //! | `memory`    | how many bytes does that need, and does it fit? |
 //! | `timeline`  | what happened when, on which lane? |
+//! | `accounts`  | where did a rank's time go, without a rest? |
 //! | `error`     | why was something refused? |
 //!
 //! One MoE layer walks through them like this:
@@ -43,24 +44,45 @@
 //! Whatever ranks must agree on is decided in integers, so that every rank computes the same answer from
 //! the same numbers.
 
+mod cost;
+mod accounts;
 mod counts;
+mod curve;
+mod cuts;
 mod error;
+mod expect;
+mod machine;
 pub mod maps;
 mod memory;
 mod placement;
 mod routing;
 mod schedule;
+mod search;
+mod simulate;
 mod stages;
 mod timeline;
 pub mod traffic;
 
+pub use cost::{
+    Correction, CostError, CostModel, GemmCost, HostCost, LinkCost, Payload, Product, RowsCost, ShareCost,
+};
+pub use accounts::Accounts;
 pub use counts::{LayerCounts, RankCounts};
+pub use curve::Curve;
 pub use error::PlanError;
+pub use expect::RoutingLaw;
+pub use machine::{Gpu, KernelFigures, Kernels, LinkFigures, Machine, Sourced};
 pub use maps::{ArrivalMaps, HomeMap, SendMap, record_words};
 pub use memory::{Capacity, LayerBytes, LayerSizes, halves};
 pub use placement::Placement;
 pub use routing::Routing;
 pub use schedule::{Policy, Schedule, Stages};
+pub use search::{
+    Bucket, Choice, Considered, Decision, SearchOptions, cuts_for, search, sensible_orders,
+};
+pub use simulate::{
+    LayerShape, RankTimes, Simulation, StageTimes, Workload, predict_ns, simulate,
+};
 pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};
 pub use timeline::{Span, Timeline};
 pub use traffic::Traffic;

@@ -5,6 +5,7 @@ use serde::Serialize;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
+use std::ops::Range;
 
 /// One piece of work on one lane.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,8 +69,15 @@ impl Timeline {
         totals
     }
 
+    /// From the first start to the last end of any span; nothing without spans.
+    pub fn extent(&self) -> Option<Range<u64>> {
+        let start = self.spans.iter().map(|span| span.start_ns).min()?;
+        let end = self.spans.iter().map(|span| span.end_ns).max()?;
+        Some(start..end.max(start))
+    }
+
     /// When a lane was busy: (start, end), ascending, apart from each other.
-    fn intervals(&self, rank: Rank, lane: Lane) -> Vec<(u64, u64)> {
+    pub(crate) fn intervals(&self, rank: Rank, lane: Lane) -> Vec<(u64, u64)> {
         let here = self.spans.iter().filter(|span| span.rank == rank && span.lane == lane);
         let mut all: Vec<_> = here.map(|span| (span.start_ns, span.end_ns.max(span.start_ns))).collect();
         all.sort_unstable();

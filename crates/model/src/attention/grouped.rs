@@ -1,14 +1,16 @@
 //! Grouped-query attention (arXiv 2305.13245): several query heads share a key and a value head.
 
-use super::{Context, Heads, Linear};
+use super::{Context, Heads, Linear, blocks};
+use crate::parallel::Share;
 use crate::load::Loader;
-use crate::{GroupedSpec, LayerPart, ModelError, QkNorm};
+use crate::{GroupedSpec, LayerPart, ModelError, QkNorm, Window};
 use epsmoe_base::Layer;
 use epsmoe_device::op::Clamp;
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use std::ops::Range;
 
 pub(crate) struct Grouped {
-    spec: GroupedSpec,
+    own: OwnHeads,
     query: Linear,
     key: Linear,
     value: Linear,
@@ -19,6 +21,59 @@ pub(crate) struct Grouped {
     cached_keys: Buffer,
     cached_values: Buffer,
     room: Room,
+}
+
+/// The heads of one rank.
+///
+/// Ranks take whole groups of query heads, each with the key head they share. With more ranks than key heads,
+/// several ranks have the same key head and split its group. Six query heads over three key heads:
+///
+/// | ranks | query heads        | key heads |
+/// |-------|--------------------|-----------|
+/// | 2     | 0-1, 2-5           | 0, 1-2    |
+/// | 4     | 0-1, 2-3, 4, 5     | 0, 1, 2, 2 |
+#[derive(Clone)]
+pub(super) struct OwnHeads {
+    /// The attention of all ranks together.
+    spec: GroupedSpec,
+    /// Query heads, and the key heads they look at.
+    query: Range<usize>,
+    kv: Range<usize>,
+}
+
+impl OwnHeads {
+    pub(super) fn of(spec: &GroupedSpec, share: Share) -> Self {
+        let (heads, kv_heads) = (spec.heads, spec.kv_heads);
+        let group = heads / kv_heads;
+        if share.count <= kv_heads {
+            let kv = share.of(kv_heads);
+            return OwnHeads { spec: *spec, query: blocks(&kv, group), kv };
+        }
+        let ranks_of = |kv| Share { index: kv, count: kv_heads }.of(share.count);
+        let kv = (0..kv_heads).find(|&kv| ranks_of(kv).contains(&share.index)).unwrap_or(0);
+        let ranks = ranks_of(kv);
+        let within = Share { index: share.index - ranks.start, count: ranks.len() }.of(group);
+        let query = kv * group + within.start..kv * group + within.end;
+        OwnHeads { spec: *spec, query, kv: kv..kv + 1 }
+    }
+
+    /// The heads whose queries and keys are projected here: all, where a norm spans all.
+    fn projected(&self) -> (Range<usize>, Range<usize>) {
+        match self.spec.qk_norm {
+            Some(QkNorm::FullWidth) => (0..self.spec.heads, 0..self.spec.kv_heads),
+            _ => (self.query.clone(), self.kv.clone()),
+        }
+    }
+
+    /// The elements of `heads`.
+    fn elements(&self, heads: &Range<usize>) -> Range<usize> {
+        blocks(heads, self.spec.head_dim)
+    }
+
+    /// The elements of `own` among those of the `projected` heads.
+    fn kept(&self, own: &Range<usize>, projected: &Range<usize>) -> Range<usize> {
+        self.elements(&(own.start - projected.start..own.end - projected.start))
+    }
 }
 
 /// What is computed in between, for all tokens of a step.
@@ -35,19 +90,21 @@ pub(super) struct Room {
 impl Room {
     pub(super) fn allocate<B: Backend>(
         device: &B,
-        spec: &GroupedSpec,
+        own: &OwnHeads,
         tokens: usize,
     ) -> Result<Self, DeviceError> {
-        let reserve = |name, width| device.allocate(name, device.dtype(), tokens, width);
-        let (queries, keys) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let normed = |width| if spec.qk_norm.is_some() { width } else { 0 };
+        let reserve = |name, heads: usize| {
+            device.allocate(name, device.dtype(), tokens, heads * own.spec.head_dim)
+        };
+        let (queries, keys) = own.projected();
+        let normed = |heads: &Range<usize>| if own.spec.qk_norm.is_some() { heads.len() } else { 0 };
         Ok(Room {
-            query: reserve("query", queries)?,
-            key: reserve("key", keys)?,
-            value: reserve("value", keys)?,
-            normed_query: reserve("normed_query", normed(queries))?,
-            normed_key: reserve("normed_key", normed(keys))?,
-            context: reserve("context", queries)?,
+            query: reserve("query", queries.len())?,
+            key: reserve("key", keys.len())?,
+            value: reserve("value", own.kv.len())?,
+            normed_query: reserve("normed_query", normed(&queries))?,
+            normed_key: reserve("normed_key", normed(&keys))?,
+            context: reserve("context", own.query.len())?,
         })
     }
 }
@@ -56,28 +113,31 @@ impl Grouped {
     pub(super) fn load<B: Backend>(
         loader: &Loader<'_, B>,
         layer: Layer,
-        spec: GroupedSpec,
+        own: &OwnHeads,
         room: &Room,
         slots: usize,
     ) -> Result<Self, ModelError> {
-        let linear = |weight, bias: LayerPart, biased: bool| {
-            Linear::load(loader, layer, weight, biased.then_some(bias))
+        let spec = own.spec;
+        let linear = |weight, bias: LayerPart, heads: &Range<usize>| {
+            let window = Window::rows(own.elements(heads));
+            Linear::load(loader, layer, weight, spec.qkv_bias.then_some(bias), &window)
         };
         let norms = |_| -> Result<_, ModelError> {
             Ok([loader.layer(layer, LayerPart::QueryNorm)?, loader.layer(layer, LayerPart::KeyNorm)?])
         };
-        let width = spec.kv_heads * spec.head_dim;
+        let (queries, keys) = own.projected();
+        let width = own.kv.len() * spec.head_dim;
         let cache = |name| loader.device.allocate(name, loader.device.dtype(), slots, width);
         Ok(Grouped {
-            spec,
-            query: linear(LayerPart::Query, LayerPart::QueryBias, spec.qkv_bias)?,
-            key: linear(LayerPart::Key, LayerPart::KeyBias, spec.qkv_bias)?,
-            value: linear(LayerPart::Value, LayerPart::ValueBias, spec.qkv_bias)?,
+            query: linear(LayerPart::Query, LayerPart::QueryBias, &queries)?,
+            key: linear(LayerPart::Key, LayerPart::KeyBias, &keys)?,
+            value: linear(LayerPart::Value, LayerPart::ValueBias, &own.kv)?,
             norms: spec.qk_norm.map(norms).transpose()?,
-            output: linear(LayerPart::Output, LayerPart::OutputBias, spec.output_bias)?,
+            output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
             cached_keys: cache("cached_keys")?,
             cached_values: cache("cached_values")?,
             room: room.clone(),
+            own: own.clone(),
         })
     }
 
@@ -87,7 +147,7 @@ impl Grouped {
         x: &Buffer,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let (spec, tokens) = (&self.spec, 0..x.rows);
+        let (own, spec, tokens) = (&self.own, &self.own.spec, 0..x.rows);
         let mut query = self.room.query.rows(tokens.clone())?;
         let mut key = self.room.key.rows(tokens.clone())?;
         let value = self.room.value.rows(tokens.clone())?;
@@ -98,6 +158,9 @@ impl Grouped {
             query = self.norm_heads(cx, &query, query_norm, self.room.normed_query.rows(tokens.clone())?)?;
             key = self.norm_heads(cx, &key, key_norm, self.room.normed_key.rows(tokens.clone())?)?;
         }
+        let (queries, keys) = own.projected();
+        let query = query.columns(own.kept(&own.query, &queries))?;
+        let key = key.columns(own.kept(&own.kv, &keys))?;
         if let Some(limit) = spec.clip_qkv {
             for x in [&query, &key, &value] {
                 cx.compute(Clamp { x: x.clone(), limit })?;
@@ -108,8 +171,8 @@ impl Grouped {
         cx.store(&key, &self.cached_keys)?;
         cx.store(&value, &self.cached_values)?;
         let context = self.room.context.rows(tokens)?;
-        let GroupedSpec { heads, kv_heads, scale, sliding_window: window, .. } = *spec;
-        let heads = Heads { heads, kv_heads, scale, window };
+        let (heads, kv_heads) = (own.query.len(), own.kv.len());
+        let heads = Heads { heads, kv_heads, scale: spec.scale, window: spec.sliding_window };
         cx.attend(heads, &query, &self.cached_keys, &self.cached_values, &context)?;
         cx.linear(&context, &self.output, out)
     }
@@ -122,11 +185,54 @@ impl Grouped {
         weight: &Weight,
         out: Buffer,
     ) -> Result<Buffer, DeviceError> {
-        let width = match self.spec.qk_norm {
-            Some(QkNorm::PerHead) => self.spec.head_dim,
+        let width = match self.own.spec.qk_norm {
+            Some(QkNorm::PerHead) => self.own.spec.head_dim,
             _ => x.width,
         };
         cx.norm(&x.reshape(width)?, weight, cx.eps, &out.reshape(width)?)?;
         Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own(heads: usize, kv_heads: usize, count: usize) -> Vec<(Range<usize>, Range<usize>)> {
+        let spec = GroupedSpec {
+            heads,
+            kv_heads,
+            head_dim: 8,
+            qkv_bias: false,
+            output_bias: false,
+            qk_norm: None,
+            clip_qkv: None,
+            sliding_window: None,
+            scale: 1.0,
+        };
+        let of = |index| OwnHeads::of(&spec, Share { index, count });
+        (0..count).map(of).map(|own| (own.query, own.kv)).collect()
+    }
+
+    #[test]
+    fn the_worked_example() {
+        assert_eq!(own(6, 3, 2), [(0..2, 0..1), (2..6, 1..3)]);
+        assert_eq!(own(6, 3, 4), [(0..2, 0..1), (2..4, 1..2), (4..5, 2..3), (5..6, 2..3)]);
+    }
+
+    #[test]
+    fn every_head_is_somewhere_once_and_nobody_has_none() {
+        for (heads, kv_heads) in [(8, 8), (8, 2), (12, 3), (20, 4), (7, 1)] {
+            for ranks in 1..=heads {
+                let own = own(heads, kv_heads, ranks);
+                let all: Vec<usize> = own.iter().flat_map(|(query, _)| query.clone()).collect();
+                assert_eq!(all, (0..heads).collect::<Vec<_>>(), "{heads} heads over {ranks} ranks");
+                for (query, kv) in own {
+                    assert!(!query.is_empty() && query.len().is_multiple_of(kv.len()));
+                    let group = heads / kv_heads;
+                    assert_eq!(kv, query.start / group..(query.end - 1) / group + 1);
+                }
+            }
+        }
     }
 }

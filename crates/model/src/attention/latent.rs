@@ -6,9 +6,10 @@
 //!
 //! `q·(KvUpK·c) = (KvUpKᵀ·q)·c`   and   `Σ p·(KvUpV·c) = KvUpV·(Σ p·c)`,
 //!
-//! so every head attends to the cached rows themselves, with the latent part as the value.
+//! so every head attends to the cached rows themselves, with the latent part as the value. Ranks that split the
+//! heads have the maps into latents and the cache in common, whole.
 
-use super::{Context, Heads, Linear};
+use super::{Context, Heads, Linear, blocks};
 use crate::load::Loader;
 use crate::{LatentSpec, LayerPart, ModelError, Window};
 use epsmoe_base::Layer;
@@ -17,6 +18,7 @@ use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use std::ops::Range;
 
 pub(crate) struct Latent {
+    /// With the heads of this rank.
     spec: LatentSpec,
     /// Into the query latent, and its norm, if queries have one.
     query_down: Option<(Linear, Weight)>,
@@ -92,26 +94,27 @@ impl Latent {
         loader: &Loader<'_, B>,
         layer: Layer,
         spec: LatentSpec,
+        heads: Range<usize>,
         room: &Room,
         slots: usize,
     ) -> Result<Self, ModelError> {
-        let linear =
-            |weight, bias: LayerPart| Linear::load(loader, layer, weight, spec.bias.then_some(bias));
+        let linear = |weight, bias: LayerPart| {
+            Linear::load(loader, layer, weight, spec.bias.then_some(bias), &Window::whole())
+        };
         let down = |_| -> Result<_, ModelError> {
             let norm = loader.layer(layer, LayerPart::QueryDownNorm)?;
             Ok((linear(LayerPart::QueryDown, LayerPart::QueryDownBias)?, norm))
         };
         let query = if spec.q_lora.is_some() { LayerPart::QueryUp } else { LayerPart::Query };
+        let query_rows = Window::rows(blocks(&heads, spec.nope + spec.rope));
         let width = spec.kv_lora + spec.rope;
         Ok(Latent {
             query_down: spec.q_lora.map(down).transpose()?,
-            query: loader.layer(layer, query)?,
+            query: loader.window(query.of(layer), &query_rows)?,
             kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
             kv_norm: loader.layer(layer, LayerPart::KvDownNorm)?,
-            heads: (0..spec.heads)
-                .map(|head| Head::load(loader, layer, &spec, head))
-                .collect::<Result<_, _>>()?,
-            output: linear(LayerPart::Output, LayerPart::OutputBias)?,
+            output: Linear::load_output(loader, layer, spec.bias, blocks(&heads, spec.value))?,
+            heads: heads.map(|head| Head::load(loader, layer, &spec, head)).collect::<Result<_, _>>()?,
             cache: loader.device.allocate("cached_latents", loader.device.dtype(), slots, width)?,
             room: room.clone(),
             spec,
@@ -211,13 +214,13 @@ impl Head {
         let rows = block(head, spec.nope + spec.value);
         let (keys, values) = (rows.start..rows.start + spec.nope, rows.start + spec.nope..rows.end);
         Ok(Head {
-            keys: loader.piece(part, &format!("keys of head {head}"), Window::rows(keys), true)?,
-            values: loader.piece(part, &format!("values of head {head}"), Window::rows(values), false)?,
+            keys: loader.transposed(part, keys)?,
+            values: loader.window(part, &Window::rows(values))?,
         })
     }
 }
 
 /// The `index`-th run of `width` elements.
 fn block(index: usize, width: usize) -> Range<usize> {
-    index * width..(index + 1) * width
+    blocks(&(index..index + 1), width)
 }

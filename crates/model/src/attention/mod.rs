@@ -4,19 +4,21 @@
 mod grouped;
 mod latent;
 
-use crate::forward::{ModelOptions, Step, compute};
+use crate::forward::{ModelOptions, compute};
 use crate::load::Loader;
-use crate::{AttentionSpec, LayerPart, ModelError};
+use crate::step::Step;
+use crate::{AttentionSpec, LatentSpec, LayerPart, ModelError, Window};
 use epsmoe_base::{Layer, Place};
 use epsmoe_device::op::{self, Gemm, NormKind, Op, RopeStyle, Rotate, StoreRows};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use grouped::Grouped;
 use latent::Latent;
+use std::ops::Range;
 
 /// Tokens in a block of the cache.
 pub const BLOCK_SIZE: usize = 64;
 
-/// The attention of one layer: its weights and its cache.
+/// The attention of one layer: the weights and the cache of this rank's heads.
 pub(crate) enum Attention {
     Grouped(Grouped),
     Latent(Latent),
@@ -32,19 +34,22 @@ impl Attention {
         let slots = options.cache_blocks * BLOCK_SIZE;
         match &loader.spec.attention {
             AttentionSpec::Grouped(spec) => {
-                let room = grouped::Room::allocate(loader.device, spec, options.max_tokens)?;
-                let load = |layer| Grouped::load(loader, layer, *spec, &room, slots).map(Attention::Grouped);
+                let own = grouped::OwnHeads::of(spec, loader.layout.in_group());
+                let room = grouped::Room::allocate(loader.device, &own, options.max_tokens)?;
+                let load = |layer| Grouped::load(loader, layer, &own, &room, slots).map(Attention::Grouped);
                 layers.map(load).collect()
             }
             AttentionSpec::Latent(spec) => {
-                let room = latent::Room::allocate(loader.device, spec, options.max_tokens)?;
-                let load = |layer| Latent::load(loader, layer, *spec, &room, slots).map(Attention::Latent);
+                let heads = loader.layout.in_group().of(spec.heads);
+                let own = LatentSpec { heads: heads.len(), ..*spec };
+                let room = latent::Room::allocate(loader.device, &own, options.max_tokens)?;
+                let load = |layer| Latent::load(loader, layer, own, heads.clone(), &room, slots).map(Attention::Latent);
                 layers.map(load).collect()
             }
         }
     }
 
-    /// `out = attention(x)` for `x` and `out` `[T, H]`.
+    /// `out = attention(x)` for `x` and `out` `[T, H]`: of this rank's heads, to be added over its group.
     pub(crate) fn run<B: Backend>(
         &self,
         context: &Context<'_, B>,
@@ -65,14 +70,30 @@ struct Linear {
 }
 
 impl Linear {
+    /// A window of a map, with the same rows of its bias.
     fn load<B: Backend>(
         loader: &Loader<'_, B>,
         layer: Layer,
         weight: LayerPart,
         bias: Option<LayerPart>,
+        window: &Window,
     ) -> Result<Self, ModelError> {
-        let bias = bias.map(|bias| loader.layer(layer, bias)).transpose()?;
-        Ok(Linear { weight: loader.layer(layer, weight)?, bias })
+        let rows = Window { rows: window.rows.clone(), columns: None };
+        let bias = bias.map(|bias| loader.window(bias.of(layer), &rows)).transpose()?;
+        Ok(Linear { weight: loader.window(weight.of(layer), window)?, bias })
+    }
+
+    /// The columns of the output projection that meet this rank's heads. Their products are added over the
+    /// group, to which only its first rank adds the bias.
+    fn load_output<B: Backend>(
+        loader: &Loader<'_, B>,
+        layer: Layer,
+        biased: bool,
+        columns: Range<usize>,
+    ) -> Result<Self, ModelError> {
+        let biased = biased && loader.layout.in_group().index == 0;
+        let bias = biased.then_some(LayerPart::OutputBias);
+        Linear::load(loader, layer, LayerPart::Output, bias, &Window::columns(columns))
     }
 }
 
@@ -143,4 +164,9 @@ impl<B: Backend> Context<'_, B> {
     fn compute(&self, op: impl Into<Op>) -> Result<(), DeviceError> {
         compute(self.device, self.place, op)
     }
+}
+
+/// The elements of the heads in `heads`, each `width` wide.
+fn blocks(heads: &Range<usize>, width: usize) -> Range<usize> {
+    heads.start * width..heads.end * width
 }

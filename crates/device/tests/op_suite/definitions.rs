@@ -1,0 +1,547 @@
+//! Every operation against its definition, written here in float64, one number at a time.
+
+use crate::bench::{Bench, CacheParts, Heads, Placed, Sequences, Sheet};
+use epsmoe_base::DType;
+use epsmoe_device::WeightShape;
+use epsmoe_device::host::Kernels;
+use epsmoe_device::op::*;
+
+/// `[rows, width]` that row operations are tried on: nothing, one, odd, more than a vector register.
+const SIZES: [(usize, usize); 7] = [(0, 5), (1, 1), (3, 7), (5, 33), (17, 64), (2, 130), (70, 3)];
+
+pub(crate) fn suite<K: Kernels>(kernels: impl Fn() -> K, dtype: DType) {
+    let bench = Bench::new(kernels(), dtype);
+    for (rows, width) in SIZES {
+        lookups(&bench, rows, width);
+        norms(&bench, rows, width);
+        elementwise(&bench, rows, width);
+        gathers(&bench, rows, width);
+        reductions(&bench, rows, width);
+    }
+    stored_formats(&bench);
+    rotations(&bench);
+    products(&bench);
+    attentions(&bench);
+    routes(&bench);
+    chosen_experts(&bench);
+    bench.check_complete();
+}
+
+fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&value| f64::from(value)).collect()
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Calls `value(row, column)` for every element.
+fn each(rows: usize, width: usize, value: impl Fn(usize, usize) -> f64) -> Vec<f64> {
+    (0..rows * width).map(|at| value(at / width, at % width)).collect()
+}
+
+fn lookups<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+    let what = format!("lookups [{rows}, {width}]");
+    let words: Vec<u32> = (0..rows * width).map(|_| bench.below(1 << 30) as u32).collect();
+    let out = bench.put_words(&words, width);
+    assert_eq!(bench.get_words(&what, &out), words, "{what}, seed {}", bench.seed);
+    // The bits of floats.
+    let floats = bench.random_of(DType::F32, rows, width, 9.0);
+    let out = bench.room(DType::F32, rows, width);
+    let words = floats.values.iter().map(|value| value.to_bits()).collect();
+    bench.run(&what, Upload { words, out: out.view.clone() });
+    bench.check_exactly(&what, &out, &floats.values);
+
+    let sheet = bench.coarse(9, width);
+    let ids: Vec<u32> = (0..rows).map(|_| bench.below(9) as u32).collect();
+    let want: Vec<f32> = ids.iter().flat_map(|&id| sheet.row(id as usize).to_vec()).collect();
+    for stored in [DType::F32, DType::BF16, DType::F16] {
+        let table = bench.load(WeightShape::Table { rows: 9, width }, stored, &[&sheet]);
+        let out = bench.room(bench.dtype, rows, width);
+        let ids = bench.put_words(&ids, 1).view;
+        bench.run(&what, Embed { ids, table, out: out.view.clone() });
+        bench.check_exactly(&format!("{what} stored as {stored}"), &out, &want);
+    }
+}
+
+fn norms<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+    let (x, scale) = (bench.random(rows, width, 3.0), bench.random_of(DType::F32, 1, width, 2.0));
+    for (kind, eps) in [(NormKind::Rms, 1e-5), (NormKind::Layer, 1e-2)] {
+        let what = format!("{kind:?} [{rows}, {width}]");
+        let (input, out) = (bench.put(&x), bench.room(bench.dtype, rows, width));
+        let (from, to) = (input.view.clone(), out.view.clone());
+        bench.run(&what, Norm { kind, x: from, weight: bench.vector(&scale), eps, out: to });
+        let want = (0..rows).flat_map(|row| {
+            let row = wide(x.row(row));
+            let mean = |values: &[f64]| values.iter().sum::<f64>() / width as f64;
+            let centre = if kind == NormKind::Layer { mean(&row) } else { 0.0 };
+            let squares: Vec<f64> = row.iter().map(|x| (x - centre) * (x - centre)).collect();
+            let root = (mean(&squares) + f64::from(eps)).sqrt();
+            let scaled =
+                row.iter().zip(&scale.values).map(|(x, &scale)| (x - centre) / root * f64::from(scale));
+            scaled.collect::<Vec<f64>>()
+        });
+        bench.check(&what, &out, &want.collect::<Vec<_>>());
+        bench.check_exactly(&format!("input of {what}"), &input, &x.values);
+    }
+}
+
+fn elementwise<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+    let (a, b) = (bench.random(rows, width, 3.0), bench.random(rows, width, 3.0));
+    let gate = bench.random_of(DType::F32, rows, 1, 4.0);
+    let at = |sheet: &Sheet, row: usize, column: usize| f64::from(sheet.row(row)[column]);
+    type InPlace<'a> = (&'a str, &'a dyn Fn(epsmoe_device::Buffer) -> Op, &'a dyn Fn(usize, usize) -> f64);
+    let x = bench.put(&b);
+    let gates = bench.put_as(DType::F32, &gate);
+    let operations: [InPlace<'_>; 5] = [
+        ("add", &|out| Add { x: x.view.clone(), out }.into(), &|m, n| at(&a, m, n) + at(&b, m, n)),
+        ("copy", &|out| Copy { x: x.view.clone(), out }.into(), &|m, n| at(&b, m, n)),
+        ("clamp", &|x| Clamp { x, limit: 1.5 }.into(), &|m, n| at(&a, m, n).clamp(-1.5, 1.5)),
+        ("clamp to nothing", &|x| Clamp { x, limit: 0.0 }.into(), &|_, _| 0.0),
+        ("gate", &|x| GateRows { gate: gates.view.clone(), x }.into(), &|m, n| {
+            at(&a, m, n) * sigmoid(at(&gate, m, 0))
+        }),
+    ];
+    for (name, op, want) in operations {
+        let what = format!("{name} [{rows}, {width}]");
+        let out = bench.put(&a);
+        bench.run(&what, op(out.view.clone()));
+        bench.check(&what, &out, &each(rows, width, want));
+    }
+    bench.check_exactly("what was added and copied", &x, &b.values);
+}
+
+fn gathers<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+    let what = format!("gather [{rows}, {width}]");
+    let x = bench.random(6, width, 3.0);
+    let index: Vec<u32> = (0..rows).map(|_| bench.below(6) as u32).collect();
+    let out = bench.room(bench.dtype, rows, width);
+    let places = bench.put_words(&index, 1).view;
+    bench.run(&what, Gather { x: bench.put(&x).view, index: places, out: out.view.clone() });
+    let want: Vec<f32> = index.iter().flat_map(|&row| x.row(row as usize).to_vec()).collect();
+    bench.check_exactly(&what, &out, &want);
+
+    let what = format!("store [{rows}, {width}]");
+    let x = bench.random(rows, width, 3.0);
+    let mut cache = bench.random(rows + 4, width, 3.0);
+    let slots = bench.shuffled(rows + 4)[..rows].to_vec();
+    let held = bench.put(&cache);
+    let places = bench.put_words(&slots, 1).view;
+    bench.run(&what, StoreRows { x: bench.put(&x).view, slots: places, cache: held.view.clone() });
+    for (row, &slot) in slots.iter().enumerate() {
+        cache.values[slot as usize * width..][..width].copy_from_slice(x.row(row));
+    }
+    bench.check_exactly(&what, &held, &cache.values);
+}
+
+/// Sums of zero to four terms, the first of them not at the start of the index.
+fn reductions<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+    let x = bench.random(7, width, 1.0);
+    let mut starts = vec![2];
+    (0..rows).for_each(|row| starts.push(starts[row] + bench.below(5) as u32));
+    let terms = starts[rows] as usize + 1;
+    let index: Vec<u32> = (0..terms).map(|_| bench.below(7) as u32).collect();
+    let weights = bench.random_of(DType::F32, terms, 1, 1.0);
+    let addend = bench.random(rows, width, 1.0);
+    for (weighted, added) in [(false, false), (true, false), (false, true), (true, true)] {
+        let what = format!("reduce [{rows}, {width}], weights {weighted}, addend {added}");
+        let out = bench.room(bench.dtype, rows, width);
+        bench.run(
+            &what,
+            Reduce {
+                x: bench.put(&x).view,
+                starts: bench.put_words(&starts, 1).view,
+                index: bench.put_words(&index, 1).view,
+                weights: weighted.then(|| bench.put_as(DType::F32, &weights).view),
+                addend: added.then(|| bench.put(&addend).view),
+                out: out.view.clone(),
+            },
+        );
+        let want = each(rows, width, |row, column| {
+            let terms = starts[row] as usize..starts[row + 1] as usize;
+            let weight = |term: usize| if weighted { f64::from(weights.values[term]) } else { 1.0 };
+            let term = |term: usize| weight(term) * f64::from(x.row(index[term] as usize)[column]);
+            let addend = if added { f64::from(addend.row(row)[column]) } else { 0.0 };
+            terms.map(term).sum::<f64>() + addend
+        });
+        bench.check(&what, &out, &want);
+    }
+}
+
+/// A weight is the same number whatever the checkpoint stores it as.
+fn stored_formats<K: Kernels>(bench: &Bench<K>) {
+    let (weight, x, bias) = (bench.coarse(5, 9), bench.coarse(3, 9), bench.coarse(1, 5));
+    let want = each(3, 5, |m, n| Sheet::dot(x.row(m), weight.row(n)) + f64::from(bias.values[n]));
+    for stored in [DType::F32, DType::BF16, DType::F16] {
+        let out = bench.room(bench.dtype, 3, 5);
+        let matrix = bench.load(WeightShape::Matrix { n: 5, k: 9 }, stored, &[&weight]);
+        let bias = bench.load(WeightShape::Vector { n: 5 }, stored, &[&bias]);
+        let product = Gemm::linear(bench.put(&x).view, &matrix, out.view.clone());
+        bench.run("a stored weight", Gemm { bias: Some(bias), ..product });
+        bench.check(&format!("a weight stored as {stored}"), &out, &want);
+    }
+}
+
+fn rotations<K: Kernels>(bench: &Bench<K>) {
+    // Heads, elements of a head, first turned element, turned elements, tokens.
+    for (heads, head_width, start, dims, tokens) in
+        [(1, 2, 0, 2, 3), (3, 10, 0, 10, 5), (2, 9, 3, 6, 4), (1, 8, 4, 4, 1), (2, 6, 0, 6, 0)]
+    {
+        let what = format!("{heads} heads of {head_width}, {start}..{}, {tokens} tokens", start + dims);
+        let positions: Vec<u32> = (0..tokens).map(|_| bench.below(500) as u32).collect();
+        let half = dims / 2;
+        let frequencies: Vec<f32> = (0..half).map(|i| 0.0317_f32.powf(i as f32 / half as f32)).collect();
+        let frequencies = Sheet { rows: 1, width: half, values: frequencies };
+        let angles = bench.room(DType::F32, tokens, dims);
+        bench.run(
+            &what,
+            Angles {
+                positions: bench.put_words(&positions, 1).view,
+                frequencies: bench.vector(&frequencies),
+                scale: 1.25,
+                out: angles.view.clone(),
+            },
+        );
+        let angle = |t: usize, i: usize| f64::from(positions[t]) * f64::from(frequencies.values[i]);
+        let (cos, sin) =
+            (|t: usize, i: usize| 1.25 * angle(t, i).cos(), |t: usize, i: usize| 1.25 * angle(t, i).sin());
+        let want = each(tokens, dims, |t, i| if i < half { cos(t, i) } else { sin(t, i - half) });
+        bench.check(&format!("angles of {what}"), &angles, &want);
+
+        let x = bench.random(tokens, heads * head_width, 2.0);
+        for style in [RopeStyle::HalfSplit, RopeStyle::Interleaved] {
+            let turned = bench.put(&x);
+            let rotate =
+                Rotate { x: turned.view.clone(), head_width, start, style, angles: angles.view.clone() };
+            bench.run(&what, rotate);
+            let mut want = wide(&x.values);
+            for (t, h, i) in
+                (0..tokens * heads * half).map(|at| (at / half / heads, at / half % heads, at % half))
+            {
+                let (a, b) = match style {
+                    RopeStyle::HalfSplit => (i, i + half),
+                    RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+                };
+                let base = (t * heads + h) * head_width + start;
+                let (x, y) = (want[base + a], want[base + b]);
+                want[base + a] = x * cos(t, i) - y * sin(t, i);
+                want[base + b] = y * cos(t, i) + x * sin(t, i);
+            }
+            bench.check(&format!("{style:?} of {what}"), &turned, &want);
+        }
+    }
+}
+
+/// Where the parts of a product lie: below each other (experts) or beside each other (heads).
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Parts {
+    Rows(&'static [usize]),
+    Columns(usize, usize),
+}
+
+fn products<K: Kernels>(bench: &Bench<K>) {
+    use Parts::{Columns, Rows};
+    let cases = [
+        (Rows(&[]), 3, 2),
+        (Rows(&[0]), 3, 2),
+        (Rows(&[1]), 1, 1),
+        (Rows(&[1]), 130, 67),
+        (Rows(&[3]), 7, 5),
+        (Rows(&[37]), 65, 33),
+        (Rows(&[70]), 16, 48),
+        (Rows(&[0, 3, 0, 0, 17, 1, 0]), 31, 19),
+        (Rows(&[5, 1, 64, 2]), 33, 65),
+        (Rows(&[1, 1, 1, 1]), 257, 3),
+        (Rows(&[2]), 1000, 9),
+        (Rows(&[4]), 8, 300),
+        (Columns(3, 5), 17, 9),
+        (Columns(4, 1), 32, 16),
+        (Columns(2, 0), 3, 4),
+        (Columns(5, 33), 6, 7),
+    ];
+    for (parts, k, n) in cases {
+        product(bench, parts, k, n, Epilogue::Store, false);
+        product(bench, parts, k, n, Epilogue::SwiGlu, false);
+        if matches!(parts, Rows(&[_])) {
+            product(bench, parts, k, n, Epilogue::Store, true);
+        }
+    }
+}
+
+fn product<K: Kernels>(bench: &Bench<K>, parts: Parts, k: usize, n: usize, epilogue: Epilogue, biased: bool) {
+    let what = format!("{parts:?}, k {k}, n {n}, {epilogue:?}, bias {biased}");
+    // Rows and column part of each product.
+    let (rows, side): (Vec<std::ops::Range<usize>>, usize) = match parts {
+        Parts::Rows(rows) => (
+            rows.iter()
+                .scan(0, |end, rows| {
+                    Some(
+                        *end..{
+                            *end += rows;
+                            *end
+                        },
+                    )
+                })
+                .collect(),
+            1,
+        ),
+        Parts::Columns(heads, rows) => (vec![0..rows; heads], heads),
+    };
+    let column = |part: usize| if side == 1 { 0 } else { part };
+    let total = rows.last().map_or(0, |rows| rows.end);
+    let size = 1.7 / (k as f32).sqrt();
+    let pairs: Vec<(Sheet, Sheet)> =
+        rows.iter().map(|_| (bench.random(n, k, size), bench.random(n, k, size))).collect();
+    let weights: Vec<_> = pairs
+        .iter()
+        .map(
+            |(first, up)| {
+                if epilogue == Epilogue::SwiGlu { bench.gate_up(first, up) } else { bench.matrix(first) }
+            },
+        )
+        .collect();
+    let bias = bench.random_of(DType::F32, 1, n, 1.0);
+    let x = bench.random(total, side * k, 1.5);
+    let value = |part: usize, m: usize, n: usize| {
+        let x = &x.row(m)[column(part) * k..][..k];
+        let (first, up) = &pairs[part];
+        let product = Sheet::dot(x, first.row(n));
+        let bias = if biased { f64::from(bias.values[n]) } else { 0.0 };
+        match epilogue {
+            Epilogue::Store => product + bias,
+            Epilogue::SwiGlu => product * sigmoid(product) * Sheet::dot(x, up.row(n)),
+        }
+    };
+    let mut want = vec![0.0; total * side * n];
+    for (part, rows) in rows.iter().enumerate() {
+        for (m, n_) in rows.clone().flat_map(|m| (0..n).map(move |n_| (m, n_))) {
+            want[m * side * n + column(part) * n + n_] = value(part, m, n_);
+        }
+    }
+    for format in [bench.dtype, DType::F32] {
+        let (input, out) = (bench.put(&x), bench.room(format, total, side * n));
+        let part = |part: usize| {
+            let (rows, at) = (rows[part].clone(), column(part));
+            let view = |buffer: &Placed, width: usize| {
+                let rows = buffer.view.rows(rows.clone());
+                rows.and_then(|rows| rows.columns(at * width..(at + 1) * width)).expect("inside")
+            };
+            GemmPart { x: view(&input, k), weight: weights[part].clone(), out: view(&out, n) }
+        };
+        let parts = (0..rows.len()).map(part).collect();
+        bench.run(&what, Gemm { parts, bias: biased.then(|| bench.vector(&bias)), epilogue });
+        bench.check(&format!("{what} into {format}"), &out, &want);
+    }
+}
+
+/// `softmax(scale · q·keys) · values` for every new token and head, over what the token sees.
+fn attended(sequences: &Sequences, heads: &Heads, q: &Sheet, keys: &Sheet, values: &Sheet) -> Vec<f64> {
+    let mut out = Vec::new();
+    for (t, (sequence, position)) in sequences.tokens().into_iter().enumerate() {
+        let first = heads.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        for head in 0..heads.heads {
+            let kv = head * heads.kv_heads / heads.heads;
+            let q = &q.row(t)[head * heads.key_width..][..heads.key_width];
+            let seen: Vec<(f64, &[f32])> = (first..=position)
+                .map(|position| {
+                    let slot = sequences.slot(sequence, position);
+                    let key = &keys.row(slot)[kv * heads.key_width..][..heads.key_width];
+                    let power = (f64::from(heads.scale()) * Sheet::dot(q, key)).exp();
+                    (power, &values.row(slot)[kv * heads.value_width..][..heads.value_width])
+                })
+                .collect();
+            let total: f64 = seen.iter().map(|(power, _)| power).sum();
+            out.extend((0..heads.value_width).map(|column| {
+                seen.iter().map(|(power, value)| power * f64::from(value[column])).sum::<f64>() / total
+            }));
+        }
+    }
+    out
+}
+
+fn attentions<K: Kernels>(bench: &Bench<K>) {
+    /// Cached and new positions of each sequence.
+    type Lengths<'a> = &'a [(usize, usize)];
+    let plain = Heads { heads: 2, kv_heads: 2, key_width: 8, value_width: 8, latent: false, window: None };
+    let grouped = Heads { heads: 6, kv_heads: 2, key_width: 5, value_width: 3, ..plain };
+    let latent = Heads { heads: 5, kv_heads: 1, key_width: 24, value_width: 17, latent: true, ..plain };
+    let window = |heads, window| Heads { window: Some(window), ..heads };
+    let mixed: Lengths<'_> = &[(0, 7), (12, 1), (0, 0), (3, 4), (0, 1), (40, 1)];
+    let cases: &[(Heads, Lengths<'_>, usize)] = &[
+        (plain, &[(0, 1)], 4),
+        (plain, mixed, 4),
+        (plain, &[], 4),
+        (plain, &[(5, 0)], 4),
+        (grouped, mixed, 3),
+        (grouped, &[(0, 33)], 16),
+        (Heads { key_width: 64, value_width: 64, ..grouped }, mixed, 8),
+        (latent, mixed, 5),
+        (latent, &[(130, 1), (64, 1)], 64),
+        (Heads { value_width: 24, ..latent }, mixed, 1),
+        (window(plain, 1), mixed, 4),
+        (window(grouped, 5), mixed, 4),
+        (window(latent, 9), mixed, 2),
+        (window(plain, 1000), mixed, 4),
+    ];
+    for (heads, lengths, block_size) in cases {
+        let what = format!("{heads:?} over {lengths:?} in blocks of {block_size}");
+        let sequences = Sequences::new(bench, lengths, *block_size);
+        let tokens = sequences.tokens().len();
+        let q = bench.random(tokens, heads.heads * heads.key_width, 1.5);
+        let keys = sequences.cache(bench, heads.kv_heads * heads.key_width);
+        let cache = bench.put(&keys);
+        let (values, values_at) = if heads.latent {
+            (keys.clone(), cache.view.columns(0..heads.value_width).expect("inside"))
+        } else {
+            let values = sequences.cache(bench, heads.kv_heads * heads.value_width);
+            let at = bench.put(&values).view;
+            (values, at)
+        };
+        let out = bench.room(bench.dtype, tokens, heads.heads * heads.value_width);
+        let parts = CacheParts {
+            q: bench.put(&q).view,
+            keys: cache.view.clone(),
+            values: values_at,
+            out: out.view.clone(),
+        };
+        bench.run(&what, sequences.attention(bench, heads, &parts));
+        bench.check(&what, &out, &attended(&sequences, heads, &q, &keys, &values));
+    }
+}
+
+/// Experts and weights of one token, by the definition: pick the best one, again and again.
+fn routed(gate: &Gate, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f64>) {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let power = |&logit: &f32| (f64::from(logit) - f64::from(most)).exp();
+    let total: f64 = logits.iter().map(power).sum();
+    let score = |logit: &f32| match gate.score {
+        Score::Softmax => power(logit) / total,
+        Score::Sigmoid => sigmoid(f64::from(*logit)),
+    };
+    let scores: Vec<f64> = logits.iter().map(score).collect();
+    let preference: Vec<f64> = scores
+        .iter()
+        .enumerate()
+        .map(|(e, score)| score + bias.map_or(0.0, |bias| f64::from(bias[e])))
+        .collect();
+    let experts = logits.len();
+    let allowed: Vec<usize> = match gate.groups {
+        None => (0..experts).collect(),
+        Some(limit) => {
+            let size = experts / limit.groups;
+            let group = |group: usize| (group * size..(group + 1) * size).collect::<Vec<usize>>();
+            let judged: Vec<f64> = (0..limit.groups)
+                .map(|index| match limit.by {
+                    GroupScore::Max => first(&group(index), &preference, 1),
+                    GroupScore::TopTwoSum => first(&group(index), &preference, 2),
+                })
+                .map(|best| best.iter().map(|&expert| preference[expert]).sum())
+                .collect();
+            first(&(0..limit.groups).collect::<Vec<_>>(), &judged, limit.kept)
+                .into_iter()
+                .flat_map(group)
+                .collect()
+        }
+    };
+    let chosen = first(&allowed, &preference, gate.top_k);
+    let sum: f64 = chosen.iter().map(|&expert| scores[expert]).sum();
+    let divisor = if gate.normalise { sum } else { 1.0 };
+    let weights = chosen.iter().map(|&expert| scores[expert] / divisor * f64::from(gate.scale)).collect();
+    (chosen.iter().map(|&expert| expert as u32).collect(), weights)
+}
+
+/// The `count` best of `which`, best first, of equals the lower number.
+fn first(which: &[usize], value: &[f64], count: usize) -> Vec<usize> {
+    let mut left = which.to_vec();
+    left.sort_unstable();
+    let mut taken = Vec::new();
+    while taken.len() < count && !left.is_empty() {
+        let best = left.iter().copied().reduce(|a, b| if value[b] > value[a] { b } else { a });
+        taken.extend(best);
+        left.retain(|&other| Some(other) != best);
+    }
+    taken
+}
+
+fn routes<K: Kernels>(bench: &Bench<K>) {
+    let limit = |groups, kept, by| Some(GroupLimit { groups, kept, by });
+    let no_limit: Option<GroupLimit> = None;
+    // Tokens, experts, top k, groups.
+    let cases = [
+        (0, 4, 2, no_limit),
+        (1, 1, 1, no_limit),
+        (9, 5, 5, no_limit),
+        (20, 64, 6, no_limit),
+        (20, 257, 8, no_limit),
+        (20, 16, 3, limit(4, 2, GroupScore::Max)),
+        (20, 16, 4, limit(4, 1, GroupScore::Max)),
+        (20, 24, 6, limit(8, 4, GroupScore::TopTwoSum)),
+        (20, 6, 2, limit(6, 2, GroupScore::TopTwoSum)),
+        (20, 6, 2, limit(1, 1, GroupScore::TopTwoSum)),
+    ];
+    for (tokens, experts, top_k, groups) in cases {
+        for (score, normalise, biased) in [
+            (Score::Softmax, false, false),
+            (Score::Softmax, true, false),
+            (Score::Sigmoid, true, true),
+            (Score::Sigmoid, false, true),
+            (Score::Sigmoid, true, false),
+        ] {
+            let gate = Gate { top_k, score, groups, normalise, scale: 2.5 };
+            let bias: Option<Vec<f32>> = biased.then(|| bench.random_of(DType::F32, 1, experts, 0.5).values);
+            // Different multiples of 1/64: no two scores are so close that rounding decides.
+            let logits: Vec<f32> = (0..tokens)
+                .flat_map(|_| bench.shuffled(experts.max(100)).into_iter().take(experts))
+                .map(|word| word as f32 / 32.0 - 2.0)
+                .collect();
+            route(bench, &gate, &Sheet { rows: tokens, width: experts, values: logits }, bias.as_deref());
+        }
+    }
+}
+
+fn route<K: Kernels>(bench: &Bench<K>, gate: &Gate, logits: &Sheet, bias: Option<&[f32]>) {
+    let what = format!("{gate:?} of {} experts, bias {}", logits.width, bias.is_some());
+    let experts = bench.room(DType::U32, logits.rows, gate.top_k);
+    let weights = bench.room(DType::F32, logits.rows, gate.top_k);
+    let vector = |bias: &[f32]| bench.vector(&Sheet { rows: 1, width: bias.len(), values: bias.to_vec() });
+    bench.run(
+        &what,
+        Route {
+            logits: bench.put_as(DType::F32, logits).view,
+            gate: *gate,
+            bias: bias.map(vector),
+            experts: experts.view.clone(),
+            weights: weights.view.clone(),
+        },
+    );
+    let (mut want_experts, mut want_weights) = (Vec::new(), Vec::new());
+    for token in 0..logits.rows {
+        let (experts, weights) = routed(gate, logits.row(token), bias);
+        want_experts.extend(experts);
+        want_weights.extend(weights);
+    }
+    assert_eq!(bench.get_words(&what, &experts), want_experts, "{what}, seed {}", bench.seed);
+    bench.check(&what, &weights, &want_weights);
+}
+
+/// Ties and limits, worked by hand.
+fn chosen_experts<K: Kernels>(bench: &Bench<K>) {
+    let gate = Gate { top_k: 2, score: Score::Sigmoid, groups: None, normalise: false, scale: 1.0 };
+    let by = |groups, kept, by| Gate { groups: Some(GroupLimit { groups, kept, by }), ..gate };
+    /// What it shows, the rule, logits, biases and the experts chosen.
+    type Choice<'a> = (&'a str, Gate, &'a [f32], &'a [f32], &'a [u32]);
+    let cases: &[Choice<'_>] = &[
+        ("ties go to the lower number", gate, &[1.0, 1.0, 1.0, 1.0], &[0.0; 4], &[0, 1]),
+        ("the best comes first", gate, &[0.0, 1.0, 2.0, 1.0], &[0.0; 4], &[2, 1]),
+        ("a bias chooses", gate, &[0.0, 1.0, 2.0, 1.0], &[5.0, 0.0, 0.0, 0.0], &[0, 2]),
+        ("ties of groups too", by(2, 1, GroupScore::Max), &[0.0, 3.0, 3.0, 2.0], &[0.0; 4], &[1, 0]),
+        ("by the best", by(2, 1, GroupScore::Max), &[3.0, -9.0, 2.0, 2.0], &[0.0; 4], &[0, 1]),
+        ("by the two best", by(2, 1, GroupScore::TopTwoSum), &[3.0, -9.0, 2.0, 2.0], &[0.0; 4], &[2, 3]),
+        ("negative preferences", by(2, 1, GroupScore::Max), &[0.0; 4], &[-3.0, -2.0, -4.0, -4.0], &[1, 0]),
+    ];
+    for (what, gate, logits, bias, want) in cases {
+        let logits = Sheet { rows: 1, width: 4, values: logits.to_vec() };
+        assert_eq!(routed(gate, &logits.values, Some(bias)).0, *want, "the definition: {what}");
+        route(bench, gate, &logits, Some(bias));
+    }
+}

@@ -1,0 +1,206 @@
+//! Row invariance: the bits of a row depend on its numbers, the weight and the kernel, never on how many rows
+//! there are, where it stands among them, or how a batch is split.
+
+use crate::bench::{Bench, CacheParts, Heads, Placed, Sequences, Sheet};
+use epsmoe_base::DType;
+use epsmoe_device::host::Kernels;
+use epsmoe_device::op::*;
+use epsmoe_device::{Buffer, Weight};
+use std::ops::Range;
+use std::slice::from_ref;
+
+pub(crate) fn suite<K: Kernels>(kernels: impl Fn() -> K, dtype: DType) {
+    let bench = Bench::new(kernels(), dtype);
+    products(&bench);
+    row_operations(&bench);
+    attentions(&bench);
+}
+
+/// Whether rows `rows` of the whole, computed as `got`, have the bits they have there.
+fn same_bits<K: Kernels>(
+    bench: &Bench<K>,
+    what: &str,
+    rows: Range<usize>,
+    got: &[f32],
+    whole: &[f32],
+    width: usize,
+) {
+    let want = &whole[rows.start * width..rows.end * width];
+    let differs = got.iter().zip(want).position(|(got, want)| got.to_bits() != want.to_bits());
+    assert_eq!(got.len(), want.len());
+    if let Some(at) = differs {
+        let (row, column, seed) = (rows.start + at / width, at % width, bench.seed);
+        panic!(
+            "{what}, {}, seed {seed}: row {row} of rows {rows:?} differs at {column}: {:e} and {:e}",
+            bench.dtype, got[at], want[at]
+        );
+    }
+}
+
+fn products<K: Kernels>(bench: &Bench<K>) {
+    const ROWS: usize = 40;
+    for (k, n, epilogue) in [
+        (7, 5, Epilogue::Store),
+        (64, 33, Epilogue::Store),
+        (65, 16, Epilogue::SwiGlu),
+        (200, 50, Epilogue::SwiGlu),
+        (331, 17, Epilogue::Store),
+    ] {
+        let (first, up) = (bench.random(n, k, 1.0), bench.random(n, k, 1.0));
+        let weight =
+            if epilogue == Epilogue::SwiGlu { bench.gate_up(&first, &up) } else { bench.matrix(&first) };
+        for format in [bench.dtype, DType::F32] {
+            let what = format!("{epilogue:?}, k {k}, n {n}, into {format}");
+            let x = bench.random(ROWS, k, 1.0);
+            // The rows in `parts`, each a product of its own in one operation.
+            let run = |parts: &[Range<usize>]| {
+                let rows = parts[0].start..parts[parts.len() - 1].end;
+                let (input, out) = (bench.put(&x.take(rows.clone())), bench.room(format, rows.len(), n));
+                let part = |part: &Range<usize>| {
+                    let part = part.start - rows.start..part.end - rows.start;
+                    let view = |placed: &Placed| placed.view.rows(part.clone()).expect("inside");
+                    GemmPart { x: view(&input), weight: weight.clone(), out: view(&out) }
+                };
+                let parts = parts.iter().map(part).collect();
+                bench.run(&what, Gemm { parts, bias: None, epilogue });
+                (rows, bench.get(&what, &out))
+            };
+            let whole = run(from_ref(&(0..ROWS))).1;
+            let check = |parts: &[Range<usize>]| {
+                let (rows, got) = run(parts);
+                same_bits(bench, &format!("{what} as {parts:?}"), rows, &got, &whole, n);
+            };
+            // Every number of rows, at the start and at a random place; every row alone.
+            for rows in 1..=ROWS {
+                let start = bench.below(ROWS - rows + 1);
+                check(from_ref(&(0..rows)));
+                check(from_ref(&(start..start + rows)));
+                check(from_ref(&(rows - 1..rows)));
+            }
+            // Split at random into parts, some of them empty.
+            for _ in 0..8 {
+                let mut cuts: Vec<usize> = (0..1 + bench.below(7)).map(|_| bench.below(ROWS + 1)).collect();
+                cuts.extend([0, ROWS]);
+                cuts.sort_unstable();
+                check(&cuts.windows(2).map(|ends| ends[0]..ends[1]).collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+/// An operation on the rows of `x`, from one buffer into another.
+type RowOperation<'a> = (&'a str, DType, &'a dyn Fn(Range<usize>, Buffer, Buffer) -> Op);
+
+fn row_operations<K: Kernels>(bench: &Bench<K>) {
+    const ROWS: usize = 23;
+    const WIDTH: usize = 37;
+    let x = bench.random(ROWS, WIDTH, 2.0);
+    let vector = bench.vector(&bench.random_of(DType::F32, 1, WIDTH, 1.0));
+    let gates = bench.random_of(DType::F32, ROWS, 1, 2.0);
+    let norm = |kind, x, out| Norm { kind, x, weight: Weight::clone(&vector), eps: 1e-5, out }.into();
+    let angles = bench.random_of(DType::F32, ROWS, 36, 1.0);
+    let terms: Vec<u32> = (0..3 * ROWS).map(|term| (term * 7 % 3) as u32).collect();
+    let operations: [RowOperation<'_>; 6] = [
+        ("rms", bench.dtype, &|_, x, out| norm(NormKind::Rms, x, out)),
+        ("layer", bench.dtype, &|_, x, out| norm(NormKind::Layer, x, out)),
+        ("gate", bench.dtype, &|rows, x, out| {
+            bench.run("gate", Copy { x, out: out.clone() });
+            GateRows { gate: bench.put_as(DType::F32, &gates.take(rows)).view, x: out }.into()
+        }),
+        ("rotate", bench.dtype, &|rows, x, out| {
+            bench.run("rotate", Copy { x, out: out.clone() });
+            let angles = bench.put_as(DType::F32, &angles.take(rows)).view;
+            Rotate { x: out, head_width: WIDTH, start: 1, style: RopeStyle::Interleaved, angles }.into()
+        }),
+        ("reduce", bench.dtype, &|rows, x, out| {
+            // Three times the row itself; the weights are the row's own.
+            let starts: Vec<u32> = (0..=rows.len() as u32).map(|row| 3 * row).collect();
+            let index: Vec<u32> = (0..3 * rows.len() as u32).map(|term| term / 3).collect();
+            let weights = terms[3 * rows.start..3 * rows.end].iter().map(|&term| term as f32 / 3.0).collect();
+            let weights = Sheet { rows: 3 * rows.len(), width: 1, values: weights };
+            Reduce {
+                x,
+                starts: bench.put_words(&starts, 1).view,
+                index: bench.put_words(&index, 1).view,
+                weights: Some(bench.put_as(DType::F32, &weights).view),
+                addend: None,
+                out,
+            }
+            .into()
+        }),
+        ("route", DType::F32, &|rows, x, out| {
+            let gate =
+                Gate { top_k: WIDTH, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
+            let wide = bench.room(DType::F32, rows.len(), WIDTH).view;
+            let logits = if x.dtype == DType::F32 { x } else { wide };
+            bench.fill(&logits, &logits_of(&gates, rows.clone(), WIDTH));
+            let experts = bench.room(DType::U32, rows.len(), WIDTH).view;
+            Route { logits, gate, bias: None, experts, weights: out }.into()
+        }),
+    ];
+    for (what, format, operation) in operations {
+        let run = |rows: Range<usize>| {
+            let (input, out) = (bench.put(&x.take(rows.clone())), bench.room(format, rows.len(), WIDTH));
+            bench.run(what, operation(rows, input.view, out.view.clone()));
+            bench.get(what, &out)
+        };
+        let whole = run(0..ROWS);
+        for _ in 0..24 {
+            let start = bench.below(ROWS);
+            let rows = start..start + 1 + bench.below(ROWS - start);
+            same_bits(bench, what, rows.clone(), &run(rows), &whole, WIDTH);
+        }
+    }
+}
+
+/// Logits that depend on the row alone.
+fn logits_of(gates: &Sheet, rows: Range<usize>, width: usize) -> Sheet {
+    let logit = |row: usize, column: usize| gates.values[row] * (column as f32 * 0.7).sin();
+    let values = rows.clone().flat_map(|row| (0..width).map(move |column| logit(row, column))).collect();
+    Sheet { rows: rows.len(), width, values }
+}
+
+/// A token attends alike in a batch of sequences, in its sequence alone, and alone with everything before it
+/// cached: decoding equals recomputation.
+fn attentions<K: Kernels>(bench: &Bench<K>) {
+    let grouped = Heads { heads: 4, kv_heads: 2, key_width: 9, value_width: 7, latent: false, window: None };
+    let latent = Heads { heads: 3, kv_heads: 1, key_width: 40, value_width: 32, latent: true, ..grouped };
+    for heads in [grouped, latent, Heads { window: Some(6), ..grouped }] {
+        let (key_width, value_width) = (heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width);
+        let out_width = heads.heads * heads.value_width;
+        let whole = Sequences::new(bench, &[(0, 19), (33, 1), (70, 2), (5, 11), (0, 1)], 4);
+        let q = bench.random(whole.tokens().len(), heads.heads * heads.key_width, 1.0);
+        let keys = bench.put(&whole.cache(bench, key_width)).view;
+        let values = match heads.latent {
+            true => keys.columns(0..value_width).expect("inside"),
+            false => bench.put(&whole.cache(bench, value_width)).view,
+        };
+        let run = |sequences: &Sequences, rows: Range<usize>| {
+            let (q, out) = (bench.put(&q.take(rows.clone())), bench.room(bench.dtype, rows.len(), out_width));
+            let (keys, values) = (keys.clone(), values.clone());
+            let parts = CacheParts { q: q.view, keys, values, out: out.view.clone() };
+            bench.run("attention", sequences.attention(bench, &heads, &parts));
+            bench.get("attention", &out)
+        };
+        let tokens = whole.tokens();
+        let together = run(&whole, 0..tokens.len());
+        let only = |sequence: usize, length: (usize, usize)| Sequences {
+            lengths: vec![length],
+            blocks: vec![whole.blocks[sequence].clone()],
+            ..whole
+        };
+        let mut start = 0;
+        for (sequence, &length) in whole.lengths.iter().enumerate() {
+            let rows = start..start + length.1;
+            start = rows.end;
+            let what = format!("{heads:?}, sequence {sequence} alone");
+            let alone = run(&only(sequence, length), rows.clone());
+            same_bits(bench, &what, rows, &alone, &together, out_width);
+        }
+        for (row, &(sequence, position)) in tokens.iter().enumerate() {
+            let what = format!("{heads:?}, position {position} of sequence {sequence} decoded");
+            let alone = run(&only(sequence, (position, 1)), row..row + 1);
+            same_bits(bench, &what, row..row + 1, &alone, &together, out_width);
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! Arguments that do not fit are refused at the door; indices that point outside stop the world. Both say what
+//! disagrees with what.
+
+use crate::bench::Bench;
+use epsmoe_base::{DType, FaultKind};
+use epsmoe_device::host::Kernels;
+use epsmoe_device::op::*;
+use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
+
+pub(crate) fn suite<K: Kernels>(kernels: impl Fn() -> K) {
+    at_the_door(&Bench::new(kernels(), DType::F32));
+    weights(&Bench::new(kernels(), DType::F32));
+    while_running(kernels);
+}
+
+fn f32s<K: Kernels>(bench: &Bench<K>, name: &'static str, rows: usize, width: usize) -> Buffer {
+    bench.device.allocate(name, DType::F32, rows, width).expect("memory")
+}
+
+fn u32s<K: Kernels>(bench: &Bench<K>, name: &'static str, rows: usize, width: usize) -> Buffer {
+    bench.device.allocate(name, DType::U32, rows, width).expect("memory")
+}
+
+fn weight<K: Kernels>(bench: &Bench<K>, name: &str, shape: WeightShape) -> Weight {
+    let (count, dimensions) = shape.sources();
+    let bytes = vec![0; 4 * dimensions.iter().product::<usize>()];
+    let tensors = vec![TensorBytes { dtype: DType::F32, bytes: &bytes }; count];
+    bench.device.load(name, shape, &tensors).expect("a weight")
+}
+
+fn at_the_door<K: Kernels>(bench: &Bench<K>) {
+    let (x, y, narrow) = (f32s(bench, "x", 3, 4), f32s(bench, "y", 3, 4), f32s(bench, "narrow", 3, 2));
+    let (more, half) = (f32s(bench, "more", 5, 4), bench.device.allocate("half", DType::BF16, 3, 4));
+    let (half, ids, column) = (half.expect("memory"), u32s(bench, "ids", 3, 1), f32s(bench, "column", 3, 1));
+    let one = |name, shape| weight(bench, name, shape);
+    let (map, pair) =
+        (one("map", WeightShape::Matrix { n: 4, k: 4 }), one("pair", WeightShape::GateUp { inner: 4, k: 4 }));
+    let (scale, long) =
+        (one("scale", WeightShape::Vector { n: 4 }), one("long", WeightShape::Vector { n: 5 }));
+    let table = one("table", WeightShape::Table { rows: 9, width: 4 });
+    let part = |weight: &Weight, rows: std::ops::Range<usize>| GemmPart {
+        x: x.rows(rows.clone()).expect("inside"),
+        weight: weight.clone(),
+        out: y.rows(rows).expect("inside"),
+    };
+    let parts =
+        |parts: Vec<GemmPart>, bias: Option<&Weight>, epilogue| Gemm { parts, bias: bias.cloned(), epilogue };
+    let gate = Gate { top_k: 2, score: Score::Softmax, groups: None, normalise: false, scale: 1.0 };
+    let route = |gate, bias: Option<&Weight>| Route {
+        logits: x.clone(),
+        gate,
+        bias: bias.cloned(),
+        experts: u32s(bench, "experts", 3, 2),
+        weights: f32s(bench, "weights", 3, 2),
+    };
+    let groups = |groups, kept| Some(GroupLimit { groups, kept, by: GroupScore::Max });
+    let (starts, index) = (u32s(bench, "starts", 4, 1), u32s(bench, "index", 6, 1));
+    let reduce = |starts: &Buffer, addend: Option<&Buffer>, weights: Option<&Buffer>| Reduce {
+        x: x.clone(),
+        starts: starts.clone(),
+        index: index.clone(),
+        weights: weights.cloned(),
+        addend: addend.cloned(),
+        out: y.clone(),
+    };
+    let attention = Attention {
+        q: x.clone(),
+        keys: f32s(bench, "keys", 8, 2),
+        values: f32s(bench, "values", 8, 2),
+        sequence_starts: u32s(bench, "starts", 3, 1),
+        positions: ids.clone(),
+        blocks: u32s(bench, "blocks", 2, 2),
+        block_size: 2,
+        heads: 2,
+        kv_heads: 1,
+        scale: 1.0,
+        window: None,
+        out: y.clone(),
+    };
+    let rms = |x: &Buffer, weight: &Weight, out: &Buffer| Norm {
+        kind: NormKind::Rms,
+        x: x.clone(),
+        weight: weight.clone(),
+        eps: 1e-5,
+        out: out.clone(),
+    };
+    let rotate = |head_width, start, angles: &Buffer| Rotate {
+        x: x.clone(),
+        head_width,
+        start,
+        style: RopeStyle::HalfSplit,
+        angles: angles.clone(),
+    };
+    let angles = |frequencies: &Weight| Angles {
+        positions: ids.clone(),
+        frequencies: frequencies.clone(),
+        scale: 1.0,
+        out: narrow.clone(),
+    };
+    let store = Epilogue::Store;
+    let cases: Vec<(Op, &str)> = vec![
+        (Upload { words: [1, 2].into(), out: ids.clone() }.into(), "upload: 2 words into ids[3, 1] uint32"),
+        (
+            Upload { words: [0; 12].into(), out: half.clone() }.into(),
+            "upload: 12 words into half[3, 4] bfloat16",
+        ),
+        (
+            Embed { ids: ids.clone(), table: table.clone(), out: more.clone() }.into(),
+            "embed: ids[3, 1] uint32 and more[5, 4] float32 must have equally many rows",
+        ),
+        (
+            Embed { ids: column.clone(), table: table.clone(), out: y.clone() }.into(),
+            "embed: ids is column[3, 1] float32, but must be uint32 of width 1",
+        ),
+        (
+            Embed { ids: ids.clone(), table: map.clone(), out: y.clone() }.into(),
+            "embed: map is a Matrix { n: 4, k: 4 }, the output y[3, 4] float32",
+        ),
+        (
+            rms(&x, &scale, &narrow).into(),
+            "norm: output is narrow[3, 2] float32, but must be float32 of width 4",
+        ),
+        (rms(&x, &long, &y).into(), "norm: long is Vector { n: 5 }, the input x[3, 4] float32"),
+        (
+            Gemm::linear(x.clone(), &map, more.clone()).into(),
+            "gemm: x[3, 4] float32 and more[5, 4] float32 must have equally many rows",
+        ),
+        (
+            Gemm::linear(x.clone(), &map, narrow.clone()).into(),
+            "gemm: x[3, 4] float32 · map [4, 4]ᵀ does not give narrow[3, 2] float32",
+        ),
+        (
+            Gemm::linear(x.clone(), &map, half.clone()).into(),
+            "gemm: x[3, 4] float32 · map [4, 4]ᵀ does not give half[3, 4] bfloat16",
+        ),
+        (
+            Gemm::gated(x.clone(), &map, y.clone()).into(),
+            "gemm: map is a Matrix { n: 4, k: 4 }, which does not go with SwiGlu",
+        ),
+        (
+            Gemm::linear(x.clone(), &table, y.clone()).into(),
+            "gemm: table is a Table { rows: 9, width: 4 }, which does not go with Store",
+        ),
+        (
+            parts(vec![part(&map, 0..2), part(&map, 1..3)], None, store).into(),
+            "gemm: outputs of the parts must ascend without overlap",
+        ),
+        (
+            parts(vec![part(&map, 0..1), part(&map, 1..3)], Some(&scale), store).into(),
+            "gemm: a bias needs a single part and a plain store",
+        ),
+        (
+            parts(vec![part(&pair, 0..3)], Some(&scale), Epilogue::SwiGlu).into(),
+            "gemm: a bias needs a single part and a plain store",
+        ),
+        (
+            parts(vec![part(&map, 0..3)], Some(&long), store).into(),
+            "gemm: bias long is Vector { n: 5 }, the output y[3, 4] float32",
+        ),
+        (angles(&map).into(), "angles: map is no vector"),
+        (angles(&scale).into(), "angles: output is narrow[3, 2] float32, but must be float32 of width 8"),
+        (rotate(4, 3, &narrow).into(), "rotate: x[3, 4] float32 in heads of 4 cannot turn elements 3..5"),
+        (rotate(3, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 3 cannot turn elements 0..2"),
+        (rotate(0, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 0 cannot turn elements 0..2"),
+        (
+            StoreRows { x: x.clone(), slots: ids.clone(), cache: narrow.clone() }.into(),
+            "store: cache is narrow[3, 2] float32, but must be float32 of width 4",
+        ),
+        (
+            Attention { kv_heads: 0, ..attention.clone() }.into(),
+            "attention: 2 heads over 0 key heads, blocks of 2",
+        ),
+        (
+            Attention { heads: 0, ..attention.clone() }.into(),
+            "attention: 0 heads over 1 key heads, blocks of 2",
+        ),
+        (
+            Attention { block_size: 0, ..attention.clone() }.into(),
+            "attention: 2 heads over 1 key heads, blocks of 0",
+        ),
+        (
+            Attention { heads: 4, ..attention.clone() }.into(),
+            "attention: keys is keys[8, 2] float32, but must be float32 of width 1",
+        ),
+        (
+            Attention { q: f32s(bench, "odd", 3, 5), ..attention.clone() }.into(),
+            "attention: queries is odd[3, 5] float32, but must be float32 of width 4",
+        ),
+        (
+            Attention { values: f32s(bench, "few", 7, 2), ..attention.clone() }.into(),
+            "attention: keys[8, 2] float32 and few[7, 2] float32 must have equally many rows",
+        ),
+        (
+            Attention { sequence_starts: u32s(bench, "starts", 2, 1), ..attention }.into(),
+            "attention: starts[2, 1] uint32 does not delimit the sequences of blocks[2, 2] uint32",
+        ),
+        (route(Gate { top_k: 0, ..gate }, None).into(), "route: top_k is 0, but there are 4 experts"),
+        (route(Gate { top_k: 5, ..gate }, None).into(), "route: top_k is 5, but there are 4 experts"),
+        (
+            route(Gate { top_k: 1, ..gate }, None).into(),
+            "route: top_k is 1, but outputs are experts[3, 2] uint32 and weights[3, 2] float32",
+        ),
+        (
+            route(Gate { groups: groups(3, 1), ..gate }, None).into(),
+            "route: 4 experts and top 2 do not fit GroupLimit { groups: 3, kept: 1, by: Max }",
+        ),
+        (
+            route(Gate { groups: groups(4, 1), ..gate }, None).into(),
+            "route: 4 experts and top 2 do not fit GroupLimit { groups: 4, kept: 1, by: Max }",
+        ),
+        (route(gate, Some(&long)).into(), "route: bias long is Vector { n: 5 }, but there are 4 experts"),
+        (
+            Gather { x: x.clone(), index: ids.clone(), out: narrow.clone() }.into(),
+            "gather: output is narrow[3, 2] float32, but must be float32 of width 4",
+        ),
+        (
+            reduce(&ids, None, None).into(),
+            "reduce: ids[3, 1] uint32 does not delimit the terms of y[3, 4] float32",
+        ),
+        (
+            reduce(&starts, Some(&more), None).into(),
+            "reduce: y[3, 4] float32 and more[5, 4] float32 must have equally many rows",
+        ),
+        (
+            reduce(&starts, None, Some(&column)).into(),
+            "reduce: index[6, 1] uint32 and column[3, 1] float32 must have equally many rows",
+        ),
+        (
+            Add { x: half.clone(), out: y.clone() }.into(),
+            "add: output is y[3, 4] float32, but must be bfloat16 of width 4",
+        ),
+        (
+            Copy { x: more.clone(), out: y.clone() }.into(),
+            "copy: more[5, 4] float32 and y[3, 4] float32 must have equally many rows",
+        ),
+        (Clamp { x: x.clone(), limit: -1.0 }.into(), "clamp: the limit -1 is not a magnitude"),
+        (Clamp { x: x.clone(), limit: f32::NAN }.into(), "clamp: the limit NaN is not a magnitude"),
+        (
+            GateRows { gate: narrow.clone(), x: x.clone() }.into(),
+            "gate: gate is narrow[3, 2] float32, but must be float32 of width 1",
+        ),
+    ];
+    for (op, want) in cases {
+        let shown = format!("{op:?}");
+        let refusal = bench.try_run(op).expect_err(&shown);
+        assert_eq!(refusal.to_string(), want, "{shown}");
+    }
+    // Nothing refused has reached a lane.
+    bench.run("after the refusals", Copy { x: y.clone(), out: x });
+}
+
+fn weights<K: Kernels>(bench: &Bench<K>) {
+    let bytes = [0; 24];
+    let tensor = TensorBytes { dtype: DType::BF16, bytes: &bytes };
+    let cases: &[(WeightShape, &[TensorBytes<'_>], &str)] = &[
+        (
+            WeightShape::Matrix { n: 3, k: 5 },
+            &[tensor],
+            "w: Matrix { n: 3, k: 5 } needs 1 × [3, 5], given bytes [24]",
+        ),
+        (
+            WeightShape::GateUp { inner: 3, k: 4 },
+            &[tensor],
+            "w: GateUp { inner: 3, k: 4 } needs 2 × [3, 4], given bytes [24]",
+        ),
+        (WeightShape::Vector { n: 12 }, &[], "w: Vector { n: 12 } needs 1 × [12], given bytes []"),
+    ];
+    for (shape, tensors, want) in cases {
+        assert_eq!(bench.device.load("w", *shape, tensors).expect_err(want).to_string(), *want);
+    }
+    assert!(bench.device.find("w").is_none());
+    let held = bench.device.load("w", WeightShape::Vector { n: 12 }, &[tensor]).expect("24 bytes");
+    assert_eq!(bench.device.find("w").map(|weight| weight.id), Some(held.id));
+}
+
+/// What only the numbers show, each on a processor of its own: the first fault is the last.
+fn while_running<K: Kernels>(kernels: impl Fn() -> K) {
+    fn sequences<K: Kernels>(bench: &Bench<K>, starts: &[u32], positions: &[u32], blocks: &[u32]) -> Op {
+        let tokens = positions.len();
+        Attention {
+            q: bench.put(&bench.random(tokens, 4, 1.0)).view,
+            keys: bench.put(&bench.random(8, 4, 1.0)).view,
+            values: bench.put(&bench.random(8, 4, 1.0)).view,
+            sequence_starts: bench.put_words(starts, 1).view,
+            positions: bench.put_words(positions, 1).view,
+            blocks: bench.put_words(blocks, 2).view,
+            block_size: 2,
+            heads: 1,
+            kv_heads: 1,
+            scale: 1.0,
+            window: None,
+            out: f32s(bench, "out", tokens, 4),
+        }
+        .into()
+    }
+    fn gather<K: Kernels>(bench: &Bench<K>, index: &[u32]) -> Op {
+        let out = f32s(bench, "out", index.len(), 4);
+        let x = bench.put(&bench.random(4, 4, 1.0)).view;
+        Gather { x, index: bench.put_words(index, 1).view, out }.into()
+    }
+    fn reduce<K: Kernels>(bench: &Bench<K>, starts: &[u32], index: &[u32]) -> Op {
+        Reduce {
+            x: bench.put(&bench.random(4, 4, 1.0)).view,
+            starts: bench.put_words(starts, 1).view,
+            index: bench.put_words(index, 1).view,
+            weights: None,
+            addend: None,
+            out: f32s(bench, "out", starts.len() - 1, 4),
+        }
+        .into()
+    }
+    type Case<'a, K> = (&'a str, &'a dyn Fn(&Bench<K>) -> Op);
+    let cases: [Case<'_, K>; 11] = [
+        ("embed: token id 9 is not below 9", &|bench| {
+            let table = weight(bench, "table", WeightShape::Table { rows: 9, width: 4 });
+            Embed { ids: bench.put_words(&[8, 9], 1).view, table, out: f32s(bench, "out", 2, 4) }.into()
+        }),
+        ("store: cache slot 8 is not below 8", &|bench| {
+            let (x, cache) = (bench.put(&bench.random(2, 4, 1.0)).view, f32s(bench, "cache", 8, 4));
+            StoreRows { x, slots: bench.put_words(&[7, 8], 1).view, cache }.into()
+        }),
+        ("gather: row 4 is not below 4", &|bench| gather(bench, &[0, 4])),
+        ("gather: row 4294967295 is not below 4", &|bench| gather(bench, &[u32::MAX])),
+        ("reduce: term 4 is not below 4", &|bench| reduce(bench, &[0, 4], &[0, 1, 2])),
+        ("reduce: terms start at 1 after 2", &|bench| reduce(bench, &[0, 2, 1], &[0, 1, 2])),
+        ("reduce: row 9 is not below 4", &|bench| reduce(bench, &[1, 2], &[0, 9, 2])),
+        ("attention: sequences hold 1 of 2 tokens", &|bench| sequences(bench, &[0, 1], &[0, 1], &[0, 1])),
+        ("attention: sequence 0 spans tokens 1..2", &|bench| sequences(bench, &[1, 2], &[0, 1], &[0, 1])),
+        ("attention: cache block 2 is not below 2", &|bench| sequences(bench, &[0, 1], &[4], &[0, 1])),
+        ("attention: cache block 1 of sequence 0 is outside room[8, 4] float32", &|bench| {
+            sequences(bench, &[0, 1], &[2], &[0, 4])
+        }),
+    ];
+    for (want, op) in cases {
+        let bench = Bench::new(kernels(), DType::F32);
+        let fault = bench.try_run(op(&bench)).expect("it fits").expect_err(want);
+        assert_eq!(fault.to_string(), format!("rank 0, layer 7: {want}"));
+        assert_eq!(fault.kind, FaultKind::Invalid);
+        assert_eq!(
+            bench.try_run(gather(&Bench::new(kernels(), DType::F32), &[])).expect("it fits"),
+            Err(fault)
+        );
+    }
+}

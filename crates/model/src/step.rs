@@ -1,0 +1,178 @@
+//! Before a step: who has which tokens.
+
+use crate::Batch;
+use crate::collectives::Shares;
+use crate::parallel::Layout;
+use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
+use epsmoe_device::{Backend, Buffer};
+use epsmoe_fabric::Fabric;
+use epsmoe_pipeline::{TokenId, disagreement};
+use std::ops::Range;
+
+/// The views that every layer of one step shares. Attention sees all tokens of the group; between attention and
+/// MLPs this rank keeps a share of them.
+pub(crate) struct Step {
+    pub(crate) positions: Buffer,
+    pub(crate) slots: Buffer,
+    pub(crate) sequence_starts: Buffer,
+    pub(crate) blocks: Buffer,
+    pub(crate) angles: Buffer,
+    /// Which of the group's tokens this rank keeps.
+    pub(crate) kept: Range<usize>,
+    /// Where the tokens of the ranks that split attention, and MLPs, lie.
+    pub(crate) attention: Shares,
+    pub(crate) mlp: Shares,
+    /// The tokens that this rank's routers see, if routing is recorded or replayed.
+    pub(crate) routed: Vec<TokenId>,
+}
+
+/// How many tokens each rank of the world keeps, and, if routing is recorded or replayed, which.
+pub(crate) struct Roster {
+    pub(crate) kept: Vec<usize>,
+    labels: Vec<Vec<TokenId>>,
+}
+
+impl Roster {
+    /// What this rank knows by itself, or, where ranks work on each other's tokens, what all ranks tell each
+    /// other: the only blocking exchange besides the rendezvous of expert pipelines. `identity` is a hash of
+    /// everything ranks must have in common.
+    pub(crate) fn call<B: Backend, F: Fabric<B>>(
+        fabric: &F,
+        layout: &Layout,
+        identity: u64,
+        batch: &Batch,
+        labelled: bool,
+    ) -> Result<Self, Fault> {
+        let mine = Announcement {
+            identity,
+            batch: batch.fingerprint(),
+            tokens: batch.ids.len(),
+            labels: if labelled { batch.labels() } else { Vec::new() },
+        };
+        let me = fabric.rank();
+        let all = if layout.shares_tokens() {
+            gather(fabric, layout, me, mine)?
+        } else {
+            let others = Announcement { identity, ..Announcement::default() };
+            let mut all = vec![others; fabric.size()];
+            all[me.0] = mine;
+            all
+        };
+        let kept = |(rank, of_rank): (usize, &Announcement)| layout.in_group_of(rank).of(of_rank.tokens);
+        let kept: Vec<Range<usize>> = all.iter().enumerate().map(kept).collect();
+        let labels = all.iter().zip(&kept).map(|(of_rank, kept)| {
+            of_rank.labels.get(kept.clone()).unwrap_or_default().to_vec()
+        });
+        Ok(Roster { labels: labels.collect(), kept: kept.iter().map(|kept| kept.len()).collect() })
+    }
+
+    /// The tokens that some ranks keep, one after the other.
+    pub(crate) fn labels(&self, ranks: Range<usize>) -> Vec<TokenId> {
+        self.labels[ranks].concat()
+    }
+}
+
+/// What a rank tells the others before a step.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Announcement {
+    identity: u64,
+    /// A hash of the batch, equal on all ranks of a group.
+    batch: u64,
+    tokens: usize,
+    labels: Vec<TokenId>,
+}
+
+/// Everybody's announcement, in rank order; ranks that contradict this one are named.
+fn gather<B: Backend, F: Fabric<B>>(
+    fabric: &F,
+    layout: &Layout,
+    me: Rank,
+    mine: Announcement,
+) -> Result<Vec<Announcement>, Fault> {
+    let place = Place::default();
+    let messages = fabric.all_gather("step", place, mine.encode())?;
+    let mut all = Vec::with_capacity(messages.len());
+    for (rank, message) in messages.iter().enumerate() {
+        let theirs = Announcement::decode(message).filter(|theirs| theirs.identity == mine.identity);
+        let theirs = theirs.ok_or_else(|| disagreement(me, place, Rank(rank)))?;
+        if layout.attention_ranks().contains(&rank) && theirs.batch != mine.batch {
+            let message = format!("{me} and {} split attention, but were given different batches", Rank(rank));
+            return Err(Fault { kind: FaultKind::Mismatch, rank: me, place, message });
+        }
+        all.push(theirs);
+    }
+    Ok(all)
+}
+
+impl Announcement {
+    /// Identity, batch, tokens, then sequence, and token over position, of each label: 64-bit words.
+    fn encode(&self) -> Vec<u8> {
+        let label = |id: &TokenId| [id.sequence, u64::from(id.token) << 32 | u64::from(id.position)];
+        let words = [self.identity, self.batch, self.tokens as u64];
+        let words = words.into_iter().chain(self.labels.iter().flat_map(label));
+        words.flat_map(u64::to_le_bytes).collect()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let (words, _) = bytes.as_chunks::<8>();
+        let words: Vec<u64> = words.iter().map(|&word| u64::from_le_bytes(word)).collect();
+        let (&[identity, batch, tokens], labels) = words.split_first_chunk()?;
+        let (labels, _) = labels.as_chunks::<2>();
+        let label = |&[sequence, token]: &[u64; 2]| TokenId {
+            sequence,
+            position: token as u32,
+            token: (token >> 32) as u32,
+        };
+        let labels = labels.iter().map(label).collect();
+        Some(Announcement { identity, batch, tokens: usize::try_from(tokens).ok()?, labels })
+    }
+}
+
+impl Batch {
+    /// A hash of everything that ranks which split attention must agree on.
+    fn fingerprint(&self) -> u64 {
+        let parts = [&self.ids, &self.positions, &self.slots, &self.sequence_starts, &self.logits];
+        let words = parts.into_iter().chain(&self.blocks).flat_map(|part| [part.len() as u32].into_iter().chain(part.iter().copied()));
+        hash_bytes(&words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
+    }
+
+    /// Who the tokens are.
+    fn labels(&self) -> Vec<TokenId> {
+        let spans = self.sequence_starts.windows(2).zip(&self.sequences);
+        let of_span = |(span, &sequence): (&[u32], &u64)| {
+            (span[0] as usize..span[1] as usize).map(move |token| TokenId {
+                sequence,
+                position: self.positions[token],
+                token: self.ids[token],
+            })
+        };
+        spans.flat_map(of_span).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn announcements_come_back() {
+        let id = |sequence, position, token| TokenId { sequence, position, token };
+        let labels = vec![id(7, 3, u32::MAX), id(u64::MAX, u32::MAX, 1)];
+        let announcement = Announcement { identity: 1, batch: 2, tokens: 3, labels };
+        assert_eq!(Announcement::decode(&announcement.encode()), Some(announcement));
+        assert_eq!(Announcement::decode(&[0; 16]), None);
+    }
+
+    #[test]
+    fn labels_follow_the_sequences() {
+        let batch = Batch {
+            ids: vec![10, 11, 12],
+            positions: vec![4, 5, 0],
+            sequence_starts: vec![0, 2, 3],
+            sequences: vec![8, 9],
+            ..Batch::default()
+        };
+        let id = |sequence, position, token| TokenId { sequence, position, token };
+        assert_eq!(batch.labels(), [id(8, 4, 10), id(8, 5, 11), id(9, 0, 12)]);
+    }
+}

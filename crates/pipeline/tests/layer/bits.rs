@@ -1,0 +1,85 @@
+//! The same bits for every number of stages, cut, transfer order, place of the shared expert, kind of GEMM,
+//! chunk and run, however slow the lanes and the fabric are.
+
+use crate::world::{Case, Got, Setup, random_policy, run};
+use epsmoe_base::{DType, Mix, env::test_seed};
+use epsmoe_plan::{Capacity, Policy};
+
+fn bits(gots: &[Got]) -> Vec<Vec<u32>> {
+    gots.iter().map(|got| got.y.iter().map(|value| value.to_bits()).collect()).collect()
+}
+
+fn runs(case: &Case, setup: &Setup, shown: &str) -> Vec<Got> {
+    let all = run(case, setup).into_iter();
+    all.map(|got| got.unwrap_or_else(|fault| panic!("{fault}: {shown}"))).collect()
+}
+
+/// Runs random cases serially, then `variants` times as `vary` says, and compares all bits.
+fn check(cases: u64, layers: usize, variants: u64, vary: impl Fn(&Case, &mut Mix, &mut Setup)) -> Vec<Got> {
+    let seed = test_seed();
+    let mut gots = Vec::new();
+    for index in 0..cases {
+        let mut mix = Mix::keyed(seed, &[index]);
+        let dtype = [DType::F32, DType::BF16][mix.below(2)];
+        let case = Case::random(mix.next_u64(), dtype, layers);
+        let want =
+            bits(&runs(&case, &Setup::serial(), &format!("serial, seed {seed}, case {index}, {case:?}")));
+        for _ in 0..variants {
+            let policy = random_policy(&case.placement, &mut mix);
+            let mut setup = Setup { jitter: mix.next_u64(), ..Setup::new(policy.clone()) };
+            vary(&case, &mut mix, &mut setup);
+            let shown = format!("{policy}, seed {seed}, case {index}, {case:?}");
+            let got = runs(&case, &setup, &shown);
+            assert!(bits(&got) == want, "other bits under {shown}");
+            for other in &got {
+                let tables =
+                    |got: &Got| got.reports.iter().map(|report| report.tables.clone()).collect::<Vec<_>>();
+                assert_eq!(tables(other), tables(&got[0]), "{shown}");
+            }
+            gots.extend(got);
+        }
+    }
+    gots
+}
+
+#[test]
+fn schedules_do_not_change_bits() {
+    check(16, 1, 10, |_, mix, setup| setup.delay = (mix.below(2) == 0).then(|| mix.next_u64()));
+}
+
+#[test]
+fn layers_in_a_row_do_not_disturb_each_other() {
+    check(5, 6, 4, |_, mix, setup| setup.delay = Some(mix.next_u64()));
+}
+
+#[test]
+fn chunks_do_not_change_bits() {
+    let gots = check(12, 2, 4, |case, mix, setup| {
+        // Room for the routing of all tokens, and for everything else of a few.
+        let tokens = case.tokens.iter().copied().max().unwrap_or(0).max(1);
+        let few = 1 + mix.below(tokens.div_ceil(3));
+        setup.capacity =
+            Some(Capacity { tokens, ..Capacity::worst_case(few, &case.placement, case.gate.top_k) });
+    });
+    let chunked = gots.iter().filter(|got| got.reports.iter().any(|report| report.tables.len() > 1)).count();
+    assert!(3 * chunked > gots.len(), "only {chunked} of {} were split", gots.len());
+    assert!(gots.iter().all(|got| got.reports.iter().all(|report| report.peak_bytes > 0)));
+}
+
+#[test]
+fn each_room_alone_splits_a_layer() {
+    let case = Case::fixed();
+    let whole = Capacity::worst_case(24, &case.placement, 3);
+    let want = bits(&runs(&case, &Setup::serial(), "serial"));
+    for (what, capacity) in [
+        ("rows sent", Capacity { rows_sent: 20, ..whole }),
+        ("rows received", Capacity { rows_received: 20, ..whole }),
+        ("copies", Capacity { copies: 40, ..whole }),
+        ("copies of a stage", Capacity { stage_copies: 12, ..whole }),
+    ] {
+        let setup = Setup { capacity: Some(capacity), ..Setup::new(Policy::default()) };
+        let got = runs(&case, &setup, what);
+        assert!(got[0].reports[0].tables.len() > 1, "{what} did not split the layer");
+        assert!(bits(&got) == want, "other bits with little room for {what}");
+    }
+}

@@ -1,0 +1,194 @@
+//! What a user sees when an event is missing, a rank stalls, panics, sends a wrong number of rows, or was
+//! started otherwise: the first cause, on every rank, in time.
+
+use crate::world::{Case, Got, Setup, run};
+use epsmoe_base::{DType, Fault, FaultKind, Rank};
+use epsmoe_fabric::{Act, Mischief};
+use epsmoe_plan::{Capacity, GemmKind, Policy, Stages};
+use std::time::{Duration, Instant};
+
+/// Four stages of one expert, in the order `d0 d1 c0 d2 c1 d3 c2 c3`.
+fn four_stages() -> Policy {
+    Policy { stages: Some(Stages::Sizes(vec![1; 4])), ..Policy::default() }
+}
+
+/// Lane waits of one layer of four stages: one before the metadata, one for each dispatch and each combine,
+/// and one for the sums that came home.
+const WAITS: [&str; 10] = [
+    "{layer}: metadata on the transfer lane reads send_records while upload ({layer}) on the compute lane writes it, \
+     and no event orders them",
+    "{layer}, stage 0: gather on the compute lane reads received_rows while dispatch ({layer}, stage 0) on the \
+     transfer lane writes it, and no event orders them",
+    "{layer}, stage 1: gather on the compute lane reads received_rows while dispatch ({layer}, stage 1) on the \
+     transfer lane writes it, and no event orders them",
+    "{layer}, stage 0: combine on the transfer lane reads sums while reduce ({layer}, stage 0) on the compute lane \
+     writes it, and no event orders them",
+    "{layer}, stage 2: gather on the compute lane reads received_rows while dispatch ({layer}, stage 2) on the \
+     transfer lane writes it, and no event orders them",
+    "{layer}, stage 1: combine on the transfer lane reads sums while reduce ({layer}, stage 1) on the compute lane \
+     writes it, and no event orders them",
+    "{layer}, stage 3: gather on the compute lane reads received_rows while dispatch ({layer}, stage 3) on the \
+     transfer lane writes it, and no event orders them",
+    "{layer}, stage 2: combine on the transfer lane reads sums while reduce ({layer}, stage 2) on the compute lane \
+     writes it, and no event orders them",
+    "{layer}, stage 3: combine on the transfer lane reads sums while reduce ({layer}, stage 3) on the compute lane \
+     writes it, and no event orders them",
+    "{layer}: reduce on the compute lane reads home_rows while combine ({layer}, stage 2) on the transfer lane writes \
+     it, and no event orders them",
+];
+
+#[test]
+fn every_event_is_needed() {
+    let case = Case::fixed();
+    for got in run(&case, &Setup::new(four_stages())) {
+        assert_eq!(got.expect("no fault").waits, case.layers * WAITS.len());
+    }
+    for (rank, wait) in (0..2).flat_map(|rank| (0..case.layers * WAITS.len()).map(move |wait| (rank, wait))) {
+        let setup = Setup { skipped: Some((rank, wait)), ..Setup::new(four_stages()) };
+        let answers = run(&case, &setup);
+        let context = format!("rank {rank} without its wait {wait}");
+        let fault = answers[rank].as_ref().map(|_| ()).expect_err(&context);
+        let layer = format!("layer {}", wait / WAITS.len());
+        let want = format!("rank {rank}, {}", WAITS[wait % WAITS.len()].replace("{layer}", &layer));
+        assert_eq!(fault.to_string(), want, "{context}");
+        assert_eq!(fault.kind, FaultKind::Race, "{fault}");
+        // The other rank has heard of it, unless it was done before.
+        let other = answers[1 - rank].as_ref();
+        assert!(other.is_ok() || other.is_err_and(|other| other == fault), "{other:?}");
+    }
+}
+
+/// How long ranks wait for each other in these tests, and what a loaded machine may add.
+const SHORT: Duration = Duration::from_millis(150);
+const SLACK: Duration = Duration::from_secs(5);
+
+/// Every rank must report the same fault, one of `texts`: which one depends on who saw it first.
+fn fails(case: &Case, setup: Setup, kind: FaultKind, texts: &[&str]) {
+    let begin = Instant::now();
+    let answers = run(case, &Setup { timeout: SHORT, ..setup });
+    let took = begin.elapsed();
+    let faults: Vec<Fault> =
+        answers.into_iter().map(|answer: Result<Got, _>| answer.expect_err(texts[0])).collect();
+    assert!(faults.iter().all(|fault| *fault == faults[0]), "not one cause: {faults:#?}");
+    let text = faults[0].to_string();
+    assert!(texts.contains(&text.as_str()), "{text}\nis none of {texts:#?}");
+    assert_eq!(faults[0].kind, kind, "{text}");
+    assert!(took < SHORT + SLACK, "{took:?} until {text}");
+}
+
+/// The exchanges of a layer of four stages: metadata, then the transfer order.
+fn at(rank: usize, exchange: u64, act: Act) -> Setup {
+    Setup { mischief: Some(Mischief { rank: Rank(rank), exchange, act }), ..Setup::new(four_stages()) }
+}
+
+#[test]
+fn a_stalled_rank_is_named_with_layer_and_stage() {
+    let (case, kind) = (Case::fixed(), FaultKind::Deadline);
+    for (setup, text) in [
+        (at(1, 0, Act::Stall), "rank 0, layer 0: rank 1 did not send metadata within 150ms"),
+        (at(1, 2, Act::Stall), "rank 0, layer 0, stage 1: rank 1 did not send dispatch within 150ms"),
+        (at(0, 8, Act::Stall), "rank 1, layer 0, stage 3: rank 0 did not send combine within 150ms"),
+        (at(1, 9 + 3, Act::Stall), "rank 0, layer 1, stage 0: rank 1 did not send combine within 150ms"),
+    ] {
+        fails(&case, setup, kind, &[text]);
+    }
+    let three =
+        Case { tokens: vec![9, 0, 5], placement: epsmoe_plan::Placement::new(12, 3).unwrap(), ..case };
+    fails(
+        &three,
+        at(1, 5, Act::Stall),
+        kind,
+        &[
+            "rank 0, layer 0, stage 1: rank 1 did not send combine within 150ms",
+            "rank 2, layer 0, stage 1: rank 1 did not send combine within 150ms",
+        ],
+    );
+}
+
+#[test]
+fn a_rank_that_does_not_come_to_the_layer_is_named() {
+    let setup = Setup { absent: Some(1), ..Setup::new(four_stages()) };
+    fails(
+        &Case::fixed(),
+        setup,
+        FaultKind::Deadline,
+        &["rank 0, layer 0: rank 1 did not come to rendezvous within 150ms"],
+    );
+}
+
+#[test]
+fn a_panicking_rank_is_named_with_layer_and_stage() {
+    for (setup, text) in [
+        (at(1, 0, Act::Panic), "rank 1, layer 0: metadata panicked: rank 1 panics on purpose at metadata"),
+        (
+            at(1, 4, Act::Panic),
+            "rank 1, layer 0, stage 2: dispatch panicked: rank 1 panics on purpose at dispatch",
+        ),
+        (
+            at(0, 17, Act::Panic),
+            "rank 0, layer 1, stage 3: combine panicked: rank 0 panics on purpose at combine",
+        ),
+    ] {
+        fails(&Case::fixed(), setup, FaultKind::Panic, &[text]);
+    }
+}
+
+#[test]
+fn a_wrong_number_of_rows_is_named_with_layer_and_stage() {
+    let (case, kind) = (Case::fixed(), FaultKind::Mismatch);
+    for (setup, text) in [
+        (
+            at(1, 0, Act::SendOneRowLess),
+            "rank 0, layer 0: rank 1 sent 19 rows of metadata (5 wide, uint32) where 20 rows (5 wide, uint32) were announced",
+        ),
+        (
+            at(1, 2, Act::SendOneRowLess),
+            "rank 0, layer 0, stage 1: rank 1 sent 8 rows of dispatch (16 wide, float32) where 9 rows (16 wide, float32) were announced",
+        ),
+        (
+            at(1, 7, Act::SendOneRowLess),
+            "rank 0, layer 0, stage 2: rank 1 sent 6 rows of combine (16 wide, float32) where 7 rows (16 wide, float32) were announced",
+        ),
+    ] {
+        fails(&case, setup, kind, &[text]);
+    }
+}
+
+#[test]
+fn ranks_that_were_started_otherwise_are_named_at_the_rendezvous() {
+    let texts = [
+        "rank 0, layer 0: rank 0 and rank 1 were started with different settings or models; give every rank the same \
+         checkpoint and the same flags",
+        "rank 1, layer 0: rank 1 and rank 0 were started with different settings or models; give every rank the same \
+         checkpoint and the same flags",
+    ];
+    let same = Setup::new(four_stages());
+    let dense = Policy { gemm: GemmKind::Dense, ..four_stages() };
+    for setup in [
+        Setup { policies: vec![four_stages(), dense], ..same.clone() },
+        Setup { policies: vec![four_stages(), Policy::default()], ..same.clone() },
+        Setup { identities: vec![1, 2], ..same },
+    ] {
+        fails(&Case::fixed(), setup, FaultKind::Mismatch, &texts);
+    }
+}
+
+#[test]
+fn room_for_less_than_a_token_of_every_rank_is_refused() {
+    let case = Case { dtype: DType::BF16, ..Case::fixed() };
+    let short = Capacity { rows_received: 1, ..Capacity::worst_case(24, &case.placement, 3) };
+    let setup = Setup { capacity: Some(short), ..Setup::new(four_stages()) };
+    fails(
+        &case,
+        setup,
+        FaultKind::Invalid,
+        &[
+            "rank 0, outside any layer: one token of every rank needs Capacity { tokens: 1, rows_sent: 2, rows_received: 2, \
+         copies: 6, stage_copies: 6 }, but there is Capacity { tokens: 24, rows_sent: 48, rows_received: 1, \
+         copies: 144, stage_copies: 144 }",
+            "rank 1, outside any layer: one token of every rank needs Capacity { tokens: 1, rows_sent: 2, rows_received: 2, \
+         copies: 6, stage_copies: 6 }, but there is Capacity { tokens: 24, rows_sent: 48, rows_received: 1, \
+         copies: 144, stage_copies: 144 }",
+        ],
+    );
+}

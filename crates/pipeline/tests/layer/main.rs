@@ -1,0 +1,7 @@
+//! Whole layers on ranks that are threads, on the reference processor: the right sums (`sums`), the same bits
+//! however they are scheduled (`bits`), and every way to fail (`faults`). `EPSMOE_TEST_SEED` repeats a run.
+
+mod bits;
+mod faults;
+mod sums;
+mod world;

@@ -1,0 +1,350 @@
+//! Random MoE layers, and ranks that run them.
+
+use epsmoe_base::{
+    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, hash_bytes,
+};
+use epsmoe_device::host::{HostOptions, WeightStore};
+use epsmoe_device::op::{Embed, Gate, Score, Upload};
+use epsmoe_device::reference::{self, PlainKernels, Reference};
+use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
+use epsmoe_fabric::{Mischief, Threads, ThreadsOptions};
+use epsmoe_pipeline::{
+    ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
+};
+use epsmoe_plan::*;
+use half::bf16;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+/// Long enough for any machine that works.
+pub(crate) const PATIENT: Duration = Duration::from_secs(30);
+
+/// Layers of one shape, one after the other: what one gives is what the next takes. All numbers follow from
+/// the seed and the format.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) seed: u64,
+    pub(crate) dtype: DType,
+    pub(crate) placement: Placement,
+    pub(crate) hidden: usize,
+    pub(crate) inner: usize,
+    pub(crate) gate: Gate,
+    /// Expert that a strong bias sends every token to.
+    pub(crate) hot: Option<usize>,
+    /// Inner width of the shared expert.
+    pub(crate) shared: Option<usize>,
+    /// Whether the shared expert's output is gated.
+    pub(crate) shared_gate: bool,
+    /// Tokens of each rank.
+    pub(crate) tokens: Vec<usize>,
+    pub(crate) layers: usize,
+}
+
+impl Case {
+    pub(crate) fn random(seed: u64, dtype: DType, layers: usize) -> Self {
+        let mut mix = Mix::keyed(seed, &[1]);
+        let ranks = 1 + mix.below(4);
+        let experts = ranks + mix.below(3 * ranks + 2);
+        let gate = Gate {
+            top_k: 1 + mix.below(experts.min(4)),
+            score: [Score::Softmax, Score::Sigmoid][mix.below(2)],
+            groups: None,
+            normalise: mix.below(2) == 0,
+            scale: 1.0 + 0.5 * mix.unit(),
+        };
+        let tokens = |_| if mix.below(4) == 0 { 0 } else { mix.below(24) };
+        Case {
+            tokens: (0..ranks).map(tokens).collect(),
+            seed,
+            dtype,
+            placement: Placement::new(experts, ranks).expect("at least an expert a rank"),
+            hidden: 1 + mix.below(20),
+            inner: 1 + mix.below(12),
+            gate,
+            hot: (mix.below(3) == 0).then(|| mix.below(experts)),
+            shared: (mix.below(3) > 0).then(|| 1 + mix.below(9)),
+            shared_gate: mix.below(2) == 0,
+            layers,
+        }
+    }
+
+    /// Two ranks of four experts, top 3, with 24 tokens each: rows in every stage, whatever the cut.
+    pub(crate) fn fixed() -> Self {
+        let gate = Gate { top_k: 3, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
+        Case {
+            seed: 7,
+            dtype: DType::F32,
+            placement: Placement::new(8, 2).expect("two ranks"),
+            hidden: 16,
+            inner: 5,
+            gate,
+            hot: None,
+            shared: Some(3),
+            shared_gate: false,
+            tokens: vec![24, 24],
+            layers: 2,
+        }
+    }
+
+    /// A named tensor `[rows, width]`, whose rows keep numbers small, in numbers that its format has exactly.
+    pub(crate) fn tensor(&self, name: &str, rows: usize, width: usize) -> Vec<f32> {
+        let mut mix = Mix::keyed(self.seed, &[hash_bytes(name.as_bytes())]);
+        let size = 1.2 / (width as f32).sqrt();
+        (0..rows * width).map(|_| rounded(self.dtype, size * mix.signed())).collect()
+    }
+
+    /// What each rank starts from `[T, H]`.
+    pub(crate) fn input(&self, rank: usize) -> Vec<f32> {
+        let name = format!("input of rank {rank}");
+        let x = self.tensor(&name, self.tokens[rank] * self.hidden, 1);
+        x.into_iter().map(|x| rounded(self.dtype, x)).collect()
+    }
+
+    /// The router's correction bias.
+    pub(crate) fn bias(&self, layer: usize) -> Option<Vec<f32>> {
+        let hot = self.hot?;
+        let mut bias = self.tensor(&format!("{layer} bias"), 1, self.placement.experts());
+        bias[hot] = 50.0;
+        Some(bias)
+    }
+}
+
+fn rounded(dtype: DType, value: f32) -> f32 {
+    if dtype == DType::BF16 { bf16::from_f32(value).to_f32() } else { value }
+}
+
+/// How a case is run.
+#[derive(Clone)]
+pub(crate) struct Setup {
+    /// One for all ranks, or one each.
+    pub(crate) policies: Vec<Policy>,
+    pub(crate) identities: Vec<u64>,
+    pub(crate) capacity: Option<Capacity>,
+    pub(crate) jitter: u64,
+    pub(crate) delay: Option<u64>,
+    /// A lane wait of one rank to leave out.
+    pub(crate) skipped: Option<(usize, usize)>,
+    pub(crate) mischief: Option<Mischief>,
+    /// A rank that comes to no layer.
+    pub(crate) absent: Option<usize>,
+    /// How long ranks wait for each other.
+    pub(crate) timeout: Duration,
+}
+
+impl Setup {
+    pub(crate) fn new(policy: Policy) -> Self {
+        Setup {
+            policies: vec![policy],
+            identities: vec![0],
+            capacity: None,
+            jitter: 1,
+            delay: None,
+            skipped: None,
+            mischief: None,
+            absent: None,
+            timeout: PATIENT,
+        }
+    }
+
+    pub(crate) fn serial() -> Self {
+        Setup::new(Policy { schedule: Schedule::Serial, ..Policy::default() })
+    }
+}
+
+/// What one rank got.
+#[derive(Clone, Debug)]
+pub(crate) struct Got {
+    /// The last layer's output.
+    pub(crate) y: Vec<f32>,
+    /// Lane waits asked for.
+    pub(crate) waits: usize,
+    /// Of each layer.
+    pub(crate) reports: Vec<LayerReport>,
+}
+
+/// Runs all layers on all ranks; a rank's error is the world's first fault, as in an engine. Fails the test
+/// rather than hang.
+pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
+    let faults = FaultCell::default();
+    let fabric = ThreadsOptions {
+        delay: setup.delay,
+        mischief: setup.mischief,
+        ..ThreadsOptions::new(setup.timeout, faults.clone())
+    };
+    let weights = Arc::<WeightStore<_>>::default();
+    let (done, answers) = mpsc::channel();
+    for (rank, fabric) in Threads::world(case.placement.ranks(), fabric).into_iter().enumerate() {
+        let skipped = setup.skipped.filter(|&(who, _)| who == rank).map(|(_, wait)| wait);
+        let host = HostOptions {
+            faults: faults.clone(),
+            skipped_waits: skipped.into_iter().collect(),
+            ..reference::options(case.dtype, setup.jitter)
+        };
+        let device =
+            Reference::new(Rank(rank), PlainKernels, Arc::clone(&weights), host).expect("lane threads");
+        let (case, setup, done, faults) = (case.clone(), setup.clone(), done.clone(), faults.clone());
+        std::thread::spawn(move || {
+            let answer = run_rank(&case, &setup, device, fabric).map_err(|error| match error {
+                PipelineError::Fault(fault) => faults.raise(fault),
+                other => {
+                    let (kind, place, message) = (FaultKind::Invalid, Place::default(), other.to_string());
+                    faults.raise(Fault { kind, rank: Rank(rank), place, message })
+                }
+            });
+            done.send((rank, answer))
+        });
+    }
+    drop(done);
+    let mut all = Vec::new();
+    while all.len() < case.placement.ranks() {
+        match answers.recv_timeout(4 * PATIENT) {
+            Ok(answer) => all.push(answer),
+            Err(error) => panic!("{} ranks answered, then {error}: {case:?}", all.len()),
+        }
+    }
+    all.sort_by_key(|&(rank, _)| rank);
+    all.into_iter().map(|(_, answer)| answer).collect()
+}
+
+fn run_rank(case: &Case, setup: &Setup, device: Reference, fabric: Threads) -> Result<Got, PipelineError> {
+    let rank = device.rank();
+    let (device, tokens) = (Arc::new(device), case.tokens[rank.0]);
+    let pipeline = ExpertPipeline::new(Arc::clone(&device), Arc::new(fabric), options(case, setup, rank))?;
+    let layers: Vec<MoeLayer> = (0..case.layers).map(|layer| load(case, &device, Layer(layer))).collect();
+    let mut x = device.allocate("x", case.dtype, tokens, case.hidden)?;
+    let mut y = device.allocate("y", case.dtype, tokens, case.hidden)?;
+    fill(&device, &x, &case.input(rank.0));
+    let finish = || device.wait(&device.record(Lane::Compute), Deadline::after(4 * PATIENT));
+    if setup.absent == Some(rank.0) {
+        // Elsewhere until the world has stopped.
+        loop {
+            finish()?;
+            std::thread::sleep(FaultCell::POLL);
+        }
+    }
+    let mut reports = Vec::new();
+    for layer in &layers {
+        reports.push(pipeline.run(layer, &x, &y)?);
+        std::mem::swap(&mut x, &mut y);
+    }
+    finish()?;
+    Ok(Got { y: device.read_f32(&x)?, waits: device.waits(), reports })
+}
+
+fn options(case: &Case, setup: &Setup, rank: Rank) -> PipelineOptions {
+    let tokens = case.tokens.iter().copied().max().unwrap_or(0).max(1);
+    let worst = Capacity::worst_case(tokens, &case.placement, case.gate.top_k);
+    let layer = LayerSizes {
+        hidden: case.hidden,
+        inner: case.inner,
+        top_k: case.gate.top_k,
+        local_experts: case.placement.max_local(),
+        activation_bytes: case.dtype.bytes(),
+    };
+    let capacity = setup.capacity.unwrap_or(worst);
+    PipelineOptions {
+        placement: case.placement,
+        policy: setup.policies[rank.0 % setup.policies.len()].clone(),
+        sizes: PipelineSizes { layer, shared_inner: case.shared.unwrap_or(0), capacity },
+        identity: setup.identities[rank.0 % setup.identities.len()],
+        timeout: setup.timeout,
+    }
+}
+
+fn load(case: &Case, device: &Reference, layer: Layer) -> MoeLayer {
+    let (hidden, experts) = (case.hidden, case.placement.experts());
+    let take = |name: String, shape: WeightShape, tensors: &[Vec<f32>]| -> Weight {
+        let bytes = |tensor: &Vec<f32>| tensor.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let bytes: Vec<Vec<u8>> = tensors.iter().map(bytes).collect();
+        let tensors: Vec<_> = bytes.iter().map(|bytes| TensorBytes { dtype: DType::F32, bytes }).collect();
+        device.find(&name).unwrap_or_else(|| device.load(&name, shape, &tensors).expect("a weight"))
+    };
+    let map = |name: String, n: usize, k: usize| {
+        let tensor = case.tensor(&name, n, k);
+        take(name, WeightShape::Matrix { n, k }, &[tensor])
+    };
+    let mlp = |name: String, inner: usize| {
+        let part = |part: &str| case.tensor(&format!("{name} {part}"), inner, hidden);
+        let shape = WeightShape::GateUp { inner, k: hidden };
+        Mlp {
+            gate_up: take(format!("{name} gate and up"), shape, &[part("gate"), part("up")]),
+            down: map(format!("{name} down"), hidden, inner),
+        }
+    };
+    let number = layer.0;
+    let bias = |bias: Vec<f32>| take(format!("{number} bias"), WeightShape::Vector { n: experts }, &[bias]);
+    let shared = |inner: usize| SharedMlp {
+        mlp: mlp(format!("{number} shared"), inner),
+        gate: case.shared_gate.then(|| map(format!("{number} shared gate"), 1, hidden)),
+    };
+    let own = case.placement.experts_of(device.rank());
+    MoeLayer {
+        layer,
+        router: map(format!("{number} router"), experts, hidden),
+        bias: case.bias(number).map(bias),
+        gate: case.gate,
+        experts: own.map(|expert| mlp(format!("{number} expert {expert}"), case.inner)).collect(),
+        shared: case.shared.map(shared),
+    }
+}
+
+fn fill(device: &Reference, out: &Buffer, values: &[f32]) {
+    let (rows, width) = (out.rows, out.width);
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let tensors = [TensorBytes { dtype: DType::F32, bytes: &bytes }];
+    let name = format!("input of {}", device.rank());
+    let table = device.load(&name, WeightShape::Table { rows, width }, &tensors).expect("a table");
+    let ids = device.allocate("ids", DType::U32, rows, 1).expect("memory");
+    let compute =
+        |op: epsmoe_device::op::Op| device.enqueue(Lane::Compute, Place::default(), op).expect("it fits");
+    compute(Upload { words: (0..rows as u32).collect(), out: ids.clone() }.into());
+    compute(Embed { ids, table, out: out.clone() }.into());
+}
+
+/// Any policy that the placement allows: stages with and without experts, in any legal order.
+pub(crate) fn random_policy(placement: &Placement, mix: &mut Mix) -> Policy {
+    let gemm = [GemmKind::Grouped, GemmKind::Dense][mix.below(2)];
+    let most = placement.max_local();
+    if mix.below(8) == 0 {
+        return Policy { schedule: Schedule::Serial, gemm, ..Policy::default() };
+    }
+    let (stages, count) = match mix.below(4) {
+        0 => (None, Policy::DEFAULT_STAGES.min(most)),
+        1 => {
+            let count = 1 + mix.below(most);
+            (Some(Stages::Count(count)), count)
+        }
+        _ => {
+            let count = 1 + mix.below(most + 2);
+            let mut cut: Vec<usize> = (1..count).map(|_| mix.below(most + 1)).chain([0, most]).collect();
+            cut.sort_unstable();
+            (Some(Stages::Sizes(cut.windows(2).map(|ends| ends[1] - ends[0]).collect())), count)
+        }
+    };
+    let shared = [
+        None,
+        Some(SharedExpert::BesideRendezvous),
+        Some(SharedExpert::BesideFirstDispatch),
+        Some(SharedExpert::BesideLastCombine),
+        Some(SharedExpert::Alone),
+    ][mix.below(5)];
+    let order = (mix.below(3) > 0).then(|| random_order(count, mix));
+    Policy { schedule: Schedule::Staged, stages, gemm, shared, order }
+}
+
+/// Draws among the transfers that may come next until none is left.
+fn random_order(stages: usize, mix: &mut Mix) -> Vec<Transfer> {
+    let (mut dispatched, mut combined) = (vec![false; stages], vec![false; stages]);
+    let mut order = Vec::new();
+    while order.len() < 2 * stages {
+        let stage = mix.below(stages);
+        if mix.below(2) == 0 && !dispatched[stage] {
+            dispatched[stage] = true;
+            order.push(Transfer::Dispatch(Stage(stage)));
+        } else if !combined[stage] && dispatched[..=stage].iter().all(|&there| there) {
+            combined[stage] = true;
+            order.push(Transfer::Combine(Stage(stage)));
+        }
+    }
+    order
+}

@@ -1,0 +1,153 @@
+//! Where a rank's time went, without a rest: every nanosecond of a run is in exactly one account.
+
+use crate::Timeline;
+use epsmoe_base::{Lane, Rank};
+use serde::Serialize;
+use std::ops::Range;
+
+/// Nanoseconds of one rank, from the first to the last span of a run.
+///
+/// The compute lane decides: while it works, time belongs to what it does; while it does not, to the transfers
+/// that it waits for, or to the host that plans an MoE layer, or to nothing.
+///
+/// ```text
+/// compute    route  ·  ·  gemm gemm  ·  ·  reduce | ·  attention
+/// transfer          ·  d0  d0        c0
+///                  plan └ exposed   └ exposed       idle
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Accounts {
+    /// All of it.
+    pub wall: u64,
+    /// Matrix products.
+    pub gemm: u64,
+    /// Attention over the cache.
+    pub attention: u64,
+    /// Every other operation.
+    pub other: u64,
+    /// Nothing computed, rows travelled.
+    pub exposed_transfer: u64,
+    /// Nothing computed and nothing travelled inside an MoE layer: ranks met, the host planned.
+    pub rendezvous: u64,
+    /// The same outside MoE layers.
+    pub idle: u64,
+}
+
+impl Accounts {
+    /// Sorts the time of `rank`. Spans of one lane that overlap are counted twice: [`Accounts::unexplained`] shows it.
+    pub fn of(timeline: &Timeline, rank: Rank) -> Self {
+        let Some(wall) = timeline.extent() else { return Accounts::default() };
+        let mut accounts = Accounts { wall: wall.end - wall.start, ..Accounts::default() };
+        let layers = moe_layers(timeline, rank);
+        let transfers = timeline.intervals(rank, Lane::Transfer);
+        let compute = timeline.spans.iter().filter(|span| span.rank == rank && span.lane == Lane::Compute);
+        for span in compute {
+            let account = match span.name.as_ref() {
+                "gemm" => &mut accounts.gemm,
+                "attention" => &mut accounts.attention,
+                _ => &mut accounts.other,
+            };
+            *account += span.duration_ns();
+        }
+        for gap in gaps(&timeline.intervals(rank, Lane::Compute), wall) {
+            let exposed = shared(&transfers, &gap);
+            let in_layers = |&(start, end): &(u64, u64)| shared(&layers, &(start.max(gap.start)..end.min(gap.end)));
+            let planning = shared(&layers, &gap) - transfers.iter().map(in_layers).sum::<u64>();
+            accounts.exposed_transfer += exposed;
+            accounts.rendezvous += planning;
+            accounts.idle += gap.end - gap.start - exposed - planning;
+        }
+        accounts
+    }
+
+    /// What the accounts miss of the wall time, or have too much of it.
+    pub fn unexplained(&self) -> u64 {
+        let explained = self.gemm
+            + self.attention
+            + self.other
+            + self.exposed_transfer
+            + self.rendezvous
+            + self.idle;
+        explained.abs_diff(self.wall)
+    }
+}
+
+/// From each `route` of a rank to the sum at home, which is the `reduce` of no stage.
+fn moe_layers(timeline: &Timeline, rank: Rank) -> Vec<(u64, u64)> {
+    let mut open = None;
+    let mut spans: Vec<_> = timeline.spans.iter().filter(|span| span.rank == rank).collect();
+    spans.sort_by_key(|span| span.start_ns);
+    let mut layers = Vec::new();
+    for span in spans {
+        match span.name.as_ref() {
+            "route" => open = Some(span.start_ns),
+            "reduce" if span.stage.is_none() => layers.extend(open.take().map(|start| (start, span.end_ns))),
+            _ => {}
+        }
+    }
+    layers
+}
+
+/// What `busy` leaves free of `wall`.
+fn gaps(busy: &[(u64, u64)], wall: Range<u64>) -> Vec<Range<u64>> {
+    let starts = std::iter::once(wall.start).chain(busy.iter().map(|&(_, end)| end));
+    let ends = busy.iter().map(|&(start, _)| start).chain([wall.end]);
+    starts.zip(ends).map(|(start, end)| start..end).filter(|gap| gap.start < gap.end).collect()
+}
+
+/// Nanoseconds that disjoint intervals have in common with one.
+fn shared(intervals: &[(u64, u64)], with: &Range<u64>) -> u64 {
+    intervals.iter().map(|&(start, end)| end.min(with.end).saturating_sub(start.max(with.start))).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Span;
+    use epsmoe_base::{Layer, Stage};
+
+    fn span(lane: Lane, name: &'static str, stage: Option<usize>, times: Range<u64>) -> Span {
+        Span {
+            rank: Rank(0),
+            layer: Some(Layer(0)),
+            stage: stage.map(Stage),
+            lane,
+            name: name.into(),
+            start_ns: times.start,
+            end_ns: times.end,
+        }
+    }
+
+    #[test]
+    fn every_nanosecond_has_one_account() {
+        let spans = vec![
+            span(Lane::Compute, "route", None, 0..2),
+            span(Lane::Transfer, "dispatch", Some(0), 3..6),
+            span(Lane::Compute, "gemm", Some(0), 6..10),
+            span(Lane::Transfer, "dispatch", Some(1), 6..8),
+            span(Lane::Transfer, "combine", Some(0), 10..13),
+            span(Lane::Compute, "reduce", None, 14..15),
+            span(Lane::Compute, "attention", None, 17..20),
+        ];
+        let accounts = Accounts::of(&Timeline { spans }, Rank(0));
+        let expected = Accounts {
+            wall: 20,
+            gemm: 4,
+            attention: 3,
+            other: 3,
+            exposed_transfer: 6,
+            rendezvous: 2,
+            idle: 2,
+        };
+        assert_eq!(accounts, expected);
+        assert_eq!(accounts.unexplained(), 0);
+    }
+
+    #[test]
+    fn work_that_overlaps_on_one_lane_is_noticed() {
+        let spans =
+            vec![span(Lane::Compute, "gemm", None, 0..10), span(Lane::Compute, "add", None, 5..10)];
+        assert_eq!(Accounts::of(&Timeline { spans }, Rank(0)).unexplained(), 5);
+        assert_eq!(Accounts::of(&Timeline::default(), Rank(0)), Accounts::default());
+    }
+}

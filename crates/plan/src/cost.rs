@@ -1,0 +1,453 @@
+//! What work costs on a machine: a readable file of measured tables, read in whole numbers.
+//!
+//! Every time is in nanoseconds and every factor in thousandths (*permille*). All arithmetic is on integers, so the
+//! same file gives bit-identical times on every rank, whatever its processor or compiler.
+
+use crate::curve::scale;
+use crate::{Curve, GemmKind};
+use epsmoe_base::{DType, hash_bytes};
+use serde::{Deserialize, Serialize};
+
+/// A cost model, or a machine's description, that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CostError {
+    /// The text is not one.
+    #[error("{what} cannot be read: {why}")]
+    Unreadable {
+        /// What was expected.
+        what: &'static str,
+        /// What the parser says.
+        why: String,
+    },
+    /// It was written by another release.
+    #[error("the cost model has version {got}, this program reads version {want}: measure it again")]
+    Version {
+        /// The file's.
+        got: u32,
+        /// This program's.
+        want: u32,
+    },
+    /// A figure that no machine can have.
+    #[error("{table} of the cost model {problem}")]
+    Table {
+        /// Which one.
+        table: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// Nothing was measured that says it.
+    #[error("no sample says {what}: measure it, or start from a model that knows it")]
+    Missing {
+        /// What is not known.
+        what: &'static str,
+    },
+    /// A name that the catalog does not have.
+    #[error("no {what} is called `{name}`: there are {known}")]
+    Unknown {
+        /// Machine, processor, link or kernels.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// Names that exist.
+        known: String,
+    },
+}
+
+/// What everything costs on one machine, with one set of kernels, in one number format.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CostModel {
+    /// [`CostModel::VERSION`] of the program that wrote it.
+    pub version: u32,
+    /// The hardware it was measured on; elsewhere it is refused.
+    pub machine: String,
+    /// The kernels it was measured with, likewise.
+    pub kernels: String,
+    /// The number format of weights and rows.
+    pub dtype: DType,
+    /// Compute lanes, over all ranks, that run at full speed at once: ranks of one processor slow each other down.
+    /// 0: every rank has a processor of its own.
+    pub concurrent: u32,
+    /// One call over all experts of a stage.
+    pub grouped: GemmCost,
+    /// One call per expert.
+    pub dense: GemmCost,
+    /// Exchanges between ranks.
+    pub link: LinkCost,
+    /// Moving and adding rows.
+    pub rows: RowsCost,
+    /// What the host does between the lanes' work.
+    pub host: HostCost,
+    /// Ways to divide the processor between computation and transfers. The first is no division at all.
+    pub shares: Vec<ShareCost>,
+}
+
+/// Multiplying `rows` rows by an expert's `[K, N]` matrix takes the longer of
+/// `2·rows·N·K / (flops_per_second · rows-efficiency · depth-efficiency)` and `bytes of the matrix /
+/// weight_bytes_per_second`; an operation adds that up over its experts, and pays `op_ns` once.
+///
+/// One expert, 100 rows, N = K = 1000, 10¹² FLOP/s at 50 % efficiency: 2·10⁸ FLOP take 400 µs.
+///
+/// ```
+/// # use epsmoe_plan::*;
+/// let gemm = GemmCost {
+///     flops_per_second: 1_000_000_000_000,
+///     rows: Curve::flat(500),
+///     depth: Curve::flat(1000),
+///     weight_bytes_per_second: 10_000_000_000,
+///     op_ns: 3_000,
+/// };
+/// let product = gemm.product(1000, 1000, 2);
+/// assert_eq!(product.expert_ns(100), 400_000);
+/// assert_eq!(product.expert_ns(1), 200_000); // reading 2 MB of weights at 10 GB/s
+/// assert_eq!(product.op_ns([100, 0, 1]), 603_000); // an expert without rows costs nothing
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GemmCost {
+    /// The best rate seen.
+    pub flops_per_second: u64,
+    /// Rows per expert → permille of it.
+    pub rows: Curve,
+    /// Depth K → permille of it.
+    pub depth: Curve,
+    /// Rate at which weights are read.
+    pub weight_bytes_per_second: u64,
+    /// Paid by every operation: launch, tail.
+    pub op_ns: u64,
+}
+
+/// [`GemmCost`] for one matrix shape, ready to be asked many times.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a> {
+    rows: &'a Curve,
+    /// Picoseconds of a row at the best rate.
+    row_ps: u64,
+    weight_ns: u64,
+    op_ns: u64,
+}
+
+impl GemmCost {
+    /// For matrices of `columns` N by `depth` K, whose elements take `element_bytes`.
+    pub fn product(&self, columns: usize, depth: usize, element_bytes: usize) -> Product<'_> {
+        let elements = columns as u128 * depth as u128;
+        let row_ps =
+            2 * elements * 1_000_000_000_000 * 1000 / rate(self.flops_per_second) / self.depth_permille(depth);
+        let weight_ns = elements * element_bytes as u128 * 1_000_000_000 / rate(self.weight_bytes_per_second);
+        Product {
+            rows: &self.rows,
+            row_ps: row_ps.max(1) as u64,
+            weight_ns: weight_ns as u64,
+            op_ns: self.op_ns,
+        }
+    }
+
+    fn depth_permille(&self, depth: usize) -> u128 {
+        u128::from(self.depth.clamped(depth as u64).max(1))
+    }
+
+    /// The same, `permille` / 1000 times as slow.
+    fn slowed(&self, permille: u64) -> Self {
+        GemmCost {
+            flops_per_second: divided(self.flops_per_second, permille),
+            weight_bytes_per_second: divided(self.weight_bytes_per_second, permille),
+            op_ns: scale(self.op_ns, permille),
+            ..self.clone()
+        }
+    }
+
+    fn check(&self, table: &str) -> Result<(), CostError> {
+        let refuse = |problem: &str| Err(CostError::Table { table: table.into(), problem: problem.into() });
+        if self.flops_per_second == 0 || self.weight_bytes_per_second == 0 {
+            return refuse("has a rate of 0");
+        }
+        for curve in [&self.rows, &self.depth] {
+            if !curve.is_sorted() {
+                return refuse("has an efficiency whose points do not ascend");
+            }
+            if curve.points().iter().any(|&(_, permille)| permille == 0) {
+                return refuse("has an efficiency of 0");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Product<'_> {
+    /// One expert's part of an operation.
+    pub fn expert_ns(&self, rows: u64) -> u64 {
+        if rows == 0 {
+            return 0;
+        }
+        // Picoseconds over permille are nanoseconds.
+        let compute_ns = rows.saturating_mul(self.row_ps) / self.rows.clamped(rows).max(1);
+        compute_ns.max(self.weight_ns)
+    }
+
+    /// One operation over experts with so many rows each.
+    pub fn op_ns(&self, rows: impl IntoIterator<Item = u64>) -> u64 {
+        self.op_ns + rows.into_iter().map(|rows| self.expert_ns(rows)).sum::<u64>()
+    }
+
+    /// What an operation costs besides its experts.
+    pub fn overhead_ns(&self) -> u64 {
+        self.op_ns
+    }
+}
+
+/// What a rank sends and receives in one exchange, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Payload {
+    /// To or from ranks of its own node, whichever is more; not itself.
+    pub near: u64,
+    /// To or from ranks of other nodes, whichever is more.
+    pub far: u64,
+    /// Everything it receives, from itself too.
+    pub received: u64,
+}
+
+/// An exchange among ranks takes `exchange_ns` and then the longest of three: the link inside the node, the link
+/// between nodes, and the copying of what arrives. They carry at the same time.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LinkCost {
+    /// Paid by every exchange, even one without bytes.
+    pub exchange_ns: u64,
+    /// Ranks of one node; 0: all of them.
+    pub node_ranks: u32,
+    /// Larger direction inside the node → ns, with its start cost.
+    pub near: Curve,
+    /// Larger direction to other nodes → ns, likewise.
+    pub far: Curve,
+    /// Bytes received, from the rank itself too → ns.
+    pub copy: Curve,
+}
+
+impl LinkCost {
+    /// Ranks of one node that carry whatever they send at `bytes_per_second`, after `start_ns`; copies are free.
+    pub fn uniform(start_ns: u64, bytes_per_second: u64) -> Self {
+        LinkCost {
+            exchange_ns: 0,
+            node_ranks: 0,
+            near: Curve::line(start_ns, bytes_per_second),
+            far: Curve::flat(0),
+            copy: Curve::flat(0),
+        }
+    }
+
+    /// Whether two ranks are in one node.
+    pub fn near(&self, left: usize, right: usize) -> bool {
+        let node = self.node_ranks as usize;
+        node == 0 || left / node == right / node
+    }
+
+    /// One rank's time from the moment all ranks are there.
+    pub fn exchange_ns(&self, payload: Payload) -> u64 {
+        let carried = |curve: &Curve, bytes: u64| if bytes == 0 { 0 } else { curve.extended(bytes) };
+        let near = carried(&self.near, payload.near);
+        let far = carried(&self.far, payload.far);
+        self.exchange_ns + near.max(far).max(carried(&self.copy, payload.received))
+    }
+}
+
+/// Operations that move or add rows; each curve's value at 0 is what an operation costs without any.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RowsCost {
+    /// Bytes written → ns: rows picked by index.
+    pub gather: Curve,
+    /// Bytes read → ns: weighted sums of rows.
+    pub reduce: Curve,
+    /// Bytes → ns: index arrays from the host.
+    pub upload: Curve,
+    /// Router logits (tokens × experts) → ns: choosing experts.
+    pub route: Curve,
+}
+
+/// Work of the host, which no lane does.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostCost {
+    /// (token, expert) pairs of the rank → ns: reading the routing, counting, send and home maps.
+    pub pack: Curve,
+    /// Bytes of all ranks' messages → ns: the rendezvous, from the moment the last rank is there.
+    pub rendezvous: Curve,
+    /// Experts × ranks → ns: checking the counts, cutting the stages, laying out the buffers.
+    pub plan: Curve,
+    /// Copies received → ns: reading the metadata and making the maps of the stages.
+    pub maps: Curve,
+}
+
+/// One way to divide the processor between computation and transfers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareCost {
+    /// Permille of the processor that computation leaves alone.
+    pub reserved: u64,
+    /// Computation takes this many permille of its time under [`GemmCost`] when nothing travels.
+    pub compute: u64,
+    /// … and this many permille of *that* while something travels.
+    pub compute_beside: u64,
+    /// A transfer takes this many permille of its time while something computes.
+    pub transfer_beside: u64,
+}
+
+impl ShareCost {
+    /// The whole processor, and neither side notices the other.
+    pub const FREE: ShareCost =
+        ShareCost { reserved: 0, compute: 1000, compute_beside: 1000, transfer_beside: 1000 };
+}
+
+/// How much slower than its model a machine proved to be, in permille of time: 1000 is as predicted. Agreed by all
+/// ranks before it is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Correction {
+    /// Exchanges.
+    pub link: u64,
+    /// Grouped GEMM.
+    pub grouped: u64,
+    /// Dense GEMM.
+    pub dense: u64,
+    /// Moving and adding rows.
+    pub rows: u64,
+}
+
+impl Default for Correction {
+    fn default() -> Self {
+        Correction { link: 1000, grouped: 1000, dense: 1000, rows: 1000 }
+    }
+}
+
+impl Correction {
+    /// The factor after one more look: half way to `measured / predicted`, in one step at most doubled or halved, and
+    /// always between 1/16 and 16. `predicted` was made with `factor`.
+    ///
+    /// ```
+    /// # use epsmoe_plan::Correction;
+    /// // A link that takes four times as long as predicted.
+    /// let mut factor = 1000;
+    /// for expected in [2000, 3000, 3500] {
+    ///     factor = Correction::step(factor, 100 * factor / 1000, 400);
+    ///     assert_eq!(factor, expected);
+    /// }
+    /// ```
+    pub fn step(factor: u64, predicted_ns: u64, measured_ns: u64) -> u64 {
+        if predicted_ns == 0 || measured_ns == 0 {
+            return factor;
+        }
+        let right = u128::from(factor) * u128::from(measured_ns) / u128::from(predicted_ns);
+        let right = right.min(u128::from(u64::MAX)) as u64;
+        let half_way = factor.midpoint(right.max(1));
+        half_way.clamp(factor / 2, factor * 2).clamp(1000 / 16, 16_000)
+    }
+}
+
+impl CostModel {
+    /// What this program writes and reads.
+    pub const VERSION: u32 = 1;
+
+    /// Reads a file's text.
+    pub fn parse(text: &str) -> Result<Self, CostError> {
+        let unreadable =
+            |error: toml::de::Error| CostError::Unreadable { what: "a cost model", why: error.to_string() };
+        // Another version may have other fields: say that first.
+        let table: toml::Table = text.parse().map_err(unreadable)?;
+        let version = table.get("version").and_then(toml::Value::as_integer).unwrap_or(0);
+        if version != i64::from(Self::VERSION) {
+            return Err(CostError::Version { got: version.unsigned_abs() as u32, want: Self::VERSION });
+        }
+        let model: Self = table.try_into().map_err(unreadable)?;
+        model.check()?;
+        Ok(model)
+    }
+
+    /// The text of its file, which [`CostModel::parse`] reads.
+    pub fn to_text(&self) -> String {
+        toml::to_string(self).unwrap_or_else(|error| unreachable!("a cost model is a plain table: {error}"))
+    }
+
+    /// Refuses figures that no machine can have.
+    pub fn check(&self) -> Result<(), CostError> {
+        self.grouped.check("grouped")?;
+        self.dense.check("dense")?;
+        let (link, rows, host) = (&self.link, &self.rows, &self.host);
+        let times = [
+            ("link.near", &link.near),
+            ("link.far", &link.far),
+            ("link.copy", &link.copy),
+            ("rows.gather", &rows.gather),
+            ("rows.reduce", &rows.reduce),
+            ("rows.upload", &rows.upload),
+            ("rows.route", &rows.route),
+            ("host.pack", &host.pack),
+            ("host.rendezvous", &host.rendezvous),
+            ("host.plan", &host.plan),
+            ("host.maps", &host.maps),
+        ];
+        let refuse =
+            |table: &str, problem: &str| Err(CostError::Table { table: table.into(), problem: problem.into() });
+        for (table, curve) in times {
+            if !curve.is_sorted() || curve.points().windows(2).any(|pair| pair[0].1 > pair[1].1) {
+                return refuse(table, "falls, or its points do not ascend");
+            }
+        }
+        if self.shares.is_empty() {
+            return refuse("shares", "is empty");
+        }
+        if self.shares.iter().any(|s| s.compute < 1 || s.compute_beside < 1000 || s.transfer_beside < 1000) {
+            return refuse("shares", "has work that speeds up beside other work");
+        }
+        Ok(())
+    }
+
+    /// The same for both kinds of GEMM.
+    pub fn gemm(&self, kind: GemmKind) -> &GemmCost {
+        match kind {
+            GemmKind::Grouped => &self.grouped,
+            GemmKind::Dense => &self.dense,
+        }
+    }
+
+    /// The model that a machine's own measurements made of this one.
+    #[must_use]
+    pub fn corrected(&self, correction: &Correction) -> Self {
+        let Correction { link, grouped, dense, rows } = *correction;
+        CostModel {
+            grouped: self.grouped.slowed(grouped),
+            dense: self.dense.slowed(dense),
+            link: LinkCost {
+                exchange_ns: scale(self.link.exchange_ns, link),
+                near: self.link.near.scaled(link),
+                far: self.link.far.scaled(link),
+                copy: self.link.copy.scaled(link),
+                ..self.link.clone()
+            },
+            rows: RowsCost {
+                gather: self.rows.gather.scaled(rows),
+                reduce: self.rows.reduce.scaled(rows),
+                ..self.rows.clone()
+            },
+            ..self.clone()
+        }
+    }
+
+    /// The same machine with transfers and computation that do not notice each other.
+    #[must_use]
+    pub fn without_contention(&self) -> Self {
+        CostModel { shares: vec![ShareCost::FREE], concurrent: 0, ..self.clone() }
+    }
+
+    /// A hash of everything in it, stable over runs and releases: ranks compare it before they trust each other's
+    /// plans.
+    pub fn digest(&self) -> u64 {
+        hash_bytes(self.to_text().as_bytes())
+    }
+}
+
+fn rate(per_second: u64) -> u128 {
+    u128::from(per_second.max(1))
+}
+
+fn divided(value: u64, permille: u64) -> u64 {
+    (u128::from(value) * 1000 / u128::from(permille.max(1))).max(1) as u64
+}

@@ -1,0 +1,288 @@
+//! Where to cut a rank's experts, by predicted time: a dynamic programme small enough to run in every layer.
+//!
+//! Under the row rule the first dispatch and the last combine are the big ones, and nothing hides them, so equal
+//! stages are rarely best. For every rank on its own, the programme places stage after stage and follows both lanes
+//! in the default transfer order:
+//!
+//! ```text
+//! transfer   d0   d1   c0   d2   c1  …      t: free after c(s-2) and d(s)
+//! compute         s0   s1   s2       …      k: free after stage s
+//! ```
+//!
+//! A partial plan that ends at expert b is worth the larger of two bounds on its end: compute time still to come
+//! after k, and transfer time still to come after t. Of all partial plans with as many stages and the same end, the
+//! best by that bound survives.
+
+use crate::simulate::share_of;
+use crate::{CostModel, GemmKind, LayerSizes, Payload, Workload};
+use epsmoe_base::Rank;
+use std::ops::RangeInclusive;
+
+/// Predicted times of one rank's experts as running sums, so that a stage's time is a subtraction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Loads {
+    /// `[L + 1]` ns of the dispatches, of the combines, without their start cost.
+    dispatch: Vec<u64>,
+    combine: Vec<u64>,
+    /// Start cost of an exchange.
+    start: u64,
+    /// `[L + 1]` ns of expand, products and reduce, by kernel, without the cost per operation.
+    grouped: Vec<u64>,
+    dense: Vec<u64>,
+    /// Of a grouped stage besides its experts.
+    stage: u64,
+    /// Of a dense stage besides its experts.
+    dense_stage: u64,
+}
+
+impl Loads {
+    /// Of every rank.
+    pub(crate) fn of(workload: &Workload<'_>, cost: &CostModel, share: usize) -> Vec<Loads> {
+        let sums = Sums::of(workload, cost);
+        workload.placement.all_ranks().map(|rank| Self::of_rank(workload, cost, share, &sums, rank)).collect()
+    }
+
+    fn of_rank(workload: &Workload<'_>, cost: &CostModel, share: usize, sums: &Sums, rank: Rank) -> Loads {
+        let LayerSizes { hidden, inner, activation_bytes, .. } = workload.shape.sizes;
+        let row_bytes = (hidden * activation_bytes) as u64;
+        let block = workload.placement.experts_of(rank);
+        let share = share_of(cost, share);
+        // Curves as straight lines around what the rank has in all: of a sum of parts, the sum.
+        let line = |curve: &crate::Curve, all: u64| {
+            let (empty, full) = (curve.extended(0), curve.extended(all));
+            (empty, full.saturating_sub(empty) * 1024 / all.max(1))
+        };
+        let experts = block.len();
+        let copies: u64 = sums.copies[block.clone()].iter().map(|&copies| u64::from(copies)).sum();
+        let (gather, gather_slope) = line(&cost.rows.gather, copies * row_bytes);
+        let (reduce, reduce_slope) = line(&cost.rows.reduce, copies * row_bytes);
+        let copy_ns = |copies: u64| copies * row_bytes * (gather_slope + reduce_slope) / 1024;
+        let up = |kind| cost.gemm(kind).product(2 * inner, hidden, activation_bytes);
+        let down = |kind| cost.gemm(kind).product(hidden, inner, activation_bytes);
+        let products = [GemmKind::Grouped, GemmKind::Dense].map(|kind| [up(kind), down(kind)]);
+        let [overhead, dense_overhead] = products.map(|[up, down]| up.overhead_ns() + down.overhead_ns());
+        let computed = |kind: usize, expert: usize| {
+            let copies = u64::from(sums.copies[expert]);
+            let per_op = if kind == 1 && copies > 0 { dense_overhead } else { 0 };
+            let [up, down] = &products[kind];
+            (up.expert_ns(copies) + down.expert_ns(copies) + per_op + copy_ns(copies)) * share.compute / 1000
+        };
+        let [dispatch, combine] = [&sums.first, &sums.last].map(|side| side.link_sums(block.clone(), cost, row_bytes));
+        let running = |of: &dyn Fn(usize) -> u64| running_sums(experts, |local| of(block.start + local));
+        Loads {
+            dispatch,
+            combine,
+            start: cost.link.exchange_ns + cost.link.near.extended(0),
+            grouped: running(&|expert| computed(0, expert)),
+            dense: running(&|expert| computed(1, expert)),
+            stage: (overhead + gather + reduce) * share.compute / 1000,
+            dense_stage: (gather + reduce) * share.compute / 1000,
+        }
+    }
+
+    fn experts(&self) -> usize {
+        self.dispatch.len() - 1
+    }
+
+    /// Compute time of a stage.
+    pub(crate) fn compute_ns(&self, kind: GemmKind, from: usize, to: usize) -> u64 {
+        match kind {
+            GemmKind::Grouped => self.stage + self.grouped[to] - self.grouped[from],
+            GemmKind::Dense => self.dense_stage + self.dense[to] - self.dense[from],
+        }
+    }
+
+    fn exchange_ns(&self, side: &[u64], from: usize, to: usize) -> u64 {
+        let carried = side[to] - side[from];
+        if carried == 0 { 0 } else { self.start + carried }
+    }
+
+    /// The boundary up to which `permille` of the compute time lies, rounded to the nearer expert.
+    fn boundary(&self, permille: u64) -> usize {
+        let experts = self.experts();
+        let target = self.grouped[experts] * permille / 1000;
+        let after = self.grouped.partition_point(|&sum| sum < target).min(experts);
+        let before = after.saturating_sub(1);
+        if self.grouped[after].abs_diff(target) < target.abs_diff(self.grouped[before]) { after } else { before }
+    }
+
+    /// How much of the compute time lies before a boundary.
+    pub(crate) fn permille(&self, boundary: usize) -> u64 {
+        self.grouped[boundary] * 1000 / self.grouped[self.experts()].max(1)
+    }
+
+    /// The best boundaries `[S + 1]` for stages multiplied by `kinds`. With `targets`, each inner boundary stays
+    /// within `radius` experts of where [`Loads::boundary`] finds its target.
+    pub(crate) fn cut(&self, kinds: &[GemmKind], targets: Option<&[u64]>, radius: usize) -> Vec<usize> {
+        let (stages, experts) = (kinds.len(), self.experts());
+        let window = |stage: usize| -> RangeInclusive<usize> {
+            match targets.and_then(|targets| targets.get(stage)) {
+                _ if stage + 1 == stages => experts..=experts,
+                Some(&target) => {
+                    let middle = self.boundary(target);
+                    middle.saturating_sub(radius)..=(middle + radius).min(experts)
+                }
+                None => 0..=experts,
+            }
+        };
+        // layers[s][b - first]: the best plan of stages 0..=s that ends at b.
+        let mut layers: Vec<(usize, Vec<Option<Partial>>)> = vec![(0, vec![Some(Partial::default())])];
+        for (stage, &kind) in kinds.iter().enumerate() {
+            let (first, before) = &layers[stage];
+            let window = window(stage);
+            let plans = window.clone().map(|end| self.best(*first, before, stage, kind, end)).collect();
+            layers.push((*window.start(), plans));
+        }
+        let mut cut = vec![experts; stages + 1];
+        for stage in (0..stages).rev() {
+            let (first, plans) = &layers[stage + 1];
+            cut[stage] = plans[cut[stage + 1] - first].map_or(cut[stage + 1], |plan| plan.from);
+        }
+        cut
+    }
+
+    /// The best way to add a stage that ends at `end`.
+    fn best(
+        &self,
+        first: usize,
+        before: &[Option<Partial>],
+        stage: usize,
+        kind: GemmKind,
+        end: usize,
+    ) -> Option<Partial> {
+        let mut best: Option<Partial> = None;
+        for (from, plan) in (first..=end).zip(before) {
+            let Some(plan) = plan else { continue };
+            let dispatched = plan.transfer + self.exchange_ns(&self.dispatch, from, end);
+            let compute = plan.compute.max(dispatched) + self.compute_ns(kind, from, end);
+            // c(s-1) follows d(s) and the computation of stage s-1.
+            let transfer = if stage == 0 { dispatched } else { dispatched.max(plan.compute) + plan.pending };
+            let pending = self.exchange_ns(&self.combine, from, end);
+            let last = self.experts();
+            let to_compute = self.compute_rest(kind, end, last);
+            let to_transfer = self.dispatch[last] - self.dispatch[end] + self.combine[last] - self.combine[end];
+            let bound = if end == last {
+                compute.max(transfer) + pending
+            } else {
+                (compute + to_compute).max(transfer + pending + to_transfer)
+            };
+            if best.is_none_or(|best| bound < best.bound) {
+                best = Some(Partial { from, transfer, compute, pending, bound });
+            }
+        }
+        best
+    }
+
+    fn compute_rest(&self, kind: GemmKind, from: usize, to: usize) -> u64 {
+        match kind {
+            GemmKind::Grouped => self.grouped[to] - self.grouped[from],
+            GemmKind::Dense => self.dense[to] - self.dense[from],
+        }
+    }
+}
+
+/// Some first stages, placed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Partial {
+    /// Where the last of them starts.
+    from: usize,
+    /// When the lanes are free.
+    transfer: u64,
+    compute: u64,
+    /// The last stage's combine, not yet on the transfer lane.
+    pending: u64,
+    /// No full plan that begins like this ends earlier.
+    bound: u64,
+}
+
+fn running_sums(number: usize, of: impl Fn(usize) -> u64) -> Vec<u64> {
+    let mut sums = Vec::with_capacity(number + 1);
+    let mut sum = 0;
+    sums.push(0);
+    for index in 0..number {
+        sum += of(index);
+        sums.push(sum);
+    }
+    sums
+}
+
+/// Rows of every expert, `[E]`, from everywhere else.
+struct Side {
+    /// From or to other ranks of the expert's node, and of other nodes.
+    near: Vec<u32>,
+    far: Vec<u32>,
+}
+
+/// What all ranks announced, added up.
+struct Sums {
+    copies: Vec<u32>,
+    first: Side,
+    last: Side,
+}
+
+impl Sums {
+    fn of(workload: &Workload<'_>, cost: &CostModel) -> Self {
+        let mut copies = vec![0; workload.placement.experts()];
+        for rank in workload.placement.all_ranks() {
+            add(&mut copies, &workload.counts.of(rank).copies);
+        }
+        Sums {
+            copies,
+            first: Side::of(workload, cost, |rank| &workload.counts.of(rank).first),
+            last: Side::of(workload, cost, |rank| &workload.counts.of(rank).last),
+        }
+    }
+}
+
+impl Side {
+    fn of<'a>(workload: &Workload<'_>, cost: &CostModel, histogram: impl Fn(Rank) -> &'a [u32]) -> Self {
+        let placement = workload.placement;
+        let (experts, ranks) = (placement.experts(), placement.ranks());
+        let node = match cost.link.node_ranks as usize {
+            0 => ranks,
+            node => node,
+        };
+        let (mut near, mut far) = (vec![0; experts], vec![0; experts]);
+        let by_node: Vec<Vec<u32>> = (0..ranks.div_ceil(node))
+            .map(|number| {
+                let mut sum = vec![0; experts];
+                for rank in number * node..((number + 1) * node).min(ranks) {
+                    add(&mut sum, histogram(Rank(rank)));
+                }
+                sum
+            })
+            .collect();
+        for rank in placement.all_ranks() {
+            let block = placement.experts_of(rank);
+            near[block.clone()].copy_from_slice(&by_node[rank.0 / node][block.clone()]);
+            for (near, own) in near[block.clone()].iter_mut().zip(&histogram(rank)[block.clone()]) {
+                *near -= own;
+            }
+            for (_, other) in by_node.iter().enumerate().filter(|(number, _)| *number != rank.0 / node) {
+                add(&mut far[block.clone()], &other[block.clone()]);
+            }
+        }
+        Side { near, far }
+    }
+
+    /// `[L + 1]` running ns of a block of experts on the link, without its start cost.
+    fn link_sums(&self, block: std::ops::Range<usize>, cost: &CostModel, row_bytes: u64) -> Vec<u64> {
+        let bytes = |rows: &[u32]| rows.iter().map(|&rows| u64::from(rows)).sum::<u64>() * row_bytes;
+        let (near, far) = (bytes(&self.near[block.clone()]), bytes(&self.far[block.clone()]));
+        let link = &cost.link;
+        let full = link.exchange_ns(Payload { near, far, received: near + far });
+        let carried = full.saturating_sub(link.exchange_ns + link.near.extended(0));
+        let rows = (near + far) / row_bytes.max(1);
+        let slope = carried * 1024 / rows.max(1);
+        running_sums(block.len(), |local| {
+            let expert = block.start + local;
+            (u64::from(self.near[expert]) + u64::from(self.far[expert])) * slope / 1024
+        })
+    }
+}
+
+fn add(sums: &mut [u32], more: &[u32]) {
+    for (sum, more) in sums.iter_mut().zip(more) {
+        *sum += more;
+    }
+}

@@ -1,0 +1,487 @@
+//! Which plan is best, by the plan's own simulator, and why.
+//!
+//! [`search`] tries numbers of stages, cuts, kernels, shares, transfer orders and places for the shared expert
+//! together, prices each table with [`simulate`], and keeps the cheapest. Everything is decided in whole numbers and in a
+//! fixed order, so every rank that searches with the same model and counts finds the same plan.
+//!
+//! A search takes milliseconds. A [`Decision`] is what is worth keeping of it for all layers of the same [`Bucket`]:
+//! then only the cuts follow each layer's own counts ([`cuts_for`], tens of microseconds).
+
+use crate::curve::scale;
+use crate::cuts::Loads;
+use crate::{
+    CostModel, GemmKind, Schedule, SharedExpert, Simulation, StageTable, Transfer, Workload, order_text,
+    predict_ns, simulate,
+};
+use epsmoe_base::{Rank, Stage, count};
+use std::fmt;
+
+/// What a search may choose from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SearchOptions {
+    /// Most stages.
+    pub max_stages: usize,
+    /// Kernels; one of them, for runs whose bits must not depend on the choice.
+    pub kernels: Vec<GemmKind>,
+    /// Where the shared expert computes, if that is decided already.
+    pub shared: Option<SharedExpert>,
+    /// Permille that more stages must gain over fewer: less than that a model cannot tell.
+    pub margin: u64,
+}
+
+impl Default for SearchOptions {
+    fn default() -> Self {
+        SearchOptions {
+            max_stages: 16,
+            kernels: vec![GemmKind::Grouped, GemmKind::Dense],
+            shared: None,
+            margin: 10,
+        }
+    }
+}
+
+/// The part of a choice that holds for all layers of a [`Bucket`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Decision {
+    /// `[S]` kernels.
+    pub gemm: Vec<GemmKind>,
+    /// What the transfer lane does.
+    pub order: Vec<Transfer>,
+    /// Where the shared expert computes.
+    pub shared: SharedExpert,
+    /// Position in [`CostModel::shares`].
+    pub share: usize,
+    /// `[S]` permille of a rank's predicted compute time that lies in stages 0..=s.
+    pub targets: Vec<u64>,
+}
+
+/// Layers that share a decision: similar numbers of tokens, similarly uneven.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Bucket {
+    /// Quarter octaves of the most tokens on a rank.
+    pub tokens: u32,
+    /// Quarter octaves of (copies on the fullest rank, over the mean).
+    pub skew: u32,
+}
+
+impl Bucket {
+    /// The bucket of a layer: equal on all ranks, as it follows from the gathered counts.
+    pub fn of(workload: &Workload<'_>) -> Self {
+        let Workload { placement, counts, .. } = *workload;
+        let tokens = placement.all_ranks().map(|rank| counts.of(rank).tokens).max().unwrap_or(0);
+        let on_rank = |rank: Rank| -> u64 {
+            placement.experts_of(rank).map(|expert| counts.copies_of(expert) as u64).sum()
+        };
+        let copies: Vec<u64> = placement.all_ranks().map(on_rank).collect();
+        let (fullest, all) = (copies.iter().max().copied().unwrap_or(0), copies.iter().sum::<u64>());
+        let skew = fullest * 16 * copies.len() as u64 / all.max(1);
+        Bucket { tokens: quarter_octaves(tokens.into()), skew: quarter_octaves(skew) }
+    }
+}
+
+/// Four steps for every doubling: 0, 1, 2, 3, then 4 → 8, 5 → 9, 6 → 10, 7 → 11, 8 and 9 → 12, …
+fn quarter_octaves(value: u64) -> u32 {
+    match value.checked_ilog2() {
+        None => 0,
+        Some(octave @ 0..2) => octave * 2 + (value as u32 & octave),
+        Some(octave) => 4 * octave + (value >> (octave - 2)) as u32 - 4,
+    }
+}
+
+/// The cheapest plan found, and what it was compared with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// The plan.
+    pub table: StageTable,
+    /// Position in [`CostModel::shares`].
+    pub share: usize,
+    /// What it is predicted to do.
+    pub predicted: Simulation,
+    /// Other plans, cheapest first: the best of every number of stages, and landmarks like the serial schedule.
+    pub considered: Vec<Considered>,
+    /// How many plans were priced.
+    pub priced: usize,
+    /// What is worth keeping for similar layers.
+    pub decision: Decision,
+}
+
+/// A plan that was not chosen, or the chosen one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Considered {
+    /// In words.
+    pub what: String,
+    /// Stages.
+    pub stages: usize,
+    /// Its layer time.
+    pub layer_ns: u64,
+}
+
+/// The plan of one layer, from its decision and its counts. The same on every rank; the transfer order, kernels,
+/// share and shared expert are the decision's.
+pub fn cuts_for(decision: &Decision, workload: &Workload<'_>, cost: &CostModel) -> StageTable {
+    let loads = Loads::of(workload, cost, decision.share);
+    let cut = |loads: &Loads| loads.cut(&decision.gemm, Some(&decision.targets), RADIUS);
+    StageTable {
+        cuts: loads.iter().map(cut).collect(),
+        order: decision.order.clone(),
+        gemm: decision.gemm.clone(),
+        shared: decision.shared,
+    }
+}
+
+/// How many experts a boundary may move from where its decision puts it.
+const RADIUS: usize = 100;
+
+/// The cheapest plan for a layer.
+pub fn search(workload: &Workload<'_>, cost: &CostModel, options: &SearchOptions) -> Choice {
+    let mut search = Search { workload, cost, options, priced: 0 };
+    let stages = 1..=workload.placement.max_local().min(options.max_stages).max(1);
+    let mut best_of: Vec<Plan> = Vec::new();
+    for stages in stages {
+        best_of.push(search.best_with(stages));
+        let best = best_of.iter().map(|plan| plan.layer_ns).min().unwrap_or(0);
+        let hopeless = |plan: &Plan| plan.layer_ns > best + best / 10;
+        if best_of.len() > 3 && best_of[best_of.len() - 3..].iter().all(hopeless) {
+            break;
+        }
+    }
+    let mut order: Vec<usize> = (0..best_of.len()).collect();
+    order.sort_by_key(|&index| (best_of[index].layer_ns, index));
+    for &index in order.iter().take(CLIMBED) {
+        search.climb(&mut best_of[index]);
+    }
+    let landmarks = search.landmarks();
+    search.choose(best_of, landmarks)
+}
+
+/// How many of the best numbers of stages have their cuts refined.
+const CLIMBED: usize = 3;
+
+/// The transfer orders worth trying: each stage arrives one stage ahead, two ahead, all ahead, or none.
+pub fn sensible_orders(stages: usize) -> Vec<Vec<Transfer>> {
+    let ahead = |ahead: usize| -> Vec<Transfer> {
+        let dispatches = (0..stages).map(|stage| (stage, Transfer::Dispatch(Stage(stage))));
+        let combines = (0..stages).map(|stage| (stage + ahead, Transfer::Combine(Stage(stage))));
+        let mut order: Vec<(usize, Transfer)> = dispatches.chain(combines).collect();
+        // Stable: of equal places the dispatch comes first.
+        order.sort_by_key(|&(place, _)| place);
+        order.into_iter().map(|(_, transfer)| transfer).collect()
+    };
+    let mut orders: Vec<Vec<Transfer>> = Vec::new();
+    for order in [1, 2, stages, 0].map(ahead) {
+        if !orders.contains(&order) {
+            orders.push(order);
+        }
+    }
+    orders
+}
+
+/// A table with its price.
+#[derive(Clone, Debug)]
+struct Plan {
+    table: StageTable,
+    share: usize,
+    layer_ns: u64,
+}
+
+struct Search<'a> {
+    workload: &'a Workload<'a>,
+    cost: &'a CostModel,
+    options: &'a SearchOptions,
+    priced: usize,
+}
+
+impl Search<'_> {
+    fn price(&mut self, table: StageTable, share: usize) -> Plan {
+        self.priced += 1;
+        let layer_ns = predict_ns(&table, share, self.workload, self.cost);
+        Plan { table, share, layer_ns }
+    }
+
+    /// Puts the plan in place of `best` if it is cheaper.
+    fn try_plan(&mut self, best: &mut Plan, table: StageTable) -> bool {
+        let plan = self.price(table, best.share);
+        let better = plan.layer_ns < best.layer_ns;
+        if better {
+            *best = plan;
+        }
+        better
+    }
+
+    fn shares(&self) -> std::ops::Range<usize> {
+        0..self.cost.shares.len().max(1)
+    }
+
+    /// The best plan of so many stages: cuts and kernels first, then order and shared expert for the best of them.
+    fn best_with(&mut self, stages: usize) -> Plan {
+        let plans: Vec<Plan> = self.shares().map(|share| self.best_cuts(stages, share)).collect();
+        let plans = plans.into_iter().map(|mut plan| {
+            self.refine(&mut plan);
+            plan
+        });
+        let cheapest = plans.min_by_key(|plan| plan.layer_ns);
+        cheapest.unwrap_or_else(|| unreachable!("there is always the undivided processor"))
+    }
+
+    fn best_cuts(&mut self, stages: usize, share: usize) -> Plan {
+        let Workload { placement, counts, .. } = *self.workload;
+        let loads = Loads::of(self.workload, self.cost, share);
+        let shared = self.options.shared.unwrap_or(SharedExpert::BesideRendezvous);
+        let kinds = self.options.kernels.clone();
+        let uniform = |kind| (kind, StageTable::equal(placement, stages, kind));
+        let mut best: Option<Plan> = None;
+        for (kind, equal) in kinds.into_iter().map(uniform) {
+            let Ok(equal) = equal else { continue };
+            let equal = StageTable { shared, ..equal };
+            let timed = StageTable { cuts: cut_all(&loads, &equal.gemm), ..equal.clone() };
+            let mut tables = vec![timed, equal];
+            tables.extend(StageTable::balanced(placement, counts, stages, kind).map(|table| StageTable { shared, ..table }));
+            tables.dedup();
+            for table in tables {
+                let mixed = StageTable { gemm: self.kernels(&table, &loads), ..table.clone() };
+                for table in if mixed == table { vec![table] } else { vec![table, mixed] } {
+                    let plan = self.price(table, share);
+                    if best.as_ref().is_none_or(|best| plan.layer_ns < best.layer_ns) {
+                        best = Some(plan);
+                    }
+                }
+                if stages == 1 {
+                    break;
+                }
+            }
+        }
+        best.unwrap_or_else(|| {
+            let table = StageTable { shared, ..StageTable::serial(placement, GemmKind::default()) };
+            self.price(table, share)
+        })
+    }
+
+    /// The kernel of every stage that is cheaper on the rank that takes longest.
+    fn kernels(&self, table: &StageTable, loads: &[Loads]) -> Vec<GemmKind> {
+        let slowest = |stage: usize, kind: GemmKind| {
+            let of_rank = |(loads, cut): (&Loads, &Vec<usize>)| loads.compute_ns(kind, cut[stage], cut[stage + 1]);
+            loads.iter().zip(&table.cuts).map(of_rank).max().unwrap_or(0)
+        };
+        let kernels = &self.options.kernels;
+        let cheaper = |stage: usize| kernels.iter().copied().min_by_key(|&kind| slowest(stage, kind));
+        (0..table.stages()).map(|stage| cheaper(stage).unwrap_or(table.gemm[stage])).collect()
+    }
+
+    /// Transfer orders and places for the shared expert, all with all.
+    fn refine(&mut self, plan: &mut Plan) {
+        let start = plan.table.clone();
+        for order in sensible_orders(start.stages()) {
+            for shared in self.shared_places() {
+                if (&order, shared) != (&start.order, start.shared) {
+                    self.try_plan(plan, StageTable { order: order.clone(), shared, ..start.clone() });
+                }
+            }
+        }
+    }
+
+    fn shared_places(&self) -> Vec<SharedExpert> {
+        match self.options.shared {
+            Some(shared) => vec![shared],
+            None if self.workload.shape.shared_inner == 0 => vec![SharedExpert::BesideRendezvous],
+            None => vec![
+                SharedExpert::BesideRendezvous,
+                SharedExpert::BesideFirstDispatch,
+                SharedExpert::BesideLastCombine,
+                SharedExpert::Alone,
+            ],
+        }
+    }
+
+    /// Moves boundaries by one expert, on all ranks together or (where there are few) on one, while that helps; then
+    /// looks at kernels, orders and the shared expert again.
+    fn climb(&mut self, plan: &mut Plan) {
+        let (ranks, stages) = (plan.table.cuts.len(), plan.table.stages());
+        let mut budget = 40 * stages;
+        let mut moved = stages > 1;
+        while moved && budget > 0 {
+            moved = false;
+            for boundary in 1..stages {
+                for who in std::iter::once(None).chain((0..ranks).filter(|_| ranks <= 4).map(Some)) {
+                    for step in [1, -1] {
+                        budget = budget.saturating_sub(1);
+                        let Some(cuts) = shifted(&plan.table.cuts, boundary, who, step) else { continue };
+                        let table = StageTable { cuts, ..plan.table.clone() };
+                        moved |= budget > 0 && self.try_plan(plan, table);
+                    }
+                }
+            }
+        }
+        let loads = Loads::of(self.workload, self.cost, plan.share);
+        let gemm = self.kernels(&plan.table, &loads);
+        if gemm != plan.table.gemm {
+            self.try_plan(plan, StageTable { gemm, ..plan.table.clone() });
+        }
+        self.refine(plan);
+    }
+
+    /// Plans that people know, to compare with.
+    fn landmarks(&mut self) -> Vec<(String, Plan)> {
+        let Workload { placement, counts, .. } = *self.workload;
+        let mut plans = Vec::new();
+        for kind in self.options.kernels.clone() {
+            let serial = StageTable::serial(placement, kind);
+            plans.push((format!("{} schedule, {kind} GEMM", Schedule::Serial), self.price(serial, 0)));
+            let stages = placement.max_local().min(crate::Policy::DEFAULT_STAGES);
+            let name = format!("{}, balanced by copies, {kind} GEMM", count(stages, "stage"));
+            let balanced = StageTable::balanced(placement, counts, stages, kind);
+            plans.extend(balanced.map(|table| (name, self.price(table, 0))));
+        }
+        plans
+    }
+
+    fn allows(&self, plan: &Plan) -> bool {
+        self.options.shared.is_none_or(|shared| plan.table.shared == shared)
+    }
+
+    /// The plan with the fewest stages among those that the cheapest one does not beat by the margin.
+    fn choose(self, best_of: Vec<Plan>, landmarks: Vec<(String, Plan)>) -> Choice {
+        let all = || best_of.iter().chain(landmarks.iter().map(|(_, plan)| plan)).filter(|plan| self.allows(plan));
+        let cheapest = all().map(|plan| plan.layer_ns).min().unwrap_or(0);
+        let tolerated = scale(cheapest, 1000 + self.options.margin);
+        let good = all().filter(|plan| plan.layer_ns <= tolerated);
+        let Some(best) = good.min_by_key(|plan| (plan.table.stages(), plan.layer_ns)).cloned() else {
+            unreachable!("one stage is always priced")
+        };
+        let searched = best_of.iter().map(|plan| {
+            let stages = plan.table.stages();
+            (format!("best with {}: {}", count(stages, "stage"), in_words(plan, self.cost)), plan)
+        });
+        let known = landmarks.iter().map(|(name, plan)| (name.clone(), plan));
+        let mut considered: Vec<Considered> = searched
+            .chain(known)
+            .map(|(what, plan)| Considered { what, stages: plan.table.stages(), layer_ns: plan.layer_ns })
+            .collect();
+        considered.sort_by_key(|considered| considered.layer_ns);
+        let predicted = simulate(&best.table, best.share, self.workload, self.cost);
+        let decision = decision_of(&best, self.workload, self.cost);
+        Choice { table: best.table, share: best.share, predicted, considered, priced: self.priced, decision }
+    }
+}
+
+/// What to keep of a plan.
+fn decision_of(plan: &Plan, workload: &Workload<'_>, cost: &CostModel) -> Decision {
+    let loads = Loads::of(workload, cost, plan.share);
+    let mean = |boundary: usize| {
+        let sum: u64 = loads.iter().zip(&plan.table.cuts).map(|(loads, cut)| loads.permille(cut[boundary])).sum();
+        sum / loads.len().max(1) as u64
+    };
+    Decision {
+        gemm: plan.table.gemm.clone(),
+        order: plan.table.order.clone(),
+        shared: plan.table.shared,
+        share: plan.share,
+        targets: (1..=plan.table.stages()).map(mean).collect(),
+    }
+}
+
+fn cut_all(loads: &[Loads], gemm: &[GemmKind]) -> Vec<Vec<usize>> {
+    loads.iter().map(|loads| loads.cut(gemm, None, 0)).collect()
+}
+
+/// The cuts with one boundary moved, if it stays between its neighbours somewhere.
+fn shifted(cuts: &[Vec<usize>], boundary: usize, who: Option<usize>, step: isize) -> Option<Vec<Vec<usize>>> {
+    let mut cuts = cuts.to_vec();
+    let mut moved = false;
+    for (rank, cut) in cuts.iter_mut().enumerate() {
+        let Some(to) = cut[boundary].checked_add_signed(step) else { continue };
+        if who.is_none_or(|who| who == rank) && (cut[boundary - 1]..=cut[boundary + 1]).contains(&to) {
+            cut[boundary] = to;
+            moved = true;
+        }
+    }
+    moved.then_some(cuts)
+}
+
+fn in_words(plan: &Plan, cost: &CostModel) -> String {
+    let StageTable { gemm, shared, order, .. } = &plan.table;
+    let kernels = match gemm.as_slice() {
+        [one, rest @ ..] if rest.iter().all(|kind| kind == one) => format!("{one} GEMM"),
+        mixed => mixed.iter().map(GemmKind::to_string).collect::<Vec<_>>().join(" "),
+    };
+    let order = if *order == StageTable::default_order(gemm.len()) {
+        String::new()
+    } else {
+        format!(", order {}", order_text(order))
+    };
+    let reserved = cost.shares.get(plan.share).map_or(0, |share| share.reserved);
+    let share = if reserved == 0 { String::new() } else { format!(", {reserved} ‰ kept for transfers") };
+    format!("{kernels}, shared expert {shared}{order}{share}")
+}
+
+impl Choice {
+    /// What was chosen, what it beat and what is expected of every stage, in words.
+    pub fn explain(&self) -> String {
+        self.to_string()
+    }
+
+    /// The cheapest plan of one stage that was priced.
+    pub fn one_stage_ns(&self) -> u64 {
+        let one = self.considered.iter().filter(|considered| considered.stages == 1);
+        one.map(|considered| considered.layer_ns).min().unwrap_or(self.predicted.layer_ns)
+    }
+
+    fn reason(&self) -> String {
+        let (chosen, one) = (self.predicted.layer_ns, self.one_stage_ns());
+        let (stages, exposed) = (self.table.stages(), self.predicted.exposed_transfer_ns);
+        if stages == 1 {
+            let rival = self.considered.iter().find(|considered| considered.stages > 1);
+            return match rival {
+                None => "one stage: a rank has one expert, or more stages were not allowed".into(),
+                Some(rival) => format!(
+                    "one stage: more would cost {} % (overheads and slower work outweigh what they hide)",
+                    percent(rival.layer_ns.saturating_sub(chosen), chosen)
+                ),
+            };
+        }
+        format!(
+            "{stages} stages: {} % less time than the best single stage; {} of transfer remain exposed",
+            percent(one.saturating_sub(chosen), one),
+            Micros(exposed)
+        )
+    }
+}
+
+/// Tenths of a percent, as text.
+fn percent(part: u64, whole: u64) -> String {
+    let tenths = part * 1000 / whole.max(1);
+    format!("{}.{}", tenths / 10, tenths % 10)
+}
+
+/// Nanoseconds, shown as µs with a decimal.
+struct Micros(u64);
+
+impl fmt::Display for Micros {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{} µs", self.0 / 1000, self.0 % 1000 / 100)
+    }
+}
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Simulation { layer_ns, rendezvous_ns, exposed_transfer_ns, stages, .. } = &self.predicted;
+        writeln!(f, "{}", self.reason())?;
+        write!(f, "{}", self.table)?;
+        writeln!(
+            f,
+            "predicted: {} a layer, rendezvous {}, exposed transfer {}",
+            Micros(*layer_ns),
+            Micros(*rendezvous_ns),
+            Micros(*exposed_transfer_ns)
+        )?;
+        for (stage, times) in stages.iter().enumerate() {
+            let (dispatch, compute, combine) =
+                (Micros(times.dispatch_ns), Micros(times.compute_ns), Micros(times.combine_ns));
+            writeln!(f, "  {}: dispatch {dispatch}, compute {compute}, combine {combine}", Stage(stage))?;
+        }
+        writeln!(f, "{} priced; among them:", count(self.priced, "plan"))?;
+        for considered in &self.considered {
+            writeln!(f, "  {}: {}", Micros(considered.layer_ns), considered.what)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,185 @@
+//! What the simulator promises of every table on every machine. `EPSMOE_TEST_SEED` repeats a run.
+
+mod costs;
+
+use costs::{Layer, for_random_cases, random_cost, random_table};
+use epsmoe_base::{Lane, Rank, Stage};
+use epsmoe_plan::*;
+
+/// The spans of one rank and lane, in the order in which they are written.
+fn lane(simulation: &Simulation, rank: Rank, lane: Lane) -> Vec<&Span> {
+    simulation.timeline.spans.iter().filter(|span| span.rank == rank && span.lane == lane).collect()
+}
+
+fn find<'a>(spans: &[&'a Span], name: &str, stage: usize) -> &'a Span {
+    spans.iter().find(|span| span.name == name && span.stage == Some(Stage(stage))).expect("is there")
+}
+
+#[test]
+fn dependencies_and_lane_order_are_respected() {
+    for_random_cases(300, |mix| {
+        let (layer, cost) = (Layer::random(mix, 5, 5), random_cost(mix));
+        let table = random_table(&layer.placement, mix);
+        let simulation = simulate(&table, mix.below(2), &layer.workload(), &cost);
+        for rank in layer.placement.all_ranks() {
+            let (compute, transfer) = (lane(&simulation, rank, Lane::Compute), lane(&simulation, rank, Lane::Transfer));
+            for spans in [&compute, &transfer] {
+                for pair in spans.windows(2) {
+                    assert!(pair[0].end_ns <= pair[1].start_ns, "a lane does one thing after the other");
+                    assert!(pair[0].start_ns <= pair[0].end_ns);
+                }
+            }
+            assert_eq!(transfer[0].name, "metadata");
+            let steps = transfer[1..].iter().map(|span| match (span.name.as_ref(), span.stage) {
+                ("dispatch", Some(stage)) => Transfer::Dispatch(stage),
+                ("combine", Some(stage)) => Transfer::Combine(stage),
+                other => panic!("{other:?} on the transfer lane"),
+            });
+            assert_eq!(steps.collect::<Vec<_>>(), table.order);
+            for stage in 0..table.stages() {
+                for earlier in 0..=stage {
+                    let arrived = find(&transfer, "dispatch", earlier).end_ns;
+                    assert!(find(&compute, "gather", stage).start_ns >= arrived);
+                }
+                let reduced = find(&compute, "reduce", stage);
+                assert!(find(&transfer, "combine", stage).start_ns >= reduced.end_ns);
+            }
+            let last = compute.last().expect("the sum at home");
+            assert_eq!((last.name.as_ref(), last.stage), ("reduce", None));
+            assert!(last.start_ns >= transfer.last().expect("a combine").end_ns);
+            assert!(last.end_ns <= simulation.layer_ns);
+            assert_eq!(Accounts::of(&simulation.timeline, rank).unexplained(), 0);
+        }
+        // Two-sided: nobody is done before everybody has come.
+        let ranks: Vec<_> =
+            layer.placement.all_ranks().map(|rank| lane(&simulation, rank, Lane::Transfer)).collect();
+        for exchange in 0..ranks[0].len() {
+            let came = ranks.iter().map(|spans| spans[exchange].start_ns).max();
+            assert!(ranks.iter().all(|spans| Some(spans[exchange].end_ns) >= came));
+        }
+        assert_eq!(predict_ns(&table, 0, &layer.workload(), &cost), {
+            simulate(&table, 0, &layer.workload(), &cost).layer_ns
+        });
+    });
+}
+
+#[test]
+fn rows_are_conserved_and_priced_by_the_link() {
+    for_random_cases(100, |mix| {
+        let (layer, mut cost) = (Layer::random(mix, 4, 4), random_cost(mix).without_contention());
+        let table = random_table(&layer.placement, mix);
+        // A nanosecond for every byte, and nothing for anything else.
+        cost.link = LinkCost::uniform(0, 1_000_000_000);
+        cost.host = HostCost {
+            pack: Curve::flat(0),
+            rendezvous: Curve::flat(0),
+            plan: Curve::flat(0),
+            maps: Curve::flat(0),
+        };
+        let simulation = simulate(&table, 0, &layer.workload(), &cost);
+        let traffic = Traffic::of(&layer.placement, &layer.counts, &table);
+        let row_bytes = (layer.shape.sizes.hidden * layer.shape.sizes.activation_bytes) as u64;
+        for (stage, times) in simulation.stages.iter().enumerate() {
+            let moved = |rows: &dyn Fn(Rank, Rank) -> usize| -> u64 {
+                let ranks = || layer.placement.all_ranks();
+                let of = |rank: Rank| {
+                    let others = || ranks().filter(move |&other| other != rank);
+                    let out: usize = others().map(|other| rows(rank, other)).sum();
+                    let back: usize = others().map(|other| rows(other, rank)).sum();
+                    out.max(back) as u64
+                };
+                ranks().map(of).max().unwrap_or(0) * row_bytes
+            };
+            assert_eq!(times.dispatch_ns, moved(&|from, to| traffic.dispatched(Stage(stage), from, to)));
+            assert_eq!(times.combine_ns, moved(&|from, to| traffic.combined(Stage(stage), from, to)));
+        }
+    });
+}
+
+#[test]
+fn a_faster_machine_is_not_slower_without_contention() {
+    for_random_cases(300, |mix| {
+        let (layer, cost) = (Layer::random(mix, 5, 5), random_cost(mix).without_contention());
+        let table = random_table(&layer.placement, mix);
+        let time = |cost: &CostModel| predict_ns(&table, 0, &layer.workload(), cost);
+        let before = time(&cost);
+        let factor = |mix: &mut epsmoe_base::Mix| 1000 + mix.below(3000) as u64;
+        let slower = Correction {
+            link: factor(mix),
+            grouped: factor(mix),
+            dense: factor(mix),
+            rows: factor(mix),
+        };
+        assert!(time(&cost.corrected(&slower)) >= before, "{slower:?}");
+        let one = [
+            Correction { link: slower.link, ..Correction::default() },
+            Correction { grouped: slower.grouped, ..Correction::default() },
+            Correction { dense: slower.dense, ..Correction::default() },
+            Correction { rows: slower.rows, ..Correction::default() },
+        ];
+        for correction in one {
+            let after = time(&cost.corrected(&correction));
+            assert!(after >= before && time(&cost.corrected(&slower)) >= after, "{correction:?}");
+        }
+    });
+}
+
+#[test]
+fn contention_costs_time_and_a_shared_processor_costs_more() {
+    for_random_cases(200, |mix| {
+        let (layer, cost) = (Layer::random(mix, 4, 4), random_cost(mix));
+        let table = random_table(&layer.placement, mix);
+        let free = cost.without_contention();
+        let price = |cost: &CostModel| predict_ns(&table, 0, &layer.workload(), cost);
+        assert!(price(&cost) >= price(&free));
+        let crowded = CostModel { concurrent: 1, ..free.clone() };
+        assert!(price(&crowded) >= price(&free));
+        assert_eq!(price(&CostModel { concurrent: 5, ..free.clone() }), price(&free));
+    });
+}
+
+/// One rank, one expert, two stages of which one is empty: every number can be checked by hand.
+#[test]
+fn a_layer_by_hand() {
+    let placement = Placement::new(2, 2).unwrap();
+    let law = RoutingLaw { top_k: 2, groups: None, zipf_permille: 0, seed: 0 };
+    let counts = law.counts(&placement, &[100, 100]).unwrap();
+    let sizes = LayerSizes { hidden: 1000, inner: 500, top_k: 2, local_experts: 1, activation_bytes: 2 };
+    let shape = LayerShape { sizes, shared_inner: 0 };
+    let gemm = GemmCost {
+        flops_per_second: 1_000_000_000_000_000,
+        rows: Curve::flat(1000),
+        depth: Curve::flat(1000),
+        weight_bytes_per_second: 1_000_000_000_000_000_000,
+        op_ns: 0,
+    };
+    let free = || Curve::flat(0);
+    let cost = CostModel {
+        version: CostModel::VERSION,
+        machine: String::new(),
+        kernels: String::new(),
+        dtype: epsmoe_base::DType::BF16,
+        concurrent: 0,
+        grouped: gemm.clone(),
+        dense: gemm,
+        link: LinkCost::uniform(10, 1_000_000_000_000),
+        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
+        host: HostCost { pack: free(), rendezvous: Curve::flat(7), plan: free(), maps: free() },
+        shares: vec![ShareCost::FREE],
+    };
+    let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
+    let table = StageTable::serial(&placement, GemmKind::Grouped);
+    let simulation = simulate(&table, 0, &workload, &cost);
+    // Every token goes to both experts: 100 rows of 2000 bytes to the other rank, 200 copies a rank.
+    let rows = 10 + 100 * 2000 / 1000;
+    let records = 10 + 100 * 12 / 1000;
+    let products = 200 * 2 * (1000 * 1000 + 500 * 1000) / 1_000_000;
+    let router = 100 * 2 * 2 * 1000 / 1_000_000;
+    assert_eq!(simulation.layer_ns, router + 7 + records + rows + products + rows);
+    assert_eq!(simulation.exposed_transfer_ns, records + 2 * rows);
+    assert_eq!(simulation.rendezvous_ns, 7);
+    assert_eq!(
+        simulation.stages,
+        [StageTimes { dispatch_ns: rows, compute_ns: products, combine_ns: rows }]
+    );
+}
