@@ -1,6 +1,6 @@
 //! START HERE: [`Engine::step`].
 
-use crate::batch::{Piece, GroupQueue, Sequence};
+use crate::batch::{GroupQueue, Piece, Sequence};
 use crate::pages::blocks_for;
 use crate::{Completion, EngineError, Finish, Request, StepReport, World};
 use epsmoe_base::{FaultCell, Rank};
@@ -133,7 +133,11 @@ impl Engine {
         for ((queue, output), pieces) in self.queues.iter_mut().zip(first_ranks).zip(&pieces) {
             let mut rows = output.logits.chunks_exact(self.spec.vocab);
             for piece in pieces {
-                queue.running[piece.sequence].advance(piece, rows.by_ref().take(piece.logits), &self.spec.eos);
+                queue.running[piece.sequence].advance(
+                    piece,
+                    rows.by_ref().take(piece.logits),
+                    &self.spec.eos,
+                );
             }
             for sequence in queue.running.extract_if(.., |sequence| sequence.completion.finish.is_some()) {
                 queue.blocks.give_back(sequence.blocks);

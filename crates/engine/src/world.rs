@@ -2,8 +2,8 @@
 
 use crate::EngineError;
 use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank};
-use epsmoe_device::{Backend, DeviceError};
 use epsmoe_device::host::panic_text;
+use epsmoe_device::{Backend, DeviceError};
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
 use epsmoe_pipeline::PipelineError;
@@ -47,9 +47,10 @@ impl World {
             let (outbox, answers) = channel();
             let faults = world.faults.clone();
             let work = move || serve(Rank(rank), &model, &faults, &inbox, &outbox);
-            let thread = std::thread::Builder::new().name(format!("rank{rank}")).spawn(work).map_err(|error| {
-                EngineError::Request(format!("cannot start the thread of {}: {error}", Rank(rank)))
-            })?;
+            let thread =
+                std::thread::Builder::new().name(format!("rank{rank}")).spawn(work).map_err(|error| {
+                    EngineError::Request(format!("cannot start the thread of {}: {error}", Rank(rank)))
+                })?;
             world.workers.push(Worker { orders, answers });
             world.threads.push(thread);
         }
@@ -99,12 +100,8 @@ impl World {
 
     fn first_fault(&self) -> Fault {
         let message = || "a rank failed without saying why. This is a bug.".to_owned();
-        let unknown = || Fault {
-            kind: FaultKind::Invalid,
-            rank: Rank(0),
-            place: Place::default(),
-            message: message(),
-        };
+        let unknown =
+            || Fault { kind: FaultKind::Invalid, rank: Rank(0), place: Place::default(), message: message() };
         self.faults.get().cloned().unwrap_or_else(unknown)
     }
 }

@@ -18,14 +18,25 @@ impl<B: Backend> Fabric<B> for Alone {
         1
     }
 
-    fn all_to_all_v(&self, device: &B, lane: Lane, place: Place, exchange: Exchange) -> Result<(), DeviceError> {
+    fn all_to_all_v(
+        &self,
+        device: &B,
+        lane: Lane,
+        place: Place,
+        exchange: Exchange,
+    ) -> Result<(), DeviceError> {
         let ([x], [out]) = (exchange.send.as_slice(), exchange.receive.as_slice()) else {
             return Err(DeviceError::Shape(format!("{}: a world of one rank has one part", exchange.name)));
         };
         device.enqueue(lane, place, Copy { x: bits(x), out: bits(out) })
     }
 
-    fn all_gather(&self, _name: &'static str, _place: Place, message: Vec<u8>) -> Result<Vec<Vec<u8>>, Fault> {
+    fn all_gather(
+        &self,
+        _name: &'static str,
+        _place: Place,
+        message: Vec<u8>,
+    ) -> Result<Vec<Vec<u8>>, Fault> {
         Ok(vec![message])
     }
 }

@@ -139,7 +139,12 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
     }
 
     /// The rows `x` of every rank of the group, in rank order.
-    pub(crate) fn all_gather(&self, place: Place, shares: &Shares, x: &Buffer) -> Result<Buffer, DeviceError> {
+    pub(crate) fn all_gather(
+        &self,
+        place: Place,
+        shares: &Shares,
+        x: &Buffer,
+    ) -> Result<Buffer, DeviceError> {
         if self.ranks.len() == 1 {
             return Ok(x.clone());
         }
@@ -194,5 +199,83 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
         self.fabric.all_to_all_v(&self.device, Lane::Transfer, place, Exchange { name, send, receive })?;
         self.device.lane_wait(Lane::Compute, &self.device.record(Lane::Transfer));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use epsmoe_base::{Deadline, FaultCell};
+    use epsmoe_device::host::{HostBackend, WeightStore};
+    use epsmoe_device::op::Add;
+    use epsmoe_device::reference::{PlainKernels, Reference, options};
+    use epsmoe_fabric::{Threads, ThreadsOptions};
+    use std::time::Duration;
+
+    const TIMEOUT: Duration = Duration::from_secs(20);
+    const HIDDEN: usize = 2;
+
+    /// What four ranks, in groups of `size`, get for the map `x + part` of each rank: rank r keeps `kept[r]` rows
+    /// and adds `parts[r]`.
+    fn sums(size: usize, kept: [usize; 4], parts: [f32; 4]) -> Vec<Vec<f32>> {
+        let store = Arc::new(WeightStore::default());
+        let faults = FaultCell::default();
+        let ends = Threads::world(4, ThreadsOptions::new(TIMEOUT, faults.clone()));
+        std::thread::scope(|scope| {
+            let ranks = ends.into_iter().enumerate().map(|(rank, fabric)| {
+                let mut options = options(DType::F32, rank as u64);
+                options.faults = faults.clone();
+                let device = HostBackend::new(Rank(rank), PlainKernels, Arc::clone(&store), options).unwrap();
+                let part = parts[rank];
+                scope.spawn(move || rank_sums(Arc::new(device), Arc::new(fabric), size, &kept, part))
+            });
+            let ranks: Vec<_> = ranks.collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    fn rank_sums(
+        device: Arc<Reference>,
+        fabric: Arc<Threads>,
+        size: usize,
+        kept: &[usize],
+        part: f32,
+    ) -> Vec<f32> {
+        let rank = device.rank().0;
+        let (first, mine) = (rank / size * size, kept[rank]);
+        let group = Group::new(Arc::clone(&device), fabric, first..first + size, HIDDEN, 8, 4).unwrap();
+        let shares = group.shares(kept);
+        group.begin(&shares).unwrap();
+        let values = |name, rows| device.allocate(name, DType::F32, rows, HIDDEN).unwrap();
+        let (x, out) = (values("x", mine), values("out", mine));
+        let upload = |out: &Buffer, value: &dyn Fn(usize) -> f32| {
+            let words = (0..out.rows * HIDDEN).map(|at| value(at).to_bits()).collect();
+            compute(&*device, Place::default(), Upload { words, out: out.clone() }).unwrap();
+        };
+        upload(&x, &|at| (100 * rank + at) as f32);
+        group
+            .across(Place::default(), &shares, &x, &out, |x, out| -> Result<(), DeviceError> {
+                upload(out, &|_| part);
+                compute(&*device, Place::default(), Add { x: x.clone(), out: out.clone() })
+            })
+            .unwrap();
+        device.wait(&device.record(Lane::Compute), Deadline::after(TIMEOUT)).unwrap();
+        device.read_f32(&out).unwrap()
+    }
+
+    #[test]
+    fn uneven_and_empty_shares_come_back_to_their_ranks() {
+        let got = sums(2, [2, 1, 0, 3], [0.25, 0.5, 1.0, 2.0]);
+        let want = |rank: usize, kept: usize, parts: f32| -> Vec<f32> {
+            (0..kept * HIDDEN).map(|at| 2.0 * (100 * rank + at) as f32 + parts).collect()
+        };
+        assert_eq!(got, [want(0, 2, 0.75), want(1, 1, 0.75), want(2, 0, 3.0), want(3, 3, 3.0)]);
+    }
+
+    #[test]
+    fn ranks_add_in_rank_order() {
+        // ((2²⁴ + 1) − 2²⁴) + 1 is 1 in float32, where 2²⁴ + 1 is 2²⁴; other orders give 0 or 2.
+        let got = sums(4, [1, 0, 0, 0], [16_777_216.0, 1.0, -16_777_216.0, 1.0]);
+        assert_eq!(got[0][0], 1.0);
     }
 }

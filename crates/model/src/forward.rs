@@ -245,12 +245,15 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         let sequence_starts = self.upload(&batch.sequence_starts, &starts)?;
         let blocks = self.upload(&blocks, &buffers.blocks.rows(0..sequences)?)?;
         let angles = buffers.angles.rows(0..tokens)?;
-        self.compute(Place::default(), Angles {
-            positions: positions.clone(),
-            frequencies: self.frequencies.clone(),
-            scale: self.spec.rope.attention_factor,
-            out: angles.clone(),
-        })?;
+        self.compute(
+            Place::default(),
+            Angles {
+                positions: positions.clone(),
+                frequencies: self.frequencies.clone(),
+                scale: self.spec.rope.attention_factor,
+                out: angles.clone(),
+            },
+        )?;
         let (table, out) = (self.embedding.clone(), buffers.hidden.rows(0..kept.len())?);
         self.compute(Place::default(), Embed { ids, table, out })?;
         let routed = roster.labels(self.mlp.ranks());
@@ -321,7 +324,8 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         let routing = match &self.options.routing {
             RoutingMode::Replay(log) => {
                 let (_, router) = moe.router.shape.sources();
-                log.routing(moe.layer, &step.routed, router[0], moe.gate.top_k).map_err(PipelineError::from)?
+                log.routing(moe.layer, &step.routed, router[0], moe.gate.top_k)
+                    .map_err(PipelineError::from)?
             }
             RoutingMode::Gate | RoutingMode::Record => pipeline.route(moe, x)?,
         };

@@ -11,7 +11,7 @@ pub(crate) enum MlpWeights {
     /// One MLP for every token.
     Dense(Mlp),
     /// This rank's experts, or its share of every expert.
-    Moe(MoeLayer),
+    Moe(Box<MoeLayer>),
 }
 
 /// A dense MLP beside a mixture of experts.
@@ -26,7 +26,7 @@ impl MlpWeights {
             MlpSpec::Dense { .. } => {
                 Ok(MlpWeights::Dense(loader.mlp(layer, loader.layout.inner(), LayerPart::Dense)?))
             }
-            MlpSpec::Moe(spec) => Ok(MlpWeights::Moe(load_moe(loader, layer, spec)?)),
+            MlpSpec::Moe(spec) => Ok(MlpWeights::Moe(Box::new(load_moe(loader, layer, spec)?))),
         }
     }
 }
@@ -55,10 +55,7 @@ fn load_moe<B: Backend>(
 }
 
 impl ResidualWeights {
-    pub(crate) fn load<B: Backend>(
-        loader: &Loader<'_, B>,
-        layer: Layer,
-    ) -> Result<Option<Self>, ModelError> {
+    pub(crate) fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer) -> Result<Option<Self>, ModelError> {
         let load = |_| -> Result<Self, ModelError> {
             let norm = loader.layer(layer, LayerPart::ResidualNorm)?;
             Ok(ResidualWeights { norm, mlp: loader.mlp(layer, loader.layout.inner(), LayerPart::Residual)? })

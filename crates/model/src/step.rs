@@ -60,9 +60,10 @@ impl Roster {
         };
         let kept = |(rank, of_rank): (usize, &Announcement)| layout.in_group_of(rank).of(of_rank.tokens);
         let kept: Vec<Range<usize>> = all.iter().enumerate().map(kept).collect();
-        let labels = all.iter().zip(&kept).map(|(of_rank, kept)| {
-            of_rank.labels.get(kept.clone()).unwrap_or_default().to_vec()
-        });
+        let labels = all
+            .iter()
+            .zip(&kept)
+            .map(|(of_rank, kept)| of_rank.labels.get(kept.clone()).unwrap_or_default().to_vec());
         Ok(Roster { labels: labels.collect(), kept: kept.iter().map(|kept| kept.len()).collect() })
     }
 
@@ -96,7 +97,8 @@ fn gather<B: Backend, F: Fabric<B>>(
         let theirs = Announcement::decode(message).filter(|theirs| theirs.identity == mine.identity);
         let theirs = theirs.ok_or_else(|| disagreement(me, place, Rank(rank)))?;
         if layout.attention_ranks().contains(&rank) && theirs.batch != mine.batch {
-            let message = format!("{me} and {} split attention, but were given different batches", Rank(rank));
+            let message =
+                format!("{me} and {} split attention, but were given different batches", Rank(rank));
             return Err(Fault { kind: FaultKind::Mismatch, rank: me, place, message });
         }
         all.push(theirs);
@@ -132,7 +134,10 @@ impl Batch {
     /// A hash of everything that ranks which split attention must agree on.
     fn fingerprint(&self) -> u64 {
         let parts = [&self.ids, &self.positions, &self.slots, &self.sequence_starts, &self.logits];
-        let words = parts.into_iter().chain(&self.blocks).flat_map(|part| [part.len() as u32].into_iter().chain(part.iter().copied()));
+        let words = parts
+            .into_iter()
+            .chain(&self.blocks)
+            .flat_map(|part| [part.len() as u32].into_iter().chain(part.iter().copied()));
         hash_bytes(&words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
     }
 

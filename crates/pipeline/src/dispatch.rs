@@ -32,7 +32,8 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             // Everybody will see it in the counts, and halve their tokens.
             return Ok(Outgoing { counts, home });
         }
-        let (index, records) = (buffers.send_index.rows(rows.clone())?, buffers.send_records.rows(rows.clone())?);
+        let (index, records) =
+            (buffers.send_index.rows(rows.clone())?, buffers.send_records.rows(rows.clone())?);
         self.compute(place, Upload { words: send.tokens.into(), out: index.clone() })?;
         self.compute(place, Gather { x: x.clone(), index, out: buffers.send_rows.rows(rows)? })?;
         self.compute(place, Upload { words: send.records.into(), out: records })?;
@@ -73,7 +74,8 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         receive: impl Fn(Rank) -> Result<Buffer, DeviceError>,
     ) -> Result<(), PipelineError> {
         let ranks = || self.options.placement.all_ranks();
-        let (send, receive) = (ranks().map(send).collect::<Result<_, _>>()?, ranks().map(receive).collect::<Result<_, _>>()?);
+        let (send, receive) =
+            (ranks().map(send).collect::<Result<_, _>>()?, ranks().map(receive).collect::<Result<_, _>>()?);
         Ok(self.fabric.all_to_all_v(&self.device, Lane::Transfer, place, Exchange { name, send, receive })?)
     }
 }

@@ -40,7 +40,8 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
 
     fn digest(&self, layer: &MoeLayer) -> u64 {
         let options = &self.options;
-        let settings = (layer.layer, layer.gate, &options.placement, &options.policy, options.sizes, options.identity);
+        let settings =
+            (layer.layer, layer.gate, &options.placement, &options.policy, options.sizes, options.identity);
         hash_bytes(format!("{settings:?}").as_bytes())
     }
 }

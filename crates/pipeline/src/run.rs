@@ -208,7 +208,8 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     fn run_shared_if(&self, now: bool, layer: &MoeLayer, x: &Buffer) -> Result<(), PipelineError> {
         let Some(shared) = layer.shared.as_ref().filter(|_| now) else { return Ok(()) };
         let (place, tokens, buffers) = (Place::layer(layer.layer), 0..x.rows, &self.buffers);
-        let (inner, out) = (buffers.shared_inner.rows(tokens.clone())?, buffers.shared_out.rows(tokens.clone())?);
+        let (inner, out) =
+            (buffers.shared_inner.rows(tokens.clone())?, buffers.shared_out.rows(tokens.clone())?);
         self.compute(place, Gemm::gated(x.clone(), &shared.mlp.gate_up, inner.clone()))?;
         self.compute(place, Gemm::linear(inner, &shared.mlp.down, out.clone()))?;
         if let Some(weight) = &shared.gate {

@@ -35,12 +35,6 @@ pub enum CostError {
         /// What is wrong with it.
         problem: String,
     },
-    /// Nothing was measured that says it.
-    #[error("no sample says {what}: measure it, or start from a model that knows it")]
-    Missing {
-        /// What is not known.
-        what: &'static str,
-    },
     /// A name that the catalog does not have.
     #[error("no {what} is called `{name}`: there are {known}")]
     Unknown {
@@ -131,8 +125,9 @@ impl GemmCost {
     /// For matrices of `columns` N by `depth` K, whose elements take `element_bytes`.
     pub fn product(&self, columns: usize, depth: usize, element_bytes: usize) -> Product<'_> {
         let elements = columns as u128 * depth as u128;
-        let row_ps =
-            2 * elements * 1_000_000_000_000 * 1000 / rate(self.flops_per_second) / self.depth_permille(depth);
+        let row_ps = 2 * elements * 1_000_000_000_000 * 1000
+            / rate(self.flops_per_second)
+            / self.depth_permille(depth);
         let weight_ns = elements * element_bytes as u128 * 1_000_000_000 / rate(self.weight_bytes_per_second);
         Product {
             rows: &self.rows,
@@ -384,8 +379,9 @@ impl CostModel {
             ("host.plan", &host.plan),
             ("host.maps", &host.maps),
         ];
-        let refuse =
-            |table: &str, problem: &str| Err(CostError::Table { table: table.into(), problem: problem.into() });
+        let refuse = |table: &str, problem: &str| {
+            Err(CostError::Table { table: table.into(), problem: problem.into() })
+        };
         for (table, curve) in times {
             if !curve.is_sorted() || curve.points().windows(2).any(|pair| pair[0].1 > pair[1].1) {
                 return refuse(table, "falls, or its points do not ascend");

@@ -67,7 +67,8 @@ impl Loads {
             let [up, down] = &products[kind];
             (up.expert_ns(copies) + down.expert_ns(copies) + per_op + copy_ns(copies)) * share.compute / 1000
         };
-        let [dispatch, combine] = [&sums.first, &sums.last].map(|side| side.link_sums(block.clone(), cost, row_bytes));
+        let [dispatch, combine] =
+            [&sums.first, &sums.last].map(|side| side.link_sums(block.clone(), cost, row_bytes));
         let running = |of: &dyn Fn(usize) -> u64| running_sums(experts, |local| of(block.start + local));
         Loads {
             dispatch,
@@ -103,7 +104,11 @@ impl Loads {
         let target = self.grouped[experts] * permille / 1000;
         let after = self.grouped.partition_point(|&sum| sum < target).min(experts);
         let before = after.saturating_sub(1);
-        if self.grouped[after].abs_diff(target) < target.abs_diff(self.grouped[before]) { after } else { before }
+        if self.grouped[after].abs_diff(target) < target.abs_diff(self.grouped[before]) {
+            after
+        } else {
+            before
+        }
     }
 
     /// How much of the compute time lies before a boundary.
@@ -160,7 +165,8 @@ impl Loads {
             let pending = self.exchange_ns(&self.combine, from, end);
             let last = self.experts();
             let to_compute = self.compute_rest(kind, end, last);
-            let to_transfer = self.dispatch[last] - self.dispatch[end] + self.combine[last] - self.combine[end];
+            let to_transfer =
+                self.dispatch[last] - self.dispatch[end] + self.combine[last] - self.combine[end];
             let bound = if end == last {
                 compute.max(transfer) + pending
             } else {

@@ -74,7 +74,8 @@ impl RoutingLaw {
 
     /// The weights of the experts that one token may use: those of its groups.
     fn allowed(&self, weights: &[u64], mix: &mut Mix) -> Vec<u64> {
-        let Some((groups, kept)) = self.groups.filter(|&(groups, kept)| kept < groups && weights.len() >= groups)
+        let Some((groups, kept)) =
+            self.groups.filter(|&(groups, kept)| kept < groups && weights.len() >= groups)
         else {
             return weights.to_vec();
         };

@@ -15,6 +15,12 @@
 //! | `memory`    | how many bytes does that need, and does it fit? |
 //! | `timeline`  | what happened when, on which lane? |
 //! | `accounts`  | where did a rank's time go, without a rest? |
+//! | `cost`      | what does work cost on a machine? ([`CostModel`]; `curve` reads its tables, `fit` measures them) |
+//! | `machine`   | what would it cost on a machine that is not here? ([`Machine`]) |
+//! | `simulate`  | how long will a table take, and what will its lanes do? ([`simulate()`]) |
+//! | `search`    | which table is best, and why? ([`search()`]; `cuts` places its boundaries) |
+//! | `expect`    | how many tokens go where before a router has spoken? ([`RoutingLaw`]) |
+//! | `advise`    | which parallel strategy for a model on a machine? ([`advise()`]) |
 //! | `error`     | why was something refused? |
 //!
 //! One MoE layer walks through them like this:
@@ -44,13 +50,15 @@
 //! Whatever ranks must agree on is decided in integers, so that every rank computes the same answer from
 //! the same numbers.
 
-mod cost;
 mod accounts;
+mod advise;
+mod cost;
 mod counts;
 mod curve;
 mod cuts;
 mod error;
 mod expect;
+mod fit;
 mod machine;
 pub mod maps;
 mod memory;
@@ -63,26 +71,24 @@ mod stages;
 mod timeline;
 pub mod traffic;
 
+pub use accounts::Accounts;
+pub use advise::{Advice, AttentionSizes, GpuBytes, Load, ModelSizes, Row, Running, Strategy, advise};
 pub use cost::{
     Correction, CostError, CostModel, GemmCost, HostCost, LinkCost, Payload, Product, RowsCost, ShareCost,
 };
-pub use accounts::Accounts;
 pub use counts::{LayerCounts, RankCounts};
 pub use curve::Curve;
 pub use error::PlanError;
 pub use expect::RoutingLaw;
+pub use fit::{Sample, Work};
 pub use machine::{Gpu, KernelFigures, Kernels, LinkFigures, Machine, Sourced};
 pub use maps::{ArrivalMaps, HomeMap, SendMap, record_words};
 pub use memory::{Capacity, LayerBytes, LayerSizes, halves};
 pub use placement::Placement;
 pub use routing::Routing;
 pub use schedule::{Policy, Schedule, Stages};
-pub use search::{
-    Bucket, Choice, Considered, Decision, SearchOptions, cuts_for, search, sensible_orders,
-};
-pub use simulate::{
-    LayerShape, RankTimes, Simulation, StageTimes, Workload, predict_ns, simulate,
-};
+pub use search::{Bucket, Choice, Considered, Decision, SearchOptions, cuts_for, search, sensible_orders};
+pub use simulate::{LayerShape, RankTimes, Simulation, StageTimes, Workload, predict_ns, simulate};
 pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};
 pub use timeline::{Span, Timeline};
 pub use traffic::Traffic;

@@ -3,9 +3,7 @@
 //! `machines/machines.toml` has processors, links, kernels, hosts and machines made of them, each figure with its
 //! source. A user's file has the same form, may use the built-in parts by name, and describes one machine.
 
-use crate::{
-    CostError, CostModel, Curve, GemmCost, HostCost, LinkCost, RowsCost, ShareCost,
-};
+use crate::{CostError, CostModel, Curve, GemmCost, HostCost, LinkCost, RowsCost, ShareCost};
 use epsmoe_base::DType;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -19,6 +19,8 @@ use std::fmt;
 /// What a search may choose from.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SearchOptions {
+    /// Fewest stages; more than one forbids the answer "one stage".
+    pub min_stages: usize,
     /// Most stages.
     pub max_stages: usize,
     /// Kernels; one of them, for runs whose bits must not depend on the choice.
@@ -32,6 +34,7 @@ pub struct SearchOptions {
 impl Default for SearchOptions {
     fn default() -> Self {
         SearchOptions {
+            min_stages: 1,
             max_stages: 16,
             kernels: vec![GemmKind::Grouped, GemmKind::Dense],
             shared: None,
@@ -119,23 +122,25 @@ pub struct Considered {
 /// The plan of one layer, from its decision and its counts. The same on every rank; the transfer order, kernels,
 /// share and shared expert are the decision's.
 pub fn cuts_for(decision: &Decision, workload: &Workload<'_>, cost: &CostModel) -> StageTable {
-    let loads = Loads::of(workload, cost, decision.share);
-    let cut = |loads: &Loads| loads.cut(&decision.gemm, Some(&decision.targets), RADIUS);
-    StageTable {
-        cuts: loads.iter().map(cut).collect(),
-        order: decision.order.clone(),
-        gemm: decision.gemm.clone(),
-        shared: decision.shared,
-    }
+    let placement = workload.placement;
+    let cuts = if decision.gemm.len() == 1 {
+        placement.all_ranks().map(|rank| vec![0, placement.local_count(rank)]).collect()
+    } else {
+        let loads = Loads::of(workload, cost, decision.share);
+        let cut = |loads: &Loads| loads.cut(&decision.gemm, Some(&decision.targets), RADIUS);
+        loads.iter().map(cut).collect()
+    };
+    StageTable { cuts, order: decision.order.clone(), gemm: decision.gemm.clone(), shared: decision.shared }
 }
 
 /// How many experts a boundary may move from where its decision puts it.
-const RADIUS: usize = 100;
+const RADIUS: usize = 2;
 
 /// The cheapest plan for a layer.
 pub fn search(workload: &Workload<'_>, cost: &CostModel, options: &SearchOptions) -> Choice {
     let mut search = Search { workload, cost, options, priced: 0 };
-    let stages = 1..=workload.placement.max_local().min(options.max_stages).max(1);
+    let most = workload.placement.max_local().min(options.max_stages).max(1);
+    let stages = options.min_stages.clamp(1, most)..=most;
     let mut best_of: Vec<Plan> = Vec::new();
     for stages in stages {
         best_of.push(search.best_with(stages));
@@ -235,7 +240,10 @@ impl Search<'_> {
             let equal = StageTable { shared, ..equal };
             let timed = StageTable { cuts: cut_all(&loads, &equal.gemm), ..equal.clone() };
             let mut tables = vec![timed, equal];
-            tables.extend(StageTable::balanced(placement, counts, stages, kind).map(|table| StageTable { shared, ..table }));
+            tables.extend(
+                StageTable::balanced(placement, counts, stages, kind)
+                    .map(|table| StageTable { shared, ..table }),
+            );
             tables.dedup();
             for table in tables {
                 let mixed = StageTable { gemm: self.kernels(&table, &loads), ..table.clone() };
@@ -259,7 +267,8 @@ impl Search<'_> {
     /// The kernel of every stage that is cheaper on the rank that takes longest.
     fn kernels(&self, table: &StageTable, loads: &[Loads]) -> Vec<GemmKind> {
         let slowest = |stage: usize, kind: GemmKind| {
-            let of_rank = |(loads, cut): (&Loads, &Vec<usize>)| loads.compute_ns(kind, cut[stage], cut[stage + 1]);
+            let of_rank =
+                |(loads, cut): (&Loads, &Vec<usize>)| loads.compute_ns(kind, cut[stage], cut[stage + 1]);
             loads.iter().zip(&table.cuts).map(of_rank).max().unwrap_or(0)
         };
         let kernels = &self.options.kernels;
@@ -335,12 +344,16 @@ impl Search<'_> {
     }
 
     fn allows(&self, plan: &Plan) -> bool {
-        self.options.shared.is_none_or(|shared| plan.table.shared == shared)
+        let stages = plan.table.stages();
+        let fewest = self.options.min_stages.min(self.workload.placement.max_local());
+        (fewest..=self.options.max_stages).contains(&stages)
+            && self.options.shared.is_none_or(|shared| plan.table.shared == shared)
     }
 
     /// The plan with the fewest stages among those that the cheapest one does not beat by the margin.
     fn choose(self, best_of: Vec<Plan>, landmarks: Vec<(String, Plan)>) -> Choice {
-        let all = || best_of.iter().chain(landmarks.iter().map(|(_, plan)| plan)).filter(|plan| self.allows(plan));
+        let all =
+            || best_of.iter().chain(landmarks.iter().map(|(_, plan)| plan)).filter(|plan| self.allows(plan));
         let cheapest = all().map(|plan| plan.layer_ns).min().unwrap_or(0);
         let tolerated = scale(cheapest, 1000 + self.options.margin);
         let good = all().filter(|plan| plan.layer_ns <= tolerated);
@@ -367,7 +380,8 @@ impl Search<'_> {
 fn decision_of(plan: &Plan, workload: &Workload<'_>, cost: &CostModel) -> Decision {
     let loads = Loads::of(workload, cost, plan.share);
     let mean = |boundary: usize| {
-        let sum: u64 = loads.iter().zip(&plan.table.cuts).map(|(loads, cut)| loads.permille(cut[boundary])).sum();
+        let sum: u64 =
+            loads.iter().zip(&plan.table.cuts).map(|(loads, cut)| loads.permille(cut[boundary])).sum();
         sum / loads.len().max(1) as u64
     };
     Decision {

@@ -20,8 +20,8 @@
 
 use crate::curve::scale;
 use crate::{
-    CostModel, GemmKind, LayerCounts, LayerSizes, Payload, Placement, SharedExpert, ShareCost, Span, StageTable,
-    Timeline, Traffic, Transfer, record_words,
+    CostModel, GemmKind, LayerCounts, LayerSizes, Payload, Placement, ShareCost, SharedExpert, Span,
+    StageTable, Timeline, Traffic, Transfer, record_words,
 };
 use epsmoe_base::{Lane, Rank, Stage};
 use std::ops::Range;
@@ -178,9 +178,10 @@ impl Builder<'_> {
         self.host("rendezvous", true, [None, None], |_, _| host.rendezvous.extended(messages));
         let planned = self.host("plan", false, [None, None], |_, _| host.plan.extended(experts * ranks));
         let words = record_words(sizes.top_k) * 4;
-        let metadata = self.exchange("metadata", None, [Some(ready), Some(planned)], words, |traffic, from, to| {
-            traffic.send_rows(from, to).len()
-        });
+        let metadata =
+            self.exchange("metadata", None, [Some(ready), Some(planned)], words, |traffic, from, to| {
+                traffic.send_rows(from, to).len()
+            });
         let mut first = true;
         // [stage] its dispatch, and its reduction once it is enqueued.
         let mut dispatched: Vec<Option<usize>> = vec![None; self.table.stages()];
@@ -309,7 +310,9 @@ impl Builder<'_> {
         let rows = &self.cost.rows;
         let sent = |this: &Self, rank| this.traffic.rows_sent(rank) as u64;
         self.compute("upload", None, Some(packed), |this, rank| rows.upload.extended(4 * sent(this, rank)));
-        self.compute("gather", None, None, |this, rank| rows.gather.extended(sent(this, rank) * row_bytes as u64));
+        self.compute("gather", None, None, |this, rank| {
+            rows.gather.extended(sent(this, rank) * row_bytes as u64)
+        });
         let words = 4 * record_words(top_k) as u64;
         self.compute("upload", None, None, |this, rank| rows.upload.extended(words * sent(this, rank)))
     }
@@ -359,7 +362,8 @@ impl Builder<'_> {
         }
         self.compute("reduce", place, None, |this, rank| {
             // Which copies make which sum only the routing knows: every sum has its share of them.
-            let (sums, all) = (this.traffic.combine_stage(rank, stage).len(), this.traffic.rows_received(rank));
+            let (sums, all) =
+                (this.traffic.combine_stage(rank, stage).len(), this.traffic.rows_received(rank));
             let copies = this.traffic.copies(rank) * sums / all.max(1);
             rows.reduce.extended(copies as u64 * row_bytes)
         })
@@ -616,7 +620,14 @@ fn report(program: &Program, times: &Times, stages: usize) -> Simulation {
     };
     let ranks: Vec<RankTimes> = (0..program.ranks).map(|rank| of_rank(Rank(rank))).collect();
     let exposed_transfer_ns = ranks.iter().map(|rank| rank.exposed_ns).max().unwrap_or(0);
-    Simulation { layer_ns: times.end(), exposed_transfer_ns, rendezvous_ns, stages: stage_times, ranks, timeline }
+    Simulation {
+        layer_ns: times.end(),
+        exposed_transfer_ns,
+        rendezvous_ns,
+        stages: stage_times,
+        ranks,
+        timeline,
+    }
 }
 
 fn stage_report(program: &Program, times: &Times, stage: Stage) -> StageTimes {

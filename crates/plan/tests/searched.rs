@@ -1,6 +1,7 @@
 //! What the search promises: never worse than one stage, as good as trying everything, the same on every rank, in
 //! time. `EPSMOE_TEST_SEED` repeats a run.
 
+#[allow(dead_code, reason = "each test uses a part of it")]
 mod costs;
 
 use costs::{Layer, for_random_cases, random_cost};
@@ -25,13 +26,16 @@ fn never_worse_than_one_stage_and_always_legal() {
             for kind in [GemmKind::Grouped, GemmKind::Dense] {
                 for share in 0..cost.shares.len() {
                     let one = StageTable::equal(&layer.placement, 1, kind).unwrap();
-                    for shared in
-                        [SharedExpert::BesideRendezvous, SharedExpert::BesideFirstDispatch, SharedExpert::Alone]
-                    {
+                    for shared in [
+                        SharedExpert::BesideRendezvous,
+                        SharedExpert::BesideFirstDispatch,
+                        SharedExpert::Alone,
+                    ] {
                         let one = StageTable { shared, ..one.clone() };
                         let one_ns = predict_ns(&one, share, &workload, &cost);
                         let fewest = choice.table.stages() == 1;
-                        let allowed = if fewest { one_ns + one_ns * options.margin / 1000 + 1 } else { one_ns };
+                        let allowed =
+                            if fewest { one_ns + one_ns * options.margin / 1000 + 1 } else { one_ns };
                         assert!(predicted <= allowed, "{predicted} against {one_ns}:\n{choice}");
                     }
                 }
@@ -90,7 +94,9 @@ fn exhaustive(layer: &Layer, cost: &CostModel) -> u64 {
         let mut cuts: Vec<Vec<Vec<usize>>> = vec![vec![]];
         for rank in placement.all_ranks() {
             let of_rank = all_cuts(placement.local_count(rank), stages);
-            let longer = cuts.iter().flat_map(|cuts| of_rank.iter().map(move |cut| [cuts.as_slice(), std::slice::from_ref(cut)].concat()));
+            let longer = cuts.iter().flat_map(|cuts| {
+                of_rank.iter().map(move |cut| [cuts.as_slice(), std::slice::from_ref(cut)].concat())
+            });
             cuts = longer.collect();
         }
         for cuts in cuts {
@@ -98,7 +104,12 @@ fn exhaustive(layer: &Layer, cost: &CostModel) -> u64 {
                 for gemm in all_kernels(stages) {
                     for share in 0..cost.shares.len() {
                         let shared = SharedExpert::BesideRendezvous;
-                        let table = StageTable { cuts: cuts.clone(), order: order.clone(), gemm: gemm.clone(), shared };
+                        let table = StageTable {
+                            cuts: cuts.clone(),
+                            order: order.clone(),
+                            gemm: gemm.clone(),
+                            shared,
+                        };
                         best = best.min(predict_ns(&table, share, &workload, cost));
                     }
                 }
@@ -131,16 +142,13 @@ fn as_good_as_trying_everything_on_small_layers() {
 
 /// DeepSeek-V2 widths on a machine without contention, one expert a token, so that rows divide evenly.
 fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
-    let placement = Placement::new(256, 8).unwrap();
+    let placement = Placement::new(256, 8).expect("a legal layer");
     // Every rank sends one token to every expert, times 64: perfectly even.
     let histogram = vec![64; 256];
-    let counts = RankCounts {
-        tokens: 64 * 256,
-        copies: histogram.clone(),
-        first: histogram.clone(),
-        last: histogram,
-    };
-    let counts = LayerCounts::new(&placement, 1, vec![counts; 8]).unwrap();
+    let counts =
+        RankCounts { tokens: 64 * 256, copies: histogram.clone(), first: histogram.clone(), last: histogram };
+    let counts = LayerCounts::new(&placement, 1, vec![counts; 8]).expect("a legal layer");
+    let law = RoutingLaw { top_k: 1, groups: None, zipf_permille: 0, seed: 0 };
     let sizes = LayerSizes { hidden: 1024, inner: 1024, top_k: 1, local_experts: 32, activation_bytes: 2 };
     let bytes = 7 * 32 * 64 * 1024 * 2;
     let free = || Curve::flat(0);
@@ -165,14 +173,16 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
         host: HostCost { pack: free(), rendezvous: free(), plan: free(), maps: free() },
         shares: vec![ShareCost::FREE],
     };
-    (Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 0 } }, cost)
+    (Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 0 }, law }, cost)
 }
 
 #[test]
 fn the_closed_form_agrees() {
     // Both directions together are C, each stage costs κ: the best number of stages is √(C/κ), the gain at S is
     // C − (C/S + κS), up to the κ that one stage costs too.
-    for (each_way, overhead) in [(2_000_000, 40_000), (2_000_000, 250_000), (1_000_000, 20_000), (100_000, 60_000)] {
+    for (each_way, overhead) in
+        [(2_000_000, 40_000), (2_000_000, 250_000), (1_000_000, 20_000), (100_000, 60_000)]
+    {
         let (layer, cost) = ideal(each_way, overhead);
         let options = SearchOptions { max_stages: 32, ..exact() };
         let choice = search(&layer.workload(), &cost, &options);
@@ -218,22 +228,24 @@ fn uneven_cuts_beat_equal_ones_under_the_row_rule() {
         let equal_ns = (0..2).map(|share| predict_ns(&equal, share, &workload, &cost)).min().unwrap();
         let choice = search(&workload, &cost, &options);
         let gain = 100.0 - 100.0 * choice.predicted.layer_ns as f64 / equal_ns as f64;
-        println!("S={stages}: equal {equal_ns} ns, searched {} ns: {gain:.1} % less", choice.predicted.layer_ns);
+        println!(
+            "S={stages}: equal {equal_ns} ns, searched {} ns: {gain:.1} % less",
+            choice.predicted.layer_ns
+        );
         assert!(choice.predicted.layer_ns <= equal_ns);
     }
 }
 
 #[test]
 fn cached_cuts_are_nearly_as_good_as_a_search_per_layer() {
-    let worst = std::sync::Mutex::new(0.0f64);
+    let regrets = std::sync::Mutex::new(Vec::new());
     for_random_cases(80, |mix| {
         let (layer, cost) = (Layer::random(mix, 6, 8), random_cost(mix));
         let decision = search(&layer.workload(), &cost, &SearchOptions::default()).decision;
         // The next layer: other popular experts, about as many tokens.
         let tokens: Vec<usize> =
             layer.placement.all_ranks().map(|rank| layer.counts.of(rank).tokens as usize).collect();
-        let top_k = layer.shape.sizes.top_k;
-        let law = RoutingLaw { top_k, groups: None, zipf_permille: 300, seed: mix.next_u64() };
+        let law = RoutingLaw { seed: mix.next_u64(), ..layer.law };
         let counts = law.counts(&layer.placement, &tokens).unwrap();
         let bucket = Bucket::of(&layer.workload());
         let next = Layer { counts, ..layer };
@@ -245,11 +257,13 @@ fn cached_cuts_are_nearly_as_good_as_a_search_per_layer() {
         let cached = predict_ns(&table, decision.share, &next.workload(), &cost);
         let searched = search(&next.workload(), &cost, &SearchOptions::default()).predicted.layer_ns;
         let regret = cached as f64 * 100.0 / searched as f64 - 100.0;
-        let mut worst = worst.lock().unwrap();
-        *worst = worst.max(regret);
-        eprintln!("regret {regret:.1} %");
+        regrets.lock().unwrap().push(regret);
     });
-    println!("cached cuts against a search: worst {:.1} %", worst.into_inner().unwrap());
+    let mut regrets = regrets.into_inner().unwrap();
+    regrets.sort_by(f64::total_cmp);
+    let mean = regrets.iter().sum::<f64>() / regrets.len() as f64;
+    println!("cached cuts against a search: mean {mean:.1} %, worst {:.1} %", regrets[regrets.len() - 1]);
+    assert!(mean < 4.0);
 }
 
 #[test]
@@ -278,12 +292,12 @@ fn buckets_are_quarter_octaves() {
 
 /// 64 ranks with 512 experts.
 fn large() -> (Layer, CostModel) {
-    let placement = Placement::new(512, 64).unwrap();
+    let placement = Placement::new(512, 64).expect("a legal layer");
     let law = RoutingLaw { top_k: 8, groups: None, zipf_permille: 500, seed: 3 };
-    let counts = law.counts(&placement, &[4096; 64]).unwrap();
+    let counts = law.counts(&placement, &[4096; 64]).expect("a legal layer");
     let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, local_experts: 8, activation_bytes: 2 };
-    let layer = Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 2048 } };
-    (layer, Machine::built_in("8x8xH100").unwrap().cost())
+    let layer = Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 2048 }, law };
+    (layer, Machine::built_in("8x8xH100").expect("a legal layer").cost())
 }
 
 #[test]
@@ -291,7 +305,12 @@ fn a_large_search_is_bounded() {
     let (layer, cost) = large();
     let start = Instant::now();
     let choice = search(&layer.workload(), &cost, &SearchOptions::default());
-    println!("64 ranks × 512 experts: {:?}, {} plans priced\n{}", start.elapsed(), choice.priced, choice.explain());
+    println!(
+        "64 ranks × 512 experts: {:?}, {} plans priced\n{}",
+        start.elapsed(),
+        choice.priced,
+        choice.explain()
+    );
     assert!(choice.priced < 2000);
 }
 
@@ -313,7 +332,12 @@ fn cuts_for_takes_microseconds() {
             })
             .collect();
         times.sort();
-        println!("{name}: search {searched:?} ({} plans), {} stages, cuts_for {:?}", choice.priced, choice.table.stages(), times[100]);
+        println!(
+            "{name}: search {searched:?} ({} plans), {} stages, cuts_for {:?}",
+            choice.priced,
+            choice.table.stages(),
+            times[100]
+        );
     };
     let (layer, cost) = large();
     time(&layer, &cost, "64 x 512");
@@ -325,7 +349,7 @@ fn cuts_for_takes_microseconds() {
         let law = RoutingLaw { top_k, groups: None, zipf_permille: 500, seed: 3 };
         let counts = law.counts(&placement, &[8192; 8]).unwrap();
         let sizes = LayerSizes { hidden, inner, top_k, local_experts: experts / 8, activation_bytes: 2 };
-        let layer = Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 0 } };
+        let layer = Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 0 }, law };
         time(&layer, &cost, name);
     }
 }

@@ -1,5 +1,6 @@
 //! What the simulator promises of every table on every machine. `EPSMOE_TEST_SEED` repeats a run.
 
+#[allow(dead_code, reason = "each test uses a part of it")]
 mod costs;
 
 use costs::{Layer, for_random_cases, random_cost, random_table};
@@ -22,7 +23,8 @@ fn dependencies_and_lane_order_are_respected() {
         let table = random_table(&layer.placement, mix);
         let simulation = simulate(&table, mix.below(2), &layer.workload(), &cost);
         for rank in layer.placement.all_ranks() {
-            let (compute, transfer) = (lane(&simulation, rank, Lane::Compute), lane(&simulation, rank, Lane::Transfer));
+            let (compute, transfer) =
+                (lane(&simulation, rank, Lane::Compute), lane(&simulation, rank, Lane::Transfer));
             for spans in [&compute, &transfer] {
                 for pair in spans.windows(2) {
                     assert!(pair[0].end_ns <= pair[1].start_ns, "a lane does one thing after the other");
@@ -104,12 +106,8 @@ fn a_faster_machine_is_not_slower_without_contention() {
         let time = |cost: &CostModel| predict_ns(&table, 0, &layer.workload(), cost);
         let before = time(&cost);
         let factor = |mix: &mut epsmoe_base::Mix| 1000 + mix.below(3000) as u64;
-        let slower = Correction {
-            link: factor(mix),
-            grouped: factor(mix),
-            dense: factor(mix),
-            rows: factor(mix),
-        };
+        let slower =
+            Correction { link: factor(mix), grouped: factor(mix), dense: factor(mix), rows: factor(mix) };
         assert!(time(&cost.corrected(&slower)) >= before, "{slower:?}");
         let one = [
             Correction { link: slower.link, ..Correction::default() },
@@ -178,8 +176,5 @@ fn a_layer_by_hand() {
     assert_eq!(simulation.layer_ns, router + 7 + records + rows + products + rows);
     assert_eq!(simulation.exposed_transfer_ns, records + 2 * rows);
     assert_eq!(simulation.rendezvous_ns, 7);
-    assert_eq!(
-        simulation.stages,
-        [StageTimes { dispatch_ns: rows, compute_ns: products, combine_ns: rows }]
-    );
+    assert_eq!(simulation.stages, [StageTimes { dispatch_ns: rows, compute_ns: products, combine_ns: rows }]);
 }

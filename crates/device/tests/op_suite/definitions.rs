@@ -488,11 +488,13 @@ fn routes<K: Kernels>(bench: &Bench<K>) {
             (Score::Sigmoid, true, false),
         ] {
             let gate = Gate { top_k, score, groups, normalise, scale: 2.5 };
-            let bias: Option<Vec<f32>> = biased.then(|| bench.random_of(DType::F32, 1, experts, 0.5).values);
-            // Different multiples of 1/64: no two scores are so close that rounding decides.
+            // Logits that differ by 1/32 or more and are not symmetric about zero, biases that are whole: no two
+            // experts or groups are so close that rounding decides.
+            let whole = |_| 2.0 * bench.below(4) as f32;
+            let bias: Option<Vec<f32>> = biased.then(|| (0..experts).map(whole).collect());
             let logits: Vec<f32> = (0..tokens)
                 .flat_map(|_| bench.shuffled(experts.max(100)).into_iter().take(experts))
-                .map(|word| word as f32 / 32.0 - 2.0)
+                .map(|word| word as f32 / 32.0 - 1.99)
                 .collect();
             route(bench, &gate, &Sheet { rows: tokens, width: experts, values: logits }, bias.as_deref());
         }

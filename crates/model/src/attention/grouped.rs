@@ -1,8 +1,8 @@
 //! Grouped-query attention (arXiv 2305.13245): several query heads share a key and a value head.
 
 use super::{Context, Heads, Linear, blocks};
-use crate::parallel::Share;
 use crate::load::Loader;
+use crate::parallel::Share;
 use crate::{GroupedSpec, LayerPart, ModelError, QkNorm, Window};
 use epsmoe_base::Layer;
 use epsmoe_device::op::Clamp;
@@ -93,9 +93,8 @@ impl Room {
         own: &OwnHeads,
         tokens: usize,
     ) -> Result<Self, DeviceError> {
-        let reserve = |name, heads: usize| {
-            device.allocate(name, device.dtype(), tokens, heads * own.spec.head_dim)
-        };
+        let reserve =
+            |name, heads: usize| device.allocate(name, device.dtype(), tokens, heads * own.spec.head_dim);
         let (queries, keys) = own.projected();
         let normed = |heads: &Range<usize>| if own.spec.qk_norm.is_some() { heads.len() } else { 0 };
         Ok(Room {

@@ -213,10 +213,7 @@ impl Head {
         let part = LayerPart::KvUp.of(layer);
         let rows = block(head, spec.nope + spec.value);
         let (keys, values) = (rows.start..rows.start + spec.nope, rows.start + spec.nope..rows.end);
-        Ok(Head {
-            keys: loader.transposed(part, keys)?,
-            values: loader.window(part, &Window::rows(values))?,
-        })
+        Ok(Head { keys: loader.transposed(part, keys)?, values: loader.window(part, &Window::rows(values))? })
     }
 }
 

@@ -43,7 +43,9 @@ impl Attention {
                 let heads = loader.layout.in_group().of(spec.heads);
                 let own = LatentSpec { heads: heads.len(), ..*spec };
                 let room = latent::Room::allocate(loader.device, &own, options.max_tokens)?;
-                let load = |layer| Latent::load(loader, layer, own, heads.clone(), &room, slots).map(Attention::Latent);
+                let load = |layer| {
+                    Latent::load(loader, layer, own, heads.clone(), &room, slots).map(Attention::Latent)
+                };
                 layers.map(load).collect()
             }
         }

@@ -12,7 +12,8 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
         weight_bytes_per_second: 100_000_000_000 << mix.below(4),
         op_ns: mix.below(20_000) as u64,
     };
-    let line = |mix: &mut Mix, start: usize, rate: u64| Curve::line(mix.below(start) as u64, rate << mix.below(6));
+    let line =
+        |mix: &mut Mix, start: usize, rate: u64| Curve::line(mix.below(start) as u64, rate << mix.below(6));
     CostModel {
         version: CostModel::VERSION,
         machine: "random".into(),
@@ -57,6 +58,8 @@ pub(crate) struct Layer {
     pub(crate) placement: Placement,
     pub(crate) counts: LayerCounts,
     pub(crate) shape: LayerShape,
+    /// Where the counts come from.
+    pub(crate) law: RoutingLaw,
 }
 
 impl Layer {
@@ -81,7 +84,7 @@ impl Layer {
             activation_bytes: 2,
         };
         let shape = LayerShape { sizes, shared_inner: mix.below(2) * 512 };
-        Layer { placement, counts, shape }
+        Layer { placement, counts, shape, law }
     }
 
     pub(crate) fn workload(&self) -> Workload<'_> {

@@ -46,6 +46,7 @@ mod x86 {
         () => {
             type Sums = __m256;
             const LANES: usize = 8;
+            const PREFETCHING_ROWS: usize = 3;
 
             #[inline(always)]
             unsafe fn load_sums(from: *const f32) -> __m256 {
@@ -60,9 +61,15 @@ mod x86 {
             }
 
             #[inline(always)]
-            fn prefetch(address: *const u8) {
+            fn prefetch_to_l1(address: *const u8) {
                 // SAFETY: a prefetch may take any address and is in the x86-64 baseline.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+            }
+
+            #[inline(always)]
+            fn prefetch_to_l2(address: *const u8) {
+                // SAFETY: a prefetch may take any address and is in the x86-64 baseline.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
             }
         };
     }

@@ -43,7 +43,7 @@ mod x86 {
     functions!(BF16_DOT, Bf16DotKernel, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16",
         rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
     functions!(BF16_WIDENED, Bf16WidenedKernel, "avx512f,avx512bw,avx512vl,avx512dq",
-        rows: 1 2 3 4 5 6 7 8 9 10 11 12 13);
+        rows: 1 2 3 4 5 6 7 8 9 10 11 12);
 
     /// f32 × f32.
     struct F32Kernel;
@@ -57,6 +57,7 @@ mod x86 {
         () => {
             type Sums = __m512;
             const LANES: usize = 16;
+            const PREFETCHING_ROWS: usize = 7;
 
             #[inline(always)]
             unsafe fn load_sums(from: *const f32) -> __m512 {
@@ -71,9 +72,15 @@ mod x86 {
             }
 
             #[inline(always)]
-            fn prefetch(address: *const u8) {
+            fn prefetch_to_l1(address: *const u8) {
                 // SAFETY: a prefetch may take any address and is in the x86-64 baseline.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+            }
+
+            #[inline(always)]
+            fn prefetch_to_l2(address: *const u8) {
+                // SAFETY: a prefetch may take any address and is in the x86-64 baseline.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
             }
         };
     }

@@ -22,10 +22,10 @@ const PANEL_BLOCK_STEPS: usize = 16 * BLOCK_STEPS;
 const CHUNK_WORDS: usize = 1 << 20;
 
 /// Rows in a chunk are at most this many.
-const CHUNK_ROWS: usize = 256;
+const CHUNK_ROWS: usize = 128;
 
 /// Tasks a thread should get, so that threads finish at about the same time.
-const TASKS_PER_THREAD: usize = 16;
+const TASKS_PER_THREAD: usize = 32;
 
 /// Below this many rows a panel's time is that of reading it, so it is counted as this many rows.
 const ROWS_OF_A_PANEL_READ: usize = 8;

@@ -32,6 +32,10 @@ pub(crate) unsafe trait Kernel {
 
     const LANES: usize;
 
+    /// Tiles of fewer rows do not prefetch: they read weights faster than memory delivers them, and
+    /// then the processor's own prefetcher alone is quicker.
+    const PREFETCHING_ROWS: usize;
+
     /// Reads `LANES` sums.
     ///
     /// # Safety
@@ -66,9 +70,18 @@ pub(crate) unsafe trait Kernel {
         weights: Self::Weights,
     ) -> Self::Sums;
 
-    /// Asks for the cache line at `address`, which may be any address.
-    fn prefetch(address: *const u8);
+    /// Asks for the cache line at `address`, which may be any address, in the L1 cache.
+    fn prefetch_to_l1(address: *const u8);
+
+    /// The same for the L2 cache.
+    fn prefetch_to_l2(address: *const u8);
 }
+
+/// Steps from the weights in use to those fetched into L1 meanwhile: 4 KiB for AVX-512.
+const STEPS_TO_L1: usize = 32;
+
+/// Bytes in a cache line.
+const LINE_BYTES: usize = 64;
 
 /// The operands of one call of the micro-kernel, for `rows` rows by `VECTORS · LANES` columns.
 #[derive(Clone, Copy)]
@@ -81,7 +94,7 @@ pub(crate) struct Tile {
     pub weights: *const u32,
     /// Sums `[rows, VECTORS · LANES]`, read at the start and written back at the end.
     pub sums: *mut f32,
-    /// Where the memory to be brought into the cache meanwhile begins; `prefetch_stride` bytes a step.
+    /// Where the memory to be brought into L2 meanwhile begins; `prefetch_stride` bytes a step.
     pub prefetch: *const u8,
     pub prefetch_stride: usize,
 }
@@ -108,8 +121,13 @@ pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
             for step in 0..steps {
                 let columns: [K::Weights; VECTORS] =
                     std::array::from_fn(|vector| K::load_weights(weights.add(vector * K::LANES)));
-                K::prefetch(prefetch);
-                K::prefetch(prefetch.wrapping_add(64));
+                if ROWS >= K::PREFETCHING_ROWS {
+                    let soon = weights.wrapping_add(STEPS_TO_L1 * width).cast::<u8>();
+                    for line in 0..(width * size_of::<u32>()).div_ceil(LINE_BYTES) {
+                        K::prefetch_to_l1(soon.wrapping_add(line * LINE_BYTES));
+                        K::prefetch_to_l2(prefetch.wrapping_add(line * LINE_BYTES));
+                    }
+                }
                 for (row, sums) in sums.iter_mut().enumerate() {
                     let activation = K::load_activation(activations.add(row * BLOCK_STRIDE + step));
                     for (sums, columns) in sums.iter_mut().zip(columns) {

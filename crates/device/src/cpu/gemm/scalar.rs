@@ -27,6 +27,7 @@ macro_rules! common {
         type Weights = [u32; LANES];
         type Activation = u32;
         const LANES: usize = LANES;
+        const PREFETCHING_ROWS: usize = usize::MAX;
 
         #[inline(always)]
         unsafe fn load_sums(from: *const f32) -> [f32; LANES] {
@@ -53,7 +54,10 @@ macro_rules! common {
         }
 
         #[inline(always)]
-        fn prefetch(_: *const u8) {}
+        fn prefetch_to_l1(_: *const u8) {}
+
+        #[inline(always)]
+        fn prefetch_to_l2(_: *const u8) {}
     };
 }
 

@@ -1,0 +1,127 @@
+//! `epsmoe doctor`: what this machine is, and what works on it. One plain sentence each.
+
+use crate::args::{Cli, Command, DoctorArgs, RunArgs};
+use crate::machine::{self, Machine};
+use crate::output;
+use crate::setup::{Demand, Setup};
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use epsmoe_base::{Bytes, env};
+use epsmoe_device::cpu::gemm::Isa;
+use epsmoe_engine::Request;
+use epsmoe_plan::{Policy, Schedule};
+use serde::Serialize;
+
+#[derive(Serialize)]
+struct Diagnosis {
+    version: &'static str,
+    machine: Machine,
+    load_average: Option<[f64; 3]>,
+    findings: Vec<Finding>,
+}
+
+/// One thing that was looked at.
+#[derive(Serialize)]
+struct Finding {
+    works: bool,
+    sentence: String,
+}
+
+/// Looks, tries, and says.
+pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
+    let machine = Machine::look();
+    let load_average = machine::load_average();
+    let findings = vec![cores(&machine, load_average), memory(&machine), instructions(), pipeline(), cache(), gpus()];
+    let diagnosis = Diagnosis { version: env!("CARGO_PKG_VERSION"), machine, load_average, findings };
+    if args.json {
+        return output::show_line(serde_json::to_string(&diagnosis)?);
+    }
+    output::show_line(format_args!("epsmoe {}", diagnosis.version))?;
+    for Finding { works, sentence } in &diagnosis.findings {
+        output::show_line(format_args!("{} {sentence}", if *works { "[ok]" } else { "[--]" }))?;
+    }
+    Ok(())
+}
+
+fn fine(sentence: String) -> Finding {
+    Finding { works: true, sentence }
+}
+
+fn lacking(sentence: String) -> Finding {
+    Finding { works: false, sentence }
+}
+
+fn cores(machine: &Machine, load: Option<[f64; 3]>) -> Finding {
+    let Machine { cpu, cores, .. } = machine;
+    match load {
+        Some([load, ..]) if load > *cores as f64 => lacking(format!(
+            "The processor ({cpu}, {cores} threads usable) is busier than it has threads, load {load:.1}: measure \
+             when it is not."
+        )),
+        Some([load, ..]) => fine(format!("The processor is {cpu}, {cores} threads usable, load {load:.1}.")),
+        None => fine(format!("The processor is {cpu}, {cores} threads usable.")),
+    }
+}
+
+fn memory(machine: &Machine) -> Finding {
+    let (all, left) = (Bytes(machine.memory_bytes), Bytes(machine.memory_available_bytes));
+    if machine.memory_bytes == 0 {
+        return lacking("The system does not say how much memory it has, so models too large are not refused.".into());
+    }
+    // Two bytes a parameter, and as much again for everything else.
+    let billions = machine.memory_available_bytes as f64 / 4e9;
+    fine(format!("Memory is {all}, {left} of it free: enough for about {billions:.0} billion parameters."))
+}
+
+fn instructions() -> Finding {
+    match Isa::detect() {
+        Isa::Scalar => lacking("There are no vector instructions that the kernels know: expect it to be slow.".into()),
+        isa => fine(format!("Kernels use {isa}.")),
+    }
+}
+
+/// Runs a small model on two ranks, serial and staged, and compares every bit.
+fn pipeline() -> Finding {
+    match staged_equals_serial() {
+        Ok(()) => fine("A model on two ranks gives the same bits, serial and staged.".into()),
+        Err(error) => lacking(format!("A model on two ranks does not work: {}.", output::flattened(&error))),
+    }
+}
+
+fn staged_equals_serial() -> Result<()> {
+    let setup = Setup::new(&trial()?)?;
+    let serial = Policy { schedule: Schedule::Serial, ..Policy::default() };
+    let demand = Demand { sequences: 1, tokens: 16, step: 16 };
+    let options = [serial, Policy::default()].map(|policy| setup.engine_options(demand, &policy));
+    let options = options.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut bits = Vec::new();
+    for mut engine in setup.start_all(&options)? {
+        let request = Request { prompt: (0..16).collect(), prompt_logits: true, ..Request::default() };
+        let logits = engine.run(vec![request], |_| {})?.remove(0).prompt_logits;
+        bits.push(logits.into_iter().map(f32::to_bits).collect::<Vec<_>>());
+    }
+    if bits[0] != bits[1] {
+        bail!("the staged schedule gave other bits than the serial one; please report this");
+    }
+    Ok(())
+}
+
+/// The flags of the trial, as if they were typed.
+fn trial() -> Result<RunArgs> {
+    let typed = ["epsmoe", "logits", "--model", "preset:mixtral-mini", "--ids", "0", "--out", "none"];
+    let typed = typed.into_iter().chain(["--data-parallel-size", "2", "--enable-expert-parallel"]);
+    match Cli::try_parse_from(typed)?.command {
+        Command::Logits(args) => Ok(args.run),
+        _ => None.context("another command was parsed. This is a bug"),
+    }
+}
+
+fn cache() -> Finding {
+    let set = ["HF_HUB_CACHE", "HF_HOME"].into_iter().find_map(|name| Some(format!("{name} {}", env::text(name)?)));
+    let place = set.unwrap_or_else(|| "its usual place".into());
+    fine(format!("Models by org/name come from the Hugging Face cache ({place}); nothing is ever downloaded."))
+}
+
+fn gpus() -> Finding {
+    lacking("GPUs are not used by this version.".into())
+}

@@ -1,0 +1,189 @@
+//! `epsmoe generate`: one prompt, continued.
+
+use crate::args::{GenerateArgs, PromptArgs, SamplingArgs};
+use crate::output;
+use crate::setup::{Chat, Demand, OpenModel, Setup};
+use anyhow::{Context, Result, bail};
+use epsmoe_base::count;
+use epsmoe_engine::{Completion, Engine, Finish, Request, Sampling, TextStream};
+use serde::Serialize;
+use std::time::Duration;
+
+/// New tokens when neither the user nor the checkpoint says how many.
+const MAX_TOKENS: usize = 128;
+
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Answer<'a> {
+    model: &'a str,
+    /// New ids only.
+    ids: &'a [u32],
+    /// Null without a tokenizer.
+    text: Option<&'a str>,
+    finish_reason: &'static str,
+    usage: Usage,
+    times: Times,
+}
+
+#[derive(Serialize)]
+struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+}
+
+#[derive(Serialize)]
+struct Times {
+    load_seconds: f64,
+    /// Null if there is no token.
+    time_to_first_token_ms: Option<f64>,
+    /// After the first token; null if there is one at most.
+    decode_tokens_per_second: Option<f64>,
+    /// From the request to its last token.
+    total_seconds: f64,
+}
+
+/// Continues a prompt; the text goes out as it comes.
+pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
+    let setup = Setup::new(&args.run)?;
+    let model = &setup.model;
+    let text = model.text()?;
+    if text.is_none() && !args.sampling.stop.is_empty() {
+        bail!("{} has no tokenizer, so the text of --stop cannot be found: leave it out", model.name);
+    }
+    let request = request(args, &setup)?;
+    let (step, tokens) = (request.prompt.len(), request.prompt.len().saturating_add(request.max_tokens));
+    let options = setup.engine_options(Demand { sequences: 1, tokens, step }, &setup.policy)?;
+    request.check(model.spec.vocab, options.max_model_len)?;
+
+    let (mut engine, load) = setup.start(options)?;
+    let mut stream = text.as_ref().map(|text| TextStream::new(text, args.sampling.stop.clone()));
+    let prompt_tokens = request.prompt.len();
+    let (completion, text) = generate(&mut engine, request, stream.as_mut(), !args.json)?;
+    let text = stream.is_some().then_some(text.as_str());
+
+    let answer = Answer::new(&model.name, prompt_tokens, &completion, text, load);
+    if args.json {
+        return output::show_line(serde_json::to_string(&answer)?);
+    }
+    match text {
+        Some(_) => output::show("\n")?,
+        None => output::show_line(completion.ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" "))?,
+    }
+    output::remark(answer.summary());
+    Ok(())
+}
+
+fn request(args: &GenerateArgs, setup: &Setup) -> Result<Request> {
+    let prompt = prompt_ids(&setup.model, &args.prompt)?;
+    let room = setup.model.spec.max_positions.saturating_sub(prompt.len());
+    let by_default = setup.model.generation.max_new_tokens.unwrap_or(MAX_TOKENS).min(room);
+    Ok(Request {
+        max_tokens: args.max_tokens.unwrap_or(by_default),
+        ignore_eos: args.sampling.ignore_eos,
+        sampling: sampling(&args.sampling, setup),
+        prompt_logits: false,
+        prompt,
+    })
+}
+
+fn prompt_ids(model: &OpenModel, args: &PromptArgs) -> Result<Vec<u32>> {
+    match (&args.ids, &args.prompt) {
+        (Some(ids), _) => Ok(ids.0.clone()),
+        (None, Some(prompt)) => {
+            model.encode(prompt, args.chat.then_some(Chat { system: args.system.as_deref() }))
+        }
+        (None, None) => bail!("there is no prompt: give --prompt or --ids"),
+    }
+}
+
+/// What was typed goes before what the checkpoint wants. Whoever says which tokens may be drawn wants to draw.
+fn sampling(args: &SamplingArgs, setup: &Setup) -> Sampling {
+    let wanted = setup.model.generation.sampling(setup.seed);
+    let draws = args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
+    let temperature = if draws && wanted.temperature == 0.0 { 1.0 } else { wanted.temperature };
+    Sampling {
+        temperature: args.temperature.unwrap_or(temperature),
+        top_k: args.top_k.unwrap_or(wanted.top_k),
+        top_p: args.top_p.unwrap_or(wanted.top_p),
+        min_p: args.min_p.unwrap_or(wanted.min_p),
+        repetition_penalty: args.repetition_penalty.unwrap_or(wanted.repetition_penalty),
+        seed: wanted.seed,
+    }
+}
+
+/// Steps until the request has ended, and its text.
+fn generate(
+    engine: &mut Engine,
+    request: Request,
+    mut stream: Option<&mut TextStream>,
+    aloud: bool,
+) -> Result<(Completion, String)> {
+    let number = engine.submit(request)?;
+    let (mut seen, mut text) = (0, String::new());
+    let mut say = |piece: String| {
+        text.push_str(&piece);
+        if aloud { output::show(&piece) } else { Ok(()) }
+    };
+    while !engine.is_idle() {
+        engine.step()?;
+        let Some(stream) = &mut stream else { continue };
+        for &id in &engine.tokens(number)[seen..] {
+            seen += 1;
+            say(stream.push(id)?)?;
+        }
+        if stream.stopped() {
+            engine.stop(number);
+        }
+    }
+    if let Some(stream) = stream {
+        say(stream.finish()?)?;
+    }
+    let completion = engine.take(number).context("the request has no answer. This is a bug")?;
+    Ok((completion, text))
+}
+
+impl<'a> Answer<'a> {
+    fn new(
+        model: &'a str,
+        prompt_tokens: usize,
+        completion: &'a Completion,
+        text: Option<&'a str>,
+        load: Duration,
+    ) -> Self {
+        let completion_tokens = completion.ids.len();
+        let first = completion.time_to_first_token.as_secs_f64();
+        let total = completion.total_time.as_secs_f64();
+        let decoded = completion_tokens.saturating_sub(1);
+        Answer {
+            model,
+            ids: &completion.ids,
+            text,
+            finish_reason: match completion.finish {
+                Some(Finish::Stop) => "stop",
+                Some(Finish::Length) | None => "length",
+            },
+            usage: Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens },
+            times: Times {
+                load_seconds: load.as_secs_f64(),
+                time_to_first_token_ms: (completion_tokens > 0).then_some(first * 1e3),
+                decode_tokens_per_second: (decoded > 0).then(|| decoded as f64 / (total - first)),
+                total_seconds: total,
+            },
+        }
+    }
+
+    fn summary(&self) -> String {
+        let (usage, times) = (&self.usage, &self.times);
+        let decode = times.decode_tokens_per_second.map(|rate| format!(", then {rate:.1} tokens/s"));
+        let first = times.time_to_first_token_ms.map(|first| format!(", the first after {first:.0} ms"));
+        format!(
+            "[{} + {} new{}{}; loaded in {:.1} s]",
+            count(usage.prompt_tokens, "token"),
+            usage.completion_tokens,
+            first.unwrap_or_default(),
+            decode.unwrap_or_default(),
+            times.load_seconds
+        )
+    }
+}

@@ -1,0 +1,32 @@
+//! `epsmoe logits`: every token's logits, for comparison with other implementations.
+
+use crate::args::LogitsArgs;
+use crate::output;
+use crate::setup::{Demand, Setup};
+use crate::tensors::{TensorPlan, write_header};
+use anyhow::Result;
+use epsmoe_base::{Bytes, DType};
+use epsmoe_engine::Request;
+
+/// Runs the prompt and writes `logits` [T, V].
+pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
+    let setup = Setup::new(&args.run)?;
+    let request = Request { prompt: args.ids.0.clone(), prompt_logits: true, ..Request::default() };
+    let (tokens, vocabulary) = (request.prompt.len(), setup.model.spec.vocab);
+    let options = setup.engine_options(Demand { sequences: 1, tokens, step: tokens }, &setup.policy)?;
+    request.check(vocabulary, options.max_model_len)?;
+    let (mut engine, _) = setup.start(options)?;
+    let progress = output::spinner("computing logits");
+    let completions = engine.run(vec![request], |_| {})?;
+    progress.finish_and_clear();
+    let tensor = TensorPlan { name: "logits".into(), dtype: DType::F32, shape: vec![tokens, vocabulary] };
+    let size = Bytes(tensor.bytes());
+    output::write_file(&args.out, |out| {
+        write_header(out, &[tensor])?;
+        let mut logits = completions.iter().flat_map(|completion| &completion.prompt_logits);
+        logits.try_for_each(|logit| out.write_all(&logit.to_le_bytes()))
+    })?;
+    let file = args.out.display();
+    output::remark(format_args!("wrote logits [{tokens}, {vocabulary}] float32, {size}, to {file}"));
+    Ok(())
+}

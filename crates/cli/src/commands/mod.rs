@@ -1,0 +1,9 @@
+//! One command a file.
+
+pub(crate) mod bench;
+pub(crate) mod completions;
+pub(crate) mod doctor;
+pub(crate) mod generate;
+pub(crate) mod logits;
+pub(crate) mod synth;
+pub(crate) mod tokenize;

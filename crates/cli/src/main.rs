@@ -1,0 +1,48 @@
+//! The program `epsmoe`: Mixture-of-Experts inference with an expert pipeline.
+//!
+//! In reading order: `args` (what was typed), `setup` (what it means: a model, a world of ranks, engines), one file
+//! per command in `commands`. Beside them: `locate` (where a model is), `tensors` (writing safetensors),
+//! `output` (what goes to the terminal and to files), `machine` (what this computer is).
+
+mod args;
+mod commands;
+mod locate;
+mod machine;
+mod output;
+mod setup;
+mod tensors;
+
+use args::{Cli, Command};
+use clap::FromArgMatches;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let matches = args::command().get_matches_from(args::spelled_out(std::env::args_os()));
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let bug = output::remember_panics();
+    match catch_unwind(AssertUnwindSafe(|| run(&cli.command))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            output::report(&output::flattened(&error));
+            ExitCode::FAILURE
+        }
+        Err(_) => {
+            output::report(&format!("{bug}. This is a bug: please report it with the command that led here"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command) -> anyhow::Result<()> {
+    match command {
+        Command::Generate(args) => commands::generate::run(args),
+        Command::Logits(args) => commands::logits::run(args),
+        Command::Tokenize(args) => commands::tokenize::run(args),
+        Command::Bench(args) => commands::bench::run(args),
+        Command::Synth(args) => commands::synth::run(args),
+        Command::Doctor(args) => commands::doctor::run(args),
+        Command::Completions(args) => commands::completions::run(args),
+    }
+}

@@ -1,0 +1,129 @@
+//! What goes to the terminal and to files.
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::fmt;
+use std::fs::Permissions;
+use std::io::{self, BufWriter, ErrorKind, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tempfile::NamedTempFile;
+
+/// Writes text to standard output at once.
+pub(crate) fn show(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
+}
+
+/// Writes a line to standard output.
+pub(crate) fn show_line(line: impl fmt::Display) -> Result<()> {
+    show(&format!("{line}\n"))
+}
+
+/// Writes a remark that is no result to standard error.
+pub(crate) fn remark(line: impl fmt::Display) {
+    // Nobody reads where standard error is closed.
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// Says why the program ends without a result.
+pub(crate) fn report(message: &str) {
+    remark(format_args!("error: {message}"));
+}
+
+/// An error and its causes in one line; a cause that a message already tells is not told again.
+pub(crate) fn flattened(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |told, cause| {
+        let cause = cause.to_string();
+        match told.as_str() {
+            "" => cause,
+            _ if told.contains(&cause) => told,
+            _ => format!("{told}: {cause}"),
+        }
+    })
+}
+
+/// Whether the reader of the output has seen enough.
+pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<io::Error>();
+    io.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+}
+
+/// The last panic of this process.
+#[derive(Clone)]
+pub(crate) struct LastPanic(Arc<Mutex<String>>);
+
+impl fmt::Display for LastPanic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Keeps panics from the terminal: those of ranks become faults, which say what happened; any other is reported at
+/// the end.
+pub(crate) fn remember_panics() -> LastPanic {
+    let last = LastPanic(Arc::default());
+    let remembered = last.clone();
+    std::panic::set_hook(Box::new(move |panic| {
+        let what = panic.payload_as_str().unwrap_or("no message");
+        let place = panic.location().map(|place| format!(" at {place}")).unwrap_or_default();
+        *remembered.0.lock().unwrap_or_else(PoisonError::into_inner) = format!("panicked{place}: {what}");
+    }));
+    last
+}
+
+/// Writes a whole file or none: beside its place first, then renamed.
+pub(crate) fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let attempt = || {
+        let everyone_as_umask_says = Permissions::from_mode(0o666);
+        let mut builder = tempfile::Builder::new();
+        let mut file: NamedTempFile = builder.permissions(everyone_as_umask_says).tempfile_in(folder)?;
+        let mut buffered = BufWriter::with_capacity(1 << 20, &mut file);
+        write(&mut buffered)?;
+        buffered.flush()?;
+        drop(buffered);
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|error| error.error)?;
+        io::Result::Ok(())
+    };
+    attempt().map_err(|error| without_path(error)).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The system's reason alone: the name of a temporary file helps nobody.
+fn without_path(error: io::Error) -> io::Error {
+    let source = error.get_ref().and_then(|inner| inner.source()).and_then(|source| source.downcast_ref::<io::Error>());
+    match source.and_then(io::Error::raw_os_error) {
+        Some(code) => io::Error::from_raw_os_error(code),
+        None => error,
+    }
+}
+
+/// A line that says what is being done for how long, where standard error is a terminal.
+pub(crate) fn spinner(what: impl Into<String>) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_message(what.into());
+    bar.set_style(style("{spinner} {msg} ({elapsed})"));
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}
+
+/// A bar of bytes.
+pub(crate) fn byte_bar(what: impl Into<String>, bytes: u64) -> ProgressBar {
+    let bar = ProgressBar::new(bytes).with_message(what.into());
+    bar.set_style(style("{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left"));
+    bar
+}
+
+/// A bar of steps.
+pub(crate) fn step_bar(what: impl Into<String>, steps: usize) -> ProgressBar {
+    let bar = ProgressBar::new(steps as u64).with_message(what.into());
+    bar.set_style(style("{msg} {wide_bar} {pos}/{len}, {elapsed}"));
+    bar
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}

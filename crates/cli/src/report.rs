@@ -1,0 +1,208 @@
+//! A bench as a picture: one HTML page with everything in it, for people who would rather look than read.
+
+use epsmoe_base::{Lane, Rank};
+use epsmoe_plan::{Accounts, Span, Timeline};
+use std::collections::BTreeSet;
+use std::fmt::{self, Write};
+
+/// What a page shows.
+pub struct Report {
+    /// Its heading.
+    pub title: String,
+    /// Lines under the heading: command, machine, load.
+    pub notes: Vec<String>,
+    /// One bar each.
+    pub rows: Vec<Row>,
+    /// One strip of lanes each: what it is, and what ran in one MoE layer.
+    pub lanes: Vec<(String, Timeline)>,
+}
+
+/// A measured configuration.
+pub struct Row {
+    /// What was run.
+    pub label: String,
+    /// Prompt tokens a second over all ranks.
+    pub tokens_per_second: f64,
+    /// Where the time of the slowest rank went.
+    pub accounts: Accounts,
+}
+
+const WIDTH: f64 = 1000.0;
+const LABEL: f64 = 210.0;
+const BAR: f64 = 26.0;
+const LANE: f64 = 24.0;
+
+/// Accounts and span names in colours that also differ in brightness.
+const COLOURS: [(&str, &str); 12] = [
+    ("gemm", "#2f5d8a"),
+    ("attention", "#7a4f9a"),
+    ("other", "#9aa5b1"),
+    ("exposed transfer", "#d9822b"),
+    ("rendezvous", "#c9b458"),
+    ("idle", "#e7e9ec"),
+    ("dispatch", "#d9822b"),
+    ("combine", "#b5432a"),
+    ("metadata", "#c9b458"),
+    ("gather", "#6fa287"),
+    ("reduce", "#3f7d5c"),
+    ("route", "#8d6e63"),
+];
+
+const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;max-width:1060px;margin:2em auto;padding:0 1em;\
+    color:#1c2733}h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}p{margin:.3em 0}\
+    code{background:#f2f4f6;padding:.1em .3em}svg{width:100%;height:auto;font:12px system-ui,sans-serif}\
+    .key span{display:inline-block;margin-right:1.2em}.key i{display:inline-block;width:.9em;height:.9em;\
+    margin-right:.4em;vertical-align:-.1em}";
+
+impl Report {
+    /// The page.
+    pub fn html(&self) -> String {
+        let mut page = String::new();
+        // Writing to a string cannot fail.
+        let _ = self.write(&mut page);
+        page
+    }
+
+    fn write(&self, page: &mut String) -> fmt::Result {
+        let title = escape(&self.title);
+        writeln!(page, "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>")?;
+        writeln!(page, "<style>{STYLE}</style><h1>{title}</h1>")?;
+        for note in &self.notes {
+            writeln!(page, "<p>{}</p>", escape(note))?;
+        }
+        writeln!(page, "<h2>Where the time goes</h2>")?;
+        writeln!(page, "<p>One step of the slowest rank; shorter is faster. The figure is tokens a second.</p>")?;
+        key(page, &["gemm", "attention", "other", "exposed transfer", "rendezvous", "idle"])?;
+        self.bars(page)?;
+        for (label, timeline) in &self.lanes {
+            writeln!(page, "<h2>One MoE layer: {}</h2>", escape(label))?;
+            key(page, &["route", "metadata", "dispatch", "gather", "gemm", "reduce", "combine", "other"])?;
+            lanes(page, timeline)?;
+        }
+        writeln!(page, "</html>")
+    }
+
+    fn bars(&self, page: &mut String) -> fmt::Result {
+        let longest = self.rows.iter().map(|row| row.accounts.wall).max().unwrap_or(0).max(1) as f64;
+        let scale = (WIDTH - LABEL - 110.0) / longest;
+        writeln!(page, "<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\">", BAR * self.rows.len() as f64 + 4.0)?;
+        for (index, row) in self.rows.iter().enumerate() {
+            let y = BAR * index as f64;
+            writeln!(page, "<text x=\"0\" y=\"{:.1}\">{}</text>", y + 16.0, escape(&row.label))?;
+            let mut x = LABEL;
+            for (name, time) in parts(&row.accounts) {
+                let width = time as f64 * scale;
+                let title = format!("{name}: {:.2} ms", time as f64 / 1e6);
+                rectangle(page, (x, y + 3.0), (width, BAR - 8.0), name, &title)?;
+                x += width;
+            }
+            writeln!(page, "<text x=\"{:.1}\" y=\"{:.1}\">{:.0} tok/s</text>", x + 8.0, y + 16.0, row.tokens_per_second)?;
+        }
+        writeln!(page, "</svg>")
+    }
+}
+
+fn parts(accounts: &Accounts) -> [(&'static str, u64); 6] {
+    [
+        ("gemm", accounts.gemm),
+        ("attention", accounts.attention),
+        ("other", accounts.other),
+        ("exposed transfer", accounts.exposed_transfer),
+        ("rendezvous", accounts.rendezvous),
+        ("idle", accounts.idle),
+    ]
+}
+
+/// A strip for each rank and lane over time, with a scale in milliseconds.
+fn lanes(page: &mut String, timeline: &Timeline) -> fmt::Result {
+    let Some(extent) = timeline.extent() else { return Ok(()) };
+    let ranks: BTreeSet<Rank> = timeline.spans.iter().map(|span| span.rank).collect();
+    let strips: Vec<(Rank, Lane)> =
+        ranks.into_iter().flat_map(|rank| Lane::ALL.map(|lane| (rank, lane))).collect();
+    let scale = (WIDTH - LABEL) / (extent.end - extent.start).max(1) as f64;
+    let height = LANE * strips.len() as f64;
+    writeln!(page, "<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\">", height + 24.0)?;
+    for (index, (rank, lane)) in strips.into_iter().enumerate() {
+        let y = LANE * index as f64;
+        writeln!(page, "<text x=\"0\" y=\"{:.1}\">{rank}, {lane}</text>", y + 15.0)?;
+        for span in timeline.spans.iter().filter(|span| (span.rank, span.lane) == (rank, lane)) {
+            let x = LABEL + (span.start_ns - extent.start) as f64 * scale;
+            let width = span.duration_ns() as f64 * scale;
+            rectangle(page, (x, y + 2.0), (width.max(0.3), LANE - 5.0), &span.name, &describe(span))?;
+        }
+    }
+    let milliseconds = (extent.end - extent.start) as f64 / 1e6;
+    for tick in 0..=5 {
+        let part = f64::from(tick) / 5.0;
+        let x = LABEL + (WIDTH - LABEL - 50.0) * part;
+        let time = milliseconds * part * (WIDTH - LABEL - 50.0) / (WIDTH - LABEL);
+        writeln!(page, "<text x=\"{x:.1}\" y=\"{:.1}\" fill=\"#667\">{time:.2} ms</text>", height + 16.0)?;
+    }
+    writeln!(page, "</svg>")
+}
+
+fn describe(span: &Span) -> String {
+    let stage = span.stage.map(|stage| format!(", {stage}")).unwrap_or_default();
+    format!("{}{stage}: {:.3} ms", span.name, span.duration_ns() as f64 / 1e6)
+}
+
+fn rectangle(page: &mut String, at: (f64, f64), size: (f64, f64), name: &str, title: &str) -> fmt::Result {
+    let ((x, y), (width, height)) = (at, size);
+    let (fill, title) = (colour(name), escape(title));
+    writeln!(
+        page,
+        "<rect x=\"{x:.2}\" y=\"{y:.2}\" width=\"{width:.2}\" height=\"{height:.2}\" fill=\"{fill}\">\
+         <title>{title}</title></rect>"
+    )
+}
+
+fn key(page: &mut String, names: &[&str]) -> fmt::Result {
+    write!(page, "<p class=\"key\">")?;
+    for name in names {
+        write!(page, "<span><i style=\"background:{}\"></i>{name}</span>", colour(name))?;
+    }
+    writeln!(page, "</p>")
+}
+
+/// The colour of a name; that of `other` for the rest.
+fn colour(name: &str) -> &'static str {
+    let found = COLOURS.iter().find(|(known, _)| *known == name);
+    found.map_or("#9aa5b1", |(_, colour)| colour)
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use epsmoe_base::{Layer, Stage};
+
+    #[test]
+    fn a_page_shows_rows_and_lanes_and_escapes_names() {
+        let span = |lane, name: &'static str, start_ns, end_ns| Span {
+            rank: Rank(0),
+            layer: Some(Layer(1)),
+            stage: Some(Stage(0)),
+            lane,
+            name: name.into(),
+            start_ns,
+            end_ns,
+        };
+        let spans =
+            vec![span(Lane::Transfer, "dispatch", 0, 1_000_000), span(Lane::Compute, "gemm", 1_000_000, 3_000_000)];
+        let timeline = Timeline { spans };
+        let accounts = Accounts::of(&timeline, Rank(0));
+        let page = Report {
+            title: "bench <x>".into(),
+            notes: vec!["a & b".into()],
+            rows: vec![Row { label: "staged 4".into(), tokens_per_second: 1234.0, accounts }],
+            lanes: vec![("staged 4".into(), timeline)],
+        }
+        .html();
+        assert!(page.contains("bench &lt;x&gt;") && page.contains("a &amp; b"));
+        assert!(page.contains("1234 tok/s") && page.contains("dispatch, stage 0: 1.000 ms"));
+        assert!(!page.contains("http"), "the page is whole in itself");
+    }
+}

@@ -1,0 +1,300 @@
+//! What the flags of a command that runs a model mean: a model, a world of ranks, and engines over it. Everything
+//! that cannot work is refused here, before weights are read.
+
+use crate::args::{DeviceKind, Dtype, Gemm, ModelArgs, RunArgs, ScheduleKind, SharedExpertPlace};
+use crate::locate::{Place, locate};
+use crate::{machine, output};
+use anyhow::{Context, Result, anyhow, bail};
+use epsmoe_base::{Bytes, DType, Rank};
+use epsmoe_device::cpu::CpuKernels;
+use epsmoe_device::cpu::gemm::Isa;
+use epsmoe_device::host::{HostBackend, HostOptions, Kernels, WeightStore};
+use epsmoe_device::reference::{self, PlainKernels};
+use epsmoe_engine::{
+    ChatTemplate, Engine, EngineOptions, Experts, GenerationConfig, Message, Parallel, RoutingMode, Text,
+};
+use epsmoe_fabric::{Threads, ThreadsOptions};
+use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
+use epsmoe_plan::{GemmKind, LayerCounts, Placement, Policy, RankCounts, Schedule, SharedExpert};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Tokens of a rank in one step when nobody says how many.
+const BATCHED_TOKENS: usize = 2048;
+
+/// A model whose files, if it has any, are open.
+pub(crate) struct OpenModel {
+    /// As it was typed.
+    pub(crate) name: String,
+    pub(crate) spec: Arc<ModelSpec>,
+    pub(crate) generation: GenerationConfig,
+    folder: Option<PathBuf>,
+    weights: Box<dyn WeightSource>,
+}
+
+impl OpenModel {
+    fn open(args: &ModelArgs, seed: u64) -> Result<Self> {
+        let name = args.model.clone();
+        match locate(&name, &args.revision)? {
+            Place::Preset(preset_name) => {
+                let spec = preset(&preset_name)?;
+                let weights = Box::new(Synthetic::new(&spec, seed));
+                let generation = GenerationConfig::default();
+                Ok(OpenModel { name, spec: Arc::new(spec), generation, folder: None, weights })
+            }
+            Place::Folder(folder) => {
+                let mut spec = config::read(&folder)?;
+                let generation = GenerationConfig::open(&folder)?;
+                spec.eos.extend(generation.eos());
+                let weights = Box::new(Checkpoint::open(&folder)?);
+                Ok(OpenModel { name, spec: Arc::new(spec), generation, folder: Some(folder), weights })
+            }
+        }
+    }
+
+    /// The model's tokenizer; nothing where there is none.
+    pub(crate) fn text(&self) -> Result<Option<Text>> {
+        Ok(self.folder.as_deref().map(Text::open).transpose()?.flatten())
+    }
+
+    /// Token ids of a prompt.
+    pub(crate) fn encode(&self, prompt: &str, chat: Option<Chat>) -> Result<Vec<u32>> {
+        encode(self.folder.as_deref(), &self.name, prompt, chat)
+    }
+}
+
+/// How a prompt becomes a conversation.
+pub(crate) struct Chat<'a> {
+    /// What the system says first.
+    pub(crate) system: Option<&'a str>,
+}
+
+/// Token ids of a prompt, by the tokenizer and the chat template in a model's folder.
+pub(crate) fn encode(folder: Option<&Path>, model: &str, prompt: &str, chat: Option<Chat>) -> Result<Vec<u32>> {
+    let folder = folder.with_context(|| format!("{model} has no tokenizer: give the prompt as --ids"))?;
+    let text = Text::open(folder)?
+        .with_context(|| format!("{} has no tokenizer.json: give the prompt as --ids", folder.display()))?;
+    let Some(chat) = chat else { return Ok(text.encode(prompt, true)?) };
+    let template = ChatTemplate::open(folder)?.with_context(|| {
+        format!("{} has no chat template: leave out --chat and write the whole prompt", folder.display())
+    })?;
+    let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+    let system = chat.system.map(|system| message("system", system));
+    let messages: Vec<Message> = system.into_iter().chain([message("user", prompt)]).collect();
+    Ok(text.encode(&template.render(&messages, true)?, false)?)
+}
+
+/// The folder of a model whose weights are not wanted.
+pub(crate) fn folder(args: &ModelArgs) -> Result<Option<PathBuf>> {
+    Ok(match locate(&args.model, &args.revision)? {
+        Place::Preset(_) => None,
+        Place::Folder(folder) => Some(folder),
+    })
+}
+
+/// What a command is going to ask of an engine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Demand {
+    /// Sequences at once on the busiest rank.
+    pub(crate) sequences: usize,
+    /// Longest sequence, prompt and new tokens.
+    pub(crate) tokens: usize,
+    /// Tokens of the busiest rank that could be computed in one step.
+    pub(crate) step: usize,
+}
+
+/// Settled settings.
+pub(crate) struct Setup {
+    pub(crate) model: OpenModel,
+    pub(crate) ranks: usize,
+    /// Threads of each rank.
+    pub(crate) threads: usize,
+    pub(crate) policy: Policy,
+    pub(crate) parallel: Parallel,
+    pub(crate) seed: u64,
+    device: DeviceKind,
+    dtype: DType,
+    isa: Isa,
+    batched_tokens: Option<usize>,
+    sequences: Option<usize>,
+    model_len: Option<usize>,
+    timeout: Duration,
+}
+
+impl Setup {
+    /// Settles what flags mean and opens the model.
+    pub(crate) fn new(args: &RunArgs) -> Result<Self> {
+        let model = OpenModel::open(&args.model, args.seed)?;
+        let parallel = parallel(args)?;
+        let ranks = args.data_parallel_size * parallel.tensor;
+        let setup = Setup {
+            ranks,
+            parallel,
+            threads: args.threads.unwrap_or((machine::cores() / ranks).max(1)),
+            policy: policy(args),
+            seed: args.seed,
+            device: args.device,
+            dtype: match args.dtype {
+                Dtype::Auto | Dtype::Float32 => DType::F32,
+                Dtype::Bfloat16 => DType::BF16,
+            },
+            isa: args.isa.unwrap_or_else(Isa::detect),
+            batched_tokens: args.max_num_batched_tokens,
+            sequences: args.max_num_seqs,
+            model_len: args.max_model_len,
+            timeout: Duration::from_secs_f64(args.timeout),
+            model,
+        };
+        setup.check_policy(&setup.policy)?;
+        Ok(setup)
+    }
+
+    /// Experts that the busiest rank holds; none in a model without.
+    pub(crate) fn most_local_experts(&self) -> Result<Option<usize>> {
+        Ok(self.placement()?.map(|placement| placement.max_local()))
+    }
+
+    fn placement(&self) -> Result<Option<Placement>> {
+        let moe = self.model.spec.layers.iter().find_map(|layer| layer.mlp.moe());
+        Ok(moe.map(|moe| Placement::new(moe.experts, self.ranks)).transpose()?)
+    }
+
+    /// A policy that cannot be followed cannot be followed for no tokens either.
+    fn check_policy(&self, policy: &Policy) -> Result<()> {
+        let Some(placement) = self.placement()? else { return Ok(()) };
+        let zeros = || vec![0; placement.experts()];
+        let none = RankCounts { tokens: 0, copies: zeros(), first: zeros(), last: zeros() };
+        let counts = LayerCounts::new(&placement, 1, vec![none; self.ranks])?;
+        policy.table(&placement, &counts)?;
+        Ok(())
+    }
+
+    /// What an engine is told, given what it will be asked.
+    pub(crate) fn engine_options(&self, demand: Demand, policy: &Policy) -> Result<EngineOptions> {
+        self.check_policy(policy)?;
+        let most = self.model.spec.max_positions;
+        if let Some(longer) = self.model_len.filter(|&length| length > most) {
+            bail!("--max-model-len is {longer}, but this model was made for {most} positions: lower it");
+        }
+        let max_model_len = self.model_len.unwrap_or(demand.tokens.min(most)).max(1);
+        let max_sequences = self.sequences.unwrap_or(demand.sequences).max(1);
+        let step = demand.step.clamp(1, BATCHED_TOKENS);
+        Ok(EngineOptions {
+            max_batched_tokens: self.batched_tokens.unwrap_or(step),
+            max_sequences,
+            max_model_len,
+            policy: policy.clone(),
+            parallel: self.parallel,
+            routing: RoutingMode::Gate,
+            timeout: self.timeout,
+        })
+    }
+
+    /// An engine, and how long it took to load.
+    pub(crate) fn start(&self, options: EngineOptions) -> Result<(Engine, Duration)> {
+        let begun = Instant::now();
+        let engine = self.start_all(&[options])?.pop().context("no engine was started. This is a bug")?;
+        Ok((engine, begun.elapsed()))
+    }
+
+    /// An engine for each set of options; they share their weights.
+    pub(crate) fn start_all(&self, options: &[EngineOptions]) -> Result<Vec<Engine>> {
+        self.check_memory(options)?;
+        let (threads, isa) = (self.threads, self.isa);
+        match self.device {
+            DeviceKind::Cpu => {
+                self.engines(options, || HostOptions::new(self.dtype), || CpuKernels::new(threads, isa))
+            }
+            DeviceKind::Reference => {
+                self.engines(options, || reference::options(self.dtype, self.seed), || Ok(PlainKernels))
+            }
+        }
+    }
+
+    fn engines<K: Kernels>(
+        &self,
+        options: &[EngineOptions],
+        host: impl Fn() -> HostOptions,
+        kernels: impl Fn() -> Result<K, String>,
+    ) -> Result<Vec<Engine>> {
+        let progress = output::step_bar(format!("loading {}", self.model.name), self.ranks * options.len());
+        let store = Arc::new(WeightStore::default());
+        let engine = |options: &EngineOptions| {
+            let host = host();
+            let faults = host.faults.clone();
+            let fabric = ThreadsOptions::new(self.timeout, faults.clone());
+            let ranks = Threads::world(self.ranks, fabric).into_iter().enumerate().map(|(rank, fabric)| {
+                let kernels = kernels().map_err(|problem| anyhow!(problem))?;
+                let device = HostBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?;
+                Ok((Arc::new(device), Arc::new(fabric)))
+            });
+            let ranks = ranks.collect::<Result<Vec<_>>>()?;
+            let (spec, weights) = (Arc::clone(&self.model.spec), &*self.model.weights);
+            Ok(Engine::start(spec, weights, ranks, faults, options.clone(), |_| progress.inc(1))?)
+        };
+        let engines = options.iter().map(engine).collect();
+        progress.finish_and_clear();
+        engines
+    }
+
+    /// Refuses a model whose weights and caches alone are more than the machine has left.
+    fn check_memory(&self, options: &[EngineOptions]) -> Result<()> {
+        let spec = &self.model.spec;
+        let weights = spec.parameters().total * self.dtype.bytes() as u64;
+        let a_token = (spec.cache_bytes_per_token(self.dtype) * self.ranks) as u64;
+        let tokens = |options: &EngineOptions| (options.max_model_len as u64).saturating_mul(options.max_sequences as u64);
+        let caches = options.iter().map(|options| tokens(options).saturating_mul(a_token)).fold(0, u64::saturating_add);
+        let needed = weights.saturating_add(caches);
+        match machine::available_memory() {
+            Some(available) if needed > available => bail!(
+                "{} needs {} for its weights in {} and {} for its caches, but this machine has {} left: use a smaller \
+                 model, shorter contexts or fewer sequences",
+                self.model.name,
+                Bytes(weights),
+                self.dtype,
+                Bytes(caches),
+                Bytes(available)
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// The processor and what is computed on it, in a few words.
+    pub(crate) fn processor(&self) -> String {
+        match self.device {
+            DeviceKind::Cpu => format!("cpu ({}), {} thread(s) a rank, {}", self.isa, self.threads, self.dtype),
+            DeviceKind::Reference => format!("reference, {}", self.dtype),
+        }
+    }
+}
+
+/// How the model is spread over ranks.
+fn parallel(args: &RunArgs) -> Result<Parallel> {
+    let data = args.data_parallel_size;
+    if data > 1 && !args.enable_expert_parallel {
+        bail!("{data} data-parallel ranks that split every expert are not supported yet: add --enable-expert-parallel");
+    }
+    Ok(Parallel { tensor: 1, data: Some(data), experts: Experts::Ep })
+}
+
+fn policy(args: &RunArgs) -> Policy {
+    Policy {
+        schedule: match args.schedule {
+            Some(ScheduleKind::Serial) => Schedule::Serial,
+            Some(ScheduleKind::Staged) | None => Schedule::Staged,
+        },
+        stages: args.stages.clone(),
+        gemm: match args.gemm {
+            Gemm::Grouped => GemmKind::Grouped,
+            Gemm::Dense => GemmKind::Dense,
+        },
+        shared: args.shared_expert.map(|place| match place {
+            SharedExpertPlace::BesideRendezvous => SharedExpert::BesideRendezvous,
+            SharedExpertPlace::BesideFirstDispatch => SharedExpert::BesideFirstDispatch,
+            SharedExpertPlace::BesideLastCombine => SharedExpert::BesideLastCombine,
+            SharedExpertPlace::Alone => SharedExpert::Alone,
+        }),
+        order: args.transfer_order.as_ref().map(|order| order.0.clone()),
+    }
+}

@@ -1,0 +1,254 @@
+//! Every command once, as a user types it.
+
+mod common;
+
+use common::{Folder, command, fixture, json, printed};
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+
+/// Reference prompts, logits and continuations of a fixture.
+struct Expected(Vec<u8>);
+
+impl Expected {
+    fn of(name: &str) -> Self {
+        Expected(std::fs::read(format!("{}/expected.safetensors", fixture(name))).unwrap())
+    }
+
+    fn ids(&self, name: &str) -> Vec<u32> {
+        let tensors = SafeTensors::deserialize(&self.0).unwrap();
+        let words = tensors.tensor(name).unwrap().data().chunks_exact(8);
+        words.map(|word| i64::from_le_bytes(word.try_into().unwrap()) as u32).collect()
+    }
+
+    fn logits(&self, name: &str) -> Vec<f32> {
+        floats(&self.0, name).1
+    }
+}
+
+fn floats(file: &[u8], name: &str) -> (Vec<usize>, Vec<f32>) {
+    let tensors = SafeTensors::deserialize(file).unwrap();
+    let tensor = tensors.tensor(name).unwrap();
+    let words = tensor.data().chunks_exact(4);
+    (tensor.shape().to_vec(), words.map(|word| f32::from_le_bytes(word.try_into().unwrap())).collect())
+}
+
+fn words(ids: &[u32]) -> String {
+    ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+}
+
+#[test]
+fn logits_are_the_reference_s() {
+    let folder = Folder::new();
+    for (name, flags, order) in [
+        ("mixtral", "", None),
+        ("mixtral", "--schedule serial --gemm dense --threads 1 -dp 2 -ep", None),
+        ("deepseek_v2", "-dp 2 -ep --stages 2 --shared-expert beside-last-combine", None),
+        ("deepseek_v2", "--device reference --stages 3", Some("d0 d1 d2 c0 c1 c2")),
+    ] {
+        let expected = Expected::of(name);
+        let (ids, out) = (expected.ids("input_ids_1"), folder.text("logits.safetensors"));
+        let typed = format!("logits --model {} --ids {} --out {out} {flags}", fixture(name), words(&ids));
+        let order = order.into_iter().flat_map(|order| ["--transfer-order", order]);
+        assert_eq!(printed(command(&typed).args(order)), "");
+        let (shape, logits) = floats(&std::fs::read(&out).unwrap(), "logits");
+        let reference = expected.logits("logits_1");
+        assert_eq!((shape[0], shape.iter().product()), (ids.len(), reference.len()));
+        let furthest = logits.iter().zip(&reference).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
+        assert!(furthest < 1e-3, "{name} {flags}: {furthest}");
+    }
+}
+
+#[test]
+fn generate_continues_ids() {
+    let expected = Expected::of("mixtral");
+    let (prompt, greedy) = (expected.ids("input_ids_0"), expected.ids("greedy_0"));
+    let typed = format!(
+        "generate --model {} --ids {} --max-tokens {} --temperature 0 --ignore-eos --json",
+        fixture("mixtral"),
+        words(&prompt),
+        greedy.len()
+    );
+    let answer = json(&mut command(&typed));
+    assert_eq!(answer["ids"], json!(greedy));
+    assert!(answer["text"].is_string());
+    assert_eq!(answer["finish_reason"], "length");
+    let usage = json!({
+        "prompt_tokens": prompt.len(),
+        "completion_tokens": greedy.len(),
+        "total_tokens": prompt.len() + greedy.len(),
+    });
+    assert_eq!(answer["usage"], usage);
+    for time in ["load_seconds", "time_to_first_token_ms", "decode_tokens_per_second", "total_seconds"] {
+        assert!(answer["times"][time].as_f64().unwrap() > 0.0, "{time}");
+    }
+    let spread = json(&mut command(&format!("{typed} --data-parallel-size 2 --enable-expert-parallel --stages 2")));
+    assert_eq!(spread["ids"], answer["ids"]);
+    let plain = printed(&mut command(&typed.replace(" --json", "")));
+    assert_eq!(plain.trim_end_matches('\n'), answer["text"].as_str().unwrap().trim_end_matches('\n'));
+}
+
+#[test]
+fn generate_without_a_tokenizer_has_no_text() {
+    let typed = "generate --model preset:mixtral-mini --seed 5 --ids 5,6,7 --max-tokens 3";
+    let answer = json(&mut command(&format!("{typed} --json")));
+    assert_eq!(answer["text"], Value::Null);
+    let ids: Vec<u32> = serde_json::from_value(answer["ids"].clone()).unwrap();
+    assert_eq!(printed(&mut command(typed)).trim(), words(&ids).replace(',', " "));
+}
+
+#[test]
+fn generate_follows_prompts_chats_and_samplers() {
+    let model = fixture("qwen2_moe");
+    let generate = |flags: &str, prompt: &str| {
+        let typed = format!("generate --model {model} --max-tokens 12 --ignore-eos --json {flags}");
+        json(command(&typed).args(["--prompt", prompt]))
+    };
+    let plain = generate("", "Hello there");
+    let chat = generate("--chat", "Hello there");
+    assert_eq!(chat["usage"]["prompt_tokens"].as_u64().unwrap(), plain["usage"]["prompt_tokens"].as_u64().unwrap() + 3);
+    let drawn = generate("--temperature 1.5 --seed 3", "Hello there");
+    assert_eq!(drawn["ids"], generate("--temperature 1.5 --seed 3", "Hello there")["ids"]);
+    assert_ne!(drawn["ids"], generate("--temperature 1.5 --seed 4", "Hello there")["ids"]);
+    assert_eq!(plain["ids"], generate("--temperature 1.5 --top-k 1", "Hello there")["ids"]);
+    assert_eq!(plain["ids"], generate("--temperature 1.5 --top-p 0.000001", "Hello there")["ids"]);
+    assert_eq!(plain["ids"], generate("--min-p 1", "Hello there")["ids"]);
+}
+
+#[test]
+fn generate_ends_before_a_stop_string() {
+    let model = fixture("qwen2_moe");
+    let typed = format!("generate --model {model} --prompt Hello --max-tokens 24 --ignore-eos --json");
+    let whole = json(&mut command(&typed));
+    let text = whole["text"].as_str().unwrap();
+    let stop = text.chars().skip(4).take(2).collect::<String>();
+    let stopped = json(command(&typed).args(["--stop", &stop]));
+    assert_eq!(stopped["text"].as_str().unwrap(), &text[..text.find(&stop).unwrap()]);
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert!(stopped["ids"].as_array().unwrap().len() < whole["ids"].as_array().unwrap().len());
+}
+
+#[test]
+fn generation_config_is_followed() {
+    let folder = Folder::copy_of("mixtral");
+    let generate = |flags: &str| {
+        let typed = format!("generate --model {} --ids 5,6,7 --json {flags}", folder.0.path().display());
+        json(&mut command(&typed))["ids"].as_array().unwrap().clone()
+    };
+    let greedy = generate("--max-tokens 6 --ignore-eos");
+    let config = json!({ "do_sample": true, "temperature": 2.0, "max_new_tokens": 3, "eos_token_id": [1, greedy[1]] });
+    std::fs::write(folder.path("generation_config.json"), config.to_string()).unwrap();
+    assert_eq!(generate("--temperature 0").len(), 2, "the second token ends the text");
+    assert_eq!(generate("--temperature 0 --ignore-eos"), greedy[..3]);
+    assert_ne!(generate("--ignore-eos --max-tokens 6"), greedy);
+}
+
+#[test]
+fn tokenize_shows_tokens() {
+    let model = fixture("mixtral");
+    let chat = json(&mut command(&format!("tokenize --model {model} --prompt Hi --chat --system Be --json")));
+    assert_eq!(chat["count"], chat["ids"].as_array().unwrap().len());
+    let tokens = chat["tokens"].as_array().unwrap();
+    assert_eq!((&tokens[0], tokens.last().unwrap()), (&json!("<s>"), &json!("<|assistant|>")));
+    let lines = printed(&mut command(&format!("tokenize --model {model} --prompt <s>")));
+    assert_eq!(lines, "      0  <s>\n");
+}
+
+#[test]
+fn synth_writes_the_weights_of_the_preset() {
+    let folder = Folder::new();
+    let logits = |model: &str| {
+        let out = folder.text("logits.safetensors");
+        printed(&mut command(&format!("logits --model {model} --ids 5,6,7 --seed 9 --out {out}")));
+        floats(&std::fs::read(out).unwrap(), "logits").1
+    };
+    let (one, many) = (folder.text("one"), folder.text("many"));
+    printed(&mut command(&format!("synth --preset mixtral-mini --seed 9 --out {one}")));
+    printed(&mut command(&format!("synth --config {one}/config.json --seed 9 --out {many} --max-shard-size 20MB")));
+    assert!(!folder.path("many/model.safetensors").exists());
+    assert!(folder.path("many/model.safetensors.index.json").exists());
+    let in_memory = logits("preset:mixtral-mini");
+    assert_eq!(logits(&one), in_memory);
+    assert_eq!(logits(&many), in_memory);
+}
+
+#[test]
+fn bench_compares_schedules() {
+    let folder = Folder::new();
+    let (figures, trace) = (folder.text("bench.json"), folder.text("trace.json"));
+    let small = "--batch-size 2 --input-len 8 --output-len 2 --num-iters 2";
+    let table = printed(&mut command(&format!("bench {small} --json {figures} --trace {trace}")));
+    let headings = table.lines().find(|line| line.starts_with("strategy")).unwrap();
+    assert_eq!(
+        headings.split_whitespace().collect::<Vec<_>>().join(" "),
+        "strategy schedule stages tokens/s MoE layer ms exposed ms peak bytes ratio"
+    );
+    let report: Value = serde_json::from_slice(&std::fs::read(&figures).unwrap()).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let names: Vec<String> =
+        rows.iter().map(|row| format!("{} {} {}", row["strategy"], row["schedule"], row["stages"])).collect();
+    let staged = |stages: usize| format!("\"DP+EP\" \"staged\" {stages}");
+    assert_eq!(names, ["\"DP+EP\" \"serial\" 1".to_owned(), staged(2), staged(4), staged(8)]);
+    for figure in ["tokens_per_second", "moe_layer_ms", "peak_bytes", "ratio_to_serial"] {
+        assert!(rows.iter().all(|row| row[figure].as_f64().unwrap() > 0.0), "{figure}");
+    }
+    assert!(rows.iter().all(|row| row["exposed_transfer_ms"].as_f64() <= row["moe_layer_ms"].as_f64()));
+    assert!(report["command"].as_str().unwrap().contains("--batch-size 2"));
+    assert!(report["machine"]["cores"].as_u64().unwrap() > 0);
+    let trace: Value = serde_json::from_slice(&std::fs::read(&trace).unwrap()).unwrap();
+    assert!(trace["traceEvents"].as_array().unwrap().iter().any(|event| event["name"] == "dispatch"));
+
+    let narrowed = format!("bench {small} --schedule staged --stages 4,12 --model preset:mixtral-mini -dp 1 --json {figures}");
+    let message = common::refused(&mut command(&narrowed));
+    assert!(message.contains("add up to 16"), "{message}");
+}
+
+#[test]
+fn flags_have_variables() {
+    let mut with_variables = command("generate --max-tokens 2 --json");
+    with_variables.env("EPSMOE_MODEL", "preset:mixtral-mini").env("EPSMOE_GENERATE_IDS", "5,6");
+    with_variables.env("EPSMOE_STAGES", "2").env("EPSMOE_IGNORE_EOS", "1");
+    assert_eq!(json(&mut with_variables)["usage"]["completion_tokens"], 2);
+}
+
+#[test]
+fn models_come_from_the_hugging_face_cache() {
+    let cache = Folder::new();
+    let model = cache.path("hub/models--tiny--mixtral");
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    std::fs::create_dir_all(model.join("snapshots").join(commit)).unwrap();
+    std::fs::create_dir_all(model.join("refs")).unwrap();
+    std::fs::write(model.join("refs/main"), commit).unwrap();
+    for file in std::fs::read_dir(fixture("mixtral")).unwrap() {
+        let file = file.unwrap();
+        let link = model.join("snapshots").join(commit).join(file.file_name());
+        std::os::unix::fs::symlink(file.path().canonicalize().unwrap(), link).unwrap();
+    }
+    let mut generate = command("generate --model tiny/mixtral --prompt Hi --max-tokens 2 --json");
+    generate.env("HF_HOME", cache.0.path()).env("HF_HUB_OFFLINE", "1");
+    assert_eq!(json(&mut generate)["usage"]["completion_tokens"], 2);
+    let mut absent = command("generate --model tiny/other --prompt Hi");
+    absent.env("HF_HOME", cache.0.path());
+    let message = common::refused(&mut absent);
+    assert!(message.contains("models--tiny--other does not exist"), "{message}");
+    assert!(message.contains("hf download tiny/other"), "{message}");
+}
+
+#[test]
+fn doctor_says_what_works() {
+    let told = printed(&mut command("doctor"));
+    assert!(told.contains("[ok] A model on two ranks gives the same bits, serial and staged."), "{told}");
+    assert!(json(&mut command("doctor --json"))["findings"].is_array());
+}
+
+#[test]
+fn help_and_completions_are_there() {
+    let help = printed(&mut command("--help"));
+    assert!(help.contains("epsmoe generate --model"), "{help}");
+    let help = printed(&mut command("generate --help"));
+    for expected in ["[env: EPSMOE_STAGES=]", "Expert pipeline:", "preset:NAME", "[env: EPSMOE_GENERATE_PROMPT=]"] {
+        assert!(help.contains(expected), "{expected} is not in {help}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(printed(&mut command(&format!("completions {shell}"))).contains("epsmoe"));
+    }
+}

@@ -1,0 +1,250 @@
+//! From measured times to a cost model: medians and rising curves, so that a few disturbed samples change nothing.
+
+use crate::curve::medians;
+use crate::{CostModel, Curve, GemmCost, GemmKind, ShareCost};
+
+/// What was measured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// One operation over experts with so many rows each, by matrices of `columns` N and `depth` K.
+    Gemm {
+        /// How.
+        kind: GemmKind,
+        /// Rows of each expert.
+        rows: Vec<u64>,
+        /// N.
+        columns: usize,
+        /// K.
+        depth: usize,
+    },
+    /// An exchange in which nobody sends anything.
+    EmptyExchange,
+    /// An exchange inside a node: bytes of the larger direction.
+    Near(u64),
+    /// An exchange between nodes, likewise.
+    Far(u64),
+    /// An exchange of a rank with itself: bytes.
+    Copy(u64),
+    /// Rows picked by index: bytes written.
+    Gather(u64),
+    /// Weighted sums: bytes read.
+    Reduce(u64),
+    /// Index arrays: bytes.
+    Upload(u64),
+    /// Choosing experts: tokens × experts.
+    Route(u64),
+    /// Host: (token, expert) pairs.
+    Pack(u64),
+    /// Host: bytes of all messages.
+    Rendezvous(u64),
+    /// Host: experts × ranks.
+    Plan(u64),
+    /// Host: copies received.
+    Maps(u64),
+    /// Computation alone under a share that takes `free_ns` on the undivided processor.
+    Capped {
+        /// Position in [`CostModel::shares`].
+        share: usize,
+        /// Its time on the undivided processor.
+        free_ns: u64,
+    },
+    /// Computation, all of it beside a transfer, that takes `alone_ns` alone under the share.
+    ComputeBeside {
+        /// Position in [`CostModel::shares`].
+        share: usize,
+        /// Its time alone.
+        alone_ns: u64,
+    },
+    /// A transfer, all of it beside computation, that takes `alone_ns` alone.
+    TransferBeside {
+        /// Position in [`CostModel::shares`].
+        share: usize,
+        /// Its time alone.
+        alone_ns: u64,
+    },
+}
+
+/// One measurement.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// What.
+    pub work: Work,
+    /// How long it took.
+    pub ns: u64,
+}
+
+impl CostModel {
+    /// This model with every table that the samples speak of measured anew. Shares are those of this model.
+    #[must_use]
+    pub fn fitted(&self, samples: &[Sample]) -> Self {
+        let element_bytes = self.dtype.bytes() as u64;
+        let mut model = CostModel {
+            grouped: fit_gemm(&self.grouped, GemmKind::Grouped, samples, element_bytes),
+            dense: fit_gemm(&self.dense, GemmKind::Dense, samples, element_bytes),
+            shares: fit_shares(&self.shares, samples),
+            ..self.clone()
+        };
+        let link = &mut model.link;
+        link.exchange_ns = median(samples, |work| *work == Work::EmptyExchange).unwrap_or(link.exchange_ns);
+        let start = link.exchange_ns;
+        let pick = |curve: &mut Curve, start: u64, size: fn(&Work) -> Option<u64>| {
+            let sized = samples.iter().filter_map(|sample| Some((size(&sample.work)?, sample.ns)));
+            let fitted = Curve::fit(sized.map(|(size, ns)| (size, ns.saturating_sub(start))));
+            if !fitted.points().is_empty() {
+                *curve = fitted;
+            }
+        };
+        macro_rules! curves {
+            ($($curve:expr, $start:expr, $work:ident;)*) => {
+                $(pick($curve, $start, |work| match work {
+                    Work::$work(size) => Some(*size),
+                    _ => None,
+                });)*
+            };
+        }
+        curves! {
+            &mut model.link.near, start, Near;
+            &mut model.link.far, start, Far;
+            &mut model.link.copy, start, Copy;
+            &mut model.rows.gather, 0, Gather;
+            &mut model.rows.reduce, 0, Reduce;
+            &mut model.rows.upload, 0, Upload;
+            &mut model.rows.route, 0, Route;
+            &mut model.host.pack, 0, Pack;
+            &mut model.host.rendezvous, 0, Rendezvous;
+            &mut model.host.plan, 0, Plan;
+            &mut model.host.maps, 0, Maps;
+        }
+        model
+    }
+}
+
+fn median(samples: &[Sample], wanted: impl Fn(&Work) -> bool) -> Option<u64> {
+    let of = samples.iter().filter(|sample| wanted(&sample.work)).map(|sample| (0, sample.ns));
+    medians(of).first().map(|&(_, ns)| ns)
+}
+
+fn fit_shares(shares: &[ShareCost], samples: &[Sample]) -> Vec<ShareCost> {
+    let ratio = |wanted: &dyn Fn(&Work) -> Option<u64>| {
+        let ratios = samples.iter().filter_map(|sample| Some((wanted(&sample.work)?, sample.ns)));
+        medians(ratios.filter(|&(alone, _)| alone > 0).map(|(alone, ns)| (0, ns * 1000 / alone)))
+            .first()
+            .map(|&(_, permille)| permille)
+    };
+    let fit = |(number, share): (usize, &ShareCost)| {
+        let capped = ratio(&|work| match *work {
+            Work::Capped { share, free_ns } if share == number => Some(free_ns),
+            _ => None,
+        });
+        let compute = ratio(&|work| match *work {
+            Work::ComputeBeside { share, alone_ns } if share == number => Some(alone_ns),
+            _ => None,
+        });
+        let transfer = ratio(&|work| match *work {
+            Work::TransferBeside { share, alone_ns } if share == number => Some(alone_ns),
+            _ => None,
+        });
+        ShareCost {
+            reserved: share.reserved,
+            compute: capped.unwrap_or(share.compute).max(1),
+            compute_beside: compute.unwrap_or(share.compute_beside).max(1000),
+            transfer_beside: transfer.unwrap_or(share.transfer_beside).max(1000),
+        }
+    };
+    shares.iter().enumerate().map(fit).collect()
+}
+
+/// One GEMM sample: its arithmetic, its weights, its time.
+#[derive(Clone, Copy)]
+struct Point {
+    /// Rows per expert.
+    rows: u64,
+    depth: u64,
+    flops: u64,
+    weight_bytes: u64,
+    ns: u64,
+}
+
+/// Best rates first, then what an operation costs besides, then how far each number of rows and each depth stays
+/// below the best rate: two factors, each the median of what the other leaves.
+fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes: u64) -> GemmCost {
+    let mut points: Vec<Point> =
+        samples.iter().filter_map(|sample| point(sample, kind, element_bytes)).collect();
+    if points.is_empty() {
+        return before.clone();
+    }
+    points.sort_by_key(|point| (point.flops, point.weight_bytes, point.rows, point.ns));
+    // The median of every shape.
+    let same = |left: &Point, right: &Point| {
+        (left.flops, left.weight_bytes, left.rows) == (right.flops, right.weight_bytes, right.rows)
+    };
+    let mut points: Vec<Point> = points.chunk_by(same).map(|equal| equal[equal.len() / 2]).collect();
+    let per_second =
+        |amount: u64, ns: u64| (u128::from(amount) * 1_000_000_000 / u128::from(ns.max(1))) as u64;
+    let best = |points: &[Point], amount: fn(&Point) -> u64| {
+        points.iter().map(|point| per_second(amount(point), point.ns)).max().unwrap_or(1).max(1)
+    };
+    let ideal = |point: &Point, flops: u64, bytes: u64| {
+        let seconds = |amount: u64, rate: u64| (u128::from(amount) * 1_000_000_000 / u128::from(rate)) as u64;
+        (seconds(point.flops, flops), seconds(point.weight_bytes, bytes))
+    };
+    let (flops, bytes) = (best(&points, |point| point.flops), best(&points, |point| point.weight_bytes));
+    let smallest = points[0];
+    let (compute, read) = ideal(&smallest, flops, bytes);
+    let op_ns = smallest.ns.saturating_sub(compute.max(read)).min(smallest.ns * 9 / 10);
+    // What is left of operations that hardly take longer than that is noise.
+    if points.iter().any(|point| point.ns > 3 * op_ns) {
+        points.retain(|point| point.ns > 3 * op_ns);
+    }
+    for point in &mut points {
+        point.ns = point.ns.saturating_sub(op_ns).max(1);
+    }
+    let (flops, bytes) = (best(&points, |point| point.flops), best(&points, |point| point.weight_bytes));
+    // Where reading the weights takes all the time, arithmetic shows at least some efficiency, but not how much: the
+    // most rows of that kind are enough to know.
+    let reads = |point: &Point| ideal(point, flops, bytes).1 > point.ns / 10 * 9;
+    let most = points.iter().filter(|point| reads(point)).map(|point| point.rows).max().unwrap_or(0);
+    points.retain(|point| point.rows >= most);
+    let efficiency = |point: &Point| (ideal(point, flops, bytes).0 * 1000 / point.ns).clamp(1, 1000);
+    let efficiencies: Vec<(Point, u64)> = points.iter().map(|point| (*point, efficiency(point))).collect();
+    let (rows, depth) = two_factors(&efficiencies);
+    GemmCost { flops_per_second: flops, rows, depth, weight_bytes_per_second: bytes, op_ns }
+}
+
+fn point(sample: &Sample, wanted: GemmKind, element_bytes: u64) -> Option<Point> {
+    let Work::Gemm { kind, rows, columns, depth } = &sample.work else { return None };
+    let all: u64 = rows.iter().sum();
+    let experts = rows.iter().filter(|&&rows| rows > 0).count() as u64;
+    if *kind != wanted || experts == 0 || sample.ns == 0 {
+        return None;
+    }
+    let elements = (columns * depth) as u64;
+    Some(Point {
+        rows: all / experts,
+        depth: *depth as u64,
+        flops: 2 * all * elements,
+        weight_bytes: experts * elements * element_bytes,
+        ns: sample.ns,
+    })
+}
+
+/// (rows → permille, depth → permille) whose product is closest to the efficiencies, by medians; the deepest
+/// factor is 1000.
+fn two_factors(efficiencies: &[(Point, u64)]) -> (Curve, Curve) {
+    let mut depth = Curve::flat(1000);
+    let mut rows = Curve::flat(1000);
+    for _ in 0..4 {
+        let without = |curve: &Curve, x: u64, permille: u64| permille * 1000 / curve.clamped(x).max(1);
+        let by_rows = efficiencies
+            .iter()
+            .map(|(point, permille)| (point.rows, without(&depth, point.depth, *permille).max(1)));
+        rows = Curve::of(medians(by_rows));
+        let by_depth = efficiencies
+            .iter()
+            .map(|(point, permille)| (point.depth, without(&rows, point.rows, *permille).max(1)));
+        let by_depth = medians(by_depth);
+        let largest = by_depth.iter().map(|&(_, permille)| permille).max().unwrap_or(1000);
+        depth = Curve::of(by_depth.into_iter().map(|(x, permille)| (x, (permille * 1000 / largest).max(1))));
+    }
+    (rows, depth)
+}
