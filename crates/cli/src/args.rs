@@ -3,6 +3,7 @@
 use clap::builder::BoolishValueParser;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use epsmoe_device::cpu::gemm::Isa;
+use epsmoe_fabric::Link;
 use epsmoe_plan::{Stages, Transfer, parse_order};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -45,6 +46,7 @@ pub(crate) enum Command {
     #[command(mut_arg("model", |model| model.required(false).default_value("preset:deepseek-v2-mini")))]
     #[command(mut_arg("data_parallel_size", |size| size.default_value("2")))]
     #[command(mut_arg("enable_expert_parallel", |enable| enable.default_value("true")))]
+    #[command(mut_arg("link", |link| link.default_value("100MB/s,50us")))]
     Bench(Box<BenchArgs>),
     /// Write a checkpoint of random weights
     Synth(SynthArgs),
@@ -92,7 +94,19 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) data_parallel_size: usize,
 
-    /// Spread whole experts over the ranks; short: -ep
+    /// Ranks of a group that split the attention heads of the same tokens; short: -tp
+    #[arg(
+        long,
+        alias = "tp",
+        env = "EPSMOE_TENSOR_PARALLEL_SIZE",
+        value_name = "RANKS",
+        default_value = "1",
+        value_parser = bounded(1, 1024),
+        help_heading = PARALLELISM
+    )]
+    pub(crate) tensor_parallel_size: usize,
+
+    /// Spread whole experts over all ranks, instead of splitting every expert over them; short: -ep
     #[arg(
         long,
         alias = "ep",
@@ -101,6 +115,16 @@ pub(crate) struct RunArgs {
         help_heading = PARALLELISM
     )]
     pub(crate) enable_expert_parallel: bool,
+
+    /// Pace transfers between ranks as this link would, like 10GB/s,50us; none is as fast as memory
+    #[arg(
+        long,
+        env = "EPSMOE_LINK",
+        value_name = "RATE,LATENCY",
+        default_value = "none",
+        help_heading = PARALLELISM
+    )]
+    pub(crate) link: LinkSpeed,
 
     /// One stage with nothing beside anything, or stages that compute while others travel
     #[arg(long, env = "EPSMOE_SCHEDULE", value_enum, help_heading = PIPELINE)]
@@ -121,6 +145,14 @@ pub(crate) struct RunArgs {
     /// One product over all experts of a stage, or one per expert
     #[arg(long, env = "EPSMOE_GEMM", value_enum, default_value_t = Gemm::Grouped, help_heading = PIPELINE)]
     pub(crate) gemm: Gemm,
+
+    /// Write the experts and weights of every token in every layer to a file
+    #[arg(long, env = "EPSMOE_ROUTING_RECORD", value_name = "FILE", conflicts_with = "routing_replay", help_heading = PIPELINE)]
+    pub(crate) routing_record: Option<PathBuf>,
+
+    /// Take experts and weights from such a file instead of the router
+    #[arg(long, env = "EPSMOE_ROUTING_REPLAY", value_name = "FILE", help_heading = PIPELINE)]
+    pub(crate) routing_replay: Option<PathBuf>,
 
     /// Most tokens of a rank in one step [default: what is asked for, at most 2048]
     #[arg(
@@ -334,6 +366,10 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
 
+    /// Write the figures and one layer's lanes as a picture, one HTML page
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+
     #[command(flatten)]
     pub(crate) run: RunArgs,
 }
@@ -422,6 +458,18 @@ impl FromStr for TransferOrder {
     }
 }
 
+/// `10GB/s,50us`, or `none`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LinkSpeed(pub(crate) Option<Link>);
+
+impl FromStr for LinkSpeed {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" { Ok(LinkSpeed(None)) } else { text.parse().map(|link| LinkSpeed(Some(link))) }
+    }
+}
+
 /// `5,6,7` or `5 6 7`.
 #[derive(Clone, Debug)]
 pub(crate) struct TokenIds(pub(crate) Vec<u32>);
@@ -431,7 +479,9 @@ impl FromStr for TokenIds {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
-        let id = |word: &str| word.parse().map_err(|_| format!("`{word}` is not a token id: write ids like 5,6,7"));
+        let id = |word: &str| {
+            word.parse().map_err(|_| format!("`{word}` is not a token id: write ids like 5,6,7"))
+        };
         words.map(id).collect::<Result<_, _>>().map(TokenIds)
     }
 }
@@ -449,7 +499,9 @@ impl FromStr for ShardSize {
         let found = units.iter().find_map(|(unit, bytes)| Some((upper.strip_suffix(unit)?, *bytes)));
         let (digits, bytes) = found.unwrap_or((upper.as_str(), 1));
         let size = digits.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(bytes));
-        size.filter(|size| *size > 0).map(ShardSize).ok_or_else(|| format!("`{text}` is not a size: write it like 5GB"))
+        size.filter(|size| *size > 0)
+            .map(ShardSize)
+            .ok_or_else(|| format!("`{text}` is not a size: write it like 5GB"))
     }
 }
 
@@ -484,6 +536,7 @@ pub(crate) fn command() -> clap::Command {
 pub(crate) fn spelled_out(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
     args.map(|arg| match arg.to_str() {
         Some("-dp") => "--dp".into(),
+        Some("-tp") => "--tp".into(),
         Some("-ep") => "--ep".into(),
         _ => arg,
     })

@@ -33,7 +33,9 @@ pub(crate) fn locate(model: &str, revision: &str) -> Result<Place> {
     if PRESETS.iter().any(|(name, _)| *name == model) {
         bail!("there is no folder {model}: for the preset, write preset:{model}");
     }
-    bail!("there is no folder {model}: give a folder, preset:NAME, or org/name of a model in the Hugging Face cache")
+    bail!(
+        "there is no folder {model}: give a folder, preset:NAME, or org/name of a model in the Hugging Face cache"
+    )
 }
 
 /// `org/name`.
@@ -56,7 +58,8 @@ impl Cache {
         let hugging_face =
             || env::text("HF_HOME").map(PathBuf::from).or_else(|| Some(caches()?.join("huggingface")));
         let hub = env::text("HF_HUB_CACHE").map(PathBuf::from).or_else(|| Some(hugging_face()?.join("hub")));
-        hub.map(Cache).context("there is no Hugging Face cache: set HF_HUB_CACHE, HF_HOME or HOME, or give a folder")
+        hub.map(Cache)
+            .context("there is no Hugging Face cache: set HF_HUB_CACHE, HF_HOME or HOME, or give a folder")
     }
 
     /// `models--ORG--NAME/snapshots/COMMIT`, where `refs/REVISION` may name the commit.
@@ -74,10 +77,12 @@ impl Cache {
             );
         }
         let reference = model.join("refs").join(revision);
-        let commit = std::fs::read_to_string(&reference).map_or_else(|_| revision.to_owned(), |it| it.trim().to_owned());
+        let commit = std::fs::read_to_string(&reference)
+            .map_or_else(|_| revision.to_owned(), |it| it.trim().to_owned());
         let snapshot = model.join("snapshots").join(&commit);
         // A commit names a folder right there; anything else does not come from a cache.
-        let plain = commit.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) && !commit.starts_with('.');
+        let plain = commit.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            && !commit.starts_with('.');
         if !plain || !snapshot.is_dir() {
             bail!(
                 "revision {revision} of {organisation}/{name} is not in the Hugging Face cache (looked for {} and {}); \

@@ -1,16 +1,18 @@
 //! The program `epsmoe`: Mixture-of-Experts inference with an expert pipeline.
 //!
 //! In reading order: `args` (what was typed), `setup` (what it means: a model, a world of ranks, engines), one file
-//! per command in `commands`. Beside them: `locate` (where a model is), `tensors` (writing safetensors),
-//! `output` (what goes to the terminal and to files), `machine` (what this computer is).
+//! per command in `commands`. Beside them: `locate` (where a model is), `watch` (how far loading is), `tensors` (writing
+//! safetensors), `output` (what goes to the terminal and to files), `machine` (what this computer is).
 
 mod args;
 mod commands;
 mod locate;
 mod machine;
 mod output;
+mod report;
 mod setup;
 mod tensors;
+mod watch;
 
 use args::{Cli, Command};
 use clap::FromArgMatches;

@@ -3,13 +3,11 @@
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fmt;
-use std::fs::Permissions;
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tempfile::NamedTempFile;
 
 /// Writes text to standard output at once.
 pub(crate) fn show(text: &str) -> Result<()> {
@@ -75,30 +73,39 @@ pub(crate) fn remember_panics() -> LastPanic {
     last
 }
 
-/// Writes a whole file or none: beside its place first, then renamed.
+/// Writes a whole file or none: beside its place first, then renamed. What is no file, like a pipe, is written
+/// straight to.
 pub(crate) fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let attempt = || {
-        let everyone_as_umask_says = Permissions::from_mode(0o666);
-        let mut builder = tempfile::Builder::new();
-        let mut file: NamedTempFile = builder.permissions(everyone_as_umask_says).tempfile_in(folder)?;
-        let mut buffered = BufWriter::with_capacity(1 << 20, &mut file);
-        write(&mut buffered)?;
-        buffered.flush()?;
-        drop(buffered);
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        io::Result::Ok(())
+    let is_special = |metadata: &Metadata| !metadata.is_file() && !metadata.is_dir();
+    let written = match std::fs::metadata(path) {
+        Ok(metadata) if is_special(&metadata) => {
+            OpenOptions::new().write(true).open(path).and_then(|file| fill(file, write))
+        }
+        _ => write_beside(path, write),
     };
-    attempt().map_err(|error| without_path(error)).with_context(|| format!("cannot write {}", path.display()))
+    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// The system's reason alone: the name of a temporary file helps nobody.
-fn without_path(error: io::Error) -> io::Error {
-    let source = error.get_ref().and_then(|inner| inner.source()).and_then(|source| source.downcast_ref::<io::Error>());
-    match source.and_then(io::Error::raw_os_error) {
-        Some(code) => io::Error::from_raw_os_error(code),
-        None => error,
+fn write_beside(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let name = path.file_name().ok_or(ErrorKind::IsADirectory)?.to_string_lossy();
+    let unfinished = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
+    let file = OpenOptions::new().write(true).create_new(true).open(&unfinished)?;
+    let written = fill(file, write).and_then(|()| std::fs::rename(&unfinished, path));
+    if written.is_err() {
+        // What cannot be removed either is not worth another message.
+        let _ = std::fs::remove_file(&unfinished);
+    }
+    written
+}
+
+fn fill(file: File, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let mut file = BufWriter::with_capacity(1 << 20, file);
+    write(&mut file)?;
+    let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
+    match file.sync_all() {
+        // Pipes and terminals cannot be synchronised.
+        Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
+        synced => synced,
     }
 }
 
@@ -113,7 +120,9 @@ pub(crate) fn spinner(what: impl Into<String>) -> ProgressBar {
 /// A bar of bytes.
 pub(crate) fn byte_bar(what: impl Into<String>, bytes: u64) -> ProgressBar {
     let bar = ProgressBar::new(bytes).with_message(what.into());
-    bar.set_style(style("{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left"));
+    bar.set_style(style(
+        "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta} left",
+    ));
     bar
 }
 

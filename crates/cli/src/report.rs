@@ -6,25 +6,25 @@ use std::collections::BTreeSet;
 use std::fmt::{self, Write};
 
 /// What a page shows.
-pub struct Report {
+pub(crate) struct Report {
     /// Its heading.
-    pub title: String,
+    pub(crate) title: String,
     /// Lines under the heading: command, machine, load.
-    pub notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
     /// One bar each.
-    pub rows: Vec<Row>,
+    pub(crate) rows: Vec<Row>,
     /// One strip of lanes each: what it is, and what ran in one MoE layer.
-    pub lanes: Vec<(String, Timeline)>,
+    pub(crate) lanes: Vec<(String, Timeline)>,
 }
 
 /// A measured configuration.
-pub struct Row {
+pub(crate) struct Row {
     /// What was run.
-    pub label: String,
+    pub(crate) label: String,
     /// Prompt tokens a second over all ranks.
-    pub tokens_per_second: f64,
+    pub(crate) tokens_per_second: f64,
     /// Where the time of the slowest rank went.
-    pub accounts: Accounts,
+    pub(crate) accounts: Accounts,
 }
 
 const WIDTH: f64 = 1000.0;
@@ -56,7 +56,7 @@ const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;max-width:1060px;m
 
 impl Report {
     /// The page.
-    pub fn html(&self) -> String {
+    pub(crate) fn html(&self) -> String {
         let mut page = String::new();
         // Writing to a string cannot fail.
         let _ = self.write(&mut page);
@@ -71,7 +71,10 @@ impl Report {
             writeln!(page, "<p>{}</p>", escape(note))?;
         }
         writeln!(page, "<h2>Where the time goes</h2>")?;
-        writeln!(page, "<p>One step of the slowest rank; shorter is faster. The figure is tokens a second.</p>")?;
+        writeln!(
+            page,
+            "<p>One step of the slowest rank; shorter is faster. The figure is tokens a second.</p>"
+        )?;
         key(page, &["gemm", "attention", "other", "exposed transfer", "rendezvous", "idle"])?;
         self.bars(page)?;
         for (label, timeline) in &self.lanes {
@@ -96,7 +99,13 @@ impl Report {
                 rectangle(page, (x, y + 3.0), (width, BAR - 8.0), name, &title)?;
                 x += width;
             }
-            writeln!(page, "<text x=\"{:.1}\" y=\"{:.1}\">{:.0} tok/s</text>", x + 8.0, y + 16.0, row.tokens_per_second)?;
+            writeln!(
+                page,
+                "<text x=\"{:.1}\" y=\"{:.1}\">{:.0} tok/s</text>",
+                x + 8.0,
+                y + 16.0,
+                row.tokens_per_second
+            )?;
         }
         writeln!(page, "</svg>")
     }
@@ -190,8 +199,10 @@ mod tests {
             start_ns,
             end_ns,
         };
-        let spans =
-            vec![span(Lane::Transfer, "dispatch", 0, 1_000_000), span(Lane::Compute, "gemm", 1_000_000, 3_000_000)];
+        let spans = vec![
+            span(Lane::Transfer, "dispatch", 0, 1_000_000),
+            span(Lane::Compute, "gemm", 1_000_000, 3_000_000),
+        ];
         let timeline = Timeline { spans };
         let accounts = Accounts::of(&timeline, Rank(0));
         let page = Report {

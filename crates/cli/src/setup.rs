@@ -3,6 +3,7 @@
 
 use crate::args::{DeviceKind, Dtype, Gemm, ModelArgs, RunArgs, ScheduleKind, SharedExpertPlace};
 use crate::locate::{Place, locate};
+use crate::watch::Watched;
 use crate::{machine, output};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::{Bytes, DType, Rank};
@@ -11,11 +12,14 @@ use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::host::{HostBackend, HostOptions, Kernels, WeightStore};
 use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_engine::{
-    ChatTemplate, Engine, EngineOptions, Experts, GenerationConfig, Message, Parallel, RoutingMode, Text,
+    ChatTemplate, Engine, EngineOptions, Experts, GenerationConfig, Message, Parallel, RoutingLog,
+    RoutingMode, Text,
 };
-use epsmoe_fabric::{Threads, ThreadsOptions};
+use epsmoe_fabric::{Link, Threads, ThreadsOptions};
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
 use epsmoe_plan::{GemmKind, LayerCounts, Placement, Policy, RankCounts, Schedule, SharedExpert};
+use std::fs::File;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -71,7 +75,12 @@ pub(crate) struct Chat<'a> {
 }
 
 /// Token ids of a prompt, by the tokenizer and the chat template in a model's folder.
-pub(crate) fn encode(folder: Option<&Path>, model: &str, prompt: &str, chat: Option<Chat>) -> Result<Vec<u32>> {
+pub(crate) fn encode(
+    folder: Option<&Path>,
+    model: &str,
+    prompt: &str,
+    chat: Option<Chat>,
+) -> Result<Vec<u32>> {
     let folder = folder.with_context(|| format!("{model} has no tokenizer: give the prompt as --ids"))?;
     let text = Text::open(folder)?
         .with_context(|| format!("{} has no tokenizer.json: give the prompt as --ids", folder.display()))?;
@@ -113,6 +122,10 @@ pub(crate) struct Setup {
     pub(crate) policy: Policy,
     pub(crate) parallel: Parallel,
     pub(crate) seed: u64,
+    /// How fast rows travel between ranks.
+    pub(crate) link: Option<Link>,
+    routing: RoutingMode,
+    record: Option<PathBuf>,
     device: DeviceKind,
     dtype: DType,
     isa: Isa,
@@ -126,13 +139,16 @@ impl Setup {
     /// Settles what flags mean and opens the model.
     pub(crate) fn new(args: &RunArgs) -> Result<Self> {
         let model = OpenModel::open(&args.model, args.seed)?;
-        let parallel = parallel(args)?;
+        let parallel = parallel(args);
         let ranks = args.data_parallel_size * parallel.tensor;
         let setup = Setup {
             ranks,
             parallel,
             threads: args.threads.unwrap_or((machine::cores() / ranks).max(1)),
             policy: policy(args),
+            routing: routing(args)?,
+            record: args.routing_record.clone(),
+            link: args.link.0,
             seed: args.seed,
             device: args.device,
             dtype: match args.dtype {
@@ -155,7 +171,11 @@ impl Setup {
         Ok(self.placement()?.map(|placement| placement.max_local()))
     }
 
+    /// Where experts are; nothing where every rank has a part of each.
     fn placement(&self) -> Result<Option<Placement>> {
+        if self.parallel.experts == Experts::Tp {
+            return Ok(None);
+        }
         let moe = self.model.spec.layers.iter().find_map(|layer| layer.mlp.moe());
         Ok(moe.map(|moe| Placement::new(moe.experts, self.ranks)).transpose()?)
     }
@@ -186,7 +206,7 @@ impl Setup {
             max_model_len,
             policy: policy.clone(),
             parallel: self.parallel,
-            routing: RoutingMode::Gate,
+            routing: self.routing.clone(),
             timeout: self.timeout,
         })
     }
@@ -218,24 +238,33 @@ impl Setup {
         host: impl Fn() -> HostOptions,
         kernels: impl Fn() -> Result<K, String>,
     ) -> Result<Vec<Engine>> {
-        let progress = output::step_bar(format!("loading {}", self.model.name), self.ranks * options.len());
+        let spec = &self.model.spec;
+        let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
+        let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
+        let weights = Watched { source: &*self.model.weights, bar: &bar };
         let store = Arc::new(WeightStore::default());
         let engine = |options: &EngineOptions| {
             let host = host();
             let faults = host.faults.clone();
-            let fabric = ThreadsOptions::new(self.timeout, faults.clone());
+            let fabric =
+                ThreadsOptions { link: self.link, ..ThreadsOptions::new(self.timeout, faults.clone()) };
             let ranks = Threads::world(self.ranks, fabric).into_iter().enumerate().map(|(rank, fabric)| {
                 let kernels = kernels().map_err(|problem| anyhow!(problem))?;
                 let device = HostBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?;
                 Ok((Arc::new(device), Arc::new(fabric)))
             });
             let ranks = ranks.collect::<Result<Vec<_>>>()?;
-            let (spec, weights) = (Arc::clone(&self.model.spec), &*self.model.weights);
-            Ok(Engine::start(spec, weights, ranks, faults, options.clone(), |_| progress.inc(1))?)
+            Ok(Engine::start(Arc::clone(spec), &weights, ranks, faults, options.clone(), |_| {})?)
         };
         let engines = options.iter().map(engine).collect();
-        progress.finish_and_clear();
+        bar.finish_and_clear();
         engines
+    }
+
+    /// Writes down where tokens went, if that was asked for.
+    pub(crate) fn write_routing(&self, engine: &Engine) -> Result<()> {
+        let Some(file) = &self.record else { return Ok(()) };
+        output::write_file(file, |out| engine.routing().write(out))
     }
 
     /// Refuses a model whose weights and caches alone are more than the machine has left.
@@ -243,8 +272,13 @@ impl Setup {
         let spec = &self.model.spec;
         let weights = spec.parameters().total * self.dtype.bytes() as u64;
         let a_token = (spec.cache_bytes_per_token(self.dtype) * self.ranks) as u64;
-        let tokens = |options: &EngineOptions| (options.max_model_len as u64).saturating_mul(options.max_sequences as u64);
-        let caches = options.iter().map(|options| tokens(options).saturating_mul(a_token)).fold(0, u64::saturating_add);
+        let tokens = |options: &EngineOptions| {
+            (options.max_model_len as u64).saturating_mul(options.max_sequences as u64)
+        };
+        let caches = options
+            .iter()
+            .map(|options| tokens(options).saturating_mul(a_token))
+            .fold(0, u64::saturating_add);
         let needed = weights.saturating_add(caches);
         match machine::available_memory() {
             Some(available) if needed > available => bail!(
@@ -263,19 +297,30 @@ impl Setup {
     /// The processor and what is computed on it, in a few words.
     pub(crate) fn processor(&self) -> String {
         match self.device {
-            DeviceKind::Cpu => format!("cpu ({}), {} thread(s) a rank, {}", self.isa, self.threads, self.dtype),
+            DeviceKind::Cpu => {
+                format!("cpu ({}), {} thread(s) a rank, {}", self.isa, self.threads, self.dtype)
+            }
             DeviceKind::Reference => format!("reference, {}", self.dtype),
         }
     }
 }
 
 /// How the model is spread over ranks.
-fn parallel(args: &RunArgs) -> Result<Parallel> {
-    let data = args.data_parallel_size;
-    if data > 1 && !args.enable_expert_parallel {
-        bail!("{data} data-parallel ranks that split every expert are not supported yet: add --enable-expert-parallel");
+fn parallel(args: &RunArgs) -> Parallel {
+    let (tensor, data) = (args.tensor_parallel_size, args.data_parallel_size);
+    let whole = args.enable_expert_parallel || tensor * data == 1;
+    Parallel { tensor, data: Some(data), experts: if whole { Experts::Ep } else { Experts::Tp } }
+}
+
+/// Whether routing is written down, or read.
+fn routing(args: &RunArgs) -> Result<RoutingMode> {
+    if args.routing_record.is_some() {
+        return Ok(RoutingMode::Record);
     }
-    Ok(Parallel { tensor: 1, data: Some(data), experts: Experts::Ep })
+    let Some(file) = &args.routing_replay else { return Ok(RoutingMode::Gate) };
+    let cannot = || format!("cannot replay {}", file.display());
+    let text = BufReader::new(File::open(file).with_context(cannot)?);
+    Ok(RoutingMode::Replay(Arc::new(RoutingLog::read(text).with_context(cannot)?)))
 }
 
 fn policy(args: &RunArgs) -> Policy {

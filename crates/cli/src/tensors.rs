@@ -23,7 +23,8 @@ pub(crate) fn write_header(out: &mut dyn Write, tensors: &[TensorPlan]) -> io::R
     let mut start = 0;
     for tensor in tensors {
         let end = start + tensor.bytes();
-        let entry = json!({ "dtype": dtype_name(tensor.dtype), "shape": tensor.shape, "data_offsets": [start, end] });
+        let entry =
+            json!({ "dtype": dtype_name(tensor.dtype), "shape": tensor.shape, "data_offsets": [start, end] });
         header.insert(tensor.name.clone(), entry);
         start = end;
     }

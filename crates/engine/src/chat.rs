@@ -71,7 +71,10 @@ impl ChatTemplate {
         let config: TokenizerConfig = match files::read(&path, LIMIT)? {
             None => TokenizerConfig::default(),
             Some(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
-                EngineError::Text(format!("{}: cannot be read ({error}); fetch the file again", path.display()))
+                EngineError::Text(format!(
+                    "{}: cannot be read ({error}); fetch the file again",
+                    path.display()
+                ))
             })?,
         };
         let alone = folder.join(TEMPLATE);
@@ -141,7 +144,9 @@ fn plain_blocks(source: &str) -> String {
 /// Jinja as Hugging Face sets it up.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default());
+    environment.set_syntax(
+        SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default(),
+    );
     environment.set_fuel(Some(FUEL));
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_formatter(format_as_python);
@@ -180,7 +185,9 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
     options.assert_all_used()?;
     let json = match indent {
         None => written(value, PythonFormatter),
-        Some(indent) => written(value, PrettyFormatter::with_indent(&[b' '; MOST_INDENT][..indent.min(MOST_INDENT)])),
+        Some(indent) => {
+            written(value, PrettyFormatter::with_indent(&[b' '; MOST_INDENT][..indent.min(MOST_INDENT)]))
+        }
     }?;
     Ok(Value::from_safe_string(if ensure_ascii == Some(true) { ascii(&json) } else { json }))
 }
@@ -201,7 +208,8 @@ fn ascii(json: &str) -> String {
         if c.is_ascii() {
             ascii.push(c);
         } else {
-            let units = c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect::<String>();
+            let units =
+                c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")).collect::<String>();
             ascii.push_str(&units);
         }
     }
@@ -228,7 +236,8 @@ impl Formatter for PythonFormatter {
 fn described(error: &Error) -> String {
     let what = match (error.kind(), error.detail()) {
         (ErrorKind::OutOfFuel, _) => {
-            "the template does more than a chat template needs and was stopped; do not trust this model".into()
+            "the template does more than a chat template needs and was stopped; do not trust this model"
+                .into()
         }
         (ErrorKind::InvalidOperation, Some(detail)) => detail.to_owned(),
         (kind, Some(detail)) => format!("{kind}: {detail}"),
@@ -292,11 +301,20 @@ mod tests {
         check("{{ messages[0] | tojson }}", r#"{"role": "user", "content": "Hi"}"#);
         check("{{ [1, 'ü'] | tojson(ensure_ascii=true) }}", "[1, \"\\u00fc\"]");
         check("{{ {'a': [1]} | tojson(indent=2) }}", "{\n  \"a\": [\n    1\n  ]\n}");
-        check("{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}", "user");
-        check("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "3");
+        check(
+            "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+            "user",
+        );
+        check(
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+            "3",
+        );
         check("a\n  {%- generation -%}\n b {% endgeneration %}\nc", "ab c");
         check("{{ messages[::-1][0].content[:1] }}{{ 'x' if tools is none }}", "1x");
-        check("{% for k, v in messages[0].items() %}{{ k }}{% if not loop.last %},{% endif %}{% endfor %}", "role,content");
+        check(
+            "{% for k, v in messages[0].items() %}{{ k }}{% if not loop.last %},{% endif %}{% endfor %}",
+            "role,content",
+        );
         assert_eq!(render("{{ strftime_now('%Y') }}").unwrap().len(), 4);
     }
 

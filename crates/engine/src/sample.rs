@@ -40,7 +40,12 @@ impl Sampling {
             if fits { Ok(()) } else { Err(EngineError::Request(message)) }
         };
         let Sampling { temperature, top_p, min_p, repetition_penalty: penalty, .. } = *self;
-        number("temperature", temperature, temperature.is_finite() && temperature >= 0.0, "a number of at least 0")?;
+        number(
+            "temperature",
+            temperature,
+            temperature.is_finite() && temperature >= 0.0,
+            "a number of at least 0",
+        )?;
         number("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and at most 1")?;
         number("min_p", min_p, (0.0..=1.0).contains(&min_p), "from 0 to 1")?;
         number("repetition_penalty", penalty, penalty.is_finite() && penalty > 0.0, "a number above 0")
@@ -72,7 +77,11 @@ impl Sampling {
         let mut logits = logits.to_vec();
         for &id in context.iter().collect::<BTreeSet<_>>() {
             let logit = &mut logits[id as usize];
-            *logit = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
+            *logit = if *logit > 0.0 {
+                *logit / self.repetition_penalty
+            } else {
+                *logit * self.repetition_penalty
+            };
         }
         Cow::Owned(logits)
     }
@@ -175,6 +184,9 @@ mod tests {
             "top_p is 0, but must be above 0 and at most 1"
         );
         assert!(refused(Sampling { min_p: 1.5, ..Sampling::default() }).contains("min_p"));
-        assert!(refused(Sampling { repetition_penalty: 0.0, ..Sampling::default() }).contains("repetition_penalty"));
+        assert!(
+            refused(Sampling { repetition_penalty: 0.0, ..Sampling::default() })
+                .contains("repetition_penalty")
+        );
     }
 }

@@ -74,7 +74,15 @@ impl<'a> TextStream<'a> {
     /// A stream that ends where one of the `stop` strings begins.
     pub fn new(text: &'a Text, stop: Vec<String>) -> Self {
         let stop = stop.into_iter().filter(|stop| !stop.is_empty()).collect();
-        TextStream { text, stop, ids: Vec::new(), settled: 0, context: 0, held: String::new(), stopped: false }
+        TextStream {
+            text,
+            stop,
+            ids: Vec::new(),
+            settled: 0,
+            context: 0,
+            held: String::new(),
+            stopped: false,
+        }
     }
 
     /// Takes the next token; returns the text that is certain now.

@@ -7,6 +7,7 @@ use crate::curve::scale;
 use crate::{Curve, GemmKind};
 use epsmoe_base::{DType, hash_bytes};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// A cost model, or a machine's description, that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -230,10 +231,12 @@ impl LinkCost {
         }
     }
 
-    /// Whether two ranks are in one node.
-    pub fn near(&self, left: usize, right: usize) -> bool {
-        let node = self.node_ranks as usize;
-        node == 0 || left / node == right / node
+    /// The ranks of a rank's node, in a world of `ranks`.
+    pub fn node_of(&self, rank: usize, ranks: usize) -> Range<usize> {
+        match self.node_ranks as usize {
+            0 => 0..ranks,
+            node => rank / node * node..(rank / node * node + node).min(ranks),
+        }
     }
 
     /// One rank's time from the moment all ranks are there.

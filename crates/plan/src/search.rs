@@ -9,9 +9,10 @@
 
 use crate::curve::scale;
 use crate::cuts::Loads;
+use crate::simulate::share_of;
 use crate::{
-    CostModel, GemmKind, Schedule, SharedExpert, Simulation, StageTable, Transfer, Workload, order_text,
-    predict_ns, simulate,
+    CostModel, GemmKind, Placement, Schedule, SharedExpert, Simulation, StageTable, Transfer, Workload,
+    order_text, predict_ns, simulate,
 };
 use epsmoe_base::{Rank, Stage, count};
 use std::fmt;
@@ -98,6 +99,8 @@ pub struct Choice {
     pub table: StageTable,
     /// Position in [`CostModel::shares`].
     pub share: usize,
+    /// Permille of the processor that this share keeps for transfers.
+    pub reserved: u64,
     /// What it is predicted to do.
     pub predicted: Simulation,
     /// Other plans, cheapest first: the best of every number of stages, and landmarks like the serial schedule.
@@ -153,7 +156,7 @@ pub fn search(workload: &Workload<'_>, cost: &CostModel, options: &SearchOptions
     let mut order: Vec<usize> = (0..best_of.len()).collect();
     order.sort_by_key(|&index| (best_of[index].layer_ns, index));
     for &index in order.iter().take(CLIMBED) {
-        search.climb(&mut best_of[index]);
+        search.improve(&mut best_of[index]);
     }
     let landmarks = search.landmarks();
     search.choose(best_of, landmarks)
@@ -161,6 +164,9 @@ pub fn search(workload: &Workload<'_>, cost: &CostModel, options: &SearchOptions
 
 /// How many of the best numbers of stages have their cuts refined.
 const CLIMBED: usize = 3;
+
+/// Most cuts that are all tried.
+const MOST_CUTS: usize = 256;
 
 /// The transfer orders worth trying: each stage arrives one stage ahead, two ahead, all ahead, or none.
 pub fn sensible_orders(stages: usize) -> Vec<Vec<Transfer>> {
@@ -301,8 +307,31 @@ impl Search<'_> {
         }
     }
 
-    /// Moves boundaries by one expert, on all ranks together or (where there are few) on one, while that helps; then
-    /// looks at kernels, orders and the shared expert again.
+    /// Tries all cuts where they are few, and neighbours of good ones where not; then looks at kernels, orders and the
+    /// shared expert again.
+    fn improve(&mut self, plan: &mut Plan) {
+        let loads = Loads::of(self.workload, self.cost, plan.share);
+        match all_cuts(self.workload.placement, plan.table.stages()) {
+            Some(all) => {
+                for cuts in all {
+                    let table = StageTable { cuts, ..plan.table.clone() };
+                    let gemm = self.kernels(&table, &loads);
+                    if gemm != table.gemm {
+                        self.try_plan(plan, StageTable { gemm, ..table.clone() });
+                    }
+                    self.try_plan(plan, table);
+                }
+            }
+            None => self.climb(plan),
+        }
+        let gemm = self.kernels(&plan.table, &loads);
+        if gemm != plan.table.gemm {
+            self.try_plan(plan, StageTable { gemm, ..plan.table.clone() });
+        }
+        self.refine(plan);
+    }
+
+    /// Moves boundaries by one expert, on all ranks together or (where there are few) on one, while that helps.
     fn climb(&mut self, plan: &mut Plan) {
         let (ranks, stages) = (plan.table.cuts.len(), plan.table.stages());
         let mut budget = 40 * stages;
@@ -320,12 +349,6 @@ impl Search<'_> {
                 }
             }
         }
-        let loads = Loads::of(self.workload, self.cost, plan.share);
-        let gemm = self.kernels(&plan.table, &loads);
-        if gemm != plan.table.gemm {
-            self.try_plan(plan, StageTable { gemm, ..plan.table.clone() });
-        }
-        self.refine(plan);
     }
 
     /// Plans that people know, to compare with.
@@ -362,7 +385,14 @@ impl Search<'_> {
         };
         let searched = best_of.iter().map(|plan| {
             let stages = plan.table.stages();
-            (format!("best with {}: {}", count(stages, "stage"), in_words(plan, self.cost)), plan)
+            (
+                format!(
+                    "best with {}: {}",
+                    count(stages, "stage"),
+                    in_words(plan, share_of(self.cost, plan.share).reserved)
+                ),
+                plan,
+            )
         });
         let known = landmarks.iter().map(|(name, plan)| (name.clone(), plan));
         let mut considered: Vec<Considered> = searched
@@ -372,7 +402,16 @@ impl Search<'_> {
         considered.sort_by_key(|considered| considered.layer_ns);
         let predicted = simulate(&best.table, best.share, self.workload, self.cost);
         let decision = decision_of(&best, self.workload, self.cost);
-        Choice { table: best.table, share: best.share, predicted, considered, priced: self.priced, decision }
+        let reserved = share_of(self.cost, best.share).reserved;
+        Choice {
+            table: best.table,
+            share: best.share,
+            reserved,
+            predicted,
+            considered,
+            priced: self.priced,
+            decision,
+        }
     }
 }
 
@@ -397,6 +436,38 @@ fn cut_all(loads: &[Loads], gemm: &[GemmKind]) -> Vec<Vec<usize>> {
     loads.iter().map(|loads| loads.cut(gemm, None, 0)).collect()
 }
 
+/// Every cut of every rank with every other's, unless these are more than [`MOST_CUTS`].
+fn all_cuts(placement: &Placement, stages: usize) -> Option<Vec<Vec<Vec<usize>>>> {
+    let mut all: Vec<Vec<Vec<usize>>> = vec![Vec::new()];
+    for rank in placement.all_ranks() {
+        let of_rank = rank_cuts(placement.local_count(rank), stages)?;
+        if all.len() * of_rank.len() > MOST_CUTS {
+            return None;
+        }
+        let with =
+            |cuts: &Vec<Vec<usize>>, cut: &Vec<usize>| [cuts.as_slice(), std::slice::from_ref(cut)].concat();
+        all = all.iter().flat_map(|cuts| of_rank.iter().map(move |cut| with(cuts, cut))).collect();
+    }
+    Some(all)
+}
+
+/// Every way to put `local` experts into stages, empty ones too, unless there are more than [`MOST_CUTS`].
+fn rank_cuts(local: usize, stages: usize) -> Option<Vec<Vec<usize>>> {
+    let mut cuts = vec![vec![0]];
+    for stage in 1..=stages {
+        let ends = |last: usize| if stage == stages { local..=local } else { last..=local };
+        let longer = |cut: &Vec<usize>| {
+            let cut = cut.clone();
+            ends(cut[stage - 1]).map(move |end| [cut.as_slice(), &[end]].concat())
+        };
+        cuts = cuts.iter().flat_map(longer).collect();
+        if cuts.len() > MOST_CUTS {
+            return None;
+        }
+    }
+    Some(cuts)
+}
+
 /// The cuts with one boundary moved, if it stays between its neighbours somewhere.
 fn shifted(cuts: &[Vec<usize>], boundary: usize, who: Option<usize>, step: isize) -> Option<Vec<Vec<usize>>> {
     let mut cuts = cuts.to_vec();
@@ -411,7 +482,7 @@ fn shifted(cuts: &[Vec<usize>], boundary: usize, who: Option<usize>, step: isize
     moved.then_some(cuts)
 }
 
-fn in_words(plan: &Plan, cost: &CostModel) -> String {
+fn in_words(plan: &Plan, reserved: u64) -> String {
     let StageTable { gemm, shared, order, .. } = &plan.table;
     let kernels = match gemm.as_slice() {
         [one, rest @ ..] if rest.iter().all(|kind| kind == one) => format!("{one} GEMM"),
@@ -422,7 +493,6 @@ fn in_words(plan: &Plan, cost: &CostModel) -> String {
     } else {
         format!(", order {}", order_text(order))
     };
-    let reserved = cost.shares.get(plan.share).map_or(0, |share| share.reserved);
     let share = if reserved == 0 { String::new() } else { format!(", {reserved} ‰ kept for transfers") };
     format!("{kernels}, shared expert {shared}{order}{share}")
 }
@@ -475,11 +545,28 @@ impl fmt::Display for Micros {
     }
 }
 
+/// The cuts, a line for neighbouring ranks that have the same.
+fn write_cuts(f: &mut fmt::Formatter<'_>, table: &StageTable) -> fmt::Result {
+    let mut first = 0;
+    for equal in table.cuts.chunk_by(|left, right| left == right) {
+        let last = first + equal.len() - 1;
+        let ranks = if first == last { Rank(first).to_string() } else { format!("ranks {first} to {last}") };
+        let stages: Vec<String> =
+            equal[0].windows(2).map(|ends| format!("{}..{}", ends[0], ends[1])).collect();
+        writeln!(f, "{ranks}: {}", stages.join(" "))?;
+        first = last + 1;
+    }
+    Ok(())
+}
+
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Simulation { layer_ns, rendezvous_ns, exposed_transfer_ns, stages, .. } = &self.predicted;
         writeln!(f, "{}", self.reason())?;
-        write!(f, "{}", self.table)?;
+        write_cuts(f, &self.table)?;
+        writeln!(f, "order: {}", order_text(&self.table.order))?;
+        let plan = Plan { table: self.table.clone(), share: self.share, layer_ns: *layer_ns };
+        writeln!(f, "{}", in_words(&plan, self.reserved))?;
         writeln!(
             f,
             "predicted: {} a layer, rendezvous {}, exposed transfer {}",

@@ -177,11 +177,15 @@ impl Builder<'_> {
         let messages = ranks * (8 + 4 * (1 + 3 * experts));
         self.host("rendezvous", true, [None, None], |_, _| host.rendezvous.extended(messages));
         let planned = self.host("plan", false, [None, None], |_, _| host.plan.extended(experts * ranks));
-        let words = record_words(sizes.top_k) * 4;
-        let metadata =
-            self.exchange("metadata", None, [Some(ready), Some(planned)], words, |traffic, from, to| {
-                traffic.send_rows(from, to).len()
-            });
+        let (words, row_bytes) = (record_words(sizes.top_k) * 4, self.row_bytes());
+        let metadata = self.exchange(
+            "metadata",
+            None,
+            [Some(ready), Some(planned)],
+            words,
+            |traffic, rank, other| traffic.send_rows(rank, other).len(),
+            |traffic, rank, other| traffic.record_rows(rank, other).len(),
+        );
         let mut first = true;
         // [stage] its dispatch, and its reduction once it is enqueued.
         let mut dispatched: Vec<Option<usize>> = vec![None; self.table.stages()];
@@ -190,9 +194,14 @@ impl Builder<'_> {
         for &transfer in &self.table.order {
             match transfer {
                 Transfer::Dispatch(stage) => {
-                    last_transfer = self.rows("dispatch", stage, None, move |traffic, from, to| {
-                        traffic.dispatched(stage, from, to)
-                    });
+                    last_transfer = self.exchange(
+                        "dispatch",
+                        Some(stage),
+                        [None, None],
+                        row_bytes,
+                        |traffic, rank, other| traffic.send_range(rank, other, stage).len(),
+                        |traffic, rank, other| traffic.receive_range(rank, stage, other).len(),
+                    );
                     dispatched[stage.0] = Some(last_transfer);
                     if first {
                         self.shared_if(shared == SharedExpert::BesideFirstDispatch, Some(planned));
@@ -205,10 +214,14 @@ impl Builder<'_> {
                     }
                 }
                 Transfer::Combine(stage) => {
-                    let reduced = reduced[stage.0];
-                    last_transfer = self.rows("combine", stage, Some(reduced), move |traffic, from, to| {
-                        traffic.combined(stage, from, to)
-                    });
+                    last_transfer = self.exchange(
+                        "combine",
+                        Some(stage),
+                        [Some(reduced[stage.0]), None],
+                        row_bytes,
+                        |traffic, rank, other| traffic.combine_range(rank, stage, other).len(),
+                        |traffic, rank, other| traffic.home_range(rank, other, stage).len(),
+                    );
                 }
             }
         }
@@ -242,45 +255,33 @@ impl Builder<'_> {
         self.program.push(step, |rank| work[rank.0])
     }
 
-    /// An exchange in which `from` sends `to` so many rows of `row_bytes`.
+    /// An exchange of rows of `row_bytes`: how many a rank sends to another, and how many come back.
     fn exchange(
         &mut self,
         name: &'static str,
         stage: Option<Stage>,
         after: [Option<usize>; 2],
         row_bytes: usize,
-        rows: impl Fn(&Traffic, Rank, Rank) -> usize,
+        out: impl Fn(&Traffic, Rank, Rank) -> usize,
+        back: impl Fn(&Traffic, Rank, Rank) -> usize,
     ) -> usize {
         let step = Step { queue: Queue::Transfer, name, stage, after, meets: true };
         self.push(step, |this, rank| {
-            let payload = this.payload(rank, |from, to| rows(&this.traffic, from, to) * row_bytes);
-            this.cost.link.exchange_ns(payload)
+            let out = this.sides(rank, |other| out(&this.traffic, rank, other));
+            let back = this.sides(rank, |other| back(&this.traffic, rank, other));
+            let larger = |side: usize| (out[side].max(back[side]) * row_bytes) as u64;
+            let received = (back.iter().sum::<usize>() * row_bytes) as u64;
+            this.cost.link.exchange_ns(Payload { near: larger(1), far: larger(2), received })
         })
     }
 
-    /// One exchange of rows or sums of a stage.
-    fn rows(
-        &mut self,
-        name: &'static str,
-        stage: Stage,
-        after: Option<usize>,
-        rows: impl Fn(&Traffic, Rank, Rank) -> usize,
-    ) -> usize {
-        self.exchange(name, Some(stage), [after, None], self.row_bytes(), rows)
-    }
-
-    fn payload(&self, rank: Rank, bytes: impl Fn(Rank, Rank) -> usize) -> Payload {
-        let (mut near, mut far, mut received) = ([0; 2], [0; 2], 0);
-        for other in (0..self.program.ranks).map(Rank) {
-            let (out, back) = (bytes(rank, other), bytes(other, rank));
-            received += back as u64;
-            if other != rank {
-                let side = if self.cost.link.near(rank.0, other.0) { &mut near } else { &mut far };
-                side[0] += out as u64;
-                side[1] += back as u64;
-            }
-        }
-        Payload { near: near[0].max(near[1]), far: far[0].max(far[1]), received }
+    /// Rows between a rank and itself, the rest of its node, and other nodes.
+    fn sides(&self, rank: Rank, rows: impl Fn(Rank) -> usize) -> [usize; 3] {
+        let node = self.cost.link.node_of(rank.0, self.program.ranks);
+        let sum = |ranks: Range<usize>| ranks.map(|other| rows(Rank(other))).sum::<usize>();
+        let own = rows(rank);
+        let far = sum(0..node.start) + sum(node.end..self.program.ranks);
+        [own, sum(node) - own, far]
     }
 
     fn row_bytes(&self) -> usize {

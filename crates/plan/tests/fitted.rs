@@ -68,8 +68,9 @@ fn samples_of_a_machine_give_the_machine_back() {
         errors.sort_by(f64::total_cmp);
         let (median, worst) = (errors[errors.len() / 2], errors[errors.len() - 1]);
         eprintln!("median {:.1} %, worst {:.1} %", median * 100.0, worst * 100.0);
-        assert!(median < 0.04, "{errors:?}");
-        assert!(worst < 0.35, "{errors:?}");
+        assert!(median < 0.02, "{errors:?}");
+        // Between the last rows that only read weights and the first that compute, a line is all there is.
+        assert!(worst < 0.6, "{errors:?}");
         let shares = |cost: &CostModel| cost.shares[0].compute_beside as f64;
         assert!((shares(&fitted) / shares(&truth) - 1.0).abs() < 0.03);
         // What was not measured stays.

@@ -1,5 +1,6 @@
 //! The planner against the tables of EPS-MoE (arXiv 2410.12247): signs, not sizes; see `docs/paper-check.md`.
 
+#[allow(dead_code, reason = "each test uses a part of it")]
 mod models;
 
 use epsmoe_plan::*;

@@ -4,13 +4,14 @@
 use crate::args::{BenchArgs, ScheduleKind};
 use crate::machine::{self, Machine};
 use crate::output;
+use crate::report::{self, Report as Page};
 use crate::setup::{Demand, Setup};
 use anyhow::Result;
-use epsmoe_base::{Bytes, Layer, Mix, Rank};
+use epsmoe_base::{Bytes, Lane, Layer, Mix, Rank};
 use epsmoe_engine::{Engine, Parallel, Request, StepReport};
-use epsmoe_plan::{Policy, Schedule, Span, Stages, Timeline};
+use epsmoe_plan::{Accounts, Policy, Schedule, Span, Stages, Timeline};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 /// Tokens of prompts come from a stream of their own under the seed.
@@ -27,6 +28,8 @@ struct Report {
     /// What computed.
     processor: String,
     ranks: usize,
+    /// The link that transfers between ranks were paced to: their speed is emulated.
+    emulated_link: Option<String>,
     batch_size: usize,
     input_len: usize,
     output_len: usize,
@@ -55,8 +58,15 @@ struct Row {
     moe_layer_ms: Option<f64>,
     /// Of that time, what the transfer lane was busy while nothing was computed.
     exposed_transfer_ms: Option<f64>,
+    /// `max(C, D + M) / T`: T is this row's MoE layer, C, D and M the computation, dispatch and combine of the serial
+    /// schedule's. 1 would hide all of the shorter behind the longer; null if the serial schedule did not run.
+    efficiency: Option<f64>,
     /// Most bytes that a layer needed on a rank.
     peak_bytes: u64,
+    /// Where the time of the slowest rank went in the last round, in nanoseconds.
+    accounts: Accounts,
+    /// Whether the accounts make up that time within 2 %.
+    accounts_complete: bool,
     /// Tokens per second over those of the serial schedule in the same round; null if it did not run.
     ratio_to_serial: Option<f64>,
 }
@@ -77,6 +87,8 @@ struct Contender {
 struct LayerTime {
     ms: f64,
     exposed_ms: f64,
+    compute_ms: f64,
+    transfer_ms: f64,
 }
 
 /// Measures, prints a table, and writes the files that were asked for.
@@ -111,6 +123,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         model: setup.model.name.clone(),
         processor: setup.processor(),
         ranks: setup.ranks,
+        emulated_link: setup.link.map(|link| link.to_string()),
         batch_size: args.batch_size,
         input_len: args.input_len,
         output_len: args.output_len,
@@ -132,12 +145,64 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         let timeline = side_by_side(&contenders);
         output::write_file(file, |out| timeline.to_chrome_json(out))?;
     }
+    if let Some(file) = &args.report {
+        let page = page(&report, &contenders).html();
+        output::write_file(file, |out| out.write_all(page.as_bytes()))?;
+    }
     Ok(())
+}
+
+/// The figures as a picture: a bar for each schedule, and the lanes of one MoE layer in each.
+fn page(report: &Report, contenders: &[Contender]) -> Page {
+    let label = |row: &Row| format!("{} {}, {} stages", row.strategy, row.schedule, row.stages);
+    let bar = |row: &Row| report::Row {
+        label: label(row),
+        tokens_per_second: row.tokens_per_second,
+        accounts: row.accounts,
+    };
+    let mut notes = vec![
+        report.heading(),
+        report.command.clone(),
+        format!("{}, {} cores", report.machine.cpu, report.machine.cores),
+    ];
+    notes.extend(report.load_average.map(|load| format!("load average before the run: {load:?}")));
+    let lanes = report
+        .rows
+        .iter()
+        .zip(contenders)
+        .filter_map(|(row, contender)| Some((label(row), median_layer(&contender.timeline)?)));
+    Page {
+        title: format!("epsmoe bench: {}", report.model),
+        notes,
+        rows: report.rows.iter().map(bar).collect(),
+        lanes: lanes.collect(),
+    }
+}
+
+/// The MoE layer of a timeline whose time is the median, on all ranks.
+fn median_layer(timeline: &Timeline) -> Option<Timeline> {
+    let mut windows: BTreeMap<Layer, (u64, u64)> = BTreeMap::new();
+    for ((layer, _), spans) in by_layer_and_rank(timeline) {
+        if let Some((start, end)) = moe_window(&spans) {
+            let window = windows.entry(layer).or_insert((start, end));
+            *window = (window.0.min(start), window.1.max(end));
+        }
+    }
+    let mut layers: Vec<_> = windows.into_iter().collect();
+    layers.sort_by_key(|(_, (start, end))| end - start);
+    let (layer, (start, end)) = *layers.get(layers.len() / 2)?;
+    let spans: Vec<&Span> =
+        timeline.spans.iter().filter(|span| span.layer == Some(layer) && span.end_ns > start).collect();
+    Some(inside(&spans, start, end))
 }
 
 fn demand(args: &BenchArgs, ranks: usize) -> Demand {
     let sequences = args.batch_size.div_ceil(ranks);
-    Demand { sequences, tokens: args.input_len + args.output_len, step: sequences.saturating_mul(args.input_len) }
+    Demand {
+        sequences,
+        tokens: args.input_len + args.output_len,
+        step: sequences.saturating_mul(args.input_len),
+    }
 }
 
 /// The same random prompts in every round.
@@ -154,7 +219,8 @@ fn prompts(args: &BenchArgs, setup: &Setup) -> Vec<Request> {
 /// The schedules to compare: what was typed, or serial and 2, 4, 8, … stages.
 fn policies(setup: &Setup, typed: Option<ScheduleKind>) -> Result<Vec<Policy>> {
     let base = &setup.policy;
-    let serial = Policy { schedule: Schedule::Serial, stages: None, order: None, shared: None, ..base.clone() };
+    let serial =
+        Policy { schedule: Schedule::Serial, stages: None, order: None, shared: None, ..base.clone() };
     let staged = |stages| Policy { stages: Some(stages), ..base.clone() };
     if typed == Some(ScheduleKind::Serial) {
         return Ok(vec![base.clone()]);
@@ -165,7 +231,10 @@ fn policies(setup: &Setup, typed: Option<ScheduleKind>) -> Result<Vec<Policy>> {
         None => {
             let most = setup.most_local_experts()?.unwrap_or(0);
             let counts = std::iter::successors(Some(2), |stages| Some(stages * 2));
-            counts.take_while(|&stages| stages <= most.min(8)).map(|stages| staged(Stages::Count(stages))).collect()
+            counts
+                .take_while(|&stages| stages <= most.min(8))
+                .map(|stages| staged(Stages::Count(stages)))
+                .collect()
         }
     };
     let serial = typed.is_none().then_some(serial);
@@ -224,8 +293,15 @@ impl Contender {
             Some(Stages::Sizes(sizes)) => Some(sizes.clone()),
             _ => None,
         };
-        let layers = |figure: fn(&LayerTime) -> f64| quantile(self.layers.iter().map(figure), 0.5);
-        let ratios = serial.map(|serial| self.rates.iter().zip(&serial.rates).map(|(own, serial)| own / serial));
+        let median =
+            |of: &Contender, figure: fn(&LayerTime) -> f64| quantile(of.layers.iter().map(figure), 0.5);
+        let layers = |figure: fn(&LayerTime) -> f64| median(self, figure);
+        let bound = serial.and_then(|serial| {
+            Some(median(serial, |layer| layer.compute_ms)?.max(median(serial, |layer| layer.transfer_ms)?))
+        });
+        let accounts = busiest(&self.timeline);
+        let ratios =
+            serial.map(|serial| self.rates.iter().zip(&serial.rates).map(|(own, serial)| own / serial));
         let rate = |share| quantile(self.rates.iter().copied(), share).unwrap_or(0.0);
         Row {
             strategy,
@@ -241,6 +317,9 @@ impl Contender {
             tokens_per_second_range: [rate(0.25), rate(0.75)],
             moe_layer_ms: layers(|layer| layer.ms),
             exposed_transfer_ms: layers(|layer| layer.exposed_ms),
+            efficiency: bound.zip(layers(|layer| layer.ms)).map(|(bound, time)| bound / time),
+            accounts,
+            accounts_complete: accounts.unexplained() * 50 <= accounts.wall,
             peak_bytes: self.peak_bytes,
             ratio_to_serial: ratios.and_then(|ratios| quantile(ratios, 0.5)),
         }
@@ -261,8 +340,14 @@ fn peak_bytes(step: &StepReport) -> u64 {
 fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
     let mut slowest: BTreeMap<Layer, LayerTime> = BTreeMap::new();
     for ((layer, rank), spans) in by_layer_and_rank(timeline) {
-        let Some(window) = moe_window(&spans) else { continue };
-        let time = LayerTime { ms: ms(window.1 - window.0), exposed_ms: ms(exposed(rank, &spans, window)) };
+        let Some((start, end)) = moe_window(&spans) else { continue };
+        let inside = inside(&spans, start, end);
+        let time = LayerTime {
+            ms: ms(end - start),
+            exposed_ms: ms(inside.exposed_transfer(rank)),
+            compute_ms: ms(inside.busy(rank, Lane::Compute)),
+            transfer_ms: ms(inside.busy(rank, Lane::Transfer)),
+        };
         let most = slowest.entry(layer).or_insert(time);
         if time.ms > most.ms {
             *most = time;
@@ -288,14 +373,21 @@ fn moe_window(spans: &[&Span]) -> Option<(u64, u64)> {
     Some((start, sums.map(|span| span.end_ns).max()?))
 }
 
-/// How long the transfer lane was busy inside a window while the compute lane was not, in nanoseconds.
-fn exposed(rank: Rank, spans: &[&Span], (start, end): (u64, u64)) -> u64 {
-    let inside = spans.iter().map(|&span| Span {
+/// Spans cut to a window.
+fn inside(spans: &[&Span], start: u64, end: u64) -> Timeline {
+    let cut = spans.iter().map(|&span| Span {
         start_ns: span.start_ns.clamp(start, end),
         end_ns: span.end_ns.clamp(start, end),
         ..span.clone()
     });
-    Timeline { spans: inside.collect() }.exposed_transfer(rank)
+    Timeline { spans: cut.collect() }
+}
+
+/// The accounts of the rank that had the least time to spare.
+fn busiest(timeline: &Timeline) -> Accounts {
+    let ranks: BTreeSet<Rank> = timeline.spans.iter().map(|span| span.rank).collect();
+    let accounts = ranks.into_iter().map(|rank| Accounts::of(timeline, rank));
+    accounts.min_by_key(|accounts| accounts.rendezvous + accounts.idle).unwrap_or_default()
 }
 
 fn ms(ns: u64) -> f64 {
@@ -329,46 +421,70 @@ fn side_by_side(contenders: &[Contender]) -> Timeline {
 
 impl Report {
     fn table(&self) -> String {
-        let mut table = format!(
-            "{}, {} ranks, {} prompts of {} tokens and {} new, {} rounds; {}\n\n{}\n",
-            self.model,
-            self.ranks,
-            self.batch_size,
-            self.input_len,
-            self.output_len,
-            self.rounds,
-            self.processor,
-            line(["strategy", "schedule", "stages", "tokens/s", "MoE layer ms", "exposed ms", "peak bytes", "ratio"])
-        );
+        let columns = [
+            "strategy",
+            "schedule",
+            "stages",
+            "tokens/s",
+            "MoE layer ms",
+            "exposed ms",
+            "efficiency",
+            "peak bytes",
+            "ratio",
+        ];
+        let mut table = format!("{}\n\n{}\n", self.heading(), line(columns));
         for row in &self.rows {
-            let number = |number: Option<f64>, decimals| number.map_or("-".into(), |it| format!("{it:.decimals$}"));
-            let cells: [&str; 8] = [
+            let number =
+                |number: Option<f64>, decimals| number.map_or("-".into(), |it| format!("{it:.decimals$}"));
+            let cells: [&str; 9] = [
                 &row.strategy,
                 &row.schedule,
                 &row.stages.to_string(),
                 &number(Some(row.tokens_per_second), 1),
                 &number(row.moe_layer_ms, 2),
                 &number(row.exposed_transfer_ms, 2),
+                &number(row.efficiency, 3),
                 &Bytes(row.peak_bytes).to_string(),
                 &number(row.ratio_to_serial, 3),
             ];
             table.push_str(&line(cells));
             table.push('\n');
         }
-        table.push_str("\nratio: tokens/s over those of the serial schedule in the same round; all figures are medians\n");
+        table.push_str(
+            "\nratio: tokens/s over those of the serial schedule in the same round; all figures are medians\n\
+             efficiency: the longer of the serial layer's computation and transfers, over this layer's time\n",
+        );
         table
+    }
+
+    /// What was run, in a line.
+    fn heading(&self) -> String {
+        let link =
+            self.emulated_link.as_ref().map(|link| format!("; emulated link {link}")).unwrap_or_default();
+        format!(
+            "{}, {} ranks, {} prompts of {} tokens and {} new, {} rounds; {}{link}",
+            self.model,
+            self.ranks,
+            self.batch_size,
+            self.input_len,
+            self.output_len,
+            self.rounds,
+            self.processor
+        )
     }
 }
 
-fn line(cells: [&str; 8]) -> String {
-    let [strategy, schedule, stages, rate, layer, exposed, peak, ratio] = cells;
-    format!("{strategy:<9}{schedule:<9}{stages:>7}{rate:>11}{layer:>14}{exposed:>12}{peak:>12}{ratio:>8}")
+fn line(cells: [&str; 9]) -> String {
+    let [strategy, schedule, stages, rate, layer, exposed, efficiency, peak, ratio] = cells;
+    format!(
+        "{strategy:<9}{schedule:<9}{stages:>7}{rate:>11}{layer:>14}{exposed:>12}{efficiency:>12}{peak:>12}{ratio:>8}"
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_base::{Lane, Stage};
+    use epsmoe_base::Stage;
 
     fn span(rank: usize, lane: Lane, name: &'static str, stage: Option<usize>, start: u64, end: u64) -> Span {
         Span {
@@ -401,7 +517,8 @@ mod tests {
                 span(1, Lane::Compute, "reduce", None, 9, 10),
             ],
         };
-        assert_eq!(layer_times(&timeline), [LayerTime { ms: 9.0, exposed_ms: 3.0 }]);
+        let expected = LayerTime { ms: 9.0, exposed_ms: 3.0, compute_ms: 5.0, transfer_ms: 5.0 };
+        assert_eq!(layer_times(&timeline), [expected]);
         assert_eq!(layer_times(&Timeline::default()), []);
     }
 

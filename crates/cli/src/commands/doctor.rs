@@ -31,7 +31,8 @@ struct Finding {
 pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let machine = Machine::look();
     let load_average = machine::load_average();
-    let findings = vec![cores(&machine, load_average), memory(&machine), instructions(), pipeline(), cache(), gpus()];
+    let findings =
+        vec![cores(&machine, load_average), memory(&machine), instructions(), pipeline(), cache(), gpus()];
     let diagnosis = Diagnosis { version: env!("CARGO_PKG_VERSION"), machine, load_average, findings };
     if args.json {
         return output::show_line(serde_json::to_string(&diagnosis)?);
@@ -66,7 +67,9 @@ fn cores(machine: &Machine, load: Option<[f64; 3]>) -> Finding {
 fn memory(machine: &Machine) -> Finding {
     let (all, left) = (Bytes(machine.memory_bytes), Bytes(machine.memory_available_bytes));
     if machine.memory_bytes == 0 {
-        return lacking("The system does not say how much memory it has, so models too large are not refused.".into());
+        return lacking(
+            "The system does not say how much memory it has, so models too large are not refused.".into(),
+        );
     }
     // Two bytes a parameter, and as much again for everything else.
     let billions = machine.memory_available_bytes as f64 / 4e9;
@@ -75,7 +78,9 @@ fn memory(machine: &Machine) -> Finding {
 
 fn instructions() -> Finding {
     match Isa::detect() {
-        Isa::Scalar => lacking("There are no vector instructions that the kernels know: expect it to be slow.".into()),
+        Isa::Scalar => {
+            lacking("There are no vector instructions that the kernels know: expect it to be slow.".into())
+        }
         isa => fine(format!("Kernels use {isa}.")),
     }
 }
@@ -117,9 +122,12 @@ fn trial() -> Result<RunArgs> {
 }
 
 fn cache() -> Finding {
-    let set = ["HF_HUB_CACHE", "HF_HOME"].into_iter().find_map(|name| Some(format!("{name} {}", env::text(name)?)));
+    let set =
+        ["HF_HUB_CACHE", "HF_HOME"].into_iter().find_map(|name| Some(format!("{name} {}", env::text(name)?)));
     let place = set.unwrap_or_else(|| "its usual place".into());
-    fine(format!("Models by org/name come from the Hugging Face cache ({place}); nothing is ever downloaded."))
+    fine(format!(
+        "Models by org/name come from the Hugging Face cache ({place}); nothing is ever downloaded."
+    ))
 }
 
 fn gpus() -> Finding {

@@ -60,6 +60,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let mut stream = text.as_ref().map(|text| TextStream::new(text, args.sampling.stop.clone()));
     let prompt_tokens = request.prompt.len();
     let (completion, text) = generate(&mut engine, request, stream.as_mut(), !args.json)?;
+    setup.write_routing(&engine)?;
     let text = stream.is_some().then_some(text.as_str());
 
     let answer = Answer::new(&model.name, prompt_tokens, &completion, text, load);
@@ -163,7 +164,11 @@ impl<'a> Answer<'a> {
                 Some(Finish::Stop) => "stop",
                 Some(Finish::Length) | None => "length",
             },
-            usage: Usage { prompt_tokens, completion_tokens, total_tokens: prompt_tokens + completion_tokens },
+            usage: Usage {
+                prompt_tokens,
+                completion_tokens,
+                total_tokens: prompt_tokens + completion_tokens,
+            },
             times: Times {
                 load_seconds: load.as_secs_f64(),
                 time_to_first_token_ms: (completion_tokens > 0).then_some(first * 1e3),

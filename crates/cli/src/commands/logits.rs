@@ -19,6 +19,7 @@ pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
     let progress = output::spinner("computing logits");
     let completions = engine.run(vec![request], |_| {})?;
     progress.finish_and_clear();
+    setup.write_routing(&engine)?;
     let tensor = TensorPlan { name: "logits".into(), dtype: DType::F32, shape: vec![tokens, vocabulary] };
     let size = Bytes(tensor.bytes());
     output::write_file(&args.out, |out| {

@@ -43,7 +43,11 @@ pub(crate) fn run(args: &SynthArgs) -> Result<()> {
     }
     output::write_file(&args.out.join("config.json"), |out| out.write_all(text.as_bytes()))?;
     let (out, files) = (args.out.display(), count(shards.len(), "file"));
-    output::remark(format_args!("wrote {name} with seed {}, {} in {files}, to {out}", args.seed, Bytes(total)));
+    output::remark(format_args!(
+        "wrote {name} with seed {}, {} in {files}, to {out}",
+        args.seed,
+        Bytes(total)
+    ));
     Ok(())
 }
 
@@ -92,7 +96,12 @@ fn shards(weights: &Synthetic, most_bytes: u64) -> Vec<Shard> {
     groups.into_iter().enumerate().map(|(index, tensors)| Shard { file: file(index), tensors }).collect()
 }
 
-fn write_shard(weights: &Synthetic, shard: &Shard, out: &mut dyn Write, progress: &ProgressBar) -> io::Result<()> {
+fn write_shard(
+    weights: &Synthetic,
+    shard: &Shard,
+    out: &mut dyn Write,
+    progress: &ProgressBar,
+) -> io::Result<()> {
     write_header(out, &shard.tensors)?;
     let mut piece = vec![0; PIECE];
     for tensor in &shard.tensors {

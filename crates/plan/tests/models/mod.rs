@@ -60,3 +60,17 @@ pub(crate) fn dbrx() -> ModelSizes {
         ..mixtral()
     }
 }
+
+/// 512 experts, as wide as DeepSeek-V3's.
+pub(crate) fn wide() -> ModelSizes {
+    ModelSizes {
+        name: "512 experts".into(),
+        hidden: 7168,
+        experts: 512,
+        top_k: 8,
+        groups: None,
+        inner: 2048,
+        shared_inner: 2048,
+        ..deepseek_v2()
+    }
+}

@@ -1,8 +1,6 @@
 //! Every command once, as a user types it.
 
-mod common;
-
-use common::{Folder, command, fixture, json, printed};
+use crate::common::{Folder, command, fixture, json, printed, refused};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -53,7 +51,8 @@ fn logits_are_the_reference_s() {
         let (shape, logits) = floats(&std::fs::read(&out).unwrap(), "logits");
         let reference = expected.logits("logits_1");
         assert_eq!((shape[0], shape.iter().product()), (ids.len(), reference.len()));
-        let furthest = logits.iter().zip(&reference).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
+        let furthest =
+            logits.iter().zip(&reference).map(|(got, want)| (got - want).abs()).fold(0.0, f32::max);
         assert!(furthest < 1e-3, "{name} {flags}: {furthest}");
     }
 }
@@ -81,7 +80,8 @@ fn generate_continues_ids() {
     for time in ["load_seconds", "time_to_first_token_ms", "decode_tokens_per_second", "total_seconds"] {
         assert!(answer["times"][time].as_f64().unwrap() > 0.0, "{time}");
     }
-    let spread = json(&mut command(&format!("{typed} --data-parallel-size 2 --enable-expert-parallel --stages 2")));
+    let spread =
+        json(&mut command(&format!("{typed} --data-parallel-size 2 --enable-expert-parallel --stages 2")));
     assert_eq!(spread["ids"], answer["ids"]);
     let plain = printed(&mut command(&typed.replace(" --json", "")));
     assert_eq!(plain.trim_end_matches('\n'), answer["text"].as_str().unwrap().trim_end_matches('\n'));
@@ -105,7 +105,10 @@ fn generate_follows_prompts_chats_and_samplers() {
     };
     let plain = generate("", "Hello there");
     let chat = generate("--chat", "Hello there");
-    assert_eq!(chat["usage"]["prompt_tokens"].as_u64().unwrap(), plain["usage"]["prompt_tokens"].as_u64().unwrap() + 3);
+    assert_eq!(
+        chat["usage"]["prompt_tokens"].as_u64().unwrap(),
+        plain["usage"]["prompt_tokens"].as_u64().unwrap() + 3
+    );
     let drawn = generate("--temperature 1.5 --seed 3", "Hello there");
     assert_eq!(drawn["ids"], generate("--temperature 1.5 --seed 3", "Hello there")["ids"]);
     assert_ne!(drawn["ids"], generate("--temperature 1.5 --seed 4", "Hello there")["ids"]);
@@ -135,7 +138,8 @@ fn generation_config_is_followed() {
         json(&mut command(&typed))["ids"].as_array().unwrap().clone()
     };
     let greedy = generate("--max-tokens 6 --ignore-eos");
-    let config = json!({ "do_sample": true, "temperature": 2.0, "max_new_tokens": 3, "eos_token_id": [1, greedy[1]] });
+    let config =
+        json!({ "do_sample": true, "temperature": 2.0, "max_new_tokens": 3, "eos_token_id": [1, greedy[1]] });
     std::fs::write(folder.path("generation_config.json"), config.to_string()).unwrap();
     assert_eq!(generate("--temperature 0").len(), 2, "the second token ends the text");
     assert_eq!(generate("--temperature 0 --ignore-eos"), greedy[..3]);
@@ -163,7 +167,9 @@ fn synth_writes_the_weights_of_the_preset() {
     };
     let (one, many) = (folder.text("one"), folder.text("many"));
     printed(&mut command(&format!("synth --preset mixtral-mini --seed 9 --out {one}")));
-    printed(&mut command(&format!("synth --config {one}/config.json --seed 9 --out {many} --max-shard-size 20MB")));
+    printed(&mut command(&format!(
+        "synth --config {one}/config.json --seed 9 --out {many} --max-shard-size 20MB"
+    )));
     assert!(!folder.path("many/model.safetensors").exists());
     assert!(folder.path("many/model.safetensors.index.json").exists());
     let in_memory = logits("preset:mixtral-mini");
@@ -197,8 +203,10 @@ fn bench_compares_schedules() {
     let trace: Value = serde_json::from_slice(&std::fs::read(&trace).unwrap()).unwrap();
     assert!(trace["traceEvents"].as_array().unwrap().iter().any(|event| event["name"] == "dispatch"));
 
-    let narrowed = format!("bench {small} --schedule staged --stages 4,12 --model preset:mixtral-mini -dp 1 --json {figures}");
-    let message = common::refused(&mut command(&narrowed));
+    let narrowed = format!(
+        "bench {small} --schedule staged --stages 4,12 --model preset:mixtral-mini -dp 1 --json {figures}"
+    );
+    let message = refused(&mut command(&narrowed));
     assert!(message.contains("add up to 16"), "{message}");
 }
 
@@ -228,7 +236,7 @@ fn models_come_from_the_hugging_face_cache() {
     assert_eq!(json(&mut generate)["usage"]["completion_tokens"], 2);
     let mut absent = command("generate --model tiny/other --prompt Hi");
     absent.env("HF_HOME", cache.0.path());
-    let message = common::refused(&mut absent);
+    let message = refused(&mut absent);
     assert!(message.contains("models--tiny--other does not exist"), "{message}");
     assert!(message.contains("hf download tiny/other"), "{message}");
 }
@@ -245,7 +253,9 @@ fn help_and_completions_are_there() {
     let help = printed(&mut command("--help"));
     assert!(help.contains("epsmoe generate --model"), "{help}");
     let help = printed(&mut command("generate --help"));
-    for expected in ["[env: EPSMOE_STAGES=]", "Expert pipeline:", "preset:NAME", "[env: EPSMOE_GENERATE_PROMPT=]"] {
+    for expected in
+        ["[env: EPSMOE_STAGES=]", "Expert pipeline:", "preset:NAME", "[env: EPSMOE_GENERATE_PROMPT=]"]
+    {
         assert!(help.contains(expected), "{expected} is not in {help}");
     }
     for shell in ["bash", "zsh", "fish"] {

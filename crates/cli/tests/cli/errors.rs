@@ -1,8 +1,6 @@
 //! What can go wrong, and what the user reads then.
 
-mod common;
-
-use common::{Folder, command, fixture, printed, refused};
+use crate::common::{Folder, command, fixture, printed, refused};
 
 /// The message for flags after `generate --model FIXTURE`.
 fn generate(flags: &str) -> String {
@@ -20,13 +18,19 @@ fn models_that_are_not_there() {
         model("./nowhere"),
         "there is no folder ./nowhere: give a folder, preset:NAME, or org/name of a model in the Hugging Face cache"
     );
-    assert_eq!(model("mixtral-mini"), "there is no folder mixtral-mini: for the preset, write preset:mixtral-mini");
+    assert_eq!(
+        model("mixtral-mini"),
+        "there is no folder mixtral-mini: for the preset, write preset:mixtral-mini"
+    );
     check(&model("preset:gpt"), "there is no preset `gpt`; there are: deepseek-v2-mini");
     check(&model(&format!("{}/config.json", fixture("mixtral"))), "is not a folder");
     let empty = Folder::new();
     check(&model(empty.0.path().to_str().unwrap()), "config.json: No such file");
     std::fs::write(empty.path("config.json"), r#"{"architectures": ["LlamaForCausalLM"]}"#).unwrap();
-    check(&model(empty.0.path().to_str().unwrap()), "`LlamaForCausalLM` is not supported; supported are Mixtral");
+    check(
+        &model(empty.0.path().to_str().unwrap()),
+        "`LlamaForCausalLM` is not supported; supported are Mixtral",
+    );
     check(&refused(&mut command("generate --ids 5")), "--model <MODEL>");
 }
 
@@ -43,18 +47,26 @@ fn models_that_are_damaged() {
     check(&spoiled("model.safetensors", &[255; 64]), "damaged or incomplete");
     check(&spoiled("tokenizer.json", b"{}"), "cannot be read as a tokenizer");
     check(&spoiled("tokenizer_config.json", b"{"), "tokenizer_config.json: cannot be read");
-    check(&spoiled("generation_config.json", b"{\"top_k\": \"x\"}"), "generation_config.json: cannot be read");
+    check(
+        &spoiled("generation_config.json", b"{\"top_k\": \"x\"}"),
+        "generation_config.json: cannot be read",
+    );
     let endless = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
     check(&spoiled("chat_template.jinja", endless), "does more than a chat template needs");
-    check(&spoiled("chat_template.jinja", b"{{ raise_exception('no') }}"), "the template refuses this conversation: no");
+    check(
+        &spoiled("chat_template.jinja", b"{{ raise_exception('no') }}"),
+        "the template refuses this conversation: no",
+    );
     check(&spoiled("chat_template.jinja", b"\xff"), "chat_template.jinja: this is not UTF-8 text");
 }
 
 #[test]
 fn prompts_that_cannot_be_run() {
     assert_eq!(generate("--ids 5,320"), "prompt token 1 is 320, but the vocabulary ends at 319");
-    assert_eq!(refused(command(&format!("generate --model {}", fixture("mixtral"))).args(["--ids", ""])),
-        "the prompt is empty: give at least one token");
+    assert_eq!(
+        refused(command(&format!("generate --model {}", fixture("mixtral"))).args(["--ids", ""])),
+        "the prompt is empty: give at least one token"
+    );
     check(&generate("--ids 5,x"), "`x` is not a token id: write ids like 5,6,7");
     check(&generate("--ids 5,-1"), "`-1` is not a token id");
     check(&generate("--max-tokens 3"), "--ids <IDS>");
@@ -65,14 +77,18 @@ fn prompts_that_cannot_be_run() {
          generate. Shorten either, or raise --max-model-len if the model allows it"
     );
     check(&generate("--ids 5 --max-tokens 18446744073709551615"), "maximum context length is 4096");
-    check(&generate("--ids 5 --max-model-len 5000"), "--max-model-len is 5000, but this model was made for 4096");
+    check(
+        &generate("--ids 5 --max-model-len 5000"),
+        "--max-model-len is 5000, but this model was made for 4096",
+    );
     check(&generate("--ids 5,6,7 --max-model-len 2"), "maximum context length is 2 tokens");
     let preset = refused(&mut command("generate --model preset:mixtral-mini --prompt Hi"));
     assert_eq!(preset, "preset:mixtral-mini has no tokenizer: give the prompt as --ids");
     check(&refused(&mut command("generate --model preset:mixtral-mini --ids 5 --stop x")), "no tokenizer");
     let bare = Folder::copy_of("mixtral_f16");
     std::fs::remove_file(bare.path("chat_template.jinja")).unwrap();
-    let chat = refused(&mut command(&format!("generate --model {} --prompt Hi --chat", bare.0.path().display())));
+    let chat =
+        refused(&mut command(&format!("generate --model {} --prompt Hi --chat", bare.0.path().display())));
     check(&chat, "has no chat template: leave out --chat");
 }
 
@@ -82,9 +98,12 @@ fn flags_that_are_impossible() {
     assert_eq!(with("--stages 9 -ep"), "9 stages for 8 experts on a rank: use 1 to 8 stages");
     check(&with("--stages 0"), "`0` is not a number of stages: write how many stages, like 4");
     check(&with("--stages 3,4"), "add up to 7");
-    check(&with("--schedule serial --stages 4"), "the serial schedule has one stage, but stages 4 was asked for");
+    check(
+        &with("--schedule serial --stages 4"),
+        "the serial schedule has one stage, but stages 4 was asked for",
+    );
     check(&with("--schedule fast"), "[possible values: serial, staged]");
-    check(&with("--transfer-order d0"), "d1 0 times");
+    check(&with("--transfer-order d0"), "c0 0 times");
     check(&with("--transfer-order x"), "write d or c and a stage, like d0 d1 c0 c1");
     check(&with("-dp 9 -ep"), "9 expert-parallel ranks for 8 experts: use 1 to 8 ranks");
     check(&with("-dp 0"), "must be a whole number from 1 to 1024");
@@ -116,6 +135,7 @@ fn places_that_cannot_be_written() {
     let there = folder.text("");
     assert_eq!(logits(&there), format!("cannot write {there}: Is a directory (os error 21)"));
     check(&logits("/proc/x"), "cannot write /proc/x: ");
+    assert_eq!(logits("/dev/full"), "cannot write /dev/full: No space left on device (os error 28)");
     let synth = |out: &str| refused(&mut command(&format!("synth --preset mixtral-mini --out {out}")));
     check(&synth("/proc/x"), "cannot make the folder /proc/x: ");
     std::fs::write(folder.path("something"), "").unwrap();
@@ -123,7 +143,10 @@ fn places_that_cannot_be_written() {
     assert_eq!(std::fs::read_dir(folder.0.path()).unwrap().count(), 1, "nothing is left behind");
     let config = refused(&mut command(&format!("synth --config /dev/zero --out {}", folder.text("new"))));
     check(&config, "/dev/zero is not a config.json");
-    check(&refused(&mut command("synth --preset mixtral-mini --out x --max-shard-size 0")), "write it like 5GB");
+    check(
+        &refused(&mut command("synth --preset mixtral-mini --out x --max-shard-size 0")),
+        "write it like 5GB",
+    );
 }
 
 #[test]

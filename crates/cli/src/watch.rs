@@ -1,0 +1,26 @@
+//! Weights that tell how much of them has been read.
+
+use epsmoe_model::{ModelError, Stored, WeightSource};
+use indicatif::ProgressBar;
+
+/// A source whose bytes move a bar.
+pub(crate) struct Watched<'a> {
+    pub(crate) source: &'a dyn WeightSource,
+    pub(crate) bar: &'a ProgressBar,
+}
+
+impl WeightSource for Watched<'_> {
+    fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError> {
+        self.source.find(name)
+    }
+
+    fn fill(&self, name: &str, first: usize, into: &mut [u8]) -> Result<(), ModelError> {
+        self.source.fill(name, first, into)?;
+        self.bar.inc(into.len() as u64);
+        Ok(())
+    }
+
+    fn place(&self, name: &str) -> String {
+        self.source.place(name)
+    }
+}
