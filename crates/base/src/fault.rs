@@ -134,7 +134,10 @@ mod tests {
         assert!(cell.check().is_ok());
         cell.raise(fault(1));
         assert_eq!(cell.raise(fault(0)).rank, Rank(1));
-        assert_eq!(cell.check().unwrap_err().to_string(), "rank 1, layer 3, stage 1: the compute lane panicked");
+        assert_eq!(
+            cell.check().unwrap_err().to_string(),
+            "rank 1, layer 3, stage 1: the compute lane panicked"
+        );
     }
 
     #[test]

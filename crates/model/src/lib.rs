@@ -10,8 +10,8 @@ pub mod synthetic;
 
 pub use checkpoint::{Checkpoint, Stored, Tensor, WeightSource, Window};
 pub use error::ModelError;
-pub use presets::{PRESETS, preset, preset_text};
 pub use names::{LayerPart, Located, Map, Part, Source};
+pub use presets::{PRESETS, preset, preset_text};
 pub use spec::{
     Architecture, AttentionSpec, GroupedSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Naming,
     NormSpec, Parameters, QkNorm, RopeSpec, SharedSpec,

@@ -22,7 +22,12 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     }
 
     /// Every token's sums, added in rank order, then the shared expert's output.
-    pub(crate) fn sum_at_home(&self, layer: &MoeLayer, home: HomeMap, y: &Buffer) -> Result<(), PipelineError> {
+    pub(crate) fn sum_at_home(
+        &self,
+        layer: &MoeLayer,
+        home: HomeMap,
+        y: &Buffer,
+    ) -> Result<(), PipelineError> {
         let (place, buffers, sums) = (Place::layer(layer.layer), &self.buffers, 0..home.index.len());
         let starts = buffers.home_starts.rows(0..y.rows + 1)?;
         let index = buffers.home_index.rows(sums.clone())?;

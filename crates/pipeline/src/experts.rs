@@ -80,9 +80,9 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     ) -> Result<(), PipelineError> {
         match kind {
             GemmKind::Grouped => self.compute(place, Gemm { parts, bias: None, epilogue }),
-            GemmKind::Dense => parts.into_iter().try_for_each(|part| {
-                self.compute(place, Gemm { parts: vec![part], bias: None, epilogue })
-            }),
+            GemmKind::Dense => parts
+                .into_iter()
+                .try_for_each(|part| self.compute(place, Gemm { parts: vec![part], bias: None, epilogue })),
         }
     }
 

@@ -51,7 +51,8 @@ impl Accounts {
         }
         for gap in gaps(&timeline.intervals(rank, Lane::Compute), wall) {
             let exposed = shared(&transfers, &gap);
-            let in_layers = |&(start, end): &(u64, u64)| shared(&layers, &(start.max(gap.start)..end.min(gap.end)));
+            let in_layers =
+                |&(start, end): &(u64, u64)| shared(&layers, &(start.max(gap.start)..end.min(gap.end)));
             let planning = shared(&layers, &gap) - transfers.iter().map(in_layers).sum::<u64>();
             accounts.exposed_transfer += exposed;
             accounts.rendezvous += planning;
@@ -62,12 +63,8 @@ impl Accounts {
 
     /// What the accounts miss of the wall time, or have too much of it.
     pub fn unexplained(&self) -> u64 {
-        let explained = self.gemm
-            + self.attention
-            + self.other
-            + self.exposed_transfer
-            + self.rendezvous
-            + self.idle;
+        let explained =
+            self.gemm + self.attention + self.other + self.exposed_transfer + self.rendezvous + self.idle;
         explained.abs_diff(self.wall)
     }
 }
@@ -145,8 +142,7 @@ mod tests {
 
     #[test]
     fn work_that_overlaps_on_one_lane_is_noticed() {
-        let spans =
-            vec![span(Lane::Compute, "gemm", None, 0..10), span(Lane::Compute, "add", None, 5..10)];
+        let spans = vec![span(Lane::Compute, "gemm", None, 0..10), span(Lane::Compute, "add", None, 5..10)];
         assert_eq!(Accounts::of(&Timeline { spans }, Rank(0)).unexplained(), 5);
         assert_eq!(Accounts::of(&Timeline::default(), Rank(0)), Accounts::default());
     }

@@ -284,7 +284,8 @@ pub struct Advice {
 /// Share of a GPU's memory that can be filled, in permille: the rest is the driver's and fragmentation.
 const USABLE: u64 = 950;
 
-/// Permille that more stages must gain over fewer: figures that were not measured on the machine tell no less.
+/// Permille that more stages must gain over fewer: a judgement of what figures that were not measured on the machine
+/// can tell, made with DBRX on fast links in view (`docs/paper-check.md`).
 const MARGIN: u64 = 40;
 
 /// Compares all strategies and schedules.
