@@ -48,6 +48,8 @@ pub(crate) enum Command {
     #[command(mut_arg("enable_expert_parallel", |enable| enable.default_value("true")))]
     #[command(mut_arg("link", |link| link.default_value("100MB/s,50us")))]
     Bench(Box<BenchArgs>),
+    /// Predict strategies and schedules on a machine that need not be here
+    Plan(PlanArgs),
     /// Write a checkpoint of random weights
     Synth(SynthArgs),
     /// Say what this machine is and what works on it
@@ -375,6 +377,43 @@ pub(crate) struct BenchArgs {
 }
 
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Every figure of a built-in machine has its source in crates/plan/machines/machines.toml; a file in that format \
+describes another machine. Predictions are estimates, not measurements.
+
+Examples:
+  epsmoe plan --model preset:deepseek-v2 --machine 8xH800 --batch 64 --seq 1024
+  epsmoe plan --model ./Qwen3-30B-A3B --machine my-machine.toml --json")]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// A built-in machine, like 8xH100, 8xH200, 8xH800, 4xH800 or 8xA100; or a file that describes one
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) machine: String,
+
+    /// Sequences
+    #[arg(long, value_name = "NUMBER", default_value = "64", value_parser = bounded(1, 1 << 20))]
+    pub(crate) batch: usize,
+
+    /// Tokens of each
+    #[arg(long, value_name = "TOKENS", default_value = "1024", value_parser = bounded(1, 1 << 24))]
+    pub(crate) seq: usize,
+
+    /// How unevenly experts are chosen: the exponent of a Zipf law; 0 is even
+    #[arg(long, value_name = "EXPONENT", default_value = "0", value_parser = exponent)]
+    pub(crate) zipf: f64,
+
+    /// Seed of the routing
+    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Print one line of JSON
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct SynthArgs {
     /// A known configuration; --model preset:NAME makes the same weights in memory
     #[arg(long, value_name = "NAME", required_unless_present = "config", conflicts_with = "config")]
@@ -515,6 +554,11 @@ fn bounded(least: usize, most: usize) -> impl Fn(&str) -> Result<usize, String> 
 fn seconds(text: &str) -> Result<f64, String> {
     let number = text.parse::<f64>().ok().filter(|number| *number > 0.0 && *number <= 1e6);
     number.ok_or_else(|| "must be a number of seconds, above 0 and at most 1000000".into())
+}
+
+fn exponent(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| (0.0..=5.0).contains(number));
+    number.ok_or_else(|| "must be a number from 0 to 5".into())
 }
 
 /// The command line, where every flag has an environment variable: `EPSMOE_` and its name, with the command's name

@@ -73,15 +73,26 @@ pub(crate) fn remember_panics() -> LastPanic {
     last
 }
 
+/// Refuses a place where no file can be, before anything is computed for it.
+pub(crate) fn check_place(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let problem = match std::fs::metadata(folder) {
+        Err(error) => Some(error),
+        Ok(metadata) if !metadata.is_dir() => Some(ErrorKind::NotADirectory.into()),
+        Ok(_) => path.is_dir().then(|| ErrorKind::IsADirectory.into()),
+    };
+    problem.map_or(Ok(()), Err).with_context(|| format!("cannot write {}", path.display()))
+}
+
 /// Writes a whole file or none: beside its place first, then renamed. What is no file, like a pipe, is written
 /// straight to.
 pub(crate) fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    let is_special = |metadata: &Metadata| !metadata.is_file() && !metadata.is_dir();
-    let written = match std::fs::metadata(path) {
-        Ok(metadata) if is_special(&metadata) => {
-            OpenOptions::new().write(true).open(path).and_then(|file| fill(file, write))
-        }
-        _ => write_beside(path, write),
+    check_place(path)?;
+    let is_special = |metadata: Metadata| !metadata.is_file();
+    let written = if std::fs::metadata(path).is_ok_and(is_special) {
+        OpenOptions::new().write(true).open(path).and_then(|file| fill(file, write))
+    } else {
+        write_beside(path, write)
     };
     written.with_context(|| format!("cannot write {}", path.display()))
 }

@@ -94,6 +94,14 @@ pub(crate) fn encode(
     Ok(text.encode(&template.render(&messages, true)?, false)?)
 }
 
+/// What a model is, without its weights.
+pub(crate) fn spec(args: &ModelArgs) -> Result<ModelSpec> {
+    Ok(match locate(&args.model, &args.revision)? {
+        Place::Preset(name) => preset(&name)?,
+        Place::Folder(folder) => config::read(&folder)?,
+    })
+}
+
 /// The folder of a model whose weights are not wanted.
 pub(crate) fn folder(args: &ModelArgs) -> Result<Option<PathBuf>> {
     Ok(match locate(&args.model, &args.revision)? {

@@ -182,7 +182,9 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
             let (device, fabric) = (Arc::clone(&device), Arc::clone(&fabric));
             Group::new(device, fabric, ranks, spec.hidden, together, layout.most_kept(tokens))
         };
-        let identity = hash_bytes(format!("{spec:?} {} {:?}", device.dtype(), options.parallel).as_bytes());
+        let labelled = !matches!(options.routing, RoutingMode::Gate);
+        let identity = format!("{spec:?} {} {:?} {labelled}", device.dtype(), options.parallel);
+        let identity = hash_bytes(identity.as_bytes());
         Ok(Model {
             attention: group(layout.attention_ranks(), tokens)?,
             mlp: group(layout.mlp_ranks(), layout.most_in_mlp(tokens))?,

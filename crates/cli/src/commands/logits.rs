@@ -10,6 +10,7 @@ use epsmoe_engine::Request;
 
 /// Runs the prompt and writes `logits` [T, V].
 pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
+    output::check_place(&args.out)?;
     let setup = Setup::new(&args.run)?;
     let request = Request { prompt: args.ids.0.clone(), prompt_logits: true, ..Request::default() };
     let (tokens, vocabulary) = (request.prompt.len(), setup.model.spec.vocab);

@@ -5,5 +5,6 @@ pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod generate;
 pub(crate) mod logits;
+pub(crate) mod plan;
 pub(crate) mod synth;
 pub(crate) mod tokenize;

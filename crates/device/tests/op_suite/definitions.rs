@@ -18,6 +18,7 @@ pub(crate) fn suite<K: Kernels>(kernels: impl Fn() -> K, dtype: DType) {
         gathers(&bench, rows, width);
         reductions(&bench, rows, width);
     }
+    folding_order(&bench);
     stored_formats(&bench);
     rotations(&bench);
     products(&bench);
@@ -165,6 +166,33 @@ fn reductions<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
             terms.map(term).sum::<f64>() + addend
         });
         bench.check(&what, &out, &want);
+    }
+}
+
+/// Terms are folded from left to right in float32, the addend last: next to a large number a one is lost.
+fn folding_order<K: Kernels>(bench: &Bench<K>) {
+    let large = (1u32 << 27) as f32;
+    let x = Sheet { rows: 3, width: 1, values: vec![1.0, large, -large] };
+    for (order, addend, want) in [
+        ([0, 1, 2], 0.0, 0.0),
+        ([1, 0, 2], 0.0, 0.0),
+        ([1, 2, 0], 0.0, 1.0),
+        ([1, 2, 0], large, large),
+        ([0, 0, 1], -large, 0.0),
+    ] {
+        let out = bench.room(bench.dtype, 1, 1);
+        bench.run(
+            "fold",
+            Reduce {
+                x: bench.put(&x).view,
+                starts: bench.put_words(&[0, 3], 1).view,
+                index: bench.put_words(&order, 1).view,
+                weights: None,
+                addend: Some(bench.put(&Sheet { rows: 1, width: 1, values: vec![addend] }).view),
+                out: out.view.clone(),
+            },
+        );
+        bench.check_exactly(&format!("fold {order:?} and {addend}"), &out, &[want]);
     }
 }
 
