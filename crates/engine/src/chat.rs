@@ -319,6 +319,17 @@ mod tests {
     }
 
     #[test]
+    fn probe() {
+        for name in ["qwen", "mistral"] {
+            let mut t = template(&std::fs::read_to_string(format!("/tmp/{name}.jinja")).unwrap());
+            t.tokens.insert("eos_token".into(), "</s>".into());
+            let messages: Vec<Message> = serde_json::from_str(&std::fs::read_to_string("/tmp/m.json").unwrap()).unwrap();
+            let out = t.render(&messages, true).unwrap_or_else(|e| e.to_string());
+            std::fs::write(format!("/tmp/{name}.out"), out).unwrap();
+        }
+    }
+
+    #[test]
     fn what_templates_must_not_do_ends_in_one_error() {
         let refused = |source: &str| render(source).unwrap_err();
         let stopped = "does more than a chat template needs";
@@ -328,7 +339,7 @@ mod tests {
         assert!(refused(doubling).contains(stopped));
         let deep = "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}";
         assert!(refused(deep).contains("recursion"), "{}", refused(deep));
-        assert!(refused("{{ 'x' * 1000000000 }}").contains("too large"));
+        assert!(refused("{{ 'x' * 1000000000 }}").contains(stopped));
         assert!(refused("{% include '/etc/passwd' %}").contains("/etc/passwd"));
         assert!(refused("{{ open('/etc/passwd') }}").contains("open"));
         assert!(refused("{{ messages.__class__.__mro__ }}").contains("undefined"));

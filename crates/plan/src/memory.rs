@@ -95,9 +95,7 @@ pub struct LayerBytes {
     pub metadata: u64,
     /// Input of one stage's experts, `[stage copies, H]`.
     pub expanded: u64,
-    /// Gate and up projections of one stage, `[stage copies, 2 I]`.
-    pub gate_up: u64,
-    /// Activations of one stage, `[stage copies, I]`.
+    /// Activations of one stage, `[stage copies, I]`: gate and up are not kept.
     pub activated: u64,
     /// Outputs of all experts, `[copies, H]`: kept over the stages, until the last copy of a row is there.
     pub outputs: u64,
@@ -120,7 +118,6 @@ impl LayerBytes {
             receive: matrix(rows_received, sizes.hidden),
             metadata: words((rows_sent + rows_received) * record_words(sizes.top_k)),
             expanded: matrix(stage_copies, sizes.hidden),
-            gate_up: matrix(stage_copies, 2 * sizes.inner),
             activated: matrix(stage_copies, sizes.inner),
             outputs: matrix(copies, sizes.hidden),
             combine: matrix(rows_received, sizes.hidden),
@@ -134,13 +131,12 @@ impl LayerBytes {
     }
 
     /// Every buffer with its name, in the order in which rows walk through them.
-    pub fn parts(&self) -> [(&'static str, Bytes); 10] {
+    pub fn parts(&self) -> [(&'static str, Bytes); 9] {
         [
             ("send rows", Bytes(self.send)),
             ("receive rows", Bytes(self.receive)),
             ("metadata", Bytes(self.metadata)),
             ("expanded rows of a stage", Bytes(self.expanded)),
-            ("gate and up of a stage", Bytes(self.gate_up)),
             ("activations of a stage", Bytes(self.activated)),
             ("expert outputs", Bytes(self.outputs)),
             ("combine rows", Bytes(self.combine)),
@@ -186,7 +182,6 @@ mod tests {
                 receive: 800,
                 metadata: 9 * 3 * 4,
                 expanded: 600,
-                gate_up: 120,
                 activated: 60,
                 outputs: 1000,
                 combine: 800,
@@ -194,8 +189,8 @@ mod tests {
                 maps: 4 * (5 + (4 + 5) + (5 + 4) + (5 + 5 + 5)),
             }
         );
-        assert_eq!(bytes.total(), 5640);
-        assert!(bytes.to_string().ends_with("home rows: 1000 B\nindex arrays: 152 B\ntotal: 5.5 KiB\n"));
+        assert_eq!(bytes.total(), 5520);
+        assert!(bytes.to_string().ends_with("home rows: 1000 B\nindex arrays: 152 B\ntotal: 5.4 KiB\n"));
     }
 
     #[test]

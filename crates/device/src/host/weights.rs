@@ -66,21 +66,15 @@ pub struct WeightStore<M>(RwLock<Inner<M>>);
 struct Inner<M> {
     held: Vec<Held<M>>,
     by_name: HashMap<Arc<str>, Weight>,
-    bytes: u64,
 }
 
 impl<M> Default for WeightStore<M> {
     fn default() -> Self {
-        WeightStore(RwLock::new(Inner { held: Vec::new(), by_name: HashMap::new(), bytes: 0 }))
+        WeightStore(RwLock::new(Inner { held: Vec::new(), by_name: HashMap::new() }))
     }
 }
 
 impl<M> WeightStore<M> {
-    /// Bytes of the numbers held, packing aside.
-    pub fn bytes(&self) -> u64 {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).bytes
-    }
-
     pub(super) fn find(&self, name: &str) -> Option<Weight> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).by_name.get(name).cloned()
     }
@@ -112,10 +106,6 @@ impl<M> WeightStore<M> {
         let id = u32::try_from(inner.held.len()).map_err(|_| out_of_memory(name, u64::MAX))?;
         let weight = Weight { id, shape, name: name.into() };
         inner.held.push(held);
-        inner.bytes += match shape {
-            WeightShape::Table { .. } => tensors[0].bytes.len() as u64,
-            _ => (shape.parameters() * dtype.bytes()) as u64,
-        };
         inner.by_name.insert(weight.name.clone(), weight.clone());
         Ok(weight)
     }
