@@ -318,15 +318,28 @@ mod tests {
         assert_eq!(render("{{ strftime_now('%Y') }}").unwrap().len(), 4);
     }
 
+    /// Templates in the style of published ones, and what Hugging Face transformers 5.17 makes of them.
     #[test]
-    fn probe() {
-        for name in ["qwen", "mistral"] {
-            let mut t = template(&std::fs::read_to_string(format!("/tmp/{name}.jinja")).unwrap());
-            t.tokens.insert("eos_token".into(), "</s>".into());
-            let messages: Vec<Message> = serde_json::from_str(&std::fs::read_to_string("/tmp/m.json").unwrap()).unwrap();
-            let out = t.render(&messages, true).unwrap_or_else(|e| e.to_string());
-            std::fs::write(format!("/tmp/{name}.out"), out).unwrap();
-        }
+    fn prompts_are_those_of_transformers() {
+        let messages = [
+            message("system", "Be é"),
+            message("user", "Hi"),
+            message("assistant", "<think>\nhm\n</think>\n\nHello"),
+            message("user", "2?"),
+        ];
+        let check = |source: &str, want: &str| {
+            let mut template = template(source);
+            template.tokens.insert("eos_token".into(), "</s>".into());
+            assert_eq!(template.render(&messages, true).unwrap(), want);
+        };
+        check(
+            include_str!("../tests/templates/thinking.jinja"),
+            include_str!("../tests/templates/thinking.txt"),
+        );
+        check(
+            include_str!("../tests/templates/alternating.jinja"),
+            include_str!("../tests/templates/alternating.txt"),
+        );
     }
 
     #[test]
@@ -344,7 +357,6 @@ mod tests {
         assert!(refused("{{ open('/etc/passwd') }}").contains("open"));
         assert!(refused("{{ messages.__class__.__mro__ }}").contains("undefined"));
         assert!(refused("{% if %}").contains("line 1"));
-        assert!(refused(&"(".repeat(100_000)).contains("test: "));
         assert!(refused(&format!("{{{{ {}1 }}}}", "(".repeat(100_000))).contains("recursion"));
         assert_eq!(
             refused("{{ raise_exception('roles must alternate') }}"),

@@ -23,7 +23,11 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
         stages: STAGES,
     };
     let advice = advise(&model, &machine, &load)?;
-    if args.json { output::show_line(serde_json::to_string(&advice)?) } else { output::show(&advice.to_string()) }
+    if args.json {
+        output::show_line(serde_json::to_string(&advice)?)
+    } else {
+        output::show(&advice.to_string())
+    }
 }
 
 /// A built-in machine, or the one that a file describes.
