@@ -143,9 +143,13 @@ fn lanes(page: &mut String, timeline: &Timeline) -> fmt::Result {
     let milliseconds = (extent.end - extent.start) as f64 / 1e6;
     for tick in 0..=5 {
         let part = f64::from(tick) / 5.0;
-        let x = LABEL + (WIDTH - LABEL - 50.0) * part;
-        let time = milliseconds * part * (WIDTH - LABEL - 50.0) / (WIDTH - LABEL);
-        writeln!(page, "<text x=\"{x:.1}\" y=\"{:.1}\" fill=\"#667\">{time:.2} ms</text>", height + 16.0)?;
+        let (x, time) = (LABEL + (WIDTH - LABEL) * part, milliseconds * part);
+        let anchor = ["start", "middle", "middle", "middle", "middle", "end"][tick as usize];
+        let y = height + 16.0;
+        writeln!(
+            page,
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" fill=\"#667\" text-anchor=\"{anchor}\">{time:.2} ms</text>"
+        )?;
     }
     writeln!(page, "</svg>")
 }

@@ -7,7 +7,7 @@ use crate::output;
 use crate::report::{self, Report as Page};
 use crate::setup::{Demand, Setup};
 use anyhow::Result;
-use epsmoe_base::{Bytes, Lane, Layer, Mix, Rank};
+use epsmoe_base::{Bytes, Lane, Layer, Mix, Rank, count};
 use epsmoe_engine::{Engine, Parallel, Request, StepReport};
 use epsmoe_plan::{Accounts, Policy, Schedule, Span, Stages, Timeline};
 use serde::Serialize;
@@ -155,7 +155,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
 
 /// The figures as a picture: a bar for each schedule, and the lanes of one MoE layer in each.
 fn page(report: &Report, contenders: &[Contender]) -> Page {
-    let label = |row: &Row| format!("{} {}, {} stages", row.strategy, row.schedule, row.stages);
+    let label = |row: &Row| format!("{} {}, {}", row.strategy, row.schedule, count(row.stages, "stage"));
     let bar = |row: &Row| report::Row {
         label: label(row),
         tokens_per_second: row.tokens_per_second,
