@@ -23,7 +23,7 @@ macro_rules! ops {
         /// Any operation.
         #[derive(Clone, Debug)]
         pub enum Op {
-            $(#[doc = concat!("See [`", stringify!($op), "`].")] $op($op),)*
+            $(#[doc = concat!("See [`", stringify!($op), "`](struct@", stringify!($op), ").")] $op($op),)*
         }
 
         impl Op {
