@@ -1,6 +1,7 @@
 //! Where a rank's time went, without a rest: every nanosecond of a run is in exactly one account.
 
 use crate::Timeline;
+use crate::timeline::overlap;
 use epsmoe_base::{Lane, Rank};
 use serde::Serialize;
 use std::ops::Range;
@@ -94,7 +95,7 @@ fn gaps(busy: &[(u64, u64)], wall: Range<u64>) -> Vec<Range<u64>> {
 
 /// Nanoseconds that disjoint intervals have in common with one.
 fn shared(intervals: &[(u64, u64)], with: &Range<u64>) -> u64 {
-    intervals.iter().map(|&(start, end)| end.min(with.end).saturating_sub(start.max(with.start))).sum()
+    overlap(intervals, &[(with.start, with.end)])
 }
 
 #[cfg(test)]

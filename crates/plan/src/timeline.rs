@@ -107,7 +107,7 @@ impl Timeline {
 }
 
 /// The length of what two sets of intervals share; each set is ascending and apart.
-fn overlap(left: &[(u64, u64)], right: &[(u64, u64)]) -> u64 {
+pub(crate) fn overlap(left: &[(u64, u64)], right: &[(u64, u64)]) -> u64 {
     let (mut l, mut r, mut shared) = (0, 0, 0);
     while let (Some(a), Some(b)) = (left.get(l), right.get(r)) {
         shared += a.1.min(b.1).saturating_sub(a.0.max(b.0));

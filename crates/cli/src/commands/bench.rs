@@ -93,7 +93,7 @@ struct LayerTime {
 
 /// Measures, prints a table, and writes the files that were asked for.
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
-    args.json.iter().chain(&args.trace).try_for_each(|file| output::check_place(file))?;
+    args.json.iter().chain(&args.trace).chain(&args.report).try_for_each(|file| output::check_place(file))?;
     let load_average = machine::load_average();
     let setup = Setup::new(&args.run)?;
     let prompts = prompts(args, &setup);
