@@ -193,21 +193,28 @@ fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes
     let (compute, read) = ideal(&smallest, flops, bytes);
     let op_ns = smallest.ns.saturating_sub(compute.max(read)).min(smallest.ns * 9 / 10);
     // What is left of operations that hardly take longer than that is noise.
-    if points.iter().any(|point| point.ns > 3 * op_ns) {
-        points.retain(|point| point.ns > 3 * op_ns);
+    if points.iter().any(|point| 2 * point.ns > 3 * op_ns) {
+        points.retain(|point| 2 * point.ns > 3 * op_ns);
     }
     for point in &mut points {
         point.ns = point.ns.saturating_sub(op_ns).max(1);
     }
     let (flops, bytes) = (best(&points, |point| point.flops), best(&points, |point| point.weight_bytes));
-    // Where reading the weights takes all the time, arithmetic shows at least some efficiency, but not how much: the
-    // most rows of that kind are enough to know.
+    // Where reading the weights takes all the time, arithmetic shows at least some efficiency, but not how much.
     let reads = |point: &Point| ideal(point, flops, bytes).1 > point.ns / 10 * 9;
     let most = points.iter().filter(|point| reads(point)).map(|point| point.rows).max().unwrap_or(0);
-    points.retain(|point| point.rows >= most);
     let efficiency = |point: &Point| (ideal(point, flops, bytes).0 * 1000 / point.ns).clamp(1, 1000);
-    let efficiencies: Vec<(Point, u64)> = points.iter().map(|point| (*point, efficiency(point))).collect();
-    let (rows, depth) = two_factors(&efficiencies);
+    let with_efficiency = |wanted: &dyn Fn(&Point) -> bool| -> Vec<(Point, u64)> {
+        points.iter().filter(|point| wanted(point)).map(|point| (*point, efficiency(point))).collect()
+    };
+    let hidden = with_efficiency(&|point| point.rows == most);
+    let (rows, depth) = match with_efficiency(&|point| point.rows > most) {
+        shown if shown.is_empty() => two_factors(&hidden),
+        shown => {
+            let (rows, depth) = two_factors(&shown);
+            (starting_below(rows, &hidden), depth)
+        }
+    };
     GemmCost { flops_per_second: flops, rows, depth, weight_bytes_per_second: bytes, op_ns }
 }
 
@@ -226,6 +233,15 @@ fn point(sample: &Sample, wanted: GemmKind, element_bytes: u64) -> Option<Point>
         weight_bytes: experts * elements * element_bytes,
         ns: sample.ns,
     })
+}
+
+/// The curve with a point before its first one, where the efficiency is between what `hidden` shows at the least and
+/// the first one's: half way.
+fn starting_below(rows: Curve, hidden: &[(Point, u64)]) -> Curve {
+    let least = medians(hidden.iter().map(|(point, permille)| (point.rows, *permille)));
+    let first = rows.points().first().map_or(0, |point| point.1);
+    let start = least.into_iter().map(|(x, permille)| (x, permille.max(first.midpoint(permille))));
+    Curve::of(start.chain(rows.points().iter().copied()))
 }
 
 /// (rows → permille, depth → permille) whose product is closest to the efficiencies, by medians; the deepest

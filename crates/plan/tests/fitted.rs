@@ -7,10 +7,14 @@ use costs::{for_random_cases, random_cost};
 use epsmoe_base::Mix;
 use epsmoe_plan::*;
 
-/// A time with up to 2 % noise, and sometimes a disturbance.
-fn measured(mix: &mut Mix, ns: u64) -> u64 {
-    let noisy = ns * (990 + mix.below(20) as u64) / 1000;
-    if mix.below(10) == 0 { noisy * 3 } else { noisy }
+/// Nine measurements of one thing, with up to 2 % of noise; up to three of them disturbed.
+fn measured(mix: &mut Mix, work: &Work, ns: u64) -> Vec<Sample> {
+    let mut sample = |repeat: u64| {
+        let noisy = ns * (990 + mix.below(20) as u64) / 1000;
+        let disturbed = repeat < 3 && mix.below(3) == 0;
+        Sample { work: work.clone(), ns: if disturbed { noisy * 3 } else { noisy } }
+    };
+    (0..9).map(&mut sample).collect()
 }
 
 fn gemm_ns(cost: &CostModel, kind: GemmKind, rows: &[u64], columns: usize, depth: usize) -> u64 {
@@ -22,31 +26,27 @@ fn samples_of_a_machine_give_the_machine_back() {
     for_random_cases(30, |mix| {
         let truth = random_cost(mix);
         let mut samples = Vec::new();
+        let mut measure = |work: Work, ns: u64| samples.extend(measured(mix, &work, ns));
         let kinds = [GemmKind::Grouped, GemmKind::Dense];
-        for _ in 0..9 {
-            for kind in kinds {
-                for rows in [1, 4, 16, 64, 128, 256, 512, 1024, 4096] {
-                    for (columns, depth) in [(64, 64), (3072, 1024), (1024, 1536)] {
-                        for experts in [1, 4] {
-                            let rows = vec![rows; experts];
-                            let ns = measured(mix, gemm_ns(&truth, kind, &rows, columns, depth));
-                            samples.push(Sample { work: Work::Gemm { kind, rows, columns, depth }, ns });
-                        }
+        for kind in kinds {
+            for rows in [1, 4, 16, 64, 128, 256, 512, 1024, 4096] {
+                for (columns, depth) in [(64, 64), (3072, 1024), (1024, 1536)] {
+                    for experts in [1, 4] {
+                        let rows = vec![rows; experts];
+                        let ns = gemm_ns(&truth, kind, &rows, columns, depth);
+                        measure(Work::Gemm { kind, rows, columns, depth }, ns);
                     }
                 }
             }
-            for bytes in (10..28).map(|power| 1 << power) {
-                let near = truth.link.exchange_ns(Payload { near: bytes, far: 0, received: 0 });
-                samples.push(Sample { work: Work::Near(bytes), ns: measured(mix, near) });
-                let gather = truth.rows.gather.extended(bytes);
-                samples.push(Sample { work: Work::Gather(bytes), ns: measured(mix, gather) });
-            }
-            let empty = truth.link.exchange_ns;
-            samples.push(Sample { work: Work::EmptyExchange, ns: measured(mix, empty) });
-            let slower = truth.shares[0].compute_beside;
-            let work = Work::ComputeBeside { share: 0, alone_ns: 1_000_000 };
-            samples.push(Sample { work, ns: measured(mix, slower * 1000) });
         }
+        for bytes in (10..28).map(|power| 1 << power) {
+            let near = truth.link.exchange_ns(Payload { near: bytes, far: 0, received: 0 });
+            measure(Work::Near(bytes), near);
+            measure(Work::Gather(bytes), truth.rows.gather.extended(bytes));
+        }
+        measure(Work::EmptyExchange, truth.link.exchange_ns);
+        let slower = truth.shares[0].compute_beside;
+        measure(Work::ComputeBeside { share: 0, alone_ns: 1_000_000 }, slower * 1000);
         let start = CostModel { machine: "fitted".into(), ..random_cost(mix) };
         let fitted = start.fitted(&samples);
         fitted.check().unwrap();
@@ -69,8 +69,8 @@ fn samples_of_a_machine_give_the_machine_back() {
         let (median, worst) = (errors[errors.len() / 2], errors[errors.len() - 1]);
         eprintln!("median {:.1} %, worst {:.1} %", median * 100.0, worst * 100.0);
         assert!(median < 0.02, "{errors:?}");
-        // Between the last rows that only read weights and the first that compute, a line is all there is.
-        assert!(worst < 0.6, "{errors:?}");
+        // Between the last rows that only read weights and the first that compute, little is known.
+        assert!(worst < 0.4, "{errors:?}");
         let shares = |cost: &CostModel| cost.shares[0].compute_beside as f64;
         assert!((shares(&fitted) / shares(&truth) - 1.0).abs() < 0.03);
         // What was not measured stays.
