@@ -2,7 +2,7 @@
 
 use crate::dispatch::Outgoing;
 use crate::run::MoeLayer;
-use crate::{ExpertPipeline, PipelineError};
+use crate::{ExpertPipeline, PipelineError, PipelineOptions};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
@@ -19,9 +19,14 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     /// Gathers every rank's counts and plans the layer. Each message leads with a digest of everything the
     /// plan depends on besides the counts; ranks that disagree would plan different layers, so they stop
     /// here, by name.
-    pub(crate) fn rendezvous(&self, layer: &MoeLayer, outgoing: &Outgoing) -> Result<Plan, PipelineError> {
+    pub(crate) fn rendezvous(
+        &self,
+        layer: &MoeLayer,
+        table: Option<&StageTable>,
+        outgoing: &Outgoing,
+    ) -> Result<Plan, PipelineError> {
         let (place, placement) = (Place::layer(layer.layer), &self.options.placement);
-        let digest = self.digest(layer).to_le_bytes();
+        let digest = self.digest(layer, table).to_le_bytes();
         let message = [digest.as_slice(), &outgoing.counts.encode()].concat();
         let messages = self.fabric.all_gather("rendezvous", place, message)?;
         let mut ranks = Vec::with_capacity(messages.len());
@@ -33,15 +38,20 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             ranks.push(RankCounts::decode(counts, placement.experts())?);
         }
         let counts = LayerCounts::new(placement, layer.gate.top_k, ranks)?;
-        let table = self.options.policy.table(placement, &counts)?;
+        let table = match table {
+            Some(table) => {
+                table.validate(placement)?;
+                table.clone()
+            }
+            None => self.options.policy.table(placement, &counts)?,
+        };
         let traffic = Traffic::of(placement, &counts, &table);
         Ok(Plan { counts, table, traffic })
     }
 
-    fn digest(&self, layer: &MoeLayer) -> u64 {
-        let options = &self.options;
-        let settings =
-            (layer.layer, layer.gate, &options.placement, &options.policy, options.sizes, options.identity);
+    fn digest(&self, layer: &MoeLayer, table: Option<&StageTable>) -> u64 {
+        let PipelineOptions { placement, policy, sizes, identity, .. } = &self.options;
+        let settings = (layer.layer, layer.gate, placement, policy, sizes, identity, table);
         hash_bytes(format!("{settings:?}").as_bytes())
     }
 }

@@ -119,31 +119,57 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         x: &Buffer,
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
+        self.run_planned(layer, routing, None, x, y)
+    }
+
+    /// [`run_routed`](Self::run_routed) by a given table, the same on all ranks, instead of what was asked for at the
+    /// start: to measure what a plan costs.
+    pub fn run_table(
+        &self,
+        layer: &MoeLayer,
+        routing: &Routing,
+        table: &StageTable,
+        x: &Buffer,
+        y: &Buffer,
+    ) -> Result<LayerReport, PipelineError> {
+        self.run_planned(layer, routing, Some(table), x, y)
+    }
+
+    fn run_planned(
+        &self,
+        layer: &MoeLayer,
+        routing: &Routing,
+        table: Option<&StageTable>,
+        x: &Buffer,
+        y: &Buffer,
+    ) -> Result<LayerReport, PipelineError> {
         let mut report = LayerReport::default();
-        self.run_tokens(layer, routing, 0..x.rows, x, y, &mut report)?;
+        self.run_tokens(layer, routing, table, 0..x.rows, x, y, &mut report)?;
         Ok(report)
     }
 
-    /// Runs the tokens in `range`. If some rank could not hold what would arrive there, every rank sees it in
+    /// Runs the tokens in `range`, by `table` if there is one. If some rank could not hold what would arrive there, every rank sees it in
     /// the gathered counts, and all halve their tokens alike.
+    #[expect(clippy::too_many_arguments, reason = "what run was given, and where it stands")]
     fn run_tokens(
         &self,
         layer: &MoeLayer,
         routing: &Routing,
+        table: Option<&StageTable>,
         range: Range<usize>,
         x: &Buffer,
         y: &Buffer,
         report: &mut LayerReport,
     ) -> Result<(), PipelineError> {
         let (rows, out) = (x.rows(range.clone())?, y.rows(range.clone())?);
-        let shared = self.options.policy.shared_expert();
+        let shared = table.map_or_else(|| self.options.policy.shared_expert(), |table| table.shared);
         let outgoing = self.pack(layer, &routing.slice(range.clone()), &rows)?;
         self.run_shared_if(shared == SharedExpert::BesideRendezvous, layer, &rows)?;
-        let plan = self.rendezvous(layer, &outgoing)?;
+        let plan = self.rendezvous(layer, table, &outgoing)?;
         if !self.options.sizes.capacity.fits(&plan.traffic) {
             let (first, second) = halves(range);
-            self.run_tokens(layer, routing, first, x, y, report)?;
-            return self.run_tokens(layer, routing, second, x, y, report);
+            self.run_tokens(layer, routing, table, first, x, y, report)?;
+            return self.run_tokens(layer, routing, table, second, x, y, report);
         }
         let mut metadata = Some(self.exchange_metadata(layer, &plan)?);
 

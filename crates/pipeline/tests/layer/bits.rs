@@ -1,7 +1,7 @@
 //! The same bits for every number of stages, cut, transfer order, place of the shared expert, kind of GEMM,
 //! chunk and run, however slow the lanes and the fabric are.
 
-use crate::world::{Case, Got, Setup, random_policy, run};
+use crate::world::{Case, Got, Setup, random_policy, random_table, run};
 use epsmoe_base::{DType, Mix, env::test_seed};
 use epsmoe_plan::{Capacity, Policy};
 
@@ -45,6 +45,12 @@ fn check(cases: u64, layers: usize, variants: u64, vary: impl Fn(&Case, &mut Mix
 #[test]
 fn schedules_do_not_change_bits() {
     check(16, 1, 10, |_, mix, setup| setup.delay = (mix.below(2) == 0).then(|| mix.next_u64()));
+}
+
+#[test]
+fn tables_with_cuts_and_kernels_for_each_rank_and_stage_do_not_change_bits() {
+    let gots = check(12, 2, 6, |case, mix, setup| setup.table = Some(random_table(&case.placement, mix)));
+    assert!(gots.iter().any(|got| got.reports[0].tables[0].gemm.windows(2).any(|pair| pair[0] != pair[1])));
 }
 
 #[test]

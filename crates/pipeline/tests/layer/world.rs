@@ -118,6 +118,8 @@ fn rounded(dtype: DType, value: f32) -> f32 {
 pub(crate) struct Setup {
     /// One for all ranks, or one each.
     pub(crate) policies: Vec<Policy>,
+    /// Instead of what the policy makes.
+    pub(crate) table: Option<StageTable>,
     pub(crate) identities: Vec<u64>,
     pub(crate) capacity: Option<Capacity>,
     pub(crate) jitter: u64,
@@ -135,6 +137,7 @@ impl Setup {
     pub(crate) fn new(policy: Policy) -> Self {
         Setup {
             policies: vec![policy],
+            table: None,
             identities: vec![0],
             capacity: None,
             jitter: 1,
@@ -224,7 +227,10 @@ fn run_rank(case: &Case, setup: &Setup, device: Reference, fabric: Threads) -> R
     }
     let mut reports = Vec::new();
     for layer in &layers {
-        reports.push(pipeline.run(layer, &x, &y)?);
+        reports.push(match &setup.table {
+            None => pipeline.run(layer, &x, &y)?,
+            Some(table) => pipeline.run_table(layer, &pipeline.route(layer, &x)?, table, &x, &y)?,
+        });
         std::mem::swap(&mut x, &mut y);
     }
     finish()?;
@@ -330,6 +336,25 @@ pub(crate) fn random_policy(placement: &Placement, mix: &mut Mix) -> Policy {
     ][mix.below(5)];
     let order = (mix.below(3) > 0).then(|| random_order(count, mix));
     Policy { schedule: Schedule::Staged, stages, gemm, shared, order }
+}
+
+/// Any table that the placement allows: each rank with cuts of its own, each stage with a kernel of its own.
+pub(crate) fn random_table(placement: &Placement, mix: &mut Mix) -> StageTable {
+    let stages = 1 + mix.below(5);
+    let mut cut = |local: usize| {
+        let mut cut: Vec<usize> = (1..stages).map(|_| mix.below(local + 1)).chain([0, local]).collect();
+        cut.sort_unstable();
+        cut
+    };
+    let cuts = placement.all_ranks().map(|rank| cut(placement.local_count(rank))).collect();
+    let shared = [
+        SharedExpert::BesideRendezvous,
+        SharedExpert::BesideFirstDispatch,
+        SharedExpert::BesideLastCombine,
+        SharedExpert::Alone,
+    ][mix.below(4)];
+    let gemm = (0..stages).map(|_| [GemmKind::Grouped, GemmKind::Dense][mix.below(2)]).collect();
+    StageTable { cuts, order: random_order(stages, mix), gemm, shared }
 }
 
 /// Draws among the transfers that may come next until none is left.
