@@ -130,7 +130,11 @@ fn serve<B: Backend, F: Fabric<B>>(
             Err(faults.raise(Fault { kind, rank, place, message }))
         };
         let answer = match catch_unwind(AssertUnwindSafe(|| model.forward(&batch))) {
-            Ok(Ok(output)) => Ok((output, spans(rank, model))),
+            Ok(Ok(mut output)) => {
+                let spans = spans(rank, model);
+                output.schedule = model.observe(&spans);
+                Ok((output, spans))
+            }
             Ok(Err(ModelError::Pipeline(PipelineError::Fault(fault)))) => Err(faults.raise(fault)),
             Ok(Err(ModelError::Device(DeviceError::Fault(fault)))) => Err(faults.raise(fault)),
             Ok(Err(error)) => raise(FaultKind::Invalid, error.to_string()),

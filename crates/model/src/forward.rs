@@ -14,7 +14,7 @@ use epsmoe_fabric::{Alone, Fabric};
 use epsmoe_pipeline::{
     ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, RoutingLog,
 };
-use epsmoe_plan::{Capacity, LayerSizes, Policy, Schedule};
+use epsmoe_plan::{Capacity, LayerSizes, Policy, Schedule, ScheduleReport, Span};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,6 +82,8 @@ pub struct StepOutput {
     pub layers: Vec<LayerReport>,
     /// Where the tokens went that this rank routed, if that was to be recorded.
     pub routing: RoutingLog,
+    /// How the auto schedule planned the layers so far.
+    pub schedule: Option<ScheduleReport>,
 }
 
 /// The model of one rank: its weights, its cache and its buffers.
@@ -224,6 +226,15 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         }
         output.logits = self.logits(&step, &hidden, &batch.logits)?;
         Ok(output)
+    }
+
+    /// After a step: what this rank's operations took, for the auto schedule to learn from.
+    pub fn observe(&self, spans: &[Span]) -> Option<ScheduleReport> {
+        match &self.experts {
+            ExpertLayers::Spread(pipeline) => pipeline.observe(spans),
+            ExpertLayers::Split(pipeline) => pipeline.observe(spans),
+            ExpertLayers::None => None,
+        }
     }
 
     /// Brings the batch to the device and looks up the embeddings of the tokens that this rank keeps.

@@ -2,11 +2,11 @@
 
 use crate::dispatch::Outgoing;
 use crate::run::MoeLayer;
-use crate::{ExpertPipeline, PipelineError, PipelineOptions};
+use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
-use epsmoe_plan::{LayerCounts, RankCounts, StageTable, Traffic};
+use epsmoe_plan::{Feedback, LayerCounts, RankCounts, StageTable, Traffic};
 
 /// What every rank knows after the rendezvous: the same on all of them.
 pub(crate) struct Plan {
@@ -27,32 +27,38 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     ) -> Result<Plan, PipelineError> {
         let (place, placement) = (Place::layer(layer.layer), &self.options.placement);
         let digest = self.digest(layer, table).to_le_bytes();
-        let message = [digest.as_slice(), &outgoing.counts.encode()].concat();
+        let learned = self.scheduler.as_ref().and_then(|scheduler| scheduler.borrow_mut().take_feedback());
+        let learned = learned.map_or_else(Vec::new, |feedback| feedback.encode());
+        let message = [digest.as_slice(), &outgoing.counts.encode(), &learned].concat();
         let messages = self.fabric.all_gather("rendezvous", place, message)?;
-        let mut ranks = Vec::with_capacity(messages.len());
+        let (mut ranks, mut feedback) = (Vec::with_capacity(messages.len()), Vec::new());
         for (rank, message) in messages.iter().enumerate() {
-            let (theirs, counts) = message.split_at_checked(digest.len()).unwrap_or_default();
+            let (theirs, rest) = message.split_at_checked(digest.len()).unwrap_or_default();
             if theirs != digest {
                 return Err(disagreement(self.fabric.rank(), place, Rank(rank)).into());
             }
+            let counts = RankCounts::encoded_len(placement.experts()).min(rest.len());
+            let (counts, learned) = rest.split_at(counts);
             ranks.push(RankCounts::decode(counts, placement.experts())?);
+            feedback.extend(Feedback::decode(learned));
         }
         let counts = LayerCounts::new(placement, layer.gate.top_k, ranks)?;
-        let table = match table {
-            Some(table) => {
+        let table = match (table, &self.scheduler) {
+            (Some(table), _) => {
                 table.validate(placement)?;
                 table.clone()
             }
-            None => self.options.policy.table(placement, &counts)?,
+            (None, Some(scheduler)) => scheduler.borrow_mut().next_table(layer.layer, &counts, &feedback),
+            (None, None) => self.options.policy.table(placement, &counts)?,
         };
         let traffic = Traffic::of(placement, &counts, &table);
         Ok(Plan { counts, table, traffic })
     }
 
     fn digest(&self, layer: &MoeLayer, table: Option<&StageTable>) -> u64 {
-        let PipelineOptions { placement, policy, sizes, identity, .. } = &self.options;
-        let settings = (layer.layer, layer.gate, placement, policy, sizes, identity, table);
-        hash_bytes(format!("{settings:?}").as_bytes())
+        let decisions = self.scheduler.as_ref().map(|scheduler| scheduler.borrow().digest());
+        let common = (self.settings, layer.layer, layer.gate, decisions, table);
+        hash_bytes(format!("{common:?}").as_bytes())
     }
 }
 

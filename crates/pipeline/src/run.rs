@@ -2,13 +2,15 @@
 
 use crate::PipelineError;
 use crate::buffers::{LayerBuffers, PipelineSizes};
-use epsmoe_base::{Deadline, Lane, Layer, Place, Stage};
+use epsmoe_base::{Deadline, Lane, Layer, Place, Stage, hash_bytes};
 use epsmoe_device::op::{Gate, GateRows, Gemm, Op, Route};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
-    Capacity, LayerBytes, Placement, Policy, Routing, SharedExpert, StageTable, Traffic, Transfer, halves,
+    Capacity, LayerBytes, LayerShape, Placement, Policy, Routing, ScheduleReport, Scheduler, SharedExpert,
+    Span, StageTable, Traffic, Transfer, halves,
 };
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,6 +89,10 @@ pub struct ExpertPipeline<B: Backend, F: Fabric<B>> {
     pub(crate) fabric: Arc<F>,
     pub(crate) options: PipelineOptions,
     pub(crate) buffers: LayerBuffers,
+    /// A hash of what all ranks must have in common.
+    pub(crate) settings: u64,
+    /// What decides layer after layer, if the schedule is auto. One thread runs a rank's layers.
+    pub(crate) scheduler: Option<RefCell<Scheduler>>,
 }
 
 impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
@@ -100,7 +106,27 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             return Err(DeviceError::Shape(message).into());
         }
         let buffers = LayerBuffers::allocate(&*device, &options)?;
-        Ok(ExpertPipeline { device, fabric, options, buffers })
+        let PipelineOptions { placement, policy, sizes, identity, .. } = &options;
+        let settings = hash_bytes(format!("{placement:?} {policy} {sizes:?} {identity}").as_bytes());
+        let shape = LayerShape { sizes: layer, shared_inner: sizes.shared_inner };
+        let scheduler = policy.scheduler(placement, shape, device.dtype())?.map(RefCell::new);
+        Ok(ExpertPipeline { device, fabric, options, buffers, settings, scheduler })
+    }
+
+    /// After a step: what its layers took, for the auto schedule to learn from, and how it planned them. `spans` are
+    /// this rank's.
+    pub fn observe(&self, spans: &[Span]) -> Option<ScheduleReport> {
+        let mut scheduler = self.scheduler.as_ref()?.borrow_mut();
+        scheduler.observe(self.fabric.rank(), spans);
+        Some(scheduler.report())
+    }
+
+    /// Where the shared expert of the next layer computes: known before the rendezvous.
+    fn shared_expert(&self) -> SharedExpert {
+        match &self.scheduler {
+            Some(scheduler) => scheduler.borrow().shared_expert(),
+            None => self.options.policy.shared_expert(),
+        }
     }
 
     /// `y = Σ over the chosen experts of weight · expert(x), plus the shared expert's output`, for `x` and `y`
@@ -162,7 +188,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         report: &mut LayerReport,
     ) -> Result<(), PipelineError> {
         let (rows, out) = (x.rows(range.clone())?, y.rows(range.clone())?);
-        let shared = table.map_or_else(|| self.options.policy.shared_expert(), |table| table.shared);
+        let shared = table.map_or_else(|| self.shared_expert(), |table| table.shared);
         let outgoing = self.pack(layer, &routing.slice(range.clone()), &rows)?;
         self.run_shared_if(shared == SharedExpert::BesideRendezvous, layer, &rows)?;
         let plan = self.rendezvous(layer, table, &outgoing)?;

@@ -71,7 +71,7 @@ impl Accounts {
 }
 
 /// From each `route` of a rank to the sum at home, which is the `reduce` of no stage.
-fn moe_layers(timeline: &Timeline, rank: Rank) -> Vec<(u64, u64)> {
+pub(crate) fn moe_layers(timeline: &Timeline, rank: Rank) -> Vec<(u64, u64)> {
     let mut open = None;
     let mut spans: Vec<_> = timeline.spans.iter().filter(|span| span.rank == rank).collect();
     spans.sort_by_key(|span| span.start_ns);

@@ -344,6 +344,50 @@ impl CostModel {
     /// What this program writes and reads.
     pub const VERSION: u32 = 1;
 
+    /// Round figures of a server's CPU, for a machine that nobody measured: ranks of `threads` threads, of which
+    /// `concurrent` run at full speed at once (0: all). Good enough to begin with; a [`Scheduler`](crate::Scheduler)
+    /// corrects them while it runs.
+    pub fn unmeasured(dtype: DType, threads: usize, concurrent: u32) -> Self {
+        let lanes = threads.max(1) as u64;
+        let gemm = |op_ns| GemmCost {
+            flops_per_second: lanes * 80_000_000_000 * if dtype == DType::BF16 { 2 } else { 1 },
+            rows: Curve::of([(1, 200), (4, 450), (16, 750), (64, 950), (256, 1000)]),
+            depth: Curve::of([(64, 800), (512, 950), (2048, 1000)]),
+            weight_bytes_per_second: 12_000_000_000 * lanes.min(2),
+            op_ns,
+        };
+        let per_second = |start, rate| Curve::line(start, rate);
+        CostModel {
+            version: Self::VERSION,
+            machine: "not measured".into(),
+            kernels: "not measured".into(),
+            dtype,
+            concurrent,
+            grouped: gemm(8_000),
+            dense: gemm(8_000),
+            link: LinkCost {
+                exchange_ns: 40_000,
+                node_ranks: 0,
+                near: per_second(20_000, 5_000_000_000),
+                far: Curve::flat(0),
+                copy: per_second(5_000, 8_000_000_000),
+            },
+            rows: RowsCost {
+                gather: per_second(4_000, 5_000_000_000),
+                reduce: per_second(4_000, 5_000_000_000),
+                upload: per_second(2_000, 5_000_000_000),
+                route: per_second(4_000, 100_000_000),
+            },
+            host: HostCost {
+                pack: per_second(30_000, 50_000_000),
+                rendezvous: per_second(50_000, 1_000_000_000),
+                plan: per_second(10_000, 50_000_000),
+                maps: per_second(30_000, 50_000_000),
+            },
+            shares: vec![ShareCost { compute_beside: 1050, transfer_beside: 1100, ..ShareCost::FREE }],
+        }
+    }
+
     /// Reads a file's text.
     pub fn parse(text: &str) -> Result<Self, CostError> {
         let unreadable =

@@ -14,7 +14,7 @@
 //! best by that bound survives.
 
 use crate::simulate::share_of;
-use crate::{CostModel, GemmKind, LayerSizes, Payload, Workload};
+use crate::{CostModel, GemmKind, LayerSizes, Payload, Transfer, Workload};
 use epsmoe_base::Rank;
 use std::ops::RangeInclusive;
 
@@ -81,7 +81,8 @@ impl Loads {
         }
     }
 
-    fn experts(&self) -> usize {
+    /// Local experts L.
+    pub(crate) fn experts(&self) -> usize {
         self.dispatch.len() - 1
     }
 
@@ -185,6 +186,47 @@ impl Loads {
             GemmKind::Dense => self.dense[to] - self.dense[from],
         }
     }
+}
+
+/// How long the experts of all ranks take under these cuts, where an exchange begins when the last rank is there and
+/// ends with the slowest: what the programme, which looks at one rank, does not see.
+pub(crate) fn together_ns(
+    loads: &[Loads],
+    cuts: &[Vec<usize>],
+    kinds: &[GemmKind],
+    order: &[Transfer],
+) -> u64 {
+    let ranks = || loads.iter().zip(cuts);
+    let longest = |side: fn(&Loads) -> &Vec<u64>, stage: usize| {
+        let of_rank =
+            |(loads, cut): (&Loads, &Vec<usize>)| loads.exchange_ns(side(loads), cut[stage], cut[stage + 1]);
+        ranks().map(of_rank).max().unwrap_or(0)
+    };
+    // When the transfer lanes are free, each rank's compute lane is, and each stage is computed on all ranks.
+    let (mut transfer, mut compute) = (0, vec![0; loads.len()]);
+    let mut computed: Vec<u64> = Vec::with_capacity(kinds.len());
+    let mut dispatched = vec![false; kinds.len()];
+    for step in order {
+        match step {
+            Transfer::Dispatch(stage) => {
+                transfer += longest(|loads| &loads.dispatch, stage.0);
+                dispatched[stage.0] = true;
+                while dispatched.get(computed.len()) == Some(&true) {
+                    let stage = computed.len();
+                    for ((loads, cut), compute) in ranks().zip(&mut compute) {
+                        let work = loads.compute_ns(kinds[stage], cut[stage], cut[stage + 1]);
+                        *compute = transfer.max(*compute) + work;
+                    }
+                    computed.push(compute.iter().copied().max().unwrap_or(0));
+                }
+            }
+            Transfer::Combine(stage) => {
+                let ready = computed.get(stage.0).copied().unwrap_or(0);
+                transfer = transfer.max(ready) + longest(|loads| &loads.combine, stage.0);
+            }
+        }
+    }
+    compute.into_iter().max().unwrap_or(0).max(transfer)
 }
 
 /// Some first stages, placed.

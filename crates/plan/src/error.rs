@@ -238,4 +238,12 @@ pub enum PlanError {
         /// What was asked for beside it.
         asked: String,
     },
+    /// The auto schedule together with what it decides itself.
+    #[error(
+        "the auto schedule decides this itself, but {asked} was asked for: use the staged schedule, or leave it out"
+    )]
+    AutoWith {
+        /// What was asked for beside it.
+        asked: String,
+    },
 }

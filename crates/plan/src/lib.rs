@@ -19,6 +19,7 @@
 //! | `machine`   | what would it cost on a machine that is not here? ([`Machine`]) |
 //! | `simulate`  | how long will a table take, and what will its lanes do? ([`simulate()`]) |
 //! | `search`    | which table is best, and why? ([`search()`]; `cuts` places its boundaries) |
+//! | `scheduler` | which table now, and was the prediction right? ([`Scheduler`]) |
 //! | `expect`    | how many tokens go where before a router has spoken? ([`RoutingLaw`]) |
 //! | `advise`    | which parallel strategy for a model on a machine? ([`advise()`]) |
 //! | `error`     | why was something refused? |
@@ -65,6 +66,7 @@ mod memory;
 mod placement;
 mod routing;
 mod schedule;
+mod scheduler;
 mod search;
 mod simulate;
 mod stages;
@@ -87,6 +89,7 @@ pub use memory::{Capacity, LayerBytes, LayerSizes, halves};
 pub use placement::Placement;
 pub use routing::Routing;
 pub use schedule::{Policy, Schedule, Stages};
+pub use scheduler::{Feedback, Look, PlanReport, ScheduleReport, Scheduler, Watched};
 pub use search::{Bucket, Choice, Considered, Decision, SearchOptions, cuts_for, search, sensible_orders};
 pub use simulate::{LayerShape, RankTimes, Simulation, StageTimes, Workload, predict_ns, simulate};
 pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};

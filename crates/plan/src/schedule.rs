@@ -1,9 +1,13 @@
 //! What the user asked for, and which table that means for the tokens at hand.
 
-use crate::{GemmKind, LayerCounts, Placement, PlanError, SharedExpert, StageTable, Transfer, order_text};
-use epsmoe_base::hash_bytes;
+use crate::{
+    CostModel, GemmKind, LayerCounts, LayerShape, Placement, PlanError, Scheduler, SearchOptions,
+    SharedExpert, StageTable, Transfer, order_text,
+};
+use epsmoe_base::{DType, hash_bytes};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// Whether stages run beside each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -13,6 +17,8 @@ pub enum Schedule {
     /// One stage computes while others travel.
     #[default]
     Staged,
+    /// Whatever a cost model predicts to be fastest; see [`Scheduler`].
+    Auto,
 }
 
 impl fmt::Display for Schedule {
@@ -20,6 +26,7 @@ impl fmt::Display for Schedule {
         f.write_str(match self {
             Schedule::Serial => "serial",
             Schedule::Staged => "staged",
+            Schedule::Auto => "auto",
         })
     }
 }
@@ -31,8 +38,9 @@ impl FromStr for Schedule {
         match text {
             "serial" => Ok(Schedule::Serial),
             "staged" => Ok(Schedule::Staged),
+            "auto" => Ok(Schedule::Auto),
             _ => {
-                let (what, expected) = ("a schedule", "serial or staged");
+                let (what, expected) = ("a schedule", "serial, staged or auto");
                 Err(PlanError::Unreadable { text: text.into(), what, expected })
             }
         }
@@ -79,16 +87,19 @@ impl FromStr for Stages {
 /// What a user decides about every MoE layer; what is left open follows from the layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Policy {
-    /// Serial or staged.
+    /// Serial, staged or auto.
     pub schedule: Schedule,
-    /// Stages; by default [`Policy::DEFAULT_STAGES`], or fewer where no rank has that many experts.
+    /// Stages; by default [`Policy::DEFAULT_STAGES`], or fewer where no rank has that many experts. Auto decides.
     pub stages: Option<Stages>,
-    /// How every stage is multiplied.
-    pub gemm: GemmKind,
-    /// Where the shared expert computes; by default beside the rendezvous, or alone in the serial schedule.
+    /// How every stage is multiplied; by default grouped. Auto decides, unless it is told.
+    pub gemm: Option<GemmKind>,
+    /// Where the shared expert computes; by default beside the rendezvous, or alone in the serial schedule. Auto
+    /// decides, unless it is told.
     pub shared: Option<SharedExpert>,
-    /// What the transfer lane does; by default [`StageTable::default_order`].
+    /// What the transfer lane does; by default [`StageTable::default_order`]. Auto decides.
     pub order: Option<Vec<Transfer>>,
+    /// What auto predicts with; by default [`CostModel::unmeasured`].
+    pub cost: Option<Arc<CostModel>>,
 }
 
 impl Policy {
@@ -96,10 +107,11 @@ impl Policy {
     pub const DEFAULT_STAGES: usize = 4;
 
     /// The table for one layer's tokens: the same on every rank that has the same policy.
+    /// For auto that is the staged one: where its decisions come from, only a [`Scheduler`] knows.
     pub fn table(&self, placement: &Placement, counts: &LayerCounts) -> Result<StageTable, PlanError> {
         let table = match self.schedule {
             Schedule::Serial => self.serial(placement)?,
-            Schedule::Staged => self.staged(placement, counts)?,
+            Schedule::Staged | Schedule::Auto => self.staged(placement, counts)?,
         };
         match &self.order {
             Some(order) => table.with_order(order.clone()),
@@ -113,7 +125,7 @@ impl Policy {
         match (self.shared, self.schedule) {
             (Some(shared), _) => shared,
             (None, Schedule::Serial) => SharedExpert::Alone,
-            (None, Schedule::Staged) => SharedExpert::BesideRendezvous,
+            (None, Schedule::Staged | Schedule::Auto) => SharedExpert::BesideRendezvous,
         }
     }
 
@@ -126,17 +138,46 @@ impl Policy {
             let asked = format!("the shared expert {shared}");
             return Err(PlanError::SerialWith { serial: "nothing beside anything", asked });
         }
-        Ok(StageTable::serial(placement, self.gemm))
+        Ok(StageTable::serial(placement, self.gemm()))
     }
 
     fn staged(&self, placement: &Placement, counts: &LayerCounts) -> Result<StageTable, PlanError> {
-        let balanced = |stages| StageTable::balanced(placement, counts, stages, self.gemm);
+        let balanced = |stages| StageTable::balanced(placement, counts, stages, self.gemm());
         let table = match &self.stages {
             None => balanced(Self::DEFAULT_STAGES.min(placement.max_local()))?,
             Some(Stages::Count(stages)) => balanced(*stages)?,
-            Some(Stages::Sizes(sizes)) => StageTable::sized(placement, sizes, self.gemm)?,
+            Some(Stages::Sizes(sizes)) => StageTable::sized(placement, sizes, self.gemm())?,
         };
         Ok(StageTable { shared: self.shared_expert(), ..table })
+    }
+
+    /// What decides layer after layer, if the schedule is auto: for layers of this shape, in this number format.
+    ///
+    /// # Errors
+    /// Stages or a transfer order that auto was told.
+    pub fn scheduler(
+        &self,
+        placement: &Placement,
+        shape: LayerShape,
+        dtype: DType,
+    ) -> Result<Option<Scheduler>, PlanError> {
+        if self.schedule != Schedule::Auto {
+            return Ok(None);
+        }
+        let stages = self.stages.as_ref().map(|stages| format!("stages {stages}"));
+        let order = self.order.as_deref().map(|order| format!("the order {}", order_text(order)));
+        if let Some(asked) = stages.or(order) {
+            return Err(PlanError::AutoWith { asked });
+        }
+        let defaults = SearchOptions::default();
+        let kernels = self.gemm.map_or(defaults.kernels.clone(), |kind| vec![kind]);
+        let options = SearchOptions { kernels, shared: self.shared, ..defaults };
+        let cost = self.cost.clone().unwrap_or_else(|| Arc::new(CostModel::unmeasured(dtype, 1, 0)));
+        Ok(Some(Scheduler::new(*placement, shape, cost, options)))
+    }
+
+    fn gemm(&self) -> GemmKind {
+        self.gemm.unwrap_or_default()
     }
 
     /// A hash of everything the user decided, stable over runs and releases. Ranks compare it before they
@@ -152,15 +193,19 @@ impl fmt::Display for Policy {
         let stages = self.stages.as_ref().map_or_else(open, Stages::to_string);
         let shared = self.shared.map_or_else(open, |shared| shared.to_string());
         let order = self.order.as_deref().map_or_else(open, order_text);
-        let (schedule, gemm) = (self.schedule, self.gemm);
-        write!(f, "{schedule}, stages {stages}, gemm {gemm}, shared expert {shared}, order {order}")
+        let (schedule, gemm) = (self.schedule, self.gemm.map_or_else(open, |gemm| gemm.to_string()));
+        write!(f, "{schedule}, stages {stages}, gemm {gemm}, shared expert {shared}, order {order}")?;
+        match &self.cost {
+            Some(cost) => write!(f, ", cost model {:016x}", cost.digest()),
+            None => Ok(()),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{RankCounts, Routing, parse_order};
+    use crate::{LayerSizes, RankCounts, Routing, parse_order};
 
     /// Six experts on one rank; expert 0 has three tokens, the others one each.
     fn layer() -> (Placement, LayerCounts) {
@@ -184,9 +229,9 @@ mod tests {
         }
         assert_eq!(
             "fast".parse::<Schedule>().unwrap_err().to_string(),
-            "`fast` is not a schedule: write serial or staged"
+            "`fast` is not a schedule: write serial, staged or auto"
         );
-        for schedule in [Schedule::Serial, Schedule::Staged] {
+        for schedule in [Schedule::Serial, Schedule::Staged, Schedule::Auto] {
             assert_eq!(schedule.to_string().parse(), Ok(schedule));
         }
         for gemm in [GemmKind::Grouped, GemmKind::Dense] {
@@ -213,7 +258,7 @@ mod tests {
     fn what_the_user_says_holds() {
         let policy = Policy {
             stages: Some(Stages::Sizes(vec![2, 4])),
-            gemm: GemmKind::Dense,
+            gemm: Some(GemmKind::Dense),
             shared: Some(SharedExpert::BesideLastCombine),
             order: Some(parse_order("d0 c0 d1 c1").unwrap()),
             ..Policy::default()
@@ -230,7 +275,7 @@ mod tests {
         assert_ne!(serial.digest(), policy.digest());
         assert_eq!(
             serial.to_string(),
-            "serial, stages by default, gemm grouped, shared expert by default, order by default"
+            "serial, stages by default, gemm by default, shared expert by default, order by default"
         );
     }
 
@@ -240,6 +285,14 @@ mod tests {
         let staged = |stages| Policy { stages: Some(stages), ..Policy::default() };
         assert_eq!(refused(staged(Stages::Count(7))), "7 stages for 6 experts on a rank: use 1 to 6 stages");
         assert!(refused(staged(Stages::Sizes(vec![3, 2]))).contains("add up to 5"));
+        let (placement, _) = layer();
+        let sizes = LayerSizes { hidden: 8, inner: 4, top_k: 1, local_experts: 6, activation_bytes: 4 };
+        let shape = LayerShape { sizes, shared_inner: 0 };
+        let auto = Policy { schedule: Schedule::Auto, ..staged(Stages::Count(2)) };
+        assert_eq!(
+            auto.scheduler(&placement, shape, DType::F32).unwrap_err().to_string(),
+            "the auto schedule decides this itself, but stages 2 was asked for: use the staged schedule, or leave it out"
+        );
         let serial = Policy { schedule: Schedule::Serial, ..Policy::default() };
         assert_eq!(
             refused(Policy { stages: Some(Stages::Count(2)), ..serial.clone() }),

@@ -8,7 +8,7 @@
 //! then only the cuts follow each layer's own counts ([`cuts_for`], tens of microseconds).
 
 use crate::curve::scale;
-use crate::cuts::Loads;
+use crate::cuts::{Loads, together_ns};
 use crate::simulate::share_of;
 use crate::{
     CostModel, GemmKind, Placement, Schedule, SharedExpert, Simulation, StageTable, Transfer, Workload,
@@ -55,8 +55,8 @@ pub struct Decision {
     pub shared: SharedExpert,
     /// Position in [`CostModel::shares`].
     pub share: usize,
-    /// `[S]` permille of a rank's predicted compute time that lies in stages 0..=s.
-    pub targets: Vec<u64>,
+    /// `[R][S]` permille of a rank's predicted compute time that lies in stages 0..=s.
+    pub targets: Vec<Vec<u64>>,
 }
 
 /// Layers that share a decision: similar numbers of tokens, similarly uneven.
@@ -80,6 +80,27 @@ impl Bucket {
         let (fullest, all) = (copies.iter().max().copied().unwrap_or(0), copies.iter().sum::<u64>());
         let skew = fullest * 16 * copies.len() as u64 / all.max(1);
         Bucket { tokens: quarter_octaves(tokens.into()), skew: quarter_octaves(skew) }
+    }
+}
+
+impl fmt::Display for Bucket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let skew = least_of(self.skew) * 100 / 16;
+        write!(
+            f,
+            "layers of {} tokens or a few more on a rank, {}.{:02} times the mean on the fullest",
+            least_of(self.tokens),
+            skew / 100,
+            skew % 100
+        )
+    }
+}
+
+/// The least value whose [`quarter_octaves`] these are.
+fn least_of(quarters: u32) -> u64 {
+    match quarters {
+        0..8 => quarters.into(),
+        _ => u64::from(quarters % 4 + 4) << (quarters / 4 - 2),
     }
 }
 
@@ -126,15 +147,44 @@ pub struct Considered {
 /// share and shared expert are the decision's.
 pub fn cuts_for(decision: &Decision, workload: &Workload<'_>, cost: &CostModel) -> StageTable {
     let placement = workload.placement;
-    let cuts = if decision.gemm.len() == 1 {
+    let Decision { gemm, order, shared, share, targets } = decision;
+    let cuts = if gemm.len() == 1 {
         placement.all_ranks().map(|rank| vec![0, placement.local_count(rank)]).collect()
     } else {
-        let loads = Loads::of(workload, cost, decision.share);
-        let cut = |loads: &Loads| loads.cut(&decision.gemm, Some(&decision.targets), RADIUS);
-        loads.iter().map(cut).collect()
+        best_cuts(&Loads::of(workload, cost, *share), targets, gemm, order)
     };
-    StageTable { cuts, order: decision.order.clone(), gemm: decision.gemm.clone(), shared: decision.shared }
+    StageTable { cuts, order: order.clone(), gemm: gemm.clone(), shared: *shared }
 }
+
+/// Cuts that put every rank's boundaries where the decision has them; where it has them on average, moved a little
+/// for each rank's own lanes; or for these lanes alone. Which are best shows where the ranks wait for each other.
+fn best_cuts(
+    loads: &[Loads],
+    targets: &[Vec<u64>],
+    gemm: &[GemmKind],
+    order: &[Transfer],
+) -> Vec<Vec<usize>> {
+    let ranks = targets.len().max(1) as u64;
+    let mean = |stage: usize| targets.iter().map(|rank| rank[stage]).sum::<u64>() / ranks;
+    let mean: Vec<u64> = (0..gemm.len()).map(mean).collect();
+    let all = |cut: &dyn Fn(usize, &Loads) -> Vec<usize>| -> Vec<Vec<usize>> {
+        loads.iter().enumerate().map(|(rank, loads)| cut(rank, loads)).collect()
+    };
+    let own = |rank: usize| targets.get(rank).map_or(mean.as_slice(), Vec::as_slice);
+    let mut candidates = vec![
+        all(&|rank, loads| loads.cut(gemm, Some(own(rank)), 0)),
+        all(&|_, loads| loads.cut(gemm, Some(&mean), RADIUS)),
+    ];
+    let experts = loads.iter().map(Loads::experts).max().unwrap_or(0);
+    if loads.len() * gemm.len() * experts * experts <= FREE_STEPS {
+        candidates.push(all(&|_, loads| loads.cut(gemm, None, 0)));
+    }
+    let best = candidates.into_iter().min_by_key(|cuts| together_ns(loads, cuts, gemm, order));
+    best.unwrap_or_default()
+}
+
+/// Steps of the dynamic programme that are always affordable.
+const FREE_STEPS: usize = 4096;
 
 /// How many experts a boundary may move from where its decision puts it.
 const RADIUS: usize = 2;
@@ -418,17 +468,15 @@ impl Search<'_> {
 /// What to keep of a plan.
 fn decision_of(plan: &Plan, workload: &Workload<'_>, cost: &CostModel) -> Decision {
     let loads = Loads::of(workload, cost, plan.share);
-    let mean = |boundary: usize| {
-        let sum: u64 =
-            loads.iter().zip(&plan.table.cuts).map(|(loads, cut)| loads.permille(cut[boundary])).sum();
-        sum / loads.len().max(1) as u64
+    let of_rank = |(loads, cut): (&Loads, &Vec<usize>)| {
+        cut[1..].iter().map(|&boundary| loads.permille(boundary)).collect()
     };
     Decision {
         gemm: plan.table.gemm.clone(),
         order: plan.table.order.clone(),
         shared: plan.table.shared,
         share: plan.share,
-        targets: (1..=plan.table.stages()).map(mean).collect(),
+        targets: loads.iter().zip(&plan.table.cuts).map(of_rank).collect(),
     }
 }
 

@@ -163,7 +163,7 @@ fn ranks_that_were_started_otherwise_are_named_at_the_rendezvous() {
          checkpoint and the same flags",
     ];
     let same = Setup::new(four_stages());
-    let dense = Policy { gemm: GemmKind::Dense, ..four_stages() };
+    let dense = Policy { gemm: Some(GemmKind::Dense), ..four_stages() };
     for setup in [
         Setup { policies: vec![four_stages(), dense], ..same.clone() },
         Setup { policies: vec![four_stages(), Policy::default()], ..same.clone() },

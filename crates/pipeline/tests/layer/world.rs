@@ -309,8 +309,11 @@ fn fill(device: &Reference, out: &Buffer, values: &[f32]) {
 
 /// Any policy that the placement allows: stages with and without experts, in any legal order.
 pub(crate) fn random_policy(placement: &Placement, mix: &mut Mix) -> Policy {
-    let gemm = [GemmKind::Grouped, GemmKind::Dense][mix.below(2)];
+    let gemm = Some([GemmKind::Grouped, GemmKind::Dense][mix.below(2)]);
     let most = placement.max_local();
+    if mix.below(8) == 0 {
+        return Policy { schedule: Schedule::Auto, ..Policy::default() };
+    }
     if mix.below(8) == 0 {
         return Policy { schedule: Schedule::Serial, gemm, ..Policy::default() };
     }
@@ -335,7 +338,7 @@ pub(crate) fn random_policy(placement: &Placement, mix: &mut Mix) -> Policy {
         Some(SharedExpert::Alone),
     ][mix.below(5)];
     let order = (mix.below(3) > 0).then(|| random_order(count, mix));
-    Policy { schedule: Schedule::Staged, stages, gemm, shared, order }
+    Policy { schedule: Schedule::Staged, stages, gemm, shared, order, cost: None }
 }
 
 /// Any table that the placement allows: each rank with cuts of its own, each stage with a kernel of its own.

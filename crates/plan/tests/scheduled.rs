@@ -1,0 +1,136 @@
+//! The auto schedule: ranks decide alike, a wrong cost model is corrected, and no more than it should be.
+//! `EPSMOE_TEST_SEED` repeats a run.
+
+#[allow(dead_code, reason = "each test uses a part of it")]
+mod costs;
+
+use costs::{Layer as Case, for_random_cases, random_cost};
+use epsmoe_base::{Layer, Mix, Rank};
+use epsmoe_plan::*;
+use std::cell::RefCell;
+use std::sync::Arc;
+
+/// MoE layers of a step.
+const LAYERS: usize = 5;
+
+/// The ranks of a world whose machine costs `truth`, and what they believe.
+struct World<'a> {
+    case: &'a Case,
+    truth: &'a CostModel,
+    ranks: Vec<Scheduler>,
+}
+
+impl<'a> World<'a> {
+    fn new(case: &'a Case, truth: &'a CostModel, believed: &CostModel) -> Self {
+        let believed = Arc::new(believed.clone());
+        let scheduler = |_| {
+            let options = SearchOptions { max_stages: 6, ..SearchOptions::default() };
+            Scheduler::new(case.placement, case.shape, Arc::clone(&believed), options)
+        };
+        World { case, truth, ranks: case.placement.all_ranks().map(scheduler).collect() }
+    }
+
+    /// A step of all ranks; returns the last layer's time on the true machine.
+    fn step(&mut self) -> u64 {
+        let (mut spans, mut time) = (vec![Vec::new(); self.ranks.len()], 0);
+        for layer in (0..LAYERS).map(Layer) {
+            let feedback: Vec<Feedback> =
+                self.ranks.iter_mut().filter_map(Scheduler::take_feedback).collect();
+            let messages = feedback.iter().map(|feedback| Feedback::decode(&feedback.encode()).unwrap());
+            assert_eq!(messages.collect::<Vec<_>>(), feedback);
+            let next = |rank: &mut Scheduler| rank.next_table(layer, &self.case.counts, &feedback);
+            let tables: Vec<StageTable> = self.ranks.iter_mut().map(next).collect();
+            assert!(tables.iter().all(|table| *table == tables[0]), "ranks plan alike");
+            assert!(self.ranks.iter().all(|rank| rank.digest() == self.ranks[0].digest()), "and know it");
+            tables[0].validate(&self.case.placement).unwrap();
+            let real = simulate(&tables[0], 0, &self.case.workload(), self.truth);
+            time = real.layer_ns;
+            for span in real.timeline.spans {
+                spans[span.rank.0].push(Span { layer: Some(layer), ..span });
+            }
+        }
+        for (rank, spans) in spans.iter().enumerate() {
+            self.ranks[rank].observe(Rank(rank), spans);
+        }
+        time
+    }
+}
+
+/// A layer on several ranks that is worth planning.
+fn case(mix: &mut Mix) -> Case {
+    loop {
+        let case = Case::random(mix, 4, 8);
+        let tokens = case.placement.all_ranks().map(|rank| case.counts.of(rank).tokens).sum::<u32>();
+        if case.placement.ranks() > 1 && tokens > 200 {
+            return case;
+        }
+    }
+}
+
+/// One share: the others are the search's business.
+fn machine(mix: &mut Mix) -> CostModel {
+    let mut cost = random_cost(mix);
+    cost.shares.truncate(1);
+    cost
+}
+
+#[test]
+fn a_wrong_model_is_corrected_within_fifty_layers() {
+    let behind = RefCell::new(Vec::new());
+    for_random_cases(40, |mix| {
+        let (case, truth) = (case(mix), machine(mix));
+        // A link that is believed four times too fast, products twice too slow.
+        let wrong = Correction { link: 250, grouped: 2000, dense: 2000, rows: 1000 };
+        let mut world = World::new(&case, &truth, &truth.corrected(&wrong));
+        let last = (0..50 / LAYERS).map(|_| world.step()).last().unwrap();
+        let options = SearchOptions { max_stages: 6, ..SearchOptions::default() };
+        let right = search(&case.workload(), &truth, &options).predicted.layer_ns;
+        let percent = last.saturating_sub(right) * 100 / right;
+        eprintln!("{percent} % behind; {:?}", world.ranks[0].report().correction);
+        behind.borrow_mut().push(percent);
+    });
+    // Over a thousand cases 97 % were less than 5 % behind, and the worst 13 %: cuts that follow every layer's own
+    // counts within microseconds are not always those of a whole search.
+    let behind = behind.into_inner();
+    let far = behind.iter().filter(|&&percent| percent >= 5).count();
+    assert!(far * 6 <= behind.len() && behind.iter().all(|&percent| percent < 25), "{behind:?}");
+}
+
+#[test]
+fn a_right_model_is_left_alone() {
+    for_random_cases(40, |mix| {
+        let (case, truth) = (case(mix), machine(mix));
+        let mut world = World::new(&case, &truth, &truth);
+        let times: Vec<u64> = (0..6).map(|_| world.step()).collect();
+        assert!(times[1..].windows(2).all(|pair| pair[0] == pair[1]), "{times:?}");
+        let report = world.ranks[0].report();
+        assert_eq!((report.correction, report.searches, report.mispredicted), (Correction::default(), 1, 0));
+        assert!(report.watched > 0 && report.layers == 6 * LAYERS as u64);
+    });
+}
+
+#[test]
+fn new_buckets_are_decided_after_the_step() {
+    let mix = &mut Mix::new(5);
+    let truth = machine(mix);
+    let placement = Placement::new(8, 2).unwrap();
+    let law = RoutingLaw { top_k: 2, groups: None, zipf_permille: 0, seed: 1 };
+    let sizes = LayerSizes { hidden: 1024, inner: 512, top_k: 2, local_experts: 4, activation_bytes: 2 };
+    let shape = LayerShape { sizes, shared_inner: 512 };
+    let mut scheduler = Scheduler::new(placement, shape, Arc::new(truth), SearchOptions::default());
+    let counts = |tokens| law.counts(&placement, &[tokens, tokens]).unwrap();
+    let (few, many) = (counts(16), counts(2048));
+    scheduler.next_table(Layer(0), &many, &[]);
+    assert_eq!(scheduler.report().searches, 1, "the first layer waits for its search");
+    let shared = scheduler.shared_expert();
+    let table = scheduler.next_table(Layer(1), &few, &[]);
+    assert_eq!((scheduler.report().searches, table.shared), (1, shared), "the next follows it");
+    scheduler.observe(Rank(0), &[]);
+    assert_eq!(scheduler.report().searches, 2);
+    scheduler.next_table(Layer(0), &few, &[]);
+    scheduler.observe(Rank(0), &[]);
+    assert_eq!(scheduler.report().searches, 2);
+    let text = scheduler.report().to_string();
+    assert!(text.starts_with("3 MoE layers planned by 2 decisions; 0 of 0 predictions"), "{text}");
+    assert!(text.contains("layers of 2048 tokens or a few more on a rank"), "{text}");
+}
