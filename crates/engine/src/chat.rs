@@ -43,7 +43,7 @@ pub struct ChatTemplate {
 }
 
 /// What `tokenizer_config.json` has for templates.
-#[derive(Default, Deserialize)]
+#[derive(Deserialize)]
 struct TokenizerConfig {
     chat_template: Option<Templates>,
     #[serde(flatten)]
@@ -67,24 +67,30 @@ impl ChatTemplate {
     /// The template of a checkpoint folder: `chat_template.jinja`, or the one in `tokenizer_config.json`; nothing
     /// if there is neither.
     pub fn open(folder: &Path) -> Result<Option<Self>, EngineError> {
-        let path = folder.join(TOKENIZER);
-        let config: TokenizerConfig = match files::read(&path, LIMIT)? {
-            None => TokenizerConfig::default(),
-            Some(bytes) => serde_json::from_slice(&bytes).map_err(|error| {
-                EngineError::Text(format!(
-                    "{}: cannot be read ({error}); fetch the file again",
-                    path.display()
-                ))
-            })?,
-        };
-        let alone = folder.join(TEMPLATE);
-        let (source, file) = match files::read_text(&alone, LIMIT)? {
-            Some(source) => (Some(source), alone),
-            None => (config.chat_template.and_then(Templates::default_one), path),
-        };
+        let (config, template) = (folder.join(TOKENIZER), folder.join(TEMPLATE));
+        let text = files::read(&config, LIMIT)?;
+        let source = files::read_text(&template, LIMIT)?;
+        ChatTemplate::parse((text.as_deref().unwrap_or(b"{}"), &config), source.map(|it| (it, &*template)))
+    }
+
+    /// Reads the texts of the two files, each with its path: `tokenizer_config.json`, and `chat_template.jinja`,
+    /// which goes before the template in the other.
+    pub fn parse(
+        (config, config_path): (&[u8], &Path),
+        template: Option<(String, &Path)>,
+    ) -> Result<Option<Self>, EngineError> {
+        let config: TokenizerConfig = serde_json::from_slice(config).map_err(|error| {
+            let file = config_path.display();
+            EngineError::Text(format!("{file}: cannot be read ({error}); fetch the file again"))
+        })?;
+        let inside = config.chat_template.and_then(Templates::default_one);
+        let template = template.or_else(|| Some((inside?, config_path)));
         let tokens = config.rest.into_iter().filter_map(|(name, value)| Some((name, token_text(&value)?)));
-        let (tokens, file) = (tokens.collect(), file.display().to_string());
-        Ok(source.map(|source| ChatTemplate { source: plain_blocks(&source), file, tokens }))
+        let tokens = tokens.collect();
+        Ok(template.map(|(source, path)| {
+            let file = path.display().to_string();
+            ChatTemplate { source: plain_blocks(&source), file, tokens }
+        }))
     }
 
     /// The prompt of a conversation; with `open_answer`, the assistant's next message is begun.

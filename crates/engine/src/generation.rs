@@ -39,8 +39,13 @@ impl GenerationConfig {
     /// Reads the file of a checkpoint folder; everything is absent if there is none.
     pub fn open(folder: &Path) -> Result<Self, EngineError> {
         let path = folder.join(FILE);
-        let Some(bytes) = files::read(&path, LIMIT)? else { return Ok(GenerationConfig::default()) };
-        serde_json::from_slice(&bytes).map_err(|error| {
+        let bytes = files::read(&path, LIMIT)?;
+        bytes.map_or_else(|| Ok(GenerationConfig::default()), |bytes| GenerationConfig::parse(&bytes, &path))
+    }
+
+    /// Reads the text of the file at `path`.
+    pub fn parse(text: &[u8], path: &Path) -> Result<Self, EngineError> {
+        serde_json::from_slice(text).map_err(|error| {
             let problem = "cannot be read; correct it, or remove it to do without";
             EngineError::Text(format!("{}: {problem} ({error})", path.display()))
         })

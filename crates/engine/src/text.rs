@@ -18,14 +18,18 @@ impl Text {
     /// Reads `tokenizer.json` of a checkpoint folder; nothing if there is none.
     pub fn open(folder: &Path) -> Result<Option<Self>, EngineError> {
         let path = folder.join(FILE);
-        let Some(bytes) = files::read(&path, LIMIT)? else { return Ok(None) };
-        let tokenizer = guarded(|| Tokenizer::from_bytes(&bytes)).map_err(|problem| {
+        files::read(&path, LIMIT)?.map(|bytes| Text::parse(&bytes, &path)).transpose()
+    }
+
+    /// Reads the text of the tokenizer.json at `path`.
+    pub fn parse(text: &[u8], path: &Path) -> Result<Self, EngineError> {
+        let tokenizer = guarded(|| Tokenizer::from_bytes(text)).map_err(|problem| {
             EngineError::Text(format!(
                 "{}: cannot be read as a tokenizer ({problem}): fetch the file again",
                 path.display()
             ))
         })?;
-        Ok(Some(Text(tokenizer)))
+        Ok(Text(tokenizer))
     }
 
     /// Token ids of a text, where special tokens are found by their names; with `add_special`, those that the

@@ -10,7 +10,7 @@ use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path};
@@ -233,8 +233,15 @@ impl Checkpoint {
                 ),
             ));
         }
-        let index = Index::read(folder)?;
-        for shard in index.shards(folder)? {
+        let path = folder.join(INDEX);
+        let index = Index::parse(&read_small(&path, HEADER_LIMIT)?, &path)?;
+        for shard in index.shards() {
+            if !folder.join(shard).exists() {
+                let problem = format!("the file is missing, but {INDEX} puts tensors there; fetch it");
+                return Err(damaged(&folder.join(shard), &problem));
+            }
+        }
+        for shard in index.shards() {
             let wanted = |name: &str| index.weight_map.get(name).is_some_and(|of| of == shard);
             checkpoint.add_shard(folder, shard, wanted)?;
         }
@@ -261,10 +268,10 @@ impl Checkpoint {
     ) -> Result<(), ModelError> {
         let path = folder.join(name);
         let (file, length) = open_regular(&path)?;
-        let (start, header) = read_header(&path, &file, length)?;
+        let header = Header::read(&path, length, |into, at| file.read_exact_at(into, at))?;
         let shard = self.shards.len();
-        for (tensor, info) in header.0.into_iter().filter(|(tensor, _)| wanted(tensor)) {
-            let start = start + info.data_offsets.0 as u64;
+        for (tensor, info) in header.tensors.0.into_iter().filter(|(tensor, _)| wanted(tensor)) {
+            let start = header.end + info.data_offsets.0 as u64;
             self.tensors.insert(tensor, Entry { shard, start, dtype: info.dtype, shape: info.shape });
         }
         self.shards.push(Shard { name: path.display().to_string(), file });
@@ -309,62 +316,65 @@ impl WeightSource for Checkpoint {
     }
 }
 
-/// `model.safetensors.index.json`.
-#[derive(Deserialize)]
-struct Index {
+/// `model.safetensors.index.json`: which file each tensor is in.
+#[derive(Debug, Deserialize)]
+pub struct Index {
     /// File of each tensor.
     weight_map: BTreeMap<String, String>,
 }
 
 impl Index {
-    fn read(folder: &Path) -> Result<Index, ModelError> {
-        let path = folder.join(INDEX);
-        let text = read_small(&path, HEADER_LIMIT)?;
-        serde_json::from_slice(&text)
-            .map_err(|error| damaged(&path, &format!("no index ({error}); fetch it again")))
-    }
-
-    /// The files, each once; every one must be in the folder itself.
-    fn shards(&self, folder: &Path) -> Result<Vec<&str>, ModelError> {
-        let mut seen = HashSet::new();
-        let shards: Vec<&str> =
-            self.weight_map.values().map(String::as_str).filter(|name| seen.insert(*name)).collect();
-        for name in &shards {
+    /// Reads the text of the index at `path`. Every file must be in the index's own folder.
+    pub fn parse(text: &[u8], path: &Path) -> Result<Index, ModelError> {
+        let index: Index = serde_json::from_slice(text)
+            .map_err(|error| damaged(path, &format!("no index ({error}); fetch it again")))?;
+        for name in index.shards() {
             let mut parts = Path::new(name).components();
             let plain = matches!(parts.next(), Some(Component::Normal(_))) && parts.next().is_none();
             if !plain {
                 let problem =
                     format!("`{name}` is not the name of a file in this folder; do not trust this model");
-                return Err(damaged(&folder.join(INDEX), &problem));
-            }
-            if !folder.join(name).exists() {
-                let problem = format!("the file is missing, but {INDEX} puts tensors there; fetch it");
-                return Err(damaged(&folder.join(name), &problem));
+                return Err(damaged(path, &problem));
             }
         }
-        Ok(shards)
+        Ok(index)
     }
+
+    /// The files, each once.
+    pub fn shards(&self) -> impl Iterator<Item = &str> {
+        let mut seen = HashSet::new();
+        self.weight_map.values().map(String::as_str).filter(move |name| seen.insert(*name))
+    }
+}
+
+/// The header of a safetensors file: which tensors it has, and where.
+#[derive(Debug)]
+pub struct Header {
+    tensors: Tensors,
+    /// The first byte after the header, from which tensors count theirs.
+    end: u64,
 }
 
 /// The tensors of a file by name.
-struct Header(BTreeMap<String, TensorInfo>);
+#[derive(Debug)]
+struct Tensors(BTreeMap<String, TensorInfo>);
 
-impl<'de> Deserialize<'de> for Header {
+impl<'de> Deserialize<'de> for Tensors {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(HeaderVisitor)
+        deserializer.deserialize_map(TensorsVisitor)
     }
 }
 
-struct HeaderVisitor;
+struct TensorsVisitor;
 
-impl<'de> Visitor<'de> for HeaderVisitor {
-    type Value = Header;
+impl<'de> Visitor<'de> for TensorsVisitor {
+    type Value = Tensors;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("tensors by name")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Tensors, A::Error> {
         let mut tensors = BTreeMap::new();
         while let Some(name) = map.next_key::<String>()? {
             if name == "__metadata__" {
@@ -377,40 +387,56 @@ impl<'de> Visitor<'de> for HeaderVisitor {
             }
             tensors.insert(name, info);
         }
-        Ok(Header(tensors))
+        Ok(Tensors(tensors))
     }
 }
 
-/// The header and the first byte after it.
-fn read_header(path: &Path, file: &File, length: u64) -> Result<(u64, Header), ModelError> {
-    let read = |into: &mut [u8], at| {
-        file.read_exact_at(into, at).map_err(|source| ModelError::Read { file: path.into(), source })
-    };
-    let Some(after_length) = length.checked_sub(8) else {
-        return Err(damaged(
-            path,
-            &format!("{} are too few for a header; {DAMAGED}", count(length as usize, "byte")),
-        ));
-    };
-    let mut size = [0; 8];
-    read(&mut size, 0)?;
-    let size = u64::from_le_bytes(size);
-    let limit = HEADER_LIMIT.min(after_length);
-    if size > limit {
-        return Err(damaged(path, &format!("the header claims {size} bytes, of at most {limit}; {DAMAGED}")));
+impl Header {
+    /// Reads the header of the file at `path`, which is `length` bytes long. `read` fills its argument with the
+    /// file's bytes from a position on.
+    pub fn read(
+        path: &Path,
+        length: u64,
+        read: impl Fn(&mut [u8], u64) -> io::Result<()>,
+    ) -> Result<Header, ModelError> {
+        let read = |into: &mut [u8], at| {
+            read(into, at).map_err(|source| ModelError::Read { file: path.into(), source })
+        };
+        let damage = |problem: String| Err(damaged(path, &format!("{problem}; {DAMAGED}")));
+        let Some(after_length) = length.checked_sub(8) else {
+            return damage(format!("{} are too few for a header", count(length as usize, "byte")));
+        };
+        let mut size = [0; 8];
+        read(&mut size, 0)?;
+        let size = u64::from_le_bytes(size);
+        let limit = HEADER_LIMIT.min(after_length);
+        if size > limit {
+            return damage(format!("the header claims {size} bytes, of at most {limit}"));
+        }
+        let mut text = vec![0; size as usize];
+        read(&mut text, 8)?;
+        let tensors = match serde_json::from_slice(&text) {
+            Ok(tensors) => tensors,
+            Err(error) => return damage(format!("the header is not valid: {error}")),
+        };
+        match check_layout(&tensors, after_length - size) {
+            Ok(()) => Ok(Header { tensors, end: 8 + size }),
+            Err(problem) => damage(problem),
+        }
     }
-    let mut text = vec![0; size as usize];
-    read(&mut text, 8)?;
-    let header: Header = serde_json::from_slice(&text)
-        .map_err(|error| damaged(path, &format!("the header is not valid: {error}; {DAMAGED}")))?;
-    check_layout(&header, after_length - size)
-        .map_err(|problem| damaged(path, &format!("{problem}; {DAMAGED}")))?;
-    Ok((8 + size, header))
+
+    /// The bytes of each tensor in the file.
+    pub fn ranges(&self) -> impl Iterator<Item = (&str, Range<u64>)> {
+        self.tensors.0.iter().map(|(name, info)| {
+            let (from, to) = info.data_offsets;
+            (name.as_str(), self.end + from as u64..self.end + to as u64)
+        })
+    }
 }
 
 /// Tensors must fill the file, in some order, without holes or overlaps, each as long as its shape says.
-fn check_layout(header: &Header, length: u64) -> Result<(), String> {
-    let mut tensors: Vec<(&String, &TensorInfo)> = header.0.iter().collect();
+fn check_layout(tensors: &Tensors, length: u64) -> Result<(), String> {
+    let mut tensors: Vec<(&String, &TensorInfo)> = tensors.0.iter().collect();
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let mut end = 0;
     for (name, info) in tensors {

@@ -139,11 +139,12 @@ struct StepBuffers {
     /// `[B + 1, 1]`, and `[B, most blocks of a sequence]`.
     sequence_starts: Buffer,
     blocks: Buffer,
-    /// The residual stream of the tokens this rank keeps, and what becomes of it, `[kept, H]`.
+    /// The residual stream of the tokens this rank keeps, and what attention or an MLP adds to it, `[kept, H]`:
+    /// in float32, as every layer's rounding would stay in it.
     hidden: Buffer,
-    normed: Buffer,
-    /// What attention or an MLP gives.
     mixed: Buffer,
+    /// The stream normed `[kept, H]`.
+    normed: Buffer,
     /// The layer's normed input, for experts that read it beside attention.
     early: Buffer,
     /// Of a dense MLP, for all tokens of the ranks that split it.
@@ -424,22 +425,23 @@ impl StepBuffers {
         let (tokens, sequences) = (options.max_tokens, options.max_sequences);
         let kept = layout.most_kept(tokens);
         let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
+        let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
         let residual = spec.layers.iter().any(|layer| layer.residual_mlp.is_some());
         Ok(StepBuffers {
             ids: indices("ids", kept, 1)?,
             positions: indices("positions", tokens, 1)?,
             slots: indices("slots", tokens, 1)?,
-            angles: device.allocate("angles", DType::F32, tokens, spec.rope.dim)?,
+            angles: floats("angles", tokens, spec.rope.dim)?,
             sequence_starts: indices("sequence_starts", sequences + 1, 1)?,
             blocks: indices("blocks", sequences, options.max_blocks)?,
-            hidden: values("hidden", kept, spec.hidden)?,
+            hidden: floats("hidden", kept, spec.hidden)?,
+            mixed: floats("mixed", kept, spec.hidden)?,
             normed: values("normed", kept, spec.hidden)?,
-            mixed: values("mixed", kept, spec.hidden)?,
             early: values("early", kept, if residual { spec.hidden } else { 0 })?,
             inner: values("inner", layout.most_in_mlp(tokens), layout.inner().most(widest_dense(spec)))?,
             wanted: indices("wanted", kept, 1)?,
-            logits: device.allocate("logits", DType::F32, tokens.min(LOGIT_ROWS), spec.vocab)?,
+            logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
         })
     }
 }

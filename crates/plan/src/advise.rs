@@ -364,7 +364,8 @@ impl Advisor<'_> {
         let sparse = (model.layers - model.dense_layers) as u64;
         let prefill_ns = sparse * layer_ns + frame.dense_layers_ns + frame.ends_ns;
         let tokens = (self.load.batch * self.load.sequence) as u128;
-        let hidden = 4 * (frame.tokens * model.hidden * ELEMENT) as u64;
+        // The residual stream and what is added to it, in float32; its norm, and what comes out of attention.
+        let hidden = (frame.tokens * model.hidden * (2 * size_of::<f32>() + 2 * ELEMENT)) as u64;
         let bytes =
             GpuBytes { weights: frame.weights, cache: frame.cache, buffers: hidden + experts.buffers };
         Row {

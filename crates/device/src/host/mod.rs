@@ -287,6 +287,15 @@ fn run<K: Kernels>(
                 other => Err(format!("{other} is no format to compute in")),
             }
         };
+        ($from:expr, $to:expr, $name:ident, $op:expr) => {
+            match ($from, $to) {
+                (DType::F32, DType::F32) => rows.$name::<f32, f32>($op),
+                (DType::F32, DType::BF16) => rows.$name::<f32, bf16>($op),
+                (DType::BF16, DType::F32) => rows.$name::<bf16, f32>($op),
+                (DType::BF16, DType::BF16) => rows.$name::<bf16, bf16>($op),
+                (from, to) => Err(format!("{from} and {to} are no formats to compute in")),
+            }
+        };
     }
     match op {
         Op::Upload(op) => rows.upload(op),
@@ -294,14 +303,15 @@ fn run<K: Kernels>(
         Op::Route(op) => rows.route(op),
         Op::Gemm(op) => gemm(kernels, weights, memory, op),
         Op::Embed(op) => typed!(op.out.dtype, embed, op),
-        Op::Norm(op) => typed!(op.x.dtype, norm, op),
+        Op::Norm(op) => typed!(op.x.dtype, op.out.dtype, norm, op),
         Op::Rotate(op) => typed!(op.x.dtype, rotate, op),
         Op::StoreRows(op) => typed!(op.x.dtype, store, op),
         Op::Attention(op) => typed!(op.q.dtype, attention, op),
         Op::Gather(op) => typed!(op.x.dtype, gather, op),
-        Op::Reduce(op) => typed!(op.x.dtype, reduce, op),
+        Op::Reduce(op) => typed!(op.x.dtype, op.out.dtype, reduce, op),
         Op::Add(op) => typed!(op.x.dtype, add, op),
-        Op::Copy(op) => typed!(op.x.dtype, copy, op),
+        Op::Copy(op) if op.x.dtype == op.out.dtype => typed!(op.x.dtype, copy, op),
+        Op::Copy(op) => typed!(op.x.dtype, op.out.dtype, rounded_copy, op),
         Op::Clamp(op) => typed!(op.x.dtype, clamp, op),
         Op::GateRows(op) => typed!(op.x.dtype, gate_rows, op),
     }

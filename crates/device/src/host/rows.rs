@@ -105,9 +105,9 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
-    pub(super) fn norm<T: Element>(&self, op: &Norm) -> Result<(), String> {
+    pub(super) fn norm<X: Element, Y: Element>(&self, op: &Norm) -> Result<(), String> {
         let weight = self.weights.vector(&op.weight)?;
-        let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
+        let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
         self.for_rows(&out, |m, out| {
             let x = x.row(m);
             let mean = match op.kind {
@@ -117,8 +117,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
             let variance = sum(x, |value| (value - mean) * (value - mean)) / x.len() as f32;
             let factor = 1.0 / (variance + op.eps).sqrt();
             for ((out, &x), &weight) in out.iter_mut().zip(x).zip(&*weight) {
-                let normed = T::from_f32((x.to_f32() - mean) * factor).to_f32();
-                *out = T::from_f32(normed * weight);
+                *out = Y::from_f32((x.to_f32() - mean) * factor * weight);
             }
         });
         Ok(())
@@ -208,11 +207,11 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
-    pub(super) fn reduce<T: Element>(&self, op: &Reduce) -> Result<(), String> {
-        let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
+    pub(super) fn reduce<X: Element, Y: Element>(&self, op: &Reduce) -> Result<(), String> {
+        let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
         let (starts, index) = (self.view::<u32>(&op.starts), self.view::<u32>(&op.index));
         let weights = op.weights.as_ref().map(|weights| self.view::<f32>(weights));
-        let addend = op.addend.as_ref().map(|addend| self.view::<T>(addend));
+        let addend = op.addend.as_ref().map(|addend| self.view::<X>(addend));
         let mut last = 0;
         for start in starts.iter() {
             let start = in_range("term", start[0], index.rows + 1)?;
@@ -235,7 +234,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
             if let Some(addend) = &addend {
                 total.iter_mut().zip(addend.row(m)).for_each(|(total, x)| *total += x.to_f32());
             }
-            out.iter_mut().zip(&total).for_each(|(out, &total)| *out = T::from_f32(total));
+            out.iter_mut().zip(&total).for_each(|(out, &total)| *out = Y::from_f32(total));
         });
         Ok(())
     }
@@ -251,6 +250,14 @@ impl<'a, K: Kernels> Rows<'a, K> {
     pub(super) fn copy<T: Element>(&self, op: &Copy) -> Result<(), String> {
         let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
         self.for_rows(&out, |m, out| out.copy_from_slice(x.row(m)));
+        Ok(())
+    }
+
+    pub(super) fn rounded_copy<X: Element, Y: Element>(&self, op: &Copy) -> Result<(), String> {
+        let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
+        self.for_rows(&out, |m, out| {
+            out.iter_mut().zip(x.row(m)).for_each(|(out, x)| *out = Y::from_f32(x.to_f32()));
+        });
         Ok(())
     }
 

@@ -16,6 +16,7 @@ pub use route::{Gate, GroupLimit, GroupScore, Route, Score};
 pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, Reduce, Upload};
 
 use crate::{AllocationId, Buffer, DeviceError};
+use epsmoe_base::DType;
 use std::ops::Range;
 
 macro_rules! ops {
@@ -137,13 +138,12 @@ fn same_rows(op: &str, buffers: &[&Buffer]) -> Result<(), DeviceError> {
     }
 }
 
-fn expect(
-    op: &str,
-    what: &str,
-    buffer: &Buffer,
-    dtype: epsmoe_base::DType,
-    width: usize,
-) -> Result<(), DeviceError> {
+/// What [`expect`] does, but the buffer may be in float32 too.
+fn expect_wide(op: &str, what: &str, buffer: &Buffer, dtype: DType, width: usize) -> Result<(), DeviceError> {
+    expect(op, what, buffer, if buffer.dtype == DType::F32 { DType::F32 } else { dtype }, width)
+}
+
+fn expect(op: &str, what: &str, buffer: &Buffer, dtype: DType, width: usize) -> Result<(), DeviceError> {
     if buffer.dtype == dtype && buffer.width == width {
         return Ok(());
     }

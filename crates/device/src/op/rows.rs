@@ -1,6 +1,6 @@
 //! Moving and adding rows.
 
-use super::{Accesses, expect, same_rows};
+use super::{Accesses, expect, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 use std::sync::Arc;
@@ -96,9 +96,9 @@ pub struct Reduce {
     pub index: Buffer,
     /// Factor of each term, float32.
     pub weights: Option<Buffer>,
-    /// Added last, `[M, W]`.
+    /// Added last, `[M, W]`, in the source's format.
     pub addend: Option<Buffer>,
-    /// Output `[M, W]`.
+    /// Output `[M, W]`, in the source's format or float32.
     pub out: Buffer,
 }
 
@@ -106,7 +106,7 @@ impl Reduce {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         expect("reduce", "starts", &self.starts, DType::U32, 1)?;
         expect("reduce", "index", &self.index, DType::U32, 1)?;
-        expect("reduce", "output", &self.out, self.x.dtype, self.x.width)?;
+        expect_wide("reduce", "output", &self.out, self.x.dtype, self.x.width)?;
         if let Some(weights) = &self.weights {
             same_rows("reduce", &[&self.index, weights])?;
             expect("reduce", "weights", weights, DType::F32, 1)?;
@@ -151,10 +151,10 @@ impl Add {
     }
 }
 
-/// `out[m] = x[m]`.
+/// `out[m] = x[m]`, bit by bit unless the destination's format is the narrower one.
 #[derive(Clone, Debug)]
 pub struct Copy {
-    /// Source `[M, W]`.
+    /// Source `[M, W]`, in the destination's format or float32.
     pub x: Buffer,
     /// Destination `[M, W]`, elsewhere.
     pub out: Buffer,
@@ -163,7 +163,7 @@ pub struct Copy {
 impl Copy {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("copy", &[&self.x, &self.out])?;
-        expect("copy", "output", &self.out, self.x.dtype, self.x.width)
+        expect_wide("copy", "source", &self.x, self.out.dtype, self.out.width)
     }
 
     pub(super) fn accesses(&self) -> Accesses {

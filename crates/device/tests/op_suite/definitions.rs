@@ -66,10 +66,13 @@ fn lookups<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
 }
 
 fn norms<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
-    let (x, scale) = (bench.random(rows, width, 3.0), bench.random_of(DType::F32, 1, width, 2.0));
-    for (kind, eps) in [(NormKind::Rms, 1e-5), (NormKind::Layer, 1e-2)] {
-        let what = format!("{kind:?} [{rows}, {width}]");
-        let (input, out) = (bench.put(&x), bench.room(bench.dtype, rows, width));
+    let scale = bench.random_of(DType::F32, 1, width, 2.0);
+    let kinds = [(NormKind::Rms, 1e-5), (NormKind::Layer, 1e-2)];
+    for ((kind, eps), format) in kinds.into_iter().flat_map(|kind| [(kind, bench.dtype), (kind, DType::F32)])
+    {
+        let what = format!("{kind:?} of {format} [{rows}, {width}]");
+        let x = bench.random_of(format, rows, width, 3.0);
+        let (input, out) = (bench.put_as(format, &x), bench.room(bench.dtype, rows, width));
         let (from, to) = (input.view.clone(), out.view.clone());
         bench.run(&what, Norm { kind, x: from, weight: bench.vector(&scale), eps, out: to });
         let want = (0..rows).flat_map(|row| {
@@ -94,9 +97,12 @@ fn elementwise<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
     type InPlace<'a> = (&'a str, &'a dyn Fn(epsmoe_device::Buffer) -> Op, &'a dyn Fn(usize, usize) -> f64);
     let x = bench.put(&b);
     let gates = bench.put_as(DType::F32, &gate);
-    let operations: [InPlace<'_>; 5] = [
+    let wide = bench.random_of(DType::F32, rows, width, 3.0);
+    let floats = bench.put_as(DType::F32, &wide);
+    let operations: [InPlace<'_>; 6] = [
         ("add", &|out| Add { x: x.view.clone(), out }.into(), &|m, n| at(&a, m, n) + at(&b, m, n)),
         ("copy", &|out| Copy { x: x.view.clone(), out }.into(), &|m, n| at(&b, m, n)),
+        ("copy of float32", &|out| Copy { x: floats.view.clone(), out }.into(), &|m, n| at(&wide, m, n)),
         ("clamp", &|x| Clamp { x, limit: 1.5 }.into(), &|m, n| at(&a, m, n).clamp(-1.5, 1.5)),
         ("clamp to nothing", &|x| Clamp { x, limit: 0.0 }.into(), &|_, _| 0.0),
         ("gate", &|x| GateRows { gate: gates.view.clone(), x }.into(), &|m, n| {
@@ -144,9 +150,13 @@ fn reductions<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
     let index: Vec<u32> = (0..terms).map(|_| bench.below(7) as u32).collect();
     let weights = bench.random_of(DType::F32, terms, 1, 1.0);
     let addend = bench.random(rows, width, 1.0);
-    for (weighted, added) in [(false, false), (true, false), (false, true), (true, true)] {
-        let what = format!("reduce [{rows}, {width}], weights {weighted}, addend {added}");
-        let out = bench.room(bench.dtype, rows, width);
+    let formats = [bench.dtype, DType::F32].into_iter();
+    let ways = formats.flat_map(|format| {
+        [(false, false), (true, false), (false, true), (true, true)].map(|way| (way, format))
+    });
+    for ((weighted, added), format) in ways {
+        let what = format!("reduce [{rows}, {width}] into {format}, weights {weighted}, addend {added}");
+        let out = bench.room(format, rows, width);
         bench.run(
             &what,
             Reduce {

@@ -88,47 +88,51 @@ fn products<K: Kernels>(bench: &Bench<K>) {
     }
 }
 
-/// An operation on the rows of `x`, from one buffer into another.
-type RowOperation<'a> = (&'a str, DType, &'a dyn Fn(Range<usize>, Buffer, Buffer) -> Op);
+/// An operation on the rows of `x`, from a buffer of one format into a buffer of another.
+type RowOperation<'a> = (&'a str, [DType; 2], &'a dyn Fn(Range<usize>, Buffer, Buffer) -> Op);
 
 fn row_operations<K: Kernels>(bench: &Bench<K>) {
     const ROWS: usize = 23;
     const WIDTH: usize = 37;
+    let narrow = bench.dtype;
     let x = bench.random(ROWS, WIDTH, 2.0);
     let vector = bench.vector(&bench.random_of(DType::F32, 1, WIDTH, 1.0));
     let gates = bench.random_of(DType::F32, ROWS, 1, 2.0);
     let norm = |kind, x, out| Norm { kind, x, weight: Weight::clone(&vector), eps: 1e-5, out }.into();
     let angles = bench.random_of(DType::F32, ROWS, 36, 1.0);
     let terms: Vec<u32> = (0..3 * ROWS).map(|term| (term * 7 % 3) as u32).collect();
-    let operations: [RowOperation<'_>; 6] = [
-        ("rms", bench.dtype, &|_, x, out| norm(NormKind::Rms, x, out)),
-        ("layer", bench.dtype, &|_, x, out| norm(NormKind::Layer, x, out)),
-        ("gate", bench.dtype, &|rows, x, out| {
+    let reduce = |rows: Range<usize>, x: Buffer, out: Buffer| -> Op {
+        // Three times the row itself; the weights are the row's own.
+        let starts: Vec<u32> = (0..=rows.len() as u32).map(|row| 3 * row).collect();
+        let index: Vec<u32> = (0..3 * rows.len() as u32).map(|term| term / 3).collect();
+        let weights = terms[3 * rows.start..3 * rows.end].iter().map(|&term| term as f32 / 3.0).collect();
+        let weights = Sheet { rows: 3 * rows.len(), width: 1, values: weights };
+        Reduce {
+            x,
+            starts: bench.put_words(&starts, 1).view,
+            index: bench.put_words(&index, 1).view,
+            weights: Some(bench.put_as(DType::F32, &weights).view),
+            addend: None,
+            out,
+        }
+        .into()
+    };
+    let operations: [RowOperation<'_>; 8] = [
+        ("rms", [narrow; 2], &|_, x, out| norm(NormKind::Rms, x, out)),
+        ("rms of float32", [DType::F32, narrow], &|_, x, out| norm(NormKind::Rms, x, out)),
+        ("layer", [narrow; 2], &|_, x, out| norm(NormKind::Layer, x, out)),
+        ("gate", [narrow; 2], &|rows, x, out| {
             bench.run("gate", Copy { x, out: out.clone() });
             GateRows { gate: bench.put_as(DType::F32, &gates.take(rows)).view, x: out }.into()
         }),
-        ("rotate", bench.dtype, &|rows, x, out| {
+        ("rotate", [narrow; 2], &|rows, x, out| {
             bench.run("rotate", Copy { x, out: out.clone() });
             let angles = bench.put_as(DType::F32, &angles.take(rows)).view;
             Rotate { x: out, head_width: WIDTH, start: 1, style: RopeStyle::Interleaved, angles }.into()
         }),
-        ("reduce", bench.dtype, &|rows, x, out| {
-            // Three times the row itself; the weights are the row's own.
-            let starts: Vec<u32> = (0..=rows.len() as u32).map(|row| 3 * row).collect();
-            let index: Vec<u32> = (0..3 * rows.len() as u32).map(|term| term / 3).collect();
-            let weights = terms[3 * rows.start..3 * rows.end].iter().map(|&term| term as f32 / 3.0).collect();
-            let weights = Sheet { rows: 3 * rows.len(), width: 1, values: weights };
-            Reduce {
-                x,
-                starts: bench.put_words(&starts, 1).view,
-                index: bench.put_words(&index, 1).view,
-                weights: Some(bench.put_as(DType::F32, &weights).view),
-                addend: None,
-                out,
-            }
-            .into()
-        }),
-        ("route", DType::F32, &|rows, x, out| {
+        ("reduce", [narrow; 2], &reduce),
+        ("reduce into float32", [narrow, DType::F32], &reduce),
+        ("route", [narrow, DType::F32], &|rows, x, out| {
             let gate =
                 Gate { top_k: WIDTH, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
             let wide = bench.room(DType::F32, rows.len(), WIDTH).view;
@@ -138,9 +142,9 @@ fn row_operations<K: Kernels>(bench: &Bench<K>) {
             Route { logits, gate, bias: None, experts, weights: out }.into()
         }),
     ];
-    for (what, format, operation) in operations {
+    for (what, [from, to], operation) in operations {
         let run = |rows: Range<usize>| {
-            let (input, out) = (bench.put(&x.take(rows.clone())), bench.room(format, rows.len(), WIDTH));
+            let (input, out) = (bench.put_as(from, &x.take(rows.clone())), bench.room(to, rows.len(), WIDTH));
             bench.run(what, operation(rows, input.view, out.view.clone()));
             bench.get(what, &out)
         };

@@ -116,10 +116,8 @@ fn at_the_door<K: Kernels>(bench: &Bench<K>) {
             Embed { ids: ids.clone(), table: map.clone(), out: y.clone() }.into(),
             "embed: map is a Matrix { n: 4, k: 4 }, the output y[3, 4] float32",
         ),
-        (
-            rms(&x, &scale, &narrow).into(),
-            "norm: output is narrow[3, 2] float32, but must be float32 of width 4",
-        ),
+        (rms(&x, &scale, &narrow).into(), "norm: input is x[3, 4] float32, but must be float32 of width 2"),
+        (rms(&half, &scale, &y).into(), "norm: input is half[3, 4] bfloat16, but must be float32 of width 4"),
         (rms(&x, &long, &y).into(), "norm: long is Vector { n: 5 }, the input x[3, 4] float32"),
         (
             Gemm::linear(x.clone(), &map, more.clone()).into(),
@@ -212,6 +210,14 @@ fn at_the_door<K: Kernels>(bench: &Bench<K>) {
         (
             Gather { x: x.clone(), index: ids.clone(), out: narrow.clone() }.into(),
             "gather: output is narrow[3, 2] float32, but must be float32 of width 4",
+        ),
+        (
+            Reduce { out: half.clone(), ..reduce(&starts, None, None) }.into(),
+            "reduce: output is half[3, 4] bfloat16, but must be float32 of width 4",
+        ),
+        (
+            Copy { x: half.clone(), out: y.clone() }.into(),
+            "copy: source is half[3, 4] bfloat16, but must be float32 of width 4",
         ),
         (
             reduce(&ids, None, None).into(),

@@ -12,7 +12,7 @@
 use super::{Context, Heads, Linear, blocks};
 use crate::load::Loader;
 use crate::{LatentSpec, LayerPart, ModelError, Window};
-use epsmoe_base::Layer;
+use epsmoe_base::{DType, Layer};
 use epsmoe_device::op::{Copy, Epilogue, Gemm, GemmPart};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use std::ops::Range;
@@ -43,9 +43,11 @@ struct Head {
 /// What is computed in between, for all tokens of a step.
 #[derive(Clone)]
 pub(super) struct Room {
+    /// What is normed next is not rounded before: float32.
     query_latent: Buffer,
     query_normed: Buffer,
     query: Buffer,
+    /// Latent and key, float32 too.
     kv: Buffer,
     row: Buffer,
     /// Queries in terms of the cached row `[T, heads · (kv_lora + rope)]`.
@@ -62,12 +64,13 @@ impl Room {
         tokens: usize,
     ) -> Result<Self, DeviceError> {
         let reserve = |name, width| device.allocate(name, device.dtype(), tokens, width);
+        let floats = |name, width| device.allocate(name, DType::F32, tokens, width);
         let (query_latent, row) = (spec.q_lora.unwrap_or(0), spec.kv_lora + spec.rope);
         Ok(Room {
-            query_latent: reserve("query_latent", query_latent)?,
+            query_latent: floats("query_latent", query_latent)?,
             query_normed: reserve("query_normed", query_latent)?,
             query: reserve("query", spec.heads * (spec.nope + spec.rope))?,
-            kv: reserve("kv", row)?,
+            kv: floats("kv", row)?,
             row: reserve("cache_row", row)?,
             absorbed: reserve("absorbed", spec.heads * row)?,
             attended: reserve("attended", spec.heads * spec.kv_lora)?,
