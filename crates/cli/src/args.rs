@@ -128,9 +128,14 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) link: LinkSpeed,
 
-    /// One stage with nothing beside anything, or stages that compute while others travel
+    /// One stage with nothing beside anything; stages that compute while others travel; or what a cost model predicts
+    /// to be fastest [default: auto, or staged with --stages or --transfer-order]
     #[arg(long, env = "EPSMOE_SCHEDULE", value_enum, help_heading = PIPELINE)]
     pub(crate) schedule: Option<ScheduleKind>,
+
+    /// At the end, say what the auto schedule chose, what that beat, and how long it was predicted to take and took
+    #[arg(long, env = "EPSMOE_EXPLAIN", value_parser = BoolishValueParser::new(), help_heading = PIPELINE)]
+    pub(crate) explain: bool,
 
     /// How many stages, cut by load, like 4; or the experts of each, like 3,5,6,6
     #[arg(long, env = "EPSMOE_STAGES", help_heading = PIPELINE)]
@@ -144,9 +149,9 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "EPSMOE_SHARED_EXPERT", value_enum, value_name = "PLACE", help_heading = PIPELINE)]
     pub(crate) shared_expert: Option<SharedExpertPlace>,
 
-    /// One product over all experts of a stage, or one per expert
-    #[arg(long, env = "EPSMOE_GEMM", value_enum, default_value_t = Gemm::Grouped, help_heading = PIPELINE)]
-    pub(crate) gemm: Gemm,
+    /// One product over all experts of a stage, or one per expert [default: the auto schedule decides; else grouped]
+    #[arg(long, env = "EPSMOE_GEMM", value_enum, help_heading = PIPELINE)]
+    pub(crate) gemm: Option<Gemm>,
 
     /// Write the experts and weights of every token in every layer to a file
     #[arg(long, env = "EPSMOE_ROUTING_RECORD", value_name = "FILE", conflicts_with = "routing_replay", help_heading = PIPELINE)]
@@ -469,6 +474,7 @@ pub(crate) enum Dtype {
 pub(crate) enum ScheduleKind {
     Serial,
     Staged,
+    Auto,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

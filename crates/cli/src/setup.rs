@@ -17,7 +17,9 @@ use epsmoe_engine::{
 };
 use epsmoe_fabric::{Link, Threads, ThreadsOptions};
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
-use epsmoe_plan::{GemmKind, LayerCounts, Placement, Policy, RankCounts, Schedule, SharedExpert};
+use epsmoe_plan::{
+    CostModel, Curve, GemmKind, LayerCounts, LinkCost, Placement, Policy, RankCounts, Schedule, SharedExpert,
+};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -134,6 +136,7 @@ pub(crate) struct Setup {
     pub(crate) link: Option<Link>,
     routing: RoutingMode,
     record: Option<PathBuf>,
+    explain: bool,
     device: DeviceKind,
     dtype: DType,
     isa: Isa,
@@ -149,20 +152,25 @@ impl Setup {
         let model = OpenModel::open(&args.model, args.seed)?;
         let parallel = parallel(args);
         let ranks = args.data_parallel_size * parallel.tensor;
+        let threads = args.threads.unwrap_or((machine::cores() / ranks).max(1));
+        let dtype = match args.dtype {
+            Dtype::Auto | Dtype::Float32 => DType::F32,
+            Dtype::Bfloat16 => DType::BF16,
+        };
+        let policy = policy(args);
+        let cost = (policy.schedule == Schedule::Auto).then(|| Arc::new(cost(dtype, threads, args.link.0)));
         let setup = Setup {
             ranks,
             parallel,
-            threads: args.threads.unwrap_or((machine::cores() / ranks).max(1)),
-            policy: policy(args),
+            threads,
+            policy: Policy { cost, ..policy },
+            explain: args.explain,
             routing: routing(args)?,
             record: args.routing_record.clone(),
             link: args.link.0,
             seed: args.seed,
             device: args.device,
-            dtype: match args.dtype {
-                Dtype::Auto | Dtype::Float32 => DType::F32,
-                Dtype::Bfloat16 => DType::BF16,
-            },
+            dtype,
             isa: args.isa.unwrap_or_else(Isa::detect),
             batched_tokens: args.max_num_batched_tokens,
             sequences: args.max_num_seqs,
@@ -195,6 +203,7 @@ impl Setup {
         let none = RankCounts { tokens: 0, copies: zeros(), first: zeros(), last: zeros() };
         let counts = LayerCounts::new(&placement, 1, vec![none; self.ranks])?;
         policy.table(&placement, &counts)?;
+        policy.check_auto()?;
         Ok(())
     }
 
@@ -269,6 +278,19 @@ impl Setup {
         engines
     }
 
+    /// What the auto schedule did, if that was asked for.
+    pub(crate) fn explain(&self, engine: &Engine) {
+        if !self.explain {
+            return;
+        }
+        match engine.schedule() {
+            Some(report) => output::remark(report),
+            None => {
+                output::remark("no MoE layer was planned by the auto schedule: there is nothing to explain")
+            }
+        }
+    }
+
     /// Writes down where tokens went, if that was asked for.
     pub(crate) fn write_routing(&self, engine: &Engine) -> Result<()> {
         let Some(file) = &self.record else { return Ok(()) };
@@ -313,6 +335,15 @@ impl Setup {
     }
 }
 
+/// What work costs here, as far as anybody knows.
+fn cost(dtype: DType, threads: usize, link: Option<Link>) -> CostModel {
+    let cost = CostModel::unmeasured(dtype, threads, (machine::cores() / threads).max(1) as u32);
+    let Some(link) = link else { return cost };
+    let latency = u64::try_from(link.latency.as_nanos()).unwrap_or(u64::MAX);
+    let near = Curve::line(latency, link.bytes_per_second);
+    CostModel { link: LinkCost { near, ..cost.link }, ..cost }
+}
+
 /// How the model is spread over ranks.
 fn parallel(args: &RunArgs) -> Parallel {
     let (tensor, data) = (args.tensor_parallel_size, args.data_parallel_size);
@@ -332,16 +363,20 @@ fn routing(args: &RunArgs) -> Result<RoutingMode> {
 }
 
 fn policy(args: &RunArgs) -> Policy {
+    let cut = args.stages.is_some() || args.transfer_order.is_some();
     Policy {
         schedule: match args.schedule {
             Some(ScheduleKind::Serial) => Schedule::Serial,
-            Some(ScheduleKind::Staged) | None => Schedule::Staged,
+            Some(ScheduleKind::Staged) => Schedule::Staged,
+            Some(ScheduleKind::Auto) => Schedule::Auto,
+            None if cut => Schedule::Staged,
+            None => Schedule::Auto,
         },
         stages: args.stages.clone(),
-        gemm: match args.gemm {
+        gemm: args.gemm.map(|gemm| match gemm {
             Gemm::Grouped => GemmKind::Grouped,
             Gemm::Dense => GemmKind::Dense,
-        },
+        }),
         shared: args.shared_expert.map(|place| match place {
             SharedExpertPlace::BesideRendezvous => SharedExpert::BesideRendezvous,
             SharedExpertPlace::BesideFirstDispatch => SharedExpert::BesideFirstDispatch,
@@ -349,5 +384,6 @@ fn policy(args: &RunArgs) -> Policy {
             SharedExpertPlace::Alone => SharedExpert::Alone,
         }),
         order: args.transfer_order.as_ref().map(|order| order.0.clone()),
+        cost: None,
     }
 }

@@ -8,7 +8,7 @@ use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
 use epsmoe_pipeline::RoutingLog;
-use epsmoe_plan::Policy;
+use epsmoe_plan::{Policy, ScheduleReport};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -60,6 +60,7 @@ pub struct Engine {
     submitted: u64,
     finished: BTreeMap<u64, Completion>,
     routing: RoutingLog,
+    schedule: Option<ScheduleReport>,
 }
 
 impl Engine {
@@ -84,7 +85,7 @@ impl Engine {
         let queues = (0..groups).map(|_| GroupQueue::new(model_options.cache_blocks)).collect();
         let world = World::start(models, faults)?;
         let (finished, routing) = (BTreeMap::new(), RoutingLog::default());
-        Ok(Engine { spec, options, world, queues, submitted: 0, finished, routing })
+        Ok(Engine { spec, options, world, queues, submitted: 0, finished, routing, schedule: None })
     }
 
     /// Puts a request in the queue of the group with the least to do; returns its number.
@@ -129,6 +130,9 @@ impl Engine {
         for output in &mut report.outputs {
             self.routing.merge(std::mem::take(&mut output.routing));
         }
+        if let Some(output) = report.outputs.first_mut() {
+            self.schedule = output.schedule.take();
+        }
         let first_ranks = report.outputs.iter().step_by(group_size);
         for ((queue, output), pieces) in self.queues.iter_mut().zip(first_ranks).zip(&pieces) {
             let mut rows = output.logits.chunks_exact(self.spec.vocab);
@@ -168,6 +172,11 @@ impl Engine {
     /// [`submit`](Engine::submit).
     pub fn routing(&self) -> &RoutingLog {
         &self.routing
+    }
+
+    /// How the auto schedule planned the MoE layers so far, as the first rank saw it.
+    pub fn schedule(&self) -> Option<&ScheduleReport> {
+        self.schedule.as_ref()
     }
 
     /// The answer of a request that has ended.

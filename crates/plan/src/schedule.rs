@@ -164,16 +164,22 @@ impl Policy {
         if self.schedule != Schedule::Auto {
             return Ok(None);
         }
-        let stages = self.stages.as_ref().map(|stages| format!("stages {stages}"));
-        let order = self.order.as_deref().map(|order| format!("the order {}", order_text(order)));
-        if let Some(asked) = stages.or(order) {
-            return Err(PlanError::AutoWith { asked });
-        }
+        self.check_auto()?;
         let defaults = SearchOptions::default();
         let kernels = self.gemm.map_or(defaults.kernels.clone(), |kind| vec![kind]);
         let options = SearchOptions { kernels, shared: self.shared, ..defaults };
         let cost = self.cost.clone().unwrap_or_else(|| Arc::new(CostModel::unmeasured(dtype, 1, 0)));
         Ok(Some(Scheduler::new(*placement, shape, cost, options)))
+    }
+
+    /// Refuses an auto schedule that was told what it decides itself.
+    pub fn check_auto(&self) -> Result<(), PlanError> {
+        let stages = self.stages.as_ref().map(|stages| format!("stages {stages}"));
+        let order = self.order.as_deref().map(|order| format!("the order {}", order_text(order)));
+        match stages.or(order).filter(|_| self.schedule == Schedule::Auto) {
+            Some(asked) => Err(PlanError::AutoWith { asked }),
+            None => Ok(()),
+        }
     }
 
     fn gemm(&self) -> GemmKind {

@@ -196,6 +196,11 @@ pub struct PlanReport {
 impl ScheduleReport {
     /// A prediction that is off by more than this is counted as a misprediction.
     pub const MISPREDICTED_PERCENT: u64 = 20;
+
+    /// Stages of the plan that most layers ran by.
+    pub fn usual_stages(&self) -> usize {
+        self.plans.iter().max_by_key(|plan| plan.layers).map_or(1, |plan| plan.stages)
+    }
 }
 
 /// See the module.

@@ -584,6 +584,9 @@ fn percent(part: u64, whole: u64) -> String {
     format!("{}.{}", tenths / 10, tenths % 10)
 }
 
+/// Plans beside the chosen one that an explanation shows.
+const SHOWN: usize = 8;
+
 /// Nanoseconds, shown as µs with a decimal.
 struct Micros(u64);
 
@@ -627,8 +630,8 @@ impl fmt::Display for Choice {
                 (Micros(times.dispatch_ns), Micros(times.compute_ns), Micros(times.combine_ns));
             writeln!(f, "  {}: dispatch {dispatch}, compute {compute}, combine {combine}", Stage(stage))?;
         }
-        writeln!(f, "{} priced; among them:", count(self.priced, "plan"))?;
-        for considered in &self.considered {
+        writeln!(f, "{} priced; the best of each kind:", count(self.priced, "plan"))?;
+        for considered in self.considered.iter().take(SHOWN) {
             writeln!(f, "  {}: {}", Micros(considered.layer_ns), considered.what)?;
         }
         Ok(())

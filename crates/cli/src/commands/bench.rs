@@ -9,7 +9,7 @@ use crate::setup::{Demand, Setup};
 use anyhow::Result;
 use epsmoe_base::{Bytes, Lane, Layer, Mix, Rank, count};
 use epsmoe_engine::{Engine, Parallel, Request, StepReport};
-use epsmoe_plan::{Accounts, Policy, Schedule, Span, Stages, Timeline};
+use epsmoe_plan::{Accounts, Correction, Policy, Schedule, ScheduleReport, Span, Stages, Timeline};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -69,6 +69,23 @@ struct Row {
     accounts_complete: bool,
     /// Tokens per second over those of the serial schedule in the same round; null if it did not run.
     ratio_to_serial: Option<f64>,
+    /// Of the auto schedule: how often it decided, and how often its predictions missed.
+    decisions: Option<Decisions>,
+}
+
+/// What the auto schedule counted.
+#[derive(Serialize)]
+struct Decisions {
+    /// MoE layers planned.
+    layers: u64,
+    /// Searches for a plan.
+    searches: u64,
+    /// Layers whose prediction was compared with the clock …
+    watched: u64,
+    /// … and was far off.
+    mispredicted: u64,
+    /// What the cost model was corrected by, in permille.
+    correction: Correction,
 }
 
 /// A schedule, its engine, and what was measured of it.
@@ -136,6 +153,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         load_average_after: machine::load_average(),
     };
     output::show(&report.table())?;
+    contenders
+        .iter()
+        .filter(|it| it.policy.schedule == Schedule::Auto)
+        .for_each(|it| setup.explain(&it.engine));
     if let Some(file) = &args.json {
         output::write_file(file, |out| {
             serde_json::to_writer_pretty(&mut *out, &report)?;
@@ -217,29 +238,27 @@ fn prompts(args: &BenchArgs, setup: &Setup) -> Vec<Request> {
     (0..args.batch_size).map(prompt).collect()
 }
 
-/// The schedules to compare: what was typed, or serial and 2, 4, 8, … stages.
+/// The schedules to compare: what was typed, or serial, 2, 4, 8, … stages, and auto.
 fn policies(setup: &Setup, typed: Option<ScheduleKind>) -> Result<Vec<Policy>> {
     let base = &setup.policy;
-    let serial =
-        Policy { schedule: Schedule::Serial, stages: None, order: None, shared: None, ..base.clone() };
-    let staged = |stages| Policy { stages: Some(stages), ..base.clone() };
-    if typed == Some(ScheduleKind::Serial) {
-        return Ok(vec![base.clone()]);
+    let open = Policy { stages: None, order: None, cost: None, ..base.clone() };
+    let serial = Policy { schedule: Schedule::Serial, shared: None, ..open.clone() };
+    let staged = |stages| Policy { schedule: Schedule::Staged, stages: Some(stages), ..open.clone() };
+    match (typed, &base.stages) {
+        (Some(ScheduleKind::Serial | ScheduleKind::Auto), _) => return Ok(vec![base.clone()]),
+        (_, Some(_)) if typed.is_some() => return Ok(vec![base.clone()]),
+        (_, Some(_)) => return Ok(vec![serial, base.clone()]),
+        (_, None) if base.order.is_some() => return Ok(vec![serial, base.clone()]),
+        _ => {}
     }
-    let staged: Vec<Policy> = match &base.stages {
-        Some(stages) => vec![staged(stages.clone())],
-        None if base.order.is_some() => vec![base.clone()],
-        None => {
-            let most = setup.most_local_experts()?.unwrap_or(0);
-            let counts = std::iter::successors(Some(2), |stages| Some(stages * 2));
-            counts
-                .take_while(|&stages| stages <= most.min(8))
-                .map(|stages| staged(Stages::Count(stages)))
-                .collect()
-        }
-    };
-    let serial = typed.is_none().then_some(serial);
-    Ok(serial.into_iter().chain(staged).collect())
+    let most = setup.most_local_experts()?.unwrap_or(0);
+    let counts = std::iter::successors(Some(2), |stages| Some(stages * 2));
+    let counts = counts.take_while(|&stages| stages <= most.min(8));
+    let staged = counts.map(|stages| staged(Stages::Count(stages)));
+    Ok(match typed {
+        Some(_) => staged.collect(),
+        None => std::iter::once(serial).chain(staged).chain([base.clone()]).collect(),
+    })
 }
 
 /// Rounds in which every schedule takes its turn, the first of them to warm up; who begins moves on.
@@ -309,6 +328,7 @@ impl Contender {
             schedule: self.policy.schedule.to_string(),
             stages: match (&self.policy.stages, self.policy.schedule) {
                 (_, Schedule::Serial) => 1,
+                (_, Schedule::Auto) => self.engine.schedule().map_or(1, ScheduleReport::usual_stages),
                 (Some(Stages::Count(count)), _) => *count,
                 (Some(Stages::Sizes(sizes)), _) => sizes.len(),
                 (None, _) => Policy::DEFAULT_STAGES,
@@ -323,6 +343,13 @@ impl Contender {
             accounts_complete: accounts.unexplained() * 50 <= accounts.wall,
             peak_bytes: self.peak_bytes,
             ratio_to_serial: ratios.and_then(|ratios| quantile(ratios, 0.5)),
+            decisions: self.engine.schedule().map(|report| Decisions {
+                layers: report.layers,
+                searches: report.searches,
+                watched: report.watched,
+                mispredicted: report.mispredicted,
+                correction: report.correction,
+            }),
         }
     }
 }

@@ -61,6 +61,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let prompt_tokens = request.prompt.len();
     let (completion, text) = generate(&mut engine, request, stream.as_mut(), !args.json)?;
     setup.write_routing(&engine)?;
+    setup.explain(&engine);
     let text = stream.is_some().then_some(text.as_str());
 
     let answer = Answer::new(&model.name, prompt_tokens, &completion, text, load);

@@ -21,6 +21,7 @@ pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
     let completions = engine.run(vec![request], |_| {})?;
     progress.finish_and_clear();
     setup.write_routing(&engine)?;
+    setup.explain(&engine);
     let tensor = TensorPlan { name: "logits".into(), dtype: DType::F32, shape: vec![tokens, vocabulary] };
     let size = Bytes(tensor.bytes());
     output::write_file(&args.out, |out| {
