@@ -33,24 +33,49 @@ __device__ __forceinline__ void multiply(f32 (&sums)[4], const u32 (&a)[4], u32 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// LINES rows of one operand from `first` on, k-values from `depth` on; zero outside [lines, width].
-template <u32 LINES, u32 BLOCK>
-__device__ __forceinline__ void load(bf16* to, const bf16* from, u64 stride, u32 first, u32 lines, u32 depth,
-                                     u32 width, bool vectors) {
-    for (u32 i = threadIdx.x; i < LINES * CHUNKS; i += BLOCK) {
-        const u32 line = i / CHUNKS, chunk = i % CHUNKS, k = depth + chunk * 8;
-        const u32 here = first + line < lines && k < width ? min(width - k, 8u) : 0;
-        const bf16* source = here ? from + (first + line) * stride + k : from;
-        bf16* target = to + place(line, chunk);
-        if (vectors) {
-            copy_async(shared_address(target), source, here * 2);
-        } else {
-            u32 words[4] = {};
-            for (u32 j = 0; j < here; ++j) words[j / 2] |= u32(source[j].bits) << (j % 2 * 16);
-            *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+// What a thread brings of one operand: always the same 16-byte piece of every STEP-th row of a tile, so that
+// addresses only move on by constants.
+template <u32 LINES, u32 BLOCK> struct Loader {
+    static constexpr u32 STEP = BLOCK / CHUNKS;
+    static_assert(LINES % STEP == 0 && STEP % 8 == 0, "rows share their place in the permutation");
+
+    const bf16* source; // the first row's piece at k = 0
+    u64 step;           // elements from one row of the thread to the next
+    u32 lines;          // rows of the operand from the thread's first on
+    u32 offset;         // of the first row's piece in a stage
+    u32 k;              // of the piece, within a stage
+
+    // Rows from `first` on of [rows, ...], `stride` elements apart.
+    __device__ __forceinline__ Loader(const bf16* from, u64 stride, u32 first, u32 rows) {
+        const u32 line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        source = from + (first + line) * stride + chunk * 8;
+        step = STEP * stride;
+        lines = rows > first + line ? rows - first - line : 0;
+        offset = place(line, chunk);
+        k = chunk * 8;
+    }
+
+    // k-values from `depth` on of [..., width] to a stage; zero outside of the operand.
+    __device__ __forceinline__ void fetch(bf16* to, u32 depth, u32 width, bool vectors) const {
+        const u32 left = width > depth + k ? min(width - depth - k, 8u) : 0;
+        const bf16* from = source + depth;
+        bf16* target = to + offset;
+#pragma unroll
+        for (u32 i = 0; i < LINES / STEP; ++i) {
+            const u32 here = i * STEP < lines ? left : 0;
+            if (vectors) {
+                // Where nothing is there, nothing is read.
+                copy_async(shared_address(target), from, here * 2);
+            } else {
+                u32 words[4] = {};
+                for (u32 j = 0; j < here; ++j) words[j / 2] |= u32(from[j].bits) << (j % 2 * 16);
+                *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
+            from += step;
+            target += STEP * DEPTH;
         }
     }
-}
+};
 
 template <typename Y, bool GATED>
 __device__ __forceinline__ void store(const GemmArgs& args, const GemmPart& part, u32 m, u32 n, f32 first, f32 second) {
@@ -80,15 +105,13 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
 
     for (u32 tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
         const Tile at = locate<TILE_M, TILE_N>(args, tile);
-        const bf16* x = reinterpret_cast<const bf16*>(at.part.x);
-        const bf16* w = reinterpret_cast<const bf16*>(at.part.weight);
+        const Loader<TILE_M, BLOCK> x(reinterpret_cast<const bf16*>(at.part.x), at.part.x_stride, at.m, at.part.rows);
+        const Loader<TILE_N, BLOCK> w(reinterpret_cast<const bf16*>(at.part.weight), args.weight_stride, at.n, args.n);
         const auto fetch = [&](u32 stage) {
             if (stage < stages) {
                 const u32 slot = stage % STAGES, depth = stage * DEPTH;
-                load<TILE_M, BLOCK>(xs + slot * TILE_M * DEPTH, x, at.part.x_stride, at.m, at.part.rows, depth, args.k,
-                                    args.vectors);
-                load<TILE_N, BLOCK>(ws + slot * TILE_N * DEPTH, w, args.weight_stride, at.n, args.n, depth,
-                                    u32(args.weight_stride), true);
+                x.fetch(xs + slot * TILE_M * DEPTH, depth, args.k, args.vectors);
+                w.fetch(ws + slot * TILE_N * DEPTH, depth, u32(args.weight_stride), true);
             }
             asm volatile("cp.async.commit_group;" ::: "memory");
         };
@@ -130,7 +153,8 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
     }
 }
 
-// The variants; `launch::GEMM_TILES` repeats these numbers for the host.
+// The variants: tile, warps down and across, stages, blocks on a multiprocessor. `kernels.rs` repeats the tiles and
+// stages for the host.
 #define VARIANT(size, Y, TILE_M, TILE_N, DOWN, ACROSS, STAGES, RESIDENT)                                     \
     extern "C" __global__ void __launch_bounds__(DOWN * ACROSS * 32, RESIDENT)                               \
         gemm_##size##_bf16_##Y(const __grid_constant__ GemmArgs args) {                                      \
@@ -141,8 +165,10 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
         gemm<Y, true, TILE_M, TILE_N, DOWN, ACROSS, STAGES>(args);                                           \
     }
 
-VARIANT(large, bf16, 128, 128, 2, 4, 3, 2)
-VARIANT(large, f32, 128, 128, 2, 4, 3, 2)
+VARIANT(large, bf16, 128, 256, 2, 4, 3, 1)
+VARIANT(large, f32, 128, 256, 2, 4, 3, 1)
+VARIANT(square, bf16, 128, 128, 2, 4, 3, 2)
+VARIANT(square, f32, 128, 128, 2, 4, 3, 2)
 VARIANT(middle, bf16, 64, 128, 2, 4, 4, 2)
 VARIANT(middle, f32, 64, 128, 2, 4, 4, 2)
 VARIANT(small, bf16, 16, 64, 1, 4, 6, 3)

@@ -66,7 +66,7 @@ sources! {
     "route": ["route"] in [(F32, F32)], 32 threads;
     "attention": ["attention"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 128 threads;
     "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
-    "gemm_bf16": ["gemm_large", "gated_large", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
+    "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
         256 threads;
     "gemm_bf16": ["gemm_small", "gated_small"] in [(BF16, F32), (BF16, BF16)], 128 threads;
 }
@@ -91,7 +91,8 @@ pub(super) const PLAIN: GemmTile =
 /// Tensor cores, for a few rows, for tens, and for more. All give the same bits.
 pub(super) const SMALL: GemmTile = tensor_tile(["gemm_small", "gated_small"], 16, 64, 6);
 pub(super) const MIDDLE: GemmTile = tensor_tile(["gemm_middle", "gated_middle"], 64, 128, 4);
-pub(super) const LARGE: GemmTile = tensor_tile(["gemm_large", "gated_large"], 128, 128, 3);
+pub(super) const LARGE: GemmTile = tensor_tile(["gemm_large", "gated_large"], 128, 256, 3);
+pub(super) const SQUARE: GemmTile = tensor_tile(["gemm_square", "gated_square"], 128, 128, 3);
 
 /// What one kernel takes of a multiprocessor, as its compiler says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -210,7 +211,7 @@ impl Kernels {
                     let function = modules[source.file].function(&name, source.threads)?;
                     let shared_limit = optin.saturating_sub(function.static_shared()?);
                     function.allow_shared(shared_limit)?;
-                    let tile = [PLAIN, SMALL, MIDDLE, LARGE]
+                    let tile = [PLAIN, SMALL, MIDDLE, SQUARE, LARGE]
                         .into_iter()
                         .find(|tile| tile.operations.contains(&operation));
                     let resident = match tile {

@@ -1,7 +1,7 @@
 //! From an operation to a kernel and its arguments.
 
 use super::driver::{Copy2d, CudaError, End, Event, EventPool, Function, Stream};
-use super::kernels::{GemmTile, Kernels, LARGE, MIDDLE, PLAIN, SMALL};
+use super::kernels::{GemmTile, Kernels, LARGE, MIDDLE, PLAIN, SMALL, SQUARE};
 use super::report::Report;
 use super::staging::Staging;
 use super::weights::WeightStore;
@@ -550,6 +550,7 @@ fn tile_for(op: &Gemm) -> GemmTile {
     match rows / busy.max(1) {
         0..=16 => SMALL,
         17..=64 => MIDDLE,
+        65..=128 => SQUARE,
         _ => LARGE,
     }
 }
