@@ -77,6 +77,9 @@ template <u32 LINES, u32 BLOCK> struct Loader {
     }
 };
 
+// Two neighbours, stored at once.
+template <typename Y> struct __align__(2 * sizeof(Y)) Pair { Y first, second; };
+
 template <typename Y, bool GATED>
 __device__ __forceinline__ void store(const GemmArgs& args, const GemmPart& part, u32 m, u32 n, f32 first, f32 second) {
     if (m >= part.rows || n >= args.n) return;
@@ -86,8 +89,14 @@ __device__ __forceinline__ void store(const GemmArgs& args, const GemmPart& part
         return;
     }
     const f32* bias = reinterpret_cast<const f32*>(args.bias);
-    out[n] = narrow<Y>(first + (bias ? bias[n] : 0.0f));
-    if (n + 1 < args.n) out[n + 1] = narrow<Y>(second + (bias ? bias[n + 1] : 0.0f));
+    const bool both = n + 1 < args.n;
+    if (bias) first += bias[n], second += both ? bias[n + 1] : 0.0f;
+    if (both && reinterpret_cast<u64>(out + n) % sizeof(Pair<Y>) == 0) {
+        *reinterpret_cast<Pair<Y>*>(out + n) = {narrow<Y>(first), narrow<Y>(second)};
+        return;
+    }
+    out[n] = narrow<Y>(first);
+    if (both) out[n + 1] = narrow<Y>(second);
 }
 
 // TILE_M x TILE_N outputs a block, shared by DOWN x ACROSS warps.

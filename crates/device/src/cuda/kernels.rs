@@ -11,7 +11,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The environment variable that names the folder of compiled kernels.
+/// The environment variable that names the folder of compiled kernels; without it they are kept in
+/// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
 const HEADERS: [(&str, &str); 2] = [
@@ -88,7 +89,7 @@ const fn tensor_tile(operations: [&'static str; 2], rows: u32, columns: u32, sta
 /// Float32 arithmetic.
 pub(super) const PLAIN: GemmTile =
     GemmTile { operations: ["gemm_plain", "gated_plain"], rows: 64, columns: 64, shared_bytes: 0 };
-/// Tensor cores, for a few rows, for tens, and for more. All give the same bits.
+/// Tensor cores, for few rows in a part up to many. All give the same bits.
 pub(super) const SMALL: GemmTile = tensor_tile(["gemm_small", "gated_small"], 16, 64, 6);
 pub(super) const MIDDLE: GemmTile = tensor_tile(["gemm_middle", "gated_middle"], 64, 128, 4);
 pub(super) const LARGE: GemmTile = tensor_tile(["gemm_large", "gated_large"], 128, 256, 3);
@@ -112,9 +113,7 @@ pub struct KernelUse {
 pub fn check_kernels(architecture: &str) -> Result<Vec<KernelUse>, DeviceError> {
     nvrtc::version()?;
     let mut uses = Vec::new();
-    let mut files: Vec<&Source> = Vec::new();
-    files.extend(SOURCES.iter().filter(|source| is_first_of_file(source)));
-    for source in files {
+    for source in SOURCES.iter().filter(|source| is_first_of_file(source)) {
         let mut options = options(architecture);
         options.push("--ptxas-options=-v".into());
         let compiled = compile(source, &options)?;

@@ -440,7 +440,7 @@ impl Launch<'_> {
             tiles = tiles.saturating_add(rows.div_ceil(tile.rows).saturating_mul(columns));
         }
         let Some(&only) = parts.first() else { return Ok(()) };
-        let aligned = |part: &GemmPart| part.x % 16 == 0 && part.x_stride % 8 == 0;
+        let aligned = |part: &GemmPart| part.x.is_multiple_of(16) && part.x_stride.is_multiple_of(8);
         let staged = match parts.len() {
             1 => None,
             _ => Some(self.stage(bytemuck::cast_slice(&parts))?),

@@ -37,8 +37,8 @@ fn products() {
             .map(|expert| load(&format!("down {expert}"), WeightShape::Matrix { n: hidden, k: inner }))
             .collect();
         for rows in [1, 16, 64, 256, 1024, 4096] {
-            measure(&backend, rows, &gates, hidden, inner, Epilogue::SwiGlu);
-            measure(&backend, rows, &downs, inner, hidden, Epilogue::Store);
+            println!("{}", measure(&backend, rows, &gates, hidden, inner, Epilogue::SwiGlu));
+            println!("{}", measure(&backend, rows, &downs, inner, hidden, Epilogue::Store));
         }
     }
 }
@@ -48,7 +48,15 @@ fn random(elements: usize) -> Vec<u8> {
     (0..elements).flat_map(|_| bf16::from_f32(mix.signed()).to_le_bytes()).collect()
 }
 
-fn measure(backend: &CudaBackend, rows: usize, weights: &[Weight], k: usize, n: usize, epilogue: Epilogue) {
+/// A line of the table.
+fn measure(
+    backend: &CudaBackend,
+    rows: usize,
+    weights: &[Weight],
+    k: usize,
+    n: usize,
+    epilogue: Epilogue,
+) -> String {
     let total = rows * weights.len();
     let (lane, place) = (Lane::Compute, Place::default());
     let x = backend.allocate("x", DType::BF16, total, k).expect("memory");
@@ -90,11 +98,11 @@ fn measure(backend: &CudaBackend, rows: usize, weights: &[Weight], k: usize, n: 
     let flops = 2.0 * (total * k * n * maps) as f64;
     let bytes = (2 * weights.len() * k * n * maps) as f64;
     let name = if epilogue == Epilogue::SwiGlu { "gate/up" } else { "down" };
-    println!(
+    format!(
         "{:7}  {rows:9}  {name:8}  {:11.1}  {:8.1}  {:13.0}",
         weights.len(),
         median / 1e3,
         flops / median / 1e3,
         bytes / median
-    );
+    )
 }
