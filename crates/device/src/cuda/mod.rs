@@ -53,7 +53,6 @@ pub struct CudaDevice {
     kernels: Kernels,
     description: String,
     multiprocessors: u32,
-    memory: u64,
 }
 
 impl CudaDevice {
@@ -102,7 +101,7 @@ impl CudaDevice {
             version / 1000,
             version % 1000 / 10
         );
-        Ok(Arc::new(CudaDevice { context, kernels, description, multiprocessors, memory }))
+        Ok(Arc::new(CudaDevice { context, kernels, description, multiprocessors }))
     }
 
     /// The GPU in a few words: name, size, architecture, driver.
@@ -110,9 +109,9 @@ impl CudaDevice {
         &self.description
     }
 
-    /// Bytes of memory, used or not.
-    pub fn memory_bytes(&self) -> u64 {
-        self.memory
+    /// Bytes of memory that nobody uses at this moment.
+    pub fn free_bytes(&self) -> Result<u64, DeviceError> {
+        Ok(self.context.memory()?.0)
     }
 
     /// Streaming multiprocessors.
