@@ -68,11 +68,12 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// What the ranks compute on
-    #[arg(long, env = "EPSMOE_DEVICE", value_enum, default_value_t = DeviceKind::Cpu, help_heading = PROCESSOR)]
+    /// What the ranks compute on: `cpu`; `cuda` or `cuda:N`, the GPU of that number, for one rank; `auto`, a GPU if
+    /// there is one that fits; or `reference`, slow and plain code that is the judge of the others
+    #[arg(long, env = "EPSMOE_DEVICE", value_name = "DEVICE", default_value = "cpu", help_heading = PROCESSOR)]
     pub(crate) device: DeviceKind,
 
-    /// Number format of activations; on a CPU, auto is float32 whatever the weights are
+    /// Number format of activations; auto is float32 on a CPU, and on a GPU bfloat16 unless the weights are float32
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto, help_heading = PROCESSOR)]
     pub(crate) dtype: Dtype,
 
@@ -454,12 +455,35 @@ pub(crate) struct CompletionsArgs {
     pub(crate) shell: clap_complete::Shell,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// What was typed after `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeviceKind {
-    /// This machine's processor
+    /// This machine's processor.
     Cpu,
-    /// Slow and plain code that checks the order of all work: the judge of the others
+    /// Slow and plain code that checks the order of all work: the judge of the others.
     Reference,
+    /// The GPU of that number.
+    Cuda(usize),
+    /// The first GPU if it works and there is one rank, else the processor.
+    Auto,
+}
+
+impl FromStr for DeviceKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(DeviceKind::Cpu),
+            None if text == "reference" => Ok(DeviceKind::Reference),
+            None if text == "cuda" => Ok(DeviceKind::Cuda(0)),
+            None if text == "auto" => Ok(DeviceKind::Auto),
+            Some(("cuda", number)) => number
+                .parse()
+                .map(DeviceKind::Cuda)
+                .map_err(|_| format!("`{number}` is no number of a GPU: write cuda or cuda:0")),
+            _ => Err(format!("`{text}` is no device: write cpu, cuda, cuda:N, auto or reference")),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -618,6 +642,9 @@ mod tests {
         assert!("5,x".parse::<TokenIds>().is_err());
         assert_eq!("500mb".parse::<ShardSize>().unwrap().0, 500_000_000);
         assert!("0".parse::<ShardSize>().is_err());
+        assert_eq!("cuda".parse(), Ok(DeviceKind::Cuda(0)));
+        assert_eq!("cuda:3".parse(), Ok(DeviceKind::Cuda(3)));
+        assert!("cuda:x".parse::<DeviceKind>().is_err() && "gpu".parse::<DeviceKind>().is_err());
         assert!(seconds("0").is_err() && seconds("nan").is_err() && seconds("2.5").is_ok());
     }
 }

@@ -9,13 +9,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::{Bytes, DType, Rank};
 use epsmoe_device::cpu::CpuKernels;
 use epsmoe_device::cpu::gemm::Isa;
+use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::host::{HostBackend, HostOptions, Kernels, WeightStore};
 use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_engine::{
     ChatTemplate, Engine, EngineOptions, Experts, GenerationConfig, Message, Parallel, RoutingLog,
     RoutingMode, Text,
 };
-use epsmoe_fabric::{Link, Threads, ThreadsOptions};
+use epsmoe_fabric::{Alone, Link, Threads, ThreadsOptions};
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
 use epsmoe_plan::{
     CostModel, Curve, GemmKind, LayerCounts, LinkCost, Placement, Policy, RankCounts, Schedule, SharedExpert,
@@ -123,6 +124,40 @@ pub(crate) struct Demand {
     pub(crate) step: usize,
 }
 
+/// What the ranks compute on.
+enum Processor {
+    Cpu,
+    Reference,
+    Cuda(Arc<CudaDevice>),
+}
+
+impl Processor {
+    /// Opens what was typed; `auto` is a GPU only where that works.
+    fn open(kind: DeviceKind, ranks: usize, link: Option<Link>) -> Result<Self> {
+        match kind {
+            DeviceKind::Cpu => Ok(Processor::Cpu),
+            DeviceKind::Reference => Ok(Processor::Reference),
+            DeviceKind::Cuda(_) if ranks > 1 => {
+                bail!("--device cuda runs one rank so far, not {ranks}: leave out the sizes of groups")
+            }
+            DeviceKind::Cuda(_) if link.is_some() => {
+                bail!("--link paces ranks of a CPU: leave it out with --device cuda")
+            }
+            DeviceKind::Cuda(number) => Ok(Processor::Cuda(CudaDevice::open(number)?)),
+            DeviceKind::Auto if ranks > 1 || link.is_some() => Ok(Processor::Cpu),
+            DeviceKind::Auto => Ok(CudaDevice::open(0).map_or(Processor::Cpu, Processor::Cuda)),
+        }
+    }
+
+    /// The format that `--dtype auto` means.
+    fn dtype(&self, weights: DType) -> DType {
+        match self {
+            Processor::Cuda(_) if weights != DType::F32 => DType::BF16,
+            _ => DType::F32,
+        }
+    }
+}
+
 /// Settled settings.
 pub(crate) struct Setup {
     pub(crate) model: OpenModel,
@@ -137,7 +172,7 @@ pub(crate) struct Setup {
     routing: RoutingMode,
     record: Option<PathBuf>,
     explain: bool,
-    device: DeviceKind,
+    processor: Processor,
     dtype: DType,
     isa: Isa,
     batched_tokens: Option<usize>,
@@ -152,9 +187,11 @@ impl Setup {
         let model = OpenModel::open(&args.model, args.seed)?;
         let parallel = parallel(args);
         let ranks = args.data_parallel_size * parallel.tensor;
+        let processor = Processor::open(args.device, ranks, args.link.0)?;
         let threads = args.threads.unwrap_or((machine::cores() / ranks).max(1));
         let dtype = match args.dtype {
-            Dtype::Auto | Dtype::Float32 => DType::F32,
+            Dtype::Auto => processor.dtype(model.spec.dtype),
+            Dtype::Float32 => DType::F32,
             Dtype::Bfloat16 => DType::BF16,
         };
         let policy = policy(args);
@@ -169,7 +206,7 @@ impl Setup {
             record: args.routing_record.clone(),
             link: args.link.0,
             seed: args.seed,
-            device: args.device,
+            processor,
             dtype,
             isa: args.isa.unwrap_or_else(Isa::detect),
             batched_tokens: args.max_num_batched_tokens,
@@ -239,14 +276,33 @@ impl Setup {
     pub(crate) fn start_all(&self, options: &[EngineOptions]) -> Result<Vec<Engine>> {
         self.check_memory(options)?;
         let (threads, isa) = (self.threads, self.isa);
-        match self.device {
-            DeviceKind::Cpu => {
+        match &self.processor {
+            Processor::Cpu => {
                 self.engines(options, || HostOptions::new(self.dtype), || CpuKernels::new(threads, isa))
             }
-            DeviceKind::Reference => {
+            Processor::Reference => {
                 self.engines(options, || reference::options(self.dtype, self.seed), || Ok(PlainKernels))
             }
+            Processor::Cuda(device) => self.engines_on_gpu(options, device),
         }
+    }
+
+    fn engines_on_gpu(&self, options: &[EngineOptions], device: &Arc<CudaDevice>) -> Result<Vec<Engine>> {
+        let spec = &self.model.spec;
+        let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
+        let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
+        let source = Watched { source: &*self.model.weights, bar: &bar };
+        let weights = CudaWeights::new(device)?;
+        let engine = |options: &EngineOptions| {
+            let gpu = CudaOptions::new(self.dtype);
+            let faults = gpu.faults.clone();
+            let backend = CudaBackend::new(Rank(0), device, &weights, gpu)?;
+            let ranks = vec![(Arc::new(backend), Arc::new(Alone))];
+            Ok(Engine::start(Arc::clone(spec), &source, ranks, faults, options.clone(), |_| {})?)
+        };
+        let engines = options.iter().map(engine).collect();
+        bar.finish_and_clear();
+        engines
     }
 
     fn engines<K: Kernels>(
@@ -310,14 +366,19 @@ impl Setup {
             .map(|options| tokens(options).saturating_mul(a_token))
             .fold(0, u64::saturating_add);
         let needed = weights.saturating_add(caches);
-        match machine::available_memory() {
+        let available = match &self.processor {
+            Processor::Cuda(device) => Some(device.free_bytes()?),
+            _ => machine::available_memory(),
+        };
+        match available {
             Some(available) if needed > available => bail!(
-                "{} needs {} for its weights in {} and {} for its caches, but this machine has {} left: use a smaller \
+                "{} needs {} for its weights in {} and {} for its caches, but {} has {} left: use a smaller \
                  model, shorter contexts or fewer sequences",
                 self.model.name,
                 Bytes(weights),
                 self.dtype,
                 Bytes(caches),
+                if matches!(self.processor, Processor::Cuda(_)) { "the GPU" } else { "this machine" },
                 Bytes(available)
             ),
             _ => Ok(()),
@@ -326,11 +387,12 @@ impl Setup {
 
     /// The processor and what is computed on it, in a few words.
     pub(crate) fn processor(&self) -> String {
-        match self.device {
-            DeviceKind::Cpu => {
+        match &self.processor {
+            Processor::Cpu => {
                 format!("cpu ({}), {} thread(s) a rank, {}", self.isa, self.threads, self.dtype)
             }
-            DeviceKind::Reference => format!("reference, {}", self.dtype),
+            Processor::Reference => format!("reference, {}", self.dtype),
+            Processor::Cuda(device) => format!("{}, {}", device.describe(), self.dtype),
         }
     }
 }

@@ -2,13 +2,15 @@
 //!
 //! Read in this order: [`Backend`] (what a processor promises), [`op`] (what it computes), [`hazard`] (how a
 //! missing event is found), [`host`] (lanes and memory of a CPU), then the two host processors:
-//! [`reference`](mod@reference), slow and plain, the judge of every other, and [`cpu`], the fast one.
+//! [`reference`](mod@reference), slow and plain, the judge of every other, and [`cpu`], the fast one. [`cuda`] is a
+//! GPU.
 //!
 //! This room knows neither ranks' partners nor models: it runs what it is told.
 
 mod backend;
 mod buffer;
 pub mod cpu;
+pub mod cuda;
 mod error;
 pub mod hazard;
 pub mod host;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use epsmoe_base::{Bytes, env};
 use epsmoe_device::cpu::gemm::Isa;
+use epsmoe_device::cuda::CudaDevice;
 use epsmoe_engine::Request;
 use epsmoe_plan::{Policy, Schedule};
 use serde::Serialize;
@@ -131,5 +132,8 @@ fn cache() -> Finding {
 }
 
 fn gpus() -> Finding {
-    lacking("GPUs are not used by this version.".into())
+    match CudaDevice::open(0) {
+        Ok(device) => fine(format!("A GPU can be used, with one rank: {}.", device.describe())),
+        Err(missing) => lacking(format!("No GPU can be used: {missing}.")),
+    }
 }

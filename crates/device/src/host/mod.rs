@@ -14,6 +14,7 @@ pub use element::{Element, Plain};
 pub use lanes::panic_text;
 pub use memory::{Fill, Memory, View, ViewMut};
 pub use rows::AttentionViews;
+pub(crate) use weights::check_sources;
 pub use weights::{Pack, WeightStore};
 
 use crate::hazard::{Agent, Clock, Hazards};

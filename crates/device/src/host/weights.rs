@@ -138,7 +138,12 @@ impl<M> WeightStore<M> {
     }
 }
 
-fn check_sources(name: &str, shape: WeightShape, tensors: &[TensorBytes<'_>]) -> Result<(), DeviceError> {
+/// Refuses tensors that are not those of [`WeightShape::sources`].
+pub(crate) fn check_sources(
+    name: &str,
+    shape: WeightShape,
+    tensors: &[TensorBytes<'_>],
+) -> Result<(), DeviceError> {
     let (count, dimensions) = shape.sources();
     let elements: usize = dimensions.iter().product();
     let right = tensors.len() == count

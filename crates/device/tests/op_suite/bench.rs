@@ -1,13 +1,11 @@
 //! A processor to try operations on: numbers go in, an operation runs, numbers come out.
 
-use epsmoe_base::{DType, Deadline, Fault, Lane, Layer, Mix, Place, Rank, env::test_seed};
-use epsmoe_device::host::{HostBackend, Kernels, WeightStore};
+use epsmoe_base::{DType, Deadline, Fault, Lane, Layer, Mix, Place};
 use epsmoe_device::op::{Attention, Embed, Op, Upload};
-use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape, reference};
+use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
 use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Rows of numbers on the host, each exactly a number of the format that it was made for.
@@ -51,8 +49,8 @@ pub(crate) struct Placed {
 }
 
 /// One processor; see the module.
-pub(crate) struct Bench<K: Kernels> {
-    pub(crate) device: HostBackend<K>,
+pub(crate) struct Bench<B: Backend> {
+    pub(crate) device: B,
     pub(crate) dtype: DType,
     pub(crate) seed: u64,
     mix: RefCell<Mix>,
@@ -84,18 +82,12 @@ fn number(op: &Op) -> usize {
     }
 }
 
-impl<K: Kernels> Bench<K> {
-    pub(crate) fn new(kernels: K, dtype: DType) -> Self {
-        let seed = test_seed();
-        let device = HostBackend::new(
-            Rank(0),
-            kernels,
-            Arc::<WeightStore<_>>::default(),
-            reference::options(dtype, seed),
-        );
+impl<B: Backend> Bench<B> {
+    /// `device` was made for `dtype` and `seed`; its fresh memory is poison.
+    pub(crate) fn new(device: B, seed: u64) -> Self {
         Bench {
-            device: device.expect("a processor"),
-            dtype,
+            dtype: device.dtype(),
+            device,
             seed,
             mix: RefCell::new(Mix::new(seed)),
             names: Cell::new(0),
@@ -270,7 +262,7 @@ pub(crate) struct Sequences {
 }
 
 impl Sequences {
-    pub(crate) fn new<K: Kernels>(bench: &Bench<K>, lengths: &[(usize, usize)], block_size: usize) -> Self {
+    pub(crate) fn new<B: Backend>(bench: &Bench<B>, lengths: &[(usize, usize)], block_size: usize) -> Self {
         let needed = |&(cached, new): &(usize, usize)| (cached + new).div_ceil(block_size);
         let count: usize = lengths.iter().map(needed).sum::<usize>() + 2;
         let mut free = bench.shuffled(count).into_iter();
@@ -292,7 +284,7 @@ impl Sequences {
     }
 
     /// A cache whose used slots hold random numbers, and all others NaN.
-    pub(crate) fn cache<K: Kernels>(&self, bench: &Bench<K>, width: usize) -> Sheet {
+    pub(crate) fn cache<B: Backend>(&self, bench: &Bench<B>, width: usize) -> Sheet {
         let mut cache = Sheet { rows: self.slots, width, values: vec![f32::NAN; self.slots * width] };
         for (sequence, &(cached, new)) in self.lengths.iter().enumerate() {
             for position in 0..cached + new {
@@ -305,9 +297,9 @@ impl Sequences {
     }
 
     /// The operation over these sequences; the tokens of `which` only, a part of each sequence.
-    pub(crate) fn attention<K: Kernels>(
+    pub(crate) fn attention<B: Backend>(
         &self,
-        bench: &Bench<K>,
+        bench: &Bench<B>,
         heads: &Heads,
         parts: &CacheParts,
     ) -> Attention {

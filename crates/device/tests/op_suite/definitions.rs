@@ -2,15 +2,13 @@
 
 use crate::bench::{Bench, CacheParts, Heads, Placed, Sequences, Sheet};
 use epsmoe_base::DType;
-use epsmoe_device::WeightShape;
-use epsmoe_device::host::Kernels;
 use epsmoe_device::op::*;
+use epsmoe_device::{Backend, WeightShape};
 
 /// `[rows, width]` that row operations are tried on: nothing, one, odd, more than a vector register.
 const SIZES: [(usize, usize); 7] = [(0, 5), (1, 1), (3, 7), (5, 33), (17, 64), (2, 130), (70, 3)];
 
-pub(crate) fn suite<K: Kernels>(kernels: impl Fn() -> K, dtype: DType) {
-    let bench = Bench::new(kernels(), dtype);
+pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     for (rows, width) in SIZES {
         lookups(&bench, rows, width);
         norms(&bench, rows, width);
@@ -41,7 +39,7 @@ fn each(rows: usize, width: usize, value: impl Fn(usize, usize) -> f64) -> Vec<f
     (0..rows * width).map(|at| value(at / width, at % width)).collect()
 }
 
-fn lookups<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+fn lookups<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let what = format!("lookups [{rows}, {width}]");
     let words: Vec<u32> = (0..rows * width).map(|_| bench.below(1 << 30) as u32).collect();
     let out = bench.put_words(&words, width);
@@ -65,7 +63,7 @@ fn lookups<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
     }
 }
 
-fn norms<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+fn norms<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let scale = bench.random_of(DType::F32, 1, width, 2.0);
     let kinds = [(NormKind::Rms, 1e-5), (NormKind::Layer, 1e-2)];
     for ((kind, eps), format) in kinds.into_iter().flat_map(|kind| [(kind, bench.dtype), (kind, DType::F32)])
@@ -90,7 +88,7 @@ fn norms<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
     }
 }
 
-fn elementwise<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+fn elementwise<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let (a, b) = (bench.random(rows, width, 3.0), bench.random(rows, width, 3.0));
     let gate = bench.random_of(DType::F32, rows, 1, 4.0);
     let at = |sheet: &Sheet, row: usize, column: usize| f64::from(sheet.row(row)[column]);
@@ -118,7 +116,7 @@ fn elementwise<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
     bench.check_exactly("what was added and copied", &x, &b.values);
 }
 
-fn gathers<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+fn gathers<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let what = format!("gather [{rows}, {width}]");
     let x = bench.random(6, width, 3.0);
     let index: Vec<u32> = (0..rows).map(|_| bench.below(6) as u32).collect();
@@ -142,7 +140,7 @@ fn gathers<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
 }
 
 /// Sums of zero to four terms, the first of them not at the start of the index.
-fn reductions<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
+fn reductions<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let x = bench.random(7, width, 1.0);
     let mut starts = vec![2];
     (0..rows).for_each(|row| starts.push(starts[row] + bench.below(5) as u32));
@@ -180,7 +178,7 @@ fn reductions<K: Kernels>(bench: &Bench<K>, rows: usize, width: usize) {
 }
 
 /// Terms are folded from left to right in float32, the addend last: next to a large number a one is lost.
-fn folding_order<K: Kernels>(bench: &Bench<K>) {
+fn folding_order<B: Backend>(bench: &Bench<B>) {
     let large = (1u32 << 27) as f32;
     let x = Sheet { rows: 3, width: 1, values: vec![1.0, large, -large] };
     for (order, addend, want) in [
@@ -207,7 +205,7 @@ fn folding_order<K: Kernels>(bench: &Bench<K>) {
 }
 
 /// A weight is the same number whatever the checkpoint stores it as.
-fn stored_formats<K: Kernels>(bench: &Bench<K>) {
+fn stored_formats<B: Backend>(bench: &Bench<B>) {
     let (weight, x, bias) = (bench.coarse(5, 9), bench.coarse(3, 9), bench.coarse(1, 5));
     let want = each(3, 5, |m, n| Sheet::dot(x.row(m), weight.row(n)) + f64::from(bias.values[n]));
     for stored in [DType::F32, DType::BF16, DType::F16] {
@@ -220,7 +218,7 @@ fn stored_formats<K: Kernels>(bench: &Bench<K>) {
     }
 }
 
-fn rotations<K: Kernels>(bench: &Bench<K>) {
+fn rotations<B: Backend>(bench: &Bench<B>) {
     // Heads, elements of a head, first turned element, turned elements, tokens.
     for (heads, head_width, start, dims, tokens) in
         [(1, 2, 0, 2, 3), (3, 10, 0, 10, 5), (2, 9, 3, 6, 4), (1, 8, 4, 4, 1), (2, 6, 0, 6, 0)]
@@ -277,7 +275,7 @@ enum Parts {
     Columns(usize, usize),
 }
 
-fn products<K: Kernels>(bench: &Bench<K>) {
+fn products<B: Backend>(bench: &Bench<B>) {
     use Parts::{Columns, Rows};
     let cases = [
         (Rows(&[]), 3, 2),
@@ -292,6 +290,7 @@ fn products<K: Kernels>(bench: &Bench<K>) {
         (Rows(&[1, 1, 1, 1]), 257, 3),
         (Rows(&[2]), 1000, 9),
         (Rows(&[4]), 8, 300),
+        (Rows(&[150, 90]), 72, 70),
         (Columns(3, 5), 17, 9),
         (Columns(4, 1), 32, 16),
         (Columns(2, 0), 3, 4),
@@ -306,7 +305,7 @@ fn products<K: Kernels>(bench: &Bench<K>) {
     }
 }
 
-fn product<K: Kernels>(bench: &Bench<K>, parts: Parts, k: usize, n: usize, epilogue: Epilogue, biased: bool) {
+fn product<B: Backend>(bench: &Bench<B>, parts: Parts, k: usize, n: usize, epilogue: Epilogue, biased: bool) {
     let what = format!("{parts:?}, k {k}, n {n}, {epilogue:?}, bias {biased}");
     // Rows and column part of each product.
     let (rows, side): (Vec<std::ops::Range<usize>>, usize) = match parts {
@@ -397,7 +396,7 @@ fn attended(sequences: &Sequences, heads: &Heads, q: &Sheet, keys: &Sheet, value
     out
 }
 
-fn attentions<K: Kernels>(bench: &Bench<K>) {
+fn attentions<B: Backend>(bench: &Bench<B>) {
     /// Cached and new positions of each sequence.
     type Lengths<'a> = &'a [(usize, usize)];
     let plain = Heads { heads: 2, kv_heads: 2, key_width: 8, value_width: 8, latent: false, window: None };
@@ -501,7 +500,7 @@ fn first(which: &[usize], value: &[f64], count: usize) -> Vec<usize> {
     taken
 }
 
-fn routes<K: Kernels>(bench: &Bench<K>) {
+fn routes<B: Backend>(bench: &Bench<B>) {
     let limit = |groups, kept, by| Some(GroupLimit { groups, kept, by });
     let no_limit: Option<GroupLimit> = None;
     // Tokens, experts, top k, groups.
@@ -539,7 +538,7 @@ fn routes<K: Kernels>(bench: &Bench<K>) {
     }
 }
 
-fn route<K: Kernels>(bench: &Bench<K>, gate: &Gate, logits: &Sheet, bias: Option<&[f32]>) {
+fn route<B: Backend>(bench: &Bench<B>, gate: &Gate, logits: &Sheet, bias: Option<&[f32]>) {
     let what = format!("{gate:?} of {} experts, bias {}", logits.width, bias.is_some());
     let experts = bench.room(DType::U32, logits.rows, gate.top_k);
     let weights = bench.room(DType::F32, logits.rows, gate.top_k);
@@ -565,7 +564,7 @@ fn route<K: Kernels>(bench: &Bench<K>, gate: &Gate, logits: &Sheet, bias: Option
 }
 
 /// Ties and limits, worked by hand.
-fn chosen_experts<K: Kernels>(bench: &Bench<K>) {
+fn chosen_experts<B: Backend>(bench: &Bench<B>) {
     let gate = Gate { top_k: 2, score: Score::Sigmoid, groups: None, normalise: false, scale: 1.0 };
     let by = |groups, kept, by| Gate { groups: Some(GroupLimit { groups, kept, by }), ..gate };
     /// What it shows, the rule, logits, biases and the experts chosen.

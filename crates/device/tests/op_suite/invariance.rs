@@ -3,22 +3,20 @@
 
 use crate::bench::{Bench, CacheParts, Heads, Placed, Sequences, Sheet};
 use epsmoe_base::DType;
-use epsmoe_device::host::Kernels;
 use epsmoe_device::op::*;
-use epsmoe_device::{Buffer, Weight};
+use epsmoe_device::{Backend, Buffer, Weight};
 use std::ops::Range;
 use std::slice::from_ref;
 
-pub(crate) fn suite<K: Kernels>(kernels: impl Fn() -> K, dtype: DType) {
-    let bench = Bench::new(kernels(), dtype);
+pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     products(&bench);
     row_operations(&bench);
     attentions(&bench);
 }
 
 /// Whether rows `rows` of the whole, computed as `got`, have the bits they have there.
-fn same_bits<K: Kernels>(
-    bench: &Bench<K>,
+fn same_bits<B: Backend>(
+    bench: &Bench<B>,
     what: &str,
     rows: Range<usize>,
     got: &[f32],
@@ -37,21 +35,24 @@ fn same_bits<K: Kernels>(
     }
 }
 
-fn products<K: Kernels>(bench: &Bench<K>) {
-    const ROWS: usize = 40;
-    for (k, n, epilogue) in [
-        (7, 5, Epilogue::Store),
-        (64, 33, Epilogue::Store),
-        (65, 16, Epilogue::SwiGlu),
-        (200, 50, Epilogue::SwiGlu),
-        (331, 17, Epilogue::Store),
+fn products<B: Backend>(bench: &Bench<B>) {
+    /// Every number of rows up to here, and some beyond.
+    const FEW: usize = 40;
+    for (all_rows, k, n, epilogue) in [
+        (FEW, 7, 5, Epilogue::Store),
+        (FEW, 64, 33, Epilogue::Store),
+        (FEW, 65, 16, Epilogue::SwiGlu),
+        (FEW, 200, 50, Epilogue::SwiGlu),
+        (FEW, 331, 17, Epilogue::Store),
+        (170, 130, 40, Epilogue::SwiGlu),
+        (170, 72, 140, Epilogue::Store),
     ] {
         let (first, up) = (bench.random(n, k, 1.0), bench.random(n, k, 1.0));
         let weight =
             if epilogue == Epilogue::SwiGlu { bench.gate_up(&first, &up) } else { bench.matrix(&first) };
         for format in [bench.dtype, DType::F32] {
             let what = format!("{epilogue:?}, k {k}, n {n}, into {format}");
-            let x = bench.random(ROWS, k, 1.0);
+            let x = bench.random(all_rows, k, 1.0);
             // The rows in `parts`, each a product of its own in one operation.
             let run = |parts: &[Range<usize>]| {
                 let rows = parts[0].start..parts[parts.len() - 1].end;
@@ -65,22 +66,23 @@ fn products<K: Kernels>(bench: &Bench<K>) {
                 bench.run(&what, Gemm { parts, bias: None, epilogue });
                 (rows, bench.get(&what, &out))
             };
-            let whole = run(from_ref(&(0..ROWS))).1;
+            let whole = run(from_ref(&(0..all_rows))).1;
             let check = |parts: &[Range<usize>]| {
                 let (rows, got) = run(parts);
                 same_bits(bench, &format!("{what} as {parts:?}"), rows, &got, &whole, n);
             };
             // Every number of rows, at the start and at a random place; every row alone.
-            for rows in 1..=ROWS {
-                let start = bench.below(ROWS - rows + 1);
+            for rows in (1..=FEW).chain([64, 65, 128, 129]).filter(|&rows| rows <= all_rows) {
+                let start = bench.below(all_rows - rows + 1);
                 check(from_ref(&(0..rows)));
                 check(from_ref(&(start..start + rows)));
                 check(from_ref(&(rows - 1..rows)));
             }
             // Split at random into parts, some of them empty.
             for _ in 0..8 {
-                let mut cuts: Vec<usize> = (0..1 + bench.below(7)).map(|_| bench.below(ROWS + 1)).collect();
-                cuts.extend([0, ROWS]);
+                let mut cuts: Vec<usize> =
+                    (0..1 + bench.below(7)).map(|_| bench.below(all_rows + 1)).collect();
+                cuts.extend([0, all_rows]);
                 cuts.sort_unstable();
                 check(&cuts.windows(2).map(|ends| ends[0]..ends[1]).collect::<Vec<_>>());
             }
@@ -91,7 +93,7 @@ fn products<K: Kernels>(bench: &Bench<K>) {
 /// An operation on the rows of `x`, from a buffer of one format into a buffer of another.
 type RowOperation<'a> = (&'a str, [DType; 2], &'a dyn Fn(Range<usize>, Buffer, Buffer) -> Op);
 
-fn row_operations<K: Kernels>(bench: &Bench<K>) {
+fn row_operations<B: Backend>(bench: &Bench<B>) {
     const ROWS: usize = 23;
     const WIDTH: usize = 37;
     let narrow = bench.dtype;
@@ -166,7 +168,7 @@ fn logits_of(gates: &Sheet, rows: Range<usize>, width: usize) -> Sheet {
 
 /// A token attends alike in a batch of sequences, in its sequence alone, and alone with everything before it
 /// cached: decoding equals recomputation.
-fn attentions<K: Kernels>(bench: &Bench<K>) {
+fn attentions<B: Backend>(bench: &Bench<B>) {
     let grouped = Heads { heads: 4, kv_heads: 2, key_width: 9, value_width: 7, latent: false, window: None };
     let latent = Heads { heads: 3, kv_heads: 1, key_width: 40, value_width: 32, latent: true, ..grouped };
     for heads in [grouped, latent, Heads { window: Some(6), ..grouped }] {

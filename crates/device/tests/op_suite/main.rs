@@ -1,70 +1,100 @@
-//! Every operation on every host processor: against its definition in float64 (`definitions`), against itself
-//! with other rows around (`invariance`), and with arguments that do not fit (`refusals`).
+//! Every operation on every processor: against its definition in float64 (`definitions`), against itself
+//! with other rows around (`invariance`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
 //!
 //! A new processor is one line in `processors!`. A new operation does not compile until `Bench::run` knows it,
-//! and fails `definitions` until it is checked there. `EPSMOE_TEST_SEED` repeats a run.
+//! and fails `definitions` until it is checked there. `EPSMOE_TEST_SEED` repeats a run;
+//! with `EPSMOE_TEST_ALL` a processor that is missing is a failure.
 
 mod bench;
 mod definitions;
 mod invariance;
+mod lanes;
 mod refusals;
+mod speed;
 
-use epsmoe_base::DType;
+use bench::Bench;
+use epsmoe_base::{DType, Rank, env};
+use epsmoe_device::Backend;
 use epsmoe_device::cpu::{CpuKernels, gemm::Isa};
-use epsmoe_device::host::Kernels;
-use epsmoe_device::reference::PlainKernels;
+use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
+use epsmoe_device::host::{Fill, HostBackend, Kernels, WeightStore};
+use epsmoe_device::reference::{self, PlainKernels};
+use std::sync::{Arc, OnceLock};
 
-/// Kernels, unless this machine has no such processor.
-fn present<K: Kernels>(kernels: Result<K, String>) -> bool {
-    kernels.inspect_err(|missing| eprintln!("skipped: {missing}")).is_ok()
+/// A bench on a host processor.
+fn host<K: Kernels>(kernels: Result<K, String>, dtype: DType) -> Result<Bench<HostBackend<K>>, String> {
+    let seed = env::test_seed();
+    let weights = Arc::<WeightStore<_>>::default();
+    let device = HostBackend::new(Rank(0), kernels?, weights, reference::options(dtype, seed));
+    device.map(|device| Bench::new(device, seed)).map_err(|error| error.to_string())
+}
+
+/// A bench on the first GPU, which is opened once.
+fn cuda(dtype: DType) -> Result<Bench<CudaBackend>, String> {
+    static DEVICE: OnceLock<Result<Arc<CudaDevice>, String>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| CudaDevice::open(0).map_err(|error| error.to_string())).clone()?;
+    let options = CudaOptions { fill: Fill::Poison, ..CudaOptions::new(dtype) };
+    let backend = CudaWeights::new(&device)
+        .and_then(|weights| CudaBackend::new(Rank(0), &device, &weights, options))
+        .map_err(|error| error.to_string())?;
+    Ok(Bench::new(backend, env::test_seed()))
+}
+
+/// Runs a suite, unless this machine has no such processor.
+fn on<B: Backend>(bench: Result<Bench<B>, String>, suite: impl FnOnce(Bench<B>)) {
+    match bench {
+        Ok(bench) => suite(bench),
+        Err(missing) if env::text("EPSMOE_TEST_ALL").is_some() => panic!("{missing}"),
+        Err(missing) => eprintln!("skipped: {missing}"),
+    }
 }
 
 macro_rules! processors {
-    ($($name:ident: $kernels:expr),* $(,)?) => {$(
+    ($($name:ident: $bench:expr),* $(,)?) => {$(
         mod $name {
             use super::*;
 
             #[test]
             fn operations_match_their_definitions_in_float32() {
-                if present($kernels) {
-                    definitions::suite(|| $kernels.unwrap(), DType::F32);
-                }
+                on($bench(DType::F32), definitions::suite);
             }
 
             #[test]
             fn operations_match_their_definitions_in_bfloat16() {
-                if present($kernels) {
-                    definitions::suite(|| $kernels.unwrap(), DType::BF16);
-                }
+                on($bench(DType::BF16), definitions::suite);
             }
 
             #[test]
             fn rows_do_not_depend_on_their_neighbours_in_float32() {
-                if present($kernels) {
-                    invariance::suite(|| $kernels.unwrap(), DType::F32);
-                }
+                on($bench(DType::F32), invariance::suite);
             }
 
             #[test]
             fn rows_do_not_depend_on_their_neighbours_in_bfloat16() {
-                if present($kernels) {
-                    invariance::suite(|| $kernels.unwrap(), DType::BF16);
-                }
+                on($bench(DType::BF16), invariance::suite);
             }
 
             #[test]
             fn what_does_not_fit_is_refused() {
-                if present($kernels) {
-                    refusals::suite(|| $kernels.unwrap());
-                }
+                on($bench(DType::F32), |_| {
+                    refusals::suite(|| $bench(DType::F32).expect("present a moment ago"));
+                });
+            }
+
+            #[test]
+            fn events_order_two_lanes() {
+                on($bench(DType::F32), |_| {
+                    lanes::suite(|| $bench(DType::F32).expect("present a moment ago"));
+                });
             }
         }
     )*};
 }
 
 processors! {
-    plain: Ok::<_, String>(PlainKernels),
-    cpu_scalar: CpuKernels::new(2, Isa::Scalar),
-    cpu_avx2: CpuKernels::new(1, Isa::Avx2),
-    cpu_avx512: CpuKernels::new(3, Isa::Avx512),
+    plain: |dtype| host(Ok(PlainKernels), dtype),
+    cpu_scalar: |dtype| host(CpuKernels::new(2, Isa::Scalar), dtype),
+    cpu_avx2: |dtype| host(CpuKernels::new(1, Isa::Avx2), dtype),
+    cpu_avx512: |dtype| host(CpuKernels::new(3, Isa::Avx512), dtype),
+    first_gpu: cuda,
 }

@@ -3,32 +3,32 @@
 
 use crate::bench::Bench;
 use epsmoe_base::{DType, FaultKind};
-use epsmoe_device::host::Kernels;
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
 
-pub(crate) fn suite<K: Kernels>(kernels: impl Fn() -> K) {
-    at_the_door(&Bench::new(kernels(), DType::F32));
-    weights(&Bench::new(kernels(), DType::F32));
-    while_running(kernels);
+/// `fresh` makes a new processor for float32 each time.
+pub(crate) fn suite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
+    at_the_door(&fresh());
+    weights(&fresh());
+    while_running(fresh);
 }
 
-fn f32s<K: Kernels>(bench: &Bench<K>, name: &'static str, rows: usize, width: usize) -> Buffer {
+fn f32s<B: Backend>(bench: &Bench<B>, name: &'static str, rows: usize, width: usize) -> Buffer {
     bench.device.allocate(name, DType::F32, rows, width).expect("memory")
 }
 
-fn u32s<K: Kernels>(bench: &Bench<K>, name: &'static str, rows: usize, width: usize) -> Buffer {
+fn u32s<B: Backend>(bench: &Bench<B>, name: &'static str, rows: usize, width: usize) -> Buffer {
     bench.device.allocate(name, DType::U32, rows, width).expect("memory")
 }
 
-fn weight<K: Kernels>(bench: &Bench<K>, name: &str, shape: WeightShape) -> Weight {
+fn weight<B: Backend>(bench: &Bench<B>, name: &str, shape: WeightShape) -> Weight {
     let (count, dimensions) = shape.sources();
     let bytes = vec![0; 4 * dimensions.iter().product::<usize>()];
     let tensors = vec![TensorBytes { dtype: DType::F32, bytes: &bytes }; count];
     bench.device.load(name, shape, &tensors).expect("a weight")
 }
 
-fn at_the_door<K: Kernels>(bench: &Bench<K>) {
+fn at_the_door<B: Backend>(bench: &Bench<B>) {
     let (x, y, narrow) = (f32s(bench, "x", 3, 4), f32s(bench, "y", 3, 4), f32s(bench, "narrow", 3, 2));
     let (more, half) = (f32s(bench, "more", 5, 4), bench.device.allocate("half", DType::BF16, 3, 4));
     let (half, ids, column) = (half.expect("memory"), u32s(bench, "ids", 3, 1), f32s(bench, "column", 3, 1));
@@ -255,7 +255,7 @@ fn at_the_door<K: Kernels>(bench: &Bench<K>) {
     bench.run("after the refusals", Copy { x: y.clone(), out: x });
 }
 
-fn weights<K: Kernels>(bench: &Bench<K>) {
+fn weights<B: Backend>(bench: &Bench<B>) {
     let bytes = [0; 24];
     let tensor = TensorBytes { dtype: DType::BF16, bytes: &bytes };
     let cases: &[(WeightShape, &[TensorBytes<'_>], &str)] = &[
@@ -280,8 +280,8 @@ fn weights<K: Kernels>(bench: &Bench<K>) {
 }
 
 /// What only the numbers show, each on a processor of its own: the first fault is the last.
-fn while_running<K: Kernels>(kernels: impl Fn() -> K) {
-    fn sequences<K: Kernels>(bench: &Bench<K>, starts: &[u32], positions: &[u32], blocks: &[u32]) -> Op {
+fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
+    fn sequences<B: Backend>(bench: &Bench<B>, starts: &[u32], positions: &[u32], blocks: &[u32]) -> Op {
         let tokens = positions.len();
         Attention {
             q: bench.put(&bench.random(tokens, 4, 1.0)).view,
@@ -299,12 +299,12 @@ fn while_running<K: Kernels>(kernels: impl Fn() -> K) {
         }
         .into()
     }
-    fn gather<K: Kernels>(bench: &Bench<K>, index: &[u32]) -> Op {
+    fn gather<B: Backend>(bench: &Bench<B>, index: &[u32]) -> Op {
         let out = f32s(bench, "out", index.len(), 4);
         let x = bench.put(&bench.random(4, 4, 1.0)).view;
         Gather { x, index: bench.put_words(index, 1).view, out }.into()
     }
-    fn reduce<K: Kernels>(bench: &Bench<K>, starts: &[u32], index: &[u32]) -> Op {
+    fn reduce<B: Backend>(bench: &Bench<B>, starts: &[u32], index: &[u32]) -> Op {
         Reduce {
             x: bench.put(&bench.random(4, 4, 1.0)).view,
             starts: bench.put_words(starts, 1).view,
@@ -315,8 +315,8 @@ fn while_running<K: Kernels>(kernels: impl Fn() -> K) {
         }
         .into()
     }
-    type Case<'a, K> = (&'a str, &'a dyn Fn(&Bench<K>) -> Op);
-    let cases: [Case<'_, K>; 11] = [
+    type Case<'a, B> = (&'a str, &'a dyn Fn(&Bench<B>) -> Op);
+    let cases: [Case<'_, B>; 11] = [
         ("embed: token id 9 is not below 9", &|bench| {
             let table = weight(bench, "table", WeightShape::Table { rows: 9, width: 4 });
             Embed { ids: bench.put_words(&[8, 9], 1).view, table, out: f32s(bench, "out", 2, 4) }.into()
@@ -338,13 +338,10 @@ fn while_running<K: Kernels>(kernels: impl Fn() -> K) {
         }),
     ];
     for (want, op) in cases {
-        let bench = Bench::new(kernels(), DType::F32);
+        let bench = fresh();
         let fault = bench.try_run(op(&bench)).expect("it fits").expect_err(want);
         assert_eq!(fault.to_string(), format!("rank 0, layer 7: {want}"));
         assert_eq!(fault.kind, FaultKind::Invalid);
-        assert_eq!(
-            bench.try_run(gather(&Bench::new(kernels(), DType::F32), &[])).expect("it fits"),
-            Err(fault)
-        );
+        assert_eq!(bench.try_run(gather(&fresh(), &[])).expect("it fits"), Err(fault));
     }
 }

@@ -1,0 +1,116 @@
+// What every kernel shares: number formats, views of rows, sums in a fixed order, and how a kernel says that
+// an index points outside. No CUDA header is needed: NVRTC alone compiles this.
+#pragma once
+
+typedef float f32;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// Sixteen-bit formats are only stored; arithmetic is done in float32.
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+
+__device__ __forceinline__ f32 wide(f32 value) { return value; }
+__device__ __forceinline__ f32 wide(bf16 value) { return __uint_as_float(u32(value.bits) << 16); }
+__device__ __forceinline__ f32 wide(f16 value) {
+    f32 result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+}
+
+// The nearest number of a format, ties to even.
+template <typename T> __device__ __forceinline__ T narrow(f32 value);
+template <> __device__ __forceinline__ f32 narrow<f32>(f32 value) { return value; }
+template <> __device__ __forceinline__ bf16 narrow<bf16>(f32 value) {
+    bf16 result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+    return result;
+}
+
+// A view [rows, width]; `stride` elements between the starts of two rows. The twin of `launch::Rows`.
+struct Rows {
+    u64 start;
+    u64 stride;
+    u32 rows;
+    u32 width;
+};
+
+template <typename T> __device__ __forceinline__ T* row(const Rows& view, u32 m) {
+    return reinterpret_cast<T*>(view.start) + m * view.stride;
+}
+
+// The element of a single-column view.
+template <typename T> __device__ __forceinline__ T at(const Rows& view, u32 m) { return *row<T>(view, m); }
+
+// What can be wrong with numbers that arrive in memory. The twin of `report::Cause`.
+enum Cause : u32 {
+    TOKEN_ID = 1,      // first is not below second
+    CACHE_SLOT = 2,    // likewise
+    SOURCE_ROW = 3,    // likewise
+    TERM = 4,          // likewise
+    TERMS_DESCEND = 5, // terms start at first after second
+    TOKENS_HELD = 6,   // sequences hold first of second tokens
+    SPAN = 7,          // sequence first spans tokens second..third
+    CACHE_BLOCK = 8,   // first is not below second
+    BLOCK_OUTSIDE = 9, // cache block first of sequence second is outside the cache
+};
+
+// Where a kernel says what is wrong: the first thread to claim the report writes it, for the host to read.
+struct Report {
+    u64 claim;  // one word of device memory, zero until claimed
+    u64 page;   // words of host memory: filled, serial, cause, first, second, third
+    u32 serial; // which operation this is
+    u32 padding;
+};
+
+__device__ __noinline__ void complain(const Report& report, Cause cause, u32 first, u32 second, u32 third = 0) {
+    if (atomicCAS(reinterpret_cast<u32*>(report.claim), 0u, 1u) != 0u) return;
+    volatile u32* page = reinterpret_cast<volatile u32*>(report.page);
+    page[1] = report.serial;
+    page[2] = cause;
+    page[3] = first;
+    page[4] = second;
+    page[5] = third;
+    __threadfence_system();
+    page[0] = 1u;
+}
+
+// Sums and maxima over a warp; every lane gets the result, always in the same order.
+__device__ __forceinline__ f32 warp_sum(f32 value) {
+    for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(~0u, value, step);
+    return value;
+}
+
+__device__ __forceinline__ f32 warp_max(f32 value) {
+    for (int step = 16; step > 0; step >>= 1) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
+    return value;
+}
+
+// Threads of a block in kernels that go row by row.
+constexpr u32 THREADS = 256;
+
+// Sum over a block of THREADS; every thread gets the result.
+__device__ __forceinline__ f32 block_sum(f32 value) {
+    __shared__ f32 sums[THREADS / 32];
+    value = warp_sum(value);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = value;
+    __syncthreads();
+    f32 total = 0.0f;
+    for (u32 warp = 0; warp < THREADS / 32; ++warp) total += sums[warp];
+    return total;
+}
+
+__device__ __forceinline__ f32 sigmoid(f32 x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ f32 silu(f32 x) { return x / (1.0f + expf(-x)); }
+
+// Element by element: blocks along x share the columns of a row, blocks along y the rows.
+#define FOR_ELEMENTS(view, m, n)                                                                            \
+    for (u32 m = blockIdx.y; m < (view).rows; m += gridDim.y)                                               \
+        for (u32 n = blockIdx.x * THREADS + threadIdx.x; n < (view).width; n += gridDim.x * THREADS)
+
+// Names a kernel `op_from_to` for the formats it reads and writes.
+#define KERNEL(op, Args, X, Y)                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS) op##_##X##_##Y(const __grid_constant__ Args args) { \
+        op<X, Y>(args);                                                                                     \
+    }

@@ -1,0 +1,20 @@
+// out[m] = x[index[m]]
+#include "common.cuh"
+
+struct Args { Rows x, index, out; Report report; };
+
+template <typename X, typename Y> __device__ void gather(const Args& args) {
+    FOR_ELEMENTS(args.out, m, n) {
+        u32 source = at<u32>(args.index, m);
+        if (source >= args.x.rows) {
+            complain(args.report, SOURCE_ROW, source, args.x.rows);
+            continue;
+        }
+        row<Y>(args.out, m)[n] = narrow<Y>(wide(row<X>(args.x, source)[n]));
+    }
+}
+
+KERNEL(gather, Args, f32, f32)
+KERNEL(gather, Args, f32, bf16)
+KERNEL(gather, Args, bf16, f32)
+KERNEL(gather, Args, bf16, bf16)

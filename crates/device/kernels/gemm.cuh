@@ -1,0 +1,65 @@
+// What every product kernel shares: the list of parts, and which tile of which part comes next.
+//
+// out[m, n] = sum over k of x[m, k] * w[n, k]. A weight lies as rows of `weight_stride` elements, zero beyond k.
+// Gate and up rows alternate (gate 0, up 0, gate 1, ...), so that both factors of an output stand beside each
+// other in one thread; `n` then counts both.
+#pragma once
+#include "common.cuh"
+
+// One product. The twin of `launch::GemmPart`.
+struct GemmPart {
+    u64 x, weight, out;
+    u64 x_stride, out_stride; // in elements
+    u32 rows;
+    u32 first_tile; // tiles of all parts before this one
+};
+
+// How tiles are handed out beside transfers. Null and zero mean: in a fixed order, waiting for nobody.
+struct GemmOrder {
+    u64 ticket; // u32: next tile, claimed by atomic increment
+    u64 ready;  // u32 of each part: the epoch from which on its input rows have arrived
+    u64 done;   // u32 of each part: tiles finished
+    u64 abort;  // u32: not zero once the world has stopped; every spin looks at it
+    u32 epoch;
+    u32 padding;
+};
+
+// The twin of `launch::GemmArgs`.
+struct GemmArgs {
+    u64 parts;     // GemmPart[part_count] in device memory; null: the one part here
+    GemmPart only;
+    u64 bias;      // float32 of the outputs, or null
+    GemmOrder order;
+    u32 part_count, tiles;
+    u32 n, k;
+    u64 weight_stride;
+    u32 vectors; // every x starts on 16 bytes and has a stride of whole 16 bytes
+    u32 padding;
+};
+
+// Rows and columns where a tile starts; tiles of one part go down the rows first, so that its weights are read
+// once from memory.
+struct Tile {
+    GemmPart part;
+    u32 m, n;
+};
+
+template <u32 TILE_M, u32 TILE_N> __device__ __forceinline__ Tile locate(const GemmArgs& args, u32 tile) {
+    Tile found;
+    if (args.parts) {
+        const GemmPart* parts = reinterpret_cast<const GemmPart*>(args.parts);
+        u32 low = 0, high = args.part_count;
+        while (high - low > 1) {
+            u32 middle = (low + high) / 2;
+            if (parts[middle].first_tile <= tile) low = middle;
+            else high = middle;
+        }
+        found.part = parts[low];
+    } else {
+        found.part = args.only;
+    }
+    const u32 down = (found.part.rows + TILE_M - 1) / TILE_M, index = tile - found.part.first_tile;
+    found.m = index % down * TILE_M;
+    found.n = index / down * TILE_N;
+    return found;
+}

@@ -1,0 +1,184 @@
+// Products of bf16 rows and bf16 weights on the tensor cores, summed in float32, for every processor since sm_80.
+//
+// A block holds tiles of DEPTH k-values in shared memory, STAGES of them in flight by cp.async, and multiplies them
+// by mma.m16n8k16. Every output is one chain of these over k in steps of 16 from zero on, in every variant: its
+// bits do not depend on the tile.
+#include "gemm.cuh"
+
+constexpr u32 DEPTH = 64;             // k-values of a stage: rows of 128 bytes
+constexpr u32 CHUNKS = DEPTH * 2 / 16; // pieces of 16 bytes in such a row
+
+// Element offset of a 16-byte piece; pieces are permuted within a row so that eight rows meet all banks.
+__device__ __forceinline__ u32 place(u32 line, u32 chunk) { return line * DEPTH + ((chunk ^ (line & 7)) << 3); }
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return u32(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes to shared memory, of which `bytes` are read and the rest are zero.
+__device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&registers)[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(from));
+}
+
+__device__ __forceinline__ void multiply(f32 (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+                 "{%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// What a thread brings of one operand: always the same 16-byte piece of every STEP-th row of a tile, so that
+// addresses only move on by constants.
+template <u32 LINES, u32 BLOCK> struct Loader {
+    static constexpr u32 STEP = BLOCK / CHUNKS;
+    static_assert(LINES % STEP == 0 && STEP % 8 == 0, "rows share their place in the permutation");
+
+    const bf16* source; // the first row's piece at k = 0
+    u64 step;           // elements from one row of the thread to the next
+    u32 lines;          // rows of the operand from the thread's first on
+    u32 offset;         // of the first row's piece in a stage
+    u32 k;              // of the piece, within a stage
+
+    // Rows from `first` on of [rows, ...], `stride` elements apart.
+    __device__ __forceinline__ Loader(const bf16* from, u64 stride, u32 first, u32 rows) {
+        const u32 line = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+        source = from + (first + line) * stride + chunk * 8;
+        step = STEP * stride;
+        lines = rows > first + line ? rows - first - line : 0;
+        offset = place(line, chunk);
+        k = chunk * 8;
+    }
+
+    // k-values from `depth` on of [..., width] to a stage; zero outside of the operand.
+    __device__ __forceinline__ void fetch(bf16* to, u32 depth, u32 width, bool vectors) const {
+        const u32 left = width > depth + k ? min(width - depth - k, 8u) : 0;
+        const bf16* from = source + depth;
+        bf16* target = to + offset;
+#pragma unroll
+        for (u32 i = 0; i < LINES / STEP; ++i) {
+            const u32 here = i * STEP < lines ? left : 0;
+            if (vectors) {
+                // Where nothing is there, nothing is read.
+                copy_async(shared_address(target), from, here * 2);
+            } else {
+                u32 words[4] = {};
+                for (u32 j = 0; j < here; ++j) words[j / 2] |= u32(from[j].bits) << (j % 2 * 16);
+                *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
+            }
+            from += step;
+            target += STEP * DEPTH;
+        }
+    }
+};
+
+// Two neighbours, stored at once.
+template <typename Y> struct __align__(2 * sizeof(Y)) Pair { Y first, second; };
+
+template <typename Y, bool GATED>
+__device__ __forceinline__ void store(const GemmArgs& args, const GemmPart& part, u32 m, u32 n, f32 first, f32 second) {
+    if (m >= part.rows || n >= args.n) return;
+    Y* out = reinterpret_cast<Y*>(part.out) + m * part.out_stride;
+    if (GATED) {
+        out[n / 2] = narrow<Y>(silu(first) * second);
+        return;
+    }
+    const f32* bias = reinterpret_cast<const f32*>(args.bias);
+    const bool both = n + 1 < args.n;
+    if (bias) first += bias[n], second += both ? bias[n + 1] : 0.0f;
+    if (both && reinterpret_cast<u64>(out + n) % sizeof(Pair<Y>) == 0) {
+        *reinterpret_cast<Pair<Y>*>(out + n) = {narrow<Y>(first), narrow<Y>(second)};
+        return;
+    }
+    out[n] = narrow<Y>(first);
+    if (both) out[n + 1] = narrow<Y>(second);
+}
+
+// TILE_M x TILE_N outputs a block, shared by DOWN x ACROSS warps.
+template <typename Y, bool GATED, u32 TILE_M, u32 TILE_N, u32 DOWN, u32 ACROSS, u32 STAGES>
+__device__ __forceinline__ void gemm(const GemmArgs& args) {
+    constexpr u32 BLOCK = DOWN * ACROSS * 32;
+    constexpr u32 WARP_M = TILE_M / DOWN, WARP_N = TILE_N / ACROSS;
+    constexpr u32 STEPS_M = WARP_M / 16, STEPS_N = WARP_N / 8;
+    extern __shared__ __align__(128) bf16 shared[];
+    bf16* xs = shared;
+    bf16* ws = shared + STAGES * TILE_M * DEPTH;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 warp_m = warp / ACROSS * WARP_M, warp_n = warp % ACROSS * WARP_N;
+    const u32 stages = (args.k + DEPTH - 1) / DEPTH;
+
+    for (u32 tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
+        const Tile at = locate<TILE_M, TILE_N>(args, tile);
+        const Loader<TILE_M, BLOCK> x(reinterpret_cast<const bf16*>(at.part.x), at.part.x_stride, at.m, at.part.rows);
+        const Loader<TILE_N, BLOCK> w(reinterpret_cast<const bf16*>(at.part.weight), args.weight_stride, at.n, args.n);
+        const auto fetch = [&](u32 stage) {
+            if (stage < stages) {
+                const u32 slot = stage % STAGES, depth = stage * DEPTH;
+                x.fetch(xs + slot * TILE_M * DEPTH, depth, args.k, args.vectors);
+                w.fetch(ws + slot * TILE_N * DEPTH, depth, u32(args.weight_stride), true);
+            }
+            asm volatile("cp.async.commit_group;" ::: "memory");
+        };
+        f32 sums[STEPS_M][STEPS_N][4] = {};
+        for (u32 stage = 0; stage + 1 < STAGES; ++stage) fetch(stage);
+        for (u32 stage = 0; stage < stages; ++stage) {
+            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+            __syncthreads();
+            fetch(stage + STAGES - 1);
+            const bf16* x_tile = xs + stage % STAGES * TILE_M * DEPTH;
+            const bf16* w_tile = ws + stage % STAGES * TILE_N * DEPTH;
+#pragma unroll
+            for (u32 step = 0; step < DEPTH / 16; ++step) {
+                u32 a[STEPS_M][4], b[STEPS_N / 2][4];
+#pragma unroll
+                for (u32 i = 0; i < STEPS_M; ++i)
+                    load_matrices(a[i], shared_address(x_tile + place(warp_m + i * 16 + lane % 16, step * 2 + lane / 16)));
+#pragma unroll
+                for (u32 j = 0; j < STEPS_N / 2; ++j)
+                    load_matrices(b[j], shared_address(w_tile + place(warp_n + j * 16 + lane % 8 + lane / 16 * 8,
+                                                                      step * 2 + lane / 8 % 2)));
+#pragma unroll
+                for (u32 i = 0; i < STEPS_M; ++i)
+#pragma unroll
+                    for (u32 j = 0; j < STEPS_N; ++j) multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+            }
+        }
+        // A lane holds two neighbouring columns of rows lane/4 and lane/4 + 8 of each 16 x 8 piece.
+#pragma unroll
+        for (u32 i = 0; i < STEPS_M; ++i)
+#pragma unroll
+            for (u32 j = 0; j < STEPS_N; ++j) {
+                const u32 m = at.m + warp_m + i * 16 + lane / 4, n = at.n + warp_n + j * 8 + lane % 4 * 2;
+                store<Y, GATED>(args, at.part, m, n, sums[i][j][0], sums[i][j][1]);
+                store<Y, GATED>(args, at.part, m + 8, n, sums[i][j][2], sums[i][j][3]);
+            }
+        // The next tile overwrites what slower warps may still be reading.
+        __syncthreads();
+    }
+}
+
+// The variants: tile, warps down and across, stages, blocks on a multiprocessor. `kernels.rs` repeats the tiles and
+// stages for the host.
+#define VARIANT(size, Y, TILE_M, TILE_N, DOWN, ACROSS, STAGES, RESIDENT)                                     \
+    extern "C" __global__ void __launch_bounds__(DOWN * ACROSS * 32, RESIDENT)                               \
+        gemm_##size##_bf16_##Y(const __grid_constant__ GemmArgs args) {                                      \
+        gemm<Y, false, TILE_M, TILE_N, DOWN, ACROSS, STAGES>(args);                                          \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(DOWN * ACROSS * 32, RESIDENT)                               \
+        gated_##size##_bf16_##Y(const __grid_constant__ GemmArgs args) {                                     \
+        gemm<Y, true, TILE_M, TILE_N, DOWN, ACROSS, STAGES>(args);                                           \
+    }
+
+VARIANT(large, bf16, 128, 256, 2, 4, 3, 1)
+VARIANT(large, f32, 128, 256, 2, 4, 3, 1)
+VARIANT(square, bf16, 128, 128, 2, 4, 3, 2)
+VARIANT(square, f32, 128, 128, 2, 4, 3, 2)
+VARIANT(middle, bf16, 64, 128, 2, 4, 4, 2)
+VARIANT(middle, f32, 64, 128, 2, 4, 4, 2)
+VARIANT(small, bf16, 16, 64, 1, 4, 6, 3)
+VARIANT(small, f32, 16, 64, 1, 4, 6, 3)

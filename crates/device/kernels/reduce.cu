@@ -1,0 +1,37 @@
+// out[m] = round(sum over starts[m] <= i < starts[m + 1] of weights[i] * x[index[i]] + addend[m]), from left to
+// right in float32. A thread folds one column of one row.
+#include "common.cuh"
+
+struct Args { Rows x, starts, index, weights, addend, out; Report report; u32 weighted, added; };
+
+template <typename X, typename Y> __device__ void reduce(const Args& args) {
+    FOR_ELEMENTS(args.out, m, n) {
+        const u32 first = at<u32>(args.starts, m), end = at<u32>(args.starts, m + 1);
+        const u32 limit = args.index.rows + 1;
+        if (first >= limit || end >= limit) {
+            complain(args.report, TERM, first >= limit ? first : end, limit);
+            continue;
+        }
+        if (end < first) {
+            complain(args.report, TERMS_DESCEND, end, first);
+            continue;
+        }
+        f32 total = 0.0f;
+        for (u32 term = first; term < end; ++term) {
+            const u32 source = at<u32>(args.index, term);
+            if (source >= args.x.rows) {
+                complain(args.report, SOURCE_ROW, source, args.x.rows);
+                continue;
+            }
+            const f32 value = wide(row<X>(args.x, source)[n]);
+            total += args.weighted ? at<f32>(args.weights, term) * value : value;
+        }
+        if (args.added) total += wide(row<X>(args.addend, m)[n]);
+        row<Y>(args.out, m)[n] = narrow<Y>(total);
+    }
+}
+
+KERNEL(reduce, Args, f32, f32)
+KERNEL(reduce, Args, f32, bf16)
+KERNEL(reduce, Args, bf16, f32)
+KERNEL(reduce, Args, bf16, bf16)

@@ -1,0 +1,19 @@
+// cache[slots[t]] = x[t]
+#include "common.cuh"
+
+struct Args { Rows x, slots, cache; Report report; };
+
+template <typename X, typename Y> __device__ void store(const Args& args) {
+    FOR_ELEMENTS(args.x, t, n) {
+        u32 slot = at<u32>(args.slots, t);
+        if (slot >= args.cache.rows) {
+            complain(args.report, CACHE_SLOT, slot, args.cache.rows);
+            continue;
+        }
+        row<Y>(args.cache, slot)[n] = narrow<Y>(wide(row<X>(args.x, t)[n]));
+    }
+}
+
+KERNEL(store, Args, f32, f32)
+KERNEL(store, Args, f32, bf16)
+KERNEL(store, Args, bf16, bf16)

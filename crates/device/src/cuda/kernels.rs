@@ -1,0 +1,343 @@
+//! The kernels: their sources, compiled for the GPU at hand and kept on disk.
+
+use super::driver::{Context, Function, Module};
+use super::nvrtc::{self, Compiled, Unit};
+use crate::DeviceError;
+use cudarc::driver::sys::CUdevice_attribute::{
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+};
+use epsmoe_base::{DType, env, hash_bytes};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The environment variable that names the folder of compiled kernels; without it they are kept in
+/// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
+pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
+
+const HEADERS: [(&str, &str); 2] = [
+    ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
+];
+
+const F32: DType = DType::F32;
+const BF16: DType = DType::BF16;
+const F16: DType = DType::F16;
+
+/// A kernel's operation and the formats it reads and writes; in the source it is called `op_from_to`.
+type Key = (&'static str, DType, DType);
+
+/// One source file: one operation, for some pairs of formats.
+struct Source {
+    file: &'static str,
+    text: &'static str,
+    operations: &'static [&'static str],
+    formats: &'static [(DType, DType)],
+    threads: u32,
+}
+
+macro_rules! sources {
+    ($($stem:literal: [$($operation:literal),*] in $formats:expr, $threads:literal threads;)*) => {
+        /// Every source file.
+        const SOURCES: &[Source] = &[$(Source {
+            file: concat!($stem, ".cu"),
+            text: include_str!(concat!("../../kernels/", $stem, ".cu")),
+            operations: &[$($operation),*],
+            formats: &$formats,
+            threads: $threads,
+        }),*];
+    };
+}
+
+const SAME: [(DType, DType); 2] = [(F32, F32), (BF16, BF16)];
+const ANY: [(DType, DType); 4] = [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16)];
+
+sources! {
+    "copy": ["copy"] in ANY, 256 threads;
+    "add": ["add"] in ANY, 256 threads;
+    "clamp": ["clamp"] in SAME, 256 threads;
+    "gate": ["gate"] in SAME, 256 threads;
+    "gather": ["gather"] in ANY, 256 threads;
+    "store": ["store"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
+    "embed": ["embed"] in [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, F32), (F16, BF16)], 256 threads;
+    "norm": ["norm"] in ANY, 256 threads;
+    "angles": ["angles"] in [(F32, F32)], 256 threads;
+    "rotate": ["rotate"] in SAME, 256 threads;
+    "reduce": ["reduce"] in ANY, 256 threads;
+    "route": ["route"] in [(F32, F32)], 32 threads;
+    "attention": ["attention"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 128 threads;
+    "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
+    "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
+        256 threads;
+    "gemm_bf16": ["gemm_small", "gated_small"] in [(BF16, F32), (BF16, BF16)], 128 threads;
+}
+
+/// The shape of a product kernel's tiles, and the shared memory of a block; repeats the numbers of the source.
+pub(super) struct GemmTile {
+    /// Of `Epilogue::Store` and `Epilogue::SwiGlu`.
+    pub(super) operations: [&'static str; 2],
+    pub(super) rows: u32,
+    pub(super) columns: u32,
+    pub(super) shared_bytes: u32,
+}
+
+const fn tensor_tile(operations: [&'static str; 2], rows: u32, columns: u32, stages: u32) -> GemmTile {
+    const DEPTH_BYTES: u32 = 128;
+    GemmTile { operations, rows, columns, shared_bytes: stages * (rows + columns) * DEPTH_BYTES }
+}
+
+/// Float32 arithmetic.
+pub(super) const PLAIN: GemmTile =
+    GemmTile { operations: ["gemm_plain", "gated_plain"], rows: 64, columns: 64, shared_bytes: 0 };
+/// Tensor cores, for few rows in a part up to many. All give the same bits.
+pub(super) const SMALL: GemmTile = tensor_tile(["gemm_small", "gated_small"], 16, 64, 6);
+pub(super) const MIDDLE: GemmTile = tensor_tile(["gemm_middle", "gated_middle"], 64, 128, 4);
+pub(super) const LARGE: GemmTile = tensor_tile(["gemm_large", "gated_large"], 128, 256, 3);
+pub(super) const SQUARE: GemmTile = tensor_tile(["gemm_square", "gated_square"], 128, 128, 3);
+
+/// What one kernel takes of a multiprocessor, as its compiler says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelUse {
+    /// Its source file.
+    pub file: &'static str,
+    /// Its name.
+    pub kernel: String,
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Bytes of registers kept in memory: stores and loads together.
+    pub spilled: u32,
+}
+
+/// Compiles every kernel for an architecture such as `sm_90a`, without a GPU and without the cache on disk, and
+/// tells what each uses. Fails if NVRTC is missing or a kernel does not compile.
+pub fn check_kernels(architecture: &str) -> Result<Vec<KernelUse>, DeviceError> {
+    nvrtc::version()?;
+    let mut uses = Vec::new();
+    for source in SOURCES.iter().filter(|source| is_first_of_file(source)) {
+        let mut options = options(architecture);
+        options.push("--ptxas-options=-v".into());
+        let compiled = compile(source, &options)?;
+        uses.extend(kernel_uses(source.file, &compiled.log));
+    }
+    Ok(uses)
+}
+
+/// Two entries may share a file; it is compiled once.
+fn is_first_of_file(source: &Source) -> bool {
+    SOURCES.iter().find(|other| other.file == source.file).is_some_and(|first| std::ptr::eq(first, source))
+}
+
+/// Reads what the assembler says of each kernel:
+/// `Compiling entry function 'copy_f32_f32' for 'sm_90a'`, then bytes of spills, then registers.
+fn kernel_uses(file: &'static str, log: &str) -> Vec<KernelUse> {
+    let number_before = |line: &str, unit: &str| {
+        let before = line.split(unit).next()?;
+        (before.len() < line.len()).then(|| before.split_whitespace().last()?.parse::<u32>().ok())?
+    };
+    let mut uses: Vec<KernelUse> = Vec::new();
+    for line in log.lines() {
+        if let Some(kernel) = line.split("entry function '").nth(1).and_then(|rest| rest.split('\'').next()) {
+            uses.push(KernelUse { file, kernel: kernel.to_owned(), registers: 0, spilled: 0 });
+        }
+        let Some(last) = uses.last_mut() else { continue };
+        for unit in [" bytes spill stores", " bytes spill loads"] {
+            last.spilled += number_before(line, unit).unwrap_or(0);
+        }
+        if line.contains("Used ") {
+            last.registers = number_before(line, " registers").unwrap_or(last.registers);
+        }
+    }
+    uses
+}
+
+fn options(architecture: &str) -> Vec<String> {
+    [
+        format!("--gpu-architecture={architecture}"),
+        "--std=c++17".into(),
+        "--device-as-default-execution-space".into(),
+    ]
+    .into()
+}
+
+fn compile(source: &Source, options: &[String]) -> Result<Compiled, DeviceError> {
+    nvrtc::compile(&Unit { name: source.file, text: source.text, headers: &HEADERS }, options)
+}
+
+/// Every kernel, ready to be started on one GPU.
+pub(super) struct Kernels {
+    functions: HashMap<Key, Kernel>,
+    // Functions live as long as their modules.
+    _modules: Vec<Module>,
+}
+
+/// A kernel and what it may ask for.
+#[derive(Clone, Copy)]
+pub(super) struct Kernel {
+    pub(super) function: Function,
+    /// Bytes of shared memory that a block may ask for.
+    pub(super) shared_limit: u32,
+    /// For products: blocks that a multiprocessor holds at once, each with its tiles in shared memory.
+    pub(super) resident: u32,
+}
+
+impl Kernels {
+    /// Compiles what the cache does not hold, and loads everything.
+    pub(super) fn load(context: &Arc<Context>, architecture: &str) -> Result<Self, DeviceError> {
+        let version = nvrtc::version()?;
+        let cache = Cache::open(architecture, version);
+        let files: Vec<&Source> = SOURCES.iter().filter(|source| is_first_of_file(source)).collect();
+        // A missing kernel takes about as long to compile as all others together to load: side by side.
+        let cubins: Vec<Result<Vec<u8>, DeviceError>> = std::thread::scope(|scope| {
+            let tasks: Vec<_> = files.iter().map(|source| scope.spawn(|| cache.cubin(source))).collect();
+            let crashed = || DeviceError::Unsupported("a kernel's compilation crashed".into());
+            tasks.into_iter().map(|task| task.join().unwrap_or_else(|_| Err(crashed()))).collect()
+        });
+        let mut modules = HashMap::new();
+        for (source, cubin) in files.iter().zip(cubins) {
+            let module = match Module::load(context, &cubin?) {
+                Ok(module) => module,
+                // What lay in the cache was no cubin.
+                Err(_) => Module::load(context, &cache.renew(source)?)?,
+            };
+            modules.insert(source.file, module);
+        }
+        let optin = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
+        let mut functions = HashMap::new();
+        for source in SOURCES {
+            for &operation in source.operations {
+                for &(from, to) in source.formats {
+                    let name = format!("{operation}_{}_{}", short(from), short(to));
+                    let function = modules[source.file].function(&name, source.threads)?;
+                    let shared_limit = optin.saturating_sub(function.static_shared()?);
+                    function.allow_shared(shared_limit)?;
+                    let tile = [PLAIN, SMALL, MIDDLE, SQUARE, LARGE]
+                        .into_iter()
+                        .find(|tile| tile.operations.contains(&operation));
+                    let resident = match tile {
+                        Some(tile) => function.resident_blocks(tile.shared_bytes)?.max(1),
+                        None => 1,
+                    };
+                    functions.insert((operation, from, to), Kernel { function, shared_limit, resident });
+                }
+            }
+        }
+        Ok(Kernels { functions, _modules: modules.into_values().collect() })
+    }
+
+    /// The kernel of an operation for these formats.
+    pub(super) fn get(&self, operation: &'static str, from: DType, to: DType) -> Result<Kernel, DeviceError> {
+        self.functions.get(&(operation, from, to)).copied().ok_or_else(|| {
+            DeviceError::Unsupported(format!("{operation}: no kernel from {from} to {to} on a GPU"))
+        })
+    }
+}
+
+fn short(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+        DType::U32 => "u32",
+    }
+}
+
+/// Compiled kernels on disk, named by what they were made of. A cache that cannot be written is only slow.
+struct Cache {
+    folder: Option<PathBuf>,
+    architecture: String,
+    version: (i32, i32),
+}
+
+impl Cache {
+    fn open(architecture: &str, version: (i32, i32)) -> Self {
+        let inside = |variable, path: &str| env::text(variable).map(|folder| Path::new(&folder).join(path));
+        let folder = env::text(CACHE_VARIABLE)
+            .map(PathBuf::from)
+            .or_else(|| inside("XDG_CACHE_HOME", "epsmoe/kernels"))
+            .or_else(|| inside("HOME", ".cache/epsmoe/kernels"));
+        Cache { folder, architecture: architecture.to_owned(), version }
+    }
+
+    fn cubin(&self, source: &Source) -> Result<Vec<u8>, DeviceError> {
+        match self.path(source).and_then(|path| std::fs::read(path).ok()) {
+            Some(cubin) if cubin.starts_with(b"\x7fELF") => Ok(cubin),
+            _ => self.renew(source),
+        }
+    }
+
+    /// Compiles, and keeps what came of it. The file gets its name only when whole, so that programs that
+    /// start at the same time never read each other's halves.
+    fn renew(&self, source: &Source) -> Result<Vec<u8>, DeviceError> {
+        let cubin = compile(source, &options(&self.architecture))?.cubin;
+        if let Some(path) = self.path(source) {
+            let draft = path.with_extension(format!("{}.draft", std::process::id()));
+            let kept = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+            let kept = kept.and_then(|()| std::fs::write(&draft, &cubin));
+            if kept.and_then(|()| std::fs::rename(&draft, &path)).is_err() {
+                // Nothing is lost: the next start compiles again.
+                let _ = std::fs::remove_file(&draft);
+            }
+        }
+        Ok(cubin)
+    }
+
+    fn path(&self, source: &Source) -> Option<PathBuf> {
+        let mut content = format!("{:?} {:?}\n", self.version, options(&self.architecture));
+        for text in HEADERS.iter().map(|header| header.1).chain([source.text]) {
+            content.push_str(text);
+        }
+        let stem = source.file.trim_end_matches(".cu");
+        let name = format!("{stem}-{}-{:016x}.cubin", self.architecture, hash_bytes(content.as_bytes()));
+        Some(self.folder.as_ref()?.join(name))
+    }
+}
+
+/// Multiprocessors of a GPU.
+pub(super) fn multiprocessors(context: &Context) -> Result<u32, DeviceError> {
+    Ok(context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_assembler_is_understood() {
+        let log = "ptxas info    : Compiling entry function 'a_f32_f32' for 'sm_90a'\n\
+                   ptxas info    : Function properties for a_f32_f32\n\
+                   \x20   0 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n\
+                   ptxas info    : Used 40 registers, used 1 barriers, 544 bytes cmem[0]\n\
+                   ptxas info    : Compiling entry function 'b_f32_f32' for 'sm_90a'\n\
+                   ptxas info    : Used 18 registers\n";
+        let uses = kernel_uses("a.cu", log);
+        let line = |kernel: &KernelUse| (kernel.kernel.clone(), kernel.registers, kernel.spilled);
+        assert_eq!(
+            uses.iter().map(line).collect::<Vec<_>>(),
+            [("a_f32_f32".to_owned(), 40, 12), ("b_f32_f32".to_owned(), 18, 0)]
+        );
+    }
+
+    /// Runs wherever NVRTC is found; no GPU needed.
+    #[test]
+    fn every_kernel_compiles_and_products_do_not_spill() {
+        for architecture in ["sm_90a", "sm_80"] {
+            let uses = match check_kernels(architecture) {
+                Ok(uses) => uses,
+                Err(missing) if nvrtc::version().is_err() => return eprintln!("skipped: {missing}"),
+                Err(error) => panic!("{architecture}: {error}"),
+            };
+            for used in &uses {
+                println!(
+                    "{architecture} {:24} {:3} registers, {} bytes spilled",
+                    used.kernel, used.registers, used.spilled
+                );
+            }
+            let wanted: usize =
+                SOURCES.iter().map(|source| source.operations.len() * source.formats.len()).sum();
+            assert_eq!(uses.len(), wanted, "kernels found in the log");
+            let spilling: Vec<_> =
+                uses.iter().filter(|used| used.file.starts_with("gemm") && used.spilled > 0).collect();
+            assert!(spilling.is_empty(), "{spilling:?}");
+        }
+    }
+}

@@ -1,0 +1,566 @@
+//! From an operation to a kernel and its arguments.
+
+use super::driver::{Copy2d, CudaError, End, Event, EventPool, Function, Stream};
+use super::kernels::{GemmTile, Kernels, LARGE, MIDDLE, PLAIN, SMALL, SQUARE};
+use super::report::Report;
+use super::staging::Staging;
+use super::weights::WeightStore;
+use crate::op::{
+    Angles, Attention, Epilogue, Gate, Gemm, GroupScore, Norm, NormKind, Op, Reduce, Rotate, Route,
+};
+use crate::op::{RopeStyle, Score, Upload};
+use crate::{Buffer, DeviceError};
+use epsmoe_base::DType;
+use std::sync::Arc;
+
+/// Threads of a block that goes element by element; `THREADS` in `common.cuh`.
+const THREADS: usize = 256;
+
+/// Most blocks along the second axis of a grid.
+const MOST_ROWS: usize = 65_535;
+
+/// The twin of `Rows` in `common.cuh`: a buffer as a kernel sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Rows {
+    start: u64,
+    stride: u64,
+    rows: u32,
+    width: u32,
+}
+
+/// Arguments of a kernel that follows indices: its three views and where to complain.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Indexed {
+    views: [Rows; 3],
+    report: Report,
+}
+
+/// The twin of `GemmPart` in `gemm.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct GemmPart {
+    x: u64,
+    weight: u64,
+    out: u64,
+    x_stride: u64,
+    out_stride: u64,
+    rows: u32,
+    first_tile: u32,
+}
+
+// SAFETY: all its bits may be zero.
+unsafe impl bytemuck::Zeroable for GemmPart {}
+// SAFETY: plain integers without padding: five of eight bytes, two of four.
+unsafe impl bytemuck::Pod for GemmPart {}
+
+/// The twin of `GemmOrder` in `gemm.cuh`: how tiles are handed out beside transfers. All zero: in a fixed order,
+/// waiting for nobody.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct GemmOrder {
+    ticket: u64,
+    ready: u64,
+    done: u64,
+    abort: u64,
+    epoch: u32,
+    padding: u32,
+}
+
+/// The twin of `GemmArgs` in `gemm.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GemmArgs {
+    parts: u64,
+    only: GemmPart,
+    bias: u64,
+    order: GemmOrder,
+    part_count: u32,
+    tiles: u32,
+    n: u32,
+    k: u32,
+    weight_stride: u64,
+    vectors: u32,
+    padding: u32,
+}
+
+/// Why an operation did not start.
+pub(super) enum Refusal {
+    /// Its arguments are at fault.
+    Arguments(DeviceError),
+    /// The GPU is at fault, now or in earlier work.
+    Gpu(CudaError),
+}
+
+impl From<DeviceError> for Refusal {
+    fn from(error: DeviceError) -> Self {
+        Refusal::Arguments(error)
+    }
+}
+
+impl From<CudaError> for Refusal {
+    fn from(error: CudaError) -> Self {
+        Refusal::Gpu(error)
+    }
+}
+
+/// What a launch needs besides the operation. Whoever makes one holds the lock on enqueueing, and the hazard
+/// check has passed: that is why the memory named by the operation may be given to a kernel.
+pub(super) struct Launch<'a> {
+    pub(super) kernels: &'a Kernels,
+    pub(super) weights: &'a WeightStore,
+    pub(super) staging: &'a mut Staging,
+    pub(super) events: &'a Arc<EventPool>,
+    pub(super) stream: &'a Stream,
+    /// Address and size of every allocation.
+    pub(super) regions: &'a [(u64, usize)],
+    pub(super) report: Report,
+    /// Multiprocessors that products may fill.
+    pub(super) multiprocessors: u32,
+}
+
+impl Launch<'_> {
+    /// Enqueues an operation that passed its own check.
+    pub(super) fn run(&mut self, op: &Op) -> Result<(), Refusal> {
+        match op {
+            Op::Upload(op) => self.upload(op),
+            Op::Gemm(op) => self.gemm(op),
+            Op::Norm(op) => self.norm(op),
+            Op::Angles(op) => self.angles(op),
+            Op::Rotate(op) => self.rotate(op),
+            Op::Attention(op) => self.attention(op),
+            Op::Route(op) => self.route(op),
+            Op::Reduce(op) => self.reduce(op),
+            Op::Embed(op) => {
+                let table = self.weights.get(&op.table)?;
+                let rows = Rows {
+                    start: table.start,
+                    stride: table.stride as u64,
+                    rows: table.rows as u32,
+                    width: table.width as u32,
+                };
+                let views = [self.rows(&op.ids)?, rows, self.rows(&op.out)?];
+                let arguments = Indexed { views, report: self.report };
+                self.elements("embed", table.dtype, op.out.dtype, &op.out, arguments)
+            }
+            Op::StoreRows(op) => {
+                let views = [self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?];
+                let arguments = Indexed { views, report: self.report };
+                self.elements("store", op.x.dtype, op.cache.dtype, &op.x, arguments)
+            }
+            Op::Gather(op) => {
+                let views = [self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?];
+                let arguments = Indexed { views, report: self.report };
+                self.elements("gather", op.x.dtype, op.out.dtype, &op.out, arguments)
+            }
+            Op::Add(op) => {
+                let arguments = [self.rows(&op.x)?, self.rows(&op.out)?];
+                self.elements("add", op.x.dtype, op.out.dtype, &op.out, arguments)
+            }
+            Op::Copy(op) => {
+                let arguments = [self.rows(&op.x)?, self.rows(&op.out)?];
+                self.elements("copy", op.x.dtype, op.out.dtype, &op.out, arguments)
+            }
+            Op::Clamp(op) => {
+                #[repr(C)]
+                #[derive(Clone, Copy)]
+                struct Args(Rows, f32, u32);
+                let arguments = Args(self.rows(&op.x)?, op.limit, 0);
+                self.elements("clamp", op.x.dtype, op.x.dtype, &op.x, arguments)
+            }
+            Op::GateRows(op) => {
+                let arguments = [self.rows(&op.gate)?, self.rows(&op.x)?];
+                self.elements("gate", op.x.dtype, op.x.dtype, &op.x, arguments)
+            }
+        }
+    }
+
+    fn upload(&mut self, op: &Upload) -> Result<(), Refusal> {
+        let width = op.out.width;
+        if op.words.is_empty() {
+            return Ok(());
+        }
+        let to = self.rows(&op.out)?;
+        let longest = Staging::LONGEST / size_of::<u32>();
+        // Rows without gaps are one long row, which may be cut anywhere; others are cut between rows.
+        let (width, stride, piece) = if op.out.stride == width || op.out.rows == 1 {
+            (1, 1, longest)
+        } else {
+            (width, op.out.stride, longest / width * width)
+        };
+        if piece == 0 {
+            return Err(DeviceError::Shape(format!("upload: the rows of {:?} are too long", op.out)).into());
+        }
+        for (index, words) in op.words.chunks(piece).enumerate() {
+            let staged = self.stage(bytemuck::cast_slice(words))?;
+            let (bytes, rows) = (width * size_of::<u32>(), words.len() / width);
+            let start = to.start + (index * (piece / width) * stride * size_of::<u32>()) as u64;
+            let copy = match width {
+                1 if stride == 1 => Copy2d {
+                    from: End::Host(staged.host.cast()),
+                    from_pitch: bytes * rows,
+                    to: End::Device(start),
+                    to_pitch: bytes * rows,
+                    width: bytes * rows,
+                    rows: 1,
+                },
+                _ => Copy2d {
+                    from: End::Host(staged.host.cast()),
+                    from_pitch: bytes,
+                    to: End::Device(start),
+                    to_pitch: stride * size_of::<u32>(),
+                    width: bytes,
+                    rows,
+                },
+            };
+            // SAFETY: the ring's piece is ours until `sent`'s event; the target is declared by the operation and
+            // ordered by the hazard check.
+            unsafe { self.stream.copy(&copy) }?;
+            self.sent(&staged)?;
+        }
+        Ok(())
+    }
+
+    fn norm(&mut self, op: &Norm) -> Result<(), Refusal> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Args {
+            x: Rows,
+            out: Rows,
+            weight: u64,
+            eps: f32,
+            centred: u32,
+        }
+        if is_empty(&op.out) {
+            return Ok(());
+        }
+        let arguments = Args {
+            x: self.rows(&op.x)?,
+            out: self.rows(&op.out)?,
+            weight: self.weights.get(&op.weight)?.start,
+            eps: op.eps,
+            centred: u32::from(op.kind == NormKind::Layer),
+        };
+        let kernel = self.kernels.get("norm", op.x.dtype, op.out.dtype)?;
+        self.start(&kernel.function, (op.out.rows as u32, 1), 0, arguments)
+    }
+
+    fn angles(&mut self, op: &Angles) -> Result<(), Refusal> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Args {
+            positions: Rows,
+            out: Rows,
+            frequencies: u64,
+            scale: f32,
+            padding: u32,
+        }
+        let arguments = Args {
+            positions: self.rows(&op.positions)?,
+            out: self.rows(&op.out)?,
+            frequencies: self.weights.get(&op.frequencies)?.start,
+            scale: op.scale,
+            padding: 0,
+        };
+        self.elements("angles", DType::F32, DType::F32, &op.out, arguments)
+    }
+
+    fn rotate(&mut self, op: &Rotate) -> Result<(), Refusal> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Args {
+            x: Rows,
+            angles: Rows,
+            pairs: Rows,
+            head_width: u32,
+            first: u32,
+            interleaved: u32,
+            padding: u32,
+        }
+        let pairs = Buffer { width: op.x.width / op.head_width * (op.angles.width / 2), ..op.x.clone() };
+        let arguments = Args {
+            x: self.rows(&op.x)?,
+            angles: self.rows(&op.angles)?,
+            pairs: Rows { rows: pairs.rows as u32, width: pairs.width as u32, ..Rows::default() },
+            head_width: op.head_width as u32,
+            first: op.start as u32,
+            interleaved: u32::from(op.style == RopeStyle::Interleaved),
+            padding: 0,
+        };
+        self.elements("rotate", op.x.dtype, op.x.dtype, &pairs, arguments)
+    }
+
+    fn reduce(&mut self, op: &Reduce) -> Result<(), Refusal> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Args {
+            x: Rows,
+            starts: Rows,
+            index: Rows,
+            weights: Rows,
+            addend: Rows,
+            out: Rows,
+            report: Report,
+            weighted: u32,
+            added: u32,
+        }
+        let optional =
+            |buffer: &Option<Buffer>| buffer.as_ref().map_or(Ok(Rows::default()), |buffer| self.rows(buffer));
+        let arguments = Args {
+            x: self.rows(&op.x)?,
+            starts: self.rows(&op.starts)?,
+            index: self.rows(&op.index)?,
+            weights: optional(&op.weights)?,
+            addend: optional(&op.addend)?,
+            out: self.rows(&op.out)?,
+            report: self.report,
+            weighted: u32::from(op.weights.is_some()),
+            added: u32::from(op.addend.is_some()),
+        };
+        self.elements("reduce", op.x.dtype, op.out.dtype, &op.out, arguments)
+    }
+
+    fn route(&mut self, op: &Route) -> Result<(), Refusal> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Args {
+            logits: Rows,
+            experts: Rows,
+            weights: Rows,
+            bias: u64,
+            scale: f32,
+            top_k: u32,
+            sigmoid: u32,
+            normalise: u32,
+            groups: u32,
+            kept: u32,
+            two_best: u32,
+            epsilon: f32,
+        }
+        if is_empty(&op.logits) {
+            return Ok(());
+        }
+        let groups = op.gate.groups;
+        let arguments = Args {
+            logits: self.rows(&op.logits)?,
+            experts: self.rows(&op.experts)?,
+            weights: self.rows(&op.weights)?,
+            bias: op.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
+            scale: op.gate.scale,
+            top_k: op.gate.top_k as u32,
+            sigmoid: u32::from(op.gate.score == Score::Sigmoid),
+            normalise: u32::from(op.gate.normalise),
+            groups: groups.map_or(0, |limit| limit.groups as u32),
+            kept: groups.map_or(0, |limit| limit.kept as u32),
+            two_best: u32::from(groups.is_some_and(|limit| limit.by == GroupScore::TopTwoSum)),
+            epsilon: Gate::EPSILON,
+        };
+        // A rank of eight bytes for every expert and group, a score and a preference for every expert.
+        let shared = 16 * op.logits.width + 8 * arguments.groups as usize;
+        let kernel = self.kernels.get("route", DType::F32, DType::F32)?;
+        let shared = within("route: experts", shared, kernel.shared_limit)?;
+        self.start(&kernel.function, (op.logits.rows as u32, 1), shared, arguments)
+    }
+
+    fn attention(&mut self, op: &Attention) -> Result<(), Refusal> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Args {
+            q: Rows,
+            keys: Rows,
+            values: Rows,
+            starts: Rows,
+            positions: Rows,
+            blocks: Rows,
+            out: Rows,
+            report: Report,
+            block_size: u32,
+            heads: u32,
+            kv_heads: u32,
+            scale: f32,
+            window: u32,
+            padding: u32,
+        }
+        if is_empty(&op.q) {
+            return Ok(());
+        }
+        let arguments = Args {
+            q: self.rows(&op.q)?,
+            keys: self.rows(&op.keys)?,
+            values: self.rows(&op.values)?,
+            starts: self.rows(&op.sequence_starts)?,
+            positions: self.rows(&op.positions)?,
+            blocks: self.rows(&op.blocks)?,
+            out: self.rows(&op.out)?,
+            report: self.report,
+            block_size: op.block_size as u32,
+            heads: op.heads as u32,
+            kv_heads: op.kv_heads as u32,
+            scale: op.scale,
+            window: op.window.map_or(0, |window| u32::try_from(window).unwrap_or(0)),
+            padding: 0,
+        };
+        let kernel = self.kernels.get("attention", op.q.dtype, op.out.dtype)?;
+        let shared = size_of::<f32>() * (op.key_width() + op.value_width());
+        let shared = within("attention: elements of a head", shared, kernel.shared_limit)?;
+        let blocks = u32::try_from(op.q.rows * op.heads).map_err(|_| {
+            DeviceError::Unsupported(format!("attention: {:?} has too many rows for one launch", op.q))
+        })?;
+        self.start(&kernel.function, (blocks, 1), shared, arguments)
+    }
+
+    fn gemm(&mut self, op: &Gemm) -> Result<(), Refusal> {
+        let Some(first) = op.parts.first() else { return Ok(()) };
+        let weight = self.weights.get(&first.weight)?;
+        let tile = tile_for(op);
+        let (from, to) = match first.x.dtype {
+            DType::F32 => (DType::F32, weight.dtype),
+            from if from == weight.dtype => (from, first.out.dtype),
+            from => {
+                let message =
+                    format!("gemm: no product of {from} rows and {} weights on a GPU", weight.dtype);
+                return Err(DeviceError::Unsupported(message).into());
+            }
+        };
+        let columns = (weight.rows as u32).div_ceil(tile.columns);
+        let mut parts = Vec::with_capacity(op.parts.len());
+        let mut tiles = 0u32;
+        for part in op.parts.iter().filter(|part| !is_empty(&part.out)) {
+            let rows = part.x.rows as u32;
+            parts.push(GemmPart {
+                x: self.rows(&part.x)?.start,
+                weight: self.weights.get(&part.weight)?.start,
+                out: self.rows(&part.out)?.start,
+                x_stride: part.x.stride as u64,
+                out_stride: part.out.stride as u64,
+                rows,
+                first_tile: tiles,
+            });
+            tiles = tiles.saturating_add(rows.div_ceil(tile.rows).saturating_mul(columns));
+        }
+        let Some(&only) = parts.first() else { return Ok(()) };
+        let aligned = |part: &GemmPart| part.x.is_multiple_of(16) && part.x_stride.is_multiple_of(8);
+        let staged = match parts.len() {
+            1 => None,
+            _ => Some(self.stage(bytemuck::cast_slice(&parts))?),
+        };
+        let listed = match &staged {
+            Some(staged) => self.staging.to_device(staged, size_of_val(&*parts), self.stream)?,
+            None => 0,
+        };
+        let arguments = GemmArgs {
+            parts: listed,
+            only,
+            bias: op.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
+            order: GemmOrder::default(),
+            part_count: parts.len() as u32,
+            tiles,
+            n: weight.rows as u32,
+            k: weight.width as u32,
+            weight_stride: weight.stride as u64,
+            vectors: u32::from(parts.iter().all(aligned)),
+            padding: 0,
+        };
+        let operation = tile.operations[usize::from(op.epilogue == Epilogue::SwiGlu)];
+        let kernel = self.kernels.get(operation, from, to)?;
+        let shared = within("gemm: tiles", tile.shared_bytes as usize, kernel.shared_limit)?;
+        let blocks = tiles.min(self.multiprocessors * kernel.resident);
+        self.start(&kernel.function, (blocks, 1), shared, arguments)?;
+        staged.map_or(Ok(()), |staged| self.sent(&staged))
+    }
+
+    /// Starts a kernel over the elements of `over`; its arguments are the kernel's own struct.
+    fn elements<A: Copy>(
+        &mut self,
+        operation: &'static str,
+        from: DType,
+        to: DType,
+        over: &Buffer,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        if is_empty(over) {
+            return Ok(());
+        }
+        let kernel = self.kernels.get(operation, from, to)?;
+        let blocks = (over.width.div_ceil(THREADS) as u32, over.rows.min(MOST_ROWS) as u32);
+        self.start(&kernel.function, blocks, 0, arguments)
+    }
+
+    fn start<A: Copy>(
+        &self,
+        function: &Function,
+        blocks: (u32, u32),
+        shared_bytes: u32,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        // SAFETY: each caller gives the twin of the kernel's own argument struct; the buffers in it lie inside
+        // their allocations, were declared by the operation and are ordered by the hazard check; indices in
+        // memory are checked by the kernel before they are followed.
+        unsafe { self.stream.launch(function, blocks, shared_bytes, &arguments) }?;
+        Ok(())
+    }
+
+    /// A buffer as a kernel sees it.
+    fn rows(&self, buffer: &Buffer) -> Result<Rows, DeviceError> {
+        let foreign =
+            || DeviceError::Shape(format!("{buffer:?} is not of this GPU's memory. This is a bug."));
+        let &(start, bytes) = self.regions.get(buffer.allocation.0 as usize).ok_or_else(foreign)?;
+        if buffer.byte_range().end > bytes {
+            return Err(foreign());
+        }
+        let narrow = |size: usize| {
+            u32::try_from(size).map_err(|_| {
+                DeviceError::Shape(format!("{buffer:?} has more rows or columns than a kernel counts"))
+            })
+        };
+        Ok(Rows {
+            start: start + (buffer.offset * buffer.dtype.bytes()) as u64,
+            stride: buffer.stride as u64,
+            rows: narrow(buffer.rows)?,
+            width: narrow(buffer.width)?,
+        })
+    }
+
+    fn stage(&mut self, bytes: &[u8]) -> Result<super::staging::Staged, Refusal> {
+        if bytes.len() > Staging::LONGEST {
+            let message = format!("{} bytes of arguments are too many for one operation", bytes.len());
+            return Err(DeviceError::Unsupported(message).into());
+        }
+        let staged = self.staging.fill(bytes)?;
+        staged.ok_or_else(|| {
+            DeviceError::Unsupported("the GPU does not take in what is sent to it".into()).into()
+        })
+    }
+
+    fn sent(&mut self, staged: &super::staging::Staged) -> Result<(), Refusal> {
+        let event: Event = self.events.record(self.stream)?;
+        self.staging.sent(staged, event);
+        Ok(())
+    }
+}
+
+/// Float32 rows are multiplied in float32; others by the tile that wastes least for the rows of a part.
+fn tile_for(op: &Gemm) -> GemmTile {
+    let rows: usize = op.parts.iter().map(|part| part.x.rows).sum();
+    let busy = op.parts.iter().filter(|part| part.x.rows > 0).count();
+    if op.parts.first().is_some_and(|part| part.x.dtype == DType::F32) {
+        return PLAIN;
+    }
+    match rows / busy.max(1) {
+        0..=16 => SMALL,
+        17..=64 => MIDDLE,
+        65..=128 => SQUARE,
+        _ => LARGE,
+    }
+}
+
+fn is_empty(buffer: &Buffer) -> bool {
+    buffer.rows == 0 || buffer.width == 0
+}
+
+fn within(what: &str, bytes: usize, limit: u32) -> Result<u32, DeviceError> {
+    u32::try_from(bytes).ok().filter(|&bytes| bytes <= limit).ok_or_else(|| {
+        DeviceError::Unsupported(format!("{what} take {bytes} bytes of shared memory, this GPU has {limit}"))
+    })
+}

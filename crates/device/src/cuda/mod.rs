@@ -1,0 +1,565 @@
+//! A GPU as a processor: lanes are streams, events are CUDA events, every operation is a kernel of ours.
+//!
+//! Read in this order: this file (the [`Backend`]), `launch.rs` (from an operation to a kernel and its arguments),
+//! `kernels/*.cu` (one operation a file), `kernels.rs` (compiled for the GPU at hand, kept on disk). `driver.rs` and
+//! `nvrtc.rs` are the two libraries, loaded when asked for: the program builds without CUDA and runs without a GPU.
+//!
+//! Numbers that arrive in memory (indices, sequences) are checked by the kernels that follow them; what they find is
+//! read while waiting (`report.rs`) and stops the world with the words that a host processor uses.
+
+mod driver;
+mod kernels;
+mod launch;
+mod memory;
+mod nvrtc;
+mod report;
+mod staging;
+mod weights;
+
+pub use kernels::{CACHE_VARIABLE, KernelUse, check_kernels};
+
+use crate::hazard::{Agent, Clock, Hazards};
+use crate::host::Fill;
+use crate::op::{Accesses, Op};
+use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
+use cudarc::driver::sys::CUdevice_attribute::{
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+};
+use driver::{Context, Copy2d, CudaError, End, Event, EventPool, Stream};
+use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
+use half::bf16;
+use kernels::Kernels;
+use launch::{Launch, Refusal};
+use memory::Pool;
+use report::ReportPage;
+use staging::Staging;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use weights::WeightStore;
+
+/// The oldest driver that runs what CUDA 13 compiles, as 1000 · major + 10 · minor.
+const OLDEST_DRIVER: i32 = 13_000;
+
+impl From<CudaError> for DeviceError {
+    fn from(error: CudaError) -> Self {
+        DeviceError::Unsupported(error.to_string())
+    }
+}
+
+/// One GPU of this machine with every kernel loaded. Shared by the ranks of a process that work on it.
+pub struct CudaDevice {
+    context: Arc<Context>,
+    kernels: Kernels,
+    description: String,
+    multiprocessors: u32,
+}
+
+impl CudaDevice {
+    /// Opens GPU number `ordinal`; compiles the kernels if the cache on disk does not hold them. Every absence (no
+    /// driver, an old one, no such GPU, no NVRTC) is an error that says what would mend it.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, DeviceError> {
+        let missing = |message: String| Err(DeviceError::Unsupported(message));
+        let Some(version) = driver::driver_version() else {
+            return missing(
+                "no GPU driver was found on this machine; install the NVIDIA driver 580 or newer, or run on the \
+                 CPU"
+                .into(),
+            );
+        };
+        if version < OLDEST_DRIVER {
+            return missing(format!(
+                "the GPU driver speaks CUDA {}.{}, but 13.0 is needed; update it to 580 or newer",
+                version / 1000,
+                version % 1000 / 10
+            ));
+        }
+        let count = driver::count_devices()?;
+        if ordinal >= count {
+            return missing(format!(
+                "there is no GPU {ordinal}: the driver shows {}; look at CUDA_VISIBLE_DEVICES, or run on the CPU",
+                epsmoe_base::count(count, "GPU")
+            ));
+        }
+        let context = Arc::new(Context::retain(ordinal)?);
+        let name = context.name()?;
+        let major = context.attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = context.attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < 8 {
+            return missing(format!("{name} has compute capability {major}.{minor}, but 8.0 is needed"));
+        }
+        let architecture = match (major, minor) {
+            (9, 0) => "sm_90a".to_owned(),
+            _ => format!("sm_{major}{minor}"),
+        };
+        let kernels = Kernels::load(&context, &architecture)?;
+        let multiprocessors = kernels::multiprocessors(&context)?;
+        let memory = context.memory()?.1;
+        let description = format!(
+            "{name}, {multiprocessors} multiprocessors, {}, {architecture}, driver for CUDA {}.{}",
+            Bytes(memory),
+            version / 1000,
+            version % 1000 / 10
+        );
+        Ok(Arc::new(CudaDevice { context, kernels, description, multiprocessors }))
+    }
+
+    /// The GPU in a few words: name, size, architecture, driver.
+    pub fn describe(&self) -> &str {
+        &self.description
+    }
+
+    /// Bytes of memory that nobody uses at this moment.
+    pub fn free_bytes(&self) -> Result<u64, DeviceError> {
+        Ok(self.context.memory()?.0)
+    }
+
+    /// Streaming multiprocessors.
+    pub fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+}
+
+/// The weights of a process on one GPU, shared by its ranks there.
+#[derive(Clone)]
+pub struct CudaWeights(Arc<WeightStore>);
+
+impl CudaWeights {
+    /// An empty store.
+    pub fn new(device: &CudaDevice) -> Result<Self, DeviceError> {
+        let stream = Stream::new(&device.context)?;
+        Ok(CudaWeights(Arc::new(WeightStore::new(stream, Pool::new(&device.context, None)))))
+    }
+}
+
+/// What the GPU processors of one world share.
+#[derive(Clone)]
+pub struct CudaOptions {
+    /// Format of activations.
+    pub dtype: DType,
+    /// The world's fault cell.
+    pub faults: FaultCell,
+    /// The world's birth, which timelines count from.
+    pub epoch: Instant,
+    /// What fresh memory holds.
+    pub fill: Fill,
+    /// Whether operations are timed for [`Backend::take_records`].
+    pub records: bool,
+    /// Multiprocessors that products leave to transfers.
+    pub reserved_multiprocessors: u32,
+}
+
+impl CudaOptions {
+    /// Plain options for a new world.
+    pub fn new(dtype: DType) -> Self {
+        CudaOptions {
+            dtype,
+            faults: FaultCell::default(),
+            epoch: Instant::now(),
+            fill: Fill::Zero,
+            records: true,
+            reserved_multiprocessors: 0,
+        }
+    }
+}
+
+/// A GPU working for one rank: its own memory and lanes, kernels and weights shared.
+pub struct CudaBackend {
+    rank: Rank,
+    options: CudaOptions,
+    // The order of the fields is the order of their end: lanes and memory before the GPU's context.
+    order: Mutex<Order>,
+    memory: Mutex<Memory>,
+    streams: [Stream; Lane::ALL.len()],
+    reads: Mutex<Stream>,
+    events: Arc<EventPool>,
+    timed_events: Arc<EventPool>,
+    report: ReportPage,
+    weights: CudaWeights,
+    device: Arc<CudaDevice>,
+}
+
+/// Guards enqueueing: the order of checks is the order of the lanes.
+struct Order {
+    hazards: Hazards,
+    staging: Staging,
+    /// Operations of each lane that are not known to be done, oldest first.
+    pending: [VecDeque<Pending>; Lane::ALL.len()],
+    serial: u32,
+    /// Timed operations that nobody has asked for yet.
+    timed: Vec<Timed>,
+    /// A timed point and where it lies, in nanoseconds since the world began.
+    anchor: (Arc<Event>, u64),
+}
+
+struct Pending {
+    serial: u32,
+    /// Pieces of work of the lane, this one included.
+    count: u64,
+    name: &'static str,
+    place: Place,
+    /// What complaints of the operation are about.
+    subject: Option<Buffer>,
+}
+
+struct Timed {
+    lane: Lane,
+    place: Place,
+    name: &'static str,
+    start: Event,
+    end: Arc<Event>,
+}
+
+struct Memory {
+    pool: Pool,
+    /// Address and size of every allocation.
+    regions: Vec<(u64, usize)>,
+}
+
+/// A point in a lane of a GPU.
+#[derive(Clone)]
+pub struct CudaEvent {
+    clock: Clock,
+    /// Absent if the driver refused to record it, which stopped the world.
+    event: Option<Arc<Event>>,
+}
+
+impl CudaBackend {
+    /// A processor with its own memory and lanes on a GPU.
+    pub fn new(
+        rank: Rank,
+        device: &Arc<CudaDevice>,
+        weights: &CudaWeights,
+        options: CudaOptions,
+    ) -> Result<Self, DeviceError> {
+        let context = &device.context;
+        let reads = Stream::new(context)?;
+        let (events, timed_events) = (EventPool::new(context, false), EventPool::new(context, true));
+        let anchor = Arc::new(timed_events.record(&reads)?);
+        reads.synchronize()?;
+        let anchor = (anchor, options.epoch.elapsed().as_nanos() as u64);
+        let order = Order {
+            hazards: Hazards::default(),
+            staging: Staging::new(context)?,
+            pending: Default::default(),
+            serial: 0,
+            timed: Vec::new(),
+            anchor,
+        };
+        Ok(CudaBackend {
+            rank,
+            order: Mutex::new(order),
+            memory: Mutex::new(Memory { pool: Pool::new(context, Some(options.fill)), regions: Vec::new() }),
+            streams: [Stream::new(context)?, Stream::new(context)?],
+            report: ReportPage::new(context, &reads)?,
+            reads: Mutex::new(reads),
+            events,
+            timed_events,
+            weights: weights.clone(),
+            device: Arc::clone(device),
+            options,
+        })
+    }
+
+    /// The GPU in a few words.
+    pub fn describe(&self) -> String {
+        self.device.description.clone()
+    }
+
+    fn order(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stream(&self, lane: Lane) -> &Stream {
+        &self.streams[lane.index()]
+    }
+
+    fn raise(&self, kind: FaultKind, place: Place, message: String) -> Fault {
+        self.options.faults.raise(Fault { kind, rank: self.rank, place, message })
+    }
+
+    /// Stops the world because the GPU failed; the operation that was running is the likely cause.
+    fn gpu_failed(&self, order: &Order, error: &CudaError) -> Fault {
+        let oldest = order.pending.iter().filter_map(VecDeque::front).min_by_key(|pending| pending.serial);
+        let (name, place) =
+            oldest.map_or(("nothing", Place::default()), |pending| (pending.name, pending.place));
+        self.raise(FaultKind::Invalid, place, format!("at {name} or soon after: {error}"))
+    }
+
+    /// Stops the world if a kernel has complained.
+    fn check_report(&self, order: &Order) -> Result<(), Fault> {
+        let Some(complaint) = self.report.read() else { return Ok(()) };
+        let pending = order.pending.iter().flatten().find(|pending| pending.serial == complaint.serial);
+        let (name, place) =
+            pending.map_or(("an operation", Place::default()), |pending| (pending.name, pending.place));
+        let subject = pending.and_then(|pending| pending.subject.as_ref());
+        Err(self.raise(FaultKind::Invalid, place, format!("{name}: {}", complaint.describe(subject))))
+    }
+
+    /// Enqueues an operation that is ordered, timed if asked for.
+    fn launch(&self, order: &mut Order, lane: Lane, place: Place, op: &Op) -> Result<(), Refusal> {
+        self.device.context.bind()?;
+        let stream = self.stream(lane);
+        let start = match self.options.records {
+            true => Some(self.timed_events.record(stream)?),
+            false => None,
+        };
+        let regions = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut launch = Launch {
+            kernels: &self.device.kernels,
+            weights: &self.weights.0,
+            staging: &mut order.staging,
+            events: &self.events,
+            stream,
+            regions: &regions.regions,
+            report: self.report.for_operation(order.serial),
+            multiprocessors: self
+                .device
+                .multiprocessors
+                .saturating_sub(self.options.reserved_multiprocessors)
+                .max(1),
+        };
+        launch.run(op)?;
+        drop(regions);
+        if let Some(start) = start {
+            let end = Arc::new(self.timed_events.record(stream)?);
+            order.timed.push(Timed { lane, place, name: op.name(), start, end });
+        }
+        Ok(())
+    }
+
+    fn read<T: bytemuck::Pod>(&self, buffer: &Buffer) -> Result<Vec<T>, Fault> {
+        let mut order = self.order();
+        order
+            .hazards
+            .advance(Agent::Host, "read", Place::default(), &Accesses::new().read(buffer))
+            .map_err(|race| self.raise(FaultKind::Race, Place::default(), race.to_string()))?;
+        let mut values = vec![T::zeroed(); buffer.rows * buffer.width];
+        if values.is_empty() {
+            return Ok(values);
+        }
+        let (region, bytes) = {
+            let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+            memory.regions.get(buffer.allocation.0 as usize).copied().unwrap_or_default()
+        };
+        assert!(
+            buffer.byte_range().end <= bytes && buffer.dtype.bytes() == size_of::<T>(),
+            "{buffer:?} is not of this GPU's memory. This is a bug."
+        );
+        let copy = Copy2d {
+            from: End::Device(region + (buffer.offset * size_of::<T>()) as u64),
+            from_pitch: buffer.stride * size_of::<T>(),
+            to: End::Host(values.as_mut_ptr().cast()),
+            to_pitch: buffer.width * size_of::<T>(),
+            width: buffer.width * size_of::<T>(),
+            rows: buffer.rows,
+        };
+        let stream = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
+        let copied = self.device.context.bind().and_then(|()| {
+            // SAFETY: the source lies inside its allocation, checked above, and passed the hazard check while
+            // enqueueing is locked out; the target is waited for before it is used.
+            unsafe { stream.copy(&copy) }?;
+            stream.synchronize()
+        });
+        copied.map_err(|error| self.gpu_failed(&order, &error))?;
+        Ok(values)
+    }
+}
+
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // Work in flight uses memory that is about to be given back. A failed GPU has nothing in flight.
+        if self.device.context.bind().is_ok() {
+            for stream in &self.streams {
+                let _ = stream.synchronize();
+            }
+        }
+    }
+}
+
+impl Backend for CudaBackend {
+    type Event = CudaEvent;
+
+    fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    fn dtype(&self) -> DType {
+        self.options.dtype
+    }
+
+    fn allocate(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        rows: usize,
+        width: usize,
+    ) -> Result<Buffer, DeviceError> {
+        let bytes = rows.checked_mul(width).and_then(|elements| elements.checked_mul(dtype.bytes()));
+        let too_large = || DeviceError::OutOfMemory {
+            name: format!("{name} [{rows}, {width}] {dtype}"),
+            needed: Bytes(bytes.unwrap_or(usize::MAX) as u64),
+            mend: "lower --max-num-batched-tokens or --max-model-len",
+        };
+        let bytes = bytes.ok_or_else(too_large)?;
+        self.device.context.bind()?;
+        let reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = memory.pool.take(bytes, &reads)?.ok_or_else(too_large)?;
+        memory.regions.push((start, bytes));
+        let allocation = AllocationId((memory.regions.len() - 1) as u32);
+        Ok(Buffer { allocation, name, dtype, offset: 0, rows, width, stride: width })
+    }
+
+    fn allocated_bytes(&self) -> u64 {
+        let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        memory.regions.iter().map(|region| region.1 as u64).sum()
+    }
+
+    fn find(&self, name: &str) -> Option<Weight> {
+        self.weights.0.find(name)
+    }
+
+    fn load(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[TensorBytes<'_>],
+    ) -> Result<Weight, DeviceError> {
+        self.device.context.bind()?;
+        self.weights.0.load(self.options.dtype, name, shape, tensors)
+    }
+
+    fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
+        let op = op.into();
+        op.check()?;
+        let mut order = self.order();
+        // A stopped world takes work in and does nothing, as a host lane does.
+        if self.options.faults.get().is_some() {
+            return Ok(());
+        }
+        if let Err(race) = order.hazards.advance(Agent::Lane(lane), op.name(), place, &op.accesses()) {
+            self.raise(FaultKind::Race, place, race.to_string());
+            return Ok(());
+        }
+        order.serial = order.serial.wrapping_add(1);
+        let subject = if let Op::Attention(op) = &op { Some(op.keys.clone()) } else { None };
+        let count = order.hazards.record(lane).of(lane);
+        let pending = Pending { serial: order.serial, count, name: op.name(), place, subject };
+        order.pending[lane.index()].push_back(pending);
+        match self.launch(&mut order, lane, place, &op) {
+            Ok(()) => Ok(()),
+            Err(Refusal::Arguments(error)) => Err(error),
+            Err(Refusal::Gpu(error)) => Err(self.gpu_failed(&order, &error).into()),
+        }
+    }
+
+    fn record(&self, lane: Lane) -> CudaEvent {
+        let mut order = self.order();
+        let clock = order.hazards.record(lane);
+        let recorded = self.device.context.bind().and_then(|()| self.events.record(self.stream(lane)));
+        let event = recorded.map(Arc::new).map_err(|error| self.gpu_failed(&order, &error)).ok();
+        CudaEvent { clock, event }
+    }
+
+    fn lane_wait(&self, lane: Lane, event: &CudaEvent) {
+        let mut order = self.order();
+        order.hazards.wait(Agent::Lane(lane), &event.clock);
+        let Some(event) = &event.event else { return };
+        let waited = self.device.context.bind().and_then(|()| self.stream(lane).wait(event));
+        if let Err(error) = waited {
+            self.gpu_failed(&order, &error);
+        }
+    }
+
+    fn wait(&self, event: &CudaEvent, deadline: Deadline) -> Result<(), Fault> {
+        /// Waits shorter than this are spun through.
+        const SPIN: Duration = Duration::from_micros(200);
+        const NAP: Duration = Duration::from_micros(50);
+        let asked = Instant::now();
+        self.options.faults.check()?;
+        let bound = self.device.context.bind();
+        bound.map_err(|error| self.gpu_failed(&self.order(), &error))?;
+        loop {
+            self.options.faults.check()?;
+            let complete = match &event.event {
+                Some(event) => event.is_complete(),
+                None => Ok(true),
+            };
+            let complete = complete.map_err(|error| self.gpu_failed(&self.order(), &error))?;
+            if self.report.read().is_some() {
+                self.check_report(&self.order())?;
+            }
+            if complete {
+                break;
+            }
+            if deadline.passed() {
+                let order = self.order();
+                let late = Lane::ALL.into_iter().find_map(|lane| {
+                    let pending = order.pending[lane.index()].front()?;
+                    (pending.count <= event.clock.of(lane)).then_some((lane, pending.name, pending.place))
+                });
+                let (lane, name, place) = late.unwrap_or((Lane::Compute, "nothing", Place::default()));
+                let message = format!("the {lane} was still at {name} after {:?}", deadline.allowed());
+                return Err(self.raise(FaultKind::Deadline, place, message));
+            }
+            if asked.elapsed() < SPIN {
+                std::hint::spin_loop();
+            } else {
+                std::thread::sleep(NAP);
+            }
+        }
+        let mut order = self.order();
+        order.hazards.wait(Agent::Host, &event.clock);
+        for lane in Lane::ALL {
+            let done = event.clock.of(lane);
+            let pending = &mut order.pending[lane.index()];
+            while pending.front().is_some_and(|pending| pending.count <= done) {
+                pending.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    fn read_f32(&self, buffer: &Buffer) -> Result<Vec<f32>, Fault> {
+        match buffer.dtype {
+            DType::BF16 => Ok(self.read::<bf16>(buffer)?.into_iter().map(bf16::to_f32).collect()),
+            _ => self.read::<f32>(buffer),
+        }
+    }
+
+    fn read_u32(&self, buffer: &Buffer) -> Result<Vec<u32>, Fault> {
+        self.read::<u32>(buffer)
+    }
+
+    /// Operations that are not done yet are left for the next call.
+    fn take_records(&self) -> Vec<Record> {
+        /// A float32 of milliseconds counts this far without losing a tenth of a microsecond.
+        const RELIABLE_MS: f32 = 500.0;
+        let mut order = self.order();
+        let mut records = Vec::new();
+        if self.device.context.bind().is_err() {
+            return records;
+        }
+        let (done, left): (Vec<Timed>, Vec<Timed>) = std::mem::take(&mut order.timed)
+            .into_iter()
+            .partition(|timed| timed.end.is_complete().unwrap_or(false));
+        order.timed = left;
+        for timed in done {
+            let (anchor, anchor_ns) = &order.anchor;
+            let (Ok(start), Ok(end)) = (anchor.elapsed_ms(&timed.start), anchor.elapsed_ms(&timed.end))
+            else {
+                continue;
+            };
+            let at =
+                |milliseconds: f32| anchor_ns.saturating_add_signed((f64::from(milliseconds) * 1e6) as i64);
+            let Timed { lane, place, name, .. } = timed;
+            records.push(Record { lane, place, name, start_ns: at(start), end_ns: at(end) });
+            if end > RELIABLE_MS {
+                order.anchor = (timed.end, at(end));
+            }
+        }
+        records.sort_by_key(|record| record.end_ns);
+        records
+    }
+}

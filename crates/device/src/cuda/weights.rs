@@ -1,0 +1,146 @@
+//! The weights of a process on one GPU: loaded once, shared by all its ranks there.
+
+use super::driver::{Copy2d, CudaError, End, Stream};
+use super::memory::Pool;
+use crate::host::check_sources;
+use crate::{DeviceError, TensorBytes, Weight, WeightShape};
+use epsmoe_base::{Bytes, DType};
+use half::bf16;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// A weight in GPU memory: rows of `width` elements, `stride` elements apart and zero in between.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    pub(super) start: u64,
+    pub(super) dtype: DType,
+    pub(super) rows: usize,
+    pub(super) width: usize,
+    pub(super) stride: usize,
+}
+
+/// Every weight of a process on one GPU.
+pub(super) struct WeightStore {
+    stream: Mutex<Stream>,
+    pool: Mutex<Pool>,
+    inner: RwLock<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    held: Vec<Held>,
+    by_name: HashMap<Arc<str>, Weight>,
+}
+
+impl WeightStore {
+    pub(super) fn new(stream: Stream, pool: Pool) -> Self {
+        WeightStore { stream: Mutex::new(stream), pool: Mutex::new(pool), inner: RwLock::default() }
+    }
+
+    pub(super) fn find(&self, name: &str) -> Option<Weight> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).by_name.get(name).cloned()
+    }
+
+    pub(super) fn get(&self, weight: &Weight) -> Result<Held, DeviceError> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        inner.held.get(weight.id as usize).copied().ok_or_else(|| {
+            DeviceError::Shape(format!("weight {} is not held as a {:?}", weight.name, weight.shape))
+        })
+    }
+
+    /// Brings a weight to the GPU. Maps are kept in `dtype`, their rows on 16 bytes; gate and up rows alternate.
+    /// Vectors are kept in float32, tables in their own format.
+    pub(super) fn load(
+        &self,
+        dtype: DType,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[TensorBytes<'_>],
+    ) -> Result<Weight, DeviceError> {
+        check_sources(name, shape, tensors)?;
+        let (rows, width, kept) = match shape {
+            WeightShape::Matrix { n, k } | WeightShape::GateUp { inner: n, k } => (n, k, dtype),
+            WeightShape::Vector { n } => (1, n, DType::F32),
+            WeightShape::Table { rows, width } => (rows, width, tensors[0].dtype),
+        };
+        let aligned = matches!(shape, WeightShape::Matrix { .. } | WeightShape::GateUp { .. });
+        let stride = if aligned { width.next_multiple_of(16 / kept.bytes()) } else { width };
+        let held = self.bring(name, &Layout { rows, width, stride, dtype: kept }, tensors)?;
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        let id = u32::try_from(inner.held.len()).map_err(|_| too_large(name, usize::MAX))?;
+        let weight = Weight { id, shape, name: name.into() };
+        inner.held.push(held);
+        inner.by_name.insert(weight.name.clone(), weight.clone());
+        Ok(weight)
+    }
+
+    /// Row `r` of tensor `t` becomes row `r · tensors + t`.
+    fn bring(&self, name: &str, layout: &Layout, tensors: &[TensorBytes<'_>]) -> Result<Held, DeviceError> {
+        let Layout { rows, width, stride, dtype } = *layout;
+        let size = dtype.bytes();
+        let bytes = rows
+            .checked_mul(tensors.len())
+            .and_then(|rows| rows.checked_mul(stride))
+            .and_then(|elements| elements.checked_mul(size))
+            .ok_or_else(|| too_large(name, usize::MAX))?;
+        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = {
+            let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+            pool.take(bytes, &stream)?.ok_or_else(|| too_large(name, bytes))?
+        };
+        if stride != width {
+            // SAFETY: the piece was just taken with that size, and nobody else has it yet.
+            unsafe { stream.fill(start, 0, bytes) }?;
+        }
+        for (index, tensor) in tensors.iter().enumerate() {
+            let converted = (tensor.dtype != dtype).then(|| convert(tensor, rows * width, dtype));
+            let source = converted.as_deref().unwrap_or(tensor.bytes);
+            let copy = Copy2d {
+                from: End::Host(source.as_ptr().cast_mut().cast()),
+                from_pitch: width * size,
+                to: End::Device(start + (index * stride * size) as u64),
+                to_pitch: tensors.len() * stride * size,
+                width: width * size,
+                rows,
+            };
+            copy_now(&stream, &copy)?;
+        }
+        Ok(Held { start, dtype, rows: rows * tensors.len(), width, stride })
+    }
+}
+
+/// Where the numbers of each tensor of a weight go.
+struct Layout {
+    rows: usize,
+    width: usize,
+    stride: usize,
+    dtype: DType,
+}
+
+/// Copies and waits: host memory is free afterwards.
+fn copy_now(stream: &Stream, copy: &Copy2d) -> Result<(), CudaError> {
+    let bytes = copy.width * copy.rows;
+    let long_row = Copy2d { from_pitch: bytes, to_pitch: bytes, width: bytes, rows: 1, ..*copy };
+    let gapless = copy.from_pitch == copy.width && copy.to_pitch == copy.width;
+    // SAFETY: both ends are the caller's until the wait below; rows without gaps are one long row.
+    unsafe { stream.copy(if gapless { &long_row } else { copy }) }?;
+    stream.synchronize()
+}
+
+/// The first `elements` numbers of a tensor in another format.
+fn convert(tensor: &TensorBytes<'_>, elements: usize, dtype: DType) -> Vec<u8> {
+    let mut wide = vec![0.0f32; elements];
+    tensor.widen(0, &mut wide);
+    match dtype {
+        DType::BF16 => wide.into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
+        _ => wide.into_iter().flat_map(f32::to_le_bytes).collect(),
+    }
+}
+
+fn too_large(name: &str, bytes: usize) -> DeviceError {
+    DeviceError::OutOfMemory {
+        name: name.to_owned(),
+        needed: Bytes(bytes as u64),
+        mend: "use more ranks on more GPUs, or a smaller model",
+    }
+}

@@ -1,0 +1,68 @@
+//! Two lanes: events order them, a missing event stops the world, and what ran is told with its times.
+
+use crate::bench::Bench;
+use epsmoe_base::{DType, Deadline, FaultKind, Lane, Place};
+use epsmoe_device::Backend;
+use epsmoe_device::op::{Copy, Upload};
+use std::time::Duration;
+
+pub(crate) fn suite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
+    events_order(&fresh());
+    a_missing_event_is_found(&fresh());
+}
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_secs(60))
+}
+
+/// Numbers go to and fro between the lanes through two buffers, each time overwritten at once.
+fn events_order<B: Backend>(bench: &Bench<B>) {
+    const ROWS: usize = 300;
+    const WIDTH: usize = 700;
+    const ROUNDS: usize = 20;
+    let floats = |name| bench.device.allocate(name, DType::F32, ROWS, WIDTH).expect("memory");
+    let (source, kept) = (floats("source"), floats("kept"));
+    let enqueue = |lane, op: epsmoe_device::op::Op| {
+        bench.device.enqueue(lane, Place::default(), op).expect("it fits");
+    };
+    let mut copied = bench.device.record(Lane::Transfer);
+    for round in 0..ROUNDS {
+        bench.device.lane_wait(Lane::Compute, &copied);
+        let words = vec![(round as f32).to_bits(); ROWS * WIDTH].into();
+        enqueue(Lane::Compute, Upload { words, out: source.clone() }.into());
+        let filled = bench.device.record(Lane::Compute);
+        bench.device.lane_wait(Lane::Transfer, &filled);
+        enqueue(Lane::Transfer, Copy { x: source.clone(), out: kept.clone() }.into());
+        copied = bench.device.record(Lane::Transfer);
+        if round % 7 == 6 {
+            bench.device.wait(&copied, soon()).expect("no fault");
+            let got = bench.device.read_f32(&kept).expect("ordered by the host");
+            assert!(got.iter().all(|&value| value == round as f32), "round {round}, seed {}", bench.seed);
+        }
+    }
+    bench.device.wait(&copied, soon()).expect("no fault");
+    let records = bench.device.take_records();
+    let of = |lane, name| records.iter().filter(move |record| (record.lane, record.name) == (lane, name));
+    assert_eq!(of(Lane::Compute, "upload").count(), ROUNDS);
+    assert_eq!(of(Lane::Transfer, "copy").count(), ROUNDS);
+    assert!(records.iter().all(|record| record.start_ns <= record.end_ns), "{records:?}");
+    // Times of two lanes are told to about a microsecond.
+    for (upload, copy) in of(Lane::Compute, "upload").zip(of(Lane::Transfer, "copy")) {
+        assert!(upload.end_ns <= copy.start_ns + 2_000, "{upload:?} before {copy:?}");
+    }
+}
+
+fn a_missing_event_is_found<B: Backend>(bench: &Bench<B>) {
+    let x = bench.put(&bench.random(4, 4, 1.0)).view;
+    let (y, z) = (bench.room(bench.dtype, 4, 4).view, bench.room(bench.dtype, 4, 4).view);
+    let enqueue = |lane, x: &epsmoe_device::Buffer, out: &epsmoe_device::Buffer| {
+        bench
+            .device
+            .enqueue(lane, Place::default(), Copy { x: x.clone(), out: out.clone() })
+            .expect("it fits");
+    };
+    enqueue(Lane::Compute, &x, &y);
+    enqueue(Lane::Transfer, &y, &z);
+    let fault = bench.device.wait(&bench.device.record(Lane::Transfer), soon()).expect_err("a race");
+    assert_eq!(fault.kind, FaultKind::Race, "{fault}");
+}

@@ -1,0 +1,49 @@
+//! Chores of this workspace: `cargo xtask <task>`.
+
+#![expect(clippy::print_stdout, reason = "a program for people")]
+
+mod gpu_bundle;
+
+use clap::Parser;
+use std::path::PathBuf;
+
+/// Chores of this workspace.
+#[derive(Parser)]
+enum Task {
+    /// Compile every GPU kernel with NVRTC (no GPU needed), tell what each uses, fail on spills in products.
+    CheckKernels {
+        /// Architectures to compile for.
+        #[arg(default_values = ["sm_90a", "sm_80"])]
+        architectures: Vec<String>,
+    },
+    /// Make a folder with the op suite, the models and scripts that run them on a GPU host without Rust.
+    GpuBundle {
+        /// The folder; its files are replaced.
+        #[arg(default_value = "target/gpu-bundle")]
+        out: PathBuf,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    match Task::parse() {
+        Task::CheckKernels { architectures } => check_kernels(&architectures),
+        Task::GpuBundle { out } => gpu_bundle::make(&out),
+    }
+}
+
+fn check_kernels(architectures: &[String]) -> anyhow::Result<()> {
+    let mut spilling = Vec::new();
+    for architecture in architectures {
+        for used in epsmoe_device::cuda::check_kernels(architecture)? {
+            println!(
+                "{architecture:7} {:24} {:3} registers, {:3} bytes spilled",
+                used.kernel, used.registers, used.spilled
+            );
+            if used.file.starts_with("gemm") && used.spilled > 0 {
+                spilling.push(format!("{} for {architecture}", used.kernel));
+            }
+        }
+    }
+    anyhow::ensure!(spilling.is_empty(), "products must not spill: {}", spilling.join(", "));
+    Ok(())
+}
