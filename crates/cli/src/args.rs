@@ -343,6 +343,7 @@ The schedules take turns, so that a busy machine is fair to all; figures are med
 
 Examples:
   epsmoe bench
+  epsmoe bench --ablation --max-seconds 60
   epsmoe bench --stages 4 --json bench.json --trace trace.json
   epsmoe bench --model preset:qwen3-moe-mini -dp 4 --batch-size 16 --input-len 256")]
 pub(crate) struct BenchArgs {
@@ -365,6 +366,10 @@ pub(crate) struct BenchArgs {
     /// No new round begins after this many seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
     pub(crate) max_seconds: f64,
+
+    /// Compare all strategies over as many ranks: experts split or whole, with either kernel, then in stages
+    #[arg(long, value_parser = BoolishValueParser::new(), conflicts_with = "schedule")]
+    pub(crate) ablation: bool,
 
     /// Write the figures to a file
     #[arg(long, value_name = "FILE")]

@@ -116,11 +116,11 @@ pub(crate) fn folder(args: &ModelArgs) -> Result<Option<PathBuf>> {
 /// What a command is going to ask of an engine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Demand {
-    /// Sequences at once on the busiest rank.
+    /// Sequences at once of the busiest group of ranks.
     pub(crate) sequences: usize,
     /// Longest sequence, prompt and new tokens.
     pub(crate) tokens: usize,
-    /// Tokens of the busiest rank that could be computed in one step.
+    /// Its tokens that could be computed in one step.
     pub(crate) step: usize,
 }
 
@@ -215,18 +215,18 @@ impl Setup {
             timeout: Duration::from_secs_f64(args.timeout),
             model,
         };
-        setup.check_policy(&setup.policy)?;
+        setup.check_policy(&setup.parallel, &setup.policy)?;
         Ok(setup)
     }
 
     /// Experts that the busiest rank holds; none in a model without.
-    pub(crate) fn most_local_experts(&self) -> Result<Option<usize>> {
-        Ok(self.placement()?.map(|placement| placement.max_local()))
+    pub(crate) fn most_local_experts(&self, parallel: &Parallel) -> Result<Option<usize>> {
+        Ok(self.placement(parallel)?.map(|placement| placement.max_local()))
     }
 
     /// Where experts are; nothing where every rank has a part of each.
-    fn placement(&self) -> Result<Option<Placement>> {
-        if self.parallel.experts == Experts::Tp {
+    fn placement(&self, parallel: &Parallel) -> Result<Option<Placement>> {
+        if parallel.experts == Experts::Tp {
             return Ok(None);
         }
         let moe = self.model.spec.layers.iter().find_map(|layer| layer.mlp.moe());
@@ -234,8 +234,8 @@ impl Setup {
     }
 
     /// A policy that cannot be followed cannot be followed for no tokens either.
-    fn check_policy(&self, policy: &Policy) -> Result<()> {
-        let Some(placement) = self.placement()? else { return Ok(()) };
+    fn check_policy(&self, parallel: &Parallel, policy: &Policy) -> Result<()> {
+        let Some(placement) = self.placement(parallel)? else { return Ok(()) };
         let zeros = || vec![0; placement.experts()];
         let none = RankCounts { tokens: 0, copies: zeros(), first: zeros(), last: zeros() };
         let counts = LayerCounts::new(&placement, 1, vec![none; self.ranks])?;
@@ -245,8 +245,13 @@ impl Setup {
     }
 
     /// What an engine is told, given what it will be asked.
-    pub(crate) fn engine_options(&self, demand: Demand, policy: &Policy) -> Result<EngineOptions> {
-        self.check_policy(policy)?;
+    pub(crate) fn engine_options(
+        &self,
+        demand: Demand,
+        parallel: Parallel,
+        policy: &Policy,
+    ) -> Result<EngineOptions> {
+        self.check_policy(&parallel, policy)?;
         let most = self.model.spec.max_positions;
         if let Some(longer) = self.model_len.filter(|&length| length > most) {
             bail!("--max-model-len is {longer}, but this model was made for {most} positions: lower it");
@@ -259,7 +264,7 @@ impl Setup {
             max_sequences,
             max_model_len,
             policy: policy.clone(),
-            parallel: self.parallel,
+            parallel,
             routing: self.routing.clone(),
             timeout: self.timeout,
         })

@@ -98,7 +98,8 @@ fn staged_equals_serial() -> Result<()> {
     let setup = Setup::new(&trial()?)?;
     let serial = Policy { schedule: Schedule::Serial, ..Policy::default() };
     let demand = Demand { sequences: 1, tokens: 16, step: 16 };
-    let options = [serial, Policy::default()].map(|policy| setup.engine_options(demand, &policy));
+    let options =
+        [serial, Policy::default()].map(|policy| setup.engine_options(demand, setup.parallel, &policy));
     let options = options.into_iter().collect::<Result<Vec<_>>>()?;
     let mut bits = Vec::new();
     for mut engine in setup.start_all(&options)? {

@@ -53,7 +53,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     }
     let request = request(args, &setup)?;
     let (step, tokens) = (request.prompt.len(), request.prompt.len().saturating_add(request.max_tokens));
-    let options = setup.engine_options(Demand { sequences: 1, tokens, step }, &setup.policy)?;
+    let options =
+        setup.engine_options(Demand { sequences: 1, tokens, step }, setup.parallel, &setup.policy)?;
     request.check(model.spec.vocab, options.max_model_len)?;
 
     let (mut engine, load) = setup.start(options)?;

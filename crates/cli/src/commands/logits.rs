@@ -14,7 +14,8 @@ pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
     let setup = Setup::new(&args.run)?;
     let request = Request { prompt: args.ids.0.clone(), prompt_logits: true, ..Request::default() };
     let (tokens, vocabulary) = (request.prompt.len(), setup.model.spec.vocab);
-    let options = setup.engine_options(Demand { sequences: 1, tokens, step: tokens }, &setup.policy)?;
+    let options =
+        setup.engine_options(Demand { sequences: 1, tokens, step: tokens }, setup.parallel, &setup.policy)?;
     request.check(vocabulary, options.max_model_len)?;
     let (mut engine, _) = setup.start(options)?;
     let progress = output::spinner("computing logits");

@@ -88,6 +88,57 @@ fn generate_continues_ids() {
 }
 
 #[test]
+fn every_strategy_gives_the_reference_s_tokens() {
+    let expected = Expected::of("mixtral");
+    let (prompt, greedy) = (expected.ids("input_ids_1"), expected.ids("greedy_1"));
+    for flags in ["-tp 2", "-tp 2 -ep", "-dp 2", "-dp 2 -ep", "-tp 2 -dp 2 -ep --stages 2"] {
+        let typed = format!(
+            "generate --model {} --ids {} --max-tokens 8 --temperature 0 --ignore-eos --json {flags}",
+            fixture("mixtral"),
+            words(&prompt)
+        );
+        assert_eq!(json(&mut command(&typed))["ids"], json!(greedy[..8]), "{flags}");
+    }
+}
+
+#[test]
+fn routing_is_recorded_and_replayed() {
+    let folder = Folder::new();
+    let (routing, out) = (folder.text("routing"), folder.text("logits.safetensors"));
+    let ids = words(&Expected::of("qwen3_moe").ids("input_ids_1"));
+    let logits = |flags: &str| {
+        printed(&mut command(&format!(
+            "logits --model {} --ids {ids} --out {out} {flags}",
+            fixture("qwen3_moe")
+        )));
+        std::fs::read(&out).unwrap()
+    };
+    let recorded = logits(&format!("--routing-record {routing}"));
+    assert_eq!(logits(&format!("--routing-replay {routing}")), recorded);
+    // Other ranks add in another order, so that only the choice is the same.
+    let spread = logits(&format!("-tp 2 -ep --routing-replay {routing}"));
+    let (near, far) = (floats(&spread, "logits").1, floats(&recorded, "logits").1);
+    assert!(near.iter().zip(&far).all(|(near, far)| (near - far).abs() < 1e-3));
+
+    let replay = |file: &str, ids: &str| {
+        let model = fixture("qwen3_moe");
+        refused(&mut command(&format!(
+            "logits --model {model} --ids {ids} --out {out} --routing-replay {file}"
+        )))
+    };
+    let missing = replay("/nowhere/routing", "5,6");
+    assert!(missing.starts_with("cannot replay /nowhere/routing: "), "{missing}");
+    std::fs::write(folder.path("damaged"), "x").unwrap();
+    let damaged = replay(&folder.text("damaged"), "5,6");
+    assert!(damaged.starts_with("cannot replay "), "{damaged}");
+    let both = refused(&mut command(&format!(
+        "logits --model {} --ids 5 --out {out} --routing-record a --routing-replay b",
+        fixture("qwen3_moe")
+    )));
+    assert!(both.contains("cannot be used with"), "{both}");
+}
+
+#[test]
 fn generate_without_a_tokenizer_has_no_text() {
     let typed = "generate --model preset:mixtral-mini --seed 5 --ids 5,6,7 --max-tokens 3";
     let answer = json(&mut command(&format!("{typed} --json")));
@@ -207,6 +258,37 @@ fn bench_compares_schedules() {
     );
     let message = refused(&mut command(&narrowed));
     assert!(message.contains("add up to 16"), "{message}");
+}
+
+#[test]
+fn bench_takes_the_steps_of_the_ablation() {
+    let folder = Folder::new();
+    let (figures, page) = (folder.text("bench.json"), folder.text("bench.html"));
+    let small = "--batch-size 2 --input-len 8 --num-iters 1 --link none --stages 2";
+    printed(&mut command(&format!("bench --ablation {small} --json {figures} --report {page}")));
+    let report: Value = serde_json::from_slice(&std::fs::read(&figures).unwrap()).unwrap();
+    let row = |row: &Value| {
+        let words = ["strategy", "schedule", "gemm"].map(|key| row[key].as_str().unwrap().to_owned());
+        format!("{} {}", words.join(" "), row["stages"])
+    };
+    let rows = report["rows"].as_array().unwrap();
+    let expected = ["TP", "DP"].into_iter().flat_map(|attention| {
+        let ways = [
+            "TP serial grouped 1",
+            "TP serial dense 1",
+            "EP serial grouped 1",
+            "EP serial dense 1",
+            "EP staged grouped 2",
+        ];
+        ways.map(|way| format!("{attention}+{way}"))
+    });
+    assert_eq!(rows.iter().map(row).collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+    for figure in ["tokens_per_second", "ratio_to_serial", "ratio_to_base"] {
+        assert!(rows.iter().all(|row| row[figure].as_f64().unwrap() > 0.0), "{figure}");
+    }
+    assert!(std::fs::read_to_string(page).unwrap().contains("TP+EP staged, 2 stages, grouped"));
+    let message = refused(&mut command("bench --ablation --schedule serial"));
+    assert!(message.contains("cannot be used with"), "{message}");
 }
 
 #[test]

@@ -106,6 +106,8 @@ fn flags_that_are_impossible() {
     check(&with("--transfer-order d0"), "c0 0 times");
     check(&with("--transfer-order x"), "write d or c and a stage, like d0 d1 c0 c1");
     check(&with("-dp 9 -ep"), "9 expert-parallel ranks for 8 experts: use 1 to 8 ranks");
+    check(&with("-tp 9"), "8");
+    check(&with("-tp 1024 -dp 1024"), ":");
     check(&with("-dp 0"), "must be a whole number from 1 to 1024");
     check(&with("--threads 99999"), "must be a whole number from 1 to 1024");
     check(&with("--max-num-seqs x"), "must be a whole number from 1 to 65536");
@@ -123,6 +125,9 @@ fn flags_that_are_impossible() {
 fn waits_end() {
     let late = generate("--ids 5,6,7 --max-tokens 2 -dp 2 -ep --timeout 0.000001");
     check(&late, "rank ");
+    for flags in ["-tp 2", "-tp 2 -ep", "-dp 2"] {
+        check(&generate(&format!("--ids 5,6,7 --max-tokens 2 {flags} --timeout 0.000001")), "rank ");
+    }
 }
 
 #[test]

@@ -1,0 +1,242 @@
+//! What a bench compares, and the rounds in which it is measured.
+
+use super::times::{LayerTime, busiest, layer_times, quantile};
+use super::{Decisions, Row};
+use crate::args::{BenchArgs, ScheduleKind};
+use crate::output;
+use crate::setup::Setup;
+use anyhow::{Result, bail};
+use epsmoe_base::Rank;
+use epsmoe_engine::{Engine, Experts, Parallel, Request, StepReport};
+use epsmoe_plan::{GemmKind, Policy, Schedule, ScheduleReport, Span, Stages, Timeline};
+use std::time::{Duration, Instant};
+
+/// A way to run the model.
+#[derive(Clone, Debug)]
+pub(super) struct Way {
+    pub(super) parallel: Parallel,
+    pub(super) policy: Policy,
+}
+
+/// What is compared: the strategy that was typed, or every one.
+pub(super) fn ways(args: &BenchArgs, setup: &Setup) -> Result<Vec<Way>> {
+    if args.ablation {
+        return ablation(setup);
+    }
+    let policies = policies(setup, args.run.schedule)?;
+    Ok(policies.into_iter().map(|policy| Way { parallel: setup.parallel, policy }).collect())
+}
+
+/// The steps from tensor parallelism to the expert pipeline, one at a time, with attention split and with attention
+/// whole: experts split (the base), experts whole, each with either kernel; then the stages.
+fn ablation(setup: &Setup) -> Result<Vec<Way>> {
+    let ranks = setup.ranks;
+    if ranks == 1 {
+        bail!(
+            "--ablation compares ways to spread a model, but there is one rank: give --data-parallel-size 2"
+        );
+    }
+    let mut ways = Vec::new();
+    for (tensor, data) in [(ranks, 1), (1, ranks)] {
+        for experts in [Experts::Tp, Experts::Ep] {
+            let parallel = Parallel { tensor, data: Some(data), experts };
+            let kernels = [GemmKind::Grouped, GemmKind::Dense];
+            let serial = |gemm| Policy { gemm: Some(gemm), ..serial(&setup.policy) };
+            ways.extend(kernels.map(|gemm| Way { parallel, policy: serial(gemm) }));
+            if experts == Experts::Ep {
+                let policies = staged(setup, &parallel)?.into_iter().chain(auto(setup));
+                ways.extend(policies.map(|policy| Way { parallel, policy }));
+            }
+        }
+    }
+    Ok(ways)
+}
+
+/// The schedules to compare: what was typed, or serial, 2, 4, 8, … stages, and auto.
+fn policies(setup: &Setup, typed: Option<ScheduleKind>) -> Result<Vec<Policy>> {
+    Ok(match typed {
+        Some(ScheduleKind::Serial | ScheduleKind::Auto) => vec![setup.policy.clone()],
+        Some(ScheduleKind::Staged) => staged(setup, &setup.parallel)?,
+        None => {
+            let serial = std::iter::once(serial(&setup.policy));
+            serial.chain(staged(setup, &setup.parallel)?).chain(auto(setup)).collect()
+        }
+    })
+}
+
+fn serial(base: &Policy) -> Policy {
+    let shared = None;
+    Policy { schedule: Schedule::Serial, stages: None, order: None, shared, cost: None, ..base.clone() }
+}
+
+/// As many stages as were typed, or 2, 4, 8.
+fn staged(setup: &Setup, parallel: &Parallel) -> Result<Vec<Policy>> {
+    let base = Policy { schedule: Schedule::Staged, cost: None, ..setup.policy.clone() };
+    let staged = |stages| Policy { stages: Some(stages), ..base.clone() };
+    Ok(match &base.stages {
+        Some(stages) => vec![staged(stages.clone())],
+        None if base.order.is_some() => vec![base],
+        None => {
+            let most = setup.most_local_experts(parallel)?.unwrap_or(0);
+            let counts = std::iter::successors(Some(2), |stages| Some(stages * 2));
+            counts
+                .take_while(|&stages| stages <= most.min(8))
+                .map(|stages| staged(Stages::Count(stages)))
+                .collect()
+        }
+    })
+}
+
+/// What the cost model prefers, unless stages were typed.
+fn auto(setup: &Setup) -> Option<Policy> {
+    Some(setup.policy.clone()).filter(|policy| policy.schedule == Schedule::Auto)
+}
+
+/// A schedule, its engine, and what was measured of it.
+pub(super) struct Contender {
+    pub(super) way: Way,
+    pub(super) engine: Engine,
+    pub(super) rates: Vec<f64>,
+    layers: Vec<LayerTime>,
+    peak_bytes: u64,
+    /// Of the last round.
+    pub(super) timeline: Timeline,
+}
+
+/// Rounds in which every schedule takes its turn, the first of them to warm up; who begins moves on.
+pub(super) fn measure(args: &BenchArgs, prompts: &[Request], contenders: &mut [Contender]) -> Result<()> {
+    let progress = output::step_bar("measuring", args.num_iters * contenders.len());
+    for contender in &mut *contenders {
+        contender.round(prompts)?;
+        contender.forget();
+    }
+    let begun = Instant::now();
+    for round in 0..args.num_iters {
+        if round > 0 && begun.elapsed() > Duration::from_secs_f64(args.max_seconds) {
+            break;
+        }
+        let count = contenders.len();
+        for turn in 0..count {
+            contenders[(round + turn) % count].round(prompts)?;
+            progress.inc(1);
+        }
+    }
+    progress.finish_and_clear();
+    Ok(())
+}
+
+impl Contender {
+    pub(super) fn new(way: Way, engine: Engine) -> Self {
+        let timeline = Timeline::default();
+        Contender { way, engine, rates: Vec::new(), layers: Vec::new(), peak_bytes: 0, timeline }
+    }
+
+    /// Runs all prompts to their ends.
+    fn round(&mut self, prompts: &[Request]) -> Result<()> {
+        let tokens: usize = prompts.iter().map(|prompt| prompt.prompt.len() + prompt.max_tokens).sum();
+        self.timeline = Timeline::default();
+        let (mut steps, begun) = (Vec::new(), Instant::now());
+        self.engine.run(prompts.to_vec(), |step| steps.push(step.clone()))?;
+        self.rates.push(tokens as f64 / begun.elapsed().as_secs_f64());
+        for step in steps {
+            self.layers.extend(layer_times(&step.timeline));
+            self.peak_bytes = self.peak_bytes.max(peak_bytes(&step));
+            self.timeline.spans.extend(step.timeline.spans);
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self) {
+        self.rates.clear();
+        self.layers.clear();
+    }
+
+    /// Whether this is what `other` would be without stages. Where nobody chose a kernel, either stands for it.
+    fn is_serial_of(&self, other: &Contender) -> bool {
+        let (own, others) = (&self.way, &other.way);
+        let kernel = others.policy.gemm.is_none() || own.policy.gemm == others.policy.gemm;
+        own.policy.schedule == Schedule::Serial && own.parallel == others.parallel && kernel
+    }
+
+    fn row(&self, serial: Option<&Contender>, base: Option<&Contender>) -> Row {
+        let Way { parallel, policy } = &self.way;
+        let stage_sizes = match &policy.stages {
+            Some(Stages::Sizes(sizes)) => Some(sizes.clone()),
+            _ => None,
+        };
+        let median =
+            |of: &Contender, figure: fn(&LayerTime) -> f64| quantile(of.layers.iter().map(figure), 0.5);
+        let layers = |figure: fn(&LayerTime) -> f64| median(self, figure);
+        let bound = serial.and_then(|serial| {
+            Some(median(serial, |layer| layer.compute_ms)?.max(median(serial, |layer| layer.transfer_ms)?))
+        });
+        let accounts = busiest(&self.timeline);
+        let ratio_to = |other: &Contender| {
+            quantile(self.rates.iter().zip(&other.rates).map(|(own, other)| own / other), 0.5)
+        };
+        let rate = |share| quantile(self.rates.iter().copied(), share).unwrap_or(0.0);
+        Row {
+            strategy: parallel.to_string(),
+            schedule: policy.schedule.to_string(),
+            gemm: match (policy.gemm, policy.schedule) {
+                (None, Schedule::Auto) => "auto".into(),
+                (gemm, _) => gemm.unwrap_or_default().to_string(),
+            },
+            stages: match (&policy.stages, policy.schedule) {
+                (_, Schedule::Serial) => 1,
+                (_, Schedule::Auto) => self.engine.schedule().map_or(1, ScheduleReport::usual_stages),
+                (Some(Stages::Count(count)), _) => *count,
+                (Some(Stages::Sizes(sizes)), _) => sizes.len(),
+                (None, _) => Policy::DEFAULT_STAGES,
+            },
+            stage_sizes,
+            tokens_per_second: rate(0.5),
+            tokens_per_second_range: [rate(0.25), rate(0.75)],
+            moe_layer_ms: layers(|layer| layer.ms),
+            exposed_transfer_ms: layers(|layer| layer.exposed_ms),
+            efficiency: bound.zip(layers(|layer| layer.ms)).map(|(bound, time)| bound / time),
+            accounts,
+            accounts_complete: accounts.unexplained() * 50 <= accounts.wall,
+            peak_bytes: self.peak_bytes,
+            ratio_to_serial: serial.and_then(ratio_to),
+            ratio_to_base: base.and_then(ratio_to),
+            decisions: self.engine.schedule().map(|report| Decisions {
+                layers: report.layers,
+                searches: report.searches,
+                watched: report.watched,
+                mispredicted: report.mispredicted,
+                correction: report.correction,
+            }),
+        }
+    }
+}
+
+/// A row for each; with `against_base`, compared with the first too.
+pub(super) fn rows(contenders: &[Contender], against_base: bool) -> Vec<Row> {
+    let base = contenders.first().filter(|_| against_base);
+    let row = |contender: &Contender| {
+        contender.row(contenders.iter().find(|other| other.is_serial_of(contender)), base)
+    };
+    contenders.iter().map(row).collect()
+}
+
+fn peak_bytes(step: &StepReport) -> u64 {
+    let layers = step.outputs.iter().flat_map(|output| &output.layers);
+    layers.map(|layer| layer.peak_bytes).max().unwrap_or(0)
+}
+
+/// All schedules' last rounds in one timeline; each has ranks of its own there.
+pub(super) fn side_by_side(contenders: &[Contender]) -> Timeline {
+    let ranks = contenders.iter().flat_map(|contender| &contender.timeline.spans).map(|span| span.rank.0 + 1);
+    let ranks = ranks.max().unwrap_or(0);
+    let spans = contenders.iter().enumerate().flat_map(|(index, contender)| {
+        let start = contender.timeline.spans.iter().map(|span| span.start_ns).min().unwrap_or(0);
+        contender.timeline.spans.iter().map(move |span| Span {
+            rank: Rank(span.rank.0 + index * ranks),
+            start_ns: span.start_ns - start,
+            end_ns: span.end_ns - start,
+            ..span.clone()
+        })
+    });
+    Timeline { spans: spans.collect() }
+}

@@ -1,0 +1,277 @@
+//! `epsmoe bench`: schedules, and with `--ablation` strategies and kernels, on the same weights and the same prompts.
+//! All of them take turns in every round, so that what else the machine does falls on all of them.
+
+mod contenders;
+mod times;
+
+use crate::args::BenchArgs;
+use crate::machine::{self, Machine};
+use crate::output;
+use crate::report::{self, Report as Page};
+use crate::setup::{Demand, Setup};
+use anyhow::Result;
+use contenders::{Contender, measure, rows, side_by_side, ways};
+use epsmoe_base::{Bytes, Mix, count};
+use epsmoe_engine::{Parallel, Request};
+use epsmoe_plan::{Accounts, Correction, Schedule};
+use serde::Serialize;
+use std::time::Instant;
+use times::median_layer;
+
+/// Tokens of prompts come from a stream of their own under the seed.
+const PROMPTS: u64 = 0x70726f6d707473;
+
+/// What `--json` writes.
+#[derive(Serialize)]
+struct Report {
+    rows: Vec<Row>,
+    /// What was typed.
+    command: String,
+    version: &'static str,
+    model: String,
+    /// What computed.
+    processor: String,
+    ranks: usize,
+    /// The link that transfers between ranks were paced to: their speed is emulated.
+    emulated_link: Option<String>,
+    batch_size: usize,
+    input_len: usize,
+    output_len: usize,
+    seed: u64,
+    /// Rounds that were measured.
+    rounds: usize,
+    load_seconds: f64,
+    machine: Machine,
+    /// Of the last 1, 5 and 15 minutes, before the run and after it.
+    load_average: Option<[f64; 3]>,
+    load_average_after: Option<[f64; 3]>,
+}
+
+/// One way's figures: medians over the rounds.
+#[derive(Serialize)]
+struct Row {
+    strategy: String,
+    schedule: String,
+    stages: usize,
+    /// How the experts of a stage are multiplied.
+    gemm: String,
+    /// Experts per stage, where they were given.
+    stage_sizes: Option<Vec<usize>>,
+    tokens_per_second: f64,
+    /// Of the middle half of the rounds.
+    tokens_per_second_range: [f64; 2],
+    /// From routing to the layer's sum, on the rank that takes longest. Median over layers and rounds.
+    moe_layer_ms: Option<f64>,
+    /// Of that time, what the transfer lane was busy while nothing was computed.
+    exposed_transfer_ms: Option<f64>,
+    /// `max(C, D + M) / T`: T is this row's MoE layer, C, D and M the computation, dispatch and combine of the serial
+    /// schedule's. 1 would hide all of the shorter behind the longer; null if the serial schedule did not run.
+    efficiency: Option<f64>,
+    /// Most bytes that a layer needed on a rank.
+    peak_bytes: u64,
+    /// Where the time of the slowest rank went in the last round, in nanoseconds.
+    accounts: Accounts,
+    /// Whether the accounts make up that time within 2 %.
+    accounts_complete: bool,
+    /// Tokens per second over those of the serial schedule in the same round, of the same strategy and kernel; null
+    /// if it did not run.
+    ratio_to_serial: Option<f64>,
+    /// The same over those of the first row, in an ablation.
+    ratio_to_base: Option<f64>,
+    /// Of the auto schedule: how often it decided, and how often its predictions missed.
+    decisions: Option<Decisions>,
+}
+
+/// What the auto schedule counted.
+#[derive(Serialize)]
+struct Decisions {
+    /// MoE layers planned.
+    layers: u64,
+    /// Searches for a plan.
+    searches: u64,
+    /// Layers whose prediction was compared with the clock …
+    watched: u64,
+    /// … and was far off.
+    mispredicted: u64,
+    /// What the cost model was corrected by, in permille.
+    correction: Correction,
+}
+
+/// Measures, prints a table, and writes the files that were asked for.
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
+    args.json.iter().chain(&args.trace).chain(&args.report).try_for_each(|file| output::check_place(file))?;
+    let load_average = machine::load_average();
+    let setup = Setup::new(&args.run)?;
+    let prompts = prompts(args, &setup);
+    let ways = ways(args, &setup)?;
+    let options = ways
+        .iter()
+        .map(|way| setup.engine_options(demand(args, setup.ranks, &way.parallel), way.parallel, &way.policy));
+    let options = options.collect::<Result<Vec<_>>>()?;
+    let most = options.iter().map(|options| options.max_model_len).min().unwrap_or(0);
+    prompts.iter().try_for_each(|prompt| prompt.check(setup.model.spec.vocab, most))?;
+
+    let begun = Instant::now();
+    let engines = setup.start_all(&options)?;
+    let load_seconds = begun.elapsed().as_secs_f64();
+    let contender = |(way, engine)| Contender::new(way, engine);
+    let mut contenders: Vec<Contender> = ways.into_iter().zip(engines).map(contender).collect();
+    measure(args, &prompts, &mut contenders)?;
+
+    let report = Report {
+        rows: rows(&contenders, args.ablation),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        version: env!("CARGO_PKG_VERSION"),
+        model: setup.model.name.clone(),
+        processor: setup.processor(),
+        ranks: setup.ranks,
+        emulated_link: setup.link.map(|link| link.to_string()),
+        batch_size: args.batch_size,
+        input_len: args.input_len,
+        output_len: args.output_len,
+        seed: setup.seed,
+        rounds: contenders.first().map_or(0, |contender| contender.rates.len()),
+        load_seconds,
+        machine: Machine::look(),
+        load_average,
+        load_average_after: machine::load_average(),
+    };
+    output::show(&report.table())?;
+    let auto = contenders.iter().filter(|contender| contender.way.policy.schedule == Schedule::Auto);
+    auto.for_each(|contender| setup.explain(&contender.engine));
+    if let Some(file) = &args.json {
+        output::write_file(file, |out| {
+            serde_json::to_writer_pretty(&mut *out, &report)?;
+            out.write_all(b"\n")
+        })?;
+    }
+    if let Some(file) = &args.trace {
+        let timeline = side_by_side(&contenders);
+        output::write_file(file, |out| timeline.to_chrome_json(out))?;
+    }
+    if let Some(file) = &args.report {
+        let page = page(&report, &contenders).html();
+        output::write_file(file, |out| out.write_all(page.as_bytes()))?;
+    }
+    Ok(())
+}
+
+/// The figures as a picture: a bar for each schedule, and the lanes of one MoE layer in each.
+fn page(report: &Report, contenders: &[Contender]) -> Page {
+    let label = |row: &Row| {
+        let kernel = row.ratio_to_base.map(|_| format!(", {}", row.gemm)).unwrap_or_default();
+        format!("{} {}, {}{kernel}", row.strategy, row.schedule, count(row.stages, "stage"))
+    };
+    let bar = |row: &Row| report::Row {
+        label: label(row),
+        tokens_per_second: row.tokens_per_second,
+        accounts: row.accounts,
+    };
+    let mut notes = vec![
+        report.heading(),
+        report.command.clone(),
+        format!("{}, {} cores", report.machine.cpu, report.machine.cores),
+    ];
+    notes.extend(report.load_average.map(|load| format!("load average before the run: {load:?}")));
+    let lanes = report
+        .rows
+        .iter()
+        .zip(contenders)
+        .filter_map(|(row, contender)| Some((label(row), median_layer(&contender.timeline)?)));
+    Page {
+        title: format!("epsmoe bench: {}", report.model),
+        notes,
+        rows: report.rows.iter().map(bar).collect(),
+        lanes: lanes.collect(),
+    }
+}
+
+/// Every way has the same prompts, dealt out to its groups of ranks.
+fn demand(args: &BenchArgs, ranks: usize, parallel: &Parallel) -> Demand {
+    let sequences = args.batch_size.div_ceil(ranks / parallel.tensor);
+    Demand {
+        sequences,
+        tokens: args.input_len + args.output_len,
+        step: sequences.saturating_mul(args.input_len),
+    }
+}
+
+/// The same random prompts in every round.
+fn prompts(args: &BenchArgs, setup: &Setup) -> Vec<Request> {
+    let vocabulary = setup.model.spec.vocab;
+    let prompt = |index: usize| {
+        let mut mix = Mix::keyed(setup.seed, &[PROMPTS, index as u64]);
+        let prompt = (0..args.input_len).map(|_| mix.below(vocabulary) as u32).collect();
+        Request { prompt, max_tokens: args.output_len, ignore_eos: true, ..Request::default() }
+    };
+    (0..args.batch_size).map(prompt).collect()
+}
+
+impl Report {
+    fn table(&self) -> String {
+        let columns = [
+            "strategy",
+            "schedule",
+            "stages",
+            "gemm",
+            "tokens/s",
+            "MoE layer ms",
+            "exposed ms",
+            "efficiency",
+            "peak bytes",
+            "ratio",
+        ];
+        let mut table = format!("{}\n\n{}\n", self.heading(), line(columns));
+        for row in &self.rows {
+            let number =
+                |number: Option<f64>, decimals| number.map_or("-".into(), |it| format!("{it:.decimals$}"));
+            let cells: [&str; 10] = [
+                &row.strategy,
+                &row.schedule,
+                &row.stages.to_string(),
+                &row.gemm,
+                &number(Some(row.tokens_per_second), 1),
+                &number(row.moe_layer_ms, 2),
+                &number(row.exposed_transfer_ms, 2),
+                &number(row.efficiency, 3),
+                &Bytes(row.peak_bytes).to_string(),
+                &number(row.ratio_to_base.or(row.ratio_to_serial), 3),
+            ];
+            table.push_str(&line(cells));
+            table.push('\n');
+        }
+        let base = if self.rows.iter().any(|row| row.ratio_to_base.is_some()) {
+            "the first row; the MoE layer of split experts is without its exchange of rows"
+        } else {
+            "the serial schedule"
+        };
+        table.push_str(&format!(
+            "\nratio: tokens/s in the same round, over those of {base}; all figures are medians\n\
+             efficiency: the longer of the serial layer's computation and transfers, over this layer's time\n",
+        ));
+        table
+    }
+
+    /// What was run, in a line.
+    fn heading(&self) -> String {
+        let link =
+            self.emulated_link.as_ref().map(|link| format!("; emulated link {link}")).unwrap_or_default();
+        format!(
+            "{}, {} ranks, {} prompts of {} tokens and {} new, {} rounds; {}{link}",
+            self.model,
+            self.ranks,
+            self.batch_size,
+            self.input_len,
+            self.output_len,
+            self.rounds,
+            self.processor
+        )
+    }
+}
+
+fn line(cells: [&str; 10]) -> String {
+    let [strategy, schedule, stages, gemm, rate, layer, exposed, efficiency, peak, ratio] = cells;
+    format!(
+        "{strategy:<9}{schedule:<9}{stages:>7}{gemm:>9}{rate:>11}{layer:>14}{exposed:>12}{efficiency:>12}{peak:>12}{ratio:>8}"
+    )
+}

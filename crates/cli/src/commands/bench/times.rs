@@ -1,0 +1,147 @@
+//! What a timeline says about its MoE layers.
+
+use epsmoe_base::{Lane, Layer, Rank};
+use epsmoe_plan::{Accounts, Span, Timeline};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// One MoE layer of one step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct LayerTime {
+    pub(super) ms: f64,
+    pub(super) exposed_ms: f64,
+    pub(super) compute_ms: f64,
+    pub(super) transfer_ms: f64,
+}
+
+/// The MoE layer of a timeline whose time is the median, on all ranks.
+pub(super) fn median_layer(timeline: &Timeline) -> Option<Timeline> {
+    let mut windows: BTreeMap<Layer, (u64, u64)> = BTreeMap::new();
+    for ((layer, _), spans) in by_layer_and_rank(timeline) {
+        if let Some((start, end)) = moe_window(&spans) {
+            let window = windows.entry(layer).or_insert((start, end));
+            *window = (window.0.min(start), window.1.max(end));
+        }
+    }
+    let mut layers: Vec<_> = windows.into_iter().collect();
+    layers.sort_by_key(|(_, (start, end))| end - start);
+    let (layer, (start, end)) = *layers.get(layers.len() / 2)?;
+    let spans: Vec<&Span> =
+        timeline.spans.iter().filter(|span| span.layer == Some(layer) && span.end_ns > start).collect();
+    Some(inside(&spans, start, end))
+}
+
+/// Every MoE layer of a step, on the rank where it takes longest.
+pub(super) fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
+    let mut slowest: BTreeMap<Layer, LayerTime> = BTreeMap::new();
+    for ((layer, rank), spans) in by_layer_and_rank(timeline) {
+        let Some((start, end)) = moe_window(&spans) else { continue };
+        let inside = inside(&spans, start, end);
+        let time = LayerTime {
+            ms: ms(end - start),
+            exposed_ms: ms(inside.exposed_transfer(rank)),
+            compute_ms: ms(inside.busy(rank, Lane::Compute)),
+            transfer_ms: ms(inside.busy(rank, Lane::Transfer)),
+        };
+        let most = slowest.entry(layer).or_insert(time);
+        if time.ms > most.ms {
+            *most = time;
+        }
+    }
+    slowest.into_values().collect()
+}
+
+fn by_layer_and_rank(timeline: &Timeline) -> BTreeMap<(Layer, Rank), Vec<&Span>> {
+    let mut groups: BTreeMap<_, Vec<&Span>> = BTreeMap::new();
+    for span in &timeline.spans {
+        if let Some(layer) = span.layer {
+            groups.entry((layer, span.rank)).or_default().push(span);
+        }
+    }
+    groups
+}
+
+/// From the start of routing to the end of the sum over ranks, the reduction that belongs to no stage.
+fn moe_window(spans: &[&Span]) -> Option<(u64, u64)> {
+    let start = spans.iter().filter(|span| span.name == "route").map(|span| span.start_ns).min()?;
+    let sums = spans.iter().filter(|span| span.name == "reduce" && span.stage.is_none());
+    Some((start, sums.map(|span| span.end_ns).max()?))
+}
+
+/// Spans cut to a window.
+fn inside(spans: &[&Span], start: u64, end: u64) -> Timeline {
+    let cut = spans.iter().map(|&span| Span {
+        start_ns: span.start_ns.clamp(start, end),
+        end_ns: span.end_ns.clamp(start, end),
+        ..span.clone()
+    });
+    Timeline { spans: cut.collect() }
+}
+
+/// The accounts of the rank that had the least time to spare.
+pub(super) fn busiest(timeline: &Timeline) -> Accounts {
+    let ranks: BTreeSet<Rank> = timeline.spans.iter().map(|span| span.rank).collect();
+    let accounts = ranks.into_iter().map(|rank| Accounts::of(timeline, rank));
+    accounts.min_by_key(|accounts| accounts.rendezvous + accounts.idle).unwrap_or_default()
+}
+
+fn ms(ns: u64) -> f64 {
+    ns as f64 / 1e6
+}
+
+/// The value below which a share of the values lies, between the nearest two; nothing of nothing.
+pub(super) fn quantile(values: impl Iterator<Item = f64>, share: f64) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_unstable_by(f64::total_cmp);
+    let at = share * values.len().checked_sub(1)? as f64;
+    let (below, above) = (values[at.floor() as usize], values[at.ceil() as usize]);
+    Some(below + (above - below) * at.fract())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use epsmoe_base::Stage;
+
+    fn span(rank: usize, lane: Lane, name: &'static str, stage: Option<usize>, start: u64, end: u64) -> Span {
+        Span {
+            rank: Rank(rank),
+            layer: Some(Layer(1)),
+            stage: stage.map(Stage),
+            lane,
+            name: name.into(),
+            start_ns: start * 1_000_000,
+            end_ns: end * 1_000_000,
+        }
+    }
+
+    /// ```text
+    /// ms               0 1 2 3 4 5 6 7 8 9 10
+    /// rank 0 compute   a ███ route  ███     █ sum
+    /// rank 0 transfer      ███████    ███
+    /// ```
+    #[test]
+    fn a_layer_is_timed_from_its_route_to_its_sum() {
+        let timeline = Timeline {
+            spans: vec![
+                span(0, Lane::Compute, "attention", None, 0, 1),
+                span(0, Lane::Compute, "route", None, 1, 3),
+                span(0, Lane::Transfer, "dispatch", Some(0), 2, 5),
+                span(0, Lane::Compute, "reduce", Some(0), 5, 7),
+                span(0, Lane::Transfer, "combine", Some(0), 6, 8),
+                span(0, Lane::Compute, "reduce", None, 9, 10),
+                span(1, Lane::Compute, "route", None, 2, 3),
+                span(1, Lane::Compute, "reduce", None, 9, 10),
+            ],
+        };
+        let expected = LayerTime { ms: 9.0, exposed_ms: 3.0, compute_ms: 5.0, transfer_ms: 5.0 };
+        assert_eq!(layer_times(&timeline), [expected]);
+        assert_eq!(layer_times(&Timeline::default()), []);
+    }
+
+    #[test]
+    fn quantiles_lie_between_values() {
+        let quantile = |share| quantile([4.0, 1.0, 2.0].into_iter(), share);
+        assert_eq!((quantile(0.0), quantile(0.5), quantile(0.75)), (Some(1.0), Some(2.0), Some(3.0)));
+        assert_eq!(super::quantile(std::iter::empty(), 0.5), None);
+    }
+}
