@@ -51,11 +51,11 @@ pub(super) fn driver_version() -> Option<i32> {
 pub(super) fn count_devices() -> Result<usize, CudaError> {
     let mut count = 0;
     // SAFETY: the driver is present; `count` outlives the call.
-    unsafe {
-        call!(cuInit(0))?;
-        call!(cuDeviceGetCount(&mut count))?;
+    let counted = unsafe { call!(cuInit(0)).and_then(|()| call!(cuDeviceGetCount(&mut count))) };
+    match counted {
+        Err(error) if error.code == sys::CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
+        counted => counted.map(|()| count.max(0) as usize),
     }
-    Ok(count.max(0) as usize)
 }
 
 /// The memory and kernels of a process on one GPU (its primary context).
