@@ -329,8 +329,8 @@ impl Index {
         let index: Index = serde_json::from_slice(text)
             .map_err(|error| damaged(path, &format!("no index ({error}); fetch it again")))?;
         for name in index.shards() {
-            let mut parts = Path::new(name).components();
-            let plain = matches!(parts.next(), Some(Component::Normal(_))) && parts.next().is_none();
+            // A path forgets a slash at its end, so that `one/` would be the component `one`.
+            let plain = Path::new(name).components().next() == Some(Component::Normal(name.as_ref()));
             if !plain {
                 let problem =
                     format!("`{name}` is not the name of a file in this folder; do not trust this model");

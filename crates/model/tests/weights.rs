@@ -374,7 +374,7 @@ fn index_refused(weight_map: &str, expected: &str) {
 
 #[test]
 fn indices() {
-    for name in ["../one.safetensors", "/etc/passwd", "sub/one.safetensors", ".", ""] {
+    for name in ["../one.safetensors", "/etc/passwd", "sub/one.safetensors", "one.safetensors/", ".", ""] {
         index_refused(
             &format!(r#"{{"a":"{name}"}}"#),
             &format!(

@@ -229,6 +229,26 @@ fn synth_writes_the_weights_of_the_preset() {
 }
 
 #[test]
+fn auto_explains_itself_and_gives_the_same_tokens() {
+    let generate = |flags: &str| {
+        let model = "--model preset:mixtral-mini --ids 5,6,7,8 --max-tokens 12 -dp 2 -ep --json";
+        let output = command(&format!("generate {model} {flags}")).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (answer["ids"].clone(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (auto, said) = generate("--explain --link 100MB/s,50us");
+    assert_eq!(auto, generate("--schedule serial").0);
+    for part in
+        ["MoE layers planned by", "the machine against its cost model", "layers of ", "plans priced", "→"]
+    {
+        assert!(said.contains(part), "{part} is not in {said}");
+    }
+    let (_, said) = generate("--explain --schedule staged");
+    assert!(said.contains("there is nothing to explain"), "{said}");
+}
+
+#[test]
 fn bench_compares_schedules() {
     let folder = Folder::new();
     let (figures, trace) = (folder.text("bench.json"), folder.text("trace.json"));
@@ -243,7 +263,9 @@ fn bench_compares_schedules() {
     let names: Vec<String> =
         rows.iter().map(|row| format!("{} {} {}", row["strategy"], row["schedule"], row["stages"])).collect();
     let staged = |stages: usize| format!("\"DP+EP\" \"staged\" {stages}");
-    assert_eq!(names, ["\"DP+EP\" \"serial\" 1".to_owned(), staged(2), staged(4), staged(8)]);
+    assert_eq!(names[..4], ["\"DP+EP\" \"serial\" 1".to_owned(), staged(2), staged(4), staged(8)]);
+    assert!(names.len() == 5 && names[4].starts_with("\"DP+EP\" \"auto\" "), "{names:?}");
+    assert!(rows[4]["decisions"]["layers"].as_u64() > Some(0) && rows[0]["decisions"].is_null(), "{rows:?}");
     for figure in ["tokens_per_second", "moe_layer_ms", "peak_bytes", "ratio_to_serial"] {
         assert!(rows.iter().all(|row| row[figure].as_f64().unwrap() > 0.0), "{figure}");
     }
