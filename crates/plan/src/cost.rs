@@ -4,7 +4,7 @@
 //! same file gives bit-identical times on every rank, whatever its processor or compiler.
 
 use crate::curve::scale;
-use crate::{Curve, GemmKind};
+use crate::{Curve, GemmKind, Work};
 use epsmoe_base::{DType, hash_bytes};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -60,9 +60,11 @@ pub struct CostModel {
     pub kernels: String,
     /// The number format of weights and rows.
     pub dtype: DType,
-    /// Compute lanes, over all ranks, that run at full speed at once: ranks of one processor slow each other down.
-    /// 0: every rank has a processor of its own.
+    /// Threads, over all ranks, that run at full speed at once: a compute lane has `lane_threads` of them, copying and
+    /// the host one each, and more than these slow each other down. 0: every rank has a processor of its own.
     pub concurrent: u32,
+    /// Threads that a compute lane keeps busy.
+    pub lane_threads: u32,
     /// One call over all experts of a stage.
     pub grouped: GemmCost,
     /// One call per expert.
@@ -241,10 +243,19 @@ impl LinkCost {
 
     /// One rank's time from the moment all ranks are there.
     pub fn exchange_ns(&self, payload: Payload) -> u64 {
+        let copied = if payload.received == 0 { 0 } else { self.copy.extended(payload.received) };
+        self.exchange_ns + self.carry_ns(payload).max(copied)
+    }
+
+    /// Time on the links alone.
+    pub(crate) fn carry_ns(&self, payload: Payload) -> u64 {
         let carried = |curve: &Curve, bytes: u64| if bytes == 0 { 0 } else { curve.extended(bytes) };
-        let near = carried(&self.near, payload.near);
-        let far = carried(&self.far, payload.far);
-        self.exchange_ns + near.max(far).max(carried(&self.copy, payload.received))
+        carried(&self.near, payload.near).max(carried(&self.far, payload.far))
+    }
+
+    /// Processor time of an exchange: starting it and copying what arrives.
+    pub(crate) fn copy_ns(&self, payload: Payload) -> u64 {
+        self.exchange_ns + if payload.received == 0 { 0 } else { self.copy.extended(payload.received) }
     }
 }
 
@@ -262,8 +273,8 @@ pub struct RowsCost {
     pub route: Curve,
 }
 
-/// Work of the host, which no lane does.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// Work of the host, which no lane does, and how fast host and lanes notice each other.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HostCost {
     /// (token, expert) pairs of the rank → ns: reading the routing, counting, send and home maps.
@@ -274,6 +285,15 @@ pub struct HostCost {
     pub plan: Curve,
     /// Copies received → ns: reading the metadata and making the maps of the stages.
     pub maps: Curve,
+    /// Operations, and products in them → ns: handing them to a lane. 0 where lanes never wait for that.
+    #[serde(default)]
+    pub enqueue: Curve,
+    /// From an event to the moment at which a lane, or the host, that waited for it goes on.
+    #[serde(default)]
+    pub wake_ns: u64,
+    /// How much too late a lane wakes up that slept until a paced link was done.
+    #[serde(default)]
+    pub sleep_ns: u64,
 }
 
 /// One way to divide the processor between computation and transfers.
@@ -342,7 +362,7 @@ impl Correction {
 
 impl CostModel {
     /// What this program writes and reads.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
 
     /// Reads a file's text.
     pub fn parse(text: &str) -> Result<Self, CostError> {
@@ -381,6 +401,7 @@ impl CostModel {
             ("host.rendezvous", &host.rendezvous),
             ("host.plan", &host.plan),
             ("host.maps", &host.maps),
+            ("host.enqueue", &host.enqueue),
         ];
         let refuse = |table: &str, problem: &str| {
             Err(CostError::Table { table: table.into(), problem: problem.into() })
@@ -405,6 +426,24 @@ impl CostModel {
             GemmKind::Grouped => &self.grouped,
             GemmKind::Dense => &self.dense,
         }
+    }
+
+    /// The time of work that a curve prices; 0 for any other.
+    pub(crate) fn sized_ns(&self, work: &Work) -> u64 {
+        let (rows, host) = (&self.rows, &self.host);
+        let (curve, size) = match *work {
+            Work::Gather(bytes) => (&rows.gather, bytes),
+            Work::Reduce(bytes) => (&rows.reduce, bytes),
+            Work::Upload(bytes) => (&rows.upload, bytes),
+            Work::Route(logits) => (&rows.route, logits),
+            Work::Pack(pairs) => (&host.pack, pairs),
+            Work::Rendezvous(bytes) => (&host.rendezvous, bytes),
+            Work::Plan(size) => (&host.plan, size),
+            Work::Maps(copies) => (&host.maps, copies),
+            Work::Enqueue(operations) => (&host.enqueue, operations),
+            _ => return 0,
+        };
+        curve.extended(size)
     }
 
     /// The model that a machine's own measurements made of this one.
