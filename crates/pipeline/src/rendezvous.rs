@@ -2,11 +2,12 @@
 
 use crate::dispatch::Outgoing;
 use crate::run::MoeLayer;
-use crate::{ExpertPipeline, PipelineError, PipelineOptions};
+use crate::{ExpertPipeline, HostTimes, PipelineError, PipelineOptions};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{LayerCounts, RankCounts, StageTable, Traffic};
+use std::time::Instant;
 
 /// What every rank knows after the rendezvous: the same on all of them.
 pub(crate) struct Plan {
@@ -24,11 +25,13 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         layer: &MoeLayer,
         table: Option<&StageTable>,
         outgoing: &Outgoing,
+        times: &mut HostTimes,
     ) -> Result<Plan, PipelineError> {
         let (place, placement) = (Place::layer(layer.layer), &self.options.placement);
         let digest = self.digest(layer, table).to_le_bytes();
         let message = [digest.as_slice(), &outgoing.counts.encode()].concat();
         let messages = self.fabric.all_gather("rendezvous", place, message)?;
+        times.met = Some(Instant::now());
         let mut ranks = Vec::with_capacity(messages.len());
         for (rank, message) in messages.iter().enumerate() {
             let (theirs, counts) = message.split_at_checked(digest.len()).unwrap_or_default();
@@ -46,6 +49,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             None => self.options.policy.table(placement, &counts)?,
         };
         let traffic = Traffic::of(placement, &counts, &table);
+        times.planned = Some(Instant::now());
         Ok(Plan { counts, table, traffic })
     }
 
