@@ -636,7 +636,7 @@ impl<'a> Group<'a> {
     /// Moves all queues as far as they go without time passing.
     fn settle(&mut self) {
         // A rank that has copied nothing may let others leave an exchange.
-        while (0..self.ranks.len()).fold(false, |moved, rank| self.reach(rank) || moved) {}
+        while (0..self.ranks.len()).any(|rank| self.reach(rank)) {}
     }
 
     fn reach(&mut self, rank: usize) -> bool {

@@ -260,7 +260,7 @@ impl Bench {
             let rows = 0..job.routing.tokens();
             let (x, y) = (x.rows(rows.clone())?, y.rows(rows)?);
             device.take_records();
-            self.together(&*fabric)?;
+            self.together(&fabric)?;
             let layer = &layers[job.layer];
             pipeline.route(layer, &x)?;
             let report = pipeline.run_table(layer, &job.routing, &job.table, &x, &y)?;
