@@ -12,6 +12,7 @@ use epsmoe_profile::{
 };
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -96,8 +97,8 @@ fn check(args: &ProfileArgs, number: usize) -> Result<()> {
     }
     let mut models: BTreeMap<usize, (CostModel, LabOptions)> = BTreeMap::new();
     for cell in &chosen {
-        if !models.contains_key(&cell.ranks) {
-            models.insert(cell.ranks, model(args, cell.ranks)?);
+        if let Entry::Vacant(vacant) = models.entry(cell.ranks) {
+            vacant.insert(model(args, cell.ranks)?);
         }
     }
     let bar = output::step_bar("verifying", chosen.len());
