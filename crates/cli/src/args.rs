@@ -50,6 +50,8 @@ pub(crate) enum Command {
     Bench(Box<BenchArgs>),
     /// Predict strategies and schedules on a machine that need not be here
     Plan(PlanArgs),
+    /// Measure what MoE layers cost on this machine, or check such figures
+    Profile(ProfileArgs),
     /// Write a checkpoint of random weights
     Synth(SynthArgs),
     /// Say what this machine is and what works on it
@@ -133,6 +135,10 @@ pub(crate) struct RunArgs {
     /// to be fastest [default: auto, or staged with --stages or --transfer-order]
     #[arg(long, env = "EPSMOE_SCHEDULE", value_enum, help_heading = PIPELINE)]
     pub(crate) schedule: Option<ScheduleKind>,
+
+    /// What the auto schedule predicts with [default: what `epsmoe profile` left for this machine, or round figures]
+    #[arg(long, env = "EPSMOE_PROFILE", value_name = "FILE", help_heading = PIPELINE)]
+    pub(crate) profile: Option<PathBuf>,
 
     /// At the end, say what the auto schedule chose, what that beat, and how long it was predicted to take and took
     #[arg(long, env = "EPSMOE_EXPLAIN", value_parser = BoolishValueParser::new(), help_heading = PIPELINE)]
@@ -418,6 +424,68 @@ pub(crate) struct PlanArgs {
     /// Seed of the routing
     #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 0)]
     pub(crate) seed: u64,
+
+    /// Print one line of JSON
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Without --verify, the cost model goes to a file under $XDG_CACHE_HOME/epsmoe/profiles, named after the machine, the \
+kernels and the number format, or to --out. With --verify, layers that the profile never saw are predicted and run.
+
+Examples:
+  epsmoe profile -dp 2
+  epsmoe profile --verify 100 --seed 6                needs profiles of 1, 2 and 4 ranks
+  epsmoe profile --verify 20 --regret")]
+pub(crate) struct ProfileArgs {
+    /// Where to write the profile [default: a file in the cache]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+
+    /// Number format of activations; auto is float32
+    #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto)]
+    pub(crate) dtype: Dtype,
+
+    /// Vector instructions: scalar, avx2 or avx512 [default: the best there are]
+    #[arg(long, env = "EPSMOE_ISA", value_name = "SET")]
+    pub(crate) isa: Option<Isa>,
+
+    /// Threads of each rank [default: cores divided by ranks]
+    #[arg(long, env = "EPSMOE_THREADS", value_name = "NUMBER", value_parser = bounded(1, 1024))]
+    pub(crate) threads: Option<usize>,
+
+    /// Ranks; short: -dp
+    #[arg(
+        long,
+        alias = "dp",
+        env = "EPSMOE_DATA_PARALLEL_SIZE",
+        value_name = "RANKS",
+        default_value = "2",
+        value_parser = bounded(1, 8)
+    )]
+    pub(crate) data_parallel_size: usize,
+
+    /// Longest time to measure for, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
+    pub(crate) max_seconds: f64,
+
+    /// Predict and run so many layers instead, drawn by --seed
+    #[arg(long, value_name = "CELLS", value_parser = bounded(1, 10_000))]
+    pub(crate) verify: Option<usize>,
+
+    /// Compare the searched plan of each of these layers with many others
+    #[arg(long, requires = "verify", value_parser = BoolishValueParser::new())]
+    pub(crate) regret: bool,
+
+    /// Which layers
+    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 6)]
+    pub(crate) seed: u64,
+
+    /// The profile to check, on the layers with its number of ranks [default: those in the cache]
+    #[arg(long, value_name = "FILE", requires = "verify")]
+    pub(crate) profile: Option<PathBuf>,
 
     /// Print one line of JSON
     #[arg(long, value_parser = BoolishValueParser::new())]

@@ -44,6 +44,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Bench(args) => commands::bench::run(args),
         Command::Plan(args) => commands::plan::run(args),
+        Command::Profile(args) => commands::profile::run(args),
         Command::Synth(args) => commands::synth::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Completions(args) => commands::completions::run(args),

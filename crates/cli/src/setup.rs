@@ -18,9 +18,8 @@ use epsmoe_engine::{
 };
 use epsmoe_fabric::{Alone, Link, Threads, ThreadsOptions};
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
-use epsmoe_plan::{
-    CostModel, Curve, GemmKind, LayerCounts, LinkCost, Placement, Policy, RankCounts, Schedule, SharedExpert,
-};
+use epsmoe_plan::{CostModel, GemmKind, LayerCounts, Placement, Policy, RankCounts, Schedule, SharedExpert};
+use epsmoe_profile::{Fingerprint, default_path, load, with_link};
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -194,13 +193,16 @@ impl Setup {
             Dtype::Float32 => DType::F32,
             Dtype::Bfloat16 => DType::BF16,
         };
-        let policy = policy(args);
-        let cost = (policy.schedule == Schedule::Auto).then(|| Arc::new(cost(dtype, threads, args.link.0)));
+        let isa = args.isa.unwrap_or_else(Isa::detect);
+        let mut policy = policy(args);
+        if policy.schedule == Schedule::Auto {
+            policy.cost = Some(Arc::new(cost(args, &Fingerprint::of_cpu(ranks, threads, isa, dtype))?));
+        }
         let setup = Setup {
             ranks,
             parallel,
             threads,
-            policy: Policy { cost, ..policy },
+            policy,
             explain: args.explain,
             routing: routing(args)?,
             record: args.routing_record.clone(),
@@ -208,7 +210,7 @@ impl Setup {
             seed: args.seed,
             processor,
             dtype,
-            isa: args.isa.unwrap_or_else(Isa::detect),
+            isa,
             batched_tokens: args.max_num_batched_tokens,
             sequences: args.max_num_seqs,
             model_len: args.max_model_len,
@@ -402,13 +404,19 @@ impl Setup {
     }
 }
 
-/// What work costs here, as far as anybody knows.
-fn cost(dtype: DType, threads: usize, link: Option<Link>) -> CostModel {
-    let cost = CostModel::unmeasured(dtype, threads, (machine::cores() / threads).max(1) as u32);
-    let Some(link) = link else { return cost };
-    let latency = u64::try_from(link.latency.as_nanos()).unwrap_or(u64::MAX);
-    let near = Curve::line(latency, link.bytes_per_second);
-    CostModel { link: LinkCost { near, ..cost.link }, ..cost }
+/// What work costs here: as the given profile says, or the one that `epsmoe profile` left for this machine, or as nobody
+/// measured. What a paced link carries follows from the link.
+fn cost(args: &RunArgs, machine: &Fingerprint) -> Result<CostModel> {
+    let by_default = default_path(machine);
+    let cost = match &args.profile {
+        Some(file) => load(file, machine)?,
+        None if by_default.exists() => load(&by_default, machine)?,
+        None => CostModel::unmeasured(machine.dtype, machine.threads, machine.cores as u32),
+    };
+    Ok(match args.link.0 {
+        Some(link) => with_link(&cost, link),
+        None => cost,
+    })
 }
 
 /// How the model is spread over ranks.

@@ -20,7 +20,7 @@ mod run;
 pub use buffers::PipelineSizes;
 pub use rendezvous::disagreement;
 pub use routing_log::{Flips, RoutingLog, RoutingLogError, TokenId};
-pub use run::{ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp};
+pub use run::{ExpertPipeline, HostTimes, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp};
 
 use epsmoe_base::Fault;
 use epsmoe_device::DeviceError;

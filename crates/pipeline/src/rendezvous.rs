@@ -2,11 +2,12 @@
 
 use crate::dispatch::Outgoing;
 use crate::run::MoeLayer;
-use crate::{ExpertPipeline, PipelineError};
+use crate::{ExpertPipeline, HostTimes, PipelineError};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{Feedback, LayerCounts, RankCounts, StageTable, Traffic};
+use std::time::Instant;
 
 /// What every rank knows after the rendezvous: the same on all of them.
 pub(crate) struct Plan {
@@ -24,6 +25,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         layer: &MoeLayer,
         table: Option<&StageTable>,
         outgoing: &Outgoing,
+        times: &mut HostTimes,
     ) -> Result<Plan, PipelineError> {
         let (place, placement) = (Place::layer(layer.layer), &self.options.placement);
         let digest = self.digest(layer, table).to_le_bytes();
@@ -31,6 +33,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let learned = learned.map_or_else(Vec::new, |feedback| feedback.encode());
         let message = [digest.as_slice(), &outgoing.counts.encode(), &learned].concat();
         let messages = self.fabric.all_gather("rendezvous", place, message)?;
+        times.met = Some(Instant::now());
         let (mut ranks, mut feedback) = (Vec::with_capacity(messages.len()), Vec::new());
         for (rank, message) in messages.iter().enumerate() {
             let (theirs, rest) = message.split_at_checked(digest.len()).unwrap_or_default();
@@ -52,6 +55,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             (None, None) => self.options.policy.table(placement, &counts)?,
         };
         let traffic = Traffic::of(placement, &counts, &table);
+        times.planned = Some(Instant::now());
         Ok(Plan { counts, table, traffic })
     }
 

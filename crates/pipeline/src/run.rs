@@ -13,7 +13,7 @@ use epsmoe_plan::{
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A gated MLP: `down( silu(x·gateᵀ) ⊙ (x·upᵀ) )`.
 #[derive(Clone, Debug)]
@@ -81,6 +81,23 @@ pub struct LayerReport {
     pub tables: Vec<StageTable>,
     /// The most bytes that one of them needed on this rank.
     pub peak_bytes: u64,
+    /// When the host was done with what no lane does; of the last chunk.
+    pub host: HostTimes,
+}
+
+/// When the host of a rank was done with a part of a layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostTimes {
+    /// Rows and records are on their way to the send buffers, and the rendezvous is next.
+    pub packed: Option<Instant>,
+    /// Every rank's counts are there.
+    pub met: Option<Instant>,
+    /// So is the plan.
+    pub planned: Option<Instant>,
+    /// The index arrays of this rank's stages are on their way to the device.
+    pub mapped: Option<Instant>,
+    /// Everything is enqueued.
+    pub enqueued: Option<Instant>,
 }
 
 /// The MoE layers of one rank.
@@ -191,7 +208,8 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let shared = table.map_or_else(|| self.shared_expert(), |table| table.shared);
         let outgoing = self.pack(layer, &routing.slice(range.clone()), &rows)?;
         self.run_shared_if(shared == SharedExpert::BesideRendezvous, layer, &rows)?;
-        let plan = self.rendezvous(layer, table, &outgoing)?;
+        report.host.packed = Some(Instant::now());
+        let plan = self.rendezvous(layer, table, &outgoing, &mut report.host)?;
         if !self.options.sizes.capacity.fits(&plan.traffic) {
             let (first, second) = halves(range);
             self.run_tokens(layer, routing, table, first, x, y, report)?;
@@ -213,6 +231,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
                         // The first rows travel: time for the shared expert, and for the index arrays.
                         self.run_shared_if(shared == SharedExpert::BesideFirstDispatch, layer, &rows)?;
                         self.receive_metadata(layer, &plan, &metadata)?;
+                        report.host.mapped = Some(Instant::now());
                     }
                     while let Some(Some(arrived)) = dispatched.get(reduced.len()) {
                         self.device.lane_wait(Lane::Compute, arrived);
@@ -230,6 +249,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         self.device.lane_wait(Lane::Compute, &self.device.record(Lane::Transfer));
         self.run_shared_if(shared == SharedExpert::Alone, layer, &rows)?;
         self.sum_at_home(layer, outgoing.home, &out)?;
+        report.host.enqueued = Some(Instant::now());
         report.note(plan.table, self.layer_bytes(&plan.traffic));
         Ok(())
     }

@@ -553,7 +553,7 @@ impl Advisor<'_> {
         let none = || Curve::flat(0);
         let cost = CostModel {
             link: LinkCost { exchange_ns: 0, node_ranks: 0, near: none(), far: none(), copy: none() },
-            host: HostCost { pack: none(), rendezvous: none(), plan: none(), maps: none() },
+            host: HostCost::default(),
             ..self.cost.clone()
         };
         let of = |kind| {

@@ -4,7 +4,7 @@
 //! same file gives bit-identical times on every rank, whatever its processor or compiler.
 
 use crate::curve::scale;
-use crate::{Curve, GemmKind};
+use crate::{Curve, GemmKind, Work};
 use epsmoe_base::{DType, hash_bytes};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -60,9 +60,11 @@ pub struct CostModel {
     pub kernels: String,
     /// The number format of weights and rows.
     pub dtype: DType,
-    /// Compute lanes, over all ranks, that run at full speed at once: ranks of one processor slow each other down.
-    /// 0: every rank has a processor of its own.
+    /// Threads, over all ranks, that run at full speed at once: a compute lane has `lane_threads` of them, copying and
+    /// the host one each, and more than these slow each other down. 0: every rank has a processor of its own.
     pub concurrent: u32,
+    /// Threads that a compute lane keeps busy.
+    pub lane_threads: u32,
     /// One call over all experts of a stage.
     pub grouped: GemmCost,
     /// One call per expert.
@@ -241,10 +243,19 @@ impl LinkCost {
 
     /// One rank's time from the moment all ranks are there.
     pub fn exchange_ns(&self, payload: Payload) -> u64 {
+        let copied = if payload.received == 0 { 0 } else { self.copy.extended(payload.received) };
+        self.exchange_ns + self.carry_ns(payload).max(copied)
+    }
+
+    /// Time on the links alone.
+    pub(crate) fn carry_ns(&self, payload: Payload) -> u64 {
         let carried = |curve: &Curve, bytes: u64| if bytes == 0 { 0 } else { curve.extended(bytes) };
-        let near = carried(&self.near, payload.near);
-        let far = carried(&self.far, payload.far);
-        self.exchange_ns + near.max(far).max(carried(&self.copy, payload.received))
+        carried(&self.near, payload.near).max(carried(&self.far, payload.far))
+    }
+
+    /// Processor time of an exchange: starting it and copying what arrives.
+    pub(crate) fn copy_ns(&self, payload: Payload) -> u64 {
+        self.exchange_ns + if payload.received == 0 { 0 } else { self.copy.extended(payload.received) }
     }
 }
 
@@ -262,8 +273,8 @@ pub struct RowsCost {
     pub route: Curve,
 }
 
-/// Work of the host, which no lane does.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// Work of the host, which no lane does, and how fast host and lanes notice each other.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HostCost {
     /// (token, expert) pairs of the rank → ns: reading the routing, counting, send and home maps.
@@ -274,6 +285,15 @@ pub struct HostCost {
     pub plan: Curve,
     /// Copies received → ns: reading the metadata and making the maps of the stages.
     pub maps: Curve,
+    /// Operations, and products in them → ns: handing them to a lane. 0 where lanes never wait for that.
+    #[serde(default)]
+    pub enqueue: Curve,
+    /// From an event to the moment at which a lane, or the host, that waited for it goes on.
+    #[serde(default)]
+    pub wake_ns: u64,
+    /// How much too late a lane wakes up that slept until a paced link was done.
+    #[serde(default)]
+    pub sleep_ns: u64,
 }
 
 /// One way to divide the processor between computation and transfers.
@@ -342,10 +362,10 @@ impl Correction {
 
 impl CostModel {
     /// What this program writes and reads.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
 
     /// Round figures of a server's CPU, for a machine that nobody measured: ranks of `threads` threads, of which
-    /// `concurrent` run at full speed at once (0: all). Good enough to begin with; a [`Scheduler`](crate::Scheduler)
+    /// `concurrent` in all run at full speed at once (0: every rank has a processor of its own). Good enough to begin with; a [`Scheduler`](crate::Scheduler)
     /// corrects them while it runs.
     pub fn unmeasured(dtype: DType, threads: usize, concurrent: u32) -> Self {
         let lanes = threads.max(1) as u64;
@@ -363,6 +383,7 @@ impl CostModel {
             kernels: "not measured".into(),
             dtype,
             concurrent,
+            lane_threads: lanes as u32,
             grouped: gemm(8_000),
             dense: gemm(8_000),
             link: LinkCost {
@@ -383,6 +404,9 @@ impl CostModel {
                 rendezvous: per_second(50_000, 1_000_000_000),
                 plan: per_second(10_000, 50_000_000),
                 maps: per_second(30_000, 50_000_000),
+                enqueue: Curve::flat(0),
+                wake_ns: 20_000,
+                sleep_ns: 60_000,
             },
             shares: vec![ShareCost { compute_beside: 1050, transfer_beside: 1100, ..ShareCost::FREE }],
         }
@@ -425,6 +449,7 @@ impl CostModel {
             ("host.rendezvous", &host.rendezvous),
             ("host.plan", &host.plan),
             ("host.maps", &host.maps),
+            ("host.enqueue", &host.enqueue),
         ];
         let refuse = |table: &str, problem: &str| {
             Err(CostError::Table { table: table.into(), problem: problem.into() })
@@ -449,6 +474,24 @@ impl CostModel {
             GemmKind::Grouped => &self.grouped,
             GemmKind::Dense => &self.dense,
         }
+    }
+
+    /// The time of work that a curve prices; 0 for any other.
+    pub(crate) fn sized_ns(&self, work: &Work) -> u64 {
+        let (rows, host) = (&self.rows, &self.host);
+        let (curve, size) = match *work {
+            Work::Gather(bytes) => (&rows.gather, bytes),
+            Work::Reduce(bytes) => (&rows.reduce, bytes),
+            Work::Upload(bytes) => (&rows.upload, bytes),
+            Work::Route(logits) => (&rows.route, logits),
+            Work::Pack(pairs) => (&host.pack, pairs),
+            Work::Rendezvous(bytes) => (&host.rendezvous, bytes),
+            Work::Plan(size) => (&host.plan, size),
+            Work::Maps(copies) => (&host.maps, copies),
+            Work::Enqueue(operations) => (&host.enqueue, operations),
+            _ => return 0,
+        };
+        curve.extended(size)
     }
 
     /// The model that a machine's own measurements made of this one.

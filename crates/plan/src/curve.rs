@@ -20,6 +20,13 @@ use serde::{Deserialize, Serialize};
 #[serde(transparent)]
 pub struct Curve(Vec<(u64, u64)>);
 
+impl Default for Curve {
+    /// Zero everywhere.
+    fn default() -> Self {
+        Curve::flat(0)
+    }
+}
+
 impl Curve {
     /// Most points of a fitted curve.
     const POINTS: usize = 16;

@@ -1,7 +1,7 @@
 //! Counts to plan with when no router has spoken yet: what a popularity of experts leads to.
 
 use crate::{LayerCounts, Placement, PlanError, RankCounts, Routing};
-use epsmoe_base::Mix;
+use epsmoe_base::{Mix, Rank};
 
 /// How a router chooses, as far as counts are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,11 @@ impl RoutingLaw {
         };
         let ranks = tokens.iter().enumerate().map(of_rank).collect::<Result<_, _>>()?;
         LayerCounts::new(placement, self.top_k, ranks)
+    }
+
+    /// What the router says for `tokens` tokens of a rank, all of them drawn; weights are equal.
+    pub fn routing(&self, placement: &Placement, rank: Rank, tokens: usize) -> Result<Routing, PlanError> {
+        self.draw(placement, &self.popularity(placement.experts()), rank.0, tokens)
     }
 
     /// `[E]` weights of all experts.
@@ -135,7 +140,6 @@ fn repeated(placement: &Placement, drawn: &Routing, tokens: usize) -> RankCounts
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_base::Rank;
 
     #[test]
     fn laws_hold() {

@@ -1,7 +1,7 @@
 //! From measured times to a cost model: medians and rising curves, so that a few disturbed samples change nothing.
 
 use crate::curve::medians;
-use crate::{CostModel, Curve, GemmCost, GemmKind, ShareCost};
+use crate::{CostModel, Curve, GemmCost, GemmKind, Payload, ShareCost};
 
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +41,14 @@ pub enum Work {
     Plan(u64),
     /// Host: copies received.
     Maps(u64),
+    /// Host: operations handed to a lane, and products in them.
+    Enqueue(u64),
+    /// An exchange as a whole: what `Near`, `Far` and `Copy` are parts of.
+    Exchange(Payload),
+    /// A lane, or the host, going on after an event of another.
+    Wake,
+    /// How much too late a lane wakes up that slept until a paced link was done.
+    Sleep,
     /// Computation alone under a share that takes `free_ns` on the undivided processor.
     Capped {
         /// Position in [`CostModel::shares`].
@@ -114,7 +122,11 @@ impl CostModel {
             &mut model.host.rendezvous, 0, Rendezvous;
             &mut model.host.plan, 0, Plan;
             &mut model.host.maps, 0, Maps;
+            &mut model.host.enqueue, 0, Enqueue;
         }
+        let host = &mut model.host;
+        host.wake_ns = median(samples, |work| *work == Work::Wake).unwrap_or(host.wake_ns);
+        host.sleep_ns = median(samples, |work| *work == Work::Sleep).unwrap_or(host.sleep_ns);
         model
     }
 }

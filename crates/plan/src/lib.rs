@@ -91,7 +91,9 @@ pub use routing::Routing;
 pub use schedule::{Policy, Schedule, Stages};
 pub use scheduler::{Feedback, Look, PlanReport, ScheduleReport, Scheduler, Watched};
 pub use search::{Bucket, Choice, Considered, Decision, SearchOptions, cuts_for, search, sensible_orders};
-pub use simulate::{LayerShape, RankTimes, Simulation, StageTimes, Workload, predict_ns, simulate};
+pub use simulate::{
+    LayerShape, Planned, RankTimes, Simulation, StageTimes, Workload, planned, predict_ns, simulate,
+};
 pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};
 pub use timeline::{Span, Timeline};
 pub use traffic::Traffic;

@@ -197,6 +197,7 @@ impl Machine {
             kernels: self.kernels_name.clone(),
             dtype: DType::BF16,
             concurrent: 0,
+            lane_threads: 1,
             grouped: gemm(&kernels.grouped),
             dense: gemm(&kernels.dense),
             link: LinkCost {

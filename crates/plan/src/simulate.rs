@@ -10,18 +10,22 @@
 //! ```
 //!
 //! - A lane does its work in order. Compute of stage s waits for the dispatches 0..=s, combine s for reduce s, the
-//!   last sum for the last transfer, the index arrays for the metadata.
+//!   last sum for the last transfer, the index arrays for the metadata. Whoever waits for another queue goes on
+//!   [`HostCost::wake_ns`](crate::HostCost::wake_ns) after it. Where handing work to a lane costs something, a lane
+//!   also waits for the host that hands it the stage or the exchange.
 //! - An exchange is two-sided: nothing moves before all ranks are there; then each rank is done after its own
 //!   [`LinkCost::exchange_ns`](crate::LinkCost::exchange_ns).
-//! - While a rank computes and transfers at once, both go slower, by the [`ShareCost`]. Ranks that share a
-//!   processor ([`CostModel::concurrent`]) divide it equally.
+//! - While a rank computes and transfers at once, both go slower, by the [`ShareCost`].
+//! - Threads that share a processor ([`CostModel::concurrent`]) divide it equally: those of the compute lanes, of the
+//!   hosts, and of transfer lanes while they copy. There an exchange is work for the processor beside the time on the
+//!   link, and nobody leaves it before all ranks have copied.
 //!
 //! Time runs in whole nanoseconds and progress in whole millionths of one, so every rank finds the same times.
 
 use crate::curve::scale;
 use crate::{
     CostModel, GemmKind, LayerCounts, LayerSizes, Payload, Placement, ShareCost, SharedExpert, Span,
-    StageTable, Timeline, Traffic, Transfer, record_words,
+    StageTable, Timeline, Traffic, Transfer, Work, record_words,
 };
 use epsmoe_base::{Lane, Rank, Stage};
 use std::ops::Range;
@@ -91,13 +95,46 @@ pub struct RankTimes {
 /// Everything about a layer under a table, as every rank will live it.
 pub fn simulate(table: &StageTable, share: usize, workload: &Workload<'_>, cost: &CostModel) -> Simulation {
     let program = Program::of(table, share, workload, cost);
-    let times = run(&program, cost.concurrent, &share_of(cost, share));
+    let times = run(&program, cost, &share_of(cost, share));
     report(&program, &times, table.stages())
 }
 
 /// Only how long it will take: [`Simulation::layer_ns`].
 pub fn predict_ns(table: &StageTable, share: usize, workload: &Workload<'_>, cost: &CostModel) -> u64 {
-    run(&Program::of(table, share, workload, cost), cost.concurrent, &share_of(cost, share)).end()
+    run(&Program::of(table, share, workload, cost), cost, &share_of(cost, share)).end()
+}
+
+/// A piece of a layer on one rank, before it is priced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Planned {
+    /// Who does it.
+    pub rank: Rank,
+    /// On which lane; the host if on none.
+    pub lane: Option<Lane>,
+    /// As its span is called.
+    pub name: &'static str,
+    /// The stage it belongs to, if any.
+    pub stage: Option<Stage>,
+    /// What it is: one operation after the other.
+    pub work: Vec<Work>,
+}
+
+/// Everything that all ranks do in a layer under a table, rank by rank in the order in which the pipeline enqueues it:
+/// what [`simulate`] prices. The spans of a run are these operations in the same order on every lane, so that a
+/// measured time finds its work.
+pub fn planned(table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Vec<Planned> {
+    let program = Program::described(table, workload, cost);
+    let ranks = program.ranks;
+    let of = |(at, work): (usize, Vec<Work>)| {
+        let step = &program.steps[at / ranks];
+        let lane = match step.queue {
+            Queue::Compute => Some(Lane::Compute),
+            Queue::Transfer => Some(Lane::Transfer),
+            Queue::Host => None,
+        };
+        Planned { rank: Rank(at % ranks), lane, name: step.name, stage: step.stage, work }
+    };
+    program.described.into_iter().flatten().enumerate().map(of).collect()
 }
 
 /// A share by its number; beyond the last one, the undivided processor.
@@ -131,25 +168,39 @@ struct Step {
 struct Program {
     ranks: usize,
     steps: Vec<Step>,
-    /// `[step · R + rank]` nanoseconds when nothing else runs.
+    /// `[step · R + rank]` nanoseconds when nothing else runs; of an exchange on a shared processor, those on the
+    /// links.
     work: Vec<u64>,
+    /// Likewise, what an exchange takes of a shared processor.
+    copies: Vec<u64>,
+    /// Likewise, what it is, where somebody asks.
+    described: Option<Vec<Vec<Work>>>,
 }
 
 impl Program {
     fn of(table: &StageTable, share: usize, workload: &Workload<'_>, cost: &CostModel) -> Self {
+        Self::build(table, share, workload, cost, None)
+    }
+
+    fn described(table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Self {
+        Self::build(table, 0, workload, cost, Some(Vec::new()))
+    }
+
+    fn build(
+        table: &StageTable,
+        share: usize,
+        workload: &Workload<'_>,
+        cost: &CostModel,
+        described: Option<Vec<Vec<Work>>>,
+    ) -> Self {
         let ranks = workload.placement.ranks();
         let traffic = Traffic::of(workload.placement, workload.counts, table);
-        let program = Program { ranks, steps: Vec::new(), work: Vec::new() };
+        let (steps, work, copies) = (Vec::new(), Vec::new(), Vec::new());
+        let program = Program { ranks, steps, work, copies, described };
         let compute_permille = share_of(cost, share).compute;
         let mut builder = Builder { table, workload, cost, traffic, compute_permille, program };
         builder.layer();
         builder.program
-    }
-
-    fn push(&mut self, step: Step, work: impl Fn(Rank) -> u64) -> usize {
-        self.work.extend((0..self.ranks).map(Rank).map(work));
-        self.steps.push(step);
-        self.steps.len() - 1
     }
 }
 
@@ -165,18 +216,18 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn layer(&mut self) {
-        let (sizes, host) = (self.workload.shape.sizes, &self.cost.host);
+        let sizes = self.workload.shape.sizes;
         let (experts, ranks) = (self.workload.placement.experts() as u64, self.program.ranks as u64);
         let shared = self.table.shared;
         let routed = self.route();
-        let packed = self.host("pack", false, [Some(routed), None], |this, rank| {
-            host.pack.extended((this.traffic.tokens(rank) * sizes.top_k) as u64)
+        let packed = self.host("pack", false, [Some(routed), None], Work::Pack, |this, rank| {
+            (this.traffic.tokens(rank) * sizes.top_k) as u64
         });
         let ready = self.pack(packed);
         self.shared_if(shared == SharedExpert::BesideRendezvous, None);
         let messages = ranks * (8 + 4 * (1 + 3 * experts));
-        self.host("rendezvous", true, [None, None], |_, _| host.rendezvous.extended(messages));
-        let planned = self.host("plan", false, [None, None], |_, _| host.plan.extended(experts * ranks));
+        self.host("rendezvous", true, [None, None], Work::Rendezvous, |_, _| messages);
+        let planned = self.host("plan", false, [None, None], Work::Plan, |_, _| experts * ranks);
         let (words, row_bytes) = (record_words(sizes.top_k) * 4, self.row_bytes());
         let metadata = self.exchange(
             "metadata",
@@ -194,10 +245,11 @@ impl Builder<'_> {
         for &transfer in &self.table.order {
             match transfer {
                 Transfer::Dispatch(stage) => {
+                    let handed = if first { None } else { self.enqueue(Some(stage), |_, _| 1) };
                     last_transfer = self.exchange(
                         "dispatch",
                         Some(stage),
-                        [None, None],
+                        [handed, None],
                         row_bytes,
                         |traffic, rank, other| traffic.send_range(rank, other, stage).len(),
                         |traffic, rank, other| traffic.receive_range(rank, stage, other).len(),
@@ -214,10 +266,11 @@ impl Builder<'_> {
                     }
                 }
                 Transfer::Combine(stage) => {
+                    let handed = self.enqueue(Some(stage), |_, _| 1);
                     last_transfer = self.exchange(
                         "combine",
                         Some(stage),
-                        [Some(reduced[stage.0]), None],
+                        [Some(reduced[stage.0]), handed],
                         row_bytes,
                         |traffic, rank, other| traffic.combine_range(rank, stage, other).len(),
                         |traffic, rank, other| traffic.home_range(rank, other, stage).len(),
@@ -229,15 +282,27 @@ impl Builder<'_> {
         self.sum_at_home(last_transfer);
     }
 
-    fn compute(
+    /// An operation on rows or index arrays, of so many bytes or logits.
+    fn rows(
         &mut self,
         name: &'static str,
         stage: Option<Stage>,
-        after: Option<usize>,
-        work: impl Fn(&Self, Rank) -> u64,
+        after: [Option<usize>; 2],
+        work: fn(u64) -> Work,
+        size: impl Fn(&Self, Rank) -> u64,
     ) -> usize {
-        let step = Step { queue: Queue::Compute, name, stage, after: [after, None], meets: false };
-        self.push(step, |this, rank| scale(work(this, rank), this.compute_permille))
+        let step = Step { queue: Queue::Compute, name, stage, after, meets: false };
+        let ns = |this: &Self, size| scale(this.cost.sized_ns(&work(size)), this.compute_permille);
+        self.push(
+            step,
+            |this, rank| vec![work(size(this, rank))],
+            |this, rank| (ns(this, size(this, rank)), 0),
+        )
+    }
+
+    /// Index arrays on their way to the device: so many words.
+    fn upload(&mut self, after: Option<usize>, words: impl Fn(&Self, Rank) -> usize) -> usize {
+        self.rows("upload", None, [after, None], Work::Upload, |this, rank| 4 * words(this, rank) as u64)
     }
 
     fn host(
@@ -245,14 +310,46 @@ impl Builder<'_> {
         name: &'static str,
         meets: bool,
         after: [Option<usize>; 2],
-        work: impl Fn(&Self, Rank) -> u64,
+        work: fn(u64) -> Work,
+        size: impl Fn(&Self, Rank) -> u64,
     ) -> usize {
-        self.push(Step { queue: Queue::Host, name, stage: None, after, meets }, work)
+        let step = Step { queue: Queue::Host, name, stage: None, after, meets };
+        let ns = |this: &Self, rank| this.cost.sized_ns(&work(size(this, rank)));
+        self.push(step, |this, rank| vec![work(size(this, rank))], |this, rank| (ns(this, rank), 0))
     }
 
-    fn push(&mut self, step: Step, work: impl Fn(&Self, Rank) -> u64) -> usize {
-        let work: Vec<u64> = (0..self.program.ranks).map(|rank| work(self, Rank(rank))).collect();
-        self.program.push(step, |rank| work[rank.0])
+    /// The host hands operations, and products in them, to a lane; nothing where that is free.
+    fn enqueue(&mut self, stage: Option<Stage>, size: impl Fn(&Self, Rank) -> u64) -> Option<usize> {
+        let costs = self.cost.host.enqueue.extended(1 << 20) > 0 || self.program.described.is_some();
+        let step = Step { queue: Queue::Host, name: "enqueue", stage, after: [None, None], meets: false };
+        let ns = |this: &Self, rank| this.cost.sized_ns(&Work::Enqueue(size(this, rank)));
+        costs.then(|| {
+            self.push(
+                step,
+                |this, rank| vec![Work::Enqueue(size(this, rank))],
+                |this, rank| (ns(this, rank), 0),
+            )
+        })
+    }
+
+    /// Adds a step: what it is on every rank, and how long it takes there, on its lane and of the processor besides.
+    fn push(
+        &mut self,
+        step: Step,
+        work: impl Fn(&Self, Rank) -> Vec<Work>,
+        ns: impl Fn(&Self, Rank) -> (u64, u64),
+    ) -> usize {
+        for rank in (0..self.program.ranks).map(Rank) {
+            let (lane, processor) = ns(self, rank);
+            self.program.work.push(lane);
+            self.program.copies.push(processor);
+            if self.program.described.is_some() {
+                let work = work(self, rank);
+                self.program.described.iter_mut().for_each(|all| all.push(work.clone()));
+            }
+        }
+        self.program.steps.push(step);
+        self.program.steps.len() - 1
     }
 
     /// An exchange of rows of `row_bytes`: how many a rank sends to another, and how many come back.
@@ -266,13 +363,22 @@ impl Builder<'_> {
         back: impl Fn(&Traffic, Rank, Rank) -> usize,
     ) -> usize {
         let step = Step { queue: Queue::Transfer, name, stage, after, meets: true };
-        self.push(step, |this, rank| {
+        let payload = |this: &Self, rank| {
             let out = this.sides(rank, |other| out(&this.traffic, rank, other));
             let back = this.sides(rank, |other| back(&this.traffic, rank, other));
             let larger = |side: usize| (out[side].max(back[side]) * row_bytes) as u64;
             let received = (back.iter().sum::<usize>() * row_bytes) as u64;
-            this.cost.link.exchange_ns(Payload { near: larger(1), far: larger(2), received })
-        })
+            Payload { near: larger(1), far: larger(2), received }
+        };
+        let (link, shared) = (&self.cost.link, self.cost.concurrent > 0);
+        self.push(
+            step,
+            |this, rank| vec![Work::Exchange(payload(this, rank))],
+            |this, rank| match payload(this, rank) {
+                payload if shared => (link.carry_ns(payload), link.copy_ns(payload)),
+                payload => (link.exchange_ns(payload), 0),
+            },
+        )
     }
 
     /// Rows between a rank and itself, the rest of its node, and other nodes.
@@ -293,29 +399,54 @@ impl Builder<'_> {
     fn route(&mut self) -> usize {
         let (hidden, experts) = (self.workload.shape.sizes.hidden, self.workload.placement.experts());
         self.linear(experts, hidden, None);
-        self.compute("route", None, None, |this, rank| {
-            this.cost.rows.route.extended((this.traffic.tokens(rank) * experts) as u64)
-        })
+        let logits = |this: &Self, rank| (this.traffic.tokens(rank) * experts) as u64;
+        self.rows("route", None, [None, None], Work::Route, logits)
     }
 
     /// One product of all of a rank's tokens with one matrix.
     fn linear(&mut self, columns: usize, depth: usize, after: Option<usize>) {
-        let element_bytes = self.workload.shape.sizes.activation_bytes;
-        let product = self.cost.dense.product(columns, depth, element_bytes);
-        self.compute("gemm", None, after, |this, rank| product.op_ns([this.traffic.tokens(rank) as u64]));
+        let tokens = |this: &Self, rank| vec![this.traffic.tokens(rank) as u64];
+        self.products(GemmKind::Dense, [columns, depth], None, after, tokens);
+    }
+
+    /// Products of `[columns, depth]` matrices with so many rows each.
+    fn products(
+        &mut self,
+        kind: GemmKind,
+        [columns, depth]: [usize; 2],
+        stage: Option<Stage>,
+        after: Option<usize>,
+        rows: impl Fn(&Self, Rank) -> Vec<u64>,
+    ) {
+        let product =
+            self.cost.gemm(kind).product(columns, depth, self.workload.shape.sizes.activation_bytes);
+        let step = Step { queue: Queue::Compute, name: "gemm", stage, after: [after, None], meets: false };
+        let gemm = |rows| Work::Gemm { kind, rows, columns, depth };
+        self.push(
+            step,
+            |this, rank| match kind {
+                GemmKind::Grouped => vec![gemm(rows(this, rank))],
+                GemmKind::Dense => rows(this, rank).into_iter().map(|rows| gemm(vec![rows])).collect(),
+            },
+            |this, rank| {
+                let rows = rows(this, rank).into_iter();
+                let ns = match kind {
+                    GemmKind::Grouped => product.op_ns(rows),
+                    GemmKind::Dense => rows.map(|rows| product.op_ns([rows])).sum(),
+                };
+                (scale(ns, this.compute_permille), 0)
+            },
+        );
     }
 
     /// Rows and records in send order; the last step after which they may leave.
     fn pack(&mut self, packed: usize) -> usize {
         let (row_bytes, top_k) = (self.row_bytes(), self.workload.shape.sizes.top_k);
-        let rows = &self.cost.rows;
-        let sent = |this: &Self, rank| this.traffic.rows_sent(rank) as u64;
-        self.compute("upload", None, Some(packed), |this, rank| rows.upload.extended(4 * sent(this, rank)));
-        self.compute("gather", None, None, |this, rank| {
-            rows.gather.extended(sent(this, rank) * row_bytes as u64)
+        self.upload(Some(packed), |this, rank| this.traffic.rows_sent(rank));
+        self.rows("gather", None, [None, None], Work::Gather, |this, rank| {
+            (this.traffic.rows_sent(rank) * row_bytes) as u64
         });
-        let words = 4 * record_words(top_k) as u64;
-        self.compute("upload", None, None, |this, rank| rows.upload.extended(words * sent(this, rank)))
+        self.upload(None, |this, rank| record_words(top_k) * this.traffic.rows_sent(rank))
     }
 
     fn shared_if(&mut self, now: bool, after: Option<usize>) {
@@ -328,61 +459,54 @@ impl Builder<'_> {
 
     /// The host reads the records and uploads what it makes of them.
     fn receive_metadata(&mut self, metadata: usize) {
-        let host = &self.cost.host;
-        let maps = self.host("maps", false, [Some(metadata), None], |this, rank| {
-            host.maps.extended(this.traffic.copies(rank) as u64)
-        });
-        self.compute("upload", None, Some(maps), |this, rank| {
-            let (copies, rows) = (this.traffic.copies(rank), this.traffic.rows_received(rank));
-            let upload = |words: usize| this.cost.rows.upload.extended(4 * words as u64);
-            3 * upload(copies) + upload(rows + 1)
-        });
+        let copies = |this: &Self, rank| this.traffic.copies(rank);
+        let maps = self
+            .host("maps", false, [Some(metadata), None], Work::Maps, |this, rank| copies(this, rank) as u64);
+        self.upload(Some(maps), copies);
+        self.upload(None, |this, rank| this.traffic.rows_received(rank) + 1);
+        self.upload(None, copies);
+        self.upload(None, copies);
     }
 
     /// Expand, two products and reduction of a stage; returns the last.
     fn stage(&mut self, stage: Stage, dispatched: usize) -> usize {
-        let LayerSizes { hidden, inner, activation_bytes, .. } = self.workload.shape.sizes;
-        let (row_bytes, rows, place) = (self.row_bytes() as u64, &self.cost.rows, Some(stage));
-        let stage_copies = move |this: &Self, rank| this.traffic.stage_copies(rank, stage).len() as u64;
-        self.compute("gather", place, Some(dispatched), |this, rank| {
-            rows.gather.extended(stage_copies(this, rank) * row_bytes)
+        let LayerSizes { hidden, inner, .. } = self.workload.shape.sizes;
+        let (row_bytes, place, kind) = (self.row_bytes() as u64, Some(stage), self.table.gemm[stage.0]);
+        let loaded = move |this: &Self, rank| -> Vec<u64> {
+            let experts = this.table.experts_of(rank, stage);
+            let copies = experts.map(|expert| this.traffic.expert_copies(rank, expert).len() as u64);
+            copies.filter(|&copies| copies > 0).collect()
+        };
+        let handed = self.enqueue(place, |this, rank| {
+            let products = 2 * loaded(this, rank).len() as u64;
+            // Expand and reduce, and the products in two operations or in as many as there are.
+            2 + products + if kind == GemmKind::Dense { products } else { 2 }
         });
-        let kind = self.table.gemm[stage.0];
-        for (columns, depth) in [(2 * inner, hidden), (hidden, inner)] {
-            let product = self.cost.gemm(kind).product(columns, depth, activation_bytes);
-            self.compute("gemm", place, None, |this, rank| {
-                let experts = this.table.experts_of(rank, stage);
-                let copies = experts.map(|expert| this.traffic.expert_copies(rank, expert).len() as u64);
-                match kind {
-                    GemmKind::Grouped => product.op_ns(copies),
-                    GemmKind::Dense => {
-                        copies.filter(|&copies| copies > 0).map(|copies| product.op_ns([copies])).sum()
-                    }
-                }
-            });
+        self.rows("gather", place, [Some(dispatched), handed], Work::Gather, |this, rank| {
+            this.traffic.stage_copies(rank, stage).len() as u64 * row_bytes
+        });
+        for matrix in [[2 * inner, hidden], [hidden, inner]] {
+            self.products(kind, matrix, place, None, loaded);
         }
-        self.compute("reduce", place, None, |this, rank| {
+        self.rows("reduce", place, [None, None], Work::Reduce, |this, rank| {
             // Which copies make which sum only the routing knows: every sum has its share of them.
             let (sums, all) =
                 (this.traffic.combine_stage(rank, stage).len(), this.traffic.rows_received(rank));
-            let copies = this.traffic.copies(rank) * sums / all.max(1);
-            rows.reduce.extended(copies as u64 * row_bytes)
+            (this.traffic.copies(rank) * sums / all.max(1)) as u64 * row_bytes
         })
     }
 
     /// Sums that came home, added up, with the shared expert's output.
     fn sum_at_home(&mut self, last_transfer: usize) {
-        let (row_bytes, rows) = (self.row_bytes() as u64, &self.cost.rows);
+        let row_bytes = self.row_bytes() as u64;
         let alone = self.table.shared == SharedExpert::Alone && self.workload.shape.shared_inner > 0;
         self.shared_if(alone, Some(last_transfer));
-        self.compute("upload", None, Some(last_transfer), |this, rank| {
-            let upload = |words: usize| rows.upload.extended(4 * words as u64);
-            upload(this.traffic.tokens(rank) + 1) + upload(this.traffic.rows_sent(rank))
-        });
+        self.upload(Some(last_transfer), |this, rank| this.traffic.tokens(rank) + 1);
+        self.upload(None, |this, rank| this.traffic.rows_sent(rank));
         let addends = u64::from(self.workload.shape.shared_inner > 0);
-        self.compute("reduce", None, None, |this, rank| {
+        self.rows("reduce", None, [None, None], Work::Reduce, |this, rank| {
             let summands = this.traffic.rows_sent(rank) as u64 + addends * this.traffic.tokens(rank) as u64;
-            rows.reduce.extended(summands * row_bytes)
+            summands * row_bytes
         });
     }
 }
@@ -408,11 +532,11 @@ const FULL: u64 = 1_000_000;
 
 /// Runs the program. Ranks know each other's time only where they meet, so each runs by itself from one exchange to
 /// the next; ranks that share a processor run together.
-fn run(program: &Program, concurrent: u32, share: &ShareCost) -> Times {
-    let together = if concurrent == 0 { 1 } else { program.ranks };
+fn run(program: &Program, cost: &CostModel, share: &ShareCost) -> Times {
+    let together = if cost.concurrent == 0 { 1 } else { program.ranks };
     let firsts = (0..program.ranks).step_by(together);
     let mut groups: Vec<Group<'_>> =
-        firsts.map(|first| Group::new(program, first..first + together, concurrent, share)).collect();
+        firsts.map(|first| Group::new(program, first..first + together, cost, share)).collect();
     // The order in which ranks meet is the same for all: one queue of exchanges follows the other's rendezvous.
     for step in (0..program.steps.len()).filter(|&step| program.steps[step].meets) {
         let all_here = groups.iter_mut().map(|group| group.run_to(step)).max().unwrap_or(0);
@@ -440,6 +564,8 @@ struct Head {
     /// It works, with so much to do in millionths of a nanosecond.
     working: bool,
     left: u64,
+    /// Likewise, what an exchange has still to copy on a shared processor.
+    copies: u64,
 }
 
 /// Ranks with one clock.
@@ -447,6 +573,8 @@ struct Group<'a> {
     program: &'a Program,
     ranks: Range<usize>,
     concurrent: u64,
+    lane_threads: u64,
+    wake_ns: u64,
     /// Speed of computation beside a transfer, and of a transfer beside computation.
     beside: [u64; 2],
     /// `[queue]` the program's steps.
@@ -456,6 +584,8 @@ struct Group<'a> {
     /// `[step]` how many of the ranks have reached it, and whether all ranks of the world have.
     reached: Vec<usize>,
     released: Vec<bool>,
+    /// `[step]` how many of the ranks have copied what they receive.
+    copied: Vec<usize>,
     /// `[rank · steps + step]`
     done: Vec<bool>,
     times: Times,
@@ -463,17 +593,20 @@ struct Group<'a> {
 }
 
 impl<'a> Group<'a> {
-    fn new(program: &'a Program, ranks: Range<usize>, concurrent: u32, share: &ShareCost) -> Self {
+    fn new(program: &'a Program, ranks: Range<usize>, cost: &CostModel, share: &ShareCost) -> Self {
         let (steps, all) = (program.steps.len(), program.steps.len() * ranks.len());
         let queue = |queue: Queue| (0..steps).filter(|&step| program.steps[step].queue == queue).collect();
         Group {
             program,
-            concurrent: u64::from(concurrent),
+            concurrent: u64::from(cost.concurrent),
+            lane_threads: u64::from(cost.lane_threads),
+            wake_ns: cost.host.wake_ns,
             beside: [share.compute_beside, share.transfer_beside].map(|slower| FULL * 1000 / slower.max(1)),
             queues: [Queue::Compute, Queue::Transfer, Queue::Host].map(queue),
             heads: vec![[Head::default(); QUEUES]; ranks.len()],
             reached: vec![0; steps],
             released: vec![false; steps],
+            copied: vec![0; steps],
             done: vec![false; all],
             times: Times { start: vec![0; all], begin: vec![0; all], end: vec![0; all] },
             now: 0,
@@ -502,9 +635,8 @@ impl<'a> Group<'a> {
 
     /// Moves all queues as far as they go without time passing.
     fn settle(&mut self) {
-        for rank in 0..self.ranks.len() {
-            while self.reach(rank) {}
-        }
+        // A rank that has copied nothing may let others leave an exchange.
+        while (0..self.ranks.len()).any(|rank| self.reach(rank)) {}
     }
 
     fn reach(&mut self, rank: usize) -> bool {
@@ -513,29 +645,46 @@ impl<'a> Group<'a> {
             let mut head = self.heads[rank][queue];
             let Some(&step) = self.queues[queue].get(head.next) else { continue };
             let at = rank * self.program.steps.len() + step;
-            if !head.reached && self.may_start(step, rank) {
+            if !head.reached && self.ready_at(step, rank).is_some_and(|ready| ready <= self.now) {
                 self.times.start[at] = self.now;
                 self.reached[step] += 1;
                 head.reached = true;
                 moved = true;
             }
             if head.reached && !head.working && (self.released[step] || !self.program.steps[step].meets) {
+                let number = step * self.program.ranks + self.ranks.start + rank;
                 self.times.begin[at] = self.now;
                 head.working = true;
-                head.left = self.program.work[step * self.program.ranks + self.ranks.start + rank] * FULL;
+                head.left = self.program.work[number] * FULL;
+                head.copies = self.program.copies[number] * FULL;
+                self.copied[step] += usize::from(head.copies == 0);
                 moved = true;
             }
             self.heads[rank][queue] = head;
-            if head.working && head.left == 0 {
+            if head.working && head.left == 0 && head.copies == 0 && self.may_leave(step) {
                 self.finish(rank, queue);
+                moved = true;
             }
         }
         moved
     }
 
-    fn may_start(&self, step: usize, rank: usize) -> bool {
-        let after = &self.program.steps[step].after;
-        after.iter().flatten().all(|&before| self.done[rank * self.program.steps.len() + before])
+    /// When a step that waits for nothing but its turn may start; nothing while it waits for other queues.
+    fn ready_at(&self, step: usize, rank: usize) -> Option<u64> {
+        let mut ready = 0;
+        for &before in self.program.steps[step].after.iter().flatten() {
+            let at = rank * self.program.steps.len() + before;
+            if !self.done[at] {
+                return None;
+            }
+            ready = ready.max(self.times.end[at] + self.wake_ns);
+        }
+        Some(ready)
+    }
+
+    /// Whether all ranks that share a processor have copied what an exchange brought them.
+    fn may_leave(&self, step: usize) -> bool {
+        !self.program.steps[step].meets || self.copied[step] == self.ranks.len()
     }
 
     fn finish(&mut self, rank: usize, queue: usize) {
@@ -546,26 +695,40 @@ impl<'a> Group<'a> {
         self.heads[rank][queue] = Head { next: next + 1, ..Head::default() };
     }
 
-    /// Lets time pass until something is done, or until `limit`; false when nothing works.
+    /// Lets time pass until something is done or somebody wakes up, or until `limit`; false when nothing will.
     fn next_event(&mut self, limit: u64) -> bool {
-        let computing = self.heads.iter().filter(|heads| heads[0].working).count() as u64;
-        let of_rank = |heads: &[Head; QUEUES]| {
-            let pairs = heads.iter().zip(self.speeds(heads, computing));
-            pairs.filter(|(head, _)| head.working).map(|(head, speed)| head.left.div_ceil(speed)).min()
-        };
-        let Some(wait) = self.heads.iter().filter_map(of_rank).min() else { return false };
+        let demand = self.demand();
+        let mut wait = u64::MAX;
+        for (rank, heads) in self.heads.iter().enumerate() {
+            let speeds = self.speeds(heads, demand);
+            for (queue, head) in heads.iter().enumerate() {
+                if head.working {
+                    for (left, speed) in [(head.left, speeds.of[queue]), (head.copies, speeds.copies)] {
+                        wait = wait.min(if left > 0 { left.div_ceil(speed) } else { u64::MAX });
+                    }
+                } else if let Some(&step) = self.queues[queue].get(head.next).filter(|_| !head.reached) {
+                    let ready = self.ready_at(step, rank).filter(|&ready| ready > self.now);
+                    wait = wait.min(ready.map_or(u64::MAX, |ready| ready - self.now));
+                }
+            }
+        }
+        if wait == u64::MAX {
+            return false;
+        }
         let wait = wait.min(limit - self.now);
         self.now += wait;
         for rank in 0..self.ranks.len() {
-            let speeds = self.speeds(&self.heads[rank], computing);
-            for (queue, speed) in speeds.into_iter().enumerate() {
+            let speeds = self.speeds(&self.heads[rank], demand);
+            for queue in 0..QUEUES {
                 let head = &mut self.heads[rank][queue];
                 if !head.working {
                     continue;
                 }
-                head.left = head.left.saturating_sub(speed * wait);
-                if head.left == 0 {
-                    self.finish(rank, queue);
+                head.left = head.left.saturating_sub(speeds.of[queue].saturating_mul(wait));
+                if head.copies > 0 {
+                    head.copies = head.copies.saturating_sub(speeds.copies.saturating_mul(wait));
+                    let copied = head.copies == 0;
+                    self.copied[self.queues[queue][head.next]] += usize::from(copied);
                 }
             }
         }
@@ -573,14 +736,32 @@ impl<'a> Group<'a> {
         true
     }
 
-    /// How fast each queue of a rank works.
-    fn speeds(&self, heads: &[Head; QUEUES], computing: u64) -> [u64; QUEUES] {
+    /// Threads at work that share the processor.
+    fn demand(&self) -> u64 {
+        let of_rank = |[compute, transfer, host]: &[Head; QUEUES]| {
+            let lane = if compute.working { self.lane_threads } else { 0 };
+            lane + u64::from(transfer.copies > 0) + u64::from(host.working)
+        };
+        if self.concurrent == 0 { 0 } else { self.heads.iter().map(of_rank).sum() }
+    }
+
+    /// How fast each queue of a rank works while so many threads want the processor.
+    fn speeds(&self, heads: &[Head; QUEUES], demand: u64) -> Speeds {
         let both = heads[0].working && heads[1].working;
         let [compute, transfer] = if both { self.beside } else { [FULL; 2] };
-        let crowded = self.concurrent > 0 && computing > self.concurrent;
-        let compute = if crowded { compute * self.concurrent / computing } else { compute };
-        [compute.max(1), transfer.max(1), FULL]
+        let crowded = |speed: u64| {
+            if demand > self.concurrent { (speed * self.concurrent / demand).max(1) } else { speed.max(1) }
+        };
+        Speeds { of: [crowded(compute), transfer.max(1), crowded(FULL)], copies: crowded(transfer) }
     }
+}
+
+/// Millionths of a nanosecond of work done in a nanosecond.
+struct Speeds {
+    /// By each queue; by the transfer lane, on its links.
+    of: [u64; QUEUES],
+    /// By the transfer lane while it copies.
+    copies: u64,
 }
 
 fn report(program: &Program, times: &Times, stages: usize) -> Simulation {

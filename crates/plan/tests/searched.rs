@@ -169,11 +169,12 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
         kernels: String::new(),
         dtype: DType::BF16,
         concurrent: 0,
+        lane_threads: 1,
         dense: GemmCost { op_ns: 10_000_000, ..gemm.clone() },
         grouped: gemm,
         link: LinkCost::uniform(0, bytes * 1_000_000_000 / transfer_ns),
         rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
-        host: HostCost { pack: free(), rendezvous: free(), plan: free(), maps: free() },
+        host: HostCost::default(),
         shares: vec![ShareCost::FREE],
     };
     (Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 0 }, law }, cost)

@@ -72,12 +72,7 @@ fn rows_are_conserved_and_priced_by_the_link() {
         let table = random_table(&layer.placement, mix);
         // A nanosecond for every byte, and nothing for anything else.
         cost.link = LinkCost::uniform(0, 1_000_000_000);
-        cost.host = HostCost {
-            pack: Curve::flat(0),
-            rendezvous: Curve::flat(0),
-            plan: Curve::flat(0),
-            maps: Curve::flat(0),
-        };
+        cost.host = HostCost::default();
         let simulation = simulate(&table, 0, &layer.workload(), &cost);
         let traffic = Traffic::of(&layer.placement, &layer.counts, &table);
         let row_bytes = (layer.shape.sizes.hidden * layer.shape.sizes.activation_bytes) as u64;
@@ -130,9 +125,10 @@ fn contention_costs_time_and_a_shared_processor_costs_more() {
         let free = cost.without_contention();
         let price = |cost: &CostModel| predict_ns(&table, 0, &layer.workload(), cost);
         assert!(price(&cost) >= price(&free));
-        let crowded = CostModel { concurrent: 1, ..free.clone() };
-        assert!(price(&crowded) >= price(&free));
-        assert_eq!(price(&CostModel { concurrent: 5, ..free.clone() }), price(&free));
+        let shared = |threads| price(&CostModel { concurrent: threads, ..free.clone() });
+        // Four ranks of two lanes and a host each never want more than twelve threads.
+        assert!(shared(1) >= shared(4) && shared(4) >= shared(12));
+        assert_eq!(shared(12), shared(100));
     });
 }
 
@@ -158,11 +154,12 @@ fn a_layer_by_hand() {
         kernels: String::new(),
         dtype: epsmoe_base::DType::BF16,
         concurrent: 0,
+        lane_threads: 1,
         grouped: gemm.clone(),
         dense: gemm,
         link: LinkCost::uniform(10, 1_000_000_000_000),
         rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
-        host: HostCost { pack: free(), rendezvous: Curve::flat(7), plan: free(), maps: free() },
+        host: HostCost { rendezvous: Curve::flat(7), ..HostCost::default() },
         shares: vec![ShareCost::FREE],
     };
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };

@@ -6,5 +6,6 @@ pub(crate) mod doctor;
 pub(crate) mod generate;
 pub(crate) mod logits;
 pub(crate) mod plan;
+pub(crate) mod profile;
 pub(crate) mod synth;
 pub(crate) mod tokenize;

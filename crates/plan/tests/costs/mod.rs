@@ -20,6 +20,7 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
         kernels: "random".into(),
         dtype: DType::BF16,
         concurrent: 0,
+        lane_threads: 1,
         grouped: gemm(mix),
         dense: gemm(mix),
         link: LinkCost {
@@ -40,6 +41,9 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
             rendezvous: line(mix, 30_000, 1_000_000_000),
             plan: line(mix, 5_000, 1_000_000_000),
             maps: line(mix, 5_000, 1_000_000_000),
+            enqueue: line(mix, 5_000, 1_000_000_000),
+            wake_ns: mix.below(2) as u64 * mix.below(20_000) as u64,
+            sleep_ns: 0,
         },
         shares: vec![
             ShareCost {

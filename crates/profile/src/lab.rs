@@ -1,0 +1,372 @@
+//! Ranks that run one MoE layer again and again: given sizes, given routing, given table.
+
+use epsmoe_base::{DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, hash_bytes};
+use epsmoe_device::cpu::gemm::{Isa, PackedMatrix};
+use epsmoe_device::cpu::{Cpu, CpuKernels};
+use epsmoe_device::host::{HostBackend, HostOptions, WeightStore};
+use epsmoe_device::op::{Embed, Gate, Score, Upload};
+use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
+use epsmoe_fabric::{Fabric, Link, Threads, ThreadsOptions};
+use epsmoe_pipeline::{
+    ExpertPipeline, HostTimes, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
+};
+use epsmoe_plan::{
+    Capacity, GemmKind, LayerCounts, LayerShape, LayerSizes, Placement, Policy, RankCounts, Routing, Span,
+    StageTable, Timeline, Traffic,
+};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+/// The widths of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LabShape {
+    /// Hidden width H.
+    pub hidden: usize,
+    /// Inner width of an expert, I.
+    pub inner: usize,
+    /// Experts over all ranks, E.
+    pub experts: usize,
+    /// Experts of a token, k.
+    pub top_k: usize,
+    /// Inner width of the shared expert; 0 without one.
+    pub shared_inner: usize,
+}
+
+impl LabShape {
+    /// What prices its work for these ranks and this format.
+    pub fn layer(&self, placement: &Placement, dtype: DType) -> LayerShape {
+        let sizes = LayerSizes {
+            hidden: self.hidden,
+            inner: self.inner,
+            top_k: self.top_k,
+            local_experts: placement.max_local(),
+            activation_bytes: dtype.bytes(),
+        };
+        LayerShape { sizes, shared_inner: self.shared_inner }
+    }
+
+    /// Bytes of a layer's experts.
+    fn bytes(&self, dtype: DType) -> usize {
+        3 * self.hidden * self.inner * self.experts * dtype.bytes()
+    }
+}
+
+/// What the ranks of a lab have in common.
+#[derive(Clone)]
+pub struct LabOptions {
+    /// Ranks R.
+    pub ranks: usize,
+    /// Threads of each rank.
+    pub threads: usize,
+    /// Vector instructions.
+    pub isa: Isa,
+    /// Format of activations and weights.
+    pub dtype: DType,
+    /// How fast rows travel; as fast as memory when absent.
+    pub link: Option<Link>,
+    /// How long ranks wait for each other.
+    pub timeout: Duration,
+    /// Weights of labs of the same format, which share them.
+    pub weights: Arc<WeightStore<PackedMatrix>>,
+}
+
+/// One layer as it ran.
+#[derive(Clone, Debug)]
+pub struct LayerRun {
+    /// The lanes of all ranks.
+    pub timeline: Timeline,
+    /// `[R]` what the hosts did in between.
+    pub hosts: Vec<RankHost>,
+    /// From the first operation of any rank to the end of the last: what
+    /// [`Simulation::layer_ns`](epsmoe_plan::Simulation::layer_ns) predicts.
+    pub layer_ns: u64,
+}
+
+/// When a rank's host was done with its parts of a layer, in nanoseconds of the timeline.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RankHost {
+    /// Counts made, rows on their way to the send buffers.
+    pub packed: u64,
+    /// The counts of all ranks there.
+    pub met: u64,
+    /// So the plan.
+    pub planned: u64,
+    /// Index arrays on their way to the device.
+    pub mapped: u64,
+    /// Everything enqueued.
+    pub enqueued: u64,
+}
+
+struct Job {
+    layer: usize,
+    routing: Routing,
+    table: Arc<StageTable>,
+}
+
+type Answer = Result<(Rank, Vec<Span>, RankHost), PipelineError>;
+
+/// Ranks that wait for layers to run. Dropping it ends them.
+pub struct Lab {
+    /// Where experts live.
+    pub placement: Placement,
+    jobs: Vec<Sender<Job>>,
+    answers: Receiver<Answer>,
+    timeout: Duration,
+    layers: usize,
+    next: usize,
+}
+
+/// Weights of different layers that a lab walks through come to this many bytes, so that no cache holds them: as in a
+/// model, whose layers follow each other.
+const WEIGHT_BYTES: usize = 96 << 20;
+
+impl Lab {
+    /// Starts ranks with room for each of `loads`, which are routings by rank.
+    pub fn start(
+        shape: LabShape,
+        loads: &[Vec<Routing>],
+        options: &LabOptions,
+    ) -> Result<Self, PipelineError> {
+        let placement = Placement::new(shape.experts, options.ranks)?;
+        let capacity = capacity(&placement, shape.top_k, loads)?;
+        let layers = WEIGHT_BYTES.div_ceil(shape.bytes(options.dtype).max(1)).clamp(1, 6);
+        let (epoch, faults) = (Instant::now(), FaultCell::default());
+        let fabric =
+            ThreadsOptions { link: options.link, ..ThreadsOptions::new(options.timeout, faults.clone()) };
+        let (answer, answers) = channel();
+        let mut jobs = Vec::new();
+        for (rank, fabric) in Threads::world(options.ranks, fabric).into_iter().enumerate() {
+            let host = HostOptions { faults: faults.clone(), epoch, ..HostOptions::new(options.dtype) };
+            let kernels = CpuKernels::new(options.threads, options.isa).map_err(DeviceError::Unsupported)?;
+            let device = HostBackend::new(Rank(rank), kernels, Arc::clone(&options.weights), host)?;
+            let pipeline_options = PipelineOptions {
+                placement,
+                policy: Policy::default(),
+                sizes: PipelineSizes {
+                    layer: shape.layer(&placement, options.dtype).sizes,
+                    shared_inner: shape.shared_inner,
+                    capacity,
+                },
+                identity: 0,
+                timeout: options.timeout,
+            };
+            let bench =
+                Bench { shape, layers, tokens: capacity.tokens, epoch, device: Arc::new(device), placement };
+            let (job, todo) = channel();
+            let (answer, faults) = (answer.clone(), faults.clone());
+            std::thread::spawn(move || {
+                if let Err(error) = bench.serve(fabric, pipeline_options, &todo, &answer) {
+                    faults.raise(Fault {
+                        kind: FaultKind::Invalid,
+                        rank: Rank(rank),
+                        place: Place::default(),
+                        message: error.to_string(),
+                    });
+                    // Nobody listens any more when the lab is gone.
+                    let _ = answer.send(Err(error));
+                }
+            });
+            jobs.push(job);
+        }
+        Ok(Lab { placement, jobs, answers, timeout: 3 * options.timeout, layers, next: 0 })
+    }
+
+    /// Runs the layer once.
+    pub fn run(&mut self, routings: &[Routing], table: &StageTable) -> Result<LayerRun, PipelineError> {
+        let (table, layer) = (Arc::new(table.clone()), self.next % self.layers);
+        self.next += 1;
+        for (job, routing) in self.jobs.iter().zip(routings) {
+            // A rank that ended has answered why.
+            let _ = job.send(Job { layer, routing: routing.clone(), table: Arc::clone(&table) });
+        }
+        let mut run = LayerRun {
+            timeline: Timeline::default(),
+            hosts: vec![RankHost::default(); self.jobs.len()],
+            layer_ns: 0,
+        };
+        for _ in 0..self.jobs.len() {
+            let (rank, spans, host) = self.answers.recv_timeout(self.timeout).map_err(|error| {
+                let late = matches!(error, RecvTimeoutError::Timeout);
+                Fault {
+                    kind: FaultKind::Deadline,
+                    rank: Rank(0),
+                    place: Place::default(),
+                    message: format!(
+                        "no rank {} within {:?}",
+                        if late { "finished a layer" } else { "is left" },
+                        self.timeout
+                    ),
+                }
+            })??;
+            run.timeline.spans.extend(spans);
+            run.hosts[rank.0] = host;
+        }
+        run.layer_ns = run.timeline.extent().map_or(0, |extent| extent.end - extent.start);
+        Ok(run)
+    }
+}
+
+/// Room for each of the loads, whatever their tables.
+fn capacity(placement: &Placement, top_k: usize, loads: &[Vec<Routing>]) -> Result<Capacity, PipelineError> {
+    let mut most = Capacity::worst_case(1, placement, top_k);
+    for routings in loads {
+        let ranks = routings.iter().map(|routing| RankCounts::of(placement, routing)).collect();
+        let counts = LayerCounts::new(placement, top_k, ranks)?;
+        let traffic = Traffic::of(placement, &counts, &StageTable::serial(placement, GemmKind::Grouped));
+        for rank in placement.all_ranks() {
+            let needed = Capacity::needed(&traffic, rank);
+            most = Capacity {
+                tokens: most.tokens.max(needed.tokens),
+                rows_sent: most.rows_sent.max(needed.rows_sent),
+                rows_received: most.rows_received.max(needed.rows_received),
+                copies: most.copies.max(needed.copies),
+                stage_copies: most.stage_copies.max(needed.stage_copies),
+            };
+        }
+    }
+    Ok(most)
+}
+
+/// One rank of a lab.
+struct Bench {
+    shape: LabShape,
+    layers: usize,
+    tokens: usize,
+    epoch: Instant,
+    placement: Placement,
+    device: Arc<Cpu>,
+}
+
+impl Bench {
+    fn serve(
+        &self,
+        fabric: Threads,
+        options: PipelineOptions,
+        todo: &Receiver<Job>,
+        answers: &mpsc::Sender<Answer>,
+    ) -> Result<(), PipelineError> {
+        let (device, shape, fabric) = (&self.device, &self.shape, Arc::new(fabric));
+        let timeout = options.timeout;
+        let pipeline = ExpertPipeline::new(Arc::clone(device), Arc::clone(&fabric), options)?;
+        let layers: Vec<MoeLayer> =
+            (0..self.layers).map(|layer| self.load(layer)).collect::<Result<_, _>>()?;
+        let x = device.allocate("x", device.dtype(), self.tokens, shape.hidden)?;
+        let y = device.allocate("y", device.dtype(), self.tokens, shape.hidden)?;
+        self.fill(&x)?;
+        let finish = || device.wait(&device.record(Lane::Compute), Deadline::after(2 * timeout));
+        finish()?;
+        while let Ok(job) = todo.recv() {
+            let rows = 0..job.routing.tokens();
+            let (x, y) = (x.rows(rows.clone())?, y.rows(rows)?);
+            device.take_records();
+            self.together(&fabric)?;
+            let layer = &layers[job.layer];
+            pipeline.route(layer, &x)?;
+            let report = pipeline.run_table(layer, &job.routing, &job.table, &x, &y)?;
+            finish()?;
+            let spans = device.take_records().into_iter().map(|record| Span {
+                rank: device.rank(),
+                layer: record.place.layer,
+                stage: record.place.stage,
+                lane: record.lane,
+                name: record.name.into(),
+                start_ns: record.start_ns,
+                end_ns: record.end_ns,
+            });
+            if answers.send(Ok((device.rank(), spans.collect(), self.host(report.host)))).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns at the same moment on all ranks, as well as sleeping does.
+    fn together(&self, fabric: &Threads) -> Result<(), Fault> {
+        const AHEAD: Duration = Duration::from_micros(150);
+        let soon = (self.epoch.elapsed() + AHEAD).as_nanos() as u64;
+        let messages =
+            Fabric::<Cpu>::all_gather(fabric, "start", Place::default(), soon.to_le_bytes().into())?;
+        let times =
+            messages.iter().filter_map(|message| Some(u64::from_le_bytes(message[..].try_into().ok()?)));
+        let start = Duration::from_nanos(times.max().unwrap_or(0));
+        std::thread::sleep(start.saturating_sub(self.epoch.elapsed()));
+        Ok(())
+    }
+
+    fn host(&self, times: HostTimes) -> RankHost {
+        let ns = |time: Option<Instant>| {
+            time.map_or(0, |time| time.saturating_duration_since(self.epoch).as_nanos() as u64)
+        };
+        RankHost {
+            packed: ns(times.packed),
+            met: ns(times.met),
+            planned: ns(times.planned),
+            mapped: ns(times.mapped),
+            enqueued: ns(times.enqueued),
+        }
+    }
+
+    fn load(&self, layer: usize) -> Result<MoeLayer, DeviceError> {
+        let LabShape { hidden, inner, experts, top_k, shared_inner } = self.shape;
+        let take = |name: String, shape: WeightShape| -> Result<Weight, DeviceError> {
+            let name = format!("{hidden}x{inner} {layer} {name}");
+            match self.device.find(&name) {
+                Some(weight) => Ok(weight),
+                None => {
+                    let (tensors, dimensions) = shape.sources();
+                    let bytes = numbers(&name, dimensions.iter().product());
+                    let tensors = vec![TensorBytes { dtype: DType::BF16, bytes: &bytes }; tensors];
+                    self.device.load(&name, shape, &tensors)
+                }
+            }
+        };
+        let mlp = |name: String, inner: usize| -> Result<Mlp, DeviceError> {
+            Ok(Mlp {
+                gate_up: take(format!("{name} {inner} up"), WeightShape::GateUp { inner, k: hidden })?,
+                down: take(format!("{name} {inner} down"), WeightShape::Matrix { n: hidden, k: inner })?,
+            })
+        };
+        let shared = (shared_inner > 0).then(|| mlp("shared".into(), shared_inner)).transpose()?;
+        Ok(MoeLayer {
+            layer: Layer(layer),
+            router: take(format!("router {experts}"), WeightShape::Matrix { n: experts, k: hidden })?,
+            bias: None,
+            gate: Gate { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 },
+            experts: self
+                .placement
+                .experts_of(self.device.rank())
+                .map(|expert| mlp(format!("expert {expert}"), inner))
+                .collect::<Result<_, _>>()?,
+            shared: shared.map(|mlp| SharedMlp { mlp, gate: None }),
+        })
+    }
+
+    fn fill(&self, x: &Buffer) -> Result<(), DeviceError> {
+        let (device, width) = (&self.device, x.width);
+        let bytes = numbers("input", x.rows.min(256) * width);
+        let shape = WeightShape::Table { rows: x.rows.min(256), width };
+        let table = device.load(
+            &format!("input {width} {}", x.rows),
+            shape,
+            &[TensorBytes { dtype: DType::BF16, bytes: &bytes }],
+        )?;
+        let ids = device.allocate("ids", DType::U32, x.rows, 1)?;
+        let words: Vec<u32> = (0..x.rows as u32).map(|row| row % 256).collect();
+        device.enqueue(Lane::Compute, Place::default(), Upload { words: words.into(), out: ids.clone() })?;
+        device.enqueue(Lane::Compute, Place::default(), Embed { ids, table, out: x.clone() })
+    }
+}
+
+/// So many small numbers of both signs, in bfloat16.
+fn numbers(name: &str, elements: usize) -> Vec<u8> {
+    let mut mix = Mix::keyed(0, &[hash_bytes(name.as_bytes())]);
+    let mut bytes = Vec::with_capacity(2 * elements + 8);
+    while bytes.len() < 2 * elements {
+        // Sign and fraction at random, and an exponent of 1/64.
+        let word = mix.next_u64() & 0x807f_807f_807f_807f | 0x3c80_3c80_3c80_3c80;
+        bytes.extend_from_slice(&word.to_le_bytes());
+    }
+    bytes.truncate(2 * elements);
+    bytes
+}

@@ -1,0 +1,231 @@
+//! Which layers to run for a whole cost model, in bounded time.
+
+use crate::{Fingerprint, Lab, LabOptions, LabShape, LayerRun, samples};
+use epsmoe_base::Rank;
+use epsmoe_fabric::Link;
+use epsmoe_pipeline::PipelineError;
+use epsmoe_plan::{
+    CostModel, Curve, GemmCost, GemmKind, HostCost, LayerCounts, LinkCost, Payload, Placement, RankCounts,
+    Routing, RowsCost, Sample, ShareCost, StageTable, Work, Workload, planned,
+};
+use std::time::{Duration, Instant};
+
+/// How much to measure.
+#[derive(Clone, Debug)]
+pub struct Effort {
+    /// No new layer begins after this.
+    pub most: Duration,
+    /// Widths to run.
+    pub shapes: Vec<LabShape>,
+    /// Rows per expert to run.
+    pub rows: Vec<usize>,
+    /// Runs of every layer, after one to warm up.
+    pub repeats: usize,
+}
+
+impl Effort {
+    /// Everything: under two minutes on two cores.
+    pub fn full(most: Duration) -> Self {
+        let shape = |hidden, inner, experts, top_k, shared_inner| LabShape {
+            hidden,
+            inner,
+            experts,
+            top_k,
+            shared_inner,
+        };
+        Effort {
+            most,
+            shapes: vec![
+                shape(512, 256, 32, 4, 512),
+                shape(512, 1024, 8, 2, 0),
+                shape(1024, 704, 16, 4, 704),
+                shape(1536, 384, 16, 2, 0),
+            ],
+            rows: vec![1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
+            repeats: 5,
+        }
+    }
+}
+
+/// Told how many of how many layers were run.
+pub type Progress<'a> = dyn FnMut(usize, usize) + 'a;
+
+/// A layer to run, and its runs.
+struct Experiment {
+    shape: LabShape,
+    placement: Placement,
+    routings: Vec<Routing>,
+    counts: LayerCounts,
+    table: StageTable,
+    runs: Vec<LayerRun>,
+}
+
+/// The cost model of this machine, for ranks like those of `options`, at memory speed.
+pub fn measure(
+    fingerprint: &Fingerprint,
+    options: &LabOptions,
+    effort: &Effort,
+    progress: &mut Progress<'_>,
+) -> Result<CostModel, PipelineError> {
+    let begun = Instant::now();
+    let options = LabOptions { link: None, ..options.clone() };
+    let mut experiments = Vec::new();
+    for &shape in &effort.shapes {
+        experiments.extend(of_shape(shape, &options, effort)?);
+    }
+    let total = experiments.len() * (effort.repeats + 1);
+    let mut done = 0;
+    for &shape in &effort.shapes {
+        let here = || experiments.iter().filter(|experiment| experiment.shape == shape);
+        let loads: Vec<_> = here().map(|experiment| experiment.routings.clone()).collect();
+        let mut lab = Lab::start(shape, &loads, &options)?;
+        for pass in 0..=effort.repeats {
+            for experiment in experiments.iter_mut().filter(|experiment| experiment.shape == shape) {
+                // The first two runs of everything are due; more as time allows.
+                if pass > 1 && begun.elapsed() * total as u32 > effort.most * (done as u32 + 1) * 2
+                    || begun.elapsed() > effort.most
+                {
+                    continue;
+                }
+                let run = lab.run(&experiment.routings, &experiment.table)?;
+                if pass > 0 {
+                    experiment.runs.push(run);
+                }
+            }
+            done += here_count(&experiments, shape);
+            progress(done, total);
+        }
+    }
+    let late = lateness(&options, effort)?;
+    let mut cost = blank(fingerprint, &options);
+    // What a lane needs to wake up is known after the first look, and then belongs to nothing else.
+    for _ in 0..2 {
+        let mut all = late.clone();
+        for experiment in &experiments {
+            let shape = experiment.shape.layer(&experiment.placement, options.dtype);
+            let workload =
+                Workload { placement: &experiment.placement, counts: &experiment.counts, shape: &shape };
+            for run in &experiment.runs {
+                all.extend(samples(run, &experiment.table, &workload, &cost));
+            }
+        }
+        cost = cost.fitted(&all);
+    }
+    Ok(cost)
+}
+
+fn here_count(experiments: &[Experiment], shape: LabShape) -> usize {
+    experiments.iter().filter(|experiment| experiment.shape == shape).count()
+}
+
+fn of_shape(
+    shape: LabShape,
+    options: &LabOptions,
+    effort: &Effort,
+) -> Result<Vec<Experiment>, PipelineError> {
+    let placement = Placement::new(shape.experts, options.ranks)?;
+    let mut experiments = Vec::new();
+    for &rows in &effort.rows {
+        let tokens = rows * shape.experts / (shape.top_k * options.ranks);
+        if !(1..=2048).contains(&tokens) {
+            continue;
+        }
+        let routings: Vec<Routing> =
+            placement.all_ranks().map(|rank| even(shape, rank, tokens)).collect::<Result<_, _>>()?;
+        let counts = routings.iter().map(|routing| RankCounts::of(&placement, routing)).collect();
+        let counts = LayerCounts::new(&placement, shape.top_k, counts)?;
+        let stages = placement.max_local();
+        let tables = [
+            StageTable::equal(&placement, 1, GemmKind::Grouped)?,
+            StageTable::equal(&placement, stages.min(4), GemmKind::Grouped)?,
+            StageTable::equal(&placement, 1, GemmKind::Dense)?,
+            StageTable::equal(&placement, stages.min(2), GemmKind::Dense)?,
+        ];
+        experiments.extend(tables.map(|table| Experiment {
+            shape,
+            placement,
+            routings: routings.clone(),
+            counts: counts.clone(),
+            table,
+            runs: Vec::new(),
+        }));
+    }
+    Ok(experiments)
+}
+
+/// Tokens that visit all experts equally often.
+fn even(shape: LabShape, rank: Rank, tokens: usize) -> Result<Routing, PipelineError> {
+    let (experts, top_k) = (shape.experts, shape.top_k);
+    // A stride that no expert meets twice in a token.
+    let stride = experts / top_k;
+    let expert = |token: usize, choice: usize| (token + rank.0 + choice * stride) % experts;
+    let ids = (0..tokens).flat_map(|token| (0..top_k).map(move |choice| expert(token, choice) as u32));
+    Ok(Routing::new(experts, top_k, ids.collect(), vec![1.0 / top_k as f32; tokens * top_k])?)
+}
+
+/// How much too late lanes wake up that sleep until a paced link is done.
+fn lateness(options: &LabOptions, effort: &Effort) -> Result<Vec<Sample>, PipelineError> {
+    let link = Link { bytes_per_second: 1_000_000_000, latency: Duration::from_millis(1) };
+    let Some(&shape) = effort.shapes.first().filter(|_| options.ranks > 1) else { return Ok(Vec::new()) };
+    let options = LabOptions { link: Some(link), ..options.clone() };
+    let placement = Placement::new(shape.experts, options.ranks)?;
+    let routings: Vec<Routing> =
+        placement.all_ranks().map(|rank| even(shape, rank, 64)).collect::<Result<_, _>>()?;
+    let counts = routings.iter().map(|routing| RankCounts::of(&placement, routing)).collect();
+    let counts = LayerCounts::new(&placement, shape.top_k, counts)?;
+    let table = StageTable::equal(&placement, 2.min(placement.max_local()), GemmKind::Grouped)?;
+    let sizes = shape.layer(&placement, options.dtype);
+    let workload = Workload { placement: &placement, counts: &counts, shape: &sizes };
+    let steps = planned(&table, &workload, &blank(&Fingerprint::default(), &options));
+    let mut lab = Lab::start(shape, std::slice::from_ref(&routings), &options)?;
+    let mut samples = Vec::new();
+    for _ in 0..=2 * effort.repeats {
+        let run = lab.run(&routings, &table)?;
+        for step in steps.iter().filter(|step| step.name == "dispatch") {
+            let of = |rank: Option<Rank>| {
+                run.timeline.spans.iter().filter(move |span| {
+                    span.name == step.name
+                        && span.stage == step.stage
+                        && rank.is_none_or(|rank| rank == span.rank)
+                })
+            };
+            let all_there = of(None).map(|span| span.start_ns).max().unwrap_or(0);
+            let (Some(span), Some(Work::Exchange(Payload { near, .. }))) =
+                (of(Some(step.rank)).next(), step.work.first())
+            else {
+                continue;
+            };
+            let due = all_there + link.time(*near).as_nanos() as u64;
+            if *near > 0 {
+                samples.push(Sample { work: Work::Sleep, ns: span.end_ns.saturating_sub(due) });
+            }
+        }
+    }
+    Ok(samples)
+}
+
+/// A model in which nothing was measured yet.
+fn blank(fingerprint: &Fingerprint, options: &LabOptions) -> CostModel {
+    let gemm = GemmCost {
+        flops_per_second: 1_000_000_000,
+        rows: Curve::flat(1000),
+        depth: Curve::flat(1000),
+        weight_bytes_per_second: 1_000_000_000,
+        op_ns: 0,
+    };
+    let free = Curve::default;
+    CostModel {
+        version: CostModel::VERSION,
+        machine: fingerprint.machine(),
+        kernels: fingerprint.kernels(),
+        dtype: options.dtype,
+        concurrent: fingerprint.cores as u32,
+        lane_threads: options.threads as u32,
+        grouped: gemm.clone(),
+        dense: gemm,
+        link: LinkCost { exchange_ns: 0, node_ranks: 0, near: free(), far: free(), copy: free() },
+        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
+        host: HostCost::default(),
+        shares: vec![ShareCost::FREE],
+    }
+}

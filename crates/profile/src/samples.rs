@@ -1,0 +1,223 @@
+//! What the spans of a layer say about the cost of each kind of work.
+//!
+//! The plan says what every span is ([`planned`]); a span's time, less what other threads took of the processor in it,
+//! is a sample of that. The share of the processor follows the simulator's own rule, so that it gives the time back.
+
+use crate::LayerRun;
+use epsmoe_base::{Lane, Rank};
+use epsmoe_plan::{CostModel, Payload, Planned, Sample, Span, StageTable, Work, Workload, planned};
+use std::collections::BTreeMap;
+
+/// The samples of one layer, run by `table` at memory speed. Nothing, if its spans are not those of the table.
+pub fn samples(run: &LayerRun, table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Vec<Sample> {
+    let steps = planned(table, workload, cost);
+    let Some(paired) = paired(run, &steps) else { return Vec::new() };
+    let reading = Reading { run, paired, crowd: Crowd::of(run, cost), wake_ns: cost.host.wake_ns };
+    let ranks = workload.placement.ranks();
+    let mut samples = reading.operations();
+    samples.extend(reading.exchanges(ranks));
+    samples.extend(reading.hosts(&steps, ranks));
+    samples
+}
+
+/// A span, the work it did, and when its lane was free for it.
+struct Pair<'a> {
+    span: &'a Span,
+    work: &'a Work,
+    /// End of the span before it on its lane.
+    before: Option<u64>,
+}
+
+/// Every operation with its span: the same order on every lane.
+fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> {
+    let mut spans: BTreeMap<(usize, usize), Vec<&Span>> = BTreeMap::new();
+    for span in &run.timeline.spans {
+        spans.entry((span.rank.0, span.lane.index())).or_default().push(span);
+    }
+    let mut next: BTreeMap<(usize, usize), usize> = BTreeMap::new();
+    let mut pairs = Vec::new();
+    for step in steps {
+        let Some(lane) = step.lane else { continue };
+        let key = (step.rank.0, lane.index());
+        for work in &step.work {
+            let at = next.entry(key).or_default();
+            let on_lane = spans.get(&key)?;
+            let span = on_lane.get(*at).filter(|span| span.name == step.name && span.stage == step.stage)?;
+            let before = at.checked_sub(1).map(|before| on_lane[before].end_ns);
+            pairs.push(Pair { span, work, before });
+            *at += 1;
+        }
+    }
+    (pairs.len() == run.timeline.spans.len()).then_some(pairs)
+}
+
+/// How many threads wanted the processor when: (from, threads), ascending.
+struct Crowd {
+    concurrent: u64,
+    steps: Vec<(u64, u64)>,
+}
+
+impl Crowd {
+    fn of(run: &LayerRun, cost: &CostModel) -> Self {
+        let mut changes: BTreeMap<u64, i64> = BTreeMap::new();
+        let mut busy = |from: u64, to: u64, threads: i64| {
+            if from < to {
+                *changes.entry(from).or_default() += threads;
+                *changes.entry(to).or_default() -= threads;
+            }
+        };
+        for span in run.timeline.spans.iter().filter(|span| span.lane == Lane::Compute) {
+            busy(span.start_ns, span.end_ns, i64::from(cost.lane_threads));
+        }
+        for (all_there, spans) in exchanges(run) {
+            spans.iter().for_each(|span| busy(all_there, span.end_ns, 1));
+        }
+        for (rank, host) in run.hosts.iter().enumerate() {
+            busy(routed(run, rank), host.packed, 1);
+            busy(host.met, host.planned, 1);
+            busy(host.mapped, host.enqueued, 1);
+        }
+        let mut threads = 0;
+        let count = |(at, change)| {
+            threads += change;
+            (at, threads.max(0) as u64)
+        };
+        Crowd { concurrent: u64::from(cost.concurrent), steps: changes.into_iter().map(count).collect() }
+    }
+
+    /// Nanoseconds that a thread at work from `from` to `to` would have taken alone.
+    fn alone(&self, from: u64, to: u64) -> u64 {
+        let mut alone = 0;
+        let first = self.steps.partition_point(|step| step.0 <= from).saturating_sub(1);
+        for (index, &(start, threads)) in self.steps.iter().enumerate().skip(first) {
+            let end = self.steps.get(index + 1).map_or(u64::MAX, |next| next.0).min(to);
+            let start = start.max(from);
+            if start >= to {
+                break;
+            }
+            let crowded = self.concurrent > 0 && threads > self.concurrent;
+            let part = end.saturating_sub(start);
+            alone += if crowded { part * self.concurrent / threads } else { part };
+        }
+        alone
+    }
+}
+
+/// When a rank's choice of experts was made.
+fn routed(run: &LayerRun, rank: usize) -> u64 {
+    let mut spans = run.timeline.spans.iter().filter(|span| span.rank.0 == rank && span.name == "route");
+    spans.next().map_or(u64::MAX, |span| span.end_ns)
+}
+
+/// The exchanges of a layer: when the last rank came, and everybody's spans.
+fn exchanges(run: &LayerRun) -> Vec<(u64, Vec<&Span>)> {
+    let mut of_rank: BTreeMap<usize, Vec<&Span>> = BTreeMap::new();
+    for span in run.timeline.spans.iter().filter(|span| span.lane == Lane::Transfer) {
+        of_rank.entry(span.rank.0).or_default().push(span);
+    }
+    let number = of_rank.values().map(Vec::len).min().unwrap_or(0);
+    let together = |index: usize| {
+        let spans: Vec<&Span> = of_rank.values().map(|spans| spans[index]).collect();
+        (spans.iter().map(|span| span.start_ns).max().unwrap_or(0), spans)
+    };
+    (0..number).map(together).collect()
+}
+
+struct Reading<'a> {
+    run: &'a LayerRun,
+    paired: Vec<Pair<'a>>,
+    crowd: Crowd,
+    wake_ns: u64,
+}
+
+impl Reading<'_> {
+    fn sample(&self, work: &Work, from: u64, to: u64) -> Option<Sample> {
+        (from < to).then(|| Sample { work: work.clone(), ns: self.crowd.alone(from, to) })
+    }
+
+    /// What compute lanes did. What a lane needs between two operations belongs to the second.
+    fn operations(&self) -> Vec<Sample> {
+        /// Longer than this, a lane has waited for something else.
+        const BETWEEN_NS: u64 = 8_000;
+        let computed = self.paired.iter().filter(|pair| pair.span.lane == Lane::Compute);
+        let sample = |pair: &Pair<'_>| {
+            let from = pair
+                .before
+                .filter(|&before| pair.span.start_ns - before.min(pair.span.start_ns) < BETWEEN_NS);
+            self.sample(pair.work, from.unwrap_or(pair.span.start_ns), pair.span.end_ns)
+        };
+        computed.filter_map(sample).collect()
+    }
+
+    /// What exchanges took once everybody was there, on the rank that received most; and how long stages slept on
+    /// after their rows were there.
+    fn exchanges(&self, ranks: usize) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        let of_lane = |rank: usize| {
+            let on_lane =
+                move |pair: &&Pair<'_>| pair.span.lane == Lane::Transfer && pair.span.rank == Rank(rank);
+            self.paired.iter().filter(on_lane)
+        };
+        for (index, (all_there, spans)) in exchanges(self.run).into_iter().enumerate() {
+            let received = |rank: usize| match of_lane(rank).nth(index).map(|pair| pair.work) {
+                Some(Work::Exchange(Payload { received, .. })) => *received,
+                _ => 0,
+            };
+            let most = (0..ranks).map(received).max().unwrap_or(0);
+            let end = spans.iter().map(|span| span.end_ns).max().unwrap_or(0);
+            let work = if most == 0 { Work::EmptyExchange } else { Work::Copy(most) };
+            samples.extend(self.sample(&work, all_there, end));
+            for pair in self.paired.iter().filter(|pair| {
+                pair.span.name == "gather" && pair.span.stage.is_some() && pair.span.lane == Lane::Compute
+            }) {
+                let arrived = spans.iter().find(|span| {
+                    (span.rank, span.stage, span.name.as_ref())
+                        == (pair.span.rank, pair.span.stage, "dispatch")
+                });
+                let Some(arrived) = arrived else { continue };
+                let waited = pair.before.is_some_and(|before| before < arrived.end_ns);
+                let mapped = self.run.hosts[pair.span.rank.0].mapped < arrived.end_ns;
+                if waited && mapped {
+                    let ns = pair.span.start_ns.saturating_sub(arrived.end_ns);
+                    samples.push(Sample { work: Work::Wake, ns });
+                }
+            }
+        }
+        samples
+    }
+
+    /// What hosts did between the lanes' work.
+    fn hosts(&self, steps: &[Planned], ranks: usize) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        let last_packed = self.run.hosts.iter().map(|host| host.packed).max().unwrap_or(0);
+        let mut handed: BTreeMap<usize, u64> = BTreeMap::new();
+        for step in steps.iter().filter(|step| step.lane.is_none()) {
+            let host = self.run.hosts[step.rank.0];
+            let metadata =
+                self.paired.iter().find(|pair| pair.span.rank == step.rank && pair.span.name == "metadata");
+            let metadata = metadata.map_or(0, |pair| pair.span.end_ns);
+            for work in &step.work {
+                let (from, to) = match work {
+                    Work::Pack(_) => {
+                        (routed(self.run, step.rank.0).saturating_add(self.wake_ns), host.packed)
+                    }
+                    Work::Rendezvous(_) => (last_packed, host.met),
+                    Work::Plan(_) => (host.met, host.planned),
+                    Work::Maps(_) => (metadata.max(host.planned) + self.wake_ns, host.mapped),
+                    Work::Enqueue(operations) => {
+                        *handed.entry(step.rank.0).or_default() += operations;
+                        continue;
+                    }
+                    _ => continue,
+                };
+                samples.extend(self.sample(work, from, to));
+            }
+        }
+        for rank in 0..ranks {
+            let host = self.run.hosts[rank];
+            let operations = handed.get(&rank).copied().unwrap_or(0);
+            samples.extend(self.sample(&Work::Enqueue(operations), host.mapped, host.enqueued));
+        }
+        samples
+    }
+}
