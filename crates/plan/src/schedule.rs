@@ -106,6 +106,12 @@ impl Policy {
     /// Stages of a staged layer when nobody says how many.
     pub const DEFAULT_STAGES: usize = 4;
 
+    /// Most stages that auto considers: beyond them a run shows no gain, and a search takes long.
+    pub const AUTO_STAGES: usize = 8;
+
+    /// Permille that more stages must be predicted to gain over fewer before auto takes them.
+    pub const AUTO_MARGIN: u64 = 20;
+
     /// The table for one layer's tokens: the same on every rank that has the same policy.
     /// For auto that is the staged one: where its decisions come from, only a [`Scheduler`] knows.
     pub fn table(&self, placement: &Placement, counts: &LayerCounts) -> Result<StageTable, PlanError> {
@@ -167,7 +173,8 @@ impl Policy {
         self.check_auto()?;
         let defaults = SearchOptions::default();
         let kernels = self.gemm.map_or(defaults.kernels.clone(), |kind| vec![kind]);
-        let options = SearchOptions { kernels, shared: self.shared, ..defaults };
+        let (max_stages, margin) = (Self::AUTO_STAGES, Self::AUTO_MARGIN);
+        let options = SearchOptions { max_stages, margin, kernels, shared: self.shared, ..defaults };
         let cost = self.cost.clone().unwrap_or_else(|| Arc::new(CostModel::unmeasured(dtype, 1, 0)));
         Ok(Some(Scheduler::new(*placement, shape, cost, options)))
     }

@@ -134,6 +134,8 @@ struct Decided {
     reason: String,
     /// Layers it planned.
     layers: u64,
+    /// How many it had planned when it was made.
+    since: u64,
     /// The layer that was watched last, on this rank.
     watched: Option<Watched>,
 }
@@ -239,13 +241,13 @@ const WATCHED: usize = 4;
 const REST: u32 = 8;
 
 /// A prediction that holds this well, in percent, is left alone.
-const HOLDS: u64 = 2;
+const HOLDS: u64 = 4;
 
 /// Work shorter than this says more about the clock than about the machine.
 const SHORTEST_NS: u64 = 20_000;
 
 /// A decision is searched for again when a factor has moved by more than this, in permille.
-const MOVED: u64 = 40;
+const MOVED: u64 = 80;
 
 impl Scheduler {
     /// For layers of one shape. Ranks whose arguments are equal plan alike.
@@ -347,7 +349,7 @@ impl Scheduler {
             self.decide(bucket, counts);
         }
         let known = self.decisions.get(&bucket);
-        if known.is_none_or(|decided| moved(&decided.correction, &self.correction)) {
+        if known.is_none_or(|decided| decided.is_stale(&self.correction)) {
             self.waiting.entry(bucket).or_insert_with(|| counts.clone());
         }
         let nearest = match known {
@@ -386,7 +388,8 @@ impl Scheduler {
         let before = self.decisions.get(&bucket);
         let (layers, watched) = before.map_or((0, None), |before| (before.layers, before.watched.clone()));
         let (correction, reason) = (self.correction, choice.explain());
-        let decided = Decided { decision: choice.decision, correction, reason, layers, watched };
+        let decided =
+            Decided { decision: choice.decision, correction, reason, layers, since: layers, watched };
         self.decisions.insert(bucket, decided);
         self.searches += 1;
     }
@@ -454,13 +457,18 @@ impl Scheduler {
     }
 }
 
-/// Whether a factor has moved since.
-fn moved(then: &Correction, now: &Correction) -> bool {
-    let factors = |correction: &Correction| {
-        let Correction { link, grouped, dense, rows } = *correction;
-        [link, grouped, dense, rows]
-    };
-    factors(then).iter().zip(factors(now)).any(|(&then, now)| then.abs_diff(now) * 1000 > then * MOVED)
+impl Decided {
+    /// Whether a factor has moved enough since to look again. A search costs as much as some layers: the next one
+    /// waits until half as many more have run as before it.
+    fn is_stale(&self, now: &Correction) -> bool {
+        let factors = |correction: &Correction| {
+            let Correction { link, grouped, dense, rows } = *correction;
+            [link, grouped, dense, rows]
+        };
+        let mut pairs = factors(&self.correction).into_iter().zip(factors(now));
+        let moved = pairs.any(|(then, now)| then.abs_diff(now) * 1000 > then * MOVED);
+        moved && self.layers - self.since >= self.since / 2
+    }
 }
 
 /// From the choice of experts to the sum at home; the longest if a layer ran in chunks.
