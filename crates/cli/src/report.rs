@@ -13,8 +13,16 @@ pub(crate) struct Report {
     pub(crate) notes: Vec<String>,
     /// One bar each.
     pub(crate) rows: Vec<Row>,
-    /// One strip of lanes each: what it is, and what ran in one MoE layer.
-    pub(crate) lanes: Vec<(String, Timeline)>,
+    /// One picture each: what it is, and what ran in one MoE layer.
+    pub(crate) lanes: Vec<(String, Vec<Lanes>)>,
+}
+
+/// Lanes over time; several of them in one picture share its scale.
+pub(crate) struct Lanes {
+    /// What tells them from the others, if there are others.
+    pub(crate) what: &'static str,
+    /// What ran.
+    pub(crate) timeline: Timeline,
 }
 
 /// A measured configuration.
@@ -77,10 +85,10 @@ impl Report {
         )?;
         key(page, &["gemm", "attention", "other", "exposed transfer", "rendezvous", "idle"])?;
         self.bars(page)?;
-        for (label, timeline) in &self.lanes {
+        for (label, layers) in &self.lanes {
             writeln!(page, "<h2>One MoE layer: {}</h2>", escape(label))?;
             key(page, &["route", "metadata", "dispatch", "gather", "gemm", "reduce", "combine", "other"])?;
-            lanes(page, timeline)?;
+            lanes(page, layers)?;
         }
         writeln!(page, "</html>")
     }
@@ -122,25 +130,27 @@ fn parts(accounts: &Accounts) -> [(&'static str, u64); 6] {
     ]
 }
 
-/// A strip for each rank and lane over time, with a scale in milliseconds.
-fn lanes(page: &mut String, timeline: &Timeline) -> fmt::Result {
-    let Some(extent) = timeline.extent() else { return Ok(()) };
-    let ranks: BTreeSet<Rank> = timeline.spans.iter().map(|span| span.rank).collect();
-    let strips: Vec<(Rank, Lane)> =
-        ranks.into_iter().flat_map(|rank| Lane::ALL.map(|lane| (rank, lane))).collect();
-    let scale = (WIDTH - LABEL) / (extent.end - extent.start).max(1) as f64;
+/// A strip for each rank and lane over time, with a scale in milliseconds. Each timeline begins at the left.
+fn lanes(page: &mut String, layers: &[Lanes]) -> fmt::Result {
+    let extents = layers.iter().filter_map(|layer| Some((layer, layer.timeline.extent()?)));
+    let longest = extents.clone().map(|(_, extent)| extent.end - extent.start).max().unwrap_or(0).max(1);
+    let ranks: BTreeSet<Rank> =
+        layers.iter().flat_map(|layer| &layer.timeline.spans).map(|span| span.rank).collect();
+    let lanes = ranks.into_iter().flat_map(|rank| Lane::ALL.map(|lane| (rank, lane)));
+    let strips: Vec<_> = lanes.flat_map(|lane| extents.clone().map(move |extent| (lane, extent))).collect();
+    let scale = (WIDTH - LABEL) / longest as f64;
     let height = LANE * strips.len() as f64;
     writeln!(page, "<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\">", height + 24.0)?;
-    for (index, (rank, lane)) in strips.into_iter().enumerate() {
+    for (index, ((rank, lane), (layer, extent))) in strips.into_iter().enumerate() {
         let y = LANE * index as f64;
-        writeln!(page, "<text x=\"0\" y=\"{:.1}\">{rank}, {lane}</text>", y + 15.0)?;
-        for span in timeline.spans.iter().filter(|span| (span.rank, span.lane) == (rank, lane)) {
+        writeln!(page, "<text x=\"0\" y=\"{:.1}\">{rank}, {lane}{}</text>", y + 15.0, layer.what)?;
+        for span in layer.timeline.spans.iter().filter(|span| (span.rank, span.lane) == (rank, lane)) {
             let x = LABEL + (span.start_ns - extent.start) as f64 * scale;
             let width = span.duration_ns() as f64 * scale;
             rectangle(page, (x, y + 2.0), (width.max(0.3), LANE - 5.0), &span.name, &describe(span))?;
         }
     }
-    let milliseconds = (extent.end - extent.start) as f64 / 1e6;
+    let milliseconds = longest as f64 / 1e6;
     for tick in 0..=5 {
         let part = f64::from(tick) / 5.0;
         let (x, time) = (LABEL + (WIDTH - LABEL) * part, milliseconds * part);
@@ -213,7 +223,7 @@ mod tests {
             title: "bench <x>".into(),
             notes: vec!["a & b".into()],
             rows: vec![Row { label: "staged 4".into(), tokens_per_second: 1234.0, accounts }],
-            lanes: vec![("staged 4".into(), timeline)],
+            lanes: vec![("staged 4".into(), vec![Lanes { what: ", measured", timeline }])],
         }
         .html();
         assert!(page.contains("bench &lt;x&gt;") && page.contains("a &amp; b"));

@@ -36,13 +36,15 @@ impl<'a> World<'a> {
         for layer in (0..LAYERS).map(Layer) {
             let feedback: Vec<Feedback> =
                 self.ranks.iter_mut().filter_map(Scheduler::take_feedback).collect();
-            let messages = feedback.iter().map(|feedback| Feedback::decode(&feedback.encode()).unwrap());
+            let messages = feedback
+                .iter()
+                .map(|feedback| Feedback::decode(&feedback.encode()).expect("a whole message"));
             assert_eq!(messages.collect::<Vec<_>>(), feedback);
             let next = |rank: &mut Scheduler| rank.next_table(layer, &self.case.counts, &feedback);
             let tables: Vec<StageTable> = self.ranks.iter_mut().map(next).collect();
             assert!(tables.iter().all(|table| *table == tables[0]), "ranks plan alike");
             assert!(self.ranks.iter().all(|rank| rank.digest() == self.ranks[0].digest()), "and know it");
-            tables[0].validate(&self.case.placement).unwrap();
+            tables[0].validate(&self.case.placement).expect("a legal table");
             let real = simulate(&tables[0], 0, &self.case.workload(), self.truth);
             time = real.layer_ns;
             for span in real.timeline.spans {

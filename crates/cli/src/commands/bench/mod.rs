@@ -7,13 +7,13 @@ mod times;
 use crate::args::BenchArgs;
 use crate::machine::{self, Machine};
 use crate::output;
-use crate::report::{self, Report as Page};
+use crate::report::{self, Lanes, Report as Page};
 use crate::setup::{Demand, Setup};
 use anyhow::Result;
 use contenders::{Contender, measure, rows, side_by_side, ways};
 use epsmoe_base::{Bytes, Mix, count};
 use epsmoe_engine::{Parallel, Request};
-use epsmoe_plan::{Accounts, Correction, Schedule};
+use epsmoe_plan::{Accounts, Correction, Schedule, Watched};
 use serde::Serialize;
 use std::time::Instant;
 use times::median_layer;
@@ -173,11 +173,18 @@ fn page(report: &Report, contenders: &[Contender]) -> Page {
         format!("{}, {} cores", report.machine.cpu, report.machine.cores),
     ];
     notes.extend(report.load_average.map(|load| format!("load average before the run: {load:?}")));
-    let lanes = report
-        .rows
-        .iter()
-        .zip(contenders)
-        .filter_map(|(row, contender)| Some((label(row), median_layer(&contender.timeline)?)));
+    let lanes = report.rows.iter().zip(contenders).flat_map(|(row, contender)| {
+        let median = median_layer(&contender.timeline);
+        let median = median.map(|timeline| (label(row), vec![Lanes { what: "", timeline }]));
+        let plans = contender.engine.schedule().into_iter().flat_map(|report| &report.plans);
+        let held_against = plans.filter_map(|plan| {
+            let Watched { predicted, measured, .. } = plan.watched.as_ref()?;
+            let lanes = [(", predicted", predicted), (", measured", measured)];
+            let lanes = lanes.map(|(what, timeline)| Lanes { what, timeline: timeline.clone() });
+            Some((format!("predicted over measured, {}", plan.bucket), lanes.into()))
+        });
+        median.into_iter().chain(held_against).collect::<Vec<_>>()
+    });
     Page {
         title: format!("epsmoe bench: {}", report.model),
         notes,
