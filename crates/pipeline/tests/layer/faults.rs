@@ -59,7 +59,7 @@ fn every_event_is_needed() {
 }
 
 /// How long ranks wait for each other in these tests, and what a loaded machine may add.
-const SHORT: Duration = Duration::from_millis(150);
+const SHORT: Duration = Duration::from_millis(400);
 const SLACK: Duration = Duration::from_secs(5);
 
 /// Every rank must report the same fault, one of `texts`: which one depends on who saw it first.
@@ -87,10 +87,10 @@ fn at(rank: usize, exchange: u64, act: Act) -> Setup {
 fn a_stalled_rank_is_named_with_layer_and_stage() {
     let (case, kind) = (Case::fixed(), FaultKind::Deadline);
     for (setup, text) in [
-        (at(1, 0, Act::Stall), "rank 0, layer 0: rank 1 did not send metadata within 150ms"),
-        (at(1, 2, Act::Stall), "rank 0, layer 0, stage 1: rank 1 did not send dispatch within 150ms"),
-        (at(0, 8, Act::Stall), "rank 1, layer 0, stage 3: rank 0 did not send combine within 150ms"),
-        (at(1, 9 + 3, Act::Stall), "rank 0, layer 1, stage 0: rank 1 did not send combine within 150ms"),
+        (at(1, 0, Act::Stall), "rank 0, layer 0: rank 1 did not send metadata within 400ms"),
+        (at(1, 2, Act::Stall), "rank 0, layer 0, stage 1: rank 1 did not send dispatch within 400ms"),
+        (at(0, 8, Act::Stall), "rank 1, layer 0, stage 3: rank 0 did not send combine within 400ms"),
+        (at(1, 9 + 3, Act::Stall), "rank 0, layer 1, stage 0: rank 1 did not send combine within 400ms"),
     ] {
         fails(&case, setup, kind, &[text]);
     }
@@ -101,8 +101,8 @@ fn a_stalled_rank_is_named_with_layer_and_stage() {
         at(1, 5, Act::Stall),
         kind,
         &[
-            "rank 0, layer 0, stage 1: rank 1 did not send combine within 150ms",
-            "rank 2, layer 0, stage 1: rank 1 did not send combine within 150ms",
+            "rank 0, layer 0, stage 1: rank 1 did not send combine within 400ms",
+            "rank 2, layer 0, stage 1: rank 1 did not send combine within 400ms",
         ],
     );
 }
@@ -114,7 +114,7 @@ fn a_rank_that_does_not_come_to_the_layer_is_named() {
         &Case::fixed(),
         setup,
         FaultKind::Deadline,
-        &["rank 0, layer 0: rank 1 did not come to rendezvous within 150ms"],
+        &["rank 0, layer 0: rank 1 did not come to rendezvous within 400ms"],
     );
 }
 
