@@ -104,6 +104,15 @@ __device__ __forceinline__ f32 block_sum(f32 value) {
 __device__ __forceinline__ f32 sigmoid(f32 x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ f32 silu(f32 x) { return x / (1.0f + expf(-x)); }
 
+// The same within a few units of the last place, for products that hide little of their epilogue. All kernels on the
+// tensor cores use it, so that an output's bits do not depend on which of them made it.
+__device__ __forceinline__ f32 quick_silu(f32 x) {
+    f32 e, r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1.0f + e));
+    return x * r;
+}
+
 // Element by element: blocks along x share the columns of a row, blocks along y the rows.
 #define FOR_ELEMENTS(view, m, n)                                                                            \
     for (u32 m = blockIdx.y; m < (view).rows; m += gridDim.y)                                               \

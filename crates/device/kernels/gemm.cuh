@@ -1,8 +1,8 @@
 // What every product kernel shares: the list of parts, and which tile of which part comes next.
 //
 // out[m, n] = sum over k of x[m, k] * w[n, k]. A weight lies as rows of `weight_stride` elements, zero beyond k.
-// Gate and up rows alternate (gate 0, up 0, gate 1, ...), so that both factors of an output stand beside each
-// other in one thread; `n` then counts both.
+// Gate and up rows alternate eight by eight (gate 0..8, up 0..8, gate 8..16, ...), zero beyond their end, so that
+// both factors of an output meet in one thread; `n` then counts both.
 #pragma once
 #include "common.cuh"
 
@@ -34,7 +34,7 @@ struct GemmArgs {
     u32 n, k;
     u64 weight_stride;
     u32 vectors; // every x starts on 16 bytes and has a stride of whole 16 bytes
-    u32 padding;
+    u32 columns; // of the output
 };
 
 // Rows and columns where a tile starts; tiles of one part go down the rows first, so that its weights are read

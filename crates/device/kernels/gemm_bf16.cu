@@ -2,7 +2,7 @@
 //
 // A block holds tiles of DEPTH k-values in shared memory, STAGES of them in flight by cp.async, and multiplies them
 // by mma.m16n8k16. Every output is one chain of these over k in steps of 16 from zero on, in every variant: its
-// bits do not depend on the tile.
+// bits do not depend on the tile. On Hopper, wgmma in `gemm_hopper.cu` gives the same bits as well.
 #include "gemm.cuh"
 
 constexpr u32 DEPTH = 64;             // k-values of a stage: rows of 128 bytes
@@ -80,16 +80,12 @@ template <u32 LINES, u32 BLOCK> struct Loader {
 // Two neighbours, stored at once.
 template <typename Y> struct __align__(2 * sizeof(Y)) Pair { Y first, second; };
 
-template <typename Y, bool GATED>
+template <typename Y>
 __device__ __forceinline__ void store(const GemmArgs& args, const GemmPart& part, u32 m, u32 n, f32 first, f32 second) {
-    if (m >= part.rows || n >= args.n) return;
+    if (m >= part.rows || n >= args.columns) return;
     Y* out = reinterpret_cast<Y*>(part.out) + m * part.out_stride;
-    if (GATED) {
-        out[n / 2] = narrow<Y>(silu(first) * second);
-        return;
-    }
     const f32* bias = reinterpret_cast<const f32*>(args.bias);
-    const bool both = n + 1 < args.n;
+    const bool both = n + 1 < args.columns;
     if (bias) first += bias[n], second += both ? bias[n + 1] : 0.0f;
     if (both && reinterpret_cast<u64>(out + n) % sizeof(Pair<Y>) == 0) {
         *reinterpret_cast<Pair<Y>*>(out + n) = {narrow<Y>(first), narrow<Y>(second)};
@@ -148,14 +144,20 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
                     for (u32 j = 0; j < STEPS_N; ++j) multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
             }
         }
-        // A lane holds two neighbouring columns of rows lane/4 and lane/4 + 8 of each 16 x 8 piece.
+        // A lane holds two neighbouring columns of rows lane/4 and lane/4 + 8 of each 16 x 8 piece; the up factors of
+        // a piece of gates are in the next.
 #pragma unroll
         for (u32 i = 0; i < STEPS_M; ++i)
 #pragma unroll
-            for (u32 j = 0; j < STEPS_N; ++j) {
-                const u32 m = at.m + warp_m + i * 16 + lane / 4, n = at.n + warp_n + j * 8 + lane % 4 * 2;
-                store<Y, GATED>(args, at.part, m, n, sums[i][j][0], sums[i][j][1]);
-                store<Y, GATED>(args, at.part, m + 8, n, sums[i][j][2], sums[i][j][3]);
+            for (u32 j = 0; j < STEPS_N; j += GATED ? 2 : 1) {
+                const u32 m = at.m + warp_m + i * 16 + lane / 4;
+                const u32 n = (at.n + warp_n + j * 8) / (GATED ? 2 : 1) + lane % 4 * 2;
+                f32 values[4];
+#pragma unroll
+                for (u32 v = 0; v < 4; ++v)
+                    values[v] = GATED ? quick_silu(sums[i][j][v]) * sums[i][j + (GATED ? 1 : 0)][v] : sums[i][j][v];
+                store<Y>(args, at.part, m, n, values[0], values[1]);
+                store<Y>(args, at.part, m + 8, n, values[2], values[3]);
             }
         // The next tile overwrites what slower warps may still be reading.
         __syncthreads();

@@ -5,6 +5,11 @@
 constexpr u32 TILE = 64;
 constexpr u32 DEPTH = 16;
 
+// The row of a weight whose sums stand in column `n` of a tile: with gates, each beside its up factor.
+template <bool GATED> __device__ __forceinline__ u32 weight_row(u32 n) {
+    return GATED ? n / 16 * 16 + n % 2 * 8 + n % 16 / 2 : n;
+}
+
 template <typename X, typename W, bool GATED> __device__ void gemm(const GemmArgs& args) {
     __shared__ f32 xs[DEPTH][TILE + 4], ws[DEPTH][TILE + 4];
     const u32 down = threadIdx.x / 16 * 4, across = threadIdx.x % 16 * 4;
@@ -15,7 +20,7 @@ template <typename X, typename W, bool GATED> __device__ void gemm(const GemmArg
         f32 sums[4][4] = {};
         for (u32 depth = 0; depth < args.k; depth += DEPTH) {
             for (u32 i = threadIdx.x; i < TILE * DEPTH; i += THREADS) {
-                const u32 k = i % DEPTH, line = i / DEPTH, m = at.m + line, n = at.n + line;
+                const u32 k = i % DEPTH, line = i / DEPTH, m = at.m + line, n = weight_row<GATED>(at.n + line);
                 const bool inside = depth + k < args.k;
                 xs[k][line] = inside && m < at.part.rows ? wide(x[m * at.part.x_stride + depth + k]) : 0.0f;
                 ws[k][line] = inside && n < args.n ? wide(w[n * args.weight_stride + depth + k]) : 0.0f;
@@ -37,9 +42,9 @@ template <typename X, typename W, bool GATED> __device__ void gemm(const GemmArg
             if (m >= at.part.rows) continue;
 #pragma unroll
             for (u32 j = 0; j < 4; j += GATED ? 2 : 1) {
-                const u32 n = at.n + across + j;
-                if (n >= args.n) continue;
-                if (GATED) out[m * at.part.out_stride + n / 2] = silu(sums[i][j]) * sums[i][j + (GATED ? 1 : 0)];
+                const u32 n = (at.n + across + j) / (GATED ? 2 : 1);
+                if (n >= args.columns) continue;
+                if (GATED) out[m * at.part.out_stride + n] = silu(sums[i][j]) * sums[i][j + (GATED ? 1 : 0)];
                 else out[m * at.part.out_stride + n] = sums[i][j] + (bias ? bias[n] : 0.0f);
             }
         }

@@ -351,6 +351,55 @@ impl Drop for Event {
     }
 }
 
+/// How the tensor copy engine finds the numbers of a bf16 matrix. The twin of `TensorMap` in `gemm_hopper.cu`.
+#[repr(C, align(128))]
+#[derive(Clone, Copy)]
+pub(super) struct TensorMap([u64; 16]);
+
+// SAFETY: all its bits may be zero.
+unsafe impl bytemuck::Zeroable for TensorMap {}
+// SAFETY: plain integers; its size is a multiple of its alignment.
+unsafe impl bytemuck::Pod for TensorMap {}
+
+/// What a [`TensorMap`] is made of.
+pub(super) struct Matrix {
+    /// Address of the first row, on 16 bytes.
+    pub(super) start: u64,
+    pub(super) rows: usize,
+    pub(super) width: usize,
+    /// Elements between two rows, a multiple of eight.
+    pub(super) stride: usize,
+    /// Rows and columns that one copy moves; columns are 32 or 64 and lie in shared memory swizzled over as much.
+    pub(super) piece: (u32, u32),
+}
+
+impl TensorMap {
+    pub(super) fn new(matrix: &Matrix) -> Result<Self, CudaError> {
+        use sys::CUtensorMapSwizzle_enum::{CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
+        let (rows, columns) = matrix.piece;
+        let mut map = TensorMap([0; 16]);
+        // SAFETY: the map has the size and alignment that the driver asks for; all arrays outlive the call, two
+        // entries for two dimensions, one stride fewer. The driver refuses what the copy engine cannot do.
+        unsafe {
+            call!(cuTensorMapEncodeTiled(
+                (&raw mut map).cast(),
+                sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                matrix.start as *mut c_void,
+                [matrix.width as u64, matrix.rows as u64].as_ptr(),
+                [2 * matrix.stride as u64].as_ptr(),
+                [columns, rows].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                if columns == 32 { CU_TENSOR_MAP_SWIZZLE_64B } else { CU_TENSOR_MAP_SWIZZLE_128B },
+                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            ))
+        }?;
+        Ok(map)
+    }
+}
+
 /// Device memory that is freed with its owner.
 pub(super) struct DeviceMemory {
     pub(super) start: u64,

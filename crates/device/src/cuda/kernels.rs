@@ -34,10 +34,18 @@ struct Source {
     operations: &'static [&'static str],
     formats: &'static [(DType, DType)],
     threads: u32,
+    /// The one architecture that can run it, if not every one can.
+    only: Option<&'static str>,
+}
+
+impl Source {
+    fn is_for(&self, architecture: &str) -> bool {
+        self.only.is_none_or(|only| only == architecture)
+    }
 }
 
 macro_rules! sources {
-    ($($stem:literal: [$($operation:literal),*] in $formats:expr, $threads:literal threads;)*) => {
+    ($($stem:literal: [$($operation:literal),*] in $formats:expr, $threads:literal threads $(on $only:literal)?;)*) => {
         /// Every source file.
         const SOURCES: &[Source] = &[$(Source {
             file: concat!($stem, ".cu"),
@@ -45,6 +53,7 @@ macro_rules! sources {
             operations: &[$($operation),*],
             formats: &$formats,
             threads: $threads,
+            only: [$(Some($only),)? None][0],
         }),*];
     };
 }
@@ -70,6 +79,8 @@ sources! {
     "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
         256 threads;
     "gemm_bf16": ["gemm_small", "gated_small"] in [(BF16, F32), (BF16, BF16)], 128 threads;
+    "gemm_hopper": ["gemm_hopper256", "gated_hopper256", "gemm_hopper128", "gated_hopper128", "gemm_hopper64", "gated_hopper64"]
+        in [(BF16, BF16)], 384 threads on "sm_90a";
 }
 
 /// The shape of a product kernel's tiles, and the shared memory of a block; repeats the numbers of the source.
@@ -113,7 +124,8 @@ pub struct KernelUse {
 pub fn check_kernels(architecture: &str) -> Result<Vec<KernelUse>, DeviceError> {
     nvrtc::version()?;
     let mut uses = Vec::new();
-    for source in SOURCES.iter().filter(|source| is_first_of_file(source)) {
+    let wanted = |source: &&Source| source.is_for(architecture) && is_first_of_file(source);
+    for source in SOURCES.iter().filter(wanted) {
         let mut options = options(architecture);
         options.push("--ptxas-options=-v".into());
         let compiled = compile(source, &options)?;
@@ -185,7 +197,8 @@ impl Kernels {
     pub(super) fn load(context: &Arc<Context>, architecture: &str) -> Result<Self, DeviceError> {
         let version = nvrtc::version()?;
         let cache = Cache::open(architecture, version);
-        let files: Vec<&Source> = SOURCES.iter().filter(|source| is_first_of_file(source)).collect();
+        let wanted = |source: &&Source| source.is_for(architecture) && is_first_of_file(source);
+        let files: Vec<&Source> = SOURCES.iter().filter(wanted).collect();
         // A missing kernel takes about as long to compile as all others together to load: side by side.
         let cubins: Vec<Result<Vec<u8>, DeviceError>> = std::thread::scope(|scope| {
             let tasks: Vec<_> = files.iter().map(|source| scope.spawn(|| cache.cubin(source))).collect();
@@ -203,7 +216,7 @@ impl Kernels {
         }
         let optin = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
         let mut functions = HashMap::new();
-        for source in SOURCES {
+        for source in SOURCES.iter().filter(|source| source.is_for(architecture)) {
             for &operation in source.operations {
                 for &(from, to) in source.formats {
                     let name = format!("{operation}_{}_{}", short(from), short(to));
@@ -222,6 +235,11 @@ impl Kernels {
             }
         }
         Ok(Kernels { functions, _modules: modules.into_values().collect() })
+    }
+
+    /// Whether products may run on wgmma and the tensor copy engine.
+    pub(super) fn has_hopper(&self) -> bool {
+        self.functions.contains_key(&("gemm_hopper256", BF16, BF16))
     }
 
     /// The kernel of an operation for these formats.
@@ -332,8 +350,11 @@ mod tests {
                     used.kernel, used.registers, used.spilled
                 );
             }
-            let wanted: usize =
-                SOURCES.iter().map(|source| source.operations.len() * source.formats.len()).sum();
+            let wanted: usize = SOURCES
+                .iter()
+                .filter(|source| source.is_for(architecture))
+                .map(|source| source.operations.len() * source.formats.len())
+                .sum();
             assert_eq!(uses.len(), wanted, "kernels found in the log");
             let spilling: Vec<_> =
                 uses.iter().filter(|used| used.file.starts_with("gemm") && used.spilled > 0).collect();

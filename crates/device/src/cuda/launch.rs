@@ -1,6 +1,7 @@
 //! From an operation to a kernel and its arguments.
 
 use super::driver::{Copy2d, CudaError, End, Event, EventPool, Function, Stream};
+use super::hopper::{self, HopperArgs};
 use super::kernels::{GemmTile, Kernels, LARGE, MIDDLE, PLAIN, SMALL, SQUARE};
 use super::report::Report;
 use super::staging::Staging;
@@ -41,13 +42,13 @@ struct Indexed {
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(super) struct GemmPart {
-    x: u64,
-    weight: u64,
-    out: u64,
-    x_stride: u64,
-    out_stride: u64,
-    rows: u32,
-    first_tile: u32,
+    pub(super) x: u64,
+    pub(super) weight: u64,
+    pub(super) out: u64,
+    pub(super) x_stride: u64,
+    pub(super) out_stride: u64,
+    pub(super) rows: u32,
+    pub(super) first_tile: u32,
 }
 
 // SAFETY: all its bits may be zero.
@@ -82,7 +83,7 @@ struct GemmArgs {
     k: u32,
     weight_stride: u64,
     vectors: u32,
-    padding: u32,
+    columns: u32,
 }
 
 /// Why an operation did not start.
@@ -113,6 +114,8 @@ pub(super) struct Launch<'a> {
     pub(super) staging: &'a mut Staging,
     pub(super) events: &'a Arc<EventPool>,
     pub(super) stream: &'a Stream,
+    /// Where products of this lane draw their tiles from.
+    pub(super) tickets: u64,
     /// Address and size of every allocation.
     pub(super) regions: &'a [(u64, usize)],
     pub(super) report: Report,
@@ -440,6 +443,14 @@ impl Launch<'_> {
             tiles = tiles.saturating_add(rows.div_ceil(tile.rows).saturating_mul(columns));
         }
         let Some(&only) = parts.first() else { return Ok(()) };
+        if (from, to) == (DType::BF16, DType::BF16)
+            && op.bias.is_none()
+            && tile.rows > SMALL.rows
+            && self.kernels.has_hopper()
+            && let Some(rows) = hopper::common_rows(&parts, first.out.width)
+        {
+            return self.hopper(op, &parts, &rows);
+        }
         let aligned = |part: &GemmPart| part.x.is_multiple_of(16) && part.x_stride.is_multiple_of(8);
         let staged = match parts.len() {
             1 => None,
@@ -460,13 +471,59 @@ impl Launch<'_> {
             k: weight.width as u32,
             weight_stride: weight.stride as u64,
             vectors: u32::from(parts.iter().all(aligned)),
-            padding: 0,
+            columns: first.out.width as u32,
         };
         let operation = tile.operations[usize::from(op.epilogue == Epilogue::SwiGlu)];
         let kernel = self.kernels.get(operation, from, to)?;
         let shared = within("gemm: tiles", tile.shared_bytes as usize, kernel.shared_limit)?;
         let blocks = tiles.min(self.multiprocessors * kernel.resident);
         self.start(&kernel.function, (blocks, 1), shared, arguments)?;
+        staged.map_or(Ok(()), |staged| self.sent(&staged))
+    }
+
+    /// Products by wgmma. `parts` are the parts of the operation that are not empty, and `rows` the first row of
+    /// each in the matrices that they are rows of.
+    fn hopper(&mut self, op: &Gemm, parts: &[GemmPart], rows: &[u32]) -> Result<(), Refusal> {
+        let busy = op.parts.iter().filter(|part| !is_empty(&part.out));
+        let maps = busy.map(|part| Ok(self.weights.get(&part.weight)?.map));
+        let maps = maps.collect::<Result<Vec<u64>, DeviceError>>()?;
+        let (Some(first), Some(weight)) = (parts.first(), op.parts.first()) else { return Ok(()) };
+        let weight = self.weights.get(&weight.weight)?;
+        let blocks: Vec<hopper::Block> = parts
+            .iter()
+            .zip(rows)
+            .zip(maps)
+            .map(|((part, &row0), weight)| hopper::Block { row0, rows: part.rows, weight })
+            .collect();
+        let gated = op.epilogue == Epilogue::SwiGlu;
+        let columns = op.parts[0].out.width;
+        let plan = hopper::plan(&blocks, weight.rows, weight.width, self.multiprocessors);
+        let (x, out) = hopper::maps(first, &blocks, weight.width, columns, gated)?;
+        let staged = match blocks.len() {
+            1 => None,
+            _ => Some(self.stage(bytemuck::cast_slice(&blocks))?),
+        };
+        let listed = match &staged {
+            Some(staged) => self.staging.to_device(staged, size_of_val(&*blocks), self.stream)?,
+            None => 0,
+        };
+        let arguments = HopperArgs {
+            rows: x,
+            out,
+            blocks: listed,
+            only: blocks[0],
+            out_start: first.out,
+            ticket: self.tickets,
+            count: blocks.len() as u32,
+            n: weight.rows as u32,
+            k: weight.width as u32,
+            out_stride: first.out_stride as u32,
+            columns: columns as u32,
+            tile_rows: plan.tile_rows,
+        };
+        let kernel = self.kernels.get(plan.operations[usize::from(gated)], DType::BF16, DType::BF16)?;
+        let shared = within("gemm: tiles", hopper::SHARED_BYTES, kernel.shared_limit)?;
+        self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
         staged.map_or(Ok(()), |staged| self.sent(&staged))
     }
 

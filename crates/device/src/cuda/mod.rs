@@ -8,6 +8,7 @@
 //! read while waiting (`report.rs`) and stops the world with the words that a host processor uses.
 
 mod driver;
+mod hopper;
 mod kernels;
 mod launch;
 mod memory;
@@ -25,7 +26,7 @@ use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Wei
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
-use driver::{Context, Copy2d, CudaError, End, Event, EventPool, Stream};
+use driver::{Context, Copy2d, CudaError, DeviceMemory, End, Event, EventPool, Stream};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
 use half::bf16;
 use kernels::Kernels;
@@ -128,7 +129,11 @@ impl CudaWeights {
     /// An empty store.
     pub fn new(device: &CudaDevice) -> Result<Self, DeviceError> {
         let stream = Stream::new(&device.context)?;
-        Ok(CudaWeights(Arc::new(WeightStore::new(stream, Pool::new(&device.context, None)))))
+        Ok(CudaWeights(Arc::new(WeightStore::new(
+            stream,
+            Pool::new(&device.context, None),
+            device.kernels.has_hopper(),
+        ))))
     }
 }
 
@@ -171,6 +176,8 @@ pub struct CudaBackend {
     order: Mutex<Order>,
     memory: Mutex<Memory>,
     streams: [Stream; Lane::ALL.len()],
+    /// For each lane, what its products draw their tiles from; zero between two of them.
+    tickets: [DeviceMemory; Lane::ALL.len()],
     reads: Mutex<Stream>,
     events: Arc<EventPool>,
     timed_events: Arc<EventPool>,
@@ -236,6 +243,7 @@ impl CudaBackend {
         let reads = Stream::new(context)?;
         let (events, timed_events) = (EventPool::new(context, false), EventPool::new(context, true));
         let anchor = Arc::new(timed_events.record(&reads)?);
+        let tickets = [hopper::tickets(context, &reads)?, hopper::tickets(context, &reads)?];
         reads.synchronize()?;
         let anchor = (anchor, options.epoch.elapsed().as_nanos() as u64);
         let order = Order {
@@ -251,6 +259,7 @@ impl CudaBackend {
             order: Mutex::new(order),
             memory: Mutex::new(Memory { pool: Pool::new(context, Some(options.fill)), regions: Vec::new() }),
             streams: [Stream::new(context)?, Stream::new(context)?],
+            tickets,
             report: ReportPage::new(context, &reads)?,
             reads: Mutex::new(reads),
             events,
@@ -311,6 +320,7 @@ impl CudaBackend {
             staging: &mut order.staging,
             events: &self.events,
             stream,
+            tickets: self.tickets[lane.index()].start,
             regions: &regions.regions,
             report: self.report.for_operation(order.serial),
             multiprocessors: self

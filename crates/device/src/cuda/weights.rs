@@ -1,6 +1,7 @@
 //! The weights of a process on one GPU: loaded once, shared by all its ranks there.
 
-use super::driver::{Copy2d, CudaError, End, Stream};
+use super::driver::{Copy2d, CudaError, End, Matrix, Stream, TensorMap};
+use super::hopper;
 use super::memory::Pool;
 use crate::host::check_sources;
 use crate::{DeviceError, TensorBytes, Weight, WeightShape};
@@ -17,10 +18,14 @@ pub(super) struct Held {
     pub(super) rows: usize,
     pub(super) width: usize,
     pub(super) stride: usize,
+    /// Address of its `TensorMap`; zero if it has none.
+    pub(super) map: u64,
 }
 
 /// Every weight of a process on one GPU.
 pub(super) struct WeightStore {
+    /// Whether bf16 maps get a `TensorMap`.
+    mapped: bool,
     stream: Mutex<Stream>,
     pool: Mutex<Pool>,
     inner: RwLock<Inner>,
@@ -33,8 +38,8 @@ struct Inner {
 }
 
 impl WeightStore {
-    pub(super) fn new(stream: Stream, pool: Pool) -> Self {
-        WeightStore { stream: Mutex::new(stream), pool: Mutex::new(pool), inner: RwLock::default() }
+    pub(super) fn new(stream: Stream, pool: Pool, mapped: bool) -> Self {
+        WeightStore { mapped, stream: Mutex::new(stream), pool: Mutex::new(pool), inner: RwLock::default() }
     }
 
     pub(super) fn find(&self, name: &str) -> Option<Weight> {
@@ -48,8 +53,8 @@ impl WeightStore {
         })
     }
 
-    /// Brings a weight to the GPU. Maps are kept in `dtype`, their rows on 16 bytes; gate and up rows alternate.
-    /// Vectors are kept in float32, tables in their own format.
+    /// Brings a weight to the GPU. Maps are kept in `dtype`, their rows on 16 bytes; gate and up rows alternate
+    /// eight by eight. Vectors are kept in float32, tables in their own format.
     pub(super) fn load(
         &self,
         dtype: DType,
@@ -65,7 +70,10 @@ impl WeightStore {
         };
         let aligned = matches!(shape, WeightShape::Matrix { .. } | WeightShape::GateUp { .. });
         let stride = if aligned { width.next_multiple_of(16 / kept.bytes()) } else { width };
-        let held = self.bring(name, &Layout { rows, width, stride, dtype: kept }, tensors)?;
+        let mut held = self.bring(name, &Layout { rows, width, stride, dtype: kept }, tensors)?;
+        if self.mapped && aligned && kept == DType::BF16 {
+            held.map = self.map(name, &held)?;
+        }
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         let id = u32::try_from(inner.held.len()).map_err(|_| too_large(name, usize::MAX))?;
         let weight = Weight { id, shape, name: name.into() };
@@ -74,12 +82,38 @@ impl WeightStore {
         Ok(weight)
     }
 
-    /// Row `r` of tensor `t` becomes row `r · tensors + t`.
+    /// Describes a weight to the tensor copy engine, in GPU memory, once and for all.
+    fn map(&self, name: &str, held: &Held) -> Result<u64, DeviceError> {
+        let Held { start, rows, width, stride, .. } = *held;
+        let map = TensorMap::new(&Matrix { start, rows, width, stride, piece: hopper::WEIGHT_PIECE })?;
+        let bytes = bytemuck::bytes_of(&map);
+        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = {
+            let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+            pool.take(bytes.len(), &stream)?.ok_or_else(|| too_large(name, bytes.len()))?
+        };
+        let copy = Copy2d {
+            from: End::Host(bytes.as_ptr().cast_mut().cast()),
+            from_pitch: bytes.len(),
+            to: End::Device(at),
+            to_pitch: bytes.len(),
+            width: bytes.len(),
+            rows: 1,
+        };
+        copy_now(&stream, &copy)?;
+        Ok(at)
+    }
+
+    /// A single tensor keeps its rows. Of several, eight rows of each follow one another, the last eight filled up
+    /// with zeros.
     fn bring(&self, name: &str, layout: &Layout, tensors: &[TensorBytes<'_>]) -> Result<Held, DeviceError> {
         let Layout { rows, width, stride, dtype } = *layout;
-        let size = dtype.bytes();
-        let bytes = rows
-            .checked_mul(tensors.len())
+        let (size, count) = (dtype.bytes(), tensors.len());
+        // Rows of one tensor that stand together.
+        let together = if count == 1 { rows.max(1) } else { hopper::INTERLEAVED };
+        let packed = if count == 1 { Some(rows) } else { rows.checked_next_multiple_of(together) };
+        let packed = packed.and_then(|rows| rows.checked_mul(count));
+        let bytes = packed
             .and_then(|rows| rows.checked_mul(stride))
             .and_then(|elements| elements.checked_mul(size))
             .ok_or_else(|| too_large(name, usize::MAX))?;
@@ -88,24 +122,50 @@ impl WeightStore {
             let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
             pool.take(bytes, &stream)?.ok_or_else(|| too_large(name, bytes))?
         };
-        if stride != width {
+        if stride != width || packed != Some(rows * count) {
             // SAFETY: the piece was just taken with that size, and nobody else has it yet.
             unsafe { stream.fill(start, 0, bytes) }?;
         }
         for (index, tensor) in tensors.iter().enumerate() {
             let converted = (tensor.dtype != dtype).then(|| convert(tensor, rows * width, dtype));
-            let source = converted.as_deref().unwrap_or(tensor.bytes);
-            let copy = Copy2d {
-                from: End::Host(source.as_ptr().cast_mut().cast()),
-                from_pitch: width * size,
-                to: End::Device(start + (index * stride * size) as u64),
-                to_pitch: tensors.len() * stride * size,
-                width: width * size,
-                rows,
+            let source = converted.as_deref().unwrap_or(tensor.bytes).as_ptr().cast_mut();
+            let (row, kept_row) = (width * size, stride * size);
+            // `pieces` pieces of `lines` rows each, the first of them at row `first` of the tensor.
+            let bring = |first: usize, pieces: usize, lines: usize| {
+                let host = source.wrapping_add(first * row).cast();
+                let device = start + ((first * count + index * together) * kept_row) as u64;
+                let copy = Copy2d {
+                    from: End::Host(host),
+                    from_pitch: lines * row,
+                    to: End::Device(device),
+                    to_pitch: if pieces == 1 { lines * row } else { count * lines * kept_row },
+                    width: lines * row,
+                    rows: pieces,
+                };
+                copy_now(&stream, &copy)
             };
-            copy_now(&stream, &copy)?;
+            if stride == width {
+                // Rows that stand together are one long row.
+                let whole = rows / together;
+                bring(0, whole, together)?;
+                bring(whole * together, 1, rows % together)?;
+            } else {
+                for first in (0..rows).step_by(together) {
+                    let lines = together.min(rows - first);
+                    let copy = Copy2d {
+                        from: End::Host(source.wrapping_add(first * row).cast()),
+                        from_pitch: row,
+                        to: End::Device(start + ((first * count + index * together) * kept_row) as u64),
+                        to_pitch: kept_row,
+                        width: row,
+                        rows: lines,
+                    };
+                    copy_now(&stream, &copy)?;
+                }
+            }
         }
-        Ok(Held { start, dtype, rows: rows * tensors.len(), width, stride })
+        let rows = packed.unwrap_or(rows);
+        Ok(Held { start, dtype, rows, width, stride, map: 0 })
     }
 }
 

@@ -46,6 +46,8 @@ fn products<B: Backend>(bench: &Bench<B>) {
         (FEW, 331, 17, Epilogue::Store),
         (170, 130, 40, Epilogue::SwiGlu),
         (170, 72, 140, Epilogue::Store),
+        (300, 136, 264, Epilogue::Store),
+        (300, 200, 88, Epilogue::SwiGlu),
     ] {
         let (first, up) = (bench.random(n, k, 1.0), bench.random(n, k, 1.0));
         let weight =
@@ -72,7 +74,7 @@ fn products<B: Backend>(bench: &Bench<B>) {
                 same_bits(bench, &format!("{what} as {parts:?}"), rows, &got, &whole, n);
             };
             // Every number of rows, at the start and at a random place; every row alone.
-            for rows in (1..=FEW).chain([64, 65, 128, 129]).filter(|&rows| rows <= all_rows) {
+            for rows in (1..=FEW).chain([64, 65, 128, 129, 193, 257, 300]).filter(|&rows| rows <= all_rows) {
                 let start = bench.below(all_rows - rows + 1);
                 check(from_ref(&(0..rows)));
                 check(from_ref(&(start..start + rows)));

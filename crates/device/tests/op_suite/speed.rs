@@ -7,8 +7,9 @@ use epsmoe_device::{Backend, TensorBytes, Weight, WeightShape};
 use half::bf16;
 use std::time::Duration;
 
-/// Hidden and inner width, experts: DeepSeek-V2 on eight ranks, and a dense layer of the same size.
-const SHAPES: [(usize, usize, usize); 2] = [(5120, 1536, 20), (5120, 12288, 1)];
+/// Hidden and inner width, experts: DeepSeek-V2 on eight ranks, a dense layer of the same size, and two thin ones.
+const SHAPES: [(usize, usize, usize); 4] =
+    [(5120, 1536, 20), (5120, 12288, 1), (5120, 1536, 1), (2048, 576, 1)];
 const REPEATS: usize = 5;
 
 #[test]

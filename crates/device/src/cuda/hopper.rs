@@ -1,0 +1,216 @@
+//! Products on Hopper: what `gemm_hopper.cu` is given, and how an operation is cut into tiles for it.
+//!
+//! It adds up in the order of the other products on the tensor cores and gives their bits, so whether an operation
+//! runs here is a question of speed alone: views that the tensor copy engine cannot follow, and parts of few rows,
+//! take the other kernels. The op suite compares the two, bit by bit.
+
+use super::driver::{Context, CudaError, DeviceMemory, Matrix, Stream, TensorMap};
+use super::launch::GemmPart;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::Arc;
+
+/// Rows of gate, then of up, that stand together in a weight: what a thread holds both factors of.
+pub(super) const INTERLEAVED: usize = 8;
+
+/// Rows and columns of a weight that one copy brings: `WEIGHT_TILE` and `K_BLOCK` of the source.
+pub(super) const WEIGHT_PIECE: (u32, u32) = (128, 64);
+
+/// Rows of x and out that one copy moves.
+const ROW_BOX: u32 = 32;
+
+/// Shared memory of a block: the ring, two staging areas, slots and barriers, and room to start on 1024 bytes.
+pub(super) const SHARED_BYTES: usize = 231_424;
+
+/// The twin of `Block` in `gemm_hopper.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    pub(super) row0: u32,
+    pub(super) rows: u32,
+    pub(super) weight: u64,
+}
+
+// SAFETY: all its bits may be zero.
+unsafe impl bytemuck::Zeroable for Block {}
+// SAFETY: plain integers without padding: two of four bytes, one of eight.
+unsafe impl bytemuck::Pod for Block {}
+
+/// The twin of `HopperArgs` in `gemm_hopper.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct HopperArgs {
+    pub(super) rows: TensorMap,
+    pub(super) out: TensorMap,
+    pub(super) blocks: u64,
+    pub(super) only: Block,
+    pub(super) out_start: u64,
+    pub(super) ticket: u64,
+    pub(super) count: u32,
+    pub(super) n: u32,
+    pub(super) k: u32,
+    pub(super) out_stride: u32,
+    pub(super) columns: u32,
+    pub(super) tile_rows: u32,
+}
+
+/// Zeroed memory for a lane's tickets; `stream` has yet to be waited for.
+pub(super) fn tickets(context: &Arc<Context>, stream: &Stream) -> Result<DeviceMemory, CudaError> {
+    let tickets = DeviceMemory::new(context, 2 * size_of::<u32>())?;
+    // SAFETY: just allocated with that size, and nobody else has it yet.
+    unsafe { stream.fill(tickets.start, 0, tickets.bytes) }?;
+    Ok(tickets)
+}
+
+/// Where each part starts, if all of them are rows of one x and one out, the same rows of both, and the tensor copy
+/// engine can follow them: on 16 bytes, in whole 16 bytes.
+pub(super) fn common_rows(parts: &[GemmPart], columns: usize) -> Option<Vec<u32>> {
+    let first = parts.first()?;
+    let fits = |start: u64, stride: u64| {
+        start.is_multiple_of(16) && stride.is_multiple_of(8) && (1..1 << 32).contains(&stride)
+    };
+    if !(columns.is_multiple_of(8) && fits(first.x, first.x_stride) && fits(first.out, first.out_stride)) {
+        return None;
+    }
+    let row = |start: u64, from: u64, stride: u64| {
+        let bytes = start.checked_sub(from)?;
+        bytes.is_multiple_of(2 * stride).then_some(bytes / (2 * stride))
+    };
+    let rows = parts.iter().map(|part| {
+        if (part.x_stride, part.out_stride) != (first.x_stride, first.out_stride) {
+            return None;
+        }
+        let at = row(part.x, first.x, first.x_stride)?;
+        let same = row(part.out, first.out, first.out_stride)? == at;
+        let end = at.checked_add(u64::from(part.rows))?;
+        (same && u32::try_from(end).is_ok()).then_some(at as u32)
+    });
+    rows.collect()
+}
+
+/// How the copy engine finds x and out; `blocks` start at the first part.
+pub(super) fn maps(
+    first: &GemmPart,
+    blocks: &[Block],
+    k: usize,
+    columns: usize,
+    gated: bool,
+) -> Result<(TensorMap, TensorMap), CudaError> {
+    let rows = blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize;
+    let matrix = |start, width, stride: u64, across| {
+        let stride = stride as usize;
+        TensorMap::new(&Matrix { start, rows, width, stride, piece: (ROW_BOX, across) })
+    };
+    let across = if gated { 32 } else { 64 };
+    Ok((matrix(first.x, k, first.x_stride, 64)?, matrix(first.out, columns, first.out_stride, across)?))
+}
+
+/// A kernel, the height of its tiles and the blocks to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    /// Of `Epilogue::Store` and `Epilogue::SwiGlu`.
+    pub(super) operations: [&'static str; 2],
+    pub(super) tile_rows: u32,
+    pub(super) grid: u32,
+}
+
+/// Rows of each tile of a block: equal ones, so that none leaves a sliver behind. Repeats `even_tile` of the source.
+fn even_tile(rows: u32, limit: u32) -> u32 {
+    if rows == 0 { 0 } else { rows.div_ceil(rows.div_ceil(limit)).next_multiple_of(ROW_BOX) }
+}
+
+/// The kernel and the tile height that are done soonest, by a model of the cycles of a tile: a linear cost of each
+/// 64 k-values, never less than the weights take to arrive, and what nothing hides of its end.
+pub(super) fn plan(blocks: &[Block], n: usize, k: usize, multiprocessors: u32) -> Plan {
+    /// Up to so many tiles, handing them out is played through; more even out.
+    const FEW: u64 = 512;
+    let clusters = (multiprocessors / 2).max(1) as usize;
+    let (pairs, depth) = (n.div_ceil(256).max(1) as u64, k.div_ceil(64) as u64);
+    let mut best: Option<(u64, u32, u64)> = None;
+    let mut seen = Vec::new();
+    for limit in (1..=8).rev().map(|boxes| boxes * ROW_BOX) {
+        let heights: Vec<u32> = blocks.iter().map(|block| even_tile(block.rows, limit)).collect();
+        if heights == seen {
+            continue;
+        }
+        let cost =
+            |rows: u32| depth * (130 + 37 * u64::from(rows.next_multiple_of(ROW_BOX)) / 10).max(550) + 1500;
+        let busy = || blocks.iter().zip(&heights).filter(|pair| pair.0.rows > 0);
+        let tiles: u64 =
+            busy().map(|(block, &height)| u64::from(block.rows.div_ceil(height))).sum::<u64>() * pairs;
+        let tallest = heights.iter().copied().max().unwrap_or(0).max(ROW_BOX);
+        let end = if tiles <= FEW {
+            let mut free: BinaryHeap<Reverse<u64>> = vec![Reverse(0); clusters].into();
+            let mut end = 0;
+            for (block, &height) in busy() {
+                for _ in 0..pairs {
+                    for row in (0..block.rows).step_by(height as usize) {
+                        let Some(Reverse(start)) = free.pop() else { continue };
+                        let done = start + cost(height.min(block.rows - row));
+                        end = end.max(done);
+                        free.push(Reverse(done));
+                    }
+                }
+            }
+            end
+        } else {
+            let work = |(block, &height): (&Block, &u32)| {
+                let full = block.rows / height;
+                let rest = block.rows % height;
+                u64::from(full) * cost(height) + if rest > 0 { cost(rest) } else { 0 }
+            };
+            // The last tiles end half a tile apart on average.
+            busy().map(work).sum::<u64>() * pairs / clusters as u64 + cost(tallest) / 2
+        };
+        // A little sooner is not worth reading weights more often.
+        if best.is_none_or(|(soonest, ..)| end * 1000 < soonest * 985) {
+            best = Some((end, tallest, tiles));
+        }
+        seen = heights;
+    }
+    let (_, tile_rows, tiles) = best.unwrap_or((0, ROW_BOX, 1));
+    let operations = match tile_rows {
+        0..=64 => ["gemm_hopper64", "gated_hopper64"],
+        65..=128 => ["gemm_hopper128", "gated_hopper128"],
+        _ => ["gemm_hopper256", "gated_hopper256"],
+    };
+    Plan { operations, tile_rows, grid: 2 * (clusters as u64).min(tiles.max(1)) as u32 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocks(rows: &[u32]) -> Vec<Block> {
+        let starts = rows.iter().scan(0, |end, &rows| Some(std::mem::replace(end, *end + rows)));
+        starts.zip(rows).map(|(row0, &rows)| Block { row0, rows, weight: 0 }).collect()
+    }
+
+    #[test]
+    fn plans_follow_the_rows() {
+        let plan = |rows: &[u32]| plan(&blocks(rows), 3072, 5120, 132);
+        assert_eq!(plan(&[20]).operations[0], "gemm_hopper64");
+        assert_eq!(plan(&[20]).grid, 24, "a cluster for each of twelve tiles");
+        assert_eq!(plan(&[4096; 20]).tile_rows, 256);
+        assert_eq!(plan(&[4096; 20]).grid, 132);
+        assert_eq!(plan(&[0, 300, 0]).grid % 2, 0);
+    }
+
+    #[test]
+    fn parts_are_rows_of_one_matrix_or_not() {
+        let part = |x: u64, out: u64, rows: u32| GemmPart {
+            x,
+            out,
+            rows,
+            x_stride: 8,
+            out_stride: 16,
+            ..GemmPart::default()
+        };
+        let rows = |parts: &[GemmPart]| common_rows(parts, 16);
+        assert_eq!(rows(&[part(64, 128, 3), part(64 + 5 * 16, 128 + 5 * 32, 1)]), Some(vec![0, 5]));
+        assert_eq!(rows(&[part(64, 128, 3), part(64 + 5 * 16, 128 + 4 * 32, 1)]), None, "other rows");
+        assert_eq!(rows(&[part(64, 128, 3), part(64 + 8, 128 + 5 * 32, 1)]), None, "other columns");
+        assert_eq!(rows(&[part(66, 128, 3)]), None, "not on 16 bytes");
+        assert_eq!(common_rows(&[part(64, 128, 3)], 12), None, "half a piece at the end");
+    }
+}
