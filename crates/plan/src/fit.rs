@@ -230,11 +230,15 @@ fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes
     GemmCost { flops_per_second: flops, rows, depth, weight_bytes_per_second: bytes, op_ns }
 }
 
+/// Fewest columns of a product that tells how fast products are.
+const NARROW: usize = 64;
+
 fn point(sample: &Sample, wanted: GemmKind, element_bytes: u64) -> Option<Point> {
     let Work::Gemm { kind, rows, columns, depth } = &sample.work else { return None };
     let all: u64 = rows.iter().sum();
     let experts = rows.iter().filter(|&&rows| rows > 0).count() as u64;
-    if *kind != wanted || experts == 0 || sample.ns == 0 {
+    // A router's few columns fill no kernel: they say nothing about experts of the same depth.
+    if *kind != wanted || experts == 0 || sample.ns == 0 || *columns < NARROW {
         return None;
     }
     let elements = (columns * depth) as u64;

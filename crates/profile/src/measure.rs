@@ -75,16 +75,15 @@ pub fn measure(
     }
     let total = experiments.len() * (effort.repeats + 1);
     let mut done = 0;
-    for &shape in &effort.shapes {
+    for (&shape, number) in effort.shapes.iter().zip(1..) {
         let here = || experiments.iter().filter(|experiment| experiment.shape == shape);
         let loads: Vec<_> = here().map(|experiment| experiment.routings.clone()).collect();
         let mut lab = Lab::start(shape, &loads, &options)?;
         for pass in 0..=effort.repeats {
             for experiment in experiments.iter_mut().filter(|experiment| experiment.shape == shape) {
-                // The first two runs of everything are due; more as time allows.
-                if pass > 1 && begun.elapsed() * total as u32 > effort.most * (done as u32 + 1) * 2
-                    || begun.elapsed() > effort.most
-                {
+                // The first two runs of everything are due; more as the shape's share of the time allows.
+                let share = effort.most * number / effort.shapes.len() as u32;
+                if pass > 1 && begun.elapsed() > share || begun.elapsed() > effort.most {
                     continue;
                 }
                 let run = lab.run(&experiment.routings, &experiment.table)?;
