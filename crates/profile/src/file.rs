@@ -171,7 +171,7 @@ mod tests {
             timeout: Duration::from_secs(30),
             weights: Arc::default(),
         };
-        let shape = LabShape { hidden: 32, inner: 16, experts: 4, top_k: 2, shared_inner: 16 };
+        let shape = LabShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
         let effort =
             Effort { most: Duration::from_secs(2), shapes: vec![shape], rows: vec![1, 8], repeats: 1 };
         let cost = measure(&fingerprint, &options, &effort, &mut |_, _| {}).unwrap();
