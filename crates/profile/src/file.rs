@@ -173,7 +173,7 @@ mod tests {
         };
         let shape = LabShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
         let effort =
-            Effort { most: Duration::from_secs(2), shapes: vec![shape], rows: vec![1, 8], repeats: 1 };
+            Effort { most: Duration::from_secs(30), shapes: vec![shape], rows: vec![1, 8], repeats: 1 };
         let cost = measure(&fingerprint, &options, &effort, &mut |_, _| {}).unwrap();
         assert!(cost.grouped.flops_per_second != 1_000_000_000, "nothing was measured");
         let folder = tempfile::tempdir().unwrap();
