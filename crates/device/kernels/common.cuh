@@ -53,6 +53,9 @@ enum Cause : u32 {
     SPAN = 7,          // sequence first spans tokens second..third
     CACHE_BLOCK = 8,   // first is not below second
     BLOCK_OUTSIDE = 9, // cache block first of sequence second is outside the cache
+    EXPERT = 10,       // first is not below second
+    ROWS_DESCEND = 11, // rows of expert first end at second, but start at third
+    ROWS_END = 12,     // first is not below second
 };
 
 // Where a kernel says what is wrong: the first thread to claim the report writes it, for the host to read.

@@ -24,13 +24,20 @@ struct GemmOrder {
     u32 padding;
 };
 
+// A contiguous block of rows for one weight, in processing order. The twin of `hopper::Block`.
+struct Block {
+    u32 row0; // first row in the rows and out matrices
+    u32 rows;
+    u64 weight; // address of its TensorMap, written when the weight was loaded
+};
+
 // The twin of `launch::GemmArgs`.
 struct GemmArgs {
     u64 parts;     // GemmPart[part_count] in device memory; null: the one part here
     GemmPart only;
     u64 bias;      // float32 of the outputs, or null
     GemmOrder order;
-    u32 part_count, tiles;
+    u32 part_count, padding;
     u32 n, k;
     u64 weight_stride;
     u32 vectors; // every x starts on 16 bytes and has a stride of whole 16 bytes
@@ -43,6 +50,11 @@ struct Tile {
     GemmPart part;
     u32 m, n;
 };
+
+template <u32 TILE_M, u32 TILE_N> __device__ __forceinline__ u32 tiles_of(const GemmArgs& args) {
+    const GemmPart& last = args.parts ? reinterpret_cast<const GemmPart*>(args.parts)[args.part_count - 1] : args.only;
+    return last.first_tile + (last.rows + TILE_M - 1) / TILE_M * ((args.n + TILE_N - 1) / TILE_N);
+}
 
 template <u32 TILE_M, u32 TILE_N> __device__ __forceinline__ Tile locate(const GemmArgs& args, u32 tile) {
     Tile found;

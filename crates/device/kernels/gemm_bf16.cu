@@ -108,7 +108,9 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
     const u32 warp_m = warp / ACROSS * WARP_M, warp_n = warp % ACROSS * WARP_N;
     const u32 stages = (args.k + DEPTH - 1) / DEPTH;
 
-    for (u32 tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
+    const u32 tiles = tiles_of<TILE_M, TILE_N>(args);
+
+    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Tile at = locate<TILE_M, TILE_N>(args, tile);
         const Loader<TILE_M, BLOCK> x(reinterpret_cast<const bf16*>(at.part.x), at.part.x_stride, at.m, at.part.rows);
         const Loader<TILE_N, BLOCK> w(reinterpret_cast<const bf16*>(at.part.weight), args.weight_stride, at.n, args.n);

@@ -13,7 +13,8 @@ template <bool GATED> __device__ __forceinline__ u32 weight_row(u32 n) {
 template <typename X, typename W, bool GATED> __device__ void gemm(const GemmArgs& args) {
     __shared__ f32 xs[DEPTH][TILE + 4], ws[DEPTH][TILE + 4];
     const u32 down = threadIdx.x / 16 * 4, across = threadIdx.x % 16 * 4;
-    for (u32 tile = blockIdx.x; tile < args.tiles; tile += gridDim.x) {
+    const u32 tiles = tiles_of<TILE, TILE>(args);
+    for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Tile at = locate<TILE, TILE>(args, tile);
         const X* x = reinterpret_cast<const X*>(at.part.x);
         const W* w = reinterpret_cast<const W*>(at.part.weight);

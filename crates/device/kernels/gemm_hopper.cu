@@ -15,7 +15,7 @@
 //
 // Every output is one accumulator that takes k in steps of 16, ascending, in one wgmma chain. Neither the height
 // of a tile nor the place of a row in it, nor the number of CTAs, changes that order. K is never split.
-#include "common.cuh"
+#include "gemm.cuh"
 
 typedef unsigned short u16;
 
@@ -24,13 +24,6 @@ constexpr u32 CLUSTER = 2; // CTAs that share token rows by multicast
 // How the copy engine finds a matrix, as the driver wrote it. The twin of `driver::TensorMap`.
 struct alignas(128) TensorMap {
     u64 opaque[16];
-};
-
-// A contiguous block of rows for one weight, in processing order. The twin of `hopper::Block`.
-struct Block {
-    u32 row0; // first row in the rows and out matrices
-    u32 rows;
-    u64 weight; // address of its TensorMap, written when the weight was loaded
 };
 
 // The twin of `hopper::HopperArgs`.

@@ -335,18 +335,20 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         y: &Buffer,
         output: &mut StepOutput,
     ) -> Result<(), ModelError> {
-        let routing = match &self.options.routing {
+        let report = match &self.options.routing {
+            RoutingMode::Gate => pipeline.run(moe, x, y)?,
+            RoutingMode::Record => {
+                let routing = pipeline.route(moe, x)?;
+                output.routing.record(moe.layer, &step.routed, &routing);
+                pipeline.run_routed(moe, &routing, x, y)?
+            }
             RoutingMode::Replay(log) => {
                 let (_, router) = moe.router.shape.sources();
-                log.routing(moe.layer, &step.routed, router[0], moe.gate.top_k)
-                    .map_err(PipelineError::from)?
+                let routing = log.routing(moe.layer, &step.routed, router[0], moe.gate.top_k);
+                pipeline.run_routed(moe, &routing.map_err(PipelineError::from)?, x, y)?
             }
-            RoutingMode::Gate | RoutingMode::Record => pipeline.route(moe, x)?,
         };
-        if matches!(self.options.routing, RoutingMode::Record) {
-            output.routing.record(moe.layer, &step.routed, &routing);
-        }
-        output.layers.push(pipeline.run_routed(moe, &routing, x, y)?);
+        output.layers.push(report);
         Ok(())
     }
 

@@ -4,6 +4,7 @@ use crate::PipelineOptions;
 use epsmoe_base::DType;
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_plan::{Capacity, LayerSizes, record_words};
+use std::sync::Arc;
 
 /// Widths of the MoE layers of a model, and how much of everything a rank can hold at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,11 @@ pub(crate) struct LayerBuffers {
     pub(crate) shared_inner: Buffer,
     pub(crate) shared_gate: Buffer,
     pub(crate) shared_out: Buffer,
+    /// In a world of one rank: where each expert's copies start `[L + 1, 1]`, and two constants, where each token's
+    /// copies start, `0, k, 2k, …`, and the tokens themselves, `0, 1, 2, …`, both `[T + 1, 1]`.
+    pub(crate) expert_starts: Buffer,
+    pub(crate) token_copies: Buffer,
+    pub(crate) every_token: Buffer,
 }
 
 impl LayerBuffers {
@@ -58,6 +64,7 @@ impl LayerBuffers {
         let values = |name, rows, width| device.allocate(name, dtype, rows, width);
         let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
+        let alone = |rows| if options.placement.ranks() == 1 { rows } else { 0 };
         Ok(LayerBuffers {
             router_logits: floats("router_logits", tokens, options.placement.experts())?,
             router_experts: indices("router_experts", tokens, layer.top_k)?,
@@ -81,6 +88,18 @@ impl LayerBuffers {
             shared_inner: values("shared_inner", tokens, shared_inner)?,
             shared_gate: floats("shared_gate", tokens, 1)?,
             shared_out: values("shared_out", tokens, hidden)?,
+            expert_starts: indices("expert_starts", alone(layer.local_experts + 1), 1)?,
+            token_copies: indices("token_copies", alone(tokens + 1), 1)?,
+            every_token: indices("every_token", alone(tokens + 1), 1)?,
         })
+    }
+
+    /// What never changes, and where it belongs.
+    pub(crate) fn constants(&self, top_k: usize) -> [(Arc<[u32]>, Buffer); 2] {
+        let multiples = |buffer: &Buffer, of: usize| {
+            let words = (0..buffer.rows).map(|row| (row * of) as u32).collect();
+            (words, buffer.clone())
+        };
+        [multiples(&self.token_copies, top_k), multiples(&self.every_token, 1)]
     }
 }

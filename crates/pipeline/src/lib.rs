@@ -9,6 +9,7 @@
 //! This room executes the plan's [`StageTable`](epsmoe_plan::StageTable); it decides nothing itself, and knows
 //! no model by name.
 
+mod alone;
 mod buffers;
 mod combine;
 mod dispatch;

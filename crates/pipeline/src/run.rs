@@ -3,7 +3,7 @@
 use crate::PipelineError;
 use crate::buffers::{LayerBuffers, PipelineSizes};
 use epsmoe_base::{Deadline, Lane, Layer, Place, Stage, hash_bytes};
-use epsmoe_device::op::{Gate, GateRows, Gemm, Op, Route};
+use epsmoe_device::op::{Gate, GateRows, Gemm, Op, Route, Upload};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
@@ -123,6 +123,9 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             return Err(DeviceError::Shape(message).into());
         }
         let buffers = LayerBuffers::allocate(&*device, &options)?;
+        for (words, out) in buffers.constants(layer.top_k) {
+            device.enqueue(Lane::Compute, Place::default(), Upload { words, out })?;
+        }
         let PipelineOptions { placement, policy, sizes, identity, .. } = &options;
         let settings = hash_bytes(format!("{placement:?} {policy} {sizes:?} {identity}").as_bytes());
         let shape = LayerShape { sizes: layer, shared_inner: sizes.shared_inner };
@@ -150,6 +153,9 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     /// `[T, H]`. T may differ between ranks and may be 0; all ranks must call. Returns once everything is
     /// enqueued: `y` is complete when the compute lane is.
     pub fn run(&self, layer: &MoeLayer, x: &Buffer, y: &Buffer) -> Result<LayerReport, PipelineError> {
+        if self.is_alone() {
+            return self.run_alone(layer, x, y);
+        }
         let routing = self.route(layer, x)?;
         self.run_routed(layer, &routing, x, y)
     }
@@ -256,6 +262,15 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
 
     /// Chooses every token's experts, and brings the choice to the host.
     pub fn route(&self, layer: &MoeLayer, x: &Buffer) -> Result<Routing, PipelineError> {
+        let (experts, weights) = self.choose(layer, x)?;
+        self.wait(&self.device.record(Lane::Compute))?;
+        let (experts, weights) = (self.device.read_u32(&experts)?, self.device.read_f32(&weights)?);
+        let experts_in_layer = self.options.placement.experts();
+        Ok(Routing::new(experts_in_layer, layer.gate.top_k, experts, weights)?)
+    }
+
+    /// Chooses every token's experts: their numbers and weights `[T, k]`, on the device.
+    pub(crate) fn choose(&self, layer: &MoeLayer, x: &Buffer) -> Result<(Buffer, Buffer), PipelineError> {
         let place = Place::layer(layer.layer);
         let tokens = 0..x.rows;
         let logits = self.buffers.router_logits.rows(tokens.clone())?;
@@ -270,14 +285,11 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             weights: weights.clone(),
         };
         self.compute(place, route)?;
-        self.wait(&self.device.record(Lane::Compute))?;
-        let (experts, weights) = (self.device.read_u32(&experts)?, self.device.read_f32(&weights)?);
-        let experts_in_layer = self.options.placement.experts();
-        Ok(Routing::new(experts_in_layer, layer.gate.top_k, experts, weights)?)
+        Ok((experts, weights))
     }
 
     /// The expert that every token visits, on the compute lane, if its turn is now.
-    fn run_shared_if(&self, now: bool, layer: &MoeLayer, x: &Buffer) -> Result<(), PipelineError> {
+    pub(crate) fn run_shared_if(&self, now: bool, layer: &MoeLayer, x: &Buffer) -> Result<(), PipelineError> {
         let Some(shared) = layer.shared.as_ref().filter(|_| now) else { return Ok(()) };
         let (place, tokens, buffers) = (Place::layer(layer.layer), 0..x.rows, &self.buffers);
         let (inner, out) =
@@ -307,7 +319,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
 }
 
 impl LayerReport {
-    fn note(&mut self, table: StageTable, bytes: u64) {
+    pub(crate) fn note(&mut self, table: StageTable, bytes: u64) {
         self.tables.push(table);
         self.peak_bytes = self.peak_bytes.max(bytes);
     }

@@ -135,6 +135,12 @@ impl Policy {
         }
     }
 
+    /// Whether a rank that is alone, with nothing to hide, runs its experts in one stage and one product of all:
+    /// unless stages, an order or dense products were asked for.
+    pub fn leaves_one_grouped_stage(&self) -> bool {
+        self.schedule != Schedule::Staged && self.stages.is_none() && self.gemm() == GemmKind::Grouped
+    }
+
     fn serial(&self, placement: &Placement) -> Result<StageTable, PlanError> {
         if let Some(stages) = self.stages.as_ref().filter(|&stages| *stages != Stages::Count(1)) {
             let asked = format!("stages {stages}");

@@ -22,7 +22,7 @@ const ROW_BOX: u32 = 32;
 /// Shared memory of a block: the ring, two staging areas, slots and barriers, and room to start on 1024 bytes.
 pub(super) const SHARED_BYTES: usize = 231_424;
 
-/// The twin of `Block` in `gemm_hopper.cu`.
+/// The twin of `Block` in `gemm.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(super) struct Block {
@@ -88,15 +88,14 @@ pub(super) fn common_rows(parts: &[GemmPart], columns: usize) -> Option<Vec<u32>
     rows.collect()
 }
 
-/// How the copy engine finds x and out; `blocks` start at the first part.
+/// How the copy engine finds x and out: `rows` rows from those of the first part on.
 pub(super) fn maps(
     first: &GemmPart,
-    blocks: &[Block],
+    rows: usize,
     k: usize,
     columns: usize,
     gated: bool,
 ) -> Result<(TensorMap, TensorMap), CudaError> {
-    let rows = blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize;
     let matrix = |start, width, stride: u64, across| {
         let stride = stride as usize;
         TensorMap::new(&Matrix { start, rows, width, stride, piece: (ROW_BOX, across) })

@@ -4,13 +4,14 @@ use super::driver::{Copy2d, CudaError, End, Event, EventPool, Function, Stream};
 use super::hopper::{self, HopperArgs};
 use super::kernels::{GemmTile, Kernels, LARGE, MIDDLE, PLAIN, SMALL, SQUARE};
 use super::report::Report;
-use super::staging::Staging;
+use super::staging::{Staged, Staging};
 use super::weights::WeightStore;
 use crate::op::{
-    Angles, Attention, Epilogue, Gate, Gemm, GroupScore, Norm, NormKind, Op, Reduce, Rotate, Route,
+    self, Angles, Attention, Epilogue, ExpertGemm, Gate, Gemm, GroupScore, Norm, NormKind, Op, Permute,
+    Reduce, Rotate, Route,
 };
 use crate::op::{RopeStyle, Score, Upload};
-use crate::{Buffer, DeviceError};
+use crate::{Buffer, DeviceError, Weight};
 use epsmoe_base::DType;
 use std::sync::Arc;
 
@@ -78,12 +79,28 @@ struct GemmArgs {
     bias: u64,
     order: GemmOrder,
     part_count: u32,
-    tiles: u32,
+    padding: u32,
     n: u32,
     k: u32,
     weight_stride: u64,
     vectors: u32,
     columns: u32,
+}
+
+/// What the products of one operation have in common.
+struct Products<'a> {
+    /// Of each product.
+    weights: Vec<&'a Weight>,
+    epilogue: Epilogue,
+    bias: Option<&'a Weight>,
+    /// Formats of the input and the output.
+    from: DType,
+    to: DType,
+    /// Of the output.
+    columns: usize,
+    tile: GemmTile,
+    /// The operation, if only the GPU knows how many rows each product has.
+    decided: Option<&'a ExpertGemm>,
 }
 
 /// Why an operation did not start.
@@ -134,6 +151,8 @@ impl Launch<'_> {
             Op::Rotate(op) => self.rotate(op),
             Op::Attention(op) => self.attention(op),
             Op::Route(op) => self.route(op),
+            Op::Permute(op) => self.permute(op),
+            Op::ExpertGemm(op) => self.expert_gemm(op),
             Op::Reduce(op) => self.reduce(op),
             Op::Embed(op) => {
                 let table = self.weights.get(&op.table)?;
@@ -413,67 +432,140 @@ impl Launch<'_> {
         self.start(&kernel.function, (blocks, 1), shared, arguments)
     }
 
+    fn permute(&mut self, op: &Permute) -> Result<(), Refusal> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Args {
+            views: [Rows; 6],
+            report: Report,
+        }
+        let Permute { experts, weights, starts, tokens, copies, factors } = op;
+        let [experts, weights, starts, tokens, copies, factors] = [
+            self.rows(experts)?,
+            self.rows(weights)?,
+            self.rows(starts)?,
+            self.rows(tokens)?,
+            self.rows(copies)?,
+            self.rows(factors)?,
+        ];
+        let views = [experts, weights, starts, tokens, copies, factors];
+        let kernel = self.kernels.get("permute", DType::F32, DType::F32)?;
+        self.start(&kernel.function, (starts.rows - 1, 1), 0, Args { views, report: self.report })
+    }
+
     fn gemm(&mut self, op: &Gemm) -> Result<(), Refusal> {
-        let Some(first) = op.parts.first() else { return Ok(()) };
-        let weight = self.weights.get(&first.weight)?;
-        let tile = tile_for(op);
-        let (from, to) = match first.x.dtype {
+        let busy: Vec<&op::GemmPart> = op.parts.iter().filter(|part| !is_empty(&part.out)).collect();
+        let Some(first) = busy.first() else { return Ok(()) };
+        let rows: usize = busy.iter().map(|part| part.x.rows).sum();
+        let products = Products {
+            weights: busy.iter().map(|part| &part.weight).collect(),
+            epilogue: op.epilogue,
+            bias: op.bias.as_ref(),
+            from: first.x.dtype,
+            to: first.out.dtype,
+            columns: first.out.width,
+            tile: tile_for(first.x.dtype, rows, busy.len()),
+            decided: None,
+        };
+        let columns = (self.weights.get(&first.weight)?.rows as u32).div_ceil(products.tile.columns);
+        let mut parts = Vec::with_capacity(busy.len());
+        let mut tiles = 0u32;
+        for part in &busy {
+            let rows = part.x.rows as u32;
+            parts.push(GemmPart { rows, first_tile: tiles, ..self.part(&part.x, &part.weight, &part.out)? });
+            tiles = tiles.saturating_add(rows.div_ceil(products.tile.rows).saturating_mul(columns));
+        }
+        if self.takes_hopper(&products)
+            && let Some(starts) = hopper::common_rows(&parts, products.columns)
+        {
+            let rows = parts.iter().map(|part| part.rows);
+            let blocks: Vec<_> = starts.into_iter().zip(rows).collect();
+            return self.hopper(&products, &parts[0], &blocks);
+        }
+        self.mma(&products, &parts, tiles)
+    }
+
+    /// Products whose rows only the GPU knows: the shape of tiles, and how many there may be, follow from the number
+    /// of all rows.
+    fn expert_gemm(&mut self, op: &ExpertGemm) -> Result<(), Refusal> {
+        let (rows, experts) = (op.x.rows, op.weights.len());
+        if is_empty(&op.out) {
+            return Ok(());
+        }
+        let likely = rows.min(experts).max(1);
+        let products = Products {
+            weights: op.weights.iter().collect(),
+            epilogue: op.epilogue,
+            bias: None,
+            from: op.x.dtype,
+            to: op.out.dtype,
+            columns: op.out.width,
+            tile: tile_for(op.x.dtype, rows, likely),
+            decided: Some(op),
+        };
+        let parts = op.weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], products.columns).is_some() {
+            let even =
+                |expert: usize| ((rows * expert / experts) as u32, (rows * (expert + 1) / experts) as u32);
+            let blocks: Vec<_> = (0..experts).map(even).map(|(start, end)| (start, end - start)).collect();
+            let first = GemmPart { rows: rows as u32, ..parts[0] };
+            return self.hopper(&products, &first, &blocks);
+        }
+        let columns = self.weights.get(&op.weights[0])?.rows.div_ceil(products.tile.columns as usize);
+        let tiles = (rows / products.tile.rows as usize + likely) * columns;
+        self.mma(&products, &parts, u32::try_from(tiles).unwrap_or(u32::MAX))
+    }
+
+    /// A product as a kernel sees it, but for its rows.
+    fn part(&self, x: &Buffer, weight: &Weight, out: &Buffer) -> Result<GemmPart, DeviceError> {
+        Ok(GemmPart {
+            x: self.rows(x)?.start,
+            weight: self.weights.get(weight)?.start,
+            out: self.rows(out)?.start,
+            x_stride: x.stride as u64,
+            out_stride: out.stride as u64,
+            rows: 0,
+            first_tile: 0,
+        })
+    }
+
+    fn takes_hopper(&self, products: &Products<'_>) -> bool {
+        (products.from, products.to) == (DType::BF16, DType::BF16)
+            && products.bias.is_none()
+            && products.tile.rows > SMALL.rows
+            && self.kernels.has_hopper()
+    }
+
+    /// Products by mma.sync or in float32, of at most so many tiles.
+    fn mma(&mut self, products: &Products<'_>, parts: &[GemmPart], tiles: u32) -> Result<(), Refusal> {
+        let Products { tile, columns, .. } = products;
+        let weight = self.weights.get(products.weights[0])?;
+        let (from, to) = match products.from {
             DType::F32 => (DType::F32, weight.dtype),
-            from if from == weight.dtype => (from, first.out.dtype),
+            from if from == weight.dtype => (from, products.to),
             from => {
                 let message =
                     format!("gemm: no product of {from} rows and {} weights on a GPU", weight.dtype);
                 return Err(DeviceError::Unsupported(message).into());
             }
         };
-        let columns = (weight.rows as u32).div_ceil(tile.columns);
-        let mut parts = Vec::with_capacity(op.parts.len());
-        let mut tiles = 0u32;
-        for part in op.parts.iter().filter(|part| !is_empty(&part.out)) {
-            let rows = part.x.rows as u32;
-            parts.push(GemmPart {
-                x: self.rows(&part.x)?.start,
-                weight: self.weights.get(&part.weight)?.start,
-                out: self.rows(&part.out)?.start,
-                x_stride: part.x.stride as u64,
-                out_stride: part.out.stride as u64,
-                rows,
-                first_tile: tiles,
-            });
-            tiles = tiles.saturating_add(rows.div_ceil(tile.rows).saturating_mul(columns));
-        }
-        let Some(&only) = parts.first() else { return Ok(()) };
-        if (from, to) == (DType::BF16, DType::BF16)
-            && op.bias.is_none()
-            && tile.rows > SMALL.rows
-            && self.kernels.has_hopper()
-            && let Some(rows) = hopper::common_rows(&parts, first.out.width)
-        {
-            return self.hopper(op, &parts, &rows);
-        }
         let aligned = |part: &GemmPart| part.x.is_multiple_of(16) && part.x_stride.is_multiple_of(8);
-        let staged = match parts.len() {
-            1 => None,
-            _ => Some(self.stage(bytemuck::cast_slice(&parts))?),
-        };
-        let listed = match &staged {
-            Some(staged) => self.staging.to_device(staged, size_of_val(&*parts), self.stream)?,
-            None => 0,
-        };
+        let (staged, listed) = self.list(parts, products, "list_parts")?;
         let arguments = GemmArgs {
             parts: listed,
-            only,
-            bias: op.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
+            only: parts[0],
+            bias: products.bias.map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
             order: GemmOrder::default(),
             part_count: parts.len() as u32,
-            tiles,
+            padding: 0,
             n: weight.rows as u32,
             k: weight.width as u32,
             weight_stride: weight.stride as u64,
             vectors: u32::from(parts.iter().all(aligned)),
-            columns: first.out.width as u32,
+            columns: *columns as u32,
         };
-        let operation = tile.operations[usize::from(op.epilogue == Epilogue::SwiGlu)];
+        let operation = tile.operations[usize::from(products.epilogue == Epilogue::SwiGlu)];
         let kernel = self.kernels.get(operation, from, to)?;
         let shared = within("gemm: tiles", tile.shared_bytes as usize, kernel.shared_limit)?;
         let blocks = tiles.min(self.multiprocessors * kernel.resident);
@@ -481,32 +573,24 @@ impl Launch<'_> {
         staged.map_or(Ok(()), |staged| self.sent(&staged))
     }
 
-    /// Products by wgmma. `parts` are the parts of the operation that are not empty, and `rows` the first row of
-    /// each in the matrices that they are rows of.
-    fn hopper(&mut self, op: &Gemm, parts: &[GemmPart], rows: &[u32]) -> Result<(), Refusal> {
-        let busy = op.parts.iter().filter(|part| !is_empty(&part.out));
-        let maps = busy.map(|part| Ok(self.weights.get(&part.weight)?.map));
+    /// Products by wgmma: `blocks` are the first row and the rows of each, from those of the first part on, or what
+    /// they may be where only the GPU knows.
+    fn hopper(
+        &mut self,
+        products: &Products<'_>,
+        first: &GemmPart,
+        blocks: &[(u32, u32)],
+    ) -> Result<(), Refusal> {
+        let maps = products.weights.iter().map(|weight| Ok(self.weights.get(weight)?.map));
         let maps = maps.collect::<Result<Vec<u64>, DeviceError>>()?;
-        let (Some(first), Some(weight)) = (parts.first(), op.parts.first()) else { return Ok(()) };
-        let weight = self.weights.get(&weight.weight)?;
-        let blocks: Vec<hopper::Block> = parts
-            .iter()
-            .zip(rows)
-            .zip(maps)
-            .map(|((part, &row0), weight)| hopper::Block { row0, rows: part.rows, weight })
-            .collect();
-        let gated = op.epilogue == Epilogue::SwiGlu;
-        let columns = op.parts[0].out.width;
+        let weight = self.weights.get(products.weights[0])?;
+        let block = |(&(row0, rows), weight): (&(u32, u32), u64)| hopper::Block { row0, rows, weight };
+        let blocks: Vec<hopper::Block> = blocks.iter().zip(maps).map(block).collect();
+        let gated = products.epilogue == Epilogue::SwiGlu;
         let plan = hopper::plan(&blocks, weight.rows, weight.width, self.multiprocessors);
-        let (x, out) = hopper::maps(first, &blocks, weight.width, columns, gated)?;
-        let staged = match blocks.len() {
-            1 => None,
-            _ => Some(self.stage(bytemuck::cast_slice(&blocks))?),
-        };
-        let listed = match &staged {
-            Some(staged) => self.staging.to_device(staged, size_of_val(&*blocks), self.stream)?,
-            None => 0,
-        };
+        let rows = blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize;
+        let (x, out) = hopper::maps(first, rows, weight.width, products.columns, gated)?;
+        let (staged, listed) = self.list(&blocks, products, "list_blocks")?;
         let arguments = HopperArgs {
             rows: x,
             out,
@@ -518,13 +602,63 @@ impl Launch<'_> {
             n: weight.rows as u32,
             k: weight.width as u32,
             out_stride: first.out_stride as u32,
-            columns: columns as u32,
+            columns: products.columns as u32,
             tile_rows: plan.tile_rows,
         };
         let kernel = self.kernels.get(plan.operations[usize::from(gated)], DType::BF16, DType::BF16)?;
         let shared = within("gemm: tiles", hopper::SHARED_BYTES, kernel.shared_limit)?;
         self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
         staged.map_or(Ok(()), |staged| self.sent(&staged))
+    }
+
+    /// Brings the list of several products to the GPU, which writes their rows into it if only it knows them. A single
+    /// product goes with the arguments instead.
+    fn list<T: bytemuck::Pod>(
+        &mut self,
+        list: &[T],
+        products: &Products<'_>,
+        completing: &'static str,
+    ) -> Result<(Option<Staged>, u64), Refusal> {
+        #[repr(C)]
+        #[derive(Clone, Copy)]
+        struct Args {
+            list: u64,
+            starts: Rows,
+            report: Report,
+            count: u32,
+            rows: u32,
+            x_bytes: u32,
+            out_bytes: u32,
+            tile_rows: u32,
+            tiles_across: u32,
+        }
+        if list.len() == 1 && products.decided.is_none() {
+            return Ok((None, 0));
+        }
+        let staged = self.stage(bytemuck::cast_slice(list))?;
+        let listed = self.staging.to_device(&staged, size_of_val(list), self.stream)?;
+        if let Some(decided) = &products.decided {
+            let bytes = |buffer: &Buffer| {
+                u32::try_from(buffer.stride * buffer.dtype.bytes()).map_err(|_| {
+                    DeviceError::Shape(format!("gemm: the rows of {buffer:?} are too far apart"))
+                })
+            };
+            let across = self.weights.get(products.weights[0])?.rows as u32;
+            let arguments = Args {
+                list: listed,
+                starts: self.rows(&decided.starts)?,
+                report: self.report,
+                count: list.len() as u32,
+                rows: decided.x.rows as u32,
+                x_bytes: bytes(&decided.x)?,
+                out_bytes: bytes(&decided.out)?,
+                tile_rows: products.tile.rows,
+                tiles_across: across.div_ceil(products.tile.columns),
+            };
+            let kernel = self.kernels.get(completing, DType::F32, DType::F32)?;
+            self.start(&kernel.function, (1, 1), 0, arguments)?;
+        }
+        Ok((Some(staged), listed))
     }
 
     /// Starts a kernel over the elements of `over`; its arguments are the kernel's own struct.
@@ -579,7 +713,7 @@ impl Launch<'_> {
         })
     }
 
-    fn stage(&mut self, bytes: &[u8]) -> Result<super::staging::Staged, Refusal> {
+    fn stage(&mut self, bytes: &[u8]) -> Result<Staged, Refusal> {
         if bytes.len() > Staging::LONGEST {
             let message = format!("{} bytes of arguments are too many for one operation", bytes.len());
             return Err(DeviceError::Unsupported(message).into());
@@ -590,21 +724,19 @@ impl Launch<'_> {
         })
     }
 
-    fn sent(&mut self, staged: &super::staging::Staged) -> Result<(), Refusal> {
+    fn sent(&mut self, staged: &Staged) -> Result<(), Refusal> {
         let event: Event = self.events.record(self.stream)?;
         self.staging.sent(staged, event);
         Ok(())
     }
 }
 
-/// Float32 rows are multiplied in float32; others by the tile that wastes least for the rows of a part.
-fn tile_for(op: &Gemm) -> GemmTile {
-    let rows: usize = op.parts.iter().map(|part| part.x.rows).sum();
-    let busy = op.parts.iter().filter(|part| part.x.rows > 0).count();
-    if op.parts.first().is_some_and(|part| part.x.dtype == DType::F32) {
+/// Float32 rows are multiplied in float32; others by the tile that wastes least for the rows of one of `parts`.
+fn tile_for(dtype: DType, rows: usize, parts: usize) -> GemmTile {
+    if dtype == DType::F32 {
         return PLAIN;
     }
-    match rows / busy.max(1) {
+    match rows / parts.max(1) {
         0..=16 => SMALL,
         17..=64 => MIDDLE,
         65..=128 => SQUARE,

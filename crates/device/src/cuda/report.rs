@@ -79,6 +79,9 @@ impl Complaint {
                 let cache = subject.map_or_else(|| "the cache".into(), |buffer| format!("{buffer:?}"));
                 format!("cache block {first} of sequence {second} is outside {cache}")
             }
+            10 => below("expert"),
+            11 => format!("rows of expert {first} end at {second}, but start at {third}"),
+            12 => below("end of an expert's rows"),
             cause => format!("cause {cause} with {first}, {second} and {third}. This is a bug."),
         }
     }

@@ -18,7 +18,7 @@ pub(crate) use weights::check_sources;
 pub use weights::{Pack, WeightStore};
 
 use crate::hazard::{Agent, Clock, Hazards};
-use crate::op::{Accesses, Epilogue, Gemm, Op};
+use crate::op::{Accesses, Epilogue, ExpertGemm, GemmPart, Op};
 use crate::{Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
 use half::bf16;
@@ -302,7 +302,14 @@ fn run<K: Kernels>(
         Op::Upload(op) => rows.upload(op),
         Op::Angles(op) => rows.angles(op),
         Op::Route(op) => rows.route(op),
-        Op::Gemm(op) => gemm(kernels, weights, memory, op),
+        Op::Permute(op) => rows.permute(op),
+        Op::Gemm(op) => {
+            let products: Vec<_> = op.parts.iter().map(Product::of).collect();
+            gemm(kernels, weights, memory, &products, op.epilogue, op.bias.as_ref())
+        }
+        Op::ExpertGemm(op) => {
+            gemm(kernels, weights, memory, &expert_products(memory, op)?, op.epilogue, None)
+        }
         Op::Embed(op) => typed!(op.out.dtype, embed, op),
         Op::Norm(op) => typed!(op.x.dtype, op.out.dtype, norm, op),
         Op::Rotate(op) => typed!(op.x.dtype, rotate, op),
@@ -318,42 +325,79 @@ fn run<K: Kernels>(
     }
 }
 
+/// A product whose rows are known: of a part, or of an expert.
+struct Product<'a> {
+    x: Buffer,
+    weight: &'a Weight,
+    out: Buffer,
+}
+
+impl<'a> Product<'a> {
+    fn of(part: &'a GemmPart) -> Self {
+        Product { x: part.x.clone(), weight: &part.weight, out: part.out.clone() }
+    }
+}
+
+/// One product per expert that has rows.
+fn expert_products<'a>(memory: &Memory, op: &'a ExpertGemm) -> Result<Vec<Product<'a>>, String> {
+    // SAFETY: declared by `ExpertGemm::accesses`, checked before this work was enqueued.
+    let starts = unsafe { memory.view::<u32>(&op.starts) };
+    let mut products = Vec::new();
+    for (expert, weight) in op.weights.iter().enumerate() {
+        let (start, end) = (starts.at(expert), starts.at(expert + 1));
+        if end < start {
+            return Err(format!("rows of expert {expert} end at {end}, but start at {start}"));
+        }
+        let rows = start as usize..rows::in_range("end of an expert's rows", end, op.x.rows + 1)?;
+        if !rows.is_empty() {
+            let view = |buffer: &Buffer| buffer.rows(rows.clone()).map_err(|error| error.to_string());
+            products.push(Product { x: view(&op.x)?, weight, out: view(&op.out)? });
+        }
+    }
+    Ok(products)
+}
+
 fn gemm<K: Kernels>(
     kernels: &K,
     weights: &WeightStore<K::Matrix>,
     memory: &Memory,
-    op: &Gemm,
+    products: &[Product<'_>],
+    epilogue: Epilogue,
+    bias: Option<&Weight>,
 ) -> Result<(), String> {
-    let Some(first) = op.parts.first() else { return Ok(()) };
-    match (first.x.dtype, first.out.dtype) {
-        (DType::F32, DType::F32) => typed_gemm::<K, f32, f32>(kernels, weights, memory, op),
-        (DType::BF16, DType::BF16) => typed_gemm::<K, bf16, bf16>(kernels, weights, memory, op),
-        (DType::BF16, DType::F32) => typed_gemm::<K, bf16, f32>(kernels, weights, memory, op),
-        (x, out) => Err(format!("no product of {x} into {out}")),
-    }
+    let Some(first) = products.first() else { return Ok(()) };
+    let run = match (first.x.dtype, first.out.dtype) {
+        (DType::F32, DType::F32) => typed_gemm::<K, f32, f32>,
+        (DType::BF16, DType::BF16) => typed_gemm::<K, bf16, bf16>,
+        (DType::BF16, DType::F32) => typed_gemm::<K, bf16, f32>,
+        (x, out) => return Err(format!("no product of {x} into {out}")),
+    };
+    run(kernels, weights, memory, products, epilogue, bias)
 }
 
 fn typed_gemm<K: Kernels, X: Element, Y: Element>(
     kernels: &K,
     weights: &WeightStore<K::Matrix>,
     memory: &Memory,
-    op: &Gemm,
+    products: &[Product<'_>],
+    epilogue: Epilogue,
+    bias: Option<&Weight>,
 ) -> Result<(), String> {
-    let held: Vec<_> = op.parts.iter().map(|part| weights.matrix(&part.weight)).collect::<Result<_, _>>()?;
-    let mut parts: Vec<_> = op
-        .parts
+    let held: Vec<_> =
+        products.iter().map(|product| weights.matrix(product.weight)).collect::<Result<_, _>>()?;
+    let mut parts: Vec<_> = products
         .iter()
         .zip(&held)
-        .map(|(part, matrix)| GemmViews {
-            // SAFETY: declared by `Gemm::accesses`, checked before this work was enqueued.
-            x: unsafe { memory.view::<X>(&part.x) },
+        .map(|(product, matrix)| GemmViews {
+            // SAFETY: declared by the operation's `accesses`, checked before this work was enqueued.
+            x: unsafe { memory.view::<X>(&product.x) },
             matrix: &**matrix,
-            // SAFETY: likewise; `Gemm::check` refuses parts whose outputs overlap.
-            out: unsafe { memory.view_mut::<Y>(&part.out) },
+            // SAFETY: likewise; `Gemm::check` refuses parts whose outputs overlap, and experts' rows ascend.
+            out: unsafe { memory.view_mut::<Y>(&product.out) },
         })
         .collect();
-    let bias = op.bias.as_ref().map(|bias| weights.vector(bias)).transpose()?;
-    kernels.gemm(&mut parts, op.epilogue, bias.as_deref());
+    let bias = bias.map(|bias| weights.vector(bias)).transpose()?;
+    kernels.gemm(&mut parts, epilogue, bias.as_deref());
     Ok(())
 }
 

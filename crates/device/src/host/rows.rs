@@ -4,7 +4,7 @@ use super::element::{Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore};
 use crate::op::{
     Add, Angles, Attention, Clamp, Copy, Embed, Gate, GateRows, Gather, GroupLimit, GroupScore, Norm,
-    NormKind, Reduce, RopeStyle, Rotate, Route, Score, StoreRows, Upload,
+    NormKind, Permute, Reduce, RopeStyle, Rotate, Route, Score, StoreRows, Upload,
 };
 use std::cmp::Ordering;
 
@@ -197,6 +197,39 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
+    pub(super) fn permute(&self, op: &Permute) -> Result<(), String> {
+        let (experts, weights) = (self.view::<u32>(&op.experts), self.view::<f32>(&op.weights));
+        let (mut starts, mut tokens) = (self.view_mut::<u32>(&op.starts), self.view_mut::<u32>(&op.tokens));
+        let (mut copies, mut factors) = (self.view_mut::<u32>(&op.copies), self.view_mut::<f32>(&op.factors));
+        let limit = starts.rows - 1;
+        // ends[e]: first the copies of expert e, then where its next copy goes.
+        let mut ends = vec![0u32; limit];
+        for &expert in experts.iter().flatten() {
+            ends[in_range("expert", expert, limit)?] += 1;
+        }
+        let mut total = 0;
+        for (expert, end) in ends.iter_mut().enumerate() {
+            starts.row(expert)[0] = total;
+            total += std::mem::replace(end, total);
+        }
+        starts.row(limit)[0] = total;
+        let mut order: Vec<usize> = Vec::new();
+        for t in 0..experts.rows {
+            let of_token = experts.row(t);
+            order.clear();
+            order.extend(0..of_token.len());
+            order.sort_unstable_by_key(|&slot| of_token[slot]);
+            for (place, &slot) in order.iter().enumerate() {
+                let copy = &mut ends[of_token[slot] as usize];
+                tokens.row(*copy as usize)[0] = t as u32;
+                copies.row(t * of_token.len() + place)[0] = *copy;
+                factors.row(t * of_token.len() + place)[0] = weights.row(t)[slot];
+                *copy += 1;
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn gather<T: Element>(&self, op: &Gather) -> Result<(), String> {
         let (x, index, out) =
             (self.view::<T>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
@@ -279,7 +312,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 }
 
-fn in_range(what: &str, index: u32, limit: usize) -> Result<usize, String> {
+pub(super) fn in_range(what: &str, index: u32, limit: usize) -> Result<usize, String> {
     let index = index as usize;
     if index < limit { Ok(index) } else { Err(format!("{what} {index} is not below {limit}")) }
 }

@@ -4,6 +4,7 @@
 mod attention;
 mod gemm;
 mod norm;
+mod permute;
 mod rope;
 mod route;
 mod rows;
@@ -11,6 +12,7 @@ mod rows;
 pub use attention::{Attention, StoreRows};
 pub use gemm::{Epilogue, Gemm, GemmPart};
 pub use norm::{Norm, NormKind};
+pub use permute::{ExpertGemm, Permute};
 pub use rope::{Angles, RopeStyle, Rotate};
 pub use route::{Gate, GroupLimit, GroupScore, Route, Score};
 pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, Reduce, Upload};
@@ -57,11 +59,13 @@ ops! {
     Embed => "embed",
     Norm => "norm",
     Gemm => "gemm",
+    ExpertGemm => "gemm",
     Angles => "angles",
     Rotate => "rotate",
     StoreRows => "store",
     Attention => "attention",
     Route => "route",
+    Permute => "permute",
     Gather => "gather",
     Reduce => "reduce",
     Add => "add",

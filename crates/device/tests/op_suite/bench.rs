@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 15;
+const OPERATIONS: usize = 17;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -79,6 +79,8 @@ fn number(op: &Op) -> usize {
         Op::Copy(_) => 12,
         Op::Clamp(_) => 13,
         Op::GateRows(_) => 14,
+        Op::Permute(_) => 15,
+        Op::ExpertGemm(_) => 16,
     }
 }
 

@@ -23,6 +23,7 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     attentions(&bench);
     routes(&bench);
     chosen_experts(&bench);
+    permutations(&bench);
     bench.check_complete();
 }
 
@@ -370,6 +371,20 @@ fn product<B: Backend>(bench: &Bench<B>, parts: Parts, k: usize, n: usize, epilo
         let parts = (0..rows.len()).map(part).collect();
         bench.run(&what, Gemm { parts, bias: biased.then(|| bench.vector(&bias)), epilogue });
         bench.check(&format!("{what} into {format}"), &out, &want);
+        if side == 1 && !biased && !rows.is_empty() {
+            let starts: Vec<u32> = rows.iter().map(|rows| rows.start as u32).chain([total as u32]).collect();
+            let sorted = bench.room(format, total, n);
+            let op = ExpertGemm {
+                x: input.view.clone(),
+                starts: bench.put_words(&starts, 1).view,
+                weights: weights.clone(),
+                epilogue,
+                out: sorted.view.clone(),
+            };
+            bench.run(&what, op);
+            let bits = |placed| bench.get(&what, placed).into_iter().map(f32::to_bits).collect::<Vec<_>>();
+            assert_eq!(bits(&sorted), bits(&out), "{what} as experts' rows, seed {}", bench.seed);
+        }
     }
 }
 
@@ -585,4 +600,63 @@ fn chosen_experts<B: Backend>(bench: &Bench<B>) {
         assert_eq!(routed(gate, &logits.values, Some(bias)).0, *want, "the definition: {what}");
         route(bench, gate, &logits, Some(bias));
     }
+}
+
+/// Rows sorted by expert: the worked example of [`Permute`], and random choices, even and lopsided.
+fn permutations<B: Backend>(bench: &Bench<B>) {
+    permutation(bench, 3, &[2, 0, 0, 1], 2);
+    for (tokens, experts, top_k) in
+        [(0, 4, 2), (1, 1, 1), (1, 64, 6), (5, 3, 3), (33, 8, 2), (700, 160, 6), (2000, 5, 1)]
+    {
+        for lopsided in [false, true] {
+            let token = |_| {
+                let mut chosen = bench.shuffled(experts);
+                if lopsided {
+                    // Everybody's favourites are the last ones, and the first ones have nobody.
+                    chosen = (0..experts as u32).rev().take(top_k + 1).collect();
+                    chosen.rotate_left(bench.below(top_k.min(experts - 1) + 1));
+                }
+                chosen.into_iter().take(top_k).collect::<Vec<_>>()
+            };
+            let chosen: Vec<u32> = (0..tokens).flat_map(token).collect();
+            permutation(bench, experts, &chosen, top_k);
+        }
+    }
+}
+
+fn permutation<B: Backend>(bench: &Bench<B>, experts: usize, chosen: &[u32], top_k: usize) {
+    let (tokens, pairs) = (chosen.len() / top_k, chosen.len());
+    let what = format!("{tokens} tokens to {top_k} of {experts} experts");
+    let weights = bench.random_of(DType::F32, tokens, top_k, 1.0);
+    let words = |rows| bench.room(DType::U32, rows, 1);
+    let (starts, of_copy, copies) = (words(experts + 1), words(pairs), words(pairs));
+    let factors = bench.room(DType::F32, pairs, 1);
+    bench.run(
+        &what,
+        Permute {
+            experts: bench.put_words(chosen, top_k).view,
+            weights: bench.put_as(DType::F32, &weights).view,
+            starts: starts.view.clone(),
+            tokens: of_copy.view.clone(),
+            copies: copies.view.clone(),
+            factors: factors.view.clone(),
+        },
+    );
+    // Pairs by (expert, token), and their places in the choice.
+    let mut sorted: Vec<(u32, usize, usize)> =
+        chosen.iter().enumerate().map(|(pair, &expert)| (expert, pair / top_k, pair)).collect();
+    sorted.sort_unstable();
+    let first = |expert: usize| sorted.iter().filter(|copy| (copy.0 as usize) < expert).count() as u32;
+    let mut by_token: Vec<(usize, u32, f32)> = sorted
+        .iter()
+        .enumerate()
+        .map(|(copy, &(_, token, pair))| (token, copy as u32, weights.values[pair]))
+        .collect();
+    by_token.sort_unstable_by_key(|&(token, copy, _)| (token, copy));
+    let (seed, get) = (bench.seed, |placed| bench.get_words(&what, placed));
+    assert_eq!(get(&starts), (0..=experts).map(first).collect::<Vec<_>>(), "{what}, seed {seed}");
+    let tokens: Vec<u32> = sorted.iter().map(|&(_, token, _)| token as u32).collect();
+    assert_eq!(get(&of_copy), tokens, "{what}, seed {seed}");
+    assert_eq!(get(&copies), by_token.iter().map(|copy| copy.1).collect::<Vec<_>>(), "{what}, seed {seed}");
+    bench.check_exactly(&what, &factors, &by_token.iter().map(|copy| copy.2).collect::<Vec<_>>());
 }

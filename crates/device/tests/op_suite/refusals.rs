@@ -55,6 +55,21 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     };
     let groups = |groups, kept| Some(GroupLimit { groups, kept, by: GroupScore::Max });
     let (starts, index) = (u32s(bench, "starts", 4, 1), u32s(bench, "index", 6, 1));
+    let permute = |experts: &Buffer| Permute {
+        experts: experts.clone(),
+        weights: column.clone(),
+        starts: starts.clone(),
+        tokens: index.clone(),
+        copies: index.clone(),
+        factors: f32s(bench, "factors", 6, 1),
+    };
+    let expert_gemm = |starts: &Buffer, weights| ExpertGemm {
+        x: x.clone(),
+        starts: starts.clone(),
+        weights,
+        epilogue: Epilogue::Store,
+        out: y.clone(),
+    };
     let reduce = |starts: &Buffer, addend: Option<&Buffer>, weights: Option<&Buffer>| Reduce {
         x: x.clone(),
         starts: starts.clone(),
@@ -232,6 +247,20 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             "reduce: index[6, 1] uint32 and column[3, 1] float32 must have equally many rows",
         ),
         (
+            permute(&ids).into(),
+            "permute: ids[3, 1] uint32 does not make the copies index[6, 1] uint32 of the experts that starts[4, 1] \
+             uint32 delimits",
+        ),
+        (expert_gemm(&starts, vec![]).into(), "gemm: weights None with Store"),
+        (
+            expert_gemm(&starts, vec![map.clone(), pair.clone()]).into(),
+            "gemm: weights differ: map is Matrix { n: 4, k: 4 }, pair is GateUp { inner: 4, k: 4 }",
+        ),
+        (
+            expert_gemm(&ids, vec![map.clone()]).into(),
+            "gemm: ids[3, 1] uint32 does not delimit the rows of 1 experts",
+        ),
+        (
             Add { x: half.clone(), out: y.clone() }.into(),
             "add: output is y[3, 4] float32, but must be bfloat16 of width 4",
         ),
@@ -315,8 +344,33 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         }
         .into()
     }
+    fn permute<B: Backend>(bench: &Bench<B>, experts: &[u32]) -> Op {
+        Permute {
+            experts: bench.put_words(experts, 1).view,
+            weights: f32s(bench, "weights", experts.len(), 1),
+            starts: u32s(bench, "starts", 4, 1),
+            tokens: u32s(bench, "tokens", experts.len(), 1),
+            copies: u32s(bench, "copies", experts.len(), 1),
+            factors: f32s(bench, "factors", experts.len(), 1),
+        }
+        .into()
+    }
+    fn expert_gemm<B: Backend>(bench: &Bench<B>, starts: &[u32]) -> Op {
+        let weight = weight(bench, "expert", WeightShape::Matrix { n: 4, k: 4 });
+        ExpertGemm {
+            x: bench.put(&bench.random(3, 4, 1.0)).view,
+            starts: bench.put_words(starts, 1).view,
+            weights: vec![weight; starts.len() - 1],
+            epilogue: Epilogue::Store,
+            out: f32s(bench, "out", 3, 4),
+        }
+        .into()
+    }
     type Case<'a, B> = (&'a str, &'a dyn Fn(&Bench<B>) -> Op);
-    let cases: [Case<'_, B>; 11] = [
+    let cases: [Case<'_, B>; 14] = [
+        ("permute: expert 3 is not below 3", &|bench| permute(bench, &[0, 3])),
+        ("gemm: rows of expert 1 end at 1, but start at 2", &|bench| expert_gemm(bench, &[0, 2, 1])),
+        ("gemm: end of an expert's rows 4 is not below 4", &|bench| expert_gemm(bench, &[0, 4])),
         ("embed: token id 9 is not below 9", &|bench| {
             let table = weight(bench, "table", WeightShape::Table { rows: 9, width: 4 });
             Embed { ids: bench.put_words(&[8, 9], 1).view, table, out: f32s(bench, "out", 2, 4) }.into()
