@@ -347,7 +347,10 @@ impl Setup {
             return;
         }
         match engine.schedule() {
-            Some(report) => output::remark(report),
+            Some(report) if report.layers > 0 => output::remark(report),
+            Some(_) => output::remark(
+                "every MoE layer ran in one stage: its rank is alone, nothing travels, and stages have nothing to hide",
+            ),
             None => {
                 output::remark("no MoE layer was planned by the auto schedule: there is nothing to explain")
             }

@@ -231,20 +231,22 @@ fn synth_writes_the_weights_of_the_preset() {
 #[test]
 fn auto_explains_itself_and_gives_the_same_tokens() {
     let generate = |flags: &str| {
-        let model = "--model preset:mixtral-mini --ids 5,6,7,8 --max-tokens 12 -dp 2 -ep --json";
+        let model = "--model preset:mixtral-mini --ids 5,6,7,8 --max-tokens 12 --json";
         let output = command(&format!("generate {model} {flags}")).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
         (answer["ids"].clone(), String::from_utf8(output.stderr).unwrap())
     };
-    let (auto, said) = generate("--explain --link 100MB/s,50us");
-    assert_eq!(auto, generate("--schedule serial").0);
+    let (auto, said) = generate("-dp 2 -ep --explain --link 100MB/s,50us");
+    assert_eq!(auto, generate("-dp 2 -ep --schedule serial").0);
     for part in
         ["MoE layers planned by", "the machine against its cost model", "layers of ", "plans priced", "→"]
     {
         assert!(said.contains(part), "{part} is not in {said}");
     }
-    let (_, said) = generate("--explain --schedule staged");
+    let (_, said) = generate("--explain");
+    assert!(said.contains("every MoE layer ran in one stage: its rank is alone"), "{said}");
+    let (_, said) = generate("-dp 2 -ep --explain --schedule staged");
     assert!(said.contains("there is nothing to explain"), "{said}");
 }
 
