@@ -56,6 +56,8 @@ pub(crate) enum Command {
     Synth(SynthArgs),
     /// Say what this machine is and what works on it
     Doctor(DoctorArgs),
+    /// Compile GPU kernels ahead of their first use
+    Kernels(KernelsArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -520,6 +522,25 @@ pub(crate) struct DoctorArgs {
     /// Print one line of JSON
     #[arg(long, value_parser = BoolishValueParser::new())]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct KernelsArgs {
+    #[command(subcommand)]
+    pub(crate) command: KernelsCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum KernelsCommand {
+    /// Compile every kernel and keep it on disk; needs NVRTC, but no GPU if the architecture is given
+    Warm(WarmArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct WarmArgs {
+    /// What to compile for, such as sm_90a or sm_80 [default: the first GPU of this machine]
+    #[arg(long, value_name = "ARCHITECTURE")]
+    pub(crate) arch: Option<String>,
 }
 
 #[derive(Args, Debug)]

@@ -47,6 +47,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Profile(args) => commands::profile::run(args),
         Command::Synth(args) => commands::synth::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
+        Command::Kernels(args) => commands::kernels::run(args),
         Command::Completions(args) => commands::completions::run(args),
     }
 }

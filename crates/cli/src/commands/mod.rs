@@ -4,6 +4,7 @@ pub(crate) mod bench;
 pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod generate;
+pub(crate) mod kernels;
 pub(crate) mod logits;
 pub(crate) mod plan;
 pub(crate) mod profile;

@@ -367,3 +367,22 @@ fn help_and_completions_are_there() {
         assert!(printed(&mut command(&format!("completions {shell}"))).contains("epsmoe"));
     }
 }
+
+/// With NVRTC on this machine, kernels are compiled once; without, a sentence says what is missing.
+#[test]
+fn kernels_are_compiled_ahead_or_not_at_all() {
+    let folder = Folder::new();
+    let warm = || {
+        let mut command = command("kernels warm --arch sm_80");
+        command.env("EPSMOE_KERNEL_CACHE", folder.path("kernels"));
+        command.output().unwrap()
+    };
+    let first = warm();
+    if first.status.success() {
+        let said = String::from_utf8(warm().stdout).unwrap();
+        assert!(said.starts_with("0 files compiled for sm_80"), "{said}");
+    } else {
+        let said = String::from_utf8(first.stderr).unwrap();
+        assert!(said.contains("NVRTC was not found; install CUDA 13.0"), "{said}");
+    }
+}

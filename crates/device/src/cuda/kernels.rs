@@ -46,8 +46,8 @@ impl Source {
 
 macro_rules! sources {
     ($($stem:literal: [$($operation:literal),*] in $formats:expr, $threads:literal threads $(on $only:literal)?;)*) => {
-        /// Every source file.
-        const SOURCES: &[Source] = &[$(Source {
+        /// Every source file, each at one address.
+        static SOURCES: &[Source] = &[$(Source {
             file: concat!($stem, ".cu"),
             text: include_str!(concat!("../../kernels/", $stem, ".cu")),
             operations: &[$($operation),*],
@@ -134,6 +134,46 @@ pub fn check_kernels(architecture: &str) -> Result<Vec<KernelUse>, DeviceError> 
         uses.extend(kernel_uses(source.file, &compiled.log));
     }
     Ok(uses)
+}
+
+/// What [`warm_kernels`] found and did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Warmed {
+    /// Where compiled kernels are kept.
+    pub folder: PathBuf,
+    /// Source files that were compiled already.
+    pub kept: usize,
+    /// Source files that were compiled now.
+    pub compiled: usize,
+}
+
+/// Compiles every kernel for an architecture such as `sm_90a` and keeps it on disk, so that no later start waits for
+/// the compiler. Needs NVRTC, but no GPU. Calls `each(files done, files)`.
+///
+/// # Errors
+/// NVRTC is missing, a kernel does not compile for that architecture, or the folder cannot be written.
+pub fn warm_kernels(architecture: &str, mut each: impl FnMut(usize, usize)) -> Result<Warmed, DeviceError> {
+    let cache = Cache::open(architecture, nvrtc::version()?);
+    let unwritable = |why: &str| {
+        DeviceError::Unsupported(format!("compiled kernels cannot be kept: {why}; set {CACHE_VARIABLE}"))
+    };
+    let folder = cache.folder.clone().ok_or_else(|| unwritable("there is no home folder"))?;
+    let mut warmed = Warmed { folder, kept: 0, compiled: 0 };
+    let wanted = |source: &&Source| source.is_for(architecture) && is_first_of_file(source);
+    let files: Vec<&Source> = SOURCES.iter().filter(wanted).collect();
+    for (done, source) in files.iter().enumerate() {
+        each(done, files.len());
+        if cache.kept(source).is_some() {
+            warmed.kept += 1;
+            continue;
+        }
+        cache.renew(source)?;
+        if cache.kept(source).is_none() {
+            return Err(unwritable(&format!("{} is not a folder to write to", warmed.folder.display())));
+        }
+        warmed.compiled += 1;
+    }
+    Ok(warmed)
 }
 
 /// Two entries may share a file; it is compiled once.
@@ -279,10 +319,13 @@ impl Cache {
     }
 
     fn cubin(&self, source: &Source) -> Result<Vec<u8>, DeviceError> {
-        match self.path(source).and_then(|path| std::fs::read(path).ok()) {
-            Some(cubin) if cubin.starts_with(b"\x7fELF") => Ok(cubin),
-            _ => self.renew(source),
-        }
+        self.kept(source).map_or_else(|| self.renew(source), Ok)
+    }
+
+    /// What lies on disk, if it looks like machine code.
+    fn kept(&self, source: &Source) -> Option<Vec<u8>> {
+        let cubin = std::fs::read(self.path(source)?).ok()?;
+        cubin.starts_with(b"\x7fELF").then_some(cubin)
     }
 
     /// Compiles, and keeps what came of it. The file gets its name only when whole, so that programs that

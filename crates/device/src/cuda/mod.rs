@@ -17,7 +17,7 @@ mod report;
 mod staging;
 mod weights;
 
-pub use kernels::{CACHE_VARIABLE, KernelUse, check_kernels};
+pub use kernels::{CACHE_VARIABLE, KernelUse, Warmed, check_kernels, warm_kernels};
 
 use crate::hazard::{Agent, Clock, Hazards};
 use crate::host::Fill;
@@ -60,6 +60,26 @@ impl CudaDevice {
     /// Opens GPU number `ordinal`; compiles the kernels if the cache on disk does not hold them. Every absence (no
     /// driver, an old one, no such GPU, no NVRTC) is an error that says what would mend it.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, DeviceError> {
+        let (context, architecture) = Self::find(ordinal)?;
+        let kernels = Kernels::load(&context, &architecture)?;
+        let multiprocessors = kernels::multiprocessors(&context)?;
+        let version = driver::driver_version().unwrap_or(0);
+        let description = format!(
+            "{}, {multiprocessors} multiprocessors, {}, {architecture}, driver for CUDA {}.{}",
+            context.name()?,
+            Bytes(context.memory()?.1),
+            version / 1000,
+            version % 1000 / 10
+        );
+        Ok(Arc::new(CudaDevice { context, kernels, description, multiprocessors }))
+    }
+
+    /// What kernels for GPU number `ordinal` are compiled for, such as `sm_90a`.
+    pub fn architecture(ordinal: usize) -> Result<String, DeviceError> {
+        Ok(Self::find(ordinal)?.1)
+    }
+
+    fn find(ordinal: usize) -> Result<(Arc<Context>, String), DeviceError> {
         let missing = |message: String| Err(DeviceError::Unsupported(message));
         let Some(version) = driver::driver_version() else {
             return missing(
@@ -93,16 +113,7 @@ impl CudaDevice {
             (9, 0) => "sm_90a".to_owned(),
             _ => format!("sm_{major}{minor}"),
         };
-        let kernels = Kernels::load(&context, &architecture)?;
-        let multiprocessors = kernels::multiprocessors(&context)?;
-        let memory = context.memory()?.1;
-        let description = format!(
-            "{name}, {multiprocessors} multiprocessors, {}, {architecture}, driver for CUDA {}.{}",
-            Bytes(memory),
-            version / 1000,
-            version % 1000 / 10
-        );
-        Ok(Arc::new(CudaDevice { context, kernels, description, multiprocessors }))
+        Ok((context, architecture))
     }
 
     /// The GPU in a few words: name, size, architecture, driver.
