@@ -1,7 +1,7 @@
 //! Every operation against its definition, written here in float64, one number at a time.
 
 use crate::bench::{Bench, CacheParts, Heads, Placed, Sequences, Sheet};
-use epsmoe_base::DType;
+use epsmoe_base::{DType, Rank};
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, WeightShape};
 
@@ -659,4 +659,49 @@ fn permutation<B: Backend>(bench: &Bench<B>, experts: usize, chosen: &[u32], top
     assert_eq!(get(&of_copy), tokens, "{what}, seed {seed}");
     assert_eq!(get(&copies), by_token.iter().map(|copy| copy.1).collect::<Vec<_>>(), "{what}, seed {seed}");
     bench.check_exactly(&what, &factors, &by_token.iter().map(|copy| copy.2).collect::<Vec<_>>());
+    let copies: Vec<u32> = by_token.iter().map(|copy| copy.1).collect();
+    let planned = planned_permutation(experts, chosen, top_k, &weights.values);
+    assert_eq!(planned.0, get(&starts), "{what} as planned, seed {seed}");
+    assert_eq!(planned.1, tokens, "{what} as planned, seed {seed}");
+    let by_token: Vec<_> = by_token.iter().map(|copy| copy.2.to_bits()).zip(copies).collect();
+    assert_eq!(planned.2, by_token, "{what} as planned, seed {seed}");
+}
+
+/// What the maps of the plan, which serve any number of ranks, come to in a world of one: where each expert's copies
+/// start, the token of each copy, and (weight, copy) token by token. A rank's rows travel by first expert, so the
+/// plan numbers the copies of an expert in another order: they are brought into that of their tokens.
+fn planned_permutation(
+    experts: usize,
+    chosen: &[u32],
+    top_k: usize,
+    weights: &[f32],
+) -> (Vec<u32>, Vec<u32>, Vec<(u32, u32)>) {
+    use epsmoe_plan::*;
+    let placement = Placement::new(experts, 1).expect("one rank");
+    let routing = Routing::new(experts, top_k, chosen.to_vec(), weights.to_vec()).expect("a routing");
+    let counts = RankCounts::of(&placement, &routing);
+    let send = SendMap::of(&placement, &routing, &counts);
+    let home = HomeMap::of(&send, &counts);
+    let counts = LayerCounts::new(&placement, top_k, vec![counts]).expect("one rank's counts");
+    let table = StageTable::serial(&placement, GemmKind::Grouped);
+    let traffic = Traffic::of(&placement, &counts, &table);
+    let maps = ArrivalMaps::of(&placement, Rank(0), &counts, &table, &traffic, top_k, &send.records);
+    let maps = maps.expect("its own records");
+    let mut copies: Vec<(usize, u32, u32)> = maps
+        .expand
+        .iter()
+        .enumerate()
+        .map(|(copy, &row)| {
+            let expert = maps.expert_start.partition_point(|&start| start as usize <= copy) - 1;
+            (expert, send.tokens[row as usize], copy as u32)
+        })
+        .collect();
+    copies.sort_unstable();
+    let mut number = vec![0; copies.len()];
+    copies.iter().enumerate().for_each(|(to, &(.., from))| number[from as usize] = to as u32);
+    let terms = |&row: &u32| maps.reduce_offsets[row as usize]..maps.reduce_offsets[row as usize + 1];
+    let terms = home.index.iter().flat_map(terms).map(|term| term as usize);
+    let terms =
+        terms.map(|term| (maps.reduce_weights[term].to_bits(), number[maps.reduce_index[term] as usize]));
+    (maps.expert_start, copies.iter().map(|copy| copy.1).collect(), terms.collect())
 }

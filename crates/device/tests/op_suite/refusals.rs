@@ -280,6 +280,14 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         let refusal = bench.try_run(op).expect_err(&shown);
         assert_eq!(refusal.to_string(), want, "{shown}");
     }
+    let lost =
+        bench.device.allocate("a great deal", DType::F32, 1 << 30, 1 << 24).expect_err("no such memory");
+    let lost = lost.to_string();
+    assert!(
+        lost.contains("a great deal [1073741824, 16777216] float32") && lost.contains("65536.0 TiB"),
+        "{lost}"
+    );
+    assert!(lost.contains("--max-"), "no flag is named: {lost}");
     // Nothing refused has reached a lane.
     bench.run("after the refusals", Copy { x: y.clone(), out: x });
 }
