@@ -34,7 +34,7 @@ pub(crate) struct Piece {
     pub(crate) sequence: usize,
     /// Positions computed.
     pub(crate) positions: Range<usize>,
-    /// Rows of logits that come back.
+    /// Rows of logits, or tokens, that come back.
     pub(crate) logits: usize,
 }
 
@@ -79,7 +79,9 @@ impl GroupQueue {
     pub(crate) fn next_batch(&self, budget: usize) -> (Batch, Vec<Piece>) {
         let mut order: Vec<usize> = (0..self.running.len()).collect();
         order.sort_by_key(|&index| self.running[index].pending().len() > 1);
-        let (mut batch, mut pieces) = (Batch { sequence_starts: vec![0], ..Batch::default() }, Vec::new());
+        let greedy = self.running.iter().all(|sequence| sequence.request.wants_only_tokens());
+        let (mut batch, mut pieces) =
+            (Batch { sequence_starts: vec![0], greedy, ..Batch::default() }, Vec::new());
         for index in order {
             let sequence = &self.running[index];
             let pending = sequence.pending();

@@ -135,7 +135,9 @@ impl Engine {
         }
         let first_ranks = report.outputs.iter().step_by(group_size);
         for ((queue, output), pieces) in self.queues.iter_mut().zip(first_ranks).zip(&pieces) {
-            let mut rows = output.logits.chunks_exact(self.spec.vocab);
+            // A step gives one or the other.
+            let logits = output.logits.chunks_exact(self.spec.vocab).map(Row::Logits);
+            let mut rows = logits.chain(output.tokens.iter().copied().map(Row::MostLikely));
             for piece in pieces {
                 queue.running[piece.sequence].advance(
                     piece,
@@ -199,22 +201,36 @@ impl Engine {
     }
 }
 
+/// What a step computed of a token that may be followed by a new one.
+enum Row<'a> {
+    /// Logits `[V]`.
+    Logits(&'a [f32]),
+    /// The token of the largest of them.
+    MostLikely(u32),
+}
+
 impl Sequence {
     /// Takes in what a step computed of it: cached positions, prompt logits, and maybe a new token.
-    fn advance<'a>(&mut self, piece: &Piece, rows: impl Iterator<Item = &'a [f32]>, eos: &[u32]) {
+    fn advance<'a>(&mut self, piece: &Piece, rows: impl Iterator<Item = Row<'a>>, eos: &[u32]) {
         self.cached = piece.positions.end;
         let mut last = None;
         for row in rows {
-            if self.request.prompt_logits && self.completion.ids.is_empty() {
-                self.completion.prompt_logits.extend_from_slice(row);
+            if let Row::Logits(logits) = row
+                && self.request.prompt_logits
+                && self.completion.ids.is_empty()
+            {
+                self.completion.prompt_logits.extend_from_slice(logits);
             }
             last = Some(row);
         }
         if self.cached < self.tokens.len() {
             return;
         }
-        if let Some(logits) = last.filter(|_| self.request.max_tokens > 0) {
-            let id = self.request.sampling.choose(logits, &self.tokens, self.number);
+        if let Some(row) = last.filter(|_| self.request.max_tokens > 0) {
+            let id = match row {
+                Row::Logits(logits) => self.request.sampling.choose(logits, &self.tokens, self.number),
+                Row::MostLikely(id) => id,
+            };
             self.tokens.push(id);
             self.completion.ids.push(id);
             if self.completion.ids.len() == 1 {

@@ -43,6 +43,11 @@ pub struct Completion {
 }
 
 impl Request {
+    /// Whether no logits are looked at but the largest ones.
+    pub(crate) fn wants_only_tokens(&self) -> bool {
+        self.sampling.is_greedy() && !self.prompt_logits
+    }
+
     /// Refuses what cannot be run by a model of `vocab` tokens with contexts of `max_model_len`.
     pub fn check(&self, vocab: usize, max_model_len: usize) -> Result<(), EngineError> {
         let refuse = |message| Err(EngineError::Request(message));

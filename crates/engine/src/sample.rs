@@ -51,6 +51,11 @@ impl Sampling {
         number("repetition_penalty", penalty, penalty.is_finite() && penalty > 0.0, "a number above 0")
     }
 
+    /// Whether the most likely token is taken, by the logits as they are.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.temperature == 0.0 && self.repetition_penalty == 1.0
+    }
+
     /// The token after `context`, which request number `request` has so far.
     pub(crate) fn choose(&self, logits: &[f32], context: &[u32], request: u64) -> u32 {
         let logits = self.penalised(logits, context);

@@ -8,7 +8,7 @@ use crate::parallel::Layout;
 use crate::step::{Roster, Step};
 use crate::{Experts, LayerPart, MlpSpec, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use epsmoe_base::{DType, Deadline, Lane, Layer, Place, hash_bytes};
-use epsmoe_device::op::{Add, Angles, Embed, Gather, Gemm, Norm, Op, Upload};
+use epsmoe_device::op::{Add, Angles, ArgMax, Embed, Gather, Gemm, Norm, Op, Upload};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::{Alone, Fabric};
 use epsmoe_pipeline::{
@@ -36,6 +36,8 @@ pub struct Batch {
     pub sequences: Vec<u64>,
     /// Tokens whose logits are wanted, ascending.
     pub logits: Vec<u32>,
+    /// Whether of these logits only the largest of each token is wanted: the most likely next token.
+    pub greedy: bool,
 }
 
 /// How a model is run; equal on all ranks.
@@ -76,8 +78,11 @@ pub enum RoutingMode {
 /// What a step gave.
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
-    /// Logits of the wanted tokens, row by row `[wanted, V]`; on the first rank of each group.
+    /// Logits of the wanted tokens, row by row `[wanted, V]`, unless the step is greedy; on the first rank of each
+    /// group.
     pub logits: Vec<f32>,
+    /// The most likely token after each of them `[wanted]`, if the step is greedy; on the first rank of each group.
+    pub tokens: Vec<u32>,
     /// What each MoE layer did.
     pub layers: Vec<LayerReport>,
     /// Where the tokens went that this rank routed, if that was to be recorded.
@@ -151,8 +156,9 @@ struct StepBuffers {
     inner: Buffer,
     /// Tokens whose logits are wanted, of those that this rank keeps `[kept, 1]`.
     wanted: Buffer,
-    /// `[LOGIT_ROWS, V]`
+    /// `[LOGIT_ROWS, V]`, and the largest of each row `[LOGIT_ROWS, 1]`.
     logits: Buffer,
+    tokens: Buffer,
 }
 
 impl<B: Backend, F: Fabric<B>> Model<B, F> {
@@ -225,7 +231,7 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         for (index, layer) in self.layers.iter().enumerate() {
             self.run_layer(Layer(index), layer, &step, &hidden, &mut output)?;
         }
-        output.logits = self.logits(&step, &hidden, &batch.logits)?;
+        self.choose(&step, &hidden, batch, &mut output)?;
         Ok(output)
     }
 
@@ -352,9 +358,15 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         Ok(())
     }
 
-    /// Logits of the wanted tokens, on the host of the group's first rank.
-    fn logits(&self, step: &Step, hidden: &Buffer, wanted: &[u32]) -> Result<Vec<f32>, ModelError> {
-        let (place, buffers) = (Place::default(), &self.buffers);
+    /// Logits of the wanted tokens, or the largest of each, on the host of the group's first rank.
+    fn choose(
+        &self,
+        step: &Step,
+        hidden: &Buffer,
+        batch: &Batch,
+        output: &mut StepOutput,
+    ) -> Result<(), ModelError> {
+        let (place, buffers, wanted) = (Place::default(), &self.buffers, &batch.logits);
         let before = |end: usize| wanted.partition_point(|&token| (token as usize) < end);
         let kept = &wanted[before(step.kept.start)..before(step.kept.end)];
         let kept: Vec<u32> = kept.iter().map(|&token| token - step.kept.start as u32).collect();
@@ -367,18 +379,23 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         let wanted_of: Vec<usize> = (0..self.fabric.size()).map(wanted_of).collect();
         let last = self.attention.all_gather(place, &self.attention.shares(&wanted_of), &normed)?;
 
-        let mut logits = Vec::new();
         if self.layout.in_group().index == 0 {
             for start in (0..last.rows).step_by(buffers.logits.rows.max(1)) {
                 let rows = start..last.rows.min(start + buffers.logits.rows);
                 let out = buffers.logits.rows(0..rows.len())?;
                 self.compute(place, Gemm::linear(last.rows(rows)?, &self.head, out.clone()))?;
-                self.finish()?;
-                logits.extend(self.device.read_f32(&out)?);
+                if batch.greedy {
+                    let tokens = buffers.tokens.rows(0..out.rows)?;
+                    self.compute(place, ArgMax { logits: out, tokens: tokens.clone() })?;
+                    self.finish()?;
+                    output.tokens.extend(self.device.read_u32(&tokens)?);
+                } else {
+                    self.finish()?;
+                    output.logits.extend(self.device.read_f32(&out)?);
+                }
             }
         }
-        self.finish()?;
-        Ok(logits)
+        self.finish()
     }
 
     /// Waits for everything enqueued; exchanges have half the time, so that they name who is late.
@@ -444,6 +461,7 @@ impl StepBuffers {
             inner: values("inner", layout.most_in_mlp(tokens), layout.inner().most(widest_dense(spec)))?,
             wanted: indices("wanted", kept, 1)?,
             logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
+            tokens: indices("tokens", tokens.min(LOGIT_ROWS), 1)?,
         })
     }
 }

@@ -74,6 +74,7 @@ sources! {
     "rotate": ["rotate"] in SAME, 256 threads;
     "reduce": ["reduce"] in ANY, 256 threads;
     "route": ["route"] in [(F32, F32)], 32 threads;
+    "argmax": ["argmax"] in [(F32, F32)], 256 threads;
     "permute": ["permute"] in [(F32, F32)], 1024 threads;
     "list": ["list_parts", "list_blocks"] in [(F32, F32)], 32 threads;
     "attention": ["attention"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 128 threads;

@@ -151,6 +151,14 @@ impl Launch<'_> {
             Op::Rotate(op) => self.rotate(op),
             Op::Attention(op) => self.attention(op),
             Op::Route(op) => self.route(op),
+            Op::ArgMax(op) => {
+                if is_empty(&op.logits) {
+                    return Ok(());
+                }
+                let arguments = [self.rows(&op.logits)?, self.rows(&op.tokens)?];
+                let kernel = self.kernels.get("argmax", DType::F32, DType::F32)?;
+                self.start(&kernel.function, (op.logits.rows as u32, 1), 0, arguments)
+            }
             Op::Permute(op) => self.permute(op),
             Op::ExpertGemm(op) => self.expert_gemm(op),
             Op::Reduce(op) => self.reduce(op),

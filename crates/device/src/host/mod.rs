@@ -302,6 +302,7 @@ fn run<K: Kernels>(
         Op::Upload(op) => rows.upload(op),
         Op::Angles(op) => rows.angles(op),
         Op::Route(op) => rows.route(op),
+        Op::ArgMax(op) => rows.argmax(op),
         Op::Permute(op) => rows.permute(op),
         Op::Gemm(op) => {
             let products: Vec<_> = op.parts.iter().map(Product::of).collect();

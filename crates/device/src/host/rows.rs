@@ -3,7 +3,7 @@
 use super::element::{Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore};
 use crate::op::{
-    Add, Angles, Attention, Clamp, Copy, Embed, Gate, GateRows, Gather, GroupLimit, GroupScore, Norm,
+    Add, Angles, ArgMax, Attention, Clamp, Copy, Embed, Gate, GateRows, Gather, GroupLimit, GroupScore, Norm,
     NormKind, Permute, Reduce, RopeStyle, Rotate, Route, Score, StoreRows, Upload,
 };
 use std::cmp::Ordering;
@@ -193,6 +193,16 @@ impl<'a, K: Kernels> Rows<'a, K> {
         let bias = op.bias.as_ref().map(|bias| self.weights.vector(bias)).transpose()?;
         for t in 0..logits.rows {
             choose(&op.gate, logits.row(t), bias.as_deref(), experts.row(t), weights.row(t));
+        }
+        Ok(())
+    }
+
+    pub(super) fn argmax(&self, op: &ArgMax) -> Result<(), String> {
+        let (logits, mut tokens) = (self.view::<f32>(&op.logits), self.view_mut::<u32>(&op.tokens));
+        for m in 0..logits.rows {
+            let row = logits.row(m);
+            let ahead = |best: usize, (n, logit): (usize, &f32)| if *logit > row[best] { n } else { best };
+            tokens.row(m)[0] = row.iter().enumerate().fold(0, ahead) as u32;
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ pub use gemm::{Epilogue, Gemm, GemmPart};
 pub use norm::{Norm, NormKind};
 pub use permute::{ExpertGemm, Permute};
 pub use rope::{Angles, RopeStyle, Rotate};
-pub use route::{Gate, GroupLimit, GroupScore, Route, Score};
+pub use route::{ArgMax, Gate, GroupLimit, GroupScore, Route, Score};
 pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, Reduce, Upload};
 
 use crate::{AllocationId, Buffer, DeviceError};
@@ -65,6 +65,7 @@ ops! {
     StoreRows => "store",
     Attention => "attention",
     Route => "route",
+    ArgMax => "argmax",
     Permute => "permute",
     Gather => "gather",
     Reduce => "reduce",

@@ -1,6 +1,6 @@
-//! Which experts a token goes to, and with what weight.
+//! Choices: which experts a token goes to, and with what weight; which token comes next.
 
-use super::{Accesses, same_rows};
+use super::{Accesses, expect, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
@@ -52,6 +52,27 @@ pub enum GroupScore {
     Max,
     /// By the sum of its two best (DeepSeek-V3).
     TopTwoSum,
+}
+
+/// `tokens[m]` is the column of the largest of `logits[m]`, the lowest of equal ones.
+#[derive(Clone, Debug)]
+pub struct ArgMax {
+    /// Logits `[M, V]`, float32.
+    pub logits: Buffer,
+    /// Columns `[M, 1]`, uint32.
+    pub tokens: Buffer,
+}
+
+impl ArgMax {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("argmax", &[&self.logits, &self.tokens])?;
+        expect("argmax", "logits", &self.logits, DType::F32, self.logits.width.max(1))?;
+        expect("argmax", "tokens", &self.tokens, DType::U32, 1)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.logits).write(&self.tokens)
+    }
 }
 
 /// `experts[t], weights[t] = gate(logits[t])`: the `top_k` best experts, ties to the lower number, in order of

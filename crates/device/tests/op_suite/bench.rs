@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 17;
+const OPERATIONS: usize = 18;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -81,6 +81,7 @@ fn number(op: &Op) -> usize {
         Op::GateRows(_) => 14,
         Op::Permute(_) => 15,
         Op::ExpertGemm(_) => 16,
+        Op::ArgMax(_) => 17,
     }
 }
 

@@ -23,6 +23,7 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     attentions(&bench);
     routes(&bench);
     chosen_experts(&bench);
+    largest(&bench);
     permutations(&bench);
     bench.check_complete();
 }
@@ -599,6 +600,38 @@ fn chosen_experts<B: Backend>(bench: &Bench<B>) {
         let logits = Sheet { rows: 1, width: 4, values: logits.to_vec() };
         assert_eq!(routed(gate, &logits.values, Some(bias)).0, *want, "the definition: {what}");
         route(bench, gate, &logits, Some(bias));
+    }
+}
+
+/// Random rows; rows of few different numbers, so that many are the largest; and numbers that are none.
+fn largest<B: Backend>(bench: &Bench<B>) {
+    for (rows, width) in [(0, 3), (1, 1), (3, 7), (2, 1000), (70, 300)] {
+        let mut few = bench.coarse(rows, width);
+        few.values.iter_mut().for_each(|value| *value = value.floor());
+        let mut none = bench.random_of(DType::F32, rows, width, 1.0);
+        none.values.iter_mut().step_by(5).for_each(|value| *value = f32::NAN);
+        let mut low = bench.random_of(DType::F32, rows, width, 1.0);
+        low.values.iter_mut().step_by(2).for_each(|value| *value = f32::NEG_INFINITY);
+        for logits in [few, none, low, bench.random_of(DType::F32, rows, width, 1.0)] {
+            let what = format!("the largest of {:?}", logits.values.get(..width.min(20)));
+            let tokens = bench.room(DType::U32, rows, 1);
+            let words: Vec<u32> = logits.values.iter().map(|value| value.to_bits()).collect();
+            // As bits: the way of other numbers through a table would change what is none.
+            let view = bench.room(DType::F32, rows, width).view;
+            bench.run(&what, Upload { words: words.into(), out: view.clone() });
+            bench.run(&what, ArgMax { logits: view, tokens: tokens.view.clone() });
+            let largest = |row: &[f32]| {
+                let mut best = 0;
+                for (column, value) in row.iter().enumerate() {
+                    if *value > row[best] {
+                        best = column;
+                    }
+                }
+                best as u32
+            };
+            let want: Vec<u32> = (0..rows).map(|row| largest(logits.row(row))).collect();
+            assert_eq!(bench.get_words(&what, &tokens), want, "{what}, seed {}", bench.seed);
+        }
     }
 }
 
