@@ -4,14 +4,14 @@ use clap::builder::BoolishValueParser;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_fabric::Link;
-use epsmoe_plan::{Stages, Transfer, parse_order};
+use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 const EXAMPLES: &str = "\
 Examples:
-  epsmoe bench                                       serial against staged, no download needed
+  epsmoe bench                                       schedules side by side, no download needed
   epsmoe generate --model ./Qwen3-30B-A3B --chat --prompt 'Why is the sky blue?'
   epsmoe generate --model preset:mixtral-mini --ids 5,6,7 --max-tokens 8 --json
   epsmoe logits --model ./model --ids 5,6,7 --out logits.safetensors -dp 2 -ep --stages 4
@@ -42,7 +42,7 @@ pub(crate) enum Command {
     Logits(Box<LogitsArgs>),
     /// Show the tokens of a text
     Tokenize(TokenizeArgs),
-    /// Compare the serial with the staged schedule
+    /// Compare schedules: serial, two micro-batches, stages, and what the cost model chooses
     #[command(mut_arg("model", |model| model.required(false).default_value("preset:deepseek-v2-mini")))]
     #[command(mut_arg("data_parallel_size", |size| size.default_value("2")))]
     #[command(mut_arg("enable_expert_parallel", |enable| enable.default_value("true")))]
@@ -133,8 +133,9 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) link: LinkSpeed,
 
-    /// One stage with nothing beside anything; stages that compute while others travel; or what a cost model predicts
-    /// to be fastest [default: auto, or staged with --stages or --transfer-order]
+    /// One stage with nothing beside anything; stages that compute while others travel; what a cost model predicts to
+    /// be fastest; or, to compare with, two halves of the tokens that alternate [default: auto, or staged with --stages
+    /// or --transfer-order]
     #[arg(long, env = "EPSMOE_SCHEDULE", value_enum, help_heading = PIPELINE)]
     pub(crate) schedule: Option<ScheduleKind>,
 
@@ -379,6 +380,11 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_parser = BoolishValueParser::new(), conflicts_with = "schedule")]
     pub(crate) ablation: bool,
 
+    /// Compare these instead: serial, two-batch, auto, or staged with its stages and maybe its transfer order, like
+    /// staged:4, staged:3,5,6,6 or "staged:2:d0 d1 c0 c1"; can be given several times
+    #[arg(long, value_name = "SCHEDULE", conflicts_with_all = ["ablation", "schedule", "stages", "transfer_order"])]
+    pub(crate) contender: Vec<ContenderSpec>,
+
     /// Write the figures to a file
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
@@ -593,6 +599,7 @@ pub(crate) enum ScheduleKind {
     Serial,
     Staged,
     Auto,
+    TwoBatch,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -607,6 +614,26 @@ pub(crate) enum SharedExpertPlace {
     BesideFirstDispatch,
     BesideLastCombine,
     Alone,
+}
+
+/// A schedule to compare: `serial`, `two-batch`, `auto`, `staged:4` or `staged:4:ORDER`.
+#[derive(Clone, Debug)]
+pub(crate) struct ContenderSpec {
+    pub(crate) schedule: Schedule,
+    pub(crate) stages: Option<Stages>,
+    pub(crate) order: Option<Vec<Transfer>>,
+}
+
+impl FromStr for ContenderSpec {
+    type Err = epsmoe_plan::PlanError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut words = text.splitn(3, ':');
+        let schedule = words.next().unwrap_or_default().parse()?;
+        let stages = words.next().map(str::parse).transpose()?;
+        let order = words.next().map(parse_order).transpose()?;
+        Ok(ContenderSpec { schedule, stages, order })
+    }
 }
 
 /// `d0 d1 c0 c1`.

@@ -1,6 +1,6 @@
 //! A bench as a picture: one HTML page with everything in it, for people who would rather look than read.
 
-use epsmoe_base::{Lane, Rank};
+use epsmoe_base::{Lane, Rank, Stage};
 use epsmoe_plan::{Accounts, Span, Timeline};
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};
@@ -21,8 +21,35 @@ pub(crate) struct Report {
 pub(crate) struct Lanes {
     /// What tells them from the others, if there are others.
     pub(crate) what: &'static str,
+    /// What the stages of its spans are.
+    pub(crate) parts: Parts,
     /// What ran.
     pub(crate) timeline: Timeline,
+}
+
+/// What a layer is cut into.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Parts {
+    /// Experts into stages.
+    Stages,
+    /// Tokens into two micro-batches, A and B.
+    MicroBatches,
+}
+
+impl Parts {
+    fn mark(self, stage: Stage) -> String {
+        match self {
+            Parts::Stages => stage.0.to_string(),
+            Parts::MicroBatches => if stage.0 == 0 { "A" } else { "B" }.into(),
+        }
+    }
+
+    fn name(self, stage: Stage) -> String {
+        match self {
+            Parts::Stages => stage.to_string(),
+            Parts::MicroBatches => format!("micro-batch {}", self.mark(stage)),
+        }
+    }
 }
 
 /// A measured configuration.
@@ -39,6 +66,8 @@ const WIDTH: f64 = 1000.0;
 const LABEL: f64 = 210.0;
 const BAR: f64 = 26.0;
 const LANE: f64 = 24.0;
+/// Spans wider than this say which stage they are of.
+const MARK: f64 = 12.0;
 
 /// Accounts and span names in colours that also differ in brightness.
 const COLOURS: [(&str, &str); 12] = [
@@ -60,7 +89,7 @@ const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;max-width:1060px;m
     color:#1c2733}h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}p{margin:.3em 0}\
     code{background:#f2f4f6;padding:.1em .3em}svg{width:100%;height:auto;font:12px system-ui,sans-serif}\
     .key span{display:inline-block;margin-right:1.2em}.key i{display:inline-block;width:.9em;height:.9em;\
-    margin-right:.4em;vertical-align:-.1em}";
+    margin-right:.4em;vertical-align:-.1em}.mark{fill:#fff;text-anchor:middle;pointer-events:none}";
 
 impl Report {
     /// The page.
@@ -147,7 +176,17 @@ fn lanes(page: &mut String, layers: &[Lanes]) -> fmt::Result {
         for span in layer.timeline.spans.iter().filter(|span| (span.rank, span.lane) == (rank, lane)) {
             let x = LABEL + (span.start_ns - extent.start) as f64 * scale;
             let width = span.duration_ns() as f64 * scale;
-            rectangle(page, (x, y + 2.0), (width.max(0.3), LANE - 5.0), &span.name, &describe(span))?;
+            rectangle(
+                page,
+                (x, y + 2.0),
+                (width.max(0.3), LANE - 5.0),
+                &span.name,
+                &describe(span, layer.parts),
+            )?;
+            if let Some(stage) = span.stage.filter(|_| width > MARK) {
+                let (x, y, mark) = (x + width / 2.0, y + 15.0, layer.parts.mark(stage));
+                writeln!(page, "<text class=\"mark\" x=\"{x:.1}\" y=\"{y:.1}\">{mark}</text>")?;
+            }
         }
     }
     let milliseconds = longest as f64 / 1e6;
@@ -164,8 +203,8 @@ fn lanes(page: &mut String, layers: &[Lanes]) -> fmt::Result {
     writeln!(page, "</svg>")
 }
 
-fn describe(span: &Span) -> String {
-    let stage = span.stage.map(|stage| format!(", {stage}")).unwrap_or_default();
+fn describe(span: &Span, parts: Parts) -> String {
+    let stage = span.stage.map(|stage| format!(", {}", parts.name(stage))).unwrap_or_default();
     format!("{}{stage}: {:.3} ms", span.name, span.duration_ns() as f64 / 1e6)
 }
 
@@ -200,7 +239,7 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_base::{Layer, Stage};
+    use epsmoe_base::Layer;
 
     #[test]
     fn a_page_shows_rows_and_lanes_and_escapes_names() {
@@ -223,11 +262,18 @@ mod tests {
             title: "bench <x>".into(),
             notes: vec!["a & b".into()],
             rows: vec![Row { label: "staged 4".into(), tokens_per_second: 1234.0, accounts }],
-            lanes: vec![("staged 4".into(), vec![Lanes { what: ", measured", timeline }])],
+            lanes: vec![
+                (
+                    "staged 4".into(),
+                    vec![Lanes { what: ", measured", parts: Parts::Stages, timeline: timeline.clone() }],
+                ),
+                ("two-batch".into(), vec![Lanes { what: "", parts: Parts::MicroBatches, timeline }]),
+            ],
         }
         .html();
         assert!(page.contains("bench &lt;x&gt;") && page.contains("a &amp; b"));
         assert!(page.contains("1234 tok/s") && page.contains("dispatch, stage 0: 1.000 ms"));
+        assert!(page.contains("dispatch, micro-batch A: 1.000 ms") && page.contains(">A</text>"));
         assert!(!page.contains("http"), "the page is whole in itself");
     }
 }

@@ -157,6 +157,13 @@ impl Processor {
     }
 }
 
+/// A running engine.
+pub(crate) struct Started {
+    pub(crate) engine: Engine,
+    /// The ends of its ranks, where they are threads.
+    pub(crate) fabrics: Vec<Arc<Threads>>,
+}
+
 /// Settled settings.
 pub(crate) struct Setup {
     pub(crate) model: OpenModel,
@@ -275,12 +282,12 @@ impl Setup {
     /// An engine, and how long it took to load.
     pub(crate) fn start(&self, options: EngineOptions) -> Result<(Engine, Duration)> {
         let begun = Instant::now();
-        let engine = self.start_all(&[options])?.pop().context("no engine was started. This is a bug")?;
-        Ok((engine, begun.elapsed()))
+        let started = self.start_all(&[options])?.pop().context("no engine was started. This is a bug")?;
+        Ok((started.engine, begun.elapsed()))
     }
 
     /// An engine for each set of options; they share their weights.
-    pub(crate) fn start_all(&self, options: &[EngineOptions]) -> Result<Vec<Engine>> {
+    pub(crate) fn start_all(&self, options: &[EngineOptions]) -> Result<Vec<Started>> {
         self.check_memory(options)?;
         let (threads, isa) = (self.threads, self.isa);
         match &self.processor {
@@ -294,7 +301,7 @@ impl Setup {
         }
     }
 
-    fn engines_on_gpu(&self, options: &[EngineOptions], device: &Arc<CudaDevice>) -> Result<Vec<Engine>> {
+    fn engines_on_gpu(&self, options: &[EngineOptions], device: &Arc<CudaDevice>) -> Result<Vec<Started>> {
         let spec = &self.model.spec;
         let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
         let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
@@ -305,7 +312,8 @@ impl Setup {
             let faults = gpu.faults.clone();
             let backend = CudaBackend::new(Rank(0), device, &weights, gpu)?;
             let ranks = vec![(Arc::new(backend), Arc::new(Alone))];
-            Ok(Engine::start(Arc::clone(spec), &source, ranks, faults, options.clone(), |_| {})?)
+            let engine = Engine::start(Arc::clone(spec), &source, ranks, faults, options.clone(), |_| {})?;
+            Ok(Started { engine, fabrics: Vec::new() })
         };
         let engines = options.iter().map(engine).collect();
         bar.finish_and_clear();
@@ -317,7 +325,7 @@ impl Setup {
         options: &[EngineOptions],
         host: impl Fn() -> HostOptions,
         kernels: impl Fn() -> Result<K, String>,
-    ) -> Result<Vec<Engine>> {
+    ) -> Result<Vec<Started>> {
         let spec = &self.model.spec;
         let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
         let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
@@ -328,13 +336,15 @@ impl Setup {
             let faults = host.faults.clone();
             let fabric =
                 ThreadsOptions { link: self.link, ..ThreadsOptions::new(self.timeout, faults.clone()) };
-            let ranks = Threads::world(self.ranks, fabric).into_iter().enumerate().map(|(rank, fabric)| {
+            let fabrics: Vec<_> = Threads::world(self.ranks, fabric).into_iter().map(Arc::new).collect();
+            let ranks = fabrics.iter().enumerate().map(|(rank, fabric)| {
                 let kernels = kernels().map_err(|problem| anyhow!(problem))?;
                 let device = HostBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?;
-                Ok((Arc::new(device), Arc::new(fabric)))
+                Ok((Arc::new(device), Arc::clone(fabric)))
             });
             let ranks = ranks.collect::<Result<Vec<_>>>()?;
-            Ok(Engine::start(Arc::clone(spec), &weights, ranks, faults, options.clone(), |_| {})?)
+            let engine = Engine::start(Arc::clone(spec), &weights, ranks, faults, options.clone(), |_| {})?;
+            Ok(Started { engine, fabrics })
         };
         let engines = options.iter().map(engine).collect();
         bar.finish_and_clear();
@@ -447,6 +457,7 @@ fn policy(args: &RunArgs) -> Policy {
             Some(ScheduleKind::Serial) => Schedule::Serial,
             Some(ScheduleKind::Staged) => Schedule::Staged,
             Some(ScheduleKind::Auto) => Schedule::Auto,
+            Some(ScheduleKind::TwoBatch) => Schedule::TwoBatch,
             None if cut => Schedule::Staged,
             None => Schedule::Auto,
         },

@@ -10,7 +10,7 @@ mod link;
 mod threads;
 
 pub use alone::Alone;
-pub use link::{Link, Pacing};
+pub use link::{Lateness, Link, Pacing};
 pub use threads::{Act, Mischief, Threads, ThreadsOptions};
 
 use epsmoe_base::{Fault, Lane, Place, Rank};

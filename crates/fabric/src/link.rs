@@ -7,6 +7,7 @@
 //! wake-up delays one exchange and never the ones after it. Nobody spins: the lane sleeps, and how late it
 //! woke up is reported.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
@@ -64,16 +65,74 @@ fn scaled(text: &str, units: &[(&str, f64)]) -> Option<f64> {
 }
 
 /// How well sleeping kept to a link's times.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pacing {
     /// Exchanges that took time on the link.
     pub exchanges: u64,
     /// Those whose rows took longer to copy than the link would: the machine cannot show them.
     pub unresolved: u64,
-    /// Sum of how late the lane woke up after the others.
-    pub late: Duration,
-    /// The latest of them.
-    pub latest: Duration,
+    /// How long after the link's time the others were over.
+    pub late: Lateness,
+}
+
+impl Pacing {
+    /// Adds what another link, or the same one later, did.
+    pub fn add(&mut self, other: &Pacing) {
+        self.exchanges += other.exchanges;
+        self.unresolved += other.unresolved;
+        self.late.add(&other.late);
+    }
+}
+
+/// How late things were: counts of durations of about the same length, so that it stays small however many there are.
+///
+/// 100 ns is in the bin of 96 to 104 ns: each power of two is cut into eight.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lateness {
+    /// By the number of a bin.
+    counts: BTreeMap<u64, u64>,
+    worst: Duration,
+}
+
+impl Lateness {
+    /// Bins in a power of two.
+    const FINE: u64 = 8;
+
+    fn note(&mut self, late: Duration) {
+        let ns = late.as_nanos() as u64;
+        // Of a number, its power of two and the three bits after the first.
+        let shift = (ns | Self::FINE).ilog2() - Self::FINE.ilog2();
+        let bin = u64::from(shift) * Self::FINE + (ns >> shift);
+        *self.counts.entry(bin).or_default() += 1;
+        self.worst = self.worst.max(late);
+    }
+
+    fn add(&mut self, other: &Lateness) {
+        for (&bin, count) in &other.counts {
+            *self.counts.entry(bin).or_default() += count;
+        }
+        self.worst = self.worst.max(other.worst);
+    }
+
+    /// What a share of the durations is no longer than, to a sixteenth of it; zero of nothing.
+    pub fn quantile(&self, share: f64) -> Duration {
+        let total: u64 = self.counts.values().sum();
+        let wanted = (share * total as f64).ceil().max(1.0) as u64;
+        let mut seen = 0;
+        let bin = self.counts.iter().find(|(_, count)| {
+            seen += *count;
+            seen >= wanted
+        });
+        let Some((&bin, _)) = bin else { return Duration::ZERO };
+        let shift = (bin / Self::FINE).saturating_sub(1);
+        let start = (bin - shift * Self::FINE) << shift;
+        Duration::from_nanos(start + (1 << shift) / 2).min(self.worst)
+    }
+
+    /// The longest.
+    pub fn worst(&self) -> Duration {
+        self.worst
+    }
 }
 
 /// One rank's link while it runs.
@@ -89,8 +148,8 @@ impl PacedLink {
         PacedLink { link, free_at: Instant::now(), pacing: Pacing::default() }
     }
 
-    pub(crate) fn pacing(&self) -> Pacing {
-        self.pacing
+    pub(crate) fn take_pacing(&mut self) -> Pacing {
+        std::mem::take(&mut self.pacing)
     }
 
     /// When an exchange of `bytes` that could start at `ready` is over; books the link until then.
@@ -107,9 +166,7 @@ impl PacedLink {
             self.pacing.unresolved += 1;
             return;
         }
-        let late = now.saturating_duration_since(due);
-        self.pacing.late += late;
-        self.pacing.latest = self.pacing.latest.max(late);
+        self.pacing.late.note(now.saturating_duration_since(due));
     }
 }
 
@@ -126,6 +183,39 @@ mod tests {
         for wrong in ["", "10", "0GB/s", "-1GB/s", "10GB/s,5", "NaNGB/s", "1e30GB/s"] {
             assert!(wrong.parse::<Link>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn lateness_is_counted_to_a_sixteenth() {
+        let mut late = Lateness::default();
+        assert_eq!((late.quantile(0.5), late.worst()), (Duration::ZERO, Duration::ZERO));
+        for exact in (0..100_000_u64).step_by(7) {
+            let mut one = Lateness::default();
+            one.note(Duration::from_nanos(exact));
+            let found = one.quantile(0.5).as_nanos() as u64;
+            assert!(found.abs_diff(exact) * 16 <= exact, "{found} of {exact}");
+            late.add(&one);
+        }
+        let near = |share, exact: u64| {
+            late.quantile(share).as_nanos().abs_diff(u128::from(exact)) * 15 < u128::from(exact)
+        };
+        assert!(near(0.5, 50_000) && near(0.95, 95_000), "{late:?}");
+        assert_eq!(late.worst(), Duration::from_nanos(99_995));
+    }
+
+    #[test]
+    fn what_cannot_be_shown_is_counted_apart() {
+        let mut link = PacedLink::new("1GB/s,10us".parse().unwrap());
+        let due = link.free_at;
+        let after = |microseconds| due + Duration::from_micros(microseconds);
+        link.note(due, due, after(3));
+        link.note(due, after(1), after(2));
+        let pacing = link.take_pacing();
+        assert_eq!(
+            (pacing.exchanges, pacing.unresolved, pacing.late.worst()),
+            (2, 1, Duration::from_micros(3))
+        );
+        assert_eq!(link.take_pacing(), Pacing::default());
     }
 
     #[test]

@@ -127,9 +127,9 @@ impl Threads {
         (0..size).map(end).collect()
     }
 
-    /// How well this rank kept to its link's times so far; nothing at memory speed.
-    pub fn pacing(&self) -> Option<Pacing> {
-        self.link.as_ref().map(|link| lock(link).pacing())
+    /// How well this rank kept to its link's times since this was last asked; nothing at memory speed.
+    pub fn take_pacing(&self) -> Option<Pacing> {
+        self.link.as_ref().map(|link| lock(link).take_pacing())
     }
 }
 

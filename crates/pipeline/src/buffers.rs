@@ -3,7 +3,7 @@
 use crate::PipelineOptions;
 use epsmoe_base::DType;
 use epsmoe_device::{Backend, Buffer, DeviceError};
-use epsmoe_plan::{Capacity, LayerSizes, record_words};
+use epsmoe_plan::{Capacity, LayerSizes, Schedule, record_words};
 use std::sync::Arc;
 
 /// Widths of the MoE layers of a model, and how much of everything a rank can hold at once.
@@ -18,6 +18,7 @@ pub struct PipelineSizes {
 }
 
 /// The buffers, in the order in which data walks through them.
+#[derive(Clone)]
 pub(crate) struct LayerBuffers {
     /// Router logits `[T, E]`, chosen experts and weights `[T, k]`.
     pub(crate) router_logits: Buffer,
@@ -61,6 +62,8 @@ impl LayerBuffers {
         let PipelineSizes { layer, shared_inner, capacity } = options.sizes;
         let Capacity { tokens, rows_sent, rows_received, copies, stage_copies } = capacity;
         let (hidden, words, dtype) = (layer.hidden, record_words(layer.top_k), device.dtype());
+        // Every micro-batch ends its offsets with one more.
+        let ends = if options.policy.schedule == Schedule::TwoBatch { 2 } else { 1 };
         let values = |name, rows, width| device.allocate(name, dtype, rows, width);
         let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
@@ -78,12 +81,12 @@ impl LayerBuffers {
             expanded: values("expanded", stage_copies, hidden)?,
             inner: values("inner", stage_copies, layer.inner)?,
             outputs: values("outputs", copies, hidden)?,
-            reduce_starts: indices("reduce_starts", rows_received + 1, 1)?,
+            reduce_starts: indices("reduce_starts", rows_received + ends, 1)?,
             reduce_index: indices("reduce_index", copies, 1)?,
             reduce_weights: floats("reduce_weights", copies, 1)?,
             sums: values("sums", rows_received, hidden)?,
             home_rows: values("home_rows", rows_sent, hidden)?,
-            home_starts: indices("home_starts", tokens + 1, 1)?,
+            home_starts: indices("home_starts", tokens + ends, 1)?,
             home_index: indices("home_index", rows_sent, 1)?,
             shared_inner: values("shared_inner", tokens, shared_inner)?,
             shared_gate: floats("shared_gate", tokens, 1)?,
@@ -101,5 +104,30 @@ impl LayerBuffers {
             (words, buffer.clone())
         };
         [multiples(&self.token_copies, top_k), multiples(&self.every_token, 1)]
+    }
+
+    /// What is left behind a micro-batch that takes up `used`. The copies of a stage are shared: the compute lane is at
+    /// one stage at a time.
+    pub(crate) fn behind(&self, used: &Capacity) -> Result<Self, DeviceError> {
+        let Capacity { tokens, rows_sent, rows_received, copies, .. } = *used;
+        let rest = |buffer: &Buffer, used: usize| buffer.rows(used.min(buffer.rows)..buffer.rows);
+        Ok(LayerBuffers {
+            send_index: rest(&self.send_index, rows_sent)?,
+            send_rows: rest(&self.send_rows, rows_sent)?,
+            send_records: rest(&self.send_records, rows_sent)?,
+            received_rows: rest(&self.received_rows, rows_received)?,
+            received_records: rest(&self.received_records, rows_received)?,
+            expand_index: rest(&self.expand_index, copies)?,
+            outputs: rest(&self.outputs, copies)?,
+            reduce_starts: rest(&self.reduce_starts, rows_received + 1)?,
+            reduce_index: rest(&self.reduce_index, copies)?,
+            reduce_weights: rest(&self.reduce_weights, copies)?,
+            sums: rest(&self.sums, rows_received)?,
+            home_rows: rest(&self.home_rows, rows_sent)?,
+            home_starts: rest(&self.home_starts, tokens + 1)?,
+            home_index: rest(&self.home_index, rows_sent)?,
+            shared_out: rest(&self.shared_out, tokens)?,
+            ..self.clone()
+        })
     }
 }

@@ -1,5 +1,6 @@
 //! Partial sums on their way home.
 
+use crate::buffers::LayerBuffers;
 use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
@@ -11,8 +12,14 @@ use epsmoe_plan::HomeMap;
 
 impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     /// The sums that one stage completed, from every rank to every rank.
-    pub(crate) fn combine(&self, layer: &MoeLayer, plan: &Plan, stage: Stage) -> Result<(), PipelineError> {
-        let (me, buffers) = (self.fabric.rank(), &self.buffers);
+    pub(crate) fn combine(
+        &self,
+        layer: &MoeLayer,
+        buffers: &LayerBuffers,
+        plan: &Plan,
+        stage: Stage,
+    ) -> Result<(), PipelineError> {
+        let me = self.fabric.rank();
         self.exchange(
             Place::layer(layer.layer).stage(stage),
             "combine",
@@ -25,10 +32,11 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     pub(crate) fn sum_at_home(
         &self,
         layer: &MoeLayer,
+        buffers: &LayerBuffers,
         home: HomeMap,
         y: &Buffer,
     ) -> Result<(), PipelineError> {
-        let (place, buffers, sums) = (Place::layer(layer.layer), &self.buffers, 0..home.index.len());
+        let (place, sums) = (Place::layer(layer.layer), 0..home.index.len());
         let starts = buffers.home_starts.rows(0..y.rows + 1)?;
         let index = buffers.home_index.rows(sums.clone())?;
         self.compute(place, Upload { words: home.offsets.into(), out: starts.clone() })?;

@@ -1,5 +1,6 @@
 //! Rows on their way to their experts.
 
+use crate::buffers::LayerBuffers;
 use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
@@ -16,14 +17,16 @@ pub(crate) struct Outgoing {
 }
 
 impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
-    /// Gathers the rows of all destinations, in send order, and their metadata records.
+    /// Gathers the rows of all destinations, in send order, and their metadata records. Nothing may leave before it is
+    /// packed: the transfer lane has to wait.
     pub(crate) fn pack(
         &self,
         layer: &MoeLayer,
+        buffers: &LayerBuffers,
         routing: &Routing,
         x: &Buffer,
     ) -> Result<Outgoing, PipelineError> {
-        let (place, buffers) = (Place::layer(layer.layer), &self.buffers);
+        let place = Place::layer(layer.layer);
         let counts = RankCounts::of(&self.options.placement, routing);
         let send = SendMap::of(&self.options.placement, routing, &counts);
         let home = HomeMap::of(&send, &counts);
@@ -37,14 +40,17 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         self.compute(place, Upload { words: send.tokens.into(), out: index.clone() })?;
         self.compute(place, Gather { x: x.clone(), index, out: buffers.send_rows.rows(rows)? })?;
         self.compute(place, Upload { words: send.records.into(), out: records })?;
-        // Nothing may leave before it is packed.
-        self.device.lane_wait(Lane::Transfer, &self.device.record(Lane::Compute));
         Ok(Outgoing { counts, home })
     }
 
     /// All metadata records in one exchange, ahead of the rows; the event says when they have arrived.
-    pub(crate) fn exchange_metadata(&self, layer: &MoeLayer, plan: &Plan) -> Result<B::Event, PipelineError> {
-        let (me, buffers) = (self.fabric.rank(), &self.buffers);
+    pub(crate) fn exchange_metadata(
+        &self,
+        layer: &MoeLayer,
+        buffers: &LayerBuffers,
+        plan: &Plan,
+    ) -> Result<B::Event, PipelineError> {
+        let me = self.fabric.rank();
         self.exchange(
             Place::layer(layer.layer),
             "metadata",
@@ -55,8 +61,14 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     }
 
     /// The rows of one stage, from every rank to every rank.
-    pub(crate) fn dispatch(&self, layer: &MoeLayer, plan: &Plan, stage: Stage) -> Result<(), PipelineError> {
-        let (me, buffers) = (self.fabric.rank(), &self.buffers);
+    pub(crate) fn dispatch(
+        &self,
+        layer: &MoeLayer,
+        buffers: &LayerBuffers,
+        plan: &Plan,
+        stage: Stage,
+    ) -> Result<(), PipelineError> {
+        let me = self.fabric.rank();
         self.exchange(
             Place::layer(layer.layer).stage(stage),
             "dispatch",

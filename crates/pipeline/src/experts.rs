@@ -1,5 +1,6 @@
 //! One stage of experts: from received rows to partial sums.
 
+use crate::buffers::LayerBuffers;
 use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
@@ -15,10 +16,11 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     pub(crate) fn receive_metadata(
         &self,
         layer: &MoeLayer,
+        buffers: &LayerBuffers,
         plan: &Plan,
         arrived: &B::Event,
     ) -> Result<(), PipelineError> {
-        let (me, buffers) = (self.fabric.rank(), &self.buffers);
+        let me = self.fabric.rank();
         self.wait(arrived)?;
         let rows = plan.traffic.rows_received(me);
         let records = self.device.read_u32(&buffers.received_records.rows(0..rows)?)?;
@@ -41,8 +43,14 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
 
     /// Expand, gate and up, activation, down, reduce. Outputs of earlier stages are kept until the last expert
     /// of their rows is done, so that each sum is folded once, in expert order.
-    pub(crate) fn run_stage(&self, layer: &MoeLayer, plan: &Plan, stage: Stage) -> Result<(), PipelineError> {
-        let (me, buffers, traffic) = (self.fabric.rank(), &self.buffers, &plan.traffic);
+    pub(crate) fn run_stage(
+        &self,
+        layer: &MoeLayer,
+        buffers: &LayerBuffers,
+        plan: &Plan,
+        stage: Stage,
+    ) -> Result<(), PipelineError> {
+        let (me, traffic) = (self.fabric.rank(), &plan.traffic);
         let place = Place::layer(layer.layer).stage(stage);
         let copies = traffic.stage_copies(me, stage);
         let expand = Gather {
@@ -67,7 +75,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let kind = plan.table.gemm[stage.0];
         self.products(place, kind, gate_up, Epilogue::SwiGlu)?;
         self.products(place, kind, down, Epilogue::Store)?;
-        self.reduce(place, copies.end, traffic.combine_stage(me, stage))
+        self.reduce(place, buffers, copies.end, traffic.combine_stage(me, stage))
     }
 
     /// The products of a stage's experts: all in one operation, or one after the other.
@@ -87,8 +95,13 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     }
 
     /// Partial sums of the rows whose last expert here is done: weights applied, folded in expert order.
-    fn reduce(&self, place: Place, copies: usize, rows: Range<usize>) -> Result<(), PipelineError> {
-        let buffers = &self.buffers;
+    fn reduce(
+        &self,
+        place: Place,
+        buffers: &LayerBuffers,
+        copies: usize,
+        rows: Range<usize>,
+    ) -> Result<(), PipelineError> {
         let reduce = Reduce {
             x: buffers.outputs.rows(0..copies)?,
             starts: buffers.reduce_starts.rows(rows.start..rows.end + 1)?,

@@ -3,7 +3,7 @@
 //! Start at [`ExpertPipeline::run`]: it reads as the layer happens. Then, in the order of the data:
 //! `rendezvous` (what the ranks tell each other before anything moves), `dispatch` (rows to their
 //! experts), `experts` (a stage of experts, from received rows to partial sums), `combine` (partial sums
-//! back home), and `buffers` (all the memory of it, reserved once). Beside it, `routing_log`: what routers chose,
+//! back home), and `buffers` (all the memory of it, reserved once). `two_batch` walks them with two micro-batches. Beside it, `routing_log`: what routers chose,
 //! recorded and replayed.
 //!
 //! This room executes the plan's [`StageTable`](epsmoe_plan::StageTable); it decides nothing itself, and knows
@@ -17,6 +17,7 @@ mod experts;
 mod rendezvous;
 mod routing_log;
 mod run;
+mod two_batch;
 
 pub use buffers::PipelineSizes;
 pub use rendezvous::disagreement;

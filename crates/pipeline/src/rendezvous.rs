@@ -27,25 +27,15 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         outgoing: &Outgoing,
         times: &mut HostTimes,
     ) -> Result<Plan, PipelineError> {
-        let (place, placement) = (Place::layer(layer.layer), &self.options.placement);
-        let digest = self.digest(layer, table).to_le_bytes();
+        let placement = &self.options.placement;
         let learned = self.scheduler.as_ref().and_then(|scheduler| scheduler.borrow_mut().take_feedback());
         let learned = learned.map_or_else(Vec::new, |feedback| feedback.encode());
-        let message = [digest.as_slice(), &outgoing.counts.encode(), &learned].concat();
-        let messages = self.fabric.all_gather("rendezvous", place, message)?;
-        times.met = Some(Instant::now());
-        let (mut ranks, mut feedback) = (Vec::with_capacity(messages.len()), Vec::new());
-        for (rank, message) in messages.iter().enumerate() {
-            let (theirs, rest) = message.split_at_checked(digest.len()).unwrap_or_default();
-            if theirs != digest {
-                return Err(disagreement(self.fabric.rank(), place, Rank(rank)).into());
-            }
-            let counts = RankCounts::encoded_len(placement.experts()).min(rest.len());
-            let (counts, learned) = rest.split_at(counts);
-            ranks.push(RankCounts::decode(counts, placement.experts())?);
-            feedback.extend(Feedback::decode(learned));
-        }
-        let counts = LayerCounts::new(placement, layer.gate.top_k, ranks)?;
+        let news = [outgoing.counts.encode(), learned].concat();
+        let messages = self.meet(layer, self.digest(layer, table), &news, times)?;
+        let counts = self.counts(layer, &messages, 0)?;
+        let learned =
+            messages.iter().filter_map(|news| news.get(RankCounts::encoded_len(placement.experts())..));
+        let feedback: Vec<Feedback> = learned.filter_map(Feedback::decode).collect();
         let table = match (table, &self.scheduler) {
             (Some(table), _) => {
                 table.validate(placement)?;
@@ -57,6 +47,64 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let traffic = Traffic::of(placement, &counts, &table);
         times.planned = Some(Instant::now());
         Ok(Plan { counts, table, traffic })
+    }
+
+    /// The rendezvous of two micro-batches: one message tells both ones' counts, and both tables are known.
+    pub(crate) fn rendezvous_of_both(
+        &self,
+        layer: &MoeLayer,
+        [first, second]: [&Outgoing; 2],
+        times: &mut HostTimes,
+    ) -> Result<[Plan; 2], PipelineError> {
+        let placement = &self.options.placement;
+        let news = [first.counts.encode(), second.counts.encode()].concat();
+        let messages = self.meet(layer, self.digest(layer, None), &news, times)?;
+        let plan = |position: usize, table: StageTable| -> Result<Plan, PipelineError> {
+            let counts = self.counts(layer, &messages, position)?;
+            let traffic = Traffic::of(placement, &counts, &table);
+            Ok(Plan { counts, table, traffic })
+        };
+        let [first, second] = self.options.policy.micro_batches(placement)?;
+        let plans = [plan(0, first)?, plan(1, second)?];
+        times.planned = Some(Instant::now());
+        Ok(plans)
+    }
+
+    /// Gathers what every rank has to tell, each behind the same digest; whoever has another would plan another layer,
+    /// and is named.
+    fn meet(
+        &self,
+        layer: &MoeLayer,
+        digest: u64,
+        news: &[u8],
+        times: &mut HostTimes,
+    ) -> Result<Vec<Vec<u8>>, PipelineError> {
+        let (place, digest) = (Place::layer(layer.layer), digest.to_le_bytes());
+        let message = [digest.as_slice(), news].concat();
+        let messages = self.fabric.all_gather("rendezvous", place, message)?;
+        times.met = Some(Instant::now());
+        let stripped = messages.into_iter().enumerate().map(|(rank, message)| {
+            let news = message.strip_prefix(digest.as_slice()).map(<[u8]>::to_vec);
+            news.ok_or_else(|| disagreement(self.fabric.rank(), place, Rank(rank)).into())
+        });
+        stripped.collect()
+    }
+
+    /// All ranks' counts, out of what they told: those at `position` if there are several.
+    fn counts(
+        &self,
+        layer: &MoeLayer,
+        messages: &[Vec<u8>],
+        position: usize,
+    ) -> Result<LayerCounts, PipelineError> {
+        let placement = &self.options.placement;
+        let len = RankCounts::encoded_len(placement.experts());
+        let own = |news: &Vec<u8>| {
+            let rest = news.get(position * len..).unwrap_or_default();
+            RankCounts::decode(&rest[..len.min(rest.len())], placement.experts())
+        };
+        let ranks = messages.iter().map(own).collect::<Result<_, _>>()?;
+        Ok(LayerCounts::new(placement, layer.gate.top_k, ranks)?)
     }
 
     fn digest(&self, layer: &MoeLayer, table: Option<&StageTable>) -> u64 {

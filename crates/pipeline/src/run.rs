@@ -7,8 +7,8 @@ use epsmoe_device::op::{Gate, GateRows, Gemm, Op, Route, Upload};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
-    Capacity, LayerBytes, LayerShape, Placement, Policy, Routing, ScheduleReport, Scheduler, SharedExpert,
-    Span, StageTable, Traffic, Transfer, halves,
+    Capacity, LayerBytes, LayerShape, Placement, Policy, Routing, Schedule, ScheduleReport, Scheduler,
+    SharedExpert, Span, StageTable, Traffic, Transfer, halves,
 };
 use std::cell::RefCell;
 use std::ops::Range;
@@ -77,7 +77,7 @@ pub struct PipelineOptions {
 /// What a layer did.
 #[derive(Clone, Debug, Default)]
 pub struct LayerReport {
-    /// Plans that were run: one, or one per token chunk.
+    /// Plans that were run: one, or one per token chunk; of two micro-batches, both.
     pub tables: Vec<StageTable>,
     /// The most bytes that one of them needed on this rank.
     pub peak_bytes: u64,
@@ -193,6 +193,10 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
         let mut report = LayerReport::default();
+        if table.is_none() && self.options.policy.schedule == Schedule::TwoBatch {
+            self.run_micro_batches(layer, routing, 0..x.rows, x, y, &mut report)?;
+            return Ok(report);
+        }
         self.run_tokens(layer, routing, table, 0..x.rows, x, y, &mut report)?;
         Ok(report)
     }
@@ -210,9 +214,10 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         y: &Buffer,
         report: &mut LayerReport,
     ) -> Result<(), PipelineError> {
-        let (rows, out) = (x.rows(range.clone())?, y.rows(range.clone())?);
+        let (rows, out, buffers) = (x.rows(range.clone())?, y.rows(range.clone())?, &self.buffers);
         let shared = table.map_or_else(|| self.shared_expert(), |table| table.shared);
-        let outgoing = self.pack(layer, &routing.slice(range.clone()), &rows)?;
+        let outgoing = self.pack(layer, buffers, &routing.slice(range.clone()), &rows)?;
+        self.device.lane_wait(Lane::Transfer, &self.device.record(Lane::Compute));
         self.run_shared_if(shared == SharedExpert::BesideRendezvous, layer, &rows)?;
         report.host.packed = Some(Instant::now());
         let plan = self.rendezvous(layer, table, &outgoing, &mut report.host)?;
@@ -221,7 +226,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             self.run_tokens(layer, routing, table, first, x, y, report)?;
             return self.run_tokens(layer, routing, table, second, x, y, report);
         }
-        let mut metadata = Some(self.exchange_metadata(layer, &plan)?);
+        let mut metadata = Some(self.exchange_metadata(layer, buffers, &plan)?);
 
         // The two lanes. What is enqueued on one waits for the other only where an event says so: while the
         // experts of a stage compute, the transfers enqueued after that stage's dispatch travel.
@@ -231,30 +236,30 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         for step in &plan.table.order {
             match *step {
                 Transfer::Dispatch(stage) => {
-                    self.dispatch(layer, &plan, stage)?;
+                    self.dispatch(layer, buffers, &plan, stage)?;
                     dispatched[stage.0] = Some(self.device.record(Lane::Transfer));
                     if let Some(metadata) = metadata.take() {
                         // The first rows travel: time for the shared expert, and for the index arrays.
                         self.run_shared_if(shared == SharedExpert::BesideFirstDispatch, layer, &rows)?;
-                        self.receive_metadata(layer, &plan, &metadata)?;
+                        self.receive_metadata(layer, buffers, &plan, &metadata)?;
                         report.host.mapped = Some(Instant::now());
                     }
                     while let Some(Some(arrived)) = dispatched.get(reduced.len()) {
                         self.device.lane_wait(Lane::Compute, arrived);
-                        self.run_stage(layer, &plan, Stage(reduced.len()))?;
+                        self.run_stage(layer, buffers, &plan, Stage(reduced.len()))?;
                         reduced.push(self.device.record(Lane::Compute));
                     }
                 }
                 Transfer::Combine(stage) => {
                     self.device.lane_wait(Lane::Transfer, &reduced[stage.0]);
-                    self.combine(layer, &plan, stage)?;
+                    self.combine(layer, buffers, &plan, stage)?;
                 }
             }
         }
         self.run_shared_if(shared == SharedExpert::BesideLastCombine, layer, &rows)?;
         self.device.lane_wait(Lane::Compute, &self.device.record(Lane::Transfer));
         self.run_shared_if(shared == SharedExpert::Alone, layer, &rows)?;
-        self.sum_at_home(layer, outgoing.home, &out)?;
+        self.sum_at_home(layer, buffers, outgoing.home, &out)?;
         report.host.enqueued = Some(Instant::now());
         report.note(plan.table, self.layer_bytes(&plan.traffic));
         Ok(())

@@ -1,6 +1,6 @@
 //! Why a plan was refused: the thing, the two values that disagree, and the mend.
 
-use crate::Placement;
+use crate::{Placement, Schedule};
 use epsmoe_base::{Rank, Stage};
 
 /// A decision that cannot be made, or numbers that cannot be true.
@@ -230,11 +230,13 @@ pub enum PlanError {
     },
     /// The serial schedule together with something that only a staged one has.
     #[error(
-        "the serial schedule has {serial}, but {asked} was asked for: use the staged schedule, or leave it out"
+        "the {schedule} schedule has {has}, but {asked} was asked for: use the staged schedule, or leave it out"
     )]
-    SerialWith {
-        /// What serial means here.
-        serial: &'static str,
+    FixedWith {
+        /// Which.
+        schedule: Schedule,
+        /// What that means here.
+        has: &'static str,
         /// What was asked for beside it.
         asked: String,
     },

@@ -53,12 +53,29 @@ impl Capacity {
             && self.stage_copies >= other.stage_copies
     }
 
+    /// What this and `other` need together, one behind the other; they take turns at the copies of a stage.
+    pub fn and(&self, other: &Capacity) -> Capacity {
+        Capacity {
+            tokens: self.tokens + other.tokens,
+            rows_sent: self.rows_sent + other.rows_sent,
+            rows_received: self.rows_received + other.rows_received,
+            copies: self.copies + other.copies,
+            stage_copies: self.stage_copies.max(other.stage_copies),
+        }
+    }
+
     /// Whether a layer fits on *every* rank, each with this capacity. All ranks find the same answer, so that
     /// all of them halve their tokens ([`halves`]) or none does.
     ///
     /// A capacity of the worst case for one token or more ends this: a layer of one token per rank fits.
     pub fn fits(&self, traffic: &Traffic) -> bool {
         (0..traffic.ranks()).all(|rank| self.holds(&Capacity::needed(traffic, Rank(rank))))
+    }
+
+    /// [`fits`](Self::fits) for two micro-batches together.
+    pub fn fits_both(&self, [first, second]: [&Traffic; 2]) -> bool {
+        let needed = |rank| Capacity::needed(first, rank).and(&Capacity::needed(second, rank));
+        (0..first.ranks()).all(|rank| self.holds(&needed(Rank(rank))))
     }
 }
 
@@ -202,6 +219,10 @@ mod tests {
             Capacity { tokens: 3, rows_sent: 6, rows_received: 6, copies: 12, stage_copies: 12 }
         );
         assert!(worst.fits(&layer.traffic));
+        assert!(!worst.fits_both([&layer.traffic; 2]));
+        let double = worst.and(&worst);
+        assert_eq!(double, Capacity { stage_copies: 12, ..Capacity::worst_case(6, &layer.placement, 2) });
+        assert!(double.fits_both([&layer.traffic; 2]));
         assert_eq!(
             Capacity::worst_case(10, &layer.placement, 2),
             Capacity { tokens: 10, rows_sent: 20, rows_received: 20, copies: 40, stage_copies: 40 }

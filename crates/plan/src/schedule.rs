@@ -19,6 +19,9 @@ pub enum Schedule {
     Staged,
     /// Whatever a cost model predicts to be fastest; see [`Scheduler`].
     Auto,
+    /// Two micro-batches of one stage each: one computes while the other travels. To compare with: no cost model
+    /// predicts it, so auto never takes it.
+    TwoBatch,
 }
 
 impl fmt::Display for Schedule {
@@ -27,6 +30,7 @@ impl fmt::Display for Schedule {
             Schedule::Serial => "serial",
             Schedule::Staged => "staged",
             Schedule::Auto => "auto",
+            Schedule::TwoBatch => "two-batch",
         })
     }
 }
@@ -39,8 +43,9 @@ impl FromStr for Schedule {
             "serial" => Ok(Schedule::Serial),
             "staged" => Ok(Schedule::Staged),
             "auto" => Ok(Schedule::Auto),
+            "two-batch" => Ok(Schedule::TwoBatch),
             _ => {
-                let (what, expected) = ("a schedule", "serial, staged or auto");
+                let (what, expected) = ("a schedule", "serial, staged, auto or two-batch");
                 Err(PlanError::Unreadable { text: text.into(), what, expected })
             }
         }
@@ -87,7 +92,7 @@ impl FromStr for Stages {
 /// What a user decides about every MoE layer; what is left open follows from the layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Policy {
-    /// Serial, staged or auto.
+    /// Serial, staged, auto or two-batch.
     pub schedule: Schedule,
     /// Stages; by default [`Policy::DEFAULT_STAGES`], or fewer where no rank has that many experts. Auto decides.
     pub stages: Option<Stages>,
@@ -113,11 +118,13 @@ impl Policy {
     pub const AUTO_MARGIN: u64 = 20;
 
     /// The table for one layer's tokens: the same on every rank that has the same policy.
-    /// For auto that is the staged one: where its decisions come from, only a [`Scheduler`] knows.
+    /// For auto that is the staged one: where its decisions come from, only a [`Scheduler`] knows. For two-batch it is
+    /// the first micro-batch's; [`Policy::micro_batches`] has both.
     pub fn table(&self, placement: &Placement, counts: &LayerCounts) -> Result<StageTable, PlanError> {
         let table = match self.schedule {
             Schedule::Serial => self.serial(placement)?,
             Schedule::Staged | Schedule::Auto => self.staged(placement, counts)?,
+            Schedule::TwoBatch => return self.micro_batches(placement).map(|[first, _]| first),
         };
         match &self.order {
             Some(order) => table.with_order(order.clone()),
@@ -131,24 +138,39 @@ impl Policy {
         match (self.shared, self.schedule) {
             (Some(shared), _) => shared,
             (None, Schedule::Serial) => SharedExpert::Alone,
-            (None, Schedule::Staged | Schedule::Auto) => SharedExpert::BesideRendezvous,
+            (None, Schedule::Staged | Schedule::Auto | Schedule::TwoBatch) => SharedExpert::BesideRendezvous,
         }
     }
 
     /// Whether a rank that is alone, with nothing to hide, runs its experts in one stage and one product of all:
     /// unless stages, an order or dense products were asked for.
     pub fn leaves_one_grouped_stage(&self) -> bool {
-        self.schedule != Schedule::Staged && self.stages.is_none() && self.gemm() == GemmKind::Grouped
+        let plain = matches!(self.schedule, Schedule::Serial | Schedule::Auto);
+        plain && self.stages.is_none() && self.gemm() == GemmKind::Grouped
+    }
+
+    /// The tables of two micro-batches; see [`StageTable::micro_batches`].
+    ///
+    /// # Errors
+    /// Stages or a transfer order: there is one way to alternate.
+    pub fn micro_batches(&self, placement: &Placement) -> Result<[StageTable; 2], PlanError> {
+        if let Some(asked) = self.asked_cut() {
+            let has = "one stage in each of its micro-batches";
+            return Err(PlanError::FixedWith { schedule: Schedule::TwoBatch, has, asked });
+        }
+        let tables = StageTable::micro_batches(placement, self.gemm());
+        Ok(tables.map(|table| StageTable { shared: self.shared_expert(), ..table }))
     }
 
     fn serial(&self, placement: &Placement) -> Result<StageTable, PlanError> {
         if let Some(stages) = self.stages.as_ref().filter(|&stages| *stages != Stages::Count(1)) {
             let asked = format!("stages {stages}");
-            return Err(PlanError::SerialWith { serial: "one stage", asked });
+            return Err(PlanError::FixedWith { schedule: Schedule::Serial, has: "one stage", asked });
         }
         if let Some(shared) = self.shared.filter(|&shared| shared != SharedExpert::Alone) {
             let asked = format!("the shared expert {shared}");
-            return Err(PlanError::SerialWith { serial: "nothing beside anything", asked });
+            let has = "nothing beside anything";
+            return Err(PlanError::FixedWith { schedule: Schedule::Serial, has, asked });
         }
         Ok(StageTable::serial(placement, self.gemm()))
     }
@@ -187,12 +209,17 @@ impl Policy {
 
     /// Refuses an auto schedule that was told what it decides itself.
     pub fn check_auto(&self) -> Result<(), PlanError> {
-        let stages = self.stages.as_ref().map(|stages| format!("stages {stages}"));
-        let order = self.order.as_deref().map(|order| format!("the order {}", order_text(order)));
-        match stages.or(order).filter(|_| self.schedule == Schedule::Auto) {
+        match self.asked_cut().filter(|_| self.schedule == Schedule::Auto) {
             Some(asked) => Err(PlanError::AutoWith { asked }),
             None => Ok(()),
         }
+    }
+
+    /// Stages or a transfer order, if the user gave them.
+    fn asked_cut(&self) -> Option<String> {
+        let stages = self.stages.as_ref().map(|stages| format!("stages {stages}"));
+        let order = self.order.as_deref().map(|order| format!("the order {}", order_text(order)));
+        stages.or(order)
     }
 
     fn gemm(&self) -> GemmKind {
@@ -248,9 +275,9 @@ mod tests {
         }
         assert_eq!(
             "fast".parse::<Schedule>().unwrap_err().to_string(),
-            "`fast` is not a schedule: write serial, staged or auto"
+            "`fast` is not a schedule: write serial, staged, auto or two-batch"
         );
-        for schedule in [Schedule::Serial, Schedule::Staged, Schedule::Auto] {
+        for schedule in [Schedule::Serial, Schedule::Staged, Schedule::Auto, Schedule::TwoBatch] {
             assert_eq!(schedule.to_string().parse(), Ok(schedule));
         }
         for gemm in [GemmKind::Grouped, GemmKind::Dense] {
@@ -321,6 +348,12 @@ mod tests {
         assert!(
             refused(Policy { shared: Some(SharedExpert::BesideRendezvous), ..serial })
                 .contains("nothing beside anything")
+        );
+        let two_batch = Policy { schedule: Schedule::TwoBatch, ..staged(Stages::Count(2)) };
+        assert_eq!(
+            refused(two_batch),
+            "the two-batch schedule has one stage in each of its micro-batches, but stages 2 was asked for: use the \
+             staged schedule, or leave it out"
         );
         let order = Some(parse_order("d0 c0").unwrap());
         assert!(refused(Policy { order, ..Policy::default() }).contains("d1 0 times"));

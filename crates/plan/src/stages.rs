@@ -198,6 +198,24 @@ impl StageTable {
         Ok(Self::of_cuts(placement.all_ranks().map(cut).collect(), stages, gemm))
     }
 
+    /// Two micro-batches, each with all experts in a stage of its own of the two: stage 0 is the first one's, stage 1
+    /// the second one's, so that `d0 d1 c0 c1` is what the transfer lane does for both.
+    ///
+    /// ```
+    /// # use epsmoe_plan::*;
+    /// let placement = Placement::new(5, 2)?;
+    /// let [first, second] = StageTable::micro_batches(&placement, GemmKind::Grouped);
+    /// assert_eq!(first.cuts, [vec![0, 3, 3], vec![0, 2, 2]]);
+    /// assert_eq!(second.cuts, [vec![0, 0, 3], vec![0, 0, 2]]);
+    /// # Ok::<(), PlanError>(())
+    /// ```
+    pub fn micro_batches(placement: &Placement, gemm: GemmKind) -> [StageTable; 2] {
+        let local = || placement.all_ranks().map(|rank| placement.local_count(rank));
+        let first = local().map(|experts| vec![0, experts, experts]).collect();
+        let second = local().map(|experts| vec![0, 0, experts]).collect();
+        [first, second].map(|cuts| Self::of_cuts(cuts, 2, gemm))
+    }
+
     fn of_cuts(cuts: Vec<Vec<usize>>, stages: usize, gemm: GemmKind) -> Self {
         StageTable {
             cuts,

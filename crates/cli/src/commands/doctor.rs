@@ -3,7 +3,7 @@
 use crate::args::{Cli, Command, DoctorArgs, RunArgs};
 use crate::machine::{self, Machine};
 use crate::output;
-use crate::setup::{Demand, Setup};
+use crate::setup::{Demand, Setup, Started};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use epsmoe_base::{Bytes, env};
@@ -102,7 +102,7 @@ fn staged_equals_serial() -> Result<()> {
         [serial, Policy::default()].map(|policy| setup.engine_options(demand, setup.parallel, &policy));
     let options = options.into_iter().collect::<Result<Vec<_>>>()?;
     let mut bits = Vec::new();
-    for mut engine in setup.start_all(&options)? {
+    for Started { mut engine, .. } in setup.start_all(&options)? {
         let request = Request { prompt: (0..16).collect(), prompt_logits: true, ..Request::default() };
         let logits = engine.run(vec![request], |_| {})?.remove(0).prompt_logits;
         bits.push(logits.into_iter().map(f32::to_bits).collect::<Vec<_>>());

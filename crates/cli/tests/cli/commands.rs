@@ -265,15 +265,22 @@ fn bench_compares_schedules() {
     let names: Vec<String> =
         rows.iter().map(|row| format!("{} {} {}", row["strategy"], row["schedule"], row["stages"])).collect();
     let staged = |stages: usize| format!("\"DP+EP\" \"staged\" {stages}");
-    assert_eq!(names[..4], ["\"DP+EP\" \"serial\" 1".to_owned(), staged(2), staged(4), staged(8)]);
-    assert!(names.len() == 5 && names[4].starts_with("\"DP+EP\" \"auto\" "), "{names:?}");
-    assert!(rows[4]["decisions"]["layers"].as_u64() > Some(0) && rows[0]["decisions"].is_null(), "{rows:?}");
+    let whole = ["serial", "two-batch"].map(|schedule| format!("\"DP+EP\" \"{schedule}\" 1"));
+    assert_eq!(names[..2], whole);
+    assert_eq!(names[2..5], [staged(2), staged(4), staged(8)]);
+    assert!(names.len() == 6 && names[5].starts_with("\"DP+EP\" \"auto\" "), "{names:?}");
+    assert!(rows[5]["decisions"]["layers"].as_u64() > Some(0) && rows[0]["decisions"].is_null(), "{rows:?}");
     for figure in ["tokens_per_second", "moe_layer_ms", "peak_bytes", "ratio_to_serial"] {
         assert!(rows.iter().all(|row| row[figure].as_f64().unwrap() > 0.0), "{figure}");
     }
     assert!(rows.iter().all(|row| row["exposed_transfer_ms"].as_f64() <= row["moe_layer_ms"].as_f64()));
     assert!(report["command"].as_str().unwrap().contains("--batch-size 2"));
     assert!(report["machine"]["cores"].as_u64().unwrap() > 0);
+    assert!(rows.iter().all(|row| row["pacing"]["transfers"].as_u64() > Some(0)), "{rows:?}");
+    assert!(
+        table.contains("pacing of the emulated link: ") && table.contains("too short to resolve"),
+        "{table}"
+    );
     let trace: Value = serde_json::from_slice(&std::fs::read(&trace).unwrap()).unwrap();
     assert!(trace["traceEvents"].as_array().unwrap().iter().any(|event| event["name"] == "dispatch"));
 
@@ -302,6 +309,7 @@ fn bench_takes_the_steps_of_the_ablation() {
             "TP serial dense 1",
             "EP serial grouped 1",
             "EP serial dense 1",
+            "EP two-batch grouped 1",
             "EP staged grouped 2",
         ];
         ways.map(|way| format!("{attention}+{way}"))
@@ -313,6 +321,39 @@ fn bench_takes_the_steps_of_the_ablation() {
     assert!(std::fs::read_to_string(page).unwrap().contains("TP+EP staged, 2 stages, grouped"));
     let message = refused(&mut command("bench --ablation --schedule serial"));
     assert!(message.contains("cannot be used with"), "{message}");
+}
+
+#[test]
+fn bench_compares_what_is_named() {
+    let folder = Folder::new();
+    let (figures, page) = (folder.text("bench.json"), folder.text("bench.html"));
+    let small = "--model preset:mixtral-mini --batch-size 2 --input-len 8 --num-iters 1";
+    let mut bench = command(&format!("bench {small} --json {figures} --report {page}"));
+    for contender in ["serial", "two-batch", "staged:2", "staged:1,3", "staged:2,2:d0 c0 d1 c1"] {
+        bench.args(["--contender", contender]);
+    }
+    let table = printed(&mut bench);
+    assert!(table.contains("1,3  d0 d1 c0 c1") && table.contains("2,2  d0 c0 d1 c1"), "{table}");
+    assert!(table.contains("dA dB cA cB") && table.contains("times what its experts compute"), "{table}");
+    let report: Value = serde_json::from_slice(&std::fs::read(&figures).unwrap()).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 5);
+    for figure in
+        ["efficiency", "compute_ms", "experts_ms", "dispatch_and_combine_ms", "smallest_transfer_ms"]
+    {
+        assert!(rows.iter().all(|row| row[figure].as_f64().unwrap() > 0.0), "{figure}");
+    }
+    let page = std::fs::read_to_string(page).unwrap();
+    assert!(page.contains("two-batch (measured only") && page.contains("micro-batch B: "));
+    for (contender, problem) in [
+        ("fast", "is not a schedule"),
+        ("staged:0", "is not a number of stages"),
+        ("two-batch:2", "one stage in each of its micro-batches"),
+        ("staged:3,3", "add up to 6"),
+    ] {
+        let message = refused(command(&format!("bench {small}")).args(["--contender", contender]));
+        assert!(message.contains(problem), "{message}");
+    }
 }
 
 #[test]

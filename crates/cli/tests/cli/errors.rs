@@ -106,7 +106,7 @@ fn flags_that_are_impossible() {
         &with("--schedule auto --stages 4"),
         "the auto schedule decides this itself, but stages 4 was asked for",
     );
-    check(&with("--schedule fast"), "[possible values: serial, staged, auto]");
+    check(&with("--schedule fast"), "[possible values: serial, staged, auto, two-batch]");
     check(&with("--transfer-order d0"), "c0 0 times");
     check(&with("--transfer-order x"), "write d or c and a stage, like d0 d1 c0 c1");
     check(&with("-dp 9 -ep"), "9 expert-parallel ranks for 8 experts: use 1 to 8 ranks");

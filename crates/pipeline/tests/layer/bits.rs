@@ -3,7 +3,7 @@
 
 use crate::world::{Case, Got, Setup, random_policy, random_table, run};
 use epsmoe_base::{DType, Mix, env::test_seed};
-use epsmoe_plan::{Capacity, Policy};
+use epsmoe_plan::{Capacity, Placement, Policy};
 
 fn bits(gots: &[Got]) -> Vec<Vec<u32>> {
     gots.iter().map(|got| got.y.iter().map(|value| value.to_bits()).collect()).collect()
@@ -87,5 +87,60 @@ fn each_room_alone_splits_a_layer() {
         let got = runs(&case, &setup, what);
         assert!(got[0].reports[0].tables.len() > 1, "{what} did not split the layer");
         assert!(bits(&got) == want, "other bits with little room for {what}");
+    }
+}
+
+#[test]
+fn micro_batches_of_any_size_do_not_change_bits() {
+    for ranks in 1..=3 {
+        let placement = Placement::new(7, ranks).unwrap();
+        for tokens in
+            [vec![0, 0, 0], vec![1, 0, 0], vec![0, 1, 2], vec![1, 1, 1], vec![0, 23, 1], vec![5, 0, 8]]
+        {
+            for hot in [None, Some(6)] {
+                let case = Case {
+                    placement,
+                    hot,
+                    tokens: tokens[..ranks].to_vec(),
+                    seed: test_seed(),
+                    ..Case::fixed()
+                };
+                let shown = format!("{case:?}");
+                let want = runs(&case, &Setup::serial(), &shown);
+                let setup = Setup { delay: Some(case.seed), ..Setup::two_batch() };
+                let got = runs(&case, &setup, &shown);
+                assert!(bits(&got) == bits(&want), "other bits under {shown}");
+                assert!(
+                    got.iter().all(|got| got.reports.iter().all(|report| report.tables.len() == 2)),
+                    "{shown}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn micro_batches_need_room_for_both() {
+    let case = Case::fixed();
+    let whole = Capacity::worst_case(24, &case.placement, 3);
+    let serial = runs(&case, &Setup::serial(), "serial");
+    let halves = runs(&case, &Setup::two_batch(), "two-batch");
+    for (serial, halves) in serial.iter().zip(&halves) {
+        let (serial, halves) = (serial.reports[0].peak_bytes, halves.reports[0].peak_bytes);
+        // The same rows and copies, but only half of the copies at the experts at once.
+        assert!(
+            serial / 2 < halves && halves < serial,
+            "{halves} bytes, and {serial} in the serial schedule"
+        );
+    }
+    for (what, capacity) in [
+        ("rows sent", Capacity { rows_sent: 20, ..whole }),
+        ("rows received", Capacity { rows_received: 20, ..whole }),
+        ("copies", Capacity { copies: 40, ..whole }),
+        ("copies of a stage", Capacity { stage_copies: 12, ..whole }),
+    ] {
+        let got = runs(&case, &Setup { capacity: Some(capacity), ..Setup::two_batch() }, what);
+        assert!(got[0].reports[0].tables.len() > 2, "{what} did not split the layer");
+        assert!(bits(&got) == bits(&serial), "other bits with little room for {what}");
     }
 }

@@ -37,19 +37,43 @@ const WAITS: [&str; 10] = [
      it, and no event orders them",
 ];
 
+/// Those of one layer of two micro-batches: before anything leaves, the rows of each half, the sums of each half, and
+/// both when they are home.
+const WAITS_OF_HALVES: [&str; 7] = [
+    WAITS[0],
+    WAITS[1],
+    WAITS[3],
+    WAITS[2],
+    "{layer}, stage 1: combine on the transfer lane reads sums while reduce ({layer}, stage 1) on the compute lane \
+     writes it, and no event orders them",
+    "{layer}: reduce on the compute lane reads home_rows while combine ({layer}, stage 0) on the transfer lane writes \
+     it, and no event orders them",
+    "{layer}: reduce on the compute lane reads home_rows while combine ({layer}, stage 1) on the transfer lane writes \
+     it, and no event orders them",
+];
+
 #[test]
-fn every_event_is_needed() {
+fn every_event_of_the_stages_is_needed() {
+    every_event_is_needed(&Setup::new(four_stages()), &WAITS);
+}
+
+#[test]
+fn every_event_of_micro_batches_is_needed() {
+    every_event_is_needed(&Setup::two_batch(), &WAITS_OF_HALVES);
+}
+
+fn every_event_is_needed(setup: &Setup, waits: &[&str]) {
     let case = Case::fixed();
-    for got in run(&case, &Setup::new(four_stages())) {
-        assert_eq!(got.expect("no fault").waits, case.layers * WAITS.len());
+    for got in run(&case, setup) {
+        assert_eq!(got.expect("no fault").waits, case.layers * waits.len());
     }
-    for (rank, wait) in (0..2).flat_map(|rank| (0..case.layers * WAITS.len()).map(move |wait| (rank, wait))) {
-        let setup = Setup { skipped: Some((rank, wait)), ..Setup::new(four_stages()) };
+    for (rank, wait) in (0..2).flat_map(|rank| (0..case.layers * waits.len()).map(move |wait| (rank, wait))) {
+        let setup = Setup { skipped: Some((rank, wait)), ..setup.clone() };
         let answers = run(&case, &setup);
         let context = format!("rank {rank} without its wait {wait}");
         let fault = answers[rank].as_ref().map(|_| ()).expect_err(&context);
-        let layer = format!("layer {}", wait / WAITS.len());
-        let want = format!("rank {rank}, {}", WAITS[wait % WAITS.len()].replace("{layer}", &layer));
+        let layer = format!("layer {}", wait / waits.len());
+        let want = format!("rank {rank}, {}", waits[wait % waits.len()].replace("{layer}", &layer));
         assert_eq!(fault.to_string(), want, "{context}");
         assert_eq!(fault.kind, FaultKind::Race, "{fault}");
         // The other rank has heard of it, unless it was done before.

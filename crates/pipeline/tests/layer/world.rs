@@ -152,6 +152,10 @@ impl Setup {
     pub(crate) fn serial() -> Self {
         Setup::new(Policy { schedule: Schedule::Serial, ..Policy::default() })
     }
+
+    pub(crate) fn two_batch() -> Self {
+        Setup::new(Policy { schedule: Schedule::TwoBatch, ..Policy::default() })
+    }
 }
 
 /// What one rank got.
@@ -317,6 +321,9 @@ pub(crate) fn random_policy(placement: &Placement, mix: &mut Mix) -> Policy {
     if mix.below(8) == 0 {
         return Policy { schedule: Schedule::Serial, gemm, ..Policy::default() };
     }
+    if mix.below(5) == 0 {
+        return Policy { schedule: Schedule::TwoBatch, gemm, shared: random_place(mix), ..Policy::default() };
+    }
     let (stages, count) = match mix.below(4) {
         0 => (None, Policy::DEFAULT_STAGES.min(most)),
         1 => {
@@ -330,15 +337,19 @@ pub(crate) fn random_policy(placement: &Placement, mix: &mut Mix) -> Policy {
             (Some(Stages::Sizes(cut.windows(2).map(|ends| ends[1] - ends[0]).collect())), count)
         }
     };
-    let shared = [
+    let shared = random_place(mix);
+    let order = (mix.below(3) > 0).then(|| random_order(count, mix));
+    Policy { schedule: Schedule::Staged, stages, gemm, shared, order, cost: None }
+}
+
+fn random_place(mix: &mut Mix) -> Option<SharedExpert> {
+    [
         None,
         Some(SharedExpert::BesideRendezvous),
         Some(SharedExpert::BesideFirstDispatch),
         Some(SharedExpert::BesideLastCombine),
         Some(SharedExpert::Alone),
-    ][mix.below(5)];
-    let order = (mix.below(3) > 0).then(|| random_order(count, mix));
-    Policy { schedule: Schedule::Staged, stages, gemm, shared, order, cost: None }
+    ][mix.below(5)]
 }
 
 /// Any table that the placement allows: each rank with cuts of its own, each stage with a kernel of its own.

@@ -1,14 +1,18 @@
 //! What a bench compares, and the rounds in which it is measured.
 
-use super::times::{LayerTime, busiest, layer_times, quantile};
-use super::{Decisions, Row};
-use crate::args::{BenchArgs, ScheduleKind};
+use super::times::{LayerTime, busiest, layer_times, quantile, smallest_transfer};
+use super::{Decisions, PacingFigures, Row};
+use crate::args::{BenchArgs, ContenderSpec, ScheduleKind};
 use crate::output;
-use crate::setup::Setup;
+use crate::setup::{Setup, Started};
 use anyhow::{Result, bail};
 use epsmoe_base::Rank;
 use epsmoe_engine::{Engine, Experts, Parallel, Request, StepReport};
-use epsmoe_plan::{GemmKind, Policy, Schedule, ScheduleReport, Span, Stages, Timeline};
+use epsmoe_fabric::{Pacing, Threads};
+use epsmoe_plan::{
+    GemmKind, Policy, Schedule, ScheduleReport, Span, StageTable, Stages, Timeline, order_text,
+};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A way to run the model.
@@ -23,7 +27,10 @@ pub(super) fn ways(args: &BenchArgs, setup: &Setup) -> Result<Vec<Way>> {
     if args.ablation {
         return ablation(setup);
     }
-    let policies = policies(setup, args.run.schedule)?;
+    let policies = match args.contender.as_slice() {
+        [] => policies(setup, args.run.schedule)?,
+        specs => specs.iter().map(|spec| typed(setup, spec)).collect(),
+    };
     Ok(policies.into_iter().map(|policy| Way { parallel: setup.parallel, policy }).collect())
 }
 
@@ -44,7 +51,8 @@ fn ablation(setup: &Setup) -> Result<Vec<Way>> {
             let serial = |gemm| Policy { gemm: Some(gemm), ..serial(&setup.policy) };
             ways.extend(kernels.map(|gemm| Way { parallel, policy: serial(gemm) }));
             if experts == Experts::Ep {
-                let policies = staged(setup, &parallel)?.into_iter().chain(auto(setup));
+                let beside = [two_batch(&setup.policy)].into_iter().chain(staged(setup, &parallel)?);
+                let policies = beside.chain(auto(setup));
                 ways.extend(policies.map(|policy| Way { parallel, policy }));
             }
         }
@@ -52,14 +60,27 @@ fn ablation(setup: &Setup) -> Result<Vec<Way>> {
     Ok(ways)
 }
 
-/// The schedules to compare: what was typed, or serial, 2, 4, 8, … stages, and auto.
+/// A contender that was typed.
+fn typed(setup: &Setup, spec: &ContenderSpec) -> Policy {
+    let ContenderSpec { schedule, stages, order } = spec.clone();
+    let base = match schedule {
+        Schedule::Serial => serial(&setup.policy),
+        Schedule::Auto => setup.policy.clone(),
+        Schedule::Staged | Schedule::TwoBatch => Policy { cost: None, ..setup.policy.clone() },
+    };
+    Policy { schedule, stages, order, ..base }
+}
+
+/// The schedules to compare: what was typed, or serial, two micro-batches, 2, 4, 8, … stages, and auto.
 fn policies(setup: &Setup, typed: Option<ScheduleKind>) -> Result<Vec<Policy>> {
     Ok(match typed {
-        Some(ScheduleKind::Serial | ScheduleKind::Auto) => vec![setup.policy.clone()],
+        Some(ScheduleKind::Serial | ScheduleKind::Auto | ScheduleKind::TwoBatch) => {
+            vec![setup.policy.clone()]
+        }
         Some(ScheduleKind::Staged) => staged(setup, &setup.parallel)?,
         None => {
-            let serial = std::iter::once(serial(&setup.policy));
-            serial.chain(staged(setup, &setup.parallel)?).chain(auto(setup)).collect()
+            let whole = [serial(&setup.policy), two_batch(&setup.policy)].into_iter();
+            whole.chain(staged(setup, &setup.parallel)?).chain(auto(setup)).collect()
         }
     })
 }
@@ -67,6 +88,10 @@ fn policies(setup: &Setup, typed: Option<ScheduleKind>) -> Result<Vec<Policy>> {
 fn serial(base: &Policy) -> Policy {
     let shared = None;
     Policy { schedule: Schedule::Serial, stages: None, order: None, shared, cost: None, ..base.clone() }
+}
+
+fn two_batch(base: &Policy) -> Policy {
+    Policy { schedule: Schedule::TwoBatch, stages: None, order: None, cost: None, ..base.clone() }
 }
 
 /// As many stages as were typed, or 2, 4, 8.
@@ -96,8 +121,14 @@ fn auto(setup: &Setup) -> Option<Policy> {
 pub(super) struct Contender {
     pub(super) way: Way,
     pub(super) engine: Engine,
+    fabrics: Vec<Arc<Threads>>,
     pub(super) rates: Vec<f64>,
     layers: Vec<LayerTime>,
+    smallest_transfer_ms: Option<f64>,
+    /// Of all rounds.
+    pub(super) pacing: Pacing,
+    /// The last one that ran.
+    table: Option<StageTable>,
     peak_bytes: u64,
     /// Of the last round.
     pub(super) timeline: Timeline,
@@ -126,9 +157,20 @@ pub(super) fn measure(args: &BenchArgs, prompts: &[Request], contenders: &mut [C
 }
 
 impl Contender {
-    pub(super) fn new(way: Way, engine: Engine) -> Self {
-        let timeline = Timeline::default();
-        Contender { way, engine, rates: Vec::new(), layers: Vec::new(), peak_bytes: 0, timeline }
+    pub(super) fn new(way: Way, started: Started) -> Self {
+        let Started { engine, fabrics } = started;
+        Contender {
+            way,
+            engine,
+            fabrics,
+            rates: Vec::new(),
+            layers: Vec::new(),
+            smallest_transfer_ms: None,
+            pacing: Pacing::default(),
+            table: None,
+            peak_bytes: 0,
+            timeline: Timeline::default(),
+        }
     }
 
     /// Runs all prompts to their ends.
@@ -140,8 +182,16 @@ impl Contender {
         self.rates.push(tokens as f64 / begun.elapsed().as_secs_f64());
         for step in steps {
             self.layers.extend(layer_times(&step.timeline));
+            let smallest = smallest_transfer(&step.timeline).into_iter().chain(self.smallest_transfer_ms);
+            self.smallest_transfer_ms = smallest.reduce(f64::min);
             self.peak_bytes = self.peak_bytes.max(peak_bytes(&step));
+            if self.way.policy.schedule != Schedule::TwoBatch {
+                self.table = last_table(&step).or(self.table.take());
+            }
             self.timeline.spans.extend(step.timeline.spans);
+        }
+        for pacing in self.fabrics.iter().filter_map(|fabric| fabric.take_pacing()) {
+            self.pacing.add(&pacing);
         }
         Ok(())
     }
@@ -149,6 +199,8 @@ impl Contender {
     fn forget(&mut self) {
         self.rates.clear();
         self.layers.clear();
+        self.smallest_transfer_ms = None;
+        self.pacing = Pacing::default();
     }
 
     /// Whether this is what `other` would be without stages. Where nobody chose a kernel, either stands for it.
@@ -183,16 +235,28 @@ impl Contender {
                 (gemm, _) => gemm.unwrap_or_default().to_string(),
             },
             stages: match (&policy.stages, policy.schedule) {
-                (_, Schedule::Serial) => 1,
+                (_, Schedule::Serial | Schedule::TwoBatch) => 1,
                 (_, Schedule::Auto) => self.engine.schedule().map_or(1, ScheduleReport::usual_stages),
                 (Some(Stages::Count(count)), _) => *count,
                 (Some(Stages::Sizes(sizes)), _) => sizes.len(),
                 (None, _) => Policy::DEFAULT_STAGES,
             },
             stage_sizes,
+            last_cut: self.table.as_ref().and_then(|table| {
+                let cut = table.cuts.first()?;
+                Some(cut.windows(2).map(|ends| ends[1] - ends[0]).collect())
+            }),
+            transfer_order: match (&self.table, policy.schedule) {
+                (_, Schedule::TwoBatch) => Some("dA dB cA cB".into()),
+                (table, _) => table.as_ref().map(|table| order_text(&table.order)),
+            },
             tokens_per_second: rate(0.5),
             tokens_per_second_range: [rate(0.25), rate(0.75)],
             moe_layer_ms: layers(|layer| layer.ms),
+            compute_ms: layers(|layer| layer.compute_ms),
+            experts_ms: layers(|layer| layer.experts_ms),
+            dispatch_and_combine_ms: layers(|layer| layer.transfer_ms),
+            smallest_transfer_ms: self.smallest_transfer_ms,
             exposed_transfer_ms: layers(|layer| layer.exposed_ms),
             efficiency: bound.zip(layers(|layer| layer.ms)).map(|(bound, time)| bound / time),
             accounts,
@@ -200,6 +264,7 @@ impl Contender {
             peak_bytes: self.peak_bytes,
             ratio_to_serial: serial.and_then(ratio_to),
             ratio_to_base: base.and_then(ratio_to),
+            pacing: PacingFigures::of(&self.pacing),
             decisions: self.engine.schedule().map(|report| Decisions {
                 layers: report.layers,
                 searches: report.searches,
@@ -223,6 +288,12 @@ pub(super) fn rows(contenders: &[Contender], against_base: bool) -> Vec<Row> {
 fn peak_bytes(step: &StepReport) -> u64 {
     let layers = step.outputs.iter().flat_map(|output| &output.layers);
     layers.map(|layer| layer.peak_bytes).max().unwrap_or(0)
+}
+
+/// The table of a step's last MoE layer, as the first rank ran it.
+fn last_table(step: &StepReport) -> Option<StageTable> {
+    let layers = &step.outputs.first()?.layers;
+    layers.iter().rev().find_map(|layer| layer.tables.last()).cloned()
 }
 
 /// All schedules' last rounds in one timeline; each has ranks of its own there.

@@ -7,15 +7,17 @@ mod times;
 use crate::args::BenchArgs;
 use crate::machine::{self, Machine};
 use crate::output;
-use crate::report::{self, Lanes, Report as Page};
+use crate::report::{self, Lanes, Parts, Report as Page};
 use crate::setup::{Demand, Setup};
 use anyhow::Result;
 use contenders::{Contender, measure, rows, side_by_side, ways};
 use epsmoe_base::{Bytes, Mix, count};
 use epsmoe_engine::{Parallel, Request};
+use epsmoe_fabric::Pacing;
 use epsmoe_plan::{Accounts, Correction, Schedule, Watched};
 use serde::Serialize;
-use std::time::Instant;
+use std::fmt;
+use std::time::{Duration, Instant};
 use times::median_layer;
 
 /// Tokens of prompts come from a stream of their own under the seed.
@@ -34,6 +36,8 @@ struct Report {
     ranks: usize,
     /// The link that transfers between ranks were paced to: their speed is emulated.
     emulated_link: Option<String>,
+    /// How well it kept its times, over all rows.
+    pacing: Option<PacingFigures>,
     batch_size: usize,
     input_len: usize,
     output_len: usize,
@@ -57,12 +61,24 @@ struct Row {
     gemm: String,
     /// Experts per stage, where they were given.
     stage_sizes: Option<Vec<usize>>,
+    /// Experts per stage of the first rank in the last layer that ran; null for two micro-batches.
+    last_cut: Option<Vec<usize>>,
+    /// What the transfer lane did there.
+    transfer_order: Option<String>,
     tokens_per_second: f64,
     /// Of the middle half of the rounds.
     tokens_per_second_range: [f64; 2],
     /// From routing to the layer's sum, on the rank that takes longest. Median over layers and rounds.
     moe_layer_ms: Option<f64>,
-    /// Of that time, what the transfer lane was busy while nothing was computed.
+    /// Of that time, what the compute lane was busy.
+    compute_ms: Option<f64>,
+    /// Of that, the experts of all stages: expand, products, reduce.
+    experts_ms: Option<f64>,
+    /// Dispatches and combines of all stages, waits for peers included.
+    dispatch_and_combine_ms: Option<f64>,
+    /// The shortest dispatch or combine of a stage in any round.
+    smallest_transfer_ms: Option<f64>,
+    /// Of the layer's time, what the transfer lane was busy while nothing was computed.
     exposed_transfer_ms: Option<f64>,
     /// `max(C, D + M) / T`: T is this row's MoE layer, C, D and M the computation, dispatch and combine of the serial
     /// schedule's. 1 would hide all of the shorter behind the longer; null if the serial schedule did not run.
@@ -80,6 +96,44 @@ struct Row {
     ratio_to_base: Option<f64>,
     /// Of the auto schedule: how often it decided, and how often its predictions missed.
     decisions: Option<Decisions>,
+    /// How well the emulated link kept its times.
+    pacing: Option<PacingFigures>,
+}
+
+/// How late transfers were over, after the times that the emulated link gave them.
+#[derive(Serialize)]
+struct PacingFigures {
+    transfers: u64,
+    /// Transfers that the machine copied more slowly than the link would: too short to be shown.
+    unresolved: u64,
+    late_us_median: f64,
+    late_us_95th: f64,
+    late_us_worst: f64,
+}
+
+impl PacingFigures {
+    /// Nothing where nothing was paced.
+    fn of(pacing: &Pacing) -> Option<Self> {
+        let us = |late: Duration| late.as_secs_f64() * 1e6;
+        (pacing.exchanges > 0).then(|| PacingFigures {
+            transfers: pacing.exchanges,
+            unresolved: pacing.unresolved,
+            late_us_median: us(pacing.late.quantile(0.5)),
+            late_us_95th: us(pacing.late.quantile(0.95)),
+            late_us_worst: us(pacing.late.worst()),
+        })
+    }
+}
+
+impl fmt::Display for PacingFigures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "pacing of the emulated link: {} transfers ended {:.0} us late (median), {:.0} us (95th percentile), \
+             {:.0} us (worst); {} too short to resolve",
+            self.transfers, self.late_us_median, self.late_us_95th, self.late_us_worst, self.unresolved
+        )
+    }
 }
 
 /// What the auto schedule counted.
@@ -126,6 +180,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         processor: setup.processor(),
         ranks: setup.ranks,
         emulated_link: setup.link.map(|link| link.to_string()),
+        pacing: pacing(&contenders),
         batch_size: args.batch_size,
         input_len: args.input_len,
         output_len: args.output_len,
@@ -139,6 +194,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     output::show(&report.table())?;
     let auto = contenders.iter().filter(|contender| contender.way.policy.schedule == Schedule::Auto);
     auto.for_each(|contender| setup.explain(&contender.engine));
+    if !args.contender.is_empty() {
+        output::show(&report.layers())?;
+    }
     if let Some(file) = &args.json {
         output::write_file(file, |out| {
             serde_json::to_writer_pretty(&mut *out, &report)?;
@@ -156,11 +214,20 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     Ok(())
 }
 
+fn pacing(contenders: &[Contender]) -> Option<PacingFigures> {
+    let mut all = Pacing::default();
+    contenders.iter().for_each(|contender| all.add(&contender.pacing));
+    PacingFigures::of(&all)
+}
+
 /// The figures as a picture: a bar for each schedule, and the lanes of one MoE layer in each.
 fn page(report: &Report, contenders: &[Contender]) -> Page {
+    let is_two_batch = |row: &Row| row.schedule == Schedule::TwoBatch.to_string();
     let label = |row: &Row| {
         let kernel = row.ratio_to_base.map(|_| format!(", {}", row.gemm)).unwrap_or_default();
-        format!("{} {}, {}{kernel}", row.strategy, row.schedule, count(row.stages, "stage"))
+        let stages =
+            if is_two_batch(row) { String::new() } else { format!(", {}", count(row.stages, "stage")) };
+        format!("{} {}{stages}{kernel}", row.strategy, row.schedule)
     };
     let bar = |row: &Row| report::Row {
         label: label(row),
@@ -172,15 +239,18 @@ fn page(report: &Report, contenders: &[Contender]) -> Page {
         report.command.clone(),
         format!("{}, {} cores", report.machine.cpu, report.machine.cores),
     ];
+    notes.extend(report.pacing.as_ref().map(PacingFigures::to_string));
     notes.extend(report.load_average.map(|load| format!("load average before the run: {load:?}")));
     let lanes = report.rows.iter().zip(contenders).flat_map(|(row, contender)| {
         let median = median_layer(&contender.timeline);
-        let median = median.map(|timeline| (label(row), vec![Lanes { what: "", timeline }]));
+        let only = if is_two_batch(row) { " (measured only: no cost model predicts it)" } else { "" };
+        let parts = if is_two_batch(row) { Parts::MicroBatches } else { Parts::Stages };
+        let median = median.map(|timeline| (label(row) + only, vec![Lanes { what: "", parts, timeline }]));
         let plans = contender.engine.schedule().into_iter().flat_map(|report| &report.plans);
         let held_against = plans.filter_map(|plan| {
             let Watched { predicted, measured, .. } = plan.watched.as_ref()?;
             let lanes = [(", predicted", predicted), (", measured", measured)];
-            let lanes = lanes.map(|(what, timeline)| Lanes { what, timeline: timeline.clone() });
+            let lanes = lanes.map(|(what, timeline)| Lanes { what, parts, timeline: timeline.clone() });
             Some((format!("predicted over measured, {}", plan.bucket), lanes.into()))
         });
         median.into_iter().chain(held_against).collect::<Vec<_>>()
@@ -230,8 +300,6 @@ impl Report {
         ];
         let mut table = format!("{}\n\n{}\n", self.heading(), line(columns));
         for row in &self.rows {
-            let number =
-                |number: Option<f64>, decimals| number.map_or("-".into(), |it| format!("{it:.decimals$}"));
             let cells: [&str; 10] = [
                 &row.strategy,
                 &row.schedule,
@@ -256,7 +324,55 @@ impl Report {
             "\nratio: tokens/s in the same round, over those of {base}; all figures are medians\n\
              efficiency: the longer of the serial layer's computation and transfers, over this layer's time\n",
         ));
+        for remark in self
+            .rows
+            .iter()
+            .find_map(Row::balance)
+            .into_iter()
+            .chain(self.pacing.as_ref().map(|it| it.to_string()))
+        {
+            table.push_str(&remark);
+            table.push('\n');
+        }
         table
+    }
+
+    /// A line for every schedule's MoE layer: how it was cut, and where its time went.
+    fn layers(&self) -> String {
+        let mut text = format!(
+            "\n{}\n",
+            layer_line([
+                "schedule",
+                "layer ms",
+                "C ms",
+                "experts",
+                "D+M ms",
+                "exposed",
+                "smallest",
+                "efficiency",
+                "ratio",
+                "cut and order of the last layer"
+            ])
+        );
+        for row in &self.rows {
+            let sizes = row.last_cut.iter().flatten().map(usize::to_string).collect::<Vec<_>>().join(",");
+            let order = row.transfer_order.as_deref().unwrap_or_default();
+            let cells: [&str; 10] = [
+                &row.schedule,
+                &number(row.moe_layer_ms, 2),
+                &number(row.compute_ms, 2),
+                &number(row.experts_ms, 2),
+                &number(row.dispatch_and_combine_ms, 2),
+                &number(row.exposed_transfer_ms, 2),
+                &number(row.smallest_transfer_ms, 2),
+                &number(row.efficiency, 3),
+                &number(row.ratio_to_serial, 3),
+                &[sizes.as_str(), order].join("  "),
+            ];
+            text.push_str(&layer_line(cells));
+            text.push('\n');
+        }
+        text + "\nC: all computation of the layer; D+M: dispatch and combine; smallest: the shortest of them in any round\n"
     }
 
     /// What was run, in a line.
@@ -276,9 +392,33 @@ impl Report {
     }
 }
 
+impl Row {
+    /// Of the serial schedule: what there is to hide, and behind what.
+    fn balance(&self) -> Option<String> {
+        let (transfers, experts) = (self.dispatch_and_combine_ms?, self.experts_ms?);
+        (self.schedule == Schedule::Serial.to_string() && experts > 0.0).then(|| {
+            format!(
+                "dispatch and combine of the serial layer take {transfers:.2} ms, {:.2} times what its experts compute",
+                transfers / experts
+            )
+        })
+    }
+}
+
+fn number(number: Option<f64>, decimals: usize) -> String {
+    number.map_or("-".into(), |it| format!("{it:.decimals$}"))
+}
+
+fn layer_line(cells: [&str; 10]) -> String {
+    let [schedule, layer, compute, experts, transfers, exposed, smallest, efficiency, ratio, table] = cells;
+    format!(
+        "{schedule:<10}{layer:>9}{compute:>9}{experts:>9}{transfers:>9}{exposed:>9}{smallest:>9}{efficiency:>11}{ratio:>7}  {table}"
+    )
+}
+
 fn line(cells: [&str; 10]) -> String {
     let [strategy, schedule, stages, gemm, rate, layer, exposed, efficiency, peak, ratio] = cells;
     format!(
-        "{strategy:<9}{schedule:<9}{stages:>7}{gemm:>9}{rate:>11}{layer:>14}{exposed:>12}{efficiency:>12}{peak:>12}{ratio:>8}"
+        "{strategy:<9}{schedule:<10}{stages:>6}{gemm:>9}{rate:>11}{layer:>14}{exposed:>12}{efficiency:>12}{peak:>12}{ratio:>8}"
     )
 }

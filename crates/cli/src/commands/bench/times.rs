@@ -10,6 +10,9 @@ pub(super) struct LayerTime {
     pub(super) ms: f64,
     pub(super) exposed_ms: f64,
     pub(super) compute_ms: f64,
+    /// Of that, the experts: expand, products, reduce.
+    pub(super) experts_ms: f64,
+    /// Dispatch and combine, waits for peers included.
     pub(super) transfer_ms: f64,
 }
 
@@ -40,7 +43,8 @@ pub(super) fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
             ms: ms(end - start),
             exposed_ms: ms(inside.exposed_transfer(rank)),
             compute_ms: ms(inside.busy(rank, Lane::Compute)),
-            transfer_ms: ms(inside.busy(rank, Lane::Transfer)),
+            experts_ms: ms(total(&inside, |span| span.lane == Lane::Compute && span.stage.is_some())),
+            transfer_ms: ms(total(&inside, is_transfer)),
         };
         let most = slowest.entry(layer).or_insert(time);
         if time.ms > most.ms {
@@ -48,6 +52,21 @@ pub(super) fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
         }
     }
     slowest.into_values().collect()
+}
+
+/// Rows or sums of a stage on their way.
+fn is_transfer(span: &Span) -> bool {
+    matches!(span.name.as_ref(), "dispatch" | "combine")
+}
+
+fn total(timeline: &Timeline, which: impl Fn(&Span) -> bool) -> u64 {
+    timeline.spans.iter().filter(|&span| which(span)).map(Span::duration_ns).sum()
+}
+
+/// The shortest dispatch or combine of a stage, in milliseconds. The rank that comes last to an exchange does not wait,
+/// so its time is the exchange's.
+pub(super) fn smallest_transfer(timeline: &Timeline) -> Option<f64> {
+    timeline.spans.iter().filter(|span| is_transfer(span)).map(|span| ms(span.duration_ns())).reduce(f64::min)
 }
 
 fn by_layer_and_rank(timeline: &Timeline) -> BTreeMap<(Layer, Rank), Vec<&Span>> {
@@ -133,9 +152,14 @@ mod tests {
                 span(1, Lane::Compute, "reduce", None, 9, 10),
             ],
         };
-        let expected = LayerTime { ms: 9.0, exposed_ms: 3.0, compute_ms: 5.0, transfer_ms: 5.0 };
+        let expected =
+            LayerTime { ms: 9.0, exposed_ms: 3.0, compute_ms: 5.0, experts_ms: 2.0, transfer_ms: 5.0 };
         assert_eq!(layer_times(&timeline), [expected]);
         assert_eq!(layer_times(&Timeline::default()), []);
+        assert_eq!(
+            (smallest_transfer(&timeline), smallest_transfer(&Timeline::default())),
+            (Some(2.0), None)
+        );
     }
 
     #[test]
