@@ -525,6 +525,11 @@ pub(crate) struct SynthArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct DoctorArgs {
+    /// Measure what the first GPU does with copies, signals and kernels at the same time; it takes some seconds, and
+    /// the GPU should have nothing else to do
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    pub(crate) probe: bool,
+
     /// Print one line of JSON
     #[arg(long, value_parser = BoolishValueParser::new())]
     pub(crate) json: bool,

@@ -7,11 +7,13 @@ use crate::setup::{Demand, Setup, Started};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use epsmoe_base::{Bytes, env};
+use epsmoe_device::DeviceError;
 use epsmoe_device::cpu::gemm::Isa;
-use epsmoe_device::cuda::CudaDevice;
+use epsmoe_device::cuda::{self, CudaDevice, Figure, Probes};
 use epsmoe_engine::Request;
 use epsmoe_plan::{Policy, Schedule};
 use serde::Serialize;
+use std::sync::Arc;
 
 #[derive(Serialize)]
 struct Diagnosis {
@@ -19,6 +21,8 @@ struct Diagnosis {
     machine: Machine,
     load_average: Option<[f64; 3]>,
     findings: Vec<Finding>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probes: Option<Probes>,
 }
 
 /// One thing that was looked at.
@@ -32,15 +36,47 @@ struct Finding {
 pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let machine = Machine::look();
     let load_average = machine::load_average();
-    let findings =
-        vec![cores(&machine, load_average), memory(&machine), instructions(), pipeline(), cache(), gpus()];
-    let diagnosis = Diagnosis { version: env!("CARGO_PKG_VERSION"), machine, load_average, findings };
+    let gpu = CudaDevice::open(0);
+    let mut findings = vec![
+        cores(&machine, load_average),
+        memory(&machine),
+        instructions(),
+        pipeline(),
+        cache(),
+        gpus(&gpu),
+    ];
+    let probes = match &gpu {
+        Ok(device) if args.probe => cuda::probe(device)
+            .map_err(|error| findings.push(lacking(format!("The GPU could not be probed: {error}."))))
+            .ok(),
+        _ => None,
+    };
+    let diagnosis = Diagnosis { version: env!("CARGO_PKG_VERSION"), machine, load_average, findings, probes };
     if args.json {
         return output::show_line(serde_json::to_string(&diagnosis)?);
     }
     output::show_line(format_args!("epsmoe {}", diagnosis.version))?;
     for Finding { works, sentence } in &diagnosis.findings {
         output::show_line(format_args!("{} {sentence}", if *works { "[ok]" } else { "[--]" }))?;
+    }
+    diagnosis.probes.as_ref().map_or(Ok(()), show_probes)
+}
+
+/// Tables as they go into a page of documentation.
+fn show_probes(probes: &Probes) -> Result<()> {
+    for table in &probes.tables {
+        output::show_line(format_args!("\n{} ({})\n", table.title, table.unit))?;
+        output::show_line(format_args!("| | {} |", table.columns.join(" | ")))?;
+        output::show_line(format_args!("|---|{}", "---|".repeat(table.columns.len())))?;
+        for (name, figures) in &table.rows {
+            let mut cells: Vec<String> = figures.iter().map(Figure::to_string).collect();
+            cells.resize(table.columns.len().max(cells.len()), String::new());
+            output::show_line(format_args!("| {name} | {} |", cells.join(" | ")))?;
+        }
+    }
+    output::show_line("\nWhat this GPU can be relied on for\n\n| | |\n|---|---|")?;
+    for (name, value) in probes.capabilities.entries() {
+        output::show_line(format_args!("| {name} | {value} |"))?;
     }
     Ok(())
 }
@@ -132,8 +168,8 @@ fn cache() -> Finding {
     ))
 }
 
-fn gpus() -> Finding {
-    match CudaDevice::open(0) {
+fn gpus(gpu: &Result<Arc<CudaDevice>, DeviceError>) -> Finding {
+    match gpu {
         Ok(device) => fine(format!("A GPU can be used, with one rank: {}.", device.describe())),
         Err(missing) => lacking(format!("No GPU can be used: {missing}.")),
     }

@@ -14,6 +14,13 @@ pub(super) struct CudaError {
     reason: String,
 }
 
+impl CudaError {
+    /// The driver has nothing to give of what was asked of `call`.
+    fn nothing(call: &'static str) -> Self {
+        CudaError { call, code: sys::CUresult::CUDA_ERROR_NOT_SUPPORTED, reason: "nothing is left".into() }
+    }
+}
+
 /// `Ok` if the driver returned success.
 fn check(call: &'static str, code: sys::CUresult) -> Result<(), CudaError> {
     if code == sys::CUresult::CUDA_SUCCESS {
@@ -36,6 +43,10 @@ macro_rules! call {
         check(stringify!($function), sys::$function($($argument),*))
     };
 }
+
+mod partition;
+
+pub(super) use partition::Partition;
 
 /// The version of CUDA that the driver speaks, as 1000 · major + 10 · minor; absent without a driver.
 pub(super) fn driver_version() -> Option<i32> {
@@ -128,6 +139,8 @@ impl Drop for Context {
 pub(super) struct Stream {
     handle: sys::CUstream,
     context: Arc<Context>,
+    /// Where its kernels run, if not anywhere.
+    _partition: Option<Arc<Partition>>,
 }
 
 // SAFETY: streams may be used from any thread; the driver locks inside.
@@ -142,7 +155,37 @@ impl Stream {
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
         // SAFETY: the context is current; `Drop` destroys what is made.
         unsafe { call!(cuStreamCreate(&mut handle, flags)) }?;
-        Ok(Stream { handle, context: Arc::clone(context) })
+        Ok(Stream { handle, context: Arc::clone(context), _partition: None })
+    }
+
+    /// Lets nothing enqueued from now on start before the word at `address` is `value` or at most half of its range
+    /// past it.
+    ///
+    /// # Safety
+    /// The word is aligned memory that the GPU can read and that stays allocated until the stream has come so far.
+    pub(super) unsafe fn wait_value(&self, address: u64, value: u32) -> Result<(), CudaError> {
+        let flags = sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as c_uint;
+        // SAFETY: the caller's promise.
+        unsafe { call!(cuStreamWaitValue32_v2(self.handle, address, value, flags)) }
+    }
+
+    /// Writes a word once everything enqueued before is done.
+    ///
+    /// # Safety
+    /// As [`wait_value`](Stream::wait_value), and nothing unordered writes the word meanwhile.
+    pub(super) unsafe fn write_value(&self, address: u64, value: u32) -> Result<(), CudaError> {
+        let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as c_uint;
+        // SAFETY: the caller's promise.
+        unsafe { call!(cuStreamWriteValue32_v2(self.handle, address, value, flags)) }
+    }
+
+    /// Copies bytes in one piece, between any two memories that the GPU sees.
+    ///
+    /// # Safety
+    /// As [`fill`](Stream::fill), for both ends of the copy.
+    pub(super) unsafe fn copy_bytes(&self, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { call!(cuMemcpyAsync(to, from, bytes, self.handle)) }
     }
 
     /// Blocks until all its work is done.

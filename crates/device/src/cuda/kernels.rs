@@ -78,6 +78,7 @@ sources! {
     "permute": ["permute"] in [(F32, F32)], 1024 threads;
     "list": ["list_parts", "list_blocks"] in [(F32, F32)], 32 threads;
     "attention": ["attention"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 128 threads;
+    "probe": ["spin", "mark"] in [(DType::U32, DType::U32)], 256 threads;
     "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
     "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
         256 threads;

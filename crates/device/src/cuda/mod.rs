@@ -3,6 +3,7 @@
 //! Read in this order: this file (the [`Backend`]), `launch.rs` (from an operation to a kernel and its arguments),
 //! `kernels/*.cu` (one operation a file), `kernels.rs` (compiled for the GPU at hand, kept on disk). `driver.rs` and
 //! `nvrtc.rs` are the two libraries, loaded when asked for: the program builds without CUDA and runs without a GPU.
+//! `probe` measures what this GPU does where nothing promises it.
 //!
 //! Numbers that arrive in memory (indices, sequences) are checked by the kernels that follow them; what they find is
 //! read while waiting (`report.rs`) and stops the world with the words that a host processor uses.
@@ -13,11 +14,13 @@ mod kernels;
 mod launch;
 mod memory;
 mod nvrtc;
+mod probe;
 mod report;
 mod staging;
 mod weights;
 
 pub use kernels::{CACHE_VARIABLE, KernelUse, Warmed, check_kernels, warm_kernels};
+pub use probe::{Capabilities, Figure, Known, Probes, Table, probe};
 
 use crate::hazard::{Agent, Clock, Hazards};
 use crate::host::Fill;
