@@ -1,32 +1,8 @@
-// Causal attention over a paged cache, one block a (token, head), softmax carried along in steps of 64 positions
-// that start at multiples of 64: what a token computes depends on its position alone.
-#include "common.cuh"
+// Attention in float32, one block a (token, head): for float32, and for heads that no kernel on the tensor cores takes.
+#include "attention.cuh"
 
 constexpr u32 ATTENTION_THREADS = 128;
 constexpr u32 WARPS = ATTENTION_THREADS / 32;
-constexpr u32 STEP = 64;
-constexpr u32 NONE = ~0u;
-
-struct Args {
-    Rows q, keys, values, starts, positions, blocks, out;
-    Report report;
-    u32 block_size, heads, kv_heads;
-    f32 scale;
-    u32 window; // positions seen, itself included; 0: all
-    u32 padding;
-};
-
-// Whether the sequences hold all tokens in order; what is wrong is said once.
-__device__ void check_starts(const Args& args) {
-    u32 held = 0;
-    const u32 tokens = args.positions.rows;
-    for (u32 b = 0; b + 1 < args.starts.rows; ++b) {
-        u32 start = at<u32>(args.starts, b), end = at<u32>(args.starts, b + 1);
-        if (start != held || end < start || end > tokens) return complain(args.report, SPAN, b, start, end);
-        held = end;
-    }
-    if (held != tokens) complain(args.report, TOKENS_HELD, held, tokens);
-}
 
 template <typename X, typename Y> __device__ void attention(const Args& args) {
     extern __shared__ f32 shared[];
@@ -40,7 +16,7 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
     f32* q = shared;
     f32* sums = shared + key_width;
 
-    if (blockIdx.x == 0 && thread == 0) check_starts(args);
+    if (blockIdx.x == 0) check_starts(args);
     if (thread == 0) sequence = NONE, outside = 0;
     __syncthreads();
     for (u32 b = thread; b + 1 < args.starts.rows; b += ATTENTION_THREADS)
@@ -58,12 +34,12 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
     }
     const u32* blocks = row<u32>(args.blocks, sequence);
     const u32 first = args.window && position >= args.window ? position + 1 - args.window : 0;
-    f32 most = __uint_as_float(0xff800000u), total = 0.0f;
+    f32 most = minus_infinity(), total = 0.0f;
     for (u32 base = first / STEP * STEP; base <= position; base += STEP) {
         const u32 from = first > base ? first - base : 0;
         const u32 to = position - base < STEP ? position - base + 1 : STEP;
         for (u32 i = warp; i < STEP; i += WARPS) {
-            f32 score = __uint_as_float(0xff800000u);
+            f32 score = minus_infinity();
             if (from <= i && i < to) {
                 const u32 block = (base + i) / args.block_size;
                 const u64 slot = u64(blocks[block]) * args.block_size + (base + i) % args.block_size;
@@ -113,5 +89,4 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
     }
 
 ATTENTION(f32, f32)
-ATTENTION(bf16, f32)
 ATTENTION(bf16, bf16)

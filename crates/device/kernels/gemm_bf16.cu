@@ -4,34 +4,13 @@
 // by mma.m16n8k16. Every output is one chain of these over k in steps of 16 from zero on, in every variant: its
 // bits do not depend on the tile. On Hopper, wgmma in `gemm_hopper.cu` gives the same bits as well.
 #include "gemm.cuh"
+#include "tensor.cuh"
 
 constexpr u32 DEPTH = 64;             // k-values of a stage: rows of 128 bytes
 constexpr u32 CHUNKS = DEPTH * 2 / 16; // pieces of 16 bytes in such a row
 
 // Element offset of a 16-byte piece; pieces are permuted within a row so that eight rows meet all banks.
 __device__ __forceinline__ u32 place(u32 line, u32 chunk) { return line * DEPTH + ((chunk ^ (line & 7)) << 3); }
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return u32(__cvta_generic_to_shared(pointer));
-}
-
-// 16 bytes to shared memory, of which `bytes` are read and the rest are zero.
-__device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(u32 (&registers)[4], u32 from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-                 : "r"(from));
-}
-
-__device__ __forceinline__ void multiply(f32 (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-                 "{%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // What a thread brings of one operand: always the same 16-byte piece of every STEP-th row of a tile, so that
 // addresses only move on by constants.
@@ -63,14 +42,9 @@ template <u32 LINES, u32 BLOCK> struct Loader {
 #pragma unroll
         for (u32 i = 0; i < LINES / STEP; ++i) {
             const u32 here = i * STEP < lines ? left : 0;
-            if (vectors) {
-                // Where nothing is there, nothing is read.
-                copy_async(shared_address(target), from, here * 2);
-            } else {
-                u32 words[4] = {};
-                for (u32 j = 0; j < here; ++j) words[j / 2] |= u32(from[j].bits) << (j % 2 * 16);
-                *reinterpret_cast<uint4*>(target) = make_uint4(words[0], words[1], words[2], words[3]);
-            }
+            // Where nothing is there, nothing is read.
+            if (vectors) copy_async(shared_address(target), from, here * 2);
+            else copy_slowly(target, from, here);
             from += step;
             target += STEP * DEPTH;
         }
@@ -120,12 +94,12 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
                 x.fetch(xs + slot * TILE_M * DEPTH, depth, args.k, args.vectors);
                 w.fetch(ws + slot * TILE_N * DEPTH, depth, u32(args.weight_stride), true);
             }
-            asm volatile("cp.async.commit_group;" ::: "memory");
+            copies_commit();
         };
         f32 sums[STEPS_M][STEPS_N][4] = {};
         for (u32 stage = 0; stage + 1 < STAGES; ++stage) fetch(stage);
         for (u32 stage = 0; stage < stages; ++stage) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+            copies_wait<STAGES - 2>();
             __syncthreads();
             fetch(stage + STAGES - 1);
             const bf16* x_tile = xs + stage % STAGES * TILE_M * DEPTH;

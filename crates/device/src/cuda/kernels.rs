@@ -15,9 +15,11 @@ use std::sync::Arc;
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 4] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("tensor.cuh", include_str!("../../kernels/tensor.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
+    ("attention.cuh", include_str!("../../kernels/attention.cuh")),
 ];
 
 const F32: DType = DType::F32;
@@ -77,8 +79,10 @@ sources! {
     "argmax": ["argmax"] in [(F32, F32)], 256 threads;
     "permute": ["permute"] in [(F32, F32)], 1024 threads;
     "list": ["list_parts", "list_blocks"] in [(F32, F32)], 32 threads;
-    "attention": ["attention"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 128 threads;
     "probe": ["spin", "mark"] in [(DType::U32, DType::U32)], 256 threads;
+    "attention": ["attention"] in SAME, 128 threads;
+    "attention_grouped": ["attention64", "attention128"] in [(BF16, BF16)], 128 threads;
+    "attention_latent": ["latent"] in [(BF16, BF16)], 256 threads on "sm_90a";
     "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
     "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
         256 threads;
@@ -109,6 +113,28 @@ pub(super) const SMALL: GemmTile = tensor_tile(["gemm_small", "gated_small"], 16
 pub(super) const MIDDLE: GemmTile = tensor_tile(["gemm_middle", "gated_middle"], 64, 128, 4);
 pub(super) const LARGE: GemmTile = tensor_tile(["gemm_large", "gated_large"], 128, 256, 3);
 pub(super) const SQUARE: GemmTile = tensor_tile(["gemm_square", "gated_square"], 128, 128, 3);
+
+/// What an attention kernel on the tensor cores takes at once, and the shared memory of a block; repeats the numbers of
+/// the source. A row is a token and one of the heads that share a key head.
+pub(super) struct AttentionTile {
+    pub(super) operation: &'static str,
+    pub(super) rows: u32,
+    pub(super) shared_bytes: u32,
+}
+
+const fn grouped_tile(operation: &'static str, width: u32) -> AttentionTile {
+    const STEP: u32 = 64;
+    let rows = 128;
+    AttentionTile { operation, rows, shared_bytes: (rows + 2 * STEP) * width * 2 }
+}
+
+/// Heads of up to so many elements.
+pub(super) const ATTENTION_64: AttentionTile = grouped_tile("attention64", 64);
+pub(super) const ATTENTION_128: AttentionTile = grouped_tile("attention128", 128);
+/// One key head of up to 576 elements whose leading ones, up to 512, are the values; Hopper only.
+pub(super) const LATENT: AttentionTile =
+    AttentionTile { operation: "latent", rows: 64, shared_bytes: 28 * 8192 + 2064 };
+pub(super) const LATENT_WIDTHS: (usize, usize) = (576, 512);
 
 /// What one kernel takes of a multiprocessor, as its compiler says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -281,7 +307,7 @@ impl Kernels {
         Ok(Kernels { functions, _modules: modules.into_values().collect() })
     }
 
-    /// Whether products may run on wgmma and the tensor copy engine.
+    /// Whether kernels may use wgmma and the tensor copy engine.
     pub(super) fn has_hopper(&self) -> bool {
         self.functions.contains_key(&("gemm_hopper256", BF16, BF16))
     }
@@ -384,7 +410,7 @@ mod tests {
 
     /// Runs wherever NVRTC is found; no GPU needed.
     #[test]
-    fn every_kernel_compiles_and_products_do_not_spill() {
+    fn every_kernel_compiles_and_those_on_tensor_cores_do_not_spill() {
         for architecture in ["sm_90a", "sm_80"] {
             let uses = match check_kernels(architecture) {
                 Ok(uses) => uses,
@@ -403,8 +429,10 @@ mod tests {
                 .map(|source| source.operations.len() * source.formats.len())
                 .sum();
             assert_eq!(uses.len(), wanted, "kernels found in the log");
+            let on_tensor_cores =
+                |used: &&KernelUse| ["gemm", "attention_"].iter().any(|start| used.file.starts_with(start));
             let spilling: Vec<_> =
-                uses.iter().filter(|used| used.file.starts_with("gemm") && used.spilled > 0).collect();
+                uses.iter().filter(|used| on_tensor_cores(used) && used.spilled > 0).collect();
             assert!(spilling.is_empty(), "{spilling:?}");
         }
     }

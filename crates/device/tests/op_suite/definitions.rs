@@ -421,6 +421,12 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
     let grouped = Heads { heads: 6, kv_heads: 2, key_width: 5, value_width: 3, ..plain };
     let latent = Heads { heads: 5, kv_heads: 1, key_width: 24, value_width: 17, latent: true, ..plain };
     let window = |heads, window| Heads { window: Some(window), ..heads };
+    // As wide as the heads of models: other kernels on a GPU.
+    let wide = Heads { heads: 8, key_width: 128, value_width: 128, ..grouped };
+    let latents = Heads { heads: 16, key_width: 576, value_width: 512, ..latent };
+    let few_latents = Heads { heads: 3, key_width: 160, value_width: 128, ..latent };
+    // Several steps of keys, tiles of queries and sequences that share neither.
+    let long: Lengths<'_> = &[(0, 150), (200, 1), (61, 70), (0, 0), (127, 2)];
     let mixed: Lengths<'_> = &[(0, 7), (12, 1), (0, 0), (3, 4), (0, 1), (40, 1)];
     let cases: &[(Heads, Lengths<'_>, usize)] = &[
         (plain, &[(0, 1)], 4),
@@ -437,6 +443,17 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         (window(grouped, 5), mixed, 4),
         (window(latent, 9), mixed, 2),
         (window(plain, 1000), mixed, 4),
+        (plain, long, 64),
+        (wide, long, 64),
+        (wide, mixed, 7),
+        (window(wide, 70), long, 16),
+        (Heads { key_width: 96, value_width: 80, ..wide }, long, 64),
+        (Heads { key_width: 67, value_width: 101, ..wide }, mixed, 64),
+        (latents, mixed, 64),
+        (few_latents, long, 64),
+        (window(few_latents, 70), long, 16),
+        (Heads { key_width: 293, value_width: 251, ..latents }, mixed, 5),
+        (Heads { key_width: 200, value_width: 136, ..plain }, mixed, 64),
     ];
     for (heads, lengths, block_size) in cases {
         let what = format!("{heads:?} over {lengths:?} in blocks of {block_size}");

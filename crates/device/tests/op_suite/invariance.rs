@@ -173,10 +173,21 @@ fn logits_of(gates: &Sheet, rows: Range<usize>, width: usize) -> Sheet {
 fn attentions<B: Backend>(bench: &Bench<B>) {
     let grouped = Heads { heads: 4, kv_heads: 2, key_width: 9, value_width: 7, latent: false, window: None };
     let latent = Heads { heads: 3, kv_heads: 1, key_width: 40, value_width: 32, latent: true, ..grouped };
-    for heads in [grouped, latent, Heads { window: Some(6), ..grouped }] {
+    let wide = Heads { heads: 8, key_width: 128, value_width: 128, ..grouped };
+    let wide_latent = Heads { heads: 5, key_width: 160, value_width: 128, ..latent };
+    let windowed = |heads, window| Heads { window: Some(window), ..heads };
+    for heads in [
+        grouped,
+        latent,
+        windowed(grouped, 6),
+        wide,
+        wide_latent,
+        windowed(wide, 66),
+        windowed(wide_latent, 66),
+    ] {
         let (key_width, value_width) = (heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width);
         let out_width = heads.heads * heads.value_width;
-        let whole = Sequences::new(bench, &[(0, 19), (33, 1), (70, 2), (5, 11), (0, 1)], 4);
+        let whole = Sequences::new(bench, &[(0, 19), (33, 1), (70, 2), (5, 11), (0, 1), (120, 40)], 4);
         let q = bench.random(whole.tokens().len(), heads.heads * heads.key_width, 1.0);
         let keys = bench.put(&whole.cache(bench, key_width)).view;
         let values = match heads.latent {

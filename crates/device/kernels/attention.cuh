@@ -1,0 +1,161 @@
+// What attention kernels share: their arguments, and for those on the tensor cores which rows a block computes, what
+// these see, and the softmax that is carried along.
+//
+// Keys are taken in steps of STEP positions that start at multiples of STEP, upwards. What a row computes depends on
+// its position alone: steps that a row sees nothing of, taken for the sake of its neighbours, leave its numbers as
+// they are.
+#pragma once
+#include "tensor.cuh"
+
+constexpr u32 STEP = 64;
+constexpr u32 NONE = ~0u;
+constexpr u32 LINE = 8; // elements of a piece of 16 bytes
+
+// The twin of `launch::AttentionArgs`.
+struct Args {
+    Rows q, keys, values, starts, positions, blocks, out;
+    Report report;
+    u32 block_size, heads, kv_heads;
+    f32 scale;
+    u32 window;  // positions seen, itself included; 0: all
+    u32 vectors; // every view of q, keys, values, out and each head in it starts on 16 bytes
+};
+
+__device__ __forceinline__ f32 minus_infinity() { return __uint_as_float(0xff800000u); }
+
+__device__ __forceinline__ f32 power_of_two(f32 x) {
+    f32 result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// Whether the sequences hold all tokens in order; what is wrong is said once. By a whole block.
+__device__ __forceinline__ void check_starts(const Args& args) {
+    const u32 tokens = args.positions.rows, sequences = args.starts.rows - 1;
+    for (u32 b = threadIdx.x; b < sequences; b += blockDim.x) {
+        const u32 start = at<u32>(args.starts, b), end = at<u32>(args.starts, b + 1);
+        if ((b == 0 && start != 0) || end < start || end > tokens) complain(args.report, SPAN, b, start, end);
+        else if (b + 1 == sequences && end != tokens) complain(args.report, TOKENS_HELD, end, tokens);
+    }
+    if (sequences == 0 && tokens != 0 && threadIdx.x == 0) complain(args.report, TOKENS_HELD, 0, tokens);
+}
+
+// Where the cached block of a position stands in memory, as the sequence says; NONE for positions not asked for.
+__device__ __forceinline__ u32 block_of(const Args& args, u32 sequence, u32 position, bool wanted) {
+    return wanted ? row<u32>(args.blocks, sequence)[position / args.block_size] : NONE;
+}
+
+// The row of the cache of a position in such a block; NONE if there is none.
+__device__ __forceinline__ u32 slot_in(const Args& args, u32 block, u32 sequence, u32 position, bool wanted) {
+    if (!wanted) return NONE;
+    if (u64(block) * args.block_size + args.block_size > args.keys.rows) {
+        complain(args.report, BLOCK_OUTSIDE, position / args.block_size, sequence);
+        return NONE;
+    }
+    return block * args.block_size + position % args.block_size;
+}
+
+// The rows of a block. A row is a query: a token and one of the heads that share a key head. Rows of a sequence are
+// counted token by token.
+struct Tile {
+    u32 sequence; // NONE: nothing is left for this block
+    u32 token;    // the sequence's first
+    u32 row;      // first row of the sequence that is of the tile
+    u32 rows;     // rows of the sequence from there on
+};
+
+// Which tile of HEIGHT rows is the `index`-th, sequence after sequence; in each the last comes first, because it has
+// the most to do. By whole warps.
+template <u32 HEIGHT> __device__ __forceinline__ Tile locate(const Args& args, u32 index) {
+    const u32 lane = threadIdx.x % 32, sequences = args.starts.rows - 1, tokens = args.positions.rows;
+    const u32 group = args.heads / args.kv_heads;
+    Tile tile = {NONE, 0, 0, 0};
+    for (u32 base = 0; base < sequences; base += 32) {
+        const u32 b = base + lane;
+        const u32 start = b < sequences ? at<u32>(args.starts, b) : 0;
+        const u32 end = b < sequences ? at<u32>(args.starts, b + 1) : 0;
+        const u32 rows = start < end && end <= tokens ? (end - start) * group : 0;
+        const u32 tiles = (rows + HEIGHT - 1) / HEIGHT;
+        u32 reached = tiles; // tiles up to and including this lane's sequence
+        for (u32 step = 1; step < 32; step *= 2) {
+            const u32 before = __shfl_up_sync(~0u, reached, step);
+            if (lane >= step) reached += before;
+        }
+        const u32 beyond = __ballot_sync(~0u, reached > index);
+        if (beyond) {
+            const u32 found = __ffs(beyond) - 1;
+            tile.sequence = base + found;
+            tile.token = __shfl_sync(~0u, start, found);
+            tile.row = (__shfl_sync(~0u, reached, found) - 1 - index) * HEIGHT;
+            tile.rows = __shfl_sync(~0u, rows, found) - tile.row;
+            return tile;
+        }
+        index -= __shfl_sync(~0u, reached, 31);
+    }
+    return tile;
+}
+
+// The rows of a tile: which token and head each is, and that it sees the positions first..end; `low..high` are seen by
+// some row, `inner_low..inner_high` by all.
+template <u32 HEIGHT> struct Sight {
+    u32 token[HEIGHT], head[HEIGHT]; // NONE past the sequence
+    u32 first[HEIGHT], end[HEIGHT];
+    u32 low, high, inner_low, inner_high;
+
+    // By a whole block; complete after the next barrier.
+    __device__ __forceinline__ void look(const Args& args, const Tile& tile, u32 kv_head) {
+        if (threadIdx.x == 0) low = NONE, high = 0, inner_low = 0, inner_high = NONE;
+        __syncthreads();
+        const u32 group = args.heads / args.kv_heads;
+        for (u32 r = threadIdx.x; r < HEIGHT; r += blockDim.x) {
+            u32 from = 0, to = 0;
+            token[r] = NONE;
+            if (r < tile.rows) {
+                token[r] = tile.token + (tile.row + r) / group;
+                head[r] = kv_head * group + (tile.row + r) % group;
+                const u32 position = at<u32>(args.positions, token[r]);
+                if (position / args.block_size < args.blocks.width) to = position + 1;
+                else complain(args.report, CACHE_BLOCK, position / args.block_size, args.blocks.width);
+                from = args.window && to > args.window ? to - args.window : 0;
+            }
+            first[r] = from, end[r] = to;
+            if (to > 0) {
+                atomicMin(&low, from), atomicMax(&high, to);
+                atomicMax(&inner_low, from), atomicMin(&inner_high, to);
+            }
+        }
+    }
+
+    // Where a row's query or output of `width` elements starts; null past the sequence.
+    __device__ __forceinline__ bf16* find(const Rows& view, u32 r, u32 width) const {
+        return token[r] == NONE ? nullptr : row<bf16>(view, token[r]) + head[r] * width;
+    }
+};
+
+// The softmax of a row, carried from step to step.
+struct Softmax {
+    f32 most = minus_infinity(); // of the scores so far
+    f32 total = 0.0f;            // of this thread's powers
+
+    // Takes up the greatest score of a step; gives what sums so far are to be multiplied with.
+    __device__ __forceinline__ f32 raise(f32 score, f32 scale) {
+        const f32 before = most;
+        most = fmaxf(most, score);
+        const f32 kept = power_of_two((before - base()) * scale);
+        total *= kept;
+        return kept;
+    }
+
+    // What scores are counted from: finite even if nothing was seen yet.
+    __device__ __forceinline__ f32 base() const { return most == minus_infinity() ? 0.0f : most; }
+};
+
+// The greatest, and the sum, over the four lanes that share a row.
+__device__ __forceinline__ f32 quad_max(f32 value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+}
+__device__ __forceinline__ f32 quad_sum(f32 value) {
+    value += __shfl_xor_sync(~0u, value, 1);
+    return value + __shfl_xor_sync(~0u, value, 2);
+}
