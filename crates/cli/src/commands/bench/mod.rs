@@ -397,9 +397,10 @@ impl Row {
     /// Of the serial schedule: what there is to hide, and behind what.
     fn balance(&self) -> Option<String> {
         let (transfers, experts) = (self.dispatch_and_combine_ms?, self.experts_ms?);
-        (self.schedule == Schedule::Serial.to_string() && experts > 0.0).then(|| {
+        (self.schedule == Schedule::Serial.to_string() && transfers > 0.0 && experts > 0.0).then(|| {
             format!(
-                "dispatch and combine of the serial layer take {transfers:.2} ms, {:.2} times what its experts compute",
+                "dispatch and combine of the serial layer ({}) take {transfers:.2} ms, {:.2} times what its experts compute",
+                self.strategy,
                 transfers / experts
             )
         })
