@@ -70,18 +70,18 @@ struct Row {
     tokens_per_second_range: [f64; 2],
     /// From routing to the layer's sum, on the rank that takes longest. Median over layers and rounds.
     moe_layer_ms: Option<f64>,
-    /// Of that time, what the compute lane was busy.
+    /// Computation of the layer, on the rank that computes most.
     compute_ms: Option<f64>,
     /// Of that, the experts of all stages: expand, products, reduce.
     experts_ms: Option<f64>,
-    /// Dispatches and combines of all stages, waits for peers included.
+    /// Dispatches and combines of all stages, on the rank that waits least for the others in them.
     dispatch_and_combine_ms: Option<f64>,
     /// The shortest dispatch or combine of a stage in any round.
     smallest_transfer_ms: Option<f64>,
     /// Of the layer's time, what the transfer lane was busy while nothing was computed.
     exposed_transfer_ms: Option<f64>,
     /// `max(C, D + M) / T`: T is this row's MoE layer, C, D and M the computation, dispatch and combine of the serial
-    /// schedule's. 1 would hide all of the shorter behind the longer; null if the serial schedule did not run.
+    /// schedule's, as above. 1 would hide all of the shorter behind the longer; null if the serial schedule did not run.
     efficiency: Option<f64>,
     /// Most bytes that a layer needed on a rank.
     peak_bytes: u64,
@@ -372,7 +372,8 @@ impl Report {
             text.push_str(&layer_line(cells));
             text.push('\n');
         }
-        text + "\nC: all computation of the layer; D+M: dispatch and combine; smallest: the shortest of them in any round\n"
+        text + "\nC: all computation of the layer, on the rank that computes most; D+M: dispatch and combine, on the rank that waits \
+         least in them; smallest: the shortest of them in any round\n"
     }
 
     /// What was run, in a line.
@@ -396,9 +397,10 @@ impl Row {
     /// Of the serial schedule: what there is to hide, and behind what.
     fn balance(&self) -> Option<String> {
         let (transfers, experts) = (self.dispatch_and_combine_ms?, self.experts_ms?);
-        (self.schedule == Schedule::Serial.to_string() && experts > 0.0).then(|| {
+        (self.schedule == Schedule::Serial.to_string() && transfers > 0.0 && experts > 0.0).then(|| {
             format!(
-                "dispatch and combine of the serial layer take {transfers:.2} ms, {:.2} times what its experts compute",
+                "dispatch and combine of the serial layer ({}) take {transfers:.2} ms, {:.2} times what its experts compute",
+                self.strategy,
                 transfers / experts
             )
         })

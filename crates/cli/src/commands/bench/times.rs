@@ -5,14 +5,17 @@ use epsmoe_plan::{Accounts, Span, Timeline};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// One MoE layer of one step.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct LayerTime {
+    /// On the rank that takes longest.
     pub(super) ms: f64,
+    /// There, transfers beside no computation.
     pub(super) exposed_ms: f64,
+    /// On the rank that computes most: no schedule of this routing is faster.
     pub(super) compute_ms: f64,
     /// Of that, the experts: expand, products, reduce.
     pub(super) experts_ms: f64,
-    /// Dispatch and combine, waits for peers included.
+    /// Dispatch and combine, on the rank that waits least for the others in them.
     pub(super) transfer_ms: f64,
 }
 
@@ -33,25 +36,27 @@ pub(super) fn median_layer(timeline: &Timeline) -> Option<Timeline> {
     Some(inside(&spans, start, end))
 }
 
-/// Every MoE layer of a step, on the rank where it takes longest.
+/// Every MoE layer of a step.
 pub(super) fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
-    let mut slowest: BTreeMap<Layer, LayerTime> = BTreeMap::new();
+    let mut layers: BTreeMap<Layer, LayerTime> = BTreeMap::new();
     for ((layer, rank), spans) in by_layer_and_rank(timeline) {
         let Some((start, end)) = moe_window(&spans) else { continue };
         let inside = inside(&spans, start, end);
-        let time = LayerTime {
-            ms: ms(end - start),
-            exposed_ms: ms(inside.exposed_transfer(rank)),
-            compute_ms: ms(inside.busy(rank, Lane::Compute)),
-            experts_ms: ms(total(&inside, |span| span.lane == Lane::Compute && span.stage.is_some())),
-            transfer_ms: ms(total(&inside, is_transfer)),
-        };
-        let most = slowest.entry(layer).or_insert(time);
-        if time.ms > most.ms {
-            *most = time;
+        let time = layers.entry(layer).or_default();
+        if ms(end - start) > time.ms {
+            (time.ms, time.exposed_ms) = (ms(end - start), ms(inside.exposed_transfer(rank)));
+        }
+        let compute_ms = ms(inside.busy(rank, Lane::Compute));
+        if compute_ms > time.compute_ms {
+            let of_a_stage = |span: &Span| span.lane == Lane::Compute && span.stage.is_some();
+            (time.compute_ms, time.experts_ms) = (compute_ms, ms(total(&inside, of_a_stage)));
+        }
+        let transfer_ms = ms(total(&inside, is_transfer));
+        if transfer_ms > 0.0 && (time.transfer_ms == 0.0 || transfer_ms < time.transfer_ms) {
+            time.transfer_ms = transfer_ms;
         }
     }
-    slowest.into_values().collect()
+    layers.into_values().collect()
 }
 
 /// Rows or sums of a stage on their way.
@@ -63,8 +68,7 @@ fn total(timeline: &Timeline, which: impl Fn(&Span) -> bool) -> u64 {
     timeline.spans.iter().filter(|&span| which(span)).map(Span::duration_ns).sum()
 }
 
-/// The shortest dispatch or combine of a stage, in milliseconds. The rank that comes last to an exchange does not wait,
-/// so its time is the exchange's.
+/// The shortest dispatch or combine of a stage, in milliseconds.
 pub(super) fn smallest_transfer(timeline: &Timeline) -> Option<f64> {
     timeline.spans.iter().filter(|span| is_transfer(span)).map(|span| ms(span.duration_ns())).reduce(f64::min)
 }
@@ -135,8 +139,10 @@ mod tests {
 
     /// ```text
     /// ms               0 1 2 3 4 5 6 7 8 9 10
-    /// rank 0 compute   a ███ route  ███     █ sum
-    /// rank 0 transfer      ███████    ███
+    /// rank 0 compute   a ███     ███     s
+    /// rank 0 transfer      █████   ███
+    /// rank 1 compute       █     ███████ s
+    /// rank 1 transfer        ███   ███
     /// ```
     #[test]
     fn a_layer_is_timed_from_its_route_to_its_sum() {
@@ -149,11 +155,15 @@ mod tests {
                 span(0, Lane::Transfer, "combine", Some(0), 6, 8),
                 span(0, Lane::Compute, "reduce", None, 9, 10),
                 span(1, Lane::Compute, "route", None, 2, 3),
+                span(1, Lane::Transfer, "dispatch", Some(0), 3, 5),
+                span(1, Lane::Compute, "gemm", Some(0), 5, 9),
+                span(1, Lane::Transfer, "combine", Some(0), 6, 8),
                 span(1, Lane::Compute, "reduce", None, 9, 10),
             ],
         };
+        // Rank 0 takes longest, rank 1 computes most and waits least.
         let expected =
-            LayerTime { ms: 9.0, exposed_ms: 3.0, compute_ms: 5.0, experts_ms: 2.0, transfer_ms: 5.0 };
+            LayerTime { ms: 9.0, exposed_ms: 3.0, compute_ms: 6.0, experts_ms: 4.0, transfer_ms: 4.0 };
         assert_eq!(layer_times(&timeline), [expected]);
         assert_eq!(layer_times(&Timeline::default()), []);
         assert_eq!(
