@@ -3,9 +3,9 @@
 //!
 //! Each rank has one link. An exchange occupies it from the moment everything it needs is there until
 //! `start + latency + bytes / rate`, where `bytes` is the larger of what leaves for and what comes from
-//! *other* ranks; the next exchange starts after that. Finish times are absolute and virtual, so a late
-//! wake-up delays one exchange and never the ones after it. Nobody spins: the lane sleeps, and how late it
-//! woke up is reported.
+//! *other* ranks; the next exchange starts after that. Finish times are absolute and virtual: a lane that wakes up
+//! late and goes on at once with its next exchange begins that when the link was free, so the delay does not add up.
+//! Nobody spins: the lane sleeps, and how late it woke up is reported.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -140,16 +140,27 @@ impl Lateness {
 pub(crate) struct PacedLink {
     link: Link,
     free_at: Instant,
+    /// When the lane last woke up from an exchange.
+    woke: Instant,
     pacing: Pacing,
 }
 
 impl PacedLink {
     pub(crate) fn new(link: Link) -> Self {
-        PacedLink { link, free_at: Instant::now(), pacing: Pacing::default() }
+        let now = Instant::now();
+        PacedLink { link, free_at: now, woke: now, pacing: Pacing::default() }
     }
 
     pub(crate) fn take_pacing(&mut self) -> Pacing {
         std::mem::take(&mut self.pacing)
+    }
+
+    /// When an exchange that the lane comes to at `now` could have begun: when the link was free, if only waking up kept
+    /// the lane from it.
+    pub(crate) fn begin(&self, now: Instant) -> Instant {
+        /// From waking up to the next exchange, if nothing is waited for in between.
+        const AT_ONCE: Duration = Duration::from_micros(20);
+        if now.saturating_duration_since(self.woke) < AT_ONCE { self.free_at.min(now) } else { now }
     }
 
     /// When an exchange of `bytes` that could start at `ready` is over; books the link until then.
@@ -161,6 +172,7 @@ impl PacedLink {
     /// Notes an exchange whose rows were there at `copied`, which should have been over at `due` and was at
     /// `now`.
     pub(crate) fn note(&mut self, due: Instant, copied: Instant, now: Instant) {
+        self.woke = now;
         self.pacing.exchanges += 1;
         if copied > due {
             self.pacing.unresolved += 1;
@@ -201,6 +213,19 @@ mod tests {
         };
         assert!(near(0.5, 50_000) && near(0.95, 95_000), "{late:?}");
         assert_eq!(late.worst(), Duration::from_nanos(99_995));
+    }
+
+    #[test]
+    fn waking_up_late_delays_nothing_that_follows_at_once() {
+        let mut link = PacedLink::new("1GB/s,0us".parse().unwrap());
+        let start = link.free_at;
+        let after = |microseconds| start + Duration::from_micros(microseconds);
+        let due = link.book(start, 100_000);
+        assert_eq!(due, after(100));
+        link.note(due, start, after(190));
+        assert_eq!(link.begin(after(195)), due, "90 us late, 5 us before the next");
+        assert_eq!(link.begin(after(250)), after(250), "something else was waited for");
+        assert_eq!(link.book(link.begin(after(195)), 50_000), after(150));
     }
 
     #[test]

@@ -240,7 +240,8 @@ impl Trip {
             Some(Act::SendOneRowLess) | None => {}
         }
         let deadline = Deadline::after(self.world.options.timeout);
-        let mut ready = Instant::now();
+        let now = Instant::now();
+        let mut ready = self.link.as_ref().map_or(now, |link| lock(link).begin(now));
         let taken = self.send(memory, exchange, ready);
         for source in 0..self.world.size {
             ready = ready.max(self.receive(memory, exchange, source, deadline)?);
