@@ -382,9 +382,8 @@ mod tests {
                 .map(|source| source.operations.len() * source.formats.len())
                 .sum();
             assert_eq!(uses.len(), wanted, "kernels found in the log");
-            let on_tensor_cores = |used: &&KernelUse| {
-                ["gemm", "attention_"].iter().any(|start| used.file.starts_with(start))
-            };
+            let on_tensor_cores =
+                |used: &&KernelUse| ["gemm", "attention_"].iter().any(|start| used.file.starts_with(start));
             let spilling: Vec<_> =
                 uses.iter().filter(|used| on_tensor_cores(used) && used.spilled > 0).collect();
             assert!(spilling.is_empty(), "{spilling:?}");

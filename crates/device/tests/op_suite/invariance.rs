@@ -176,7 +176,15 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
     let wide = Heads { heads: 8, key_width: 128, value_width: 128, ..grouped };
     let wide_latent = Heads { heads: 5, key_width: 160, value_width: 128, ..latent };
     let windowed = |heads, window| Heads { window: Some(window), ..heads };
-    for heads in [grouped, latent, windowed(grouped, 6), wide, wide_latent, windowed(wide, 66), windowed(wide_latent, 66)] {
+    for heads in [
+        grouped,
+        latent,
+        windowed(grouped, 6),
+        wide,
+        wide_latent,
+        windowed(wide, 66),
+        windowed(wide_latent, 66),
+    ] {
         let (key_width, value_width) = (heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width);
         let out_width = heads.heads * heads.value_width;
         let whole = Sequences::new(bench, &[(0, 19), (33, 1), (70, 2), (5, 11), (0, 1), (120, 40)], 4);
