@@ -4,9 +4,12 @@
 struct Args { Rows x, out; };
 
 template <typename X, typename Y> __device__ void add(const Args& args) {
-    FOR_ELEMENTS(args.out, m, n) {
+    FOR_RUNS(args.out, m, n, count) {
         Y* out = row<Y>(args.out, m) + n;
-        *out = narrow<Y>(wide(*out) + wide(row<X>(args.x, m)[n]));
+        Run sum = read(out, count);
+        const Run x = read(row<X>(args.x, m) + n, count);
+        for (u32 j = 0; j < RUN; ++j) sum.values[j] += x.values[j];
+        write(out, sum, count);
     }
 }
 

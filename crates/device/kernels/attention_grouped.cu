@@ -177,12 +177,12 @@ template <u32 WIDTH> __device__ __forceinline__ void attention(const Args& args)
     // A warp's outputs go through its own queries' place, to be stored in whole pieces.
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        const f32 total = quad_sum(softmax[i].total);
+        const f32 factor = 1.0f / quad_sum(softmax[i].total);
         const u32 line = warp * 32 + lane / 4 + 8 * i, half = i % 2 * 2;
 #pragma unroll
         for (u32 j = 0; j < COLUMNS; ++j)
             *reinterpret_cast<u32*>(queries + place<WIDTH>(line, j) + lane % 4 * 2) =
-                narrow_pair(sums[i / 2][j][half] / total, sums[i / 2][j][half + 1] / total);
+                narrow_pair(sums[i / 2][j][half] * factor, sums[i / 2][j][half + 1] * factor);
     }
     __syncwarp();
     const u32 piece = lane % PIECES, elements = inside(value_width, piece);

@@ -225,15 +225,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) latent_bf16_bf16(const __
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
         const u32 own = line + 8 * i;
-        const f32 total = greatest[0][own] + greatest[1][own];
+        const f32 factor = 1.0f / (greatest[0][own] + greatest[1][own]);
 #pragma unroll
         for (u32 j = 0; j < 32; ++j)
             *reinterpret_cast<u32*>(staged + j / 8 * CHUNK + place(own, j % 8) + lane % 4 * 2) =
-                narrow_pair(sums[4 * j + 2 * i] / total, sums[4 * j + 2 * i + 1] / total);
+                narrow_pair(sums[4 * j + 2 * i] * factor, sums[4 * j + 2 * i + 1] * factor);
     }
     __syncwarp();
-    for (u32 at = thread % GROUP / 32 * 16; at < thread % GROUP / 32 * 16 + 16; ++at) {
-        const u32 column = (half * (VALUE_CHUNKS / 2)) * CHUNK_COLUMNS + lane * LINE;
+    const u32 top = thread % GROUP / 32 * 16, column = half * (VALUE_CHUNKS / 2) * CHUNK_COLUMNS + lane * LINE;
+#pragma unroll 4
+    for (u32 at = top; at < top + 16; ++at) {
         if (sight.end[at] == 0 || column >= value_width) continue;
         bf16* to = sight.find(args.out, at, value_width) + column;
         store_piece(to, staged + lane / 8 * CHUNK + place(at, lane % 8), min(value_width - column, LINE), args.vectors);

@@ -4,12 +4,13 @@
 struct Args { Rows x; f32 limit; u32 padding; };
 
 template <typename X, typename Y> __device__ void clamp(const Args& args) {
-    FOR_ELEMENTS(args.x, m, n) {
+    FOR_RUNS(args.x, m, n, count) {
         X* x = row<X>(args.x, m) + n;
-        f32 value = wide(*x);
+        Run run = read(x, count);
         // Comparisons, so that a NaN stays one.
-        value = value > args.limit ? args.limit : value < -args.limit ? -args.limit : value;
-        *x = narrow<X>(value);
+        for (f32& value : run.values)
+            value = value > args.limit ? args.limit : value < -args.limit ? -args.limit : value;
+        write(x, run, count);
     }
 }
 

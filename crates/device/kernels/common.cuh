@@ -121,6 +121,52 @@ __device__ __forceinline__ f32 quick_silu(f32 x) {
     for (u32 m = blockIdx.y; m < (view).rows; m += gridDim.y)                                               \
         for (u32 n = blockIdx.x * THREADS + threadIdx.x; n < (view).width; n += gridDim.x * THREADS)
 
+// Columns that a thread takes at once, so that memory is touched 16 bytes at a time where rows start on 16 bytes.
+constexpr u32 RUN = 8;
+
+// Up to RUN neighbours of a row, in float32.
+struct Run { f32 values[RUN]; };
+
+template <typename T> __device__ __forceinline__ bool in_pieces(const T* row, u32 count) {
+    return count == RUN && reinterpret_cast<u64>(row) % 16 == 0;
+}
+
+template <typename T> __device__ __forceinline__ Run read(const T* from, u32 count) {
+    constexpr u32 PIECES = RUN * sizeof(T) / 16;
+    union { uint4 pieces[PIECES]; T elements[RUN]; } held;
+    Run run = {};
+    if (in_pieces(from, count)) {
+#pragma unroll
+        for (u32 i = 0; i < PIECES; ++i) held.pieces[i] = reinterpret_cast<const uint4*>(from)[i];
+#pragma unroll
+        for (u32 j = 0; j < RUN; ++j) run.values[j] = wide(held.elements[j]);
+    } else {
+        for (u32 j = 0; j < RUN; ++j)
+            if (j < count) run.values[j] = wide(from[j]);
+    }
+    return run;
+}
+
+template <typename T> __device__ __forceinline__ void write(T* to, const Run& run, u32 count) {
+    constexpr u32 PIECES = RUN * sizeof(T) / 16;
+    union { uint4 pieces[PIECES]; T elements[RUN]; } held;
+    if (in_pieces(to, count)) {
+#pragma unroll
+        for (u32 j = 0; j < RUN; ++j) held.elements[j] = narrow<T>(run.values[j]);
+#pragma unroll
+        for (u32 i = 0; i < PIECES; ++i) reinterpret_cast<uint4*>(to)[i] = held.pieces[i];
+    } else {
+        for (u32 j = 0; j < RUN; ++j)
+            if (j < count) to[j] = narrow<T>(run.values[j]);
+    }
+}
+
+// Run by run: `count` columns of row m from n on.
+#define FOR_RUNS(view, m, n, count)                                                                          \
+    for (u32 runs_ = ((view).width + RUN - 1) / RUN, at_ = blockIdx.x * THREADS + threadIdx.x;              \
+         at_ < (view).rows * runs_; at_ += gridDim.x * THREADS)                                              \
+        if (const u32 m = at_ / runs_, n = at_ % runs_ * RUN, count = min((view).width - n, RUN); true)
+
 // Names a kernel `op_from_to` for the formats it reads and writes.
 #define KERNEL(op, Args, X, Y)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS) op##_##X##_##Y(const __grid_constant__ Args args) { \

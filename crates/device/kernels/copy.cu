@@ -4,7 +4,7 @@
 struct Args { Rows x, out; };
 
 template <typename X, typename Y> __device__ void copy(const Args& args) {
-    FOR_ELEMENTS(args.out, m, n) row<Y>(args.out, m)[n] = narrow<Y>(wide(row<X>(args.x, m)[n]));
+    FOR_RUNS(args.out, m, n, count) write(row<Y>(args.out, m) + n, read(row<X>(args.x, m) + n, count), count);
 }
 
 KERNEL(copy, Args, f32, f32)

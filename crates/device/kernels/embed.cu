@@ -4,13 +4,13 @@
 struct Args { Rows ids, table, out; Report report; };
 
 template <typename X, typename Y> __device__ void embed(const Args& args) {
-    FOR_ELEMENTS(args.out, t, n) {
+    FOR_RUNS(args.out, t, n, count) {
         u32 id = at<u32>(args.ids, t);
         if (id >= args.table.rows) {
             complain(args.report, TOKEN_ID, id, args.table.rows);
             continue;
         }
-        row<Y>(args.out, t)[n] = narrow<Y>(wide(row<X>(args.table, id)[n]));
+        write(row<Y>(args.out, t) + n, read(row<X>(args.table, id) + n, count), count);
     }
 }
 

@@ -4,9 +4,12 @@
 struct Args { Rows gate, x; };
 
 template <typename X, typename Y> __device__ void gate(const Args& args) {
-    FOR_ELEMENTS(args.x, m, n) {
+    FOR_RUNS(args.x, m, n, count) {
         X* x = row<X>(args.x, m) + n;
-        *x = narrow<X>(wide(*x) * sigmoid(at<f32>(args.gate, m)));
+        const f32 factor = sigmoid(at<f32>(args.gate, m));
+        Run run = read(x, count);
+        for (f32& value : run.values) value *= factor;
+        write(x, run, count);
     }
 }
 

@@ -4,13 +4,13 @@
 struct Args { Rows x, index, out; Report report; };
 
 template <typename X, typename Y> __device__ void gather(const Args& args) {
-    FOR_ELEMENTS(args.out, m, n) {
+    FOR_RUNS(args.out, m, n, count) {
         u32 source = at<u32>(args.index, m);
         if (source >= args.x.rows) {
             complain(args.report, SOURCE_ROW, source, args.x.rows);
             continue;
         }
-        row<Y>(args.out, m)[n] = narrow<Y>(wide(row<X>(args.x, source)[n]));
+        write(row<Y>(args.out, m) + n, read(row<X>(args.x, source) + n, count), count);
     }
 }
 

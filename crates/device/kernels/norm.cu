@@ -3,6 +3,10 @@
 
 struct Args { Rows x, out; u64 weight; f32 eps; u32 centred; };
 
+#define FOR_RUNS_OF_ROW(width, n, count)                                                                     \
+    for (u32 n = threadIdx.x * RUN; n < (width); n += THREADS * RUN)                                         \
+        if (const u32 count = min((width) - n, RUN); true)
+
 template <typename X, typename Y> __device__ void norm(const Args& args) {
     const X* x = row<X>(args.x, blockIdx.x);
     Y* out = row<Y>(args.out, blockIdx.x);
@@ -12,17 +16,28 @@ template <typename X, typename Y> __device__ void norm(const Args& args) {
     f32 mean = 0.0f;
     if (args.centred) {
         f32 sum = 0.0f;
-        for (u32 n = threadIdx.x; n < width; n += THREADS) sum += wide(x[n]);
+        FOR_RUNS_OF_ROW(width, n, count) {
+            const Run run = read(x + n, count);
+            for (f32 value : run.values) sum += value;
+        }
         mean = block_sum(sum) / f32(width);
     }
     f32 squares = 0.0f;
-    for (u32 n = threadIdx.x; n < width; n += THREADS) {
-        f32 distance = wide(x[n]) - mean;
-        squares += distance * distance;
+    FOR_RUNS_OF_ROW(width, n, count) {
+        const Run run = read(x + n, count);
+#pragma unroll
+        for (u32 j = 0; j < RUN; ++j) {
+            const f32 distance = j < count ? run.values[j] - mean : 0.0f;
+            squares += distance * distance;
+        }
     }
     const f32 factor = 1.0f / sqrtf(block_sum(squares) / f32(width) + args.eps);
-    for (u32 n = threadIdx.x; n < width; n += THREADS) {
-        out[n] = narrow<Y>((wide(x[n]) - mean) * factor * weight[n]);
+    FOR_RUNS_OF_ROW(width, n, count) {
+        Run run = read(x + n, count);
+        const Run scales = read(weight + n, count);
+#pragma unroll
+        for (u32 j = 0; j < RUN; ++j) run.values[j] = (run.values[j] - mean) * factor * scales.values[j];
+        write(out + n, run, count);
     }
 }
 

@@ -4,13 +4,13 @@
 struct Args { Rows x, slots, cache; Report report; };
 
 template <typename X, typename Y> __device__ void store(const Args& args) {
-    FOR_ELEMENTS(args.x, t, n) {
+    FOR_RUNS(args.x, t, n, count) {
         u32 slot = at<u32>(args.slots, t);
         if (slot >= args.cache.rows) {
             complain(args.report, CACHE_SLOT, slot, args.cache.rows);
             continue;
         }
-        row<Y>(args.cache, slot)[n] = narrow<Y>(wide(row<X>(args.x, t)[n]));
+        write(row<Y>(args.cache, slot) + n, read(row<X>(args.x, t) + n, count), count);
     }
 }
 

@@ -21,6 +21,9 @@ use std::sync::Arc;
 /// Threads of a block that goes element by element; `THREADS` in `common.cuh`.
 const THREADS: usize = 256;
 
+/// Columns that a thread takes at once; `RUN` in `common.cuh`.
+const RUN: usize = 8;
+
 /// Most blocks along the second axis of a grid.
 const MOST_ROWS: usize = 65_535;
 
@@ -195,36 +198,36 @@ impl Launch<'_> {
                 };
                 let views = [self.rows(&op.ids)?, rows, self.rows(&op.out)?];
                 let arguments = Indexed { views, report: self.report };
-                self.elements("embed", table.dtype, op.out.dtype, &op.out, arguments)
+                self.runs("embed", table.dtype, op.out.dtype, &op.out, arguments)
             }
             Op::StoreRows(op) => {
                 let views = [self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?];
                 let arguments = Indexed { views, report: self.report };
-                self.elements("store", op.x.dtype, op.cache.dtype, &op.x, arguments)
+                self.runs("store", op.x.dtype, op.cache.dtype, &op.x, arguments)
             }
             Op::Gather(op) => {
                 let views = [self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?];
                 let arguments = Indexed { views, report: self.report };
-                self.elements("gather", op.x.dtype, op.out.dtype, &op.out, arguments)
+                self.runs("gather", op.x.dtype, op.out.dtype, &op.out, arguments)
             }
             Op::Add(op) => {
                 let arguments = [self.rows(&op.x)?, self.rows(&op.out)?];
-                self.elements("add", op.x.dtype, op.out.dtype, &op.out, arguments)
+                self.runs("add", op.x.dtype, op.out.dtype, &op.out, arguments)
             }
             Op::Copy(op) => {
                 let arguments = [self.rows(&op.x)?, self.rows(&op.out)?];
-                self.elements("copy", op.x.dtype, op.out.dtype, &op.out, arguments)
+                self.runs("copy", op.x.dtype, op.out.dtype, &op.out, arguments)
             }
             Op::Clamp(op) => {
                 #[repr(C)]
                 #[derive(Clone, Copy)]
                 struct Args(Rows, f32, u32);
                 let arguments = Args(self.rows(&op.x)?, op.limit, 0);
-                self.elements("clamp", op.x.dtype, op.x.dtype, &op.x, arguments)
+                self.runs("clamp", op.x.dtype, op.x.dtype, &op.x, arguments)
             }
             Op::GateRows(op) => {
                 let arguments = [self.rows(&op.gate)?, self.rows(&op.x)?];
-                self.elements("gate", op.x.dtype, op.x.dtype, &op.x, arguments)
+                self.runs("gate", op.x.dtype, op.x.dtype, &op.x, arguments)
             }
         }
     }
@@ -371,7 +374,7 @@ impl Launch<'_> {
             weighted: u32::from(op.weights.is_some()),
             added: u32::from(op.addend.is_some()),
         };
-        self.elements("reduce", op.x.dtype, op.out.dtype, &op.out, arguments)
+        self.runs("reduce", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
     fn route(&mut self, op: &Route) -> Result<(), Refusal> {
@@ -689,6 +692,29 @@ impl Launch<'_> {
             self.start(&kernel.function, (1, 1), 0, arguments)?;
         }
         Ok((Some(staged), listed))
+    }
+
+    /// Starts a kernel over the rows of `over`, whose threads take runs of columns; its arguments are the kernel's own
+    /// struct.
+    fn runs<A: Copy>(
+        &mut self,
+        operation: &'static str,
+        from: DType,
+        to: DType,
+        over: &Buffer,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        if is_empty(over) {
+            return Ok(());
+        }
+        let kernel = self.kernels.get(operation, from, to)?;
+        let blocks = (over.rows * over.width.div_ceil(RUN)).div_ceil(THREADS);
+        // A kernel counts all threads in 32 bits.
+        if blocks * THREADS > u32::MAX as usize / 2 {
+            let message = format!("{operation}: {over:?} is too large for one launch");
+            return Err(DeviceError::Unsupported(message).into());
+        }
+        self.start(&kernel.function, (blocks as u32, 1), 0, arguments)
     }
 
     /// Starts a kernel over the elements of `over`; its arguments are the kernel's own struct.

@@ -1,9 +1,9 @@
-//! How fast products run on the first GPU: a table, asked for with `--ignored --nocapture`.
+//! How fast products and attention run on the first GPU: tables, asked for with `--ignored --nocapture`.
 
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
-use epsmoe_device::op::{Embed, Epilogue, Gemm, GemmPart, Upload};
-use epsmoe_device::{Backend, TensorBytes, Weight, WeightShape};
+use epsmoe_device::op::{Attention, Embed, Epilogue, Gemm, GemmPart, Upload};
+use epsmoe_device::{Backend, Record, TensorBytes, Weight, WeightShape};
 use half::bf16;
 use std::time::Duration;
 
@@ -87,14 +87,7 @@ fn measure(
         backend.enqueue(lane, place, Gemm { parts, bias: None, epilogue }).expect("it fits");
     }
     wait();
-    let records = backend.take_records();
-    let mut times: Vec<u64> = records
-        .iter()
-        .filter(|record| record.name == "gemm")
-        .map(|record| record.end_ns - record.start_ns)
-        .collect();
-    times.sort_unstable();
-    let median = times[times.len() / 2] as f64;
+    let median = median_ns(&backend.take_records(), "gemm");
     let maps = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
     let flops = 2.0 * (total * k * n * maps) as f64;
     let bytes = (2 * weights.len() * k * n * maps) as f64;
@@ -105,5 +98,97 @@ fn measure(
         median / 1e3,
         flops / median / 1e3,
         bytes / median
+    )
+}
+
+fn median_ns(records: &[Record], name: &str) -> f64 {
+    let mut times: Vec<u64> = records
+        .iter()
+        .filter(|record| record.name == name)
+        .map(|record| record.end_ns - record.start_ns)
+        .collect();
+    times.sort_unstable();
+    times[times.len() / 2] as f64
+}
+
+/// Name, heads, key heads, width of keys and values; latents have the values in their keys.
+const HEADS: [(&str, usize, usize, usize, usize); 3] = [
+    ("DeepSeek-V2-Lite", 16, 1, 576, 512),
+    ("Qwen3-30B-A3B", 32, 4, 128, 128),
+    ("OLMoE-1B-7B", 16, 16, 128, 128),
+];
+/// Sequences, cached positions and new tokens of each.
+const SEQUENCES: [(usize, usize, usize); 4] = [(8, 0, 1024), (1, 0, 4096), (8, 1023, 1), (128, 1023, 1)];
+
+#[test]
+#[ignore = "a measurement"]
+fn attentions() {
+    let device = match CudaDevice::open(0) {
+        Ok(device) => device,
+        Err(missing) => return eprintln!("skipped: {missing}"),
+    };
+    println!("attention         sequences  cached  new each  median µs   TFLOP/s");
+    for heads in HEADS {
+        for sequences in SEQUENCES {
+            let weights = CudaWeights::new(&device).expect("a store");
+            let backend = CudaBackend::new(Rank(0), &device, &weights, CudaOptions::new(DType::BF16));
+            println!("{}", measure_attention(&backend.expect("a processor"), heads, sequences));
+        }
+    }
+}
+
+fn measure_attention(
+    backend: &CudaBackend,
+    (name, heads, kv_heads, key_width, value_width): (&str, usize, usize, usize, usize),
+    (sequences, cached, new): (usize, usize, usize),
+) -> String {
+    const BLOCK: usize = 64;
+    let (lane, place) = (Lane::Compute, Place::default());
+    let (tokens, blocks) = (sequences * new, (cached + new).div_ceil(BLOCK));
+    let words = |name, words: Vec<u32>, width: usize| {
+        let out = backend.allocate(name, DType::U32, words.len() / width, width).expect("memory");
+        backend.enqueue(lane, place, Upload { words: words.into(), out: out.clone() }).expect("it fits");
+        out
+    };
+    let filled = |name: &'static str, rows: usize, width: usize| {
+        let numbers = random(64 * width);
+        let tensor = TensorBytes { dtype: DType::BF16, bytes: &numbers };
+        let table = backend.load(name, WeightShape::Table { rows: 64, width }, &[tensor]).expect("memory");
+        let ids = words("ids", (0..rows as u32).map(|row| row * 7 % 64).collect(), 1);
+        let out = backend.allocate(name, DType::BF16, rows, width).expect("memory");
+        backend.enqueue(lane, place, Embed { ids, table, out: out.clone() }).expect("it fits");
+        out
+    };
+    let slots = sequences * blocks * BLOCK;
+    let keys = filled("keys", slots, kv_heads * key_width);
+    let values = match key_width == value_width {
+        true => filled("values", slots, kv_heads * value_width),
+        false => keys.columns(0..value_width).expect("inside"),
+    };
+    let attention = Attention {
+        q: filled("q", tokens, heads * key_width),
+        keys,
+        values,
+        sequence_starts: words("starts", (0..=sequences).map(|b| (b * new) as u32).collect(), 1),
+        positions: words("positions", (0..tokens).map(|t| (cached + t % new) as u32).collect(), 1),
+        blocks: words("blocks", (0..(sequences * blocks) as u32).collect(), blocks),
+        block_size: BLOCK,
+        heads,
+        kv_heads,
+        scale: 1.0 / (key_width as f32).sqrt(),
+        window: None,
+        out: backend.allocate("out", DType::BF16, tokens, heads * value_width).expect("memory"),
+    };
+    for _ in 0..REPEATS {
+        backend.enqueue(lane, place, attention.clone()).expect("it fits");
+    }
+    backend.wait(&backend.record(lane), Deadline::after(Duration::from_secs(60))).expect("no fault");
+    let median = median_ns(&backend.take_records(), "attention");
+    let seen = sequences * (cached * new + new * (new + 1) / 2);
+    let flops = 2.0 * (seen * heads * (key_width + value_width)) as f64;
+    format!(
+        "{name:16}  {sequences:9}  {cached:6}  {new:8}  {:9.1}  {:8.1}",
+        median / 1e3,
+        flops / median / 1e3
     )
 }
