@@ -294,6 +294,10 @@ pub struct HostCost {
     /// How much too late a lane wakes up that slept until a paced link was done.
     #[serde(default)]
     pub sleep_ns: u64,
+    /// How long a transfer lane or the host, ready to go on, waits for its turn on a shared processor
+    /// ([`CostModel::concurrent`]) on which as many threads compute as it can hold; less if one of them is done first.
+    #[serde(default)]
+    pub queue_ns: u64,
 }
 
 /// One way to divide the processor between computation and transfers.
@@ -407,6 +411,7 @@ impl CostModel {
                 enqueue: Curve::flat(0),
                 wake_ns: 20_000,
                 sleep_ns: 60_000,
+                queue_ns: 100_000,
             },
             shares: vec![ShareCost { compute_beside: 1050, transfer_beside: 1100, ..ShareCost::FREE }],
         }

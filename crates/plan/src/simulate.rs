@@ -18,7 +18,9 @@
 //! - While a rank computes and transfers at once, both go slower, by the [`ShareCost`].
 //! - Threads that share a processor ([`CostModel::concurrent`]) divide it equally: those of the compute lanes, of the
 //!   hosts, and of transfer lanes while they copy. There an exchange is work for the processor beside the time on the
-//!   link, and nobody leaves it before all ranks have copied.
+//!   link, and nobody leaves it before all ranks have copied. Where computation fills it, a transfer lane or a host that
+//!   would go on, or wakes up when a paced link is done, first waits for its turn:
+//!   [`HostCost::queue_ns`](crate::HostCost::queue_ns), or until there is room.
 //!
 //! Time runs in whole nanoseconds and progress in whole millionths of one, so every rank finds the same times.
 
@@ -566,6 +568,8 @@ struct Head {
     left: u64,
     /// Likewise, what an exchange has still to copy on a shared processor.
     copies: u64,
+    /// Its turn on a crowded processor comes no later than this.
+    turn: Option<u64>,
 }
 
 /// Ranks with one clock.
@@ -575,6 +579,7 @@ struct Group<'a> {
     concurrent: u64,
     lane_threads: u64,
     wake_ns: u64,
+    queue_ns: u64,
     /// Speed of computation beside a transfer, and of a transfer beside computation.
     beside: [u64; 2],
     /// `[queue]` the program's steps.
@@ -601,6 +606,7 @@ impl<'a> Group<'a> {
             concurrent: u64::from(cost.concurrent),
             lane_threads: u64::from(cost.lane_threads),
             wake_ns: cost.host.wake_ns,
+            queue_ns: cost.host.queue_ns,
             beside: [share.compute_beside, share.transfer_beside].map(|slower| FULL * 1000 / slower.max(1)),
             queues: [Queue::Compute, Queue::Transfer, Queue::Host].map(queue),
             heads: vec![[Head::default(); QUEUES]; ranks.len()],
@@ -641,32 +647,57 @@ impl<'a> Group<'a> {
 
     fn reach(&mut self, rank: usize) -> bool {
         let mut moved = false;
-        for queue in 0..QUEUES {
-            let mut head = self.heads[rank][queue];
-            let Some(&step) = self.queues[queue].get(head.next) else { continue };
-            let at = rank * self.program.steps.len() + step;
-            if !head.reached && self.ready_at(step, rank).is_some_and(|ready| ready <= self.now) {
-                self.times.start[at] = self.now;
-                self.reached[step] += 1;
-                head.reached = true;
-                moved = true;
-            }
-            if head.reached && !head.working && (self.released[step] || !self.program.steps[step].meets) {
-                let number = step * self.program.ranks + self.ranks.start + rank;
-                self.times.begin[at] = self.now;
-                head.working = true;
-                head.left = self.program.work[number] * FULL;
-                head.copies = self.program.copies[number] * FULL;
-                self.copied[step] += usize::from(head.copies == 0);
-                moved = true;
-            }
-            self.heads[rank][queue] = head;
-            if head.working && head.left == 0 && head.copies == 0 && self.may_leave(step) {
-                self.finish(rank, queue);
-                moved = true;
-            }
+        // A compute lane goes from one step to the next before anybody else can take its place.
+        while self.reach_next(rank, Queue::Compute) {
+            moved = true;
         }
-        moved
+        moved |= self.reach_next(rank, Queue::Transfer);
+        moved | self.reach_next(rank, Queue::Host)
+    }
+
+    fn reach_next(&mut self, rank: usize, queue: Queue) -> bool {
+        let mut moved = false;
+        let mut head = self.heads[rank][queue as usize];
+        let Some(&step) = self.queues[queue as usize].get(head.next) else { return false };
+        let at = rank * self.program.steps.len() + step;
+        let ready = |this: &Self| this.ready_at(step, rank).is_some_and(|ready| ready <= this.now);
+        if !head.reached && ready(self) && self.has_turn(&mut head, queue) {
+            self.times.start[at] = self.now;
+            self.reached[step] += 1;
+            (head.reached, head.turn) = (true, None);
+            moved = true;
+        }
+        if head.reached && !head.working && (self.released[step] || !self.program.steps[step].meets) {
+            let number = step * self.program.ranks + self.ranks.start + rank;
+            self.times.begin[at] = self.now;
+            head.working = true;
+            head.left = self.program.work[number] * FULL;
+            head.copies = self.program.copies[number] * FULL;
+            self.copied[step] += usize::from(head.copies == 0);
+            moved = true;
+        }
+        let done = head.working && head.left == 0 && head.copies == 0 && self.may_leave(step);
+        let leaves = done && (!self.slept(rank, step) || self.has_turn(&mut head, queue));
+        self.heads[rank][queue as usize] = head;
+        if leaves {
+            self.finish(rank, queue as usize);
+        }
+        moved | leaves
+    }
+
+    /// Whether a lane slept through the exchange, until the link was done.
+    fn slept(&self, rank: usize, step: usize) -> bool {
+        let number = step * self.program.ranks + self.ranks.start + rank;
+        self.program.steps[step].meets && self.program.work[number] > 0
+    }
+
+    /// Whether the processor has room for a queue that would go on, or it has waited for that long enough. A compute
+    /// lane shares at once: it has much to do.
+    fn has_turn(&self, head: &mut Head, queue: Queue) -> bool {
+        if queue == Queue::Compute || self.queue_ns == 0 || self.demand() < self.concurrent {
+            return true;
+        }
+        self.concurrent == 0 || *head.turn.get_or_insert(self.now + self.queue_ns) <= self.now
     }
 
     /// When a step that waits for nothing but its turn may start; nothing while it waits for other queues.
@@ -702,6 +733,8 @@ impl<'a> Group<'a> {
         for (rank, heads) in self.heads.iter().enumerate() {
             let speeds = self.speeds(heads, demand);
             for (queue, head) in heads.iter().enumerate() {
+                let turn = head.turn.filter(|&turn| turn > self.now);
+                wait = wait.min(turn.map_or(u64::MAX, |turn| turn - self.now));
                 if head.working {
                     for (left, speed) in [(head.left, speeds.of[queue]), (head.copies, speeds.copies)] {
                         wait = wait.min(if left > 0 { left.div_ceil(speed) } else { u64::MAX });

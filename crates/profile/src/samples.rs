@@ -5,6 +5,7 @@
 
 use crate::LayerRun;
 use epsmoe_base::{Lane, Rank};
+use epsmoe_fabric::Link;
 use epsmoe_plan::{CostModel, Payload, Planned, Sample, Span, StageTable, Work, Workload, planned};
 use std::collections::BTreeMap;
 
@@ -12,11 +13,48 @@ use std::collections::BTreeMap;
 pub fn samples(run: &LayerRun, table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Vec<Sample> {
     let steps = planned(table, workload, cost);
     let Some(paired) = paired(run, &steps) else { return Vec::new() };
-    let reading = Reading { run, paired, crowd: Crowd::of(run, cost), wake_ns: cost.host.wake_ns };
+    let reading = Reading { run, paired, crowd: Crowd::of(run, cost, true), wake_ns: cost.host.wake_ns };
     let ranks = workload.placement.ranks();
     let mut samples = reading.operations();
     samples.extend(reading.exchanges(ranks));
     samples.extend(reading.hosts(&steps, ranks));
+    samples
+}
+
+/// How long lanes took to go on, in a layer whose rows a link carried: after they slept until it was done, and to
+/// combine what was computed. Where other threads filled the processor they waited for their turn.
+pub(crate) fn delays(
+    run: &LayerRun,
+    table: &StageTable,
+    workload: &Workload<'_>,
+    cost: &CostModel,
+    link: Link,
+) -> Vec<Sample> {
+    let steps = planned(table, workload, cost);
+    let Some(paired) = paired(run, &steps) else { return Vec::new() };
+    // Lanes that sleep leave the processor to others.
+    let crowd = Crowd::of(run, cost, false);
+    let all_there: Vec<u64> = exchanges(run).into_iter().map(|exchange| exchange.0).collect();
+    let mut samples = Vec::new();
+    for rank in workload.placement.all_ranks() {
+        let on = |lane: Lane| paired.iter().filter(move |pair| (pair.span.rank, pair.span.lane) == (rank, lane));
+        for (pair, &all_there) in on(Lane::Transfer).zip(&all_there) {
+            let Work::Exchange(Payload { near, .. }) = *pair.work else { continue };
+            let due = all_there + link.time(near).as_nanos() as u64;
+            if near > 0 {
+                let work = if crowd.is_full(due) { Work::Queue } else { Work::Sleep };
+                samples.push(Sample { work, ns: pair.span.end_ns.saturating_sub(due) });
+            }
+            let reduced = on(Lane::Compute).find(|reduce| {
+                (reduce.span.name.as_ref(), reduce.span.stage) == ("reduce", pair.span.stage)
+            });
+            let (Some(reduced), Some(before)) = (reduced, pair.before) else { continue };
+            let ready = before.max(reduced.span.end_ns) + cost.host.wake_ns;
+            if pair.span.name == "combine" && ready > run.hosts[rank.0].enqueued && crowd.is_full(ready) {
+                samples.push(Sample { work: Work::Queue, ns: pair.span.start_ns.saturating_sub(ready) });
+            }
+        }
+    }
     samples
 }
 
@@ -58,7 +96,8 @@ struct Crowd {
 }
 
 impl Crowd {
-    fn of(run: &LayerRun, cost: &CostModel) -> Self {
+    /// Of lanes and hosts; of transfer lanes only if they copy all the time.
+    fn of(run: &LayerRun, cost: &CostModel, copies: bool) -> Self {
         let mut changes: BTreeMap<u64, i64> = BTreeMap::new();
         let mut busy = |from: u64, to: u64, threads: i64| {
             if from < to {
@@ -69,7 +108,7 @@ impl Crowd {
         for span in run.timeline.spans.iter().filter(|span| span.lane == Lane::Compute) {
             busy(span.start_ns, span.end_ns, i64::from(cost.lane_threads));
         }
-        for (all_there, spans) in exchanges(run) {
+        for (all_there, spans) in exchanges(run).into_iter().filter(|_| copies) {
             spans.iter().for_each(|span| busy(all_there, span.end_ns, 1));
         }
         for (rank, host) in run.hosts.iter().enumerate() {
@@ -83,6 +122,12 @@ impl Crowd {
             (at, threads.max(0) as u64)
         };
         Crowd { concurrent: u64::from(cost.concurrent), steps: changes.into_iter().map(count).collect() }
+    }
+
+    /// Whether as many threads are at work as the processor can hold.
+    fn is_full(&self, at: u64) -> bool {
+        let before = self.steps.partition_point(|step| step.0 <= at).checked_sub(1);
+        before.is_some_and(|step| self.steps[step].1 >= self.concurrent)
     }
 
     /// Nanoseconds that a thread at work from `from` to `to` would have taken alone.
