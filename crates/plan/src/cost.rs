@@ -93,6 +93,7 @@ pub struct CostModel {
 ///     depth: Curve::flat(1000),
 ///     weight_bytes_per_second: 10_000_000_000,
 ///     op_ns: 3_000,
+///     least_columns: 0,
 /// };
 /// let product = gemm.product(1000, 1000, 2);
 /// assert_eq!(product.expert_ns(100), 400_000);
@@ -112,6 +113,9 @@ pub struct GemmCost {
     pub weight_bytes_per_second: u64,
     /// Paid by every operation: launch, tail.
     pub op_ns: u64,
+    /// A product of fewer columns computes as long as one of so many: kernels multiply whole panels.
+    #[serde(default)]
+    pub least_columns: u64,
 }
 
 /// [`GemmCost`] for one matrix shape, ready to be asked many times.
@@ -128,7 +132,8 @@ impl GemmCost {
     /// For matrices of `columns` N by `depth` K, whose elements take `element_bytes`.
     pub fn product(&self, columns: usize, depth: usize, element_bytes: usize) -> Product<'_> {
         let elements = columns as u128 * depth as u128;
-        let row_ps = 2 * elements * 1_000_000_000_000 * 1000
+        let computed = (columns as u128).max(self.least_columns.into()) * depth as u128;
+        let row_ps = 2 * computed * 1_000_000_000_000 * 1000
             / rate(self.flops_per_second)
             / self.depth_permille(depth);
         let weight_ns = elements * element_bytes as u128 * 1_000_000_000 / rate(self.weight_bytes_per_second);
@@ -379,6 +384,7 @@ impl CostModel {
             depth: Curve::of([(64, 800), (512, 950), (2048, 1000)]),
             weight_bytes_per_second: 12_000_000_000 * lanes.min(2),
             op_ns,
+            least_columns: 48,
         };
         let per_second = |start, rate| Curve::line(start, rate);
         CostModel {

@@ -239,7 +239,29 @@ fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes
             (starting_below(rows, &hidden), depth)
         }
     };
-    GemmCost { flops_per_second: flops, rows, depth, weight_bytes_per_second: bytes, op_ns }
+    let fitted = GemmCost {
+        flops_per_second: flops,
+        rows,
+        depth,
+        weight_bytes_per_second: bytes,
+        op_ns,
+        least_columns: 0,
+    };
+    let least_columns = least_columns(&fitted, kind, samples, element_bytes);
+    GemmCost { least_columns, ..fitted }
+}
+
+/// How many columns the narrow products, a router's, take the time of.
+fn least_columns(fitted: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes: u64) -> u64 {
+    let as_many = |sample: &Sample| {
+        let Work::Gemm { kind: of, rows, columns, depth } = &sample.work else { return None };
+        let (&[rows], true) = (rows.as_slice(), *of == kind && *columns < NARROW) else { return None };
+        let wide = fitted.product(NARROW, *depth, element_bytes as usize);
+        let (ns, of_wide) = (sample.ns.saturating_sub(fitted.op_ns), wide.expert_ns(rows));
+        // Short ones say more about the clock.
+        (ns > 4 * fitted.op_ns).then(|| (0, (NARROW as u64 * ns / of_wide.max(1)).min(NARROW as u64)))
+    };
+    medians(samples.iter().filter_map(as_many)).first().map_or(0, |&(_, columns)| columns)
 }
 
 /// Fewest columns of a product that tells how fast products are.

@@ -16,11 +16,11 @@
 //! - An exchange is two-sided: nothing moves before all ranks are there; then each rank is done after its own
 //!   [`LinkCost::exchange_ns`](crate::LinkCost::exchange_ns).
 //! - While a rank computes and transfers at once, both go slower, by the [`ShareCost`].
-//! - Threads that share a processor ([`CostModel::concurrent`]) divide it equally: those of the compute lanes, of the
-//!   hosts, and of transfer lanes while they copy. There an exchange is work for the processor beside the time on the
-//!   link, and nobody leaves it before all ranks have copied. Where computation fills it, a transfer lane or a host that
-//!   would go on, or wakes up when a paced link is done, first waits for its turn:
-//!   [`HostCost::queue_ns`](crate::HostCost::queue_ns), or until there is room.
+//! - Threads that share a processor ([`CostModel::concurrent`]): hosts, and transfer lanes while they copy, work in
+//!   short bursts and take what they need; those of the compute lanes share the rest ([`Crowd`]). There an exchange is
+//!   work for the processor beside the time on the link, and nobody leaves it before all ranks have copied. Where
+//!   computation fills it, a transfer lane or a host that would go on, or wakes up when a paced link is done, first waits
+//!   for its turn: [`HostCost::queue_ns`](crate::HostCost::queue_ns), or until there is room.
 //!
 //! Time runs in whole nanoseconds and progress in whole millionths of one, so every rank finds the same times.
 
@@ -694,10 +694,10 @@ impl<'a> Group<'a> {
     /// Whether the processor has room for a queue that would go on, or it has waited for that long enough. A compute
     /// lane shares at once: it has much to do.
     fn has_turn(&self, head: &mut Head, queue: Queue) -> bool {
-        if queue == Queue::Compute || self.queue_ns == 0 || self.demand() < self.concurrent {
+        if queue == Queue::Compute || self.queue_ns == 0 || !self.crowd().is_full() {
             return true;
         }
-        self.concurrent == 0 || *head.turn.get_or_insert(self.now + self.queue_ns) <= self.now
+        *head.turn.get_or_insert(self.now + self.queue_ns) <= self.now
     }
 
     /// When a step that waits for nothing but its turn may start; nothing while it waits for other queues.
@@ -728,10 +728,10 @@ impl<'a> Group<'a> {
 
     /// Lets time pass until something is done or somebody wakes up, or until `limit`; false when nothing will.
     fn next_event(&mut self, limit: u64) -> bool {
-        let demand = self.demand();
+        let crowd = self.crowd();
         let mut wait = u64::MAX;
         for (rank, heads) in self.heads.iter().enumerate() {
-            let speeds = self.speeds(heads, demand);
+            let speeds = self.speeds(heads, &crowd);
             for (queue, head) in heads.iter().enumerate() {
                 let turn = head.turn.filter(|&turn| turn > self.now);
                 wait = wait.min(turn.map_or(u64::MAX, |turn| turn - self.now));
@@ -751,7 +751,7 @@ impl<'a> Group<'a> {
         let wait = wait.min(limit - self.now);
         self.now += wait;
         for rank in 0..self.ranks.len() {
-            let speeds = self.speeds(&self.heads[rank], demand);
+            let speeds = self.speeds(&self.heads[rank], &crowd);
             for queue in 0..QUEUES {
                 let head = &mut self.heads[rank][queue];
                 if !head.working {
@@ -769,23 +769,64 @@ impl<'a> Group<'a> {
         true
     }
 
-    /// Threads at work that share the processor.
-    fn demand(&self) -> u64 {
-        let of_rank = |[compute, transfer, host]: &[Head; QUEUES]| {
-            let lane = if compute.working { self.lane_threads } else { 0 };
-            lane + u64::from(transfer.copies > 0) + u64::from(host.working)
-        };
-        if self.concurrent == 0 { 0 } else { self.heads.iter().map(of_rank).sum() }
+    /// Who shares the processor.
+    fn crowd(&self) -> Crowd {
+        let mut crowd = Crowd { concurrent: self.concurrent, ..Crowd::default() };
+        for [compute, transfer, host] in &self.heads {
+            crowd.lanes += if compute.working { self.lane_threads } else { 0 };
+            crowd.bursts += u64::from(transfer.copies > 0) + u64::from(host.working);
+        }
+        crowd
     }
 
-    /// How fast each queue of a rank works while so many threads want the processor.
-    fn speeds(&self, heads: &[Head; QUEUES], demand: u64) -> Speeds {
+    /// How fast each queue of a rank works in such a crowd.
+    fn speeds(&self, heads: &[Head; QUEUES], crowd: &Crowd) -> Speeds {
         let both = heads[0].working && heads[1].working;
         let [compute, transfer] = if both { self.beside } else { [FULL; 2] };
-        let crowded = |speed: u64| {
-            if demand > self.concurrent { (speed * self.concurrent / demand).max(1) } else { speed.max(1) }
-        };
-        Speeds { of: [crowded(compute), transfer.max(1), crowded(FULL)], copies: crowded(transfer) }
+        let slowed = |speed: u64, share: u64| (speed * share / FULL).max(1);
+        let (lanes, bursts) = (crowd.lane_speed(), crowd.burst_speed());
+        Speeds {
+            of: [slowed(compute, lanes), transfer.max(1), slowed(FULL, bursts)],
+            copies: slowed(transfer, bursts),
+        }
+    }
+}
+
+/// Threads at work on one processor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Crowd {
+    /// [`CostModel::concurrent`].
+    pub concurrent: u64,
+    /// Threads of compute lanes.
+    pub lanes: u64,
+    /// Hosts, and transfer lanes that copy.
+    pub bursts: u64,
+}
+
+impl Crowd {
+    /// Full speed.
+    pub const FULL: u64 = FULL;
+
+    /// Whether nobody else can start at once.
+    pub fn is_full(&self) -> bool {
+        self.concurrent > 0 && self.lanes + self.bursts >= self.concurrent
+    }
+
+    /// How fast hosts and copies work, in millionths: at full speed, unless they alone are too many.
+    pub fn burst_speed(&self) -> u64 {
+        match self.concurrent {
+            0 => FULL,
+            concurrent => (FULL * concurrent / self.bursts.max(1)).min(FULL),
+        }
+    }
+
+    /// How fast the threads of compute lanes work: they share what the others leave, a quarter at the least.
+    pub fn lane_speed(&self) -> u64 {
+        let left = (4 * self.concurrent).saturating_sub(4 * self.bursts).max(self.concurrent);
+        match self.concurrent {
+            0 => FULL,
+            _ => (FULL * left / (4 * self.lanes.max(1))).min(FULL),
+        }
     }
 }
 

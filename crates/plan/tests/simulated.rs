@@ -146,6 +146,7 @@ fn a_layer_by_hand() {
         depth: Curve::flat(1000),
         weight_bytes_per_second: 1_000_000_000_000_000_000,
         op_ns: 0,
+        least_columns: 0,
     };
     let free = || Curve::flat(0);
     let cost = CostModel {

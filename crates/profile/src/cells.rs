@@ -103,7 +103,11 @@ fn heated(routing: &Routing, experts: usize, hot: u32) -> Result<Routing, Pipeli
     Ok(Routing::new(experts, routing.top_k(), ids, routing.weights().to_vec())?)
 }
 
-pub(crate) fn counts(placement: &Placement, top_k: usize, routings: &[Routing]) -> Result<LayerCounts, PipelineError> {
+pub(crate) fn counts(
+    placement: &Placement,
+    top_k: usize,
+    routings: &[Routing],
+) -> Result<LayerCounts, PipelineError> {
     let ranks = routings.iter().map(|routing| RankCounts::of(placement, routing)).collect();
     Ok(LayerCounts::new(placement, top_k, ranks)?)
 }
@@ -148,6 +152,10 @@ impl Cell {
     pub(crate) fn lab(cells: &[&Cell], options: &LabOptions) -> Result<Lab, PipelineError> {
         let loads: Vec<_> = cells.iter().map(|cell| cell.routings.clone()).collect();
         let first = cells[0];
-        Lab::start(first.shape, &loads, &LabOptions { ranks: first.ranks, link: first.link, ..options.clone() })
+        Lab::start(
+            first.shape,
+            &loads,
+            &LabOptions { ranks: first.ranks, link: first.link, ..options.clone() },
+        )
     }
 }

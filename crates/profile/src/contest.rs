@@ -28,10 +28,13 @@ impl Ratio {
         let pairs = times.iter().zip(others);
         let mut ratios: Vec<u64> = pairs.map(|(time, other)| time * 1000 / (*other).max(1)).collect();
         ratios.sort_unstable();
-        let (middle, last) = (ratios.len() / 2, ratios.len().saturating_sub(1));
-        let half = (0.98 * (ratios.len() as f64).sqrt()).ceil() as usize;
-        let at = |index: usize| ratios.get(index.min(last)).copied().unwrap_or(1000);
-        Ratio { median: at(middle), interval: (at(middle.saturating_sub(half)), at(middle + half)) }
+        let (number, half) = (ratios.len(), (0.98 * (ratios.len() as f64).sqrt()).ceil() as usize);
+        let at = |index: usize| ratios.get(index.min(number.saturating_sub(1))).copied().unwrap_or(1000);
+        let (low, high) = (number.saturating_sub(1) / 2, number / 2);
+        Ratio {
+            median: at(low).midpoint(at(high)),
+            interval: (at(high.saturating_sub(half)), at(low + half)),
+        }
     }
 }
 

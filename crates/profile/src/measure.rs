@@ -2,12 +2,12 @@
 
 use crate::samples::delays;
 use crate::{Fingerprint, Lab, LabOptions, LabShape, LayerRun, samples};
-use epsmoe_base::Rank;
+use epsmoe_base::{Mix, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
-    CostModel, Curve, GemmCost, GemmKind, HostCost, LayerCounts, LinkCost, Placement, RankCounts,
-    Routing, RowsCost, Sample, ShareCost, StageTable, Workload,
+    CostModel, Curve, GemmCost, GemmKind, HostCost, LayerCounts, LinkCost, Placement, RankCounts, Routing,
+    RowsCost, Sample, ShareCost, StageTable, Workload,
 };
 use std::time::{Duration, Instant};
 
@@ -42,7 +42,7 @@ impl Effort {
                 shape(1024, 704, 16, 4, 704),
                 shape(1536, 384, 16, 2, 0),
             ],
-            rows: vec![1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
+            rows: vec![1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024],
             repeats: 8,
         }
     }
@@ -156,7 +156,10 @@ fn even(shape: LabShape, rank: Rank, tokens: usize) -> Result<Routing, PipelineE
     // A stride that no expert meets twice in a token.
     let stride = experts / top_k;
     let expert = |token: usize, choice: usize| (token + rank.0 + choice * stride) % experts;
-    let ids = (0..tokens).flat_map(|token| (0..top_k).map(move |choice| expert(token, choice) as u32));
+    // In no order that memory could foresee, as in a model.
+    let (mut order, mut mix): (Vec<usize>, _) = ((0..tokens).collect(), Mix::keyed(0, &[rank.0 as u64]));
+    (1..tokens).for_each(|token| order.swap(token, mix.below(token + 1)));
+    let ids = order.into_iter().flat_map(|token| (0..top_k).map(move |choice| expert(token, choice) as u32));
     Ok(Routing::new(experts, top_k, ids.collect(), vec![1.0 / top_k as f32; tokens * top_k])?)
 }
 
@@ -201,6 +204,7 @@ fn blank(fingerprint: &Fingerprint, options: &LabOptions) -> CostModel {
         depth: Curve::flat(1000),
         weight_bytes_per_second: 1_000_000_000,
         op_ns: 0,
+        least_columns: 0,
     };
     let free = Curve::default;
     CostModel {

@@ -95,7 +95,6 @@ impl Spread {
     }
 }
 
-
 /// Passes over all cells, far apart in time: what disturbs the machine for a while disturbs one of them.
 const PASSES: usize = 3;
 
@@ -153,7 +152,8 @@ fn visit(
     for &index in group {
         let link = cells[index].link;
         if labs.iter().all(|lab| lab.0 != link) {
-            let alike: Vec<&Cell> = group.iter().map(|&index| cells[index]).filter(|c| c.link == link).collect();
+            let alike: Vec<&Cell> =
+                group.iter().map(|&index| cells[index]).filter(|c| c.link == link).collect();
             labs.push((link, Cell::lab(&alike, &options)?));
         }
     }

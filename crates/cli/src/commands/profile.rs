@@ -137,7 +137,9 @@ fn models(args: &ProfileArgs, cells: &[&Cell]) -> Result<Models> {
     let missing: Vec<String> = missing.map(usize::to_string).collect();
     if args.profile.is_none() && !missing.is_empty() {
         let missing = missing.join(",");
-        bail!("there is no profile of {missing} ranks: `epsmoe profile -dp {missing}` measures what is missing");
+        bail!(
+            "there is no profile of {missing} ranks: `epsmoe profile -dp {missing}` measures what is missing"
+        );
     }
     let model = |ranks: usize| -> Result<(usize, Model)> {
         let (fingerprint, options) = settle(args, ranks);
