@@ -61,7 +61,8 @@ pub struct CostModel {
     /// The number format of weights and rows.
     pub dtype: DType,
     /// Threads, over all ranks, that run at full speed at once: a compute lane has `lane_threads` of them, copying and
-    /// the host one each, and more than these slow each other down. 0: every rank has a processor of its own.
+    /// the host one each, and more than these slow the compute lanes down ([`Crowd`](crate::Crowd)). 0: every rank has
+    /// a processor of its own.
     pub concurrent: u32,
     /// Threads that a compute lane keeps busy.
     pub lane_threads: u32,
@@ -371,7 +372,7 @@ impl Correction {
 
 impl CostModel {
     /// What this program writes and reads.
-    pub const VERSION: u32 = 2;
+    pub const VERSION: u32 = 3;
 
     /// Round figures of a server's CPU, for a machine that nobody measured: ranks of `threads` threads, of which
     /// `concurrent` in all run at full speed at once (0: every rank has a processor of its own). Good enough to begin with; a [`Scheduler`](crate::Scheduler)

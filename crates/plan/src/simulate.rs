@@ -793,6 +793,18 @@ impl<'a> Group<'a> {
 }
 
 /// Threads at work on one processor.
+///
+/// Two ranks compute on two cores while one of them copies rows: the copy has a core, and both lanes share the other.
+///
+/// ```
+/// # use epsmoe_plan::Crowd;
+/// let crowd = Crowd { concurrent: 2, lanes: 2, bursts: 1 };
+/// assert!(crowd.is_full());
+/// assert_eq!((crowd.lane_speed(), crowd.burst_speed()), (Crowd::FULL / 2, Crowd::FULL));
+/// // Ranks that have a processor each notice nothing.
+/// let apart = Crowd { concurrent: 0, ..crowd };
+/// assert_eq!((apart.is_full(), apart.lane_speed()), (false, Crowd::FULL));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Crowd {
     /// [`CostModel::concurrent`].

@@ -38,8 +38,8 @@ impl Ratio {
     }
 }
 
-/// Runs tables in turn, `rounds` times, after one round to warm up: the times of each. Every other round goes
-/// backwards, so that no plan always follows the same one.
+/// Runs tables in turn, `rounds` times, after one run to warm up: the times of each. Every other round goes backwards,
+/// so that no plan always follows the same one.
 fn in_turn(
     lab: &mut Lab,
     cell: &Cell,
@@ -47,13 +47,13 @@ fn in_turn(
     rounds: usize,
 ) -> Result<Vec<Vec<u64>>, PipelineError> {
     let mut times = vec![Vec::with_capacity(rounds); tables.len()];
-    for round in 0..=rounds {
+    if let Some(first) = tables.first() {
+        lab.run(&cell.routings, first)?;
+    }
+    for round in 0..rounds {
         for turn in 0..tables.len() {
             let index = if round % 2 == 0 { turn } else { tables.len() - 1 - turn };
-            let run = lab.run(&cell.routings, &tables[index])?;
-            if round > 0 {
-                times[index].push(run.layer_ns);
-            }
+            times[index].push(lab.run(&cell.routings, &tables[index])?.layer_ns);
         }
     }
     Ok(times)
@@ -90,7 +90,7 @@ pub fn regret(cell: &Cell, model: &Model, pairs: usize) -> Result<Regret, Pipeli
     let mut lab = Cell::lab(&[cell], &model.options)?;
     let all = sweep(&question.placement, &question.counts)?;
     // Once each, then again those that might be among the best.
-    let hopeful = fastest(&mut lab, cell, all, 1, 3 * TOP)?;
+    let hopeful = fastest(&mut lab, cell, all, 1, 2 * TOP)?;
     let mut best = fastest(&mut lab, cell, hopeful, 3, TOP)?;
     best.retain(|table| *table != chosen);
     let stages = chosen.stages();
