@@ -122,8 +122,7 @@ fn fastest(
     kept: usize,
 ) -> Result<Vec<StageTable>, PipelineError> {
     let times = in_turn(lab, cell, &tables, rounds)?;
-    let mut ranked: Vec<(u64, StageTable)> =
-        times.into_iter().map(|times| median(times)).zip(tables).collect();
+    let mut ranked: Vec<(u64, StageTable)> = times.into_iter().map(median).zip(tables).collect();
     ranked.sort_by_key(|ranked| ranked.0);
     Ok(ranked.into_iter().take(kept).map(|ranked| ranked.1).collect())
 }

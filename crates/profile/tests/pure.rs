@@ -42,7 +42,7 @@ fn cells_follow_from_the_seed_alone() {
 
 fn counts(cell: &Cell, placement: &Placement) -> LayerCounts {
     let ranks = cell.routings.iter().map(|routing| RankCounts::of(placement, routing)).collect();
-    LayerCounts::new(placement, cell.shape.top_k, ranks).unwrap()
+    LayerCounts::new(placement, cell.shape.top_k, ranks).expect("counts of this placement")
 }
 
 /// Figures in which every kind of work has a price of its own.
@@ -55,7 +55,7 @@ fn model(concurrent: u32) -> CostModel {
 }
 
 fn simulated(cell: &Cell, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
-    let placement = Placement::new(cell.shape.experts, cell.ranks).unwrap();
+    let placement = Placement::new(cell.shape.experts, cell.ranks).expect("ranks that hold experts");
     let counts = counts(cell, &placement);
     let shape = cell.shape.layer(&placement, DType::F32);
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
