@@ -445,8 +445,11 @@ kernels and the number format, or to --out. With --verify, layers that the profi
 
 Examples:
   epsmoe profile -dp 2
-  epsmoe profile --verify 100 --seed 6                needs profiles of 1, 2 and 4 ranks
-  epsmoe profile --verify 20 --regret")]
+  epsmoe profile -dp 1,2,4                            what --verify needs
+  epsmoe profile --verify 100 --json verify.json
+  epsmoe profile --verify 20 --regret
+  epsmoe profile --verify 20 --uneven-cuts
+  epsmoe profile --verify 20 --wrong-profile")]
 pub(crate) struct ProfileArgs {
     /// Where to write the profile [default: a file in the cache]
     #[arg(long, value_name = "FILE")]
@@ -464,28 +467,37 @@ pub(crate) struct ProfileArgs {
     #[arg(long, env = "EPSMOE_THREADS", value_name = "NUMBER", value_parser = bounded(1, 1024))]
     pub(crate) threads: Option<usize>,
 
-    /// Ranks; short: -dp
+    /// Ranks; several numbers make as many profiles; short: -dp
     #[arg(
         long,
         alias = "dp",
         env = "EPSMOE_DATA_PARALLEL_SIZE",
         value_name = "RANKS",
         default_value = "2",
+        value_delimiter = ',',
         value_parser = bounded(1, 8)
     )]
-    pub(crate) data_parallel_size: usize,
+    pub(crate) data_parallel_size: Vec<usize>,
 
-    /// Longest time to measure for, in seconds
-    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
-    pub(crate) max_seconds: f64,
+    /// Longest time to measure each profile, or to verify, in seconds [default: 120, or 900 with --verify]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) max_seconds: Option<f64>,
 
     /// Predict and run so many layers instead, drawn by --seed
     #[arg(long, value_name = "CELLS", value_parser = bounded(1, 10_000))]
     pub(crate) verify: Option<usize>,
 
-    /// Compare the searched plan of each of these layers with many others
-    #[arg(long, requires = "verify", value_parser = BoolishValueParser::new())]
+    /// Run the auto schedule's plan of each of these layers against the best of many others
+    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
     pub(crate) regret: bool,
+
+    /// Run cuts that follow the loads against as many experts in every stage
+    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
+    pub(crate) uneven_cuts: bool,
+
+    /// Let the auto schedule begin with links four times and products half as fast as the profile says
+    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
+    pub(crate) wrong_profile: bool,
 
     /// Which layers
     #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 6)]
@@ -495,9 +507,9 @@ pub(crate) struct ProfileArgs {
     #[arg(long, value_name = "FILE", requires = "verify")]
     pub(crate) profile: Option<PathBuf>,
 
-    /// Print one line of JSON
-    #[arg(long, value_parser = BoolishValueParser::new())]
-    pub(crate) json: bool,
+    /// Write the figures to a file; without one, print them as one line
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    pub(crate) json: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]

@@ -61,7 +61,8 @@ pub struct CostModel {
     /// The number format of weights and rows.
     pub dtype: DType,
     /// Threads, over all ranks, that run at full speed at once: a compute lane has `lane_threads` of them, copying and
-    /// the host one each, and more than these slow each other down. 0: every rank has a processor of its own.
+    /// the host one each, and more than these slow the compute lanes down ([`Crowd`](crate::Crowd)). 0: every rank has
+    /// a processor of its own.
     pub concurrent: u32,
     /// Threads that a compute lane keeps busy.
     pub lane_threads: u32,
@@ -93,6 +94,7 @@ pub struct CostModel {
 ///     depth: Curve::flat(1000),
 ///     weight_bytes_per_second: 10_000_000_000,
 ///     op_ns: 3_000,
+///     least_columns: 0,
 /// };
 /// let product = gemm.product(1000, 1000, 2);
 /// assert_eq!(product.expert_ns(100), 400_000);
@@ -112,6 +114,9 @@ pub struct GemmCost {
     pub weight_bytes_per_second: u64,
     /// Paid by every operation: launch, tail.
     pub op_ns: u64,
+    /// A product of fewer columns computes as long as one of so many: kernels multiply whole panels.
+    #[serde(default)]
+    pub least_columns: u64,
 }
 
 /// [`GemmCost`] for one matrix shape, ready to be asked many times.
@@ -128,7 +133,8 @@ impl GemmCost {
     /// For matrices of `columns` N by `depth` K, whose elements take `element_bytes`.
     pub fn product(&self, columns: usize, depth: usize, element_bytes: usize) -> Product<'_> {
         let elements = columns as u128 * depth as u128;
-        let row_ps = 2 * elements * 1_000_000_000_000 * 1000
+        let computed = (columns as u128).max(self.least_columns.into()) * depth as u128;
+        let row_ps = 2 * computed * 1_000_000_000_000 * 1000
             / rate(self.flops_per_second)
             / self.depth_permille(depth);
         let weight_ns = elements * element_bytes as u128 * 1_000_000_000 / rate(self.weight_bytes_per_second);
@@ -294,6 +300,10 @@ pub struct HostCost {
     /// How much too late a lane wakes up that slept until a paced link was done.
     #[serde(default)]
     pub sleep_ns: u64,
+    /// How long a transfer lane or the host, ready to go on, waits for its turn on a shared processor
+    /// ([`CostModel::concurrent`]) on which as many threads compute as it can hold; less if one of them is done first.
+    #[serde(default)]
+    pub queue_ns: u64,
 }
 
 /// One way to divide the processor between computation and transfers.
@@ -362,7 +372,7 @@ impl Correction {
 
 impl CostModel {
     /// What this program writes and reads.
-    pub const VERSION: u32 = 2;
+    pub const VERSION: u32 = 3;
 
     /// Round figures of a server's CPU, for a machine that nobody measured: ranks of `threads` threads, of which
     /// `concurrent` in all run at full speed at once (0: every rank has a processor of its own). Good enough to begin with; a [`Scheduler`](crate::Scheduler)
@@ -375,6 +385,7 @@ impl CostModel {
             depth: Curve::of([(64, 800), (512, 950), (2048, 1000)]),
             weight_bytes_per_second: 12_000_000_000 * lanes.min(2),
             op_ns,
+            least_columns: 48,
         };
         let per_second = |start, rate| Curve::line(start, rate);
         CostModel {
@@ -407,6 +418,7 @@ impl CostModel {
                 enqueue: Curve::flat(0),
                 wake_ns: 20_000,
                 sleep_ns: 60_000,
+                queue_ns: 100_000,
             },
             shares: vec![ShareCost { compute_beside: 1050, transfer_beside: 1100, ..ShareCost::FREE }],
         }

@@ -49,6 +49,8 @@ pub enum Work {
     Wake,
     /// How much too late a lane wakes up that slept until a paced link was done.
     Sleep,
+    /// A transfer lane waiting for its turn on a crowded processor.
+    Queue,
     /// Computation alone under a share that takes `free_ns` on the undivided processor.
     Capped {
         /// Position in [`CostModel::shares`].
@@ -127,6 +129,7 @@ impl CostModel {
         let host = &mut model.host;
         host.wake_ns = median(samples, |work| *work == Work::Wake).unwrap_or(host.wake_ns);
         host.sleep_ns = median(samples, |work| *work == Work::Sleep).unwrap_or(host.sleep_ns);
+        host.queue_ns = mean(samples, |work| *work == Work::Queue).unwrap_or(host.queue_ns);
         model
     }
 }
@@ -134,6 +137,15 @@ impl CostModel {
 fn median(samples: &[Sample], wanted: impl Fn(&Work) -> bool) -> Option<u64> {
     let of = samples.iter().filter(|sample| wanted(&sample.work)).map(|sample| (0, sample.ns));
     medians(of).first().map(|&(_, ns)| ns)
+}
+
+/// Of the nine tenths that are shortest: waits that are mostly short and sometimes long add up to their mean.
+fn mean(samples: &[Sample], wanted: impl Fn(&Work) -> bool) -> Option<u64> {
+    let mut times: Vec<u64> =
+        samples.iter().filter(|sample| wanted(&sample.work)).map(|sample| sample.ns).collect();
+    times.sort_unstable();
+    times.truncate((times.len() * 9).div_ceil(10));
+    times.iter().sum::<u64>().checked_div(times.len() as u64)
 }
 
 fn fit_shares(shares: &[ShareCost], samples: &[Sample]) -> Vec<ShareCost> {
@@ -227,7 +239,29 @@ fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes
             (starting_below(rows, &hidden), depth)
         }
     };
-    GemmCost { flops_per_second: flops, rows, depth, weight_bytes_per_second: bytes, op_ns }
+    let fitted = GemmCost {
+        flops_per_second: flops,
+        rows,
+        depth,
+        weight_bytes_per_second: bytes,
+        op_ns,
+        least_columns: 0,
+    };
+    let least_columns = least_columns(&fitted, kind, samples, element_bytes);
+    GemmCost { least_columns, ..fitted }
+}
+
+/// How many columns the narrow products, a router's, take the time of.
+fn least_columns(fitted: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes: u64) -> u64 {
+    let as_many = |sample: &Sample| {
+        let Work::Gemm { kind: of, rows, columns, depth } = &sample.work else { return None };
+        let (&[rows], true) = (rows.as_slice(), *of == kind && *columns < NARROW) else { return None };
+        let wide = fitted.product(NARROW, *depth, element_bytes as usize);
+        let (ns, of_wide) = (sample.ns.saturating_sub(fitted.op_ns), wide.expert_ns(rows));
+        // Short ones say more about the clock.
+        (ns > 4 * fitted.op_ns).then(|| (0, (NARROW as u64 * ns / of_wide.max(1)).min(NARROW as u64)))
+    };
+    medians(samples.iter().filter_map(as_many)).first().map_or(0, |&(_, columns)| columns)
 }
 
 /// Fewest columns of a product that tells how fast products are.

@@ -92,7 +92,7 @@ pub use schedule::{Policy, Schedule, Stages};
 pub use scheduler::{Feedback, Look, PlanReport, ScheduleReport, Scheduler, Watched};
 pub use search::{Bucket, Choice, Considered, Decision, SearchOptions, cuts_for, search, sensible_orders};
 pub use simulate::{
-    LayerShape, Planned, RankTimes, Simulation, StageTimes, Workload, planned, predict_ns, simulate,
+    Crowd, LayerShape, Planned, RankTimes, Simulation, StageTimes, Workload, planned, predict_ns, simulate,
 };
 pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};
 pub use timeline::{Span, Timeline};

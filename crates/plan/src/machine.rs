@@ -188,6 +188,7 @@ impl Machine {
             depth: figures.depth.clone(),
             weight_bytes_per_second: memory,
             op_ns: figures.op_ns,
+            least_columns: 0,
         };
         // A kernel over rows: launch, then every byte read and written once.
         let moved = |parts: u64| Curve::line(kernels.dense.op_ns, memory / parts);

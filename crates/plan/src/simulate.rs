@@ -16,9 +16,11 @@
 //! - An exchange is two-sided: nothing moves before all ranks are there; then each rank is done after its own
 //!   [`LinkCost::exchange_ns`](crate::LinkCost::exchange_ns).
 //! - While a rank computes and transfers at once, both go slower, by the [`ShareCost`].
-//! - Threads that share a processor ([`CostModel::concurrent`]) divide it equally: those of the compute lanes, of the
-//!   hosts, and of transfer lanes while they copy. There an exchange is work for the processor beside the time on the
-//!   link, and nobody leaves it before all ranks have copied.
+//! - Threads that share a processor ([`CostModel::concurrent`]): hosts, and transfer lanes while they copy, work in
+//!   short bursts and take what they need; those of the compute lanes share the rest ([`Crowd`]). There an exchange is
+//!   work for the processor beside the time on the link, and nobody leaves it before all ranks have copied. Where
+//!   computation fills it, a transfer lane or a host that would go on, or wakes up when a paced link is done, first waits
+//!   for its turn: [`HostCost::queue_ns`](crate::HostCost::queue_ns), or until there is room.
 //!
 //! Time runs in whole nanoseconds and progress in whole millionths of one, so every rank finds the same times.
 
@@ -566,6 +568,8 @@ struct Head {
     left: u64,
     /// Likewise, what an exchange has still to copy on a shared processor.
     copies: u64,
+    /// Its turn on a crowded processor comes no later than this.
+    turn: Option<u64>,
 }
 
 /// Ranks with one clock.
@@ -575,6 +579,7 @@ struct Group<'a> {
     concurrent: u64,
     lane_threads: u64,
     wake_ns: u64,
+    queue_ns: u64,
     /// Speed of computation beside a transfer, and of a transfer beside computation.
     beside: [u64; 2],
     /// `[queue]` the program's steps.
@@ -601,6 +606,7 @@ impl<'a> Group<'a> {
             concurrent: u64::from(cost.concurrent),
             lane_threads: u64::from(cost.lane_threads),
             wake_ns: cost.host.wake_ns,
+            queue_ns: cost.host.queue_ns,
             beside: [share.compute_beside, share.transfer_beside].map(|slower| FULL * 1000 / slower.max(1)),
             queues: [Queue::Compute, Queue::Transfer, Queue::Host].map(queue),
             heads: vec![[Head::default(); QUEUES]; ranks.len()],
@@ -641,32 +647,57 @@ impl<'a> Group<'a> {
 
     fn reach(&mut self, rank: usize) -> bool {
         let mut moved = false;
-        for queue in 0..QUEUES {
-            let mut head = self.heads[rank][queue];
-            let Some(&step) = self.queues[queue].get(head.next) else { continue };
-            let at = rank * self.program.steps.len() + step;
-            if !head.reached && self.ready_at(step, rank).is_some_and(|ready| ready <= self.now) {
-                self.times.start[at] = self.now;
-                self.reached[step] += 1;
-                head.reached = true;
-                moved = true;
-            }
-            if head.reached && !head.working && (self.released[step] || !self.program.steps[step].meets) {
-                let number = step * self.program.ranks + self.ranks.start + rank;
-                self.times.begin[at] = self.now;
-                head.working = true;
-                head.left = self.program.work[number] * FULL;
-                head.copies = self.program.copies[number] * FULL;
-                self.copied[step] += usize::from(head.copies == 0);
-                moved = true;
-            }
-            self.heads[rank][queue] = head;
-            if head.working && head.left == 0 && head.copies == 0 && self.may_leave(step) {
-                self.finish(rank, queue);
-                moved = true;
-            }
+        // A compute lane goes from one step to the next before anybody else can take its place.
+        while self.reach_next(rank, Queue::Compute) {
+            moved = true;
         }
-        moved
+        moved |= self.reach_next(rank, Queue::Transfer);
+        moved | self.reach_next(rank, Queue::Host)
+    }
+
+    fn reach_next(&mut self, rank: usize, queue: Queue) -> bool {
+        let mut moved = false;
+        let mut head = self.heads[rank][queue as usize];
+        let Some(&step) = self.queues[queue as usize].get(head.next) else { return false };
+        let at = rank * self.program.steps.len() + step;
+        let ready = |this: &Self| this.ready_at(step, rank).is_some_and(|ready| ready <= this.now);
+        if !head.reached && ready(self) && self.has_turn(&mut head, queue) {
+            self.times.start[at] = self.now;
+            self.reached[step] += 1;
+            (head.reached, head.turn) = (true, None);
+            moved = true;
+        }
+        if head.reached && !head.working && (self.released[step] || !self.program.steps[step].meets) {
+            let number = step * self.program.ranks + self.ranks.start + rank;
+            self.times.begin[at] = self.now;
+            head.working = true;
+            head.left = self.program.work[number] * FULL;
+            head.copies = self.program.copies[number] * FULL;
+            self.copied[step] += usize::from(head.copies == 0);
+            moved = true;
+        }
+        let done = head.working && head.left == 0 && head.copies == 0 && self.may_leave(step);
+        let leaves = done && (!self.slept(rank, step) || self.has_turn(&mut head, queue));
+        self.heads[rank][queue as usize] = head;
+        if leaves {
+            self.finish(rank, queue as usize);
+        }
+        moved | leaves
+    }
+
+    /// Whether a lane slept through the exchange, until the link was done.
+    fn slept(&self, rank: usize, step: usize) -> bool {
+        let number = step * self.program.ranks + self.ranks.start + rank;
+        self.program.steps[step].meets && self.program.work[number] > 0
+    }
+
+    /// Whether the processor has room for a queue that would go on, or it has waited for that long enough. A compute
+    /// lane shares at once: it has much to do.
+    fn has_turn(&self, head: &mut Head, queue: Queue) -> bool {
+        if queue == Queue::Compute || self.queue_ns == 0 || !self.crowd().is_full() {
+            return true;
+        }
+        *head.turn.get_or_insert(self.now + self.queue_ns) <= self.now
     }
 
     /// When a step that waits for nothing but its turn may start; nothing while it waits for other queues.
@@ -697,11 +728,13 @@ impl<'a> Group<'a> {
 
     /// Lets time pass until something is done or somebody wakes up, or until `limit`; false when nothing will.
     fn next_event(&mut self, limit: u64) -> bool {
-        let demand = self.demand();
+        let crowd = self.crowd();
         let mut wait = u64::MAX;
         for (rank, heads) in self.heads.iter().enumerate() {
-            let speeds = self.speeds(heads, demand);
+            let speeds = self.speeds(heads, &crowd);
             for (queue, head) in heads.iter().enumerate() {
+                let turn = head.turn.filter(|&turn| turn > self.now);
+                wait = wait.min(turn.map_or(u64::MAX, |turn| turn - self.now));
                 if head.working {
                     for (left, speed) in [(head.left, speeds.of[queue]), (head.copies, speeds.copies)] {
                         wait = wait.min(if left > 0 { left.div_ceil(speed) } else { u64::MAX });
@@ -718,7 +751,7 @@ impl<'a> Group<'a> {
         let wait = wait.min(limit - self.now);
         self.now += wait;
         for rank in 0..self.ranks.len() {
-            let speeds = self.speeds(&self.heads[rank], demand);
+            let speeds = self.speeds(&self.heads[rank], &crowd);
             for queue in 0..QUEUES {
                 let head = &mut self.heads[rank][queue];
                 if !head.working {
@@ -736,23 +769,76 @@ impl<'a> Group<'a> {
         true
     }
 
-    /// Threads at work that share the processor.
-    fn demand(&self) -> u64 {
-        let of_rank = |[compute, transfer, host]: &[Head; QUEUES]| {
-            let lane = if compute.working { self.lane_threads } else { 0 };
-            lane + u64::from(transfer.copies > 0) + u64::from(host.working)
-        };
-        if self.concurrent == 0 { 0 } else { self.heads.iter().map(of_rank).sum() }
+    /// Who shares the processor.
+    fn crowd(&self) -> Crowd {
+        let mut crowd = Crowd { concurrent: self.concurrent, ..Crowd::default() };
+        for [compute, transfer, host] in &self.heads {
+            crowd.lanes += if compute.working { self.lane_threads } else { 0 };
+            crowd.bursts += u64::from(transfer.copies > 0) + u64::from(host.working);
+        }
+        crowd
     }
 
-    /// How fast each queue of a rank works while so many threads want the processor.
-    fn speeds(&self, heads: &[Head; QUEUES], demand: u64) -> Speeds {
+    /// How fast each queue of a rank works in such a crowd.
+    fn speeds(&self, heads: &[Head; QUEUES], crowd: &Crowd) -> Speeds {
         let both = heads[0].working && heads[1].working;
         let [compute, transfer] = if both { self.beside } else { [FULL; 2] };
-        let crowded = |speed: u64| {
-            if demand > self.concurrent { (speed * self.concurrent / demand).max(1) } else { speed.max(1) }
-        };
-        Speeds { of: [crowded(compute), transfer.max(1), crowded(FULL)], copies: crowded(transfer) }
+        let slowed = |speed: u64, share: u64| (speed * share / FULL).max(1);
+        let (lanes, bursts) = (crowd.lane_speed(), crowd.burst_speed());
+        Speeds {
+            of: [slowed(compute, lanes), transfer.max(1), slowed(FULL, bursts)],
+            copies: slowed(transfer, bursts),
+        }
+    }
+}
+
+/// Threads at work on one processor.
+///
+/// Two ranks compute on two cores while one of them copies rows: the copy has a core, and both lanes share the other.
+///
+/// ```
+/// # use epsmoe_plan::Crowd;
+/// let crowd = Crowd { concurrent: 2, lanes: 2, bursts: 1 };
+/// assert!(crowd.is_full());
+/// assert_eq!((crowd.lane_speed(), crowd.burst_speed()), (Crowd::FULL / 2, Crowd::FULL));
+/// // Ranks that have a processor each notice nothing.
+/// let apart = Crowd { concurrent: 0, ..crowd };
+/// assert_eq!((apart.is_full(), apart.lane_speed()), (false, Crowd::FULL));
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Crowd {
+    /// [`CostModel::concurrent`].
+    pub concurrent: u64,
+    /// Threads of compute lanes.
+    pub lanes: u64,
+    /// Hosts, and transfer lanes that copy.
+    pub bursts: u64,
+}
+
+impl Crowd {
+    /// Full speed.
+    pub const FULL: u64 = FULL;
+
+    /// Whether nobody else can start at once.
+    pub fn is_full(&self) -> bool {
+        self.concurrent > 0 && self.lanes + self.bursts >= self.concurrent
+    }
+
+    /// How fast hosts and copies work, in millionths: at full speed, unless they alone are too many.
+    pub fn burst_speed(&self) -> u64 {
+        match self.concurrent {
+            0 => FULL,
+            concurrent => (FULL * concurrent / self.bursts.max(1)).min(FULL),
+        }
+    }
+
+    /// How fast the threads of compute lanes work: they share what the others leave, a quarter at the least.
+    pub fn lane_speed(&self) -> u64 {
+        let left = (4 * self.concurrent).saturating_sub(4 * self.bursts).max(self.concurrent);
+        match self.concurrent {
+            0 => FULL,
+            _ => (FULL * left / (4 * self.lanes.max(1))).min(FULL),
+        }
     }
 }
 

@@ -132,6 +132,24 @@ fn contention_costs_time_and_a_shared_processor_costs_more() {
     });
 }
 
+/// Lanes wait for their turn only where computation fills the processor, and no longer than they must.
+#[test]
+fn a_full_processor_makes_transfers_wait() {
+    let waited = std::cell::Cell::new(0);
+    for_random_cases(200, |mix| {
+        let layer = Layer::random(mix, 4, 4);
+        let cost = random_cost(mix).without_contention();
+        let table = random_table(&layer.placement, mix);
+        let price = |concurrent, queue_ns| {
+            let host = HostCost { queue_ns, ..cost.host.clone() };
+            predict_ns(&table, 0, &layer.workload(), &CostModel { concurrent, host, ..cost.clone() })
+        };
+        assert_eq!([price(0, 50_000), price(100, 50_000)], [price(0, 0), price(100, 0)]);
+        waited.set(waited.get() + usize::from(price(1, 50_000) > price(1, 0)));
+    });
+    assert!(waited.get() > 50, "{} of 200 layers took longer", waited.get());
+}
+
 /// One rank, one expert, two stages of which one is empty: every number can be checked by hand.
 #[test]
 fn a_layer_by_hand() {
@@ -146,6 +164,7 @@ fn a_layer_by_hand() {
         depth: Curve::flat(1000),
         weight_bytes_per_second: 1_000_000_000_000_000_000,
         op_ns: 0,
+        least_columns: 0,
     };
     let free = || Curve::flat(0);
     let cost = CostModel {

@@ -81,6 +81,10 @@ pub struct LayerRun {
     /// From the first operation of any rank to the end of the last: what
     /// [`Simulation::layer_ns`](epsmoe_plan::Simulation::layer_ns) predicts.
     pub layer_ns: u64,
+    /// Which of the lab's weights it had, by a number.
+    pub weights: usize,
+    /// A hash of all ranks' outputs; 0 unless the lab keeps them.
+    pub bits: u64,
 }
 
 /// When a rank's host was done with its parts of a layer, in nanoseconds of the timeline.
@@ -102,9 +106,18 @@ struct Job {
     layer: usize,
     routing: Routing,
     table: Arc<StageTable>,
+    keep_bits: bool,
 }
 
-type Answer = Result<(Rank, Vec<Span>, RankHost), PipelineError>;
+/// What a rank did.
+struct Done {
+    rank: Rank,
+    spans: Vec<Span>,
+    host: RankHost,
+    bits: u64,
+}
+
+type Answer = Result<Done, PipelineError>;
 
 /// Ranks that wait for layers to run. Dropping it ends them.
 pub struct Lab {
@@ -115,6 +128,7 @@ pub struct Lab {
     timeout: Duration,
     layers: usize,
     next: usize,
+    keep_bits: bool,
 }
 
 /// Weights of different layers that a lab walks through come to this many bytes, so that no cache holds them: as in a
@@ -169,7 +183,12 @@ impl Lab {
             });
             jobs.push(job);
         }
-        Ok(Lab { placement, jobs, answers, timeout: 3 * options.timeout, layers, next: 0 })
+        Ok(Lab { placement, jobs, answers, timeout: 3 * options.timeout, layers, next: 0, keep_bits: false })
+    }
+
+    /// Whether runs say what their outputs were: a hash, which takes its time after each.
+    pub fn keep_bits(&mut self, keep: bool) {
+        self.keep_bits = keep;
     }
 
     /// Runs the layer once.
@@ -178,15 +197,22 @@ impl Lab {
         self.next += 1;
         for (job, routing) in self.jobs.iter().zip(routings) {
             // A rank that ended has answered why.
-            let _ = job.send(Job { layer, routing: routing.clone(), table: Arc::clone(&table) });
+            let _ = job.send(Job {
+                layer,
+                routing: routing.clone(),
+                table: Arc::clone(&table),
+                keep_bits: self.keep_bits,
+            });
         }
         let mut run = LayerRun {
             timeline: Timeline::default(),
             hosts: vec![RankHost::default(); self.jobs.len()],
             layer_ns: 0,
+            weights: layer,
+            bits: 0,
         };
         for _ in 0..self.jobs.len() {
-            let (rank, spans, host) = self.answers.recv_timeout(self.timeout).map_err(|error| {
+            let done = self.answers.recv_timeout(self.timeout).map_err(|error| {
                 let late = matches!(error, RecvTimeoutError::Timeout);
                 Fault {
                     kind: FaultKind::Deadline,
@@ -199,8 +225,10 @@ impl Lab {
                     ),
                 }
             })??;
-            run.timeline.spans.extend(spans);
-            run.hosts[rank.0] = host;
+            run.timeline.spans.extend(done.spans);
+            run.hosts[done.rank.0] = done.host;
+            // Ranks answer in any order.
+            run.bits ^= done.bits.rotate_left(done.rank.0 as u32);
         }
         run.layer_ns = run.timeline.extent().map_or(0, |extent| extent.end - extent.start);
         Ok(run)
@@ -274,7 +302,9 @@ impl Bench {
                 start_ns: record.start_ns,
                 end_ns: record.end_ns,
             });
-            if answers.send(Ok((device.rank(), spans.collect(), self.host(report.host)))).is_err() {
+            let (rank, spans, host) = (device.rank(), spans.collect(), self.host(report.host));
+            let bits = if job.keep_bits { self.bits(&y)? } else { 0 };
+            if answers.send(Ok(Done { rank, spans, host, bits })).is_err() {
                 break;
             }
         }
@@ -292,6 +322,12 @@ impl Bench {
         let start = Duration::from_nanos(times.max().unwrap_or(0));
         std::thread::sleep(start.saturating_sub(self.epoch.elapsed()));
         Ok(())
+    }
+
+    fn bits(&self, y: &Buffer) -> Result<u64, Fault> {
+        let numbers = self.device.read_f32(y)?;
+        let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        Ok(hash_bytes(&bytes))
     }
 
     fn host(&self, times: HostTimes) -> RankHost {

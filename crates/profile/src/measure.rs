@@ -1,12 +1,13 @@
 //! Which layers to run for a whole cost model, in bounded time.
 
+use crate::samples::delays;
 use crate::{Fingerprint, Lab, LabOptions, LabShape, LayerRun, samples};
-use epsmoe_base::Rank;
+use epsmoe_base::{Mix, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
-    CostModel, Curve, GemmCost, GemmKind, HostCost, LayerCounts, LinkCost, Payload, Placement, RankCounts,
-    Routing, RowsCost, Sample, ShareCost, StageTable, Work, Workload, planned,
+    CostModel, Curve, GemmCost, GemmKind, HostCost, LayerCounts, LinkCost, Placement, RankCounts, Routing,
+    RowsCost, Sample, ShareCost, StageTable, Workload,
 };
 use std::time::{Duration, Instant};
 
@@ -41,8 +42,8 @@ impl Effort {
                 shape(1024, 704, 16, 4, 704),
                 shape(1536, 384, 16, 2, 0),
             ],
-            rows: vec![1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
-            repeats: 5,
+            rows: vec![1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024],
+            repeats: 8,
         }
     }
 }
@@ -73,29 +74,30 @@ pub fn measure(
     for &shape in &effort.shapes {
         experiments.extend(of_shape(shape, &options, effort)?);
     }
+    let mut labs = Vec::new();
+    for &shape in &effort.shapes {
+        let here = experiments.iter().filter(|experiment| experiment.shape == shape);
+        let loads: Vec<_> = here.map(|experiment| experiment.routings.clone()).collect();
+        labs.push((shape, Lab::start(shape, &loads, &options)?));
+    }
     let total = experiments.len() * (effort.repeats + 1);
-    let mut done = 0;
-    for (&shape, number) in effort.shapes.iter().zip(1..) {
-        let here = || experiments.iter().filter(|experiment| experiment.shape == shape);
-        let loads: Vec<_> = here().map(|experiment| experiment.routings.clone()).collect();
-        let mut lab = Lab::start(shape, &loads, &options)?;
-        for pass in 0..=effort.repeats {
-            for experiment in experiments.iter_mut().filter(|experiment| experiment.shape == shape) {
-                // The first two runs of everything are due; more as the shape's share of the time allows.
-                let share = effort.most * number / effort.shapes.len() as u32;
-                if pass > 1 && begun.elapsed() > share || begun.elapsed() > effort.most {
-                    continue;
-                }
-                let run = lab.run(&experiment.routings, &experiment.table)?;
-                if pass > 0 {
-                    experiment.runs.push(run);
-                }
+    // Pass after pass over all of them: what disturbs the machine for a while disturbs a few runs of each.
+    for pass in 0..=effort.repeats {
+        for (number, experiment) in experiments.iter_mut().enumerate() {
+            // The first two passes are due.
+            if pass > 1 && begun.elapsed() > effort.most {
+                break;
             }
-            done += here_count(&experiments, shape);
-            progress(done, total);
+            let Some((_, lab)) = labs.iter_mut().find(|lab| lab.0 == experiment.shape) else { continue };
+            let run = lab.run(&experiment.routings, &experiment.table)?;
+            if pass > 0 {
+                experiment.runs.push(run);
+            }
+            progress(pass * (total / (effort.repeats + 1)) + number + 1, total);
         }
     }
-    let late = lateness(&options, effort)?;
+    drop(labs);
+    let late = paced(fingerprint, &options, effort)?;
     let mut cost = blank(fingerprint, &options);
     // What a lane needs to wake up is known after the first look, and then belongs to nothing else.
     for _ in 0..2 {
@@ -111,10 +113,6 @@ pub fn measure(
         cost = cost.fitted(&all);
     }
     Ok(cost)
-}
-
-fn here_count(experiments: &[Experiment], shape: LabShape) -> usize {
-    experiments.iter().filter(|experiment| experiment.shape == shape).count()
 }
 
 fn of_shape(
@@ -158,45 +156,40 @@ fn even(shape: LabShape, rank: Rank, tokens: usize) -> Result<Routing, PipelineE
     // A stride that no expert meets twice in a token.
     let stride = experts / top_k;
     let expert = |token: usize, choice: usize| (token + rank.0 + choice * stride) % experts;
-    let ids = (0..tokens).flat_map(|token| (0..top_k).map(move |choice| expert(token, choice) as u32));
+    // In no order that memory could foresee, as in a model.
+    let (mut order, mut mix): (Vec<usize>, _) = ((0..tokens).collect(), Mix::keyed(0, &[rank.0 as u64]));
+    (1..tokens).for_each(|token| order.swap(token, mix.below(token + 1)));
+    let ids = order.into_iter().flat_map(|token| (0..top_k).map(move |choice| expert(token, choice) as u32));
     Ok(Routing::new(experts, top_k, ids.collect(), vec![1.0 / top_k as f32; tokens * top_k])?)
 }
 
-/// How much too late lanes wake up that sleep until a paced link is done.
-fn lateness(options: &LabOptions, effort: &Effort) -> Result<Vec<Sample>, PipelineError> {
-    let link = Link { bytes_per_second: 1_000_000_000, latency: Duration::from_millis(1) };
-    let Some(&shape) = effort.shapes.first().filter(|_| options.ranks > 1) else { return Ok(Vec::new()) };
-    let options = LabOptions { link: Some(link), ..options.clone() };
-    let placement = Placement::new(shape.experts, options.ranks)?;
-    let routings: Vec<Routing> =
-        placement.all_ranks().map(|rank| even(shape, rank, 64)).collect::<Result<_, _>>()?;
-    let counts = routings.iter().map(|routing| RankCounts::of(&placement, routing)).collect();
-    let counts = LayerCounts::new(&placement, shape.top_k, counts)?;
-    let table = StageTable::equal(&placement, 2.min(placement.max_local()), GemmKind::Grouped)?;
-    let sizes = shape.layer(&placement, options.dtype);
-    let workload = Workload { placement: &placement, counts: &counts, shape: &sizes };
-    let steps = planned(&table, &workload, &blank(&Fingerprint::default(), &options));
-    let mut lab = Lab::start(shape, std::slice::from_ref(&routings), &options)?;
+/// How late lanes go on beside computation, and beside none: layers whose rows a link carries, in as many stages as
+/// there can be.
+fn paced(
+    fingerprint: &Fingerprint,
+    options: &LabOptions,
+    effort: &Effort,
+) -> Result<Vec<Sample>, PipelineError> {
+    let cost = blank(fingerprint, options);
     let mut samples = Vec::new();
-    for _ in 0..=2 * effort.repeats {
-        let run = lab.run(&routings, &table)?;
-        for step in steps.iter().filter(|step| step.name == "dispatch") {
-            let of = |rank: Option<Rank>| {
-                run.timeline.spans.iter().filter(move |span| {
-                    span.name == step.name
-                        && span.stage == step.stage
-                        && rank.is_none_or(|rank| rank == span.rank)
-                })
-            };
-            let all_there = of(None).map(|span| span.start_ns).max().unwrap_or(0);
-            let (Some(span), Some(Work::Exchange(Payload { near, .. }))) =
-                (of(Some(step.rank)).next(), step.work.first())
-            else {
-                continue;
-            };
-            let due = all_there + link.time(*near).as_nanos() as u64;
-            if *near > 0 {
-                samples.push(Sample { work: Work::Sleep, ns: span.end_ns.saturating_sub(due) });
+    for &shape in effort.shapes.iter().take(if options.ranks > 1 { 2 } else { 0 }) {
+        let placement = Placement::new(shape.experts, options.ranks)?;
+        let routings: Vec<Routing> =
+            placement.all_ranks().map(|rank| even(shape, rank, 128)).collect::<Result<_, _>>()?;
+        let counts = routings.iter().map(|routing| RankCounts::of(&placement, routing)).collect();
+        let counts = LayerCounts::new(&placement, shape.top_k, counts)?;
+        let table = StageTable::equal(&placement, 8.min(placement.max_local()), GemmKind::Grouped)?;
+        let sizes = shape.layer(&placement, options.dtype);
+        let workload = Workload { placement: &placement, counts: &counts, shape: &sizes };
+        for megabytes in [50, 200, 1000] {
+            let link = Link { bytes_per_second: megabytes * 1_000_000, latency: Duration::from_micros(200) };
+            let options = LabOptions { link: Some(link), ..options.clone() };
+            let mut lab = Lab::start(shape, std::slice::from_ref(&routings), &options)?;
+            for repeat in 0..=2 * effort.repeats {
+                let run = lab.run(&routings, &table)?;
+                if repeat > 0 {
+                    samples.extend(delays(&run, &table, &workload, &cost, link));
+                }
             }
         }
     }
@@ -211,6 +204,7 @@ fn blank(fingerprint: &Fingerprint, options: &LabOptions) -> CostModel {
         depth: Curve::flat(1000),
         weight_bytes_per_second: 1_000_000_000,
         op_ns: 0,
+        least_columns: 0,
     };
     let free = Curve::default;
     CostModel {

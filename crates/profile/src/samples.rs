@@ -5,18 +5,56 @@
 
 use crate::LayerRun;
 use epsmoe_base::{Lane, Rank};
-use epsmoe_plan::{CostModel, Payload, Planned, Sample, Span, StageTable, Work, Workload, planned};
+use epsmoe_fabric::Link;
+use epsmoe_plan::{CostModel, Crowd, Payload, Planned, Sample, Span, StageTable, Work, Workload, planned};
 use std::collections::BTreeMap;
 
 /// The samples of one layer, run by `table` at memory speed. Nothing, if its spans are not those of the table.
 pub fn samples(run: &LayerRun, table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Vec<Sample> {
     let steps = planned(table, workload, cost);
     let Some(paired) = paired(run, &steps) else { return Vec::new() };
-    let reading = Reading { run, paired, crowd: Crowd::of(run, cost), wake_ns: cost.host.wake_ns };
+    let reading = Reading { run, paired, crowds: Crowds::of(run, cost, true), wake_ns: cost.host.wake_ns };
     let ranks = workload.placement.ranks();
     let mut samples = reading.operations();
     samples.extend(reading.exchanges(ranks));
     samples.extend(reading.hosts(&steps, ranks));
+    samples
+}
+
+/// How long lanes took to go on, in a layer whose rows a link carried: after they slept until it was done, and to
+/// combine what was computed. Where other threads filled the processor they waited for their turn.
+pub(crate) fn delays(
+    run: &LayerRun,
+    table: &StageTable,
+    workload: &Workload<'_>,
+    cost: &CostModel,
+    link: Link,
+) -> Vec<Sample> {
+    let steps = planned(table, workload, cost);
+    let Some(paired) = paired(run, &steps) else { return Vec::new() };
+    // Lanes that sleep leave the processor to others.
+    let crowds = Crowds::of(run, cost, false);
+    let all_there: Vec<u64> = exchanges(run).into_iter().map(|exchange| exchange.0).collect();
+    let mut samples = Vec::new();
+    for rank in workload.placement.all_ranks() {
+        let on =
+            |lane: Lane| paired.iter().filter(move |pair| (pair.span.rank, pair.span.lane) == (rank, lane));
+        for (pair, &all_there) in on(Lane::Transfer).zip(&all_there) {
+            let Work::Exchange(Payload { near, .. }) = *pair.work else { continue };
+            let due = all_there + link.time(near).as_nanos() as u64;
+            if near > 0 {
+                let work = if crowds.is_full(due) { Work::Queue } else { Work::Sleep };
+                samples.push(Sample { work, ns: pair.span.end_ns.saturating_sub(due) });
+            }
+            let reduced = on(Lane::Compute)
+                .find(|reduce| (reduce.span.name.as_ref(), reduce.span.stage) == ("reduce", pair.span.stage));
+            let (Some(reduced), Some(before)) = (reduced, pair.before) else { continue };
+            let ready = before.max(reduced.span.end_ns) + cost.host.wake_ns;
+            if pair.span.name == "combine" && ready > run.hosts[rank.0].enqueued && crowds.is_full(ready) {
+                samples.push(Sample { work: Work::Queue, ns: pair.span.start_ns.saturating_sub(ready) });
+            }
+        }
+    }
     samples
 }
 
@@ -51,53 +89,58 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
     (pairs.len() == run.timeline.spans.len()).then_some(pairs)
 }
 
-/// How many threads wanted the processor when: (from, threads), ascending.
-struct Crowd {
-    concurrent: u64,
-    steps: Vec<(u64, u64)>,
-}
+/// Who wanted the processor when: (from, who), ascending.
+struct Crowds(Vec<(u64, Crowd)>);
 
-impl Crowd {
-    fn of(run: &LayerRun, cost: &CostModel) -> Self {
-        let mut changes: BTreeMap<u64, i64> = BTreeMap::new();
-        let mut busy = |from: u64, to: u64, threads: i64| {
+impl Crowds {
+    /// Of lanes and hosts; of transfer lanes only if they copy all the time.
+    fn of(run: &LayerRun, cost: &CostModel, copies: bool) -> Self {
+        let mut changes: BTreeMap<u64, [i64; 2]> = BTreeMap::new();
+        let mut busy = |from: u64, to: u64, kind: usize, threads: i64| {
             if from < to {
-                *changes.entry(from).or_default() += threads;
-                *changes.entry(to).or_default() -= threads;
+                changes.entry(from).or_default()[kind] += threads;
+                changes.entry(to).or_default()[kind] -= threads;
             }
         };
+        const LANE: usize = 0;
+        const BURST: usize = 1;
         for span in run.timeline.spans.iter().filter(|span| span.lane == Lane::Compute) {
-            busy(span.start_ns, span.end_ns, i64::from(cost.lane_threads));
+            busy(span.start_ns, span.end_ns, LANE, i64::from(cost.lane_threads));
         }
-        for (all_there, spans) in exchanges(run) {
-            spans.iter().for_each(|span| busy(all_there, span.end_ns, 1));
+        for (all_there, spans) in exchanges(run).into_iter().filter(|_| copies) {
+            spans.iter().for_each(|span| busy(all_there, span.end_ns, BURST, 1));
         }
         for (rank, host) in run.hosts.iter().enumerate() {
-            busy(routed(run, rank), host.packed, 1);
-            busy(host.met, host.planned, 1);
-            busy(host.mapped, host.enqueued, 1);
+            busy(routed(run, rank), host.packed, BURST, 1);
+            busy(host.met, host.planned, BURST, 1);
+            busy(host.mapped, host.enqueued, BURST, 1);
         }
-        let mut threads = 0;
-        let count = |(at, change)| {
-            threads += change;
-            (at, threads.max(0) as u64)
+        let mut now = [0; 2];
+        let count = |(at, change): (u64, [i64; 2])| {
+            now = [now[LANE] + change[LANE], now[BURST] + change[BURST]];
+            let [lanes, bursts] = now.map(|threads| threads.max(0) as u64);
+            (at, Crowd { concurrent: cost.concurrent.into(), lanes, bursts })
         };
-        Crowd { concurrent: u64::from(cost.concurrent), steps: changes.into_iter().map(count).collect() }
+        Crowds(changes.into_iter().map(count).collect())
     }
 
-    /// Nanoseconds that a thread at work from `from` to `to` would have taken alone.
-    fn alone(&self, from: u64, to: u64) -> u64 {
+    /// Whether as many threads are at work as the processor can hold.
+    fn is_full(&self, at: u64) -> bool {
+        let before = self.0.partition_point(|step| step.0 <= at).checked_sub(1);
+        before.is_some_and(|step| self.0[step].1.is_full())
+    }
+
+    /// Nanoseconds that work of this speed from `from` to `to` would have taken alone.
+    fn alone(&self, from: u64, to: u64, speed: fn(&Crowd) -> u64) -> u64 {
         let mut alone = 0;
-        let first = self.steps.partition_point(|step| step.0 <= from).saturating_sub(1);
-        for (index, &(start, threads)) in self.steps.iter().enumerate().skip(first) {
-            let end = self.steps.get(index + 1).map_or(u64::MAX, |next| next.0).min(to);
-            let start = start.max(from);
+        let first = self.0.partition_point(|step| step.0 <= from).saturating_sub(1);
+        for (index, (start, crowd)) in self.0.iter().enumerate().skip(first) {
+            let end = self.0.get(index + 1).map_or(u64::MAX, |next| next.0).min(to);
+            let start = (*start).max(from);
             if start >= to {
                 break;
             }
-            let crowded = self.concurrent > 0 && threads > self.concurrent;
-            let part = end.saturating_sub(start);
-            alone += if crowded { part * self.concurrent / threads } else { part };
+            alone += end.saturating_sub(start) * speed(crowd) / Crowd::FULL;
         }
         alone
     }
@@ -126,13 +169,19 @@ fn exchanges(run: &LayerRun) -> Vec<(u64, Vec<&Span>)> {
 struct Reading<'a> {
     run: &'a LayerRun,
     paired: Vec<Pair<'a>>,
-    crowd: Crowd,
+    crowds: Crowds,
     wake_ns: u64,
 }
 
 impl Reading<'_> {
     fn sample(&self, work: &Work, from: u64, to: u64) -> Option<Sample> {
-        (from < to).then(|| Sample { work: work.clone(), ns: self.crowd.alone(from, to) })
+        let speed = match work {
+            Work::Gemm { .. } | Work::Gather(_) | Work::Reduce(_) | Work::Upload(_) | Work::Route(_) => {
+                Crowd::lane_speed
+            }
+            _ => Crowd::burst_speed,
+        };
+        (from < to).then(|| Sample { work: work.clone(), ns: self.crowds.alone(from, to, speed) })
     }
 
     /// What compute lanes did. What a lane needs between two operations belongs to the second.

@@ -11,6 +11,7 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
         depth: Curve::flat(500 + mix.below(500) as u64),
         weight_bytes_per_second: 100_000_000_000 << mix.below(4),
         op_ns: mix.below(20_000) as u64,
+        least_columns: mix.below(80) as u64,
     };
     let line =
         |mix: &mut Mix, start: usize, rate: u64| Curve::line(mix.below(start) as u64, rate << mix.below(6));
@@ -44,6 +45,7 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
             enqueue: line(mix, 5_000, 1_000_000_000),
             wake_ns: mix.below(2) as u64 * mix.below(20_000) as u64,
             sleep_ns: 0,
+            queue_ns: mix.below(2) as u64 * mix.below(50_000) as u64,
         },
         shares: vec![
             ShareCost {

@@ -1,0 +1,161 @@
+//! Layers that no profile was fitted to: drawn by a seed.
+
+use crate::{Lab, LabOptions, LabShape, with_link};
+use epsmoe_base::{DType, Mix};
+use epsmoe_fabric::Link;
+use epsmoe_pipeline::PipelineError;
+use epsmoe_plan::{
+    CostModel, GemmKind, LayerCounts, LayerShape, Placement, RankCounts, Routing, RoutingLaw, SharedExpert,
+    StageTable, Workload, sensible_orders,
+};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// One layer to run: sizes, tokens, skew, link and table.
+#[derive(Clone, Debug)]
+pub struct Cell {
+    /// In words.
+    pub what: String,
+    /// Widths.
+    pub shape: LabShape,
+    /// Ranks R.
+    pub ranks: usize,
+    /// The link; as fast as memory when absent.
+    pub link: Option<Link>,
+    /// `[R]` where tokens go.
+    pub routings: Vec<Routing>,
+    /// The table to run it by.
+    pub table: StageTable,
+}
+
+/// Shapes of layers: those of small presets, and published ones with fewer or narrower experts.
+const SHAPES: [(&str, [usize; 5]); 6] = [
+    ("deepseek-v2-mini", [512, 256, 32, 6, 512]),
+    ("mixtral-mini", [512, 1024, 8, 2, 0]),
+    ("qwen3-moe-mini", [512, 256, 32, 4, 0]),
+    ("deepseek2-mini, 16 experts", [1024, 704, 16, 6, 1408]),
+    ("qwen3-30b-a3b, 16 experts", [2048, 768, 16, 4, 0]),
+    ("olmoe-1b-7b, 16 experts", [2048, 1024, 16, 4, 0]),
+];
+
+/// `number` cells, which follow from the seed.
+pub fn cells(seed: u64, number: usize) -> Result<Vec<Cell>, PipelineError> {
+    (0..number).map(|index| cell(&mut Mix::keyed(seed, &[index as u64]))).collect()
+}
+
+fn cell(mix: &mut Mix) -> Result<Cell, PipelineError> {
+    let (name, [hidden, inner, experts, top_k, shared_inner]) = SHAPES[mix.below(SHAPES.len())];
+    let shape = LabShape { hidden, inner, experts, top_k, shared_inner };
+    let ranks = [1, 2, 2, 4][mix.below(4)];
+    let placement = Placement::new(experts, ranks)?;
+    let most = if hidden > 1024 { 512 } else { 2048 / ranks.max(2) * 2 };
+    let size = (16 << mix.below((most / 16).ilog2() as usize + 1)).min(most);
+    let tokens: Vec<usize> = (0..ranks).map(|_| (size / 2 + mix.below(size / 2 + 1)).max(16)).collect();
+    let skew = mix.below(4);
+    let law =
+        RoutingLaw { top_k, groups: None, zipf_permille: [0, 800, 1200, 0][skew], seed: mix.next_u64() };
+    let mut routings: Vec<Routing> = placement
+        .all_ranks()
+        .zip(&tokens)
+        .map(|(rank, &tokens)| law.routing(&placement, rank, tokens))
+        .collect::<Result<_, _>>()?;
+    if skew == 3 {
+        let hot = mix.below(experts) as u32;
+        routings = routings.iter().map(|routing| heated(routing, experts, hot)).collect::<Result<_, _>>()?;
+    }
+    let link = [None, Some((10_000, 20)), Some((1_000, 50)), Some((100, 200)), Some((20, 1000))]
+        [mix.below(5)]
+    .filter(|_| ranks > 1)
+    .map(|(megabytes, microseconds)| Link {
+        bytes_per_second: megabytes * 1_000_000,
+        latency: Duration::from_micros(microseconds),
+    });
+    let stages = (1 << mix.below(4)).min(placement.max_local());
+    let kind = [GemmKind::Grouped, GemmKind::Dense][mix.below(2)];
+    let counts = counts(&placement, top_k, &routings)?;
+    let mut table = match mix.below(2) {
+        0 => StageTable::equal(&placement, stages, kind)?,
+        _ => StageTable::balanced(&placement, &counts, stages, kind)?,
+    };
+    let orders = sensible_orders(stages);
+    table.order = orders[mix.below(orders.len())].clone();
+    table.shared = [
+        SharedExpert::BesideRendezvous,
+        SharedExpert::BesideFirstDispatch,
+        SharedExpert::BesideLastCombine,
+        SharedExpert::Alone,
+    ][mix.below(4)];
+    let speed = link.map_or("memory speed".into(), |link| link.to_string());
+    let skew = ["uniform", "zipf 0.8", "zipf 1.2", "hot expert"][skew];
+    let what =
+        format!("{name}, {ranks} rank(s) of {tokens:?} tokens, {skew}, {speed}, {stages} stage(s), {kind}");
+    Ok(Cell { what, shape, ranks, link, routings, table })
+}
+
+/// Every token visits one expert.
+fn heated(routing: &Routing, experts: usize, hot: u32) -> Result<Routing, PipelineError> {
+    let mut ids = routing.experts().to_vec();
+    for token in ids.chunks_exact_mut(routing.top_k()) {
+        if !token.contains(&hot) {
+            token[0] = hot;
+        }
+    }
+    Ok(Routing::new(experts, routing.top_k(), ids, routing.weights().to_vec())?)
+}
+
+pub(crate) fn counts(
+    placement: &Placement,
+    top_k: usize,
+    routings: &[Routing],
+) -> Result<LayerCounts, PipelineError> {
+    let ranks = routings.iter().map(|routing| RankCounts::of(placement, routing)).collect();
+    Ok(LayerCounts::new(placement, top_k, ranks)?)
+}
+
+/// What is known about ranks of one number: what their work costs at memory speed, and how to start them.
+#[derive(Clone)]
+pub struct Model {
+    /// The profile.
+    pub cost: CostModel,
+    /// As in the profile's own lab.
+    pub options: LabOptions,
+}
+
+/// By number of ranks.
+pub type Models = BTreeMap<usize, Model>;
+
+/// A cell with all that pricing it takes.
+pub(crate) struct Question {
+    pub(crate) placement: Placement,
+    pub(crate) counts: LayerCounts,
+    pub(crate) shape: LayerShape,
+    /// Of its ranks and its link.
+    pub(crate) cost: CostModel,
+}
+
+impl Question {
+    pub(crate) fn of(cell: &Cell, cost: &CostModel, dtype: DType) -> Result<Self, PipelineError> {
+        let placement = Placement::new(cell.shape.experts, cell.ranks)?;
+        let counts = counts(&placement, cell.shape.top_k, &cell.routings)?;
+        let shape = cell.shape.layer(&placement, dtype);
+        let cost = cell.link.map_or_else(|| cost.clone(), |link| with_link(cost, link));
+        Ok(Question { placement, counts, shape, cost })
+    }
+
+    pub(crate) fn workload(&self) -> Workload<'_> {
+        Workload { placement: &self.placement, counts: &self.counts, shape: &self.shape }
+    }
+}
+
+impl Cell {
+    /// Ranks with room for all these cells, which differ in routing and table alone.
+    pub(crate) fn lab(cells: &[&Cell], options: &LabOptions) -> Result<Lab, PipelineError> {
+        let loads: Vec<_> = cells.iter().map(|cell| cell.routings.clone()).collect();
+        let first = cells[0];
+        Lab::start(
+            first.shape,
+            &loads,
+            &LabOptions { ranks: first.ranks, link: first.link, ..options.clone() },
+        )
+    }
+}
