@@ -171,7 +171,7 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "EPSMOE_ROUTING_REPLAY", value_name = "FILE", help_heading = PIPELINE)]
     pub(crate) routing_replay: Option<PathBuf>,
 
-    /// Most tokens of a rank in one step [default: what is asked for, at most 2048]
+    /// Most tokens of a rank in one step [default: what is asked for, at most 2048, on a GPU 8192]
     #[arg(
         long,
         env = "EPSMOE_MAX_NUM_BATCHED_TOKENS",

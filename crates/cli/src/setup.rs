@@ -26,8 +26,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Tokens of a rank in one step when nobody says how many.
+/// Tokens of a rank in one step when nobody says how many: on a CPU, and on a GPU, which only many rows keep busy.
 const BATCHED_TOKENS: usize = 2048;
+const GPU_BATCHED_TOKENS: usize = 8192;
 
 /// A model whose files, if it has any, are open.
 pub(crate) struct OpenModel {
@@ -267,7 +268,11 @@ impl Setup {
         }
         let max_model_len = self.model_len.unwrap_or(demand.tokens.min(most)).max(1);
         let max_sequences = self.sequences.unwrap_or(demand.sequences).max(1);
-        let step = demand.step.clamp(1, BATCHED_TOKENS);
+        let most = match &self.processor {
+            Processor::Cuda(_) => GPU_BATCHED_TOKENS,
+            _ => BATCHED_TOKENS,
+        };
+        let step = demand.step.clamp(1, most);
         Ok(EngineOptions {
             max_batched_tokens: self.batched_tokens.unwrap_or(step),
             max_sequences,
