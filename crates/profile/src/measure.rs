@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// How much to measure.
 #[derive(Clone, Debug)]
 pub struct Effort {
-    /// No new layer begins after this.
+    /// No new layer begins after this, or a fifth later in the first two passes over all of them.
     pub most: Duration,
     /// Widths to run.
     pub shapes: Vec<LabShape>,
@@ -84,8 +84,9 @@ pub fn measure(
     // Pass after pass over all of them: what disturbs the machine for a while disturbs a few runs of each.
     for pass in 0..=effort.repeats {
         for (number, experiment) in experiments.iter_mut().enumerate() {
-            // The first two passes are due.
-            if pass > 1 && begun.elapsed() > effort.most {
+            // The first two passes are due, a little longer.
+            let most = if pass > 1 { effort.most } else { effort.most * 6 / 5 };
+            if begun.elapsed() > most {
                 break;
             }
             let Some((_, lab)) = labs.iter_mut().find(|lab| lab.0 == experiment.shape) else { continue };
