@@ -167,6 +167,14 @@ impl Bench {
         Ok(Held { flag, started })
     }
 
+    /// Lets a stream wait until what is returned is dropped.
+    pub(super) fn hold(&self, stream: &Stream) -> Result<Held<'_>, CudaError> {
+        let (flag, started) = (self.word(), self.word());
+        self.write(stream, started.address, 1)?;
+        self.wait(stream, flag.address, 1)?;
+        Ok(Held { flag, started })
+    }
+
     /// Enqueues a kernel of one small block that sets `word`.
     pub(super) fn mark(&self, stream: &Stream, word: Word<'_>, value: u32) -> Result<(), CudaError> {
         let arguments = Mark { at: word.address, value, padding: 0 };
@@ -198,14 +206,14 @@ impl Drop for Bench {
     }
 }
 
-/// A spinning kernel; it ends when this is dropped.
+/// A spinning kernel or a waiting stream; it goes on when this is dropped.
 pub(super) struct Held<'a> {
     flag: Word<'a>,
     started: Word<'a>,
 }
 
 impl Held<'_> {
-    /// Whether all its blocks run, after waiting for them a while.
+    /// Whether it has begun, with all its blocks, after waiting for that a while.
     pub(super) fn runs(&self) -> bool {
         time_until(NEVER, || Ok(self.started.get() != 0)).is_ok_and(|time| time.is_some())
     }

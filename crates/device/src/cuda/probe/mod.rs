@@ -251,15 +251,17 @@ mod tests {
 
     #[test]
     fn waiting_kernels_need_copies_and_signals() {
-        let absent = |reason: &str| Known::NotAvailable(reason.to_owned());
+        fn absent<T>(reason: &str) -> Known<T> {
+            Known::NotAvailable(reason.to_owned())
+        }
         let all = Capabilities {
             free_for_copies: Known::Measured(4),
             free_for_row_copies: absent("none"),
             free_for_kernels: Known::Measured(8),
             signal_us: Known::Measured(3.0),
             partition_signal_us: absent("none"),
-            partitions: Known::NotAvailable("none".into()),
-            partitions_run_together: Known::NotAvailable("none".into()),
+            partitions: absent("none"),
+            partitions_run_together: absent("none"),
             queues: Known::Measured(8),
             device_copy_slowdown: Known::Measured(1.1),
             pacing_error_us: Known::Measured(5.0),

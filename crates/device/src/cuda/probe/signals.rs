@@ -116,17 +116,14 @@ fn latency(bench: &Bench, ends: &Ends<'_>, way: Way, raised: bool) -> Result<[Fi
 /// Blocks one stream, gives work to others made after it, and counts up to the first that does not get done: it shares
 /// the queue of the blocked one.
 pub(super) fn queues(bench: &Bench) -> Result<Table, CudaError> {
-    type Block = for<'a> fn(&'a Bench, &Stream) -> Result<Option<Held<'a>>, CudaError>;
+    type Block = for<'a> fn(&'a Bench, &Stream) -> Result<Held<'a>, CudaError>;
     let blocks: [(&str, Block); 2] = [
         ("a kernel waits for a kernel of its stream", |bench, stream| {
             let held = bench.spin(stream, 1)?;
             bench.mark(stream, bench.word(), 1)?;
-            Ok(Some(held))
+            Ok(held)
         }),
-        ("a stream waits for a word", |bench, stream| {
-            // The bench ends the wait when it goes, at the latest.
-            bench.wait(stream, bench.word().address, 1).map(|()| None)
-        }),
+        ("a stream waits for a word", Bench::hold),
     ];
     let works = [Work::Kernel, Work::ToDevice(4096), Work::Within(4096)];
     let mut rows = Vec::new();
@@ -150,10 +147,8 @@ pub(super) fn queues(bench: &Bench) -> Result<Table, CudaError> {
                 }
             }
             figures.push(stuck.map_or(Figure::Never, |index| Figure::Measured((index + 1) as f64)));
-            if held.is_some() {
-                drop(held);
-                wait_for(bench, &blocked)?;
-            }
+            drop(held);
+            wait_for(bench, &blocked)?;
         }
         rows.push((name.to_owned(), figures));
     }
