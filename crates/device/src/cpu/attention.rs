@@ -11,6 +11,7 @@ use super::gemm::{
     AlignedWords, BLOCK_STEPS, BLOCK_STRIDE, ElementType, Functions, Isa, Tile, bytes_to_words, exp,
 };
 use super::pool::ComputePool;
+use super::prefetch;
 use crate::host::{AttentionViews, Element};
 use half::bf16;
 use std::cell::RefCell;
@@ -18,6 +19,9 @@ use std::ops::Range;
 
 /// Key positions in a block: what the weighted values wait for in registers, and a block of packed rows.
 pub(super) const KEYS: usize = 64;
+
+/// Bytes in a cache line.
+const LINE: usize = 64;
 
 /// Rows of a task: enough that packing a block of keys is little beside using it.
 const ROWS: usize = 512;
@@ -109,6 +113,7 @@ impl<T: Element> Task<'_, '_, T> {
         let end = scratch.state.iter().map(|row| row.end).max().unwrap_or(0);
         for block in first / KEYS..end.div_ceil(KEYS) {
             let positions = block * KEYS..end.min((block + 1) * KEYS);
+            self.prefetch(positions.end..end.min(positions.end + KEYS));
             self.pack_keys(&positions, scratch);
             self.pack_values(&positions, &mut scratch.values);
             for tile in self.tiles() {
@@ -185,6 +190,20 @@ impl<T: Element> Task<'_, '_, T> {
                     most: f32::NEG_INFINITY,
                     total: 0.0,
                 });
+            }
+        }
+    }
+
+    /// Asks for keys and values that will be packed soon: rows of one head lie far apart, so that the processor does
+    /// not see them coming, and between two steps the weights have pushed them out of the caches.
+    fn prefetch(&self, positions: Range<usize>) {
+        let AttentionViews { op, keys, values, sequences, .. } = self.views;
+        let sequence = sequences[self.tokens.start] as usize;
+        for position in positions {
+            let slot = self.views.slot(sequence, position);
+            for (rows, width) in [(keys, op.key_width()), (values, op.value_width())] {
+                let row = &rows.row(slot)[self.kv_head * width..][..width];
+                row.chunks(LINE / size_of::<T>()).for_each(|line| prefetch(line.as_ptr().cast()));
             }
         }
     }
