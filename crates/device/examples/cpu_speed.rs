@@ -9,6 +9,8 @@
 //! a layer, each with as many rows: gate and up, then down, FLOP-weighted, the median of rounds in which the grouped
 //! and the dense form take turns.
 
+#![expect(clippy::print_stdout, reason = "a table for people")]
+
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{Cpu, CpuKernels, Peaks};
