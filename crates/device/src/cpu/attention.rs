@@ -7,14 +7,21 @@
 //! bits depend on its query and on the keys that it sees, not on the rows beside it: a token decoded alone has the
 //! bits it has in a prompt.
 
-use super::gemm::{AlignedWords, BLOCK_STEPS, BLOCK_STRIDE, ElementType, Functions, Isa, Tile, exp};
+use super::gemm::{
+    AlignedWords, BLOCK_STEPS, BLOCK_STRIDE, ElementType, Functions, Isa, Tile, bytes_to_words, exp,
+};
 use super::pool::ComputePool;
+use super::prefetch;
 use crate::host::{AttentionViews, Element};
+use half::bf16;
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// Key positions in a block: what the weighted values wait for in registers, and a block of packed rows.
-const KEYS: usize = 64;
+pub(super) const KEYS: usize = 64;
+
+/// Bytes in a cache line.
+const LINE: usize = 64;
 
 /// Rows of a task: enough that packing a block of keys is little beside using it.
 const ROWS: usize = 512;
@@ -37,19 +44,22 @@ pub(super) fn run<T: Element>(pool: &mut ComputePool, isa: Isa, views: &Attentio
     pool.run(tasks.len(), |index| {
         let (tokens, kv_head) = tasks[index].clone();
         SCRATCH.with_borrow_mut(|scratch| {
-            let functions = Functions::select(isa, ElementType::F32);
+            let functions = Functions::select(isa, ElementType::of(T::DTYPE));
             Task { views, functions, tokens, kv_head, group }.run(scratch);
         });
     });
 }
 
-/// One thread's room, kept from call to call. Everything is float32, whatever the cache holds.
+/// One thread's room, kept from call to call. Operands are words as the micro-kernel takes them (a float32, or two
+/// bfloat16 that follow each other along the sum), scores and sums are float32.
 struct Scratch {
     /// Queries, tile after tile; in a tile, block after block of steps; in a block, row after row.
     queries: AlignedWords,
     /// Keys of a block, panel after panel of `width` keys: for each step `width` words.
     keys: AlignedWords,
-    /// Values of a block, panel after panel of `width` columns: for each key `width` words.
+    /// One key, before its words go to their columns.
+    key: Vec<u32>,
+    /// Values of a block, panel after panel of `width` columns: for each word of keys `width` words.
     values: AlignedWords,
     /// Scores of a tile, panel after panel `[rows, width]`.
     scores: AlignedWords,
@@ -76,6 +86,7 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
         queries: AlignedWords::zeros(0),
         keys: AlignedWords::zeros(0),
+        key: Vec::new(),
         values: AlignedWords::zeros(0),
         scores: AlignedWords::zeros(0),
         powers: AlignedWords::zeros(0),
@@ -93,20 +104,24 @@ struct Task<'a, 'v, T> {
 }
 
 impl<T: Element> Task<'_, '_, T> {
+    /// Numbers in a word.
+    const IN_WORD: usize = size_of::<u32>() / size_of::<T>();
+
     fn run(&self, scratch: &mut Scratch) {
         self.begin(scratch);
         let first = scratch.state.iter().map(|row| row.first).min().unwrap_or(0);
         let end = scratch.state.iter().map(|row| row.end).max().unwrap_or(0);
         for block in first / KEYS..end.div_ceil(KEYS) {
             let positions = block * KEYS..end.min((block + 1) * KEYS);
-            self.pack_keys(&positions, &mut scratch.keys);
+            self.prefetch(positions.end..end.min(positions.end + KEYS));
+            self.pack_keys(&positions, scratch);
             self.pack_values(&positions, &mut scratch.values);
             for tile in self.tiles() {
                 let sees = |row: &RowState| row.first < positions.end && row.end > positions.start;
                 if scratch.state[tile.clone()].iter().any(sees) {
-                    self.score(&tile, scratch);
+                    self.score(&tile, positions.len(), scratch);
                     self.soften(&tile, &positions, scratch);
-                    self.weigh(&tile, scratch);
+                    self.weigh(&tile, positions.len(), scratch);
                 }
             }
         }
@@ -127,13 +142,18 @@ impl<T: Element> Task<'_, '_, T> {
         (0..rows).step_by(most).map(move |start| start..rows.min(start + most))
     }
 
-    /// Words of one packed query row, and panels of a block of keys and of a row of values.
-    fn query_words(&self) -> usize {
-        self.views.op.key_width().div_ceil(BLOCK_STEPS) * BLOCK_STRIDE
+    /// Words of a key, and of a packed query row.
+    fn key_steps(&self) -> usize {
+        self.views.op.key_width().div_ceil(Self::IN_WORD)
     }
 
-    fn key_panels(&self) -> usize {
-        KEYS.div_ceil(self.functions.width())
+    fn query_words(&self) -> usize {
+        self.key_steps().div_ceil(BLOCK_STEPS) * BLOCK_STRIDE
+    }
+
+    /// Panels of that many keys, and of a row of values.
+    fn key_panels(&self, keys: usize) -> usize {
+        keys.div_ceil(self.functions.width())
     }
 
     fn value_panels(&self) -> usize {
@@ -145,9 +165,10 @@ impl<T: Element> Task<'_, '_, T> {
         let (rows, width, key_width) = (self.rows(), self.functions.width(), self.views.op.key_width());
         let most_rows = self.functions.tiles.len();
         scratch.queries.grow(rows * self.query_words());
-        scratch.keys.grow(self.key_panels() * key_width * width);
+        scratch.keys.grow(self.key_panels(KEYS) * self.key_steps() * width);
+        scratch.key.resize(self.key_steps(), 0);
         scratch.values.grow(self.value_panels() * KEYS * width);
-        scratch.scores.grow(self.key_panels() * most_rows * width);
+        scratch.scores.grow(self.key_panels(KEYS) * most_rows * width);
         scratch.powers.grow(most_rows * BLOCK_STRIDE);
         let sums = rows * self.value_panels() * width;
         scratch.sums.grow(sums);
@@ -158,10 +179,9 @@ impl<T: Element> Task<'_, '_, T> {
             for (in_tile, row) in tile.clone().enumerate() {
                 let (token, head) = self.token_and_head(row);
                 let query = &self.views.q.row(token)[head * key_width..][..key_width];
-                for (block, steps) in query.chunks(BLOCK_STEPS).enumerate() {
+                for (block, steps) in query.chunks(BLOCK_STEPS * Self::IN_WORD).enumerate() {
                     let start = base + (block * tile.len() + in_tile) * BLOCK_STRIDE;
-                    let words = &mut scratch.queries[start..][..steps.len()];
-                    words.iter_mut().zip(steps).for_each(|(word, x)| *word = x.to_f32().to_bits());
+                    bytes_to_words(bytemuck::cast_slice(steps), &mut scratch.queries[start..][..BLOCK_STEPS]);
                 }
                 let visible = self.views.visible(token);
                 scratch.state.push(RowState {
@@ -174,51 +194,65 @@ impl<T: Element> Task<'_, '_, T> {
         }
     }
 
+    /// Asks for keys and values that will be packed soon: rows of one head lie far apart, so that the processor does
+    /// not see them coming, and between two steps the weights have pushed them out of the caches.
+    fn prefetch(&self, positions: Range<usize>) {
+        let AttentionViews { op, keys, values, sequences, .. } = self.views;
+        let sequence = sequences[self.tokens.start] as usize;
+        for position in positions {
+            let slot = self.views.slot(sequence, position);
+            for (rows, width) in [(keys, op.key_width()), (values, op.value_width())] {
+                let row = &rows.row(slot)[self.kv_head * width..][..width];
+                row.chunks(LINE / size_of::<T>()).for_each(|line| prefetch(line.as_ptr().cast()));
+            }
+        }
+    }
+
     /// Keys past the block's last position keep what was there: their scores are never looked at.
-    fn pack_keys(&self, positions: &Range<usize>, keys: &mut AlignedWords) {
-        let (width, key_width) = (self.functions.width(), self.views.op.key_width());
+    fn pack_keys(&self, positions: &Range<usize>, scratch: &mut Scratch) {
+        let (width, key_width, steps) = (self.functions.width(), self.views.op.key_width(), self.key_steps());
         let sequence = self.views.sequences[self.tokens.start] as usize;
         for (key, position) in positions.clone().enumerate() {
             let slot = self.views.slot(sequence, position);
             let row = &self.views.keys.row(slot)[self.kv_head * key_width..][..key_width];
-            let panel = &mut keys[key / width * key_width * width..][..key_width * width];
-            for (words, x) in panel.chunks_exact_mut(width).zip(row) {
-                words[key % width] = x.to_f32().to_bits();
+            bytes_to_words(bytemuck::cast_slice(row), &mut scratch.key);
+            let panel = &mut scratch.keys[key / width * steps * width..][..steps * width];
+            for (words, word) in panel.chunks_exact_mut(width).zip(&scratch.key) {
+                words[key % width] = *word;
             }
         }
     }
 
-    /// Values past the block's last position are 0, since their powers are: 0 times what was there may be NaN.
+    /// Of a word that only begins inside the block, the rest is 0, since the powers are: 0 times what was there may be
+    /// NaN.
     fn pack_values(&self, positions: &Range<usize>, values: &mut AlignedWords) {
         let (width, value_width) = (self.functions.width(), self.views.op.value_width());
         let sequence = self.views.sequences[self.tokens.start] as usize;
-        for key in 0..KEYS {
-            let position = positions.start + key;
-            let row: &[T] = if position < positions.end {
-                let slot = self.views.slot(sequence, position);
-                &self.views.values.row(slot)[self.kv_head * value_width..][..value_width]
-            } else {
-                &[]
-            };
-            for panel in 0..self.value_panels() {
-                let words = &mut values[(panel * KEYS + key) * width..][..width];
-                let columns = row.get(panel * width..).unwrap_or_default();
-                let filled = columns.len().min(width);
-                words.iter_mut().zip(columns).for_each(|(word, x)| *word = x.to_f32().to_bits());
-                words[filled..].fill(0);
+        for (key, position) in positions.clone().enumerate() {
+            let slot = self.views.slot(sequence, position);
+            let row = &self.views.values.row(slot)[self.kv_head * value_width..][..value_width];
+            let (step, shift) = (key / Self::IN_WORD, 16 * (key % Self::IN_WORD));
+            for (panel, columns) in row.chunks(width).enumerate() {
+                let words = &mut values[(panel * KEYS + step) * width..][..width];
+                if shift == 0 {
+                    words.iter_mut().zip(columns).for_each(|(word, x)| *word = bits(*x));
+                    words[columns.len()..].fill(0);
+                } else {
+                    words.iter_mut().zip(columns).for_each(|(word, x)| *word |= bits(*x) << shift);
+                }
             }
         }
     }
 
-    /// `scores = queries · keysᵀ` for one tile.
-    fn score(&self, tile: &Range<usize>, scratch: &mut Scratch) {
-        let (width, key_width) = (self.functions.width(), self.views.op.key_width());
+    /// `scores = queries · keysᵀ` for one tile and the block's first `keys` keys.
+    fn score(&self, tile: &Range<usize>, keys: usize, scratch: &mut Scratch) {
+        let (width, steps) = (self.functions.width(), self.key_steps());
         let queries = &scratch.queries[tile.start * self.query_words()..];
-        for panel in 0..self.key_panels() {
+        for panel in 0..self.key_panels(keys) {
             let scores = &mut scratch.scores[panel * tile.len() * width..][..tile.len() * width];
             scores.fill(0);
-            let keys = &scratch.keys[panel * key_width * width..][..key_width * width];
-            self.multiply(tile.len(), key_width, queries, keys, scores);
+            let keys = &scratch.keys[panel * steps * width..][..steps * width];
+            self.multiply(tile.len(), steps, queries, keys, scores);
         }
     }
 
@@ -228,19 +262,20 @@ impl<T: Element> Task<'_, '_, T> {
         let Scratch { scores, powers, sums, state, .. } = scratch;
         for (in_tile, row) in tile.clone().enumerate() {
             let mut weights = [0.0; KEYS];
-            for (panel, weights) in weights.chunks_mut(width).enumerate() {
+            for (panel, weights) in
+                weights.chunks_mut(width).take(self.key_panels(positions.len())).enumerate()
+            {
                 let scores = &scores[(panel * tile.len() + in_tile) * width..][..weights.len()];
-                let scores = scores.iter().map(|&bits| f32::from_bits(bits) * scale);
-                weights.iter_mut().zip(scores).for_each(|(weight, score)| *weight = score);
+                weights.copy_from_slice(bytemuck::cast_slice(scores));
             }
             let state = &mut state[row];
             let visible = state.first.clamp(positions.start, positions.end) - positions.start
                 ..state.end.clamp(positions.start, positions.end) - positions.start;
             // SAFETY: the table exists only where its instructions do.
-            let factor =
-                unsafe { (self.functions.soften)(&mut weights, visible, &mut state.most, &mut state.total) };
-            let words = &mut powers[in_tile * BLOCK_STRIDE..][..KEYS];
-            words.iter_mut().zip(weights).for_each(|(word, weight)| *word = weight.to_bits());
+            let factor = unsafe {
+                (self.functions.soften)(&mut weights, scale, visible, &mut state.most, &mut state.total)
+            };
+            self.pack_powers(&weights, &mut powers[in_tile * BLOCK_STRIDE..][..KEYS]);
             if factor != 1.0 {
                 for panel in 0..panels {
                     let at = (tile.start * panels + panel * tile.len() + in_tile) * width;
@@ -251,14 +286,27 @@ impl<T: Element> Task<'_, '_, T> {
         }
     }
 
-    /// `sums += powers · values` for one tile.
-    fn weigh(&self, tile: &Range<usize>, scratch: &mut Scratch) {
+    /// Powers in the format of the values that they meet.
+    fn pack_powers(&self, powers: &[f32; KEYS], words: &mut [u32]) {
+        if Self::IN_WORD == 1 {
+            words.copy_from_slice(bytemuck::cast_slice(powers));
+        } else {
+            let mut rounded = [bf16::ZERO; KEYS];
+            // SAFETY: the table exists only where its instructions do.
+            unsafe { (self.functions.round_to_bf16)(powers, &mut rounded) };
+            bytes_to_words(bytemuck::cast_slice(&rounded), words);
+        }
+    }
+
+    /// `sums += powers · values` for one tile and the block's first `keys` keys.
+    fn weigh(&self, tile: &Range<usize>, keys: usize, scratch: &mut Scratch) {
         let (width, panels) = (self.functions.width(), self.value_panels());
         for panel in 0..panels {
             let at = (tile.start * panels + panel * tile.len()) * width;
-            let values = &scratch.values[panel * KEYS * width..][..KEYS * width];
+            let steps = keys.div_ceil(Self::IN_WORD);
+            let values = &scratch.values[panel * KEYS * width..][..steps * width];
             let sums = &mut scratch.sums[at..at + tile.len() * width];
-            self.multiply(tile.len(), KEYS, &scratch.powers, values, sums);
+            self.multiply(tile.len(), steps, &scratch.powers, values, sums);
         }
     }
 
@@ -298,21 +346,60 @@ impl<T: Element> Task<'_, '_, T> {
     }
 }
 
-/// One row's scores of a block become powers of the scores it sees, 0 elsewhere; returns the factor that brings
-/// what was summed before to the new largest score.
+/// A number as the low part of a word.
+fn bits<T: Element>(x: T) -> u32 {
+    if size_of::<T>() == size_of::<u32>() {
+        bytemuck::cast(x)
+    } else {
+        u32::from(bytemuck::cast::<T, u16>(x))
+    }
+}
+
+/// Largest values and sums run in this many lanes, whatever the instruction set.
+const LANES: usize = 16;
+
+/// One row's products with the keys of a block become powers of the scores (the products times `scale`) it sees, 0
+/// elsewhere; returns the factor that brings what was summed before to the new largest score.
 #[inline(always)]
-pub(super) fn soften(scores: &mut [f32], visible: Range<usize>, most: &mut f32, total: &mut f32) -> f32 {
+pub(super) fn soften(
+    scores: &mut [f32; KEYS],
+    scale: f32,
+    visible: Range<usize>,
+    most: &mut f32,
+    total: &mut f32,
+) -> f32 {
     if visible.is_empty() {
         scores.fill(0.0);
         return 1.0;
     }
+    let sees = |key: usize| key as u32 >= visible.start as u32 && (key as u32) < visible.end as u32;
+    for (key, score) in scores.iter_mut().enumerate() {
+        *score = if sees(key) { *score * scale } else { f32::NEG_INFINITY };
+    }
     let before = *most;
-    *most = scores[visible.clone()].iter().copied().fold(before, f32::max);
+    *most = fold(scores, f32::NEG_INFINITY, f32::max).max(before);
     for (key, score) in scores.iter_mut().enumerate() {
         let power = exp(*score - *most);
-        *score = if visible.contains(&key) { power } else { 0.0 };
+        *score = if sees(key) { power } else { 0.0 };
     }
     let factor = if before == f32::NEG_INFINITY { 0.0 } else { exp(before - *most) };
-    *total = *total * factor + scores.iter().sum::<f32>();
+    *total = *total * factor + fold(scores, 0.0, |a, b| a + b);
     factor
+}
+
+/// All of `values`, lane by lane, then the lanes in halves.
+#[inline(always)]
+fn fold(values: &[f32; KEYS], neutral: f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [neutral; LANES];
+    for values in values.chunks_exact(LANES) {
+        lanes.iter_mut().zip(values).for_each(|(lane, value)| *lane = join(*lane, *value));
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] = join(lanes[lane], lanes[lane + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }

@@ -102,6 +102,18 @@ impl Kernels for CpuKernels {
     }
 }
 
+/// Asks for the cache line at `address`, which may be any address.
+#[inline(always)]
+fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch may take any address and is in the x86-64 baseline.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 fn source_row<'a>(tensor: &TensorBytes<'a>, row: usize, k: usize) -> SourceRow<'a> {
     let width = k * tensor.dtype.bytes();
     let bytes = &tensor.bytes[row * width..][..width];

@@ -1,9 +1,14 @@
 //! A fork-join pool owned by one rank's compute lane.
 //!
 //! A pool of `t` threads is the caller's own thread plus `t − 1` workers. [`ComputePool::run`] hands
-//! out task numbers from one atomic counter until none is left. Several ranks may share the same
-//! cores, so an idle worker spins for a few microseconds only and then parks, and the caller never
-//! waits for a worker that has not started: it *closes* the job, after which nobody can enter.
+//! out task numbers from one atomic counter until none is left. The caller never waits for a worker
+//! that has not started: it *closes* the job, after which nobody can enter.
+//!
+//! A step that decodes one token is a chain of a hundred operations of a few microseconds each, and
+//! waking a parked thread takes longer than most of them. So an idle worker spins over the short
+//! operations between two that it has a part in, and parks when none comes. Where the pools of a process
+//! have more threads than there are cores (ranks that share a machine), it parks nearly at once: a
+//! thread that spins would take the core of one that works.
 //!
 //! Everything the threads agree on is in one atomic word, the *gate*:
 //!
@@ -19,16 +24,24 @@ use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
 const EPOCH_ONE: u64 = 1 << 32;
 const STOP: u64 = 1 << 31;
 const OPEN: u64 = 1 << 30;
 const INSIDE: u64 = OPEN - 1;
 
-/// Pauses before a waiting thread parks: a few microseconds on current cores.
-const SPINS: usize = 256;
+/// Pauses between two looks at the clock: about a microsecond on current cores.
+const PAUSES: usize = 32;
+
+/// How long a waiting thread spins before it parks, where each thread has a core and where not.
+const SPIN_ALONE: Duration = Duration::from_micros(200);
+const SPIN_CROWDED: Duration = Duration::from_micros(4);
+
+/// Threads of all pools of the process.
+static THREADS: AtomicUsize = AtomicUsize::new(0);
 
 /// Fixed worker threads that split numbered tasks with the thread that calls [`ComputePool::run`].
 pub struct ComputePool {
@@ -99,6 +112,7 @@ impl ComputePool {
                 .spawn(move || shared.work())
                 .expect("cannot start a compute thread")
         };
+        THREADS.fetch_add(threads, Ordering::Relaxed);
         let workers = (1..threads).map(start).collect();
         Self { shared, workers }
     }
@@ -149,6 +163,7 @@ impl ComputePool {
 
 impl Drop for ComputePool {
     fn drop(&mut self) {
+        THREADS.fetch_sub(self.threads(), Ordering::Relaxed);
         self.shared.gate.fetch_or(STOP, Ordering::Release);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
@@ -216,13 +231,20 @@ impl Shared {
     }
 }
 
-/// Polls `ready` for a few microseconds, then parks between polls; whoever makes it ready unparks.
+/// Polls `ready` for a while, then parks between polls; whoever makes it ready unparks.
 fn wait_until<T>(ready: impl Fn() -> Option<T>) -> T {
-    for _ in 0..SPINS {
-        if let Some(value) = ready() {
-            return value;
+    static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
+    let begin = Instant::now();
+    let limit = if THREADS.load(Ordering::Relaxed) > *CORES { SPIN_CROWDED } else { SPIN_ALONE };
+    while begin.elapsed() < limit {
+        for _ in 0..PAUSES {
+            if let Some(value) = ready() {
+                return value;
+            }
+            spin_loop();
         }
-        spin_loop();
+        // The thread that brings the next job may be waiting for this very core.
+        thread::yield_now();
     }
     loop {
         if let Some(value) = ready() {

@@ -25,11 +25,24 @@ struct Queue {
     closed: bool,
 }
 
-#[derive(Default)]
 struct Progress {
     completed: [u64; Lane::ALL.len()],
+    /// How many pieces each lane must have completed before a sleeper has anything to see: waking one for each of
+    /// the short operations on its way would cost more than they do.
+    awaited: [u64; Lane::ALL.len()],
     running: [Option<(&'static str, Place)>; Lane::ALL.len()],
     records: Vec<Record>,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Progress {
+            completed: [0; Lane::ALL.len()],
+            awaited: [u64::MAX; Lane::ALL.len()],
+            running: [None; Lane::ALL.len()],
+            records: Vec::new(),
+        }
+    }
 }
 
 /// What both lanes of a rank and the host share.
@@ -104,7 +117,7 @@ impl Lanes {
                 let message = format!("the {late} was still at {name} after {:?}", deadline.allowed());
                 return Err(self.shared.raise(FaultKind::Deadline, place, message));
             }
-            progress = self.shared.sleep(progress);
+            progress = self.shared.sleep(progress, late, until(late));
         }
     }
 
@@ -166,7 +179,7 @@ impl Shared {
     fn await_lane(&self, other: Lane, until: u64) {
         let mut progress = lock(&self.progress);
         while progress.completed[other.index()] < until && self.faults.get().is_none() {
-            progress = self.sleep(progress);
+            progress = self.sleep(progress, other, until);
         }
     }
 
@@ -190,15 +203,30 @@ impl Shared {
         progress.completed[lane.index()] += 1;
         progress.running[lane.index()] = None;
         progress.records.push(Record { lane, place, name, start_ns, end_ns });
+        let awaited = progress.completed[lane.index()] >= progress.awaited[lane.index()];
+        if awaited {
+            // All sleepers look again, and say anew what they wait for.
+            progress.awaited = [u64::MAX; Lane::ALL.len()];
+        }
         drop(progress);
-        self.moved.notify_all();
+        if awaited {
+            self.moved.notify_all();
+        }
     }
 
     fn raise(&self, kind: FaultKind, place: Place, message: String) -> Fault {
         self.faults.raise(Fault { kind, rank: self.rank, place, message })
     }
 
-    fn sleep<'a>(&self, progress: MutexGuard<'a, Progress>) -> MutexGuard<'a, Progress> {
+    /// Sleeps until `lane` may have completed `until` pieces of work; wakes now and then to look for faults.
+    fn sleep<'a>(
+        &self,
+        mut progress: MutexGuard<'a, Progress>,
+        lane: Lane,
+        until: u64,
+    ) -> MutexGuard<'a, Progress> {
+        let awaited = &mut progress.awaited[lane.index()];
+        *awaited = until.min(*awaited);
         self.moved.wait_timeout(progress, FaultCell::POLL).unwrap_or_else(PoisonError::into_inner).0
     }
 

@@ -327,13 +327,19 @@ pub(super) fn in_range(what: &str, index: u32, limit: usize) -> Result<usize, St
     if index < limit { Ok(index) } else { Err(format!("{what} {index} is not below {limit}")) }
 }
 
-/// Four running sums: fixed, whatever the row's position, and open to vector instructions.
+/// Sixteen running sums: fixed, whatever the row's position, and open to vector instructions of any width.
 fn sum<T: Element>(x: &[T], f: impl Fn(f32) -> f32) -> f32 {
-    let mut sums = [0.0f32; 4];
-    for chunk in x.chunks(4) {
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut sums = [0.0f32; 16];
+    for chunk in chunks {
         sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += f(x.to_f32()));
     }
-    (sums[0] + sums[2]) + (sums[1] + sums[3])
+    sums.iter_mut().zip(rest).for_each(|(sum, x)| *sum += f(x.to_f32()));
+    for half in [8, 4, 2, 1] {
+        let (low, high) = sums.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+    }
+    sums[0]
 }
 
 /// The sequence of every new token, once positions and blocks are known to be inside the cache.

@@ -2,6 +2,7 @@
 //! functions that enable wide vectors, so that the compiler vectorises it; every operation is an IEEE
 //! one, so the bits do not depend on the vector width.
 
+use crate::host::Element;
 use half::bf16;
 
 /// For each row of `sums` `[rows, 2 · lanes]`, gate in the first half and up in the second, puts
@@ -50,10 +51,7 @@ pub(crate) fn exp(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn round_to_bf16(from: &[f32], to: &mut [bf16]) {
     for (from, to) in from.iter().zip(to) {
-        let bits = from.to_bits();
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
-        let kept = if from.is_nan() { bits | 0x0040_0000 } else { rounded };
-        *to = bf16::from_bits((kept >> 16) as u16);
+        *to = <bf16 as Element>::from_f32(*from);
     }
 }
 

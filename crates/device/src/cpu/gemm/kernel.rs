@@ -5,6 +5,7 @@
 //! odd K is zero). So the kernels of both types have the same loads and the same loop.
 
 use super::{ElementType, Isa, avx2, avx512, scalar};
+use crate::cpu::attention::KEYS;
 
 /// Vectors side by side in a tile. With 14 rows, 2 vectors of sums a row leave 4 of AVX-512's 32
 /// registers for the weights and the activation; gate and up take one vector each.
@@ -189,7 +190,7 @@ pub(crate) struct Functions {
     /// See `epilogue::round_to_bf16`.
     pub round_to_bf16: unsafe fn(&[f32], &mut [half::bf16]),
     /// See `attention::soften`.
-    pub soften: unsafe fn(&mut [f32], std::ops::Range<usize>, &mut f32, &mut f32) -> f32,
+    pub soften: unsafe fn(&mut [f32; KEYS], f32, std::ops::Range<usize>, &mut f32, &mut f32) -> f32,
     /// See [`spin_multiply_add`].
     pub spin: unsafe fn(usize) -> f64,
 }
@@ -238,12 +239,13 @@ macro_rules! functions {
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn soften(
-                scores: &mut [f32],
+                scores: &mut [f32; $crate::cpu::attention::KEYS],
+                scale: f32,
                 visible: std::ops::Range<usize>,
                 most: &mut f32,
                 total: &mut f32,
             ) -> f32 {
-                $crate::cpu::attention::soften(scores, visible, most, total)
+                $crate::cpu::attention::soften(scores, scale, visible, most, total)
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn spin(rounds: usize) -> f64 {

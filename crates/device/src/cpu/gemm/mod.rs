@@ -21,7 +21,7 @@ mod scalar;
 pub(super) use driver::multiply;
 pub(super) use epilogue::exp;
 pub(super) use kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Tile};
-pub(super) use pack::{AlignedWords, SourceRow};
+pub(super) use pack::{AlignedWords, SourceRow, bytes_to_words};
 pub use pack::{ElementType, PackedMatrix};
 
 use std::fmt;

@@ -1,0 +1,192 @@
+//! How fast the CPU's expert products run beside what the machine can do at most, as tables:
+//!
+//! ```text
+//! cargo run --release -p epsmoe-device --example cpu_speed [threads]
+//! ```
+//!
+//! The most that the threads can do (products on registers only, bytes read from memory) is measured before, between
+//! and after; each line is held against the smaller of both figures around it. A line is the product of all experts of
+//! a layer, each with as many rows: gate and up, then down, FLOP-weighted, the median of rounds in which the grouped
+//! and the dense form take turns.
+
+#![expect(clippy::print_stdout, reason = "a table for people")]
+
+use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
+use epsmoe_device::cpu::gemm::Isa;
+use epsmoe_device::cpu::{Cpu, CpuKernels, Peaks};
+use epsmoe_device::host::HostOptions;
+use epsmoe_device::op::{Embed, Epilogue, Gemm, GemmPart, Upload};
+use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Name, hidden and inner width, experts: enough that their weights are far more than any cache holds.
+const SHAPES: [(&str, usize, usize, usize); 2] =
+    [("DeepSeek-V2-Lite", 2048, 1408, 12), ("mini", 1024, 704, 48)];
+const ROWS: [usize; 8] = [1, 2, 4, 8, 32, 128, 256, 512];
+
+/// Rounds of a line.
+const ROUNDS: usize = 7;
+
+fn main() -> Result<(), String> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = std::env::args().nth(1).map_or(Ok(cores), |text| text.parse());
+    let threads = threads.map_err(|_| "the one argument is a number of threads".to_owned())?;
+    println!("{}, {threads} threads of {cores} cores", Isa::detect());
+    for dtype in [DType::F32, DType::BF16] {
+        for shape in SHAPES {
+            table(threads, dtype, shape)?;
+        }
+    }
+    Ok(())
+}
+
+/// What the threads can do at most; the pool that measures it ends with the call, so that it disturbs nothing.
+fn peaks(threads: usize) -> Result<Peaks, String> {
+    Ok(CpuKernels::new(threads, Isa::detect())?.peaks())
+}
+
+fn table(
+    threads: usize,
+    dtype: DType,
+    (name, hidden, inner, experts): (&str, usize, usize, usize),
+) -> Result<(), String> {
+    println!("\n{name}, hidden {hidden}, inner {inner}, {experts} experts, {dtype}");
+    println!(
+        "rows each  gate/up      down  GFLOP/s together  of peak  of bound  grouped/dense   peak   read GB/s"
+    );
+    let layer = Layer::new(threads, dtype, hidden, inner, experts)?;
+    let mut before = peaks(threads)?;
+    for rows in ROWS {
+        let times = layer.measure(rows)?;
+        let after = peaks(threads)?;
+        let peak = |of: fn(&Peaks) -> f64| of(&before).min(of(&after));
+        let compute = match dtype {
+            DType::BF16 => peak(|peaks| peaks.bfloat16),
+            _ => peak(|peaks| peaks.float32),
+        };
+        let memory = peak(|peaks| peaks.memory);
+        let map = 2.0 * (rows * experts * hidden * inner) as f64;
+        let bytes = (3 * experts * hidden * inner * dtype.bytes()) as f64;
+        let total = times.grouped[0] + times.grouped[1];
+        let bound = (3.0 * map / compute).max(bytes / memory);
+        println!(
+            "{rows:9}  {:7.1}  {:8.1}  {:16.1}  {:7.3}  {:8.3}  {:13.3}  {:5.0}  {:8.1}",
+            2.0 * map / times.grouped[0] / 1e9,
+            map / times.grouped[1] / 1e9,
+            3.0 * map / total / 1e9,
+            3.0 * map / total / compute,
+            bound / total,
+            total / (times.dense[0] + times.dense[1]),
+            compute / 1e9,
+            memory / 1e9,
+        );
+        before = after;
+    }
+    Ok(())
+}
+
+/// The experts of a layer on a processor.
+struct Layer {
+    device: Cpu,
+    gates: Vec<Weight>,
+    downs: Vec<Weight>,
+    hidden: Buffer,
+    inner: Buffer,
+    out: Buffer,
+}
+
+/// Median seconds of gate/up and of down.
+struct Times {
+    grouped: [f64; 2],
+    dense: [f64; 2],
+}
+
+impl Layer {
+    fn new(
+        threads: usize,
+        dtype: DType,
+        hidden: usize,
+        inner: usize,
+        experts: usize,
+    ) -> Result<Self, String> {
+        let kernels = CpuKernels::new(threads, Isa::detect())?;
+        let device = Cpu::new(Rank(0), kernels, Arc::default(), HostOptions::new(dtype)).map_err(text)?;
+        let mut mix = Mix::new(1);
+        let numbers: Vec<u8> = (0..hidden * inner).flat_map(|_| (0.1 * mix.signed()).to_le_bytes()).collect();
+        let tensor = TensorBytes { dtype: DType::F32, bytes: &numbers };
+        let load = |name: String, shape: WeightShape| {
+            device.load(&name, shape, &vec![tensor; shape.sources().0]).map_err(text)
+        };
+        let gates = (0..experts)
+            .map(|expert| load(format!("gate {expert}"), WeightShape::GateUp { inner, k: hidden }))
+            .collect::<Result<_, _>>()?;
+        let downs = (0..experts)
+            .map(|expert| load(format!("down {expert}"), WeightShape::Matrix { n: hidden, k: inner }))
+            .collect::<Result<_, _>>()?;
+        let rows = experts * ROWS[ROWS.len() - 1];
+        let room = |name, width| device.allocate(name, dtype, rows, width).map_err(text);
+        let (x, inner_rows, out) = (room("hidden", hidden)?, room("inner", inner)?, room("out", hidden)?);
+        let (lane, place) = (Lane::Compute, Place::default());
+        for (name, x) in [("hidden", &x), ("inner", &inner_rows)] {
+            let shape = WeightShape::Table { rows: 64, width: x.width };
+            let tensor = TensorBytes { dtype: DType::F32, bytes: &numbers[..4 * 64 * x.width] };
+            let table = device.load(name, shape, &[tensor]).map_err(text)?;
+            let ids = device.allocate("ids", DType::U32, rows, 1).map_err(text)?;
+            let words = (0..rows as u32).map(|row| row % 64).collect();
+            device.enqueue(lane, place, Upload { words, out: ids.clone() }).map_err(text)?;
+            device.enqueue(lane, place, Embed { ids, table, out: x.clone() }).map_err(text)?;
+        }
+        device.wait(&device.record(lane), Deadline::after(Duration::from_secs(60))).map_err(text)?;
+        device.take_records();
+        Ok(Layer { gates, downs, hidden: x, inner: inner_rows, out, device })
+    }
+
+    fn measure(&self, rows: usize) -> Result<Times, String> {
+        let mut seconds: [[Vec<f64>; 2]; 2] = Default::default();
+        // The first round brings everything into place.
+        for round in 0..=ROUNDS {
+            for (form, seconds) in seconds.iter_mut().enumerate() {
+                for (product, seconds) in seconds.iter_mut().enumerate() {
+                    let time = self.time(rows, form == 1, product == 1)?;
+                    if round > 0 {
+                        seconds.push(time);
+                    }
+                }
+            }
+        }
+        let [grouped, dense] = seconds.map(|form| form.map(median));
+        Ok(Times { grouped, dense })
+    }
+
+    /// Seconds of one product over all experts, in one operation or in one for each.
+    fn time(&self, rows: usize, dense: bool, down: bool) -> Result<f64, String> {
+        let (x, weights, out, epilogue) = match down {
+            false => (&self.hidden, &self.gates, &self.inner, Epilogue::SwiGlu),
+            true => (&self.inner, &self.downs, &self.out, Epilogue::Store),
+        };
+        let part = |(expert, weight): (usize, &Weight)| {
+            let rows = expert * rows..(expert + 1) * rows;
+            let (x, out) = (x.rows(rows.clone()).map_err(text)?, out.rows(rows).map_err(text)?);
+            Ok(GemmPart { x, weight: weight.clone(), out })
+        };
+        let parts = weights.iter().enumerate().map(part).collect::<Result<Vec<_>, String>>()?;
+        for parts in parts.chunks(if dense { 1 } else { parts.len() }) {
+            let gemm = Gemm { parts: parts.to_vec(), bias: None, epilogue };
+            self.device.enqueue(Lane::Compute, Place::default(), gemm).map_err(text)?;
+        }
+        let event = self.device.record(Lane::Compute);
+        self.device.wait(&event, Deadline::after(Duration::from_secs(600))).map_err(text)?;
+        let records = self.device.take_records();
+        Ok(records.iter().map(|record| (record.end_ns - record.start_ns) as f64 * 1e-9).sum())
+    }
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
