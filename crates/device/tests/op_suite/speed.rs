@@ -1,16 +1,24 @@
-//! How fast products and attention run on the first GPU: tables, asked for with `--ignored --nocapture`.
+//! How fast products, experts and attention run on the first GPU. Asked for with `--ignored --nocapture`: `products`
+//! and `attentions` print tables; `served` times what it reads from its input, line by line, so that a peer in another
+//! process can take turns.
 
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
-use epsmoe_device::op::{Attention, Embed, Epilogue, Gemm, GemmPart, Upload};
-use epsmoe_device::{Backend, Record, TensorBytes, Weight, WeightShape};
+use epsmoe_device::op::{Attention, Embed, Epilogue, Gather, Gemm, GemmPart, Op, Reduce, Upload};
+use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
 use half::bf16;
+use std::io::BufRead;
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Hidden and inner width, experts: DeepSeek-V2 on eight ranks, a dense layer of the same size, and two thin ones.
 const SHAPES: [(usize, usize, usize); 4] =
     [(5120, 1536, 20), (5120, 12288, 1), (5120, 1536, 1), (2048, 576, 1)];
 const REPEATS: usize = 5;
+
+/// Weights and rows that are used in turn come to so many bytes, several times what the GPU's cache holds.
+const PAST_CACHE: usize = 250_000_000;
 
 #[test]
 #[ignore = "a measurement"]
@@ -21,84 +29,281 @@ fn products() {
     };
     println!("{}", device.describe());
     println!("experts  rows each  product     median µs   TFLOP/s   weights GB/s");
+    let mut stock = Stock::new(device);
     for (hidden, inner, experts) in SHAPES {
-        let weights = CudaWeights::new(&device).expect("a store");
-        let backend =
-            CudaBackend::new(Rank(0), &device, &weights, CudaOptions::new(DType::BF16)).expect("a processor");
-        let numbers = random(inner * hidden);
-        let load = |name: &str, shape: WeightShape| {
-            let tensor = TensorBytes { dtype: DType::BF16, bytes: &numbers };
-            let tensors = vec![tensor; shape.sources().0];
-            backend.load(name, shape, &tensors).expect("memory")
-        };
-        let gates: Vec<Weight> = (0..experts)
-            .map(|expert| load(&format!("gate {expert}"), WeightShape::GateUp { inner, k: hidden }))
-            .collect();
-        let downs: Vec<Weight> = (0..experts)
-            .map(|expert| load(&format!("down {expert}"), WeightShape::Matrix { n: hidden, k: inner }))
-            .collect();
-        for rows in [1, 16, 64, 256, 1024, 4096] {
-            println!("{}", measure(&backend, rows, &gates, hidden, inner, Epilogue::SwiGlu));
-            println!("{}", measure(&backend, rows, &downs, inner, hidden, Epilogue::Store));
+        for (name, k, n, epilogue, maps) in
+            [("gate/up", hidden, inner, Epilogue::SwiGlu, 2), ("down", inner, hidden, Epilogue::Store, 1)]
+        {
+            for rows in [1, 16, 64, 256, 1024, 4096] {
+                let trial = stock.products(k, n, epilogue, true, 0, &vec![rows; experts]);
+                let mut times = trial.times(REPEATS);
+                times.sort_unstable();
+                let median = times[times.len() / 2] as f64;
+                let weights = (experts * k * n * maps) as f64;
+                println!(
+                    "{experts:7}  {rows:9}  {name:8}  {:11.1}  {:8.1}  {:13.0}",
+                    median / 1e3,
+                    2.0 * rows as f64 * weights / median / 1e3,
+                    2.0 * weights / median
+                );
+            }
         }
     }
+}
+
+/// Lines in: `products K N store|swiglu grouped|dense RESERVED REPEATS ROWS,ROWS,...` (rows of each expert), or
+/// `experts HIDDEN INNER EXPERTS ROWS REPEATS`. Lines out: `ns ROWS TIME TIME ...`, rows multiplied and nanoseconds.
+#[test]
+#[ignore = "a measurement"]
+fn served() {
+    let mut stock = Stock::new(CudaDevice::open(0).expect("a GPU"));
+    let mut last: Option<(String, Trial)> = None;
+    for line in std::io::stdin().lock().lines() {
+        let line = line.expect("text");
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let number = |at: usize| words[at].parse::<usize>().expect("a number");
+        // The same line again is timed again, on the same memory.
+        if last.as_ref().is_none_or(|(asked, _)| *asked != line) {
+            drop(last.take());
+            let trial = match words[0] {
+                "products" => {
+                    let counts: Vec<usize> =
+                        words[7].split(',').map(|rows| rows.parse().expect("rows")).collect();
+                    let epilogue = if words[3] == "swiglu" { Epilogue::SwiGlu } else { Epilogue::Store };
+                    stock.products(number(1), number(2), epilogue, words[4] == "grouped", number(5), &counts)
+                }
+                "experts" => stock.experts(number(1), number(2), number(3), number(4)),
+                other => panic!("{other} is nothing to time"),
+            };
+            last = Some((line.clone(), trial));
+        }
+        let Some((_, trial)) = &last else { continue };
+        let times = trial.times(number(if words[0] == "products" { 6 } else { 5 }));
+        let times: Vec<String> = times.iter().map(u64::to_string).collect();
+        println!("ns {} {}", trial.rows, times.join(" "));
+    }
+}
+
+/// A GPU and the weights that were loaded last, which many trials share.
+struct Stock {
+    device: Arc<CudaDevice>,
+    numbers: Vec<u8>,
+    shape: Vec<usize>,
+    weights: Option<CudaWeights>,
+}
+
+/// Sequences of operations to be timed, used in turn.
+struct Trial {
+    backend: CudaBackend,
+    turns: Vec<Vec<Op>>,
+    rows: usize,
+}
+
+impl Stock {
+    fn new(device: Arc<CudaDevice>) -> Self {
+        let mut mix = Mix::new(1);
+        let numbers = (0..1 << 26).flat_map(|_| bf16::from_f32(mix.signed()).to_le_bytes()).collect();
+        Stock { device, numbers, shape: Vec::new(), weights: None }
+    }
+
+    /// A processor whose store holds weights of this shape only.
+    fn backend(&mut self, shape: &[usize], reserved_multiprocessors: u32) -> CudaBackend {
+        if self.shape != shape {
+            self.weights = None;
+            self.shape = shape.to_vec();
+        }
+        let device = &self.device;
+        let weights = self.weights.get_or_insert_with(|| CudaWeights::new(device).expect("a store"));
+        let options = CudaOptions { reserved_multiprocessors, ..CudaOptions::new(DType::BF16) };
+        CudaBackend::new(Rank(0), device, weights, options).expect("a processor")
+    }
+
+    fn load(&self, backend: &CudaBackend, name: &str, shape: WeightShape, salt: usize) -> Weight {
+        backend.find(name).unwrap_or_else(|| {
+            let (sources, bytes) = (shape.sources().0, 2 * shape.parameters() / shape.sources().0);
+            let spare = self.numbers.len().checked_sub(bytes).expect("enough random numbers");
+            let start = |source: usize| (salt * 2 + source) * 1_000_002 % (spare + 1) / 2 * 2;
+            let tensor = |source: usize| TensorBytes {
+                dtype: DType::BF16,
+                bytes: &self.numbers[start(source)..][..bytes],
+            };
+            let tensors: Vec<_> = (0..sources).map(tensor).collect();
+            backend.load(name, shape, &tensors).expect("memory")
+        })
+    }
+
+    fn random_rows(&self, backend: &CudaBackend, rows: usize, width: usize) -> Buffer {
+        let held = 4096;
+        let table =
+            self.load(backend, &format!("rows of {width}"), WeightShape::Table { rows: held, width }, 1);
+        let out = backend.allocate("x", DType::BF16, rows, width).expect("memory");
+        let ids = words(backend, &(0..rows).map(|row| (row % held) as u32).collect::<Vec<_>>());
+        run(backend, Embed { ids, table, out: out.clone() });
+        out
+    }
+
+    fn products(
+        &mut self,
+        k: usize,
+        n: usize,
+        epilogue: Epilogue,
+        grouped: bool,
+        reserved: usize,
+        counts: &[usize],
+    ) -> Trial {
+        let gated = epilogue == Epilogue::SwiGlu;
+        let backend = self.backend(&[k, n, counts.len(), usize::from(gated)], reserved as u32);
+        let rows: usize = counts.iter().sum();
+        let maps = if gated { 2 } else { 1 };
+        let sets = PAST_CACHE.div_ceil(2 * k * (counts.len() * n * maps + rows));
+        let turns = (0..sets).map(|set| {
+            let x = self.random_rows(&backend, rows, k);
+            let out = backend.allocate("out", DType::BF16, rows, n).expect("memory");
+            let parts = self.parts(&backend, set, counts, &x, &out, gated);
+            let gemm = |parts| Op::from(Gemm { parts, bias: None, epilogue });
+            if grouped {
+                return vec![gemm(parts)];
+            }
+            parts.into_iter().filter(|part| part.x.rows > 0).map(|part| gemm(vec![part])).collect()
+        });
+        let turns = turns.collect();
+        Trial { backend, turns, rows }
+    }
+
+    /// One product for each expert, of as many rows as `counts` says.
+    fn parts(
+        &self,
+        backend: &CudaBackend,
+        set: usize,
+        counts: &[usize],
+        x: &Buffer,
+        out: &Buffer,
+        gated: bool,
+    ) -> Vec<GemmPart> {
+        let mut end = 0;
+        let part = |(expert, &rows): (usize, &usize)| {
+            let rows: Range<usize> = end..end + rows;
+            end = rows.end;
+            let shape = match gated {
+                true => WeightShape::GateUp { inner: out.width, k: x.width },
+                false => WeightShape::Matrix { n: out.width, k: x.width },
+            };
+            let name = format!("{gated} {set} {expert}");
+            GemmPart {
+                x: x.rows(rows.clone()).expect("inside"),
+                weight: self.load(backend, &name, shape, set * counts.len() + expert),
+                out: out.rows(rows).expect("inside"),
+            }
+        };
+        counts.iter().enumerate().map(part).collect()
+    }
+
+    /// Experts of one of eight ranks, from the rows that arrived to the sums that go home: top 6 of 160 experts of
+    /// random tokens, so many that each expert here has about `each` rows.
+    fn experts(&mut self, hidden: usize, inner: usize, experts: usize, each: usize) -> Trial {
+        const RANKS: usize = 8;
+        const TOP: usize = 6;
+        let backend = self.backend(&[hidden, inner, experts, 2], 0);
+        let mut mix = Mix::new(7);
+        let mut of_expert: Vec<Vec<u32>> = vec![Vec::new(); experts];
+        let (mut arrived, mut copies) = (0, 0);
+        while copies < each * experts {
+            let mut chosen = Vec::new();
+            while chosen.len() < TOP {
+                let expert = mix.below(RANKS * experts);
+                if !chosen.contains(&expert) {
+                    chosen.push(expert);
+                }
+            }
+            chosen.retain(|&expert| expert < experts);
+            chosen.iter().for_each(|&expert| of_expert[expert].push(arrived));
+            copies += chosen.len();
+            arrived += u32::from(!chosen.is_empty());
+        }
+        let counts: Vec<usize> = of_expert.iter().map(Vec::len).collect();
+        let expand: Vec<u32> = of_expert.concat();
+        let mut terms: Vec<Vec<u32>> = vec![Vec::new(); arrived as usize];
+        expand.iter().enumerate().for_each(|(copy, &row)| terms[row as usize].push(copy as u32));
+        let starts: Vec<u32> = std::iter::once(0)
+            .chain(terms.iter().scan(0, |end, terms| {
+                *end += terms.len() as u32;
+                Some(*end)
+            }))
+            .collect();
+        let weights: Vec<u32> = (0..copies).map(|_| mix.signed().to_bits()).collect();
+
+        let room = |rows, width| backend.allocate("room", DType::BF16, rows, width).expect("memory");
+        let rows = self.random_rows(&backend, arrived as usize, hidden);
+        let (expanded, middle, outputs, sums) =
+            (room(copies, hidden), room(copies, inner), room(copies, hidden), room(arrived as usize, hidden));
+        let factors = backend.allocate("factors", DType::F32, copies, 1).expect("memory");
+        run(&backend, Upload { words: weights.into(), out: factors.clone() });
+        let gemm = |parts, epilogue| Op::from(Gemm { parts, bias: None, epilogue });
+        let turn = vec![
+            Gather { x: rows, index: words(&backend, &expand), out: expanded.clone() }.into(),
+            gemm(self.parts(&backend, 0, &counts, &expanded, &middle, true), Epilogue::SwiGlu),
+            gemm(self.parts(&backend, 0, &counts, &middle, &outputs, false), Epilogue::Store),
+            Reduce {
+                x: outputs,
+                starts: words(&backend, &starts),
+                index: words(&backend, &terms.concat()),
+                weights: Some(factors),
+                addend: None,
+                out: sums,
+            }
+            .into(),
+        ];
+        Trial { backend, turns: vec![turn], rows: copies }
+    }
+}
+
+impl Trial {
+    /// Nanoseconds of each of `repeats` turns, from the start of its first operation to the end of its last; one more
+    /// warms up.
+    fn times(&self, repeats: usize) -> Vec<u64> {
+        self.backend.take_records();
+        let mut lengths = Vec::new();
+        for turn in self.turns.iter().cycle().take(repeats + 1) {
+            turn.iter().for_each(|op| enqueue(&self.backend, op.clone()));
+            lengths.push(turn.len());
+        }
+        finish(&self.backend);
+        let records = self.backend.take_records();
+        let mut records = records.iter();
+        let mut times = Vec::new();
+        for length in lengths {
+            let of_turn: Vec<_> = records.by_ref().take(length).collect();
+            let (Some(first), Some(last)) = (of_turn.first(), of_turn.last()) else { break };
+            times.push(last.end_ns - first.start_ns);
+        }
+        times.remove(0);
+        times
+    }
+}
+
+fn enqueue(backend: &CudaBackend, op: impl Into<Op>) {
+    backend.enqueue(Lane::Compute, Place::default(), op).expect("it fits");
+}
+
+fn finish(backend: &CudaBackend) {
+    let event = backend.record(Lane::Compute);
+    backend.wait(&event, Deadline::after(Duration::from_secs(60))).expect("no fault");
+}
+
+fn run(backend: &CudaBackend, op: impl Into<Op>) {
+    enqueue(backend, op);
+    finish(backend);
+}
+
+fn words(backend: &CudaBackend, words: &[u32]) -> Buffer {
+    let out = backend.allocate("words", DType::U32, words.len(), 1).expect("memory");
+    run(backend, Upload { words: words.into(), out: out.clone() });
+    out
 }
 
 fn random(elements: usize) -> Vec<u8> {
     let mut mix = Mix::new(1);
     (0..elements).flat_map(|_| bf16::from_f32(mix.signed()).to_le_bytes()).collect()
-}
-
-/// A line of the table.
-fn measure(
-    backend: &CudaBackend,
-    rows: usize,
-    weights: &[Weight],
-    k: usize,
-    n: usize,
-    epilogue: Epilogue,
-) -> String {
-    let total = rows * weights.len();
-    let (lane, place) = (Lane::Compute, Place::default());
-    let x = backend.allocate("x", DType::BF16, total, k).expect("memory");
-    let out = backend.allocate("out", DType::BF16, total, n).expect("memory");
-    let ids = backend.allocate("ids", DType::U32, total, 1).expect("memory");
-    let table = {
-        let numbers = random(64 * k);
-        let tensor = TensorBytes { dtype: DType::BF16, bytes: &numbers };
-        let name = format!("x of {rows} {k} {n}");
-        backend.load(&name, WeightShape::Table { rows: 64, width: k }, &[tensor]).expect("memory")
-    };
-    let words = (0..total as u32).map(|row| row % 64).collect();
-    backend.enqueue(lane, place, Upload { words, out: ids.clone() }).expect("it fits");
-    backend.enqueue(lane, place, Embed { ids, table, out: x.clone() }).expect("it fits");
-    let wait =
-        || backend.wait(&backend.record(lane), Deadline::after(Duration::from_secs(60))).expect("no fault");
-    let part = |(index, weight): (usize, &Weight)| {
-        let rows = index * rows..(index + 1) * rows;
-        GemmPart {
-            x: x.rows(rows.clone()).expect("inside"),
-            weight: weight.clone(),
-            out: out.rows(rows).expect("inside"),
-        }
-    };
-    for _ in 0..REPEATS {
-        let parts = weights.iter().enumerate().map(part).collect();
-        backend.enqueue(lane, place, Gemm { parts, bias: None, epilogue }).expect("it fits");
-    }
-    wait();
-    let median = median_ns(&backend.take_records(), "gemm");
-    let maps = if epilogue == Epilogue::SwiGlu { 2 } else { 1 };
-    let flops = 2.0 * (total * k * n * maps) as f64;
-    let bytes = (2 * weights.len() * k * n * maps) as f64;
-    let name = if epilogue == Epilogue::SwiGlu { "gate/up" } else { "down" };
-    format!(
-        "{:7}  {rows:9}  {name:8}  {:11.1}  {:8.1}  {:13.0}",
-        weights.len(),
-        median / 1e3,
-        flops / median / 1e3,
-        bytes / median
-    )
 }
 
 fn median_ns(records: &[Record], name: &str) -> f64 {
