@@ -42,7 +42,7 @@ pub trait Kernels: Send + Sync + 'static {
     /// Runs `task(0..tasks)`, each once, on the lane's threads.
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
 
-    /// See [`Gemm`]. Row-invariant.
+    /// See [`Gemm`](crate::op::Gemm). Row-invariant.
     fn gemm<X: Element, Y: Element>(
         &self,
         parts: &mut [GemmViews<'_, X, Y, Self::Matrix>],
