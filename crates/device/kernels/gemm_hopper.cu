@@ -420,9 +420,11 @@ __device__ __forceinline__ void release_stage(u32 base, u32 stage, u32 lane) {
 }
 
 // The sum over k for one tile of at most COLS rows. Two k blocks are in flight; a slot is released when the next
-// block has been issued.
-template <int COLS, int MAX_ROWS>
-__device__ __forceinline__ void multiply(float* acc, Ring<MAX_ROWS>& ring, u32 base, u32 blocks, u32 group, u32 lane) {
+// block has been issued. Once the tensor cores have work, what the last tile left to do is done beside them.
+template <int COLS, int MAX_ROWS, typename Left>
+__device__ __forceinline__ void multiply(float* acc, Ring<MAX_ROWS>& ring, u32 base, u32 blocks, u32 group, u32 lane,
+                                         const Left& left) {
+    const u32 busy = min(1, blocks - 1);
     u32 previous = 0;
     for (u32 b = 0; b < blocks; ++b) {
         u32 slot = base + ring.stage * Ring<MAX_ROWS>::SLOT_BYTES;
@@ -434,6 +436,7 @@ __device__ __forceinline__ void multiply(float* acc, Ring<MAX_ROWS>& ring, u32 b
         Wgmma<COLS>::run(acc, w + 4, x + 4, 1);
         Wgmma<COLS>::run(acc, w + 6, x + 6, 1);
         wgmma_commit();
+        if (b == busy) left();
         if (b) {
             wgmma_wait<1>();
             release_stage(base, previous, lane);
@@ -503,30 +506,52 @@ __device__ __forceinline__ void finish_swiglu(const float* acc, u32 staging, con
     send_block<4, MAX_ROWS, 1>(t, staging, 0, thread);
 }
 
-// 64 channels of 128 rows fill the staging block, so a tall tile leaves in two rounds. (Four rounds of 64 rows
-// with two buffers were 900 cycles a tile slower: the barriers cost more than the overlap gains.)
+// How products without an activation leave: as 64 channels of up to 128 rows, which fill the staging block. A taller
+// tile leaves in two rounds, the second of which waits in registers, as bf16, until the next tile keeps the tensor
+// cores busy. (Gated products leave at once: their second round would wait as sums, and cost more than it hides.)
 template <int MAX_ROWS>
-__device__ __forceinline__ void finish_bf16(const float* acc, u32 staging, const Target& t, u32 thread, u32 id) {
-    const u32 lane = thread & 31, warp = thread / 32;
-    const int ROUND = MAX_ROWS < 128 ? MAX_ROWS : 128;
+struct Rounds {
+    static constexpr int ROWS = MAX_ROWS < 128 ? MAX_ROWS : 128, WORDS = ROWS / 4;
+    static constexpr bool TWO = MAX_ROWS > ROWS;
+
+    u32 words[TWO ? WORDS : 1];
+    Target target;
+    bool waiting = false;
+
+    static __device__ __forceinline__ void pack(u32* words, const float* acc) {
 #pragma unroll
-    for (int h = 0; h < MAX_ROWS; h += ROUND) {
-        if (h < t.rows) {
-            if (thread == 0) tma_store_read<0>();
-            warpgroup_barrier(id);
-#pragma unroll
-            for (int j = 0; j < ROUND / 16; ++j) {
-                const float* f = acc + (h + 16 * j) / 2;
-                u32 row = 16 * j + (lane & 7) + ((lane >> 4) << 3), chunk = 2 * warp + ((lane >> 3) & 1);
-                stmatrix_trans(staging + row * 128 + ((chunk ^ (row & 7)) << 4), pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]),
-                               pack_bf16(f[4], f[5]), pack_bf16(f[6], f[7]));
-            }
-            fence_for_tma();
-            warpgroup_barrier(id);
-            send_block<8, ROUND, 0>(t, staging, h, thread);
-        }
+        for (int i = 0; i < WORDS; ++i) words[i] = pack_bf16(acc[2 * i], acc[2 * i + 1]);
     }
-}
+
+    __device__ __forceinline__ void send(const u32* words, u32 from, u32 staging, u32 thread, u32 id) const {
+        const u32 lane = thread & 31, warp = thread / 32;
+        if (thread == 0) tma_store_read<0>();
+        warpgroup_barrier(id);  // what was staged before has left
+#pragma unroll
+        for (int i = 0; i < WORDS; i += 4) {
+            u32 row = 4 * i + (lane & 7) + ((lane >> 4) << 3), chunk = 2 * warp + ((lane >> 3) & 1);
+            stmatrix_trans(staging + row * 128 + ((chunk ^ (row & 7)) << 4), words[i], words[i + 1], words[i + 2], words[i + 3]);
+        }
+        fence_for_tma();
+        warpgroup_barrier(id);
+        send_block<8, ROWS, 0>(target, staging, from, thread);
+    }
+
+    __device__ __forceinline__ void first(const float* acc, const Target& t, u32 staging, u32 thread, u32 id) {
+        target = t;
+        u32 now[WORDS];
+        pack(now, acc);
+        send(now, 0, staging, thread, id);
+        waiting = TWO && t.rows > ROWS;
+        if (TWO) pack(words, acc + 2 * WORDS);
+    }
+
+    __device__ __forceinline__ void second(u32 staging, u32 thread, u32 id) {
+        if (!TWO || !waiting) return;
+        waiting = false;
+        send(words, ROWS, staging, thread, id);
+    }
+};
 
 template <int MAX_ROWS, bool GATED>
 __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
@@ -536,6 +561,8 @@ __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
     const u32 width = GATED ? 32 : 64;  // output columns of this warpgroup
     Ring<MAX_ROWS> ring = {0, 0};
     SlotCursor cursor = {0, 0};
+    Rounds<MAX_ROWS> rounds;
+    const auto left = [&] { if (!GATED) rounds.second(staging, thread, 1 + group); };
     float acc[MAX_ROWS / 2];
 #pragma unroll
     for (int i = 0; i < MAX_ROWS / 2; ++i) acc[i] = 0.0f;
@@ -545,9 +572,11 @@ __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
         u32 steps = div_up(t.rows, 32);
 #define CASE(C)                                                                                           \
     if (MAX_ROWS >= C && steps == C / 32) {                                                               \
-        multiply < MAX_ROWS >= C ? C : 32, MAX_ROWS > (acc, ring, base, blocks, group, lane);  \
+        multiply < MAX_ROWS >= C ? C : 32, MAX_ROWS > (acc, ring, base, blocks, group, lane, left);       \
     } else
-        CASE(256) CASE(224) CASE(192) CASE(160) CASE(128) CASE(96) CASE(64) { multiply<32, MAX_ROWS>(acc, ring, base, blocks, group, lane); }
+        CASE(256) CASE(224) CASE(192) CASE(160) CASE(128) CASE(96) CASE(64) {
+            multiply<32, MAX_ROWS>(acc, ring, base, blocks, group, lane, left);
+        }
 #undef CASE
         u32 column = ((t.pair * CLUSTER + rank) * 2 + group) * width;
         u32 columns = column < a.columns ? a.columns - column : 0;
@@ -555,10 +584,11 @@ __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
         if (columns) {
             Target target = {&a.out, reinterpret_cast<u16*>(a.out_start) + at, a.out_stride, t.row0, column, t.rows, columns};
             if (GATED) finish_swiglu<MAX_ROWS>(acc, staging, target, thread, 1 + group);
-            else finish_bf16<MAX_ROWS>(acc, staging, target, thread, 1 + group);
+            else rounds.first(acc, target, staging, thread, 1 + group);
         }
         warpgroup_barrier(1 + group);  // the warps of a group start a tile together: none may begin it while another still sends the last one
     }
+    left();
     if (thread == 0) tma_store_finish();  // the staging block must outlive its readers
 }
 
