@@ -167,6 +167,46 @@ template <typename T> __device__ __forceinline__ void write(T* to, const Run& ru
          at_ < (view).rows * runs_; at_ += gridDim.x * THREADS)                                              \
         if (const u32 m = at_ / runs_, n = at_ % runs_ * RUN, count = min((view).width - n, RUN); true)
 
+// Runs that a lane takes at once where a warp takes a stretch of one row: so many loads are under way at a time, enough
+// to keep memory busy although their addresses must be looked up first. A lane's runs lie STRIDE columns apart, so that
+// a warp always touches neighbours. Worked example: width 2048 is two stretches a row; in the first, lane 3 holds
+// columns 24..32, 280..288, 536..544 and 792..800.
+constexpr u32 RUNS = 4, STRIDE = 32 * RUN;
+
+// Stretch by stretch, a warp each: n is the first column of the lane, which may lie beyond the row's end.
+#define FOR_STRETCHES(view, m, n)                                                                            \
+    for (u32 stretches_ = ((view).width + RUNS * STRIDE - 1) / (RUNS * STRIDE),                             \
+             at_ = (blockIdx.x * THREADS + threadIdx.x) / 32;                                               \
+         at_ < (view).rows * stretches_; at_ += gridDim.x * THREADS / 32)                                   \
+        if (const u32 m = at_ / stretches_, n = at_ % stretches_ * (RUNS * STRIDE) + threadIdx.x % 32 * RUN; true)
+
+// The lane's runs of a row whose first column here is n of `width`.
+template <typename T> __device__ __forceinline__ void read_runs(Run (&runs)[RUNS], const T* row, u32 n, u32 width) {
+    constexpr u32 PIECES = RUN * sizeof(T) / 16;
+    if (n + (RUNS - 1) * STRIDE + RUN <= width && reinterpret_cast<u64>(row) % 16 == 0) {
+        union { uint4 pieces[RUNS][PIECES]; T elements[RUNS][RUN]; } held;
+#pragma unroll
+        for (u32 i = 0; i < RUNS * PIECES; ++i)
+            held.pieces[i / PIECES][i % PIECES] = reinterpret_cast<const uint4*>(row + n + i / PIECES * STRIDE)[i % PIECES];
+#pragma unroll
+        for (u32 i = 0; i < RUNS * RUN; ++i) runs[i / RUN].values[i % RUN] = wide(held.elements[i / RUN][i % RUN]);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < RUNS; ++i) {
+            const u32 at = n + i * STRIDE;
+            runs[i] = at < width ? read(row + at, min(width - at, RUN)) : Run{};
+        }
+    }
+}
+
+template <typename T> __device__ __forceinline__ void write_runs(T* row, const Run (&runs)[RUNS], u32 n, u32 width) {
+#pragma unroll
+    for (u32 i = 0; i < RUNS; ++i) {
+        const u32 at = n + i * STRIDE;
+        if (at < width) write(row + at, runs[i], min(width - at, RUN));
+    }
+}
+
 // Names a kernel `op_from_to` for the formats it reads and writes.
 #define KERNEL(op, Args, X, Y)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS) op##_##X##_##Y(const __grid_constant__ Args args) { \

@@ -4,13 +4,15 @@
 struct Args { Rows x, index, out; Report report; };
 
 template <typename X, typename Y> __device__ void gather(const Args& args) {
-    FOR_RUNS(args.out, m, n, count) {
+    FOR_STRETCHES(args.out, m, n) {
         u32 source = at<u32>(args.index, m);
         if (source >= args.x.rows) {
             complain(args.report, SOURCE_ROW, source, args.x.rows);
             continue;
         }
-        write(row<Y>(args.out, m) + n, read(row<X>(args.x, source) + n, count), count);
+        Run runs[RUNS];
+        read_runs(runs, row<X>(args.x, source), n, args.out.width);
+        write_runs(row<Y>(args.out, m), runs, n, args.out.width);
     }
 }
 

@@ -14,16 +14,6 @@ struct GemmPart {
     u32 first_tile; // tiles of all parts before this one
 };
 
-// How tiles are handed out beside transfers. Null and zero mean: in a fixed order, waiting for nobody.
-struct GemmOrder {
-    u64 ticket; // u32: next tile, claimed by atomic increment
-    u64 ready;  // u32 of each part: the epoch from which on its input rows have arrived
-    u64 done;   // u32 of each part: tiles finished
-    u64 abort;  // u32: not zero once the world has stopped; every spin looks at it
-    u32 epoch;
-    u32 padding;
-};
-
 // A contiguous block of rows for one weight, in processing order. The twin of `hopper::Block`.
 struct Block {
     u32 row0; // first row in the rows and out matrices
@@ -36,7 +26,6 @@ struct GemmArgs {
     u64 parts;     // GemmPart[part_count] in device memory; null: the one part here
     GemmPart only;
     u64 bias;      // float32 of the outputs, or null
-    GemmOrder order;
     u32 part_count, padding;
     u32 n, k;
     u64 weight_stride;

@@ -24,6 +24,10 @@ const THREADS: usize = 256;
 /// Columns that a thread takes at once; `RUN` in `common.cuh`.
 const RUN: usize = 8;
 
+/// Threads of a warp, and columns that one takes at once; `RUNS * STRIDE` in `common.cuh`.
+const WARP: usize = 32;
+const STRETCH: usize = 4 * WARP * RUN;
+
 /// Most blocks along the second axis of a grid.
 const MOST_ROWS: usize = 65_535;
 
@@ -63,19 +67,6 @@ unsafe impl bytemuck::Zeroable for GemmPart {}
 // SAFETY: plain integers without padding: five of eight bytes, two of four.
 unsafe impl bytemuck::Pod for GemmPart {}
 
-/// The twin of `GemmOrder` in `gemm.cuh`: how tiles are handed out beside transfers. All zero: in a fixed order,
-/// waiting for nobody.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct GemmOrder {
-    ticket: u64,
-    ready: u64,
-    done: u64,
-    abort: u64,
-    epoch: u32,
-    padding: u32,
-}
-
 /// The twin of `GemmArgs` in `gemm.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -83,7 +74,6 @@ struct GemmArgs {
     parts: u64,
     only: GemmPart,
     bias: u64,
-    order: GemmOrder,
     part_count: u32,
     padding: u32,
     n: u32,
@@ -208,7 +198,7 @@ impl Launch<'_> {
             Op::Gather(op) => {
                 let views = [self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?];
                 let arguments = Indexed { views, report: self.report };
-                self.runs("gather", op.x.dtype, op.out.dtype, &op.out, arguments)
+                self.stretches("gather", op.x.dtype, op.out.dtype, &op.out, arguments)
             }
             Op::Add(op) => {
                 let arguments = [self.rows(&op.x)?, self.rows(&op.out)?];
@@ -374,7 +364,7 @@ impl Launch<'_> {
             weighted: u32::from(op.weights.is_some()),
             added: u32::from(op.addend.is_some()),
         };
-        self.runs("reduce", op.x.dtype, op.out.dtype, &op.out, arguments)
+        self.stretches("reduce", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
     fn route(&mut self, op: &Route) -> Result<(), Refusal> {
@@ -589,7 +579,6 @@ impl Launch<'_> {
             parts: listed,
             only: parts[0],
             bias: products.bias.map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
-            order: GemmOrder::default(),
             part_count: parts.len() as u32,
             padding: 0,
             n: weight.rows as u32,
@@ -704,17 +693,41 @@ impl Launch<'_> {
         over: &Buffer,
         arguments: A,
     ) -> Result<(), Refusal> {
+        self.threads(operation, from, to, over, over.rows * over.width.div_ceil(RUN), arguments)
+    }
+
+    /// Starts a kernel over the rows of `over`, whose warps take stretches of columns; its arguments are the kernel's
+    /// own struct.
+    fn stretches<A: Copy>(
+        &mut self,
+        operation: &'static str,
+        from: DType,
+        to: DType,
+        over: &Buffer,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        self.threads(operation, from, to, over, over.rows * over.width.div_ceil(STRETCH) * WARP, arguments)
+    }
+
+    fn threads<A: Copy>(
+        &mut self,
+        operation: &'static str,
+        from: DType,
+        to: DType,
+        over: &Buffer,
+        threads: usize,
+        arguments: A,
+    ) -> Result<(), Refusal> {
         if is_empty(over) {
             return Ok(());
         }
         let kernel = self.kernels.get(operation, from, to)?;
-        let blocks = (over.rows * over.width.div_ceil(RUN)).div_ceil(THREADS);
         // A kernel counts all threads in 32 bits.
-        if blocks * THREADS > u32::MAX as usize / 2 {
+        if threads > u32::MAX as usize / 2 {
             let message = format!("{operation}: {over:?} is too large for one launch");
             return Err(DeviceError::Unsupported(message).into());
         }
-        self.start(&kernel.function, (blocks as u32, 1), 0, arguments)
+        self.start(&kernel.function, (threads.div_ceil(THREADS) as u32, 1), 0, arguments)
     }
 
     /// Starts a kernel over the elements of `over`; its arguments are the kernel's own struct.
