@@ -4,14 +4,14 @@ use super::element::Plain;
 use crate::{AllocationId, Buffer, DeviceError};
 use epsmoe_base::{Bytes, DType};
 use half::bf16;
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use memmap2::MmapMut;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// Alignment of every allocation: a cache line, and a whole vector register.
-const ALIGNMENT: usize = 64;
+/// From this size on, an allocation asks for huge pages: one entry of the address cache for two megabytes.
+const LARGE: usize = 4 << 20;
 
 /// What fresh memory holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,9 +22,10 @@ pub enum Fill {
     Poison,
 }
 
+/// Whole pages. They are the process's own from their first use on, so room for the worst case costs only what is used.
 struct Region {
     start: NonNull<u8>,
-    layout: Layout,
+    pages: MmapMut,
 }
 
 // SAFETY: a region is plain bytes; who may touch them when is decided by the hazard check (see `Memory`).
@@ -34,21 +35,16 @@ unsafe impl Sync for Region {}
 
 impl Region {
     fn new(bytes: usize, fill: Fill) -> Option<Self> {
-        let layout = Layout::from_size_align(bytes.max(1), ALIGNMENT).ok()?;
-        // SAFETY: the layout's size is at least one byte.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        if fill == Fill::Poison {
-            // SAFETY: the region was just allocated with this size and nobody else has it yet.
-            unsafe { start.as_ptr().write_bytes(0xff, layout.size()) };
+        let mut pages = MmapMut::map_anon(bytes.max(1)).ok()?;
+        #[cfg(target_os = "linux")]
+        if bytes >= LARGE {
+            // Only a hint: without huge pages everything works, more slowly.
+            let _ = pages.advise(memmap2::Advice::HugePage);
         }
-        Some(Region { start, layout })
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this very layout, and freed once.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+        if fill == Fill::Poison {
+            pages.fill(0xff);
+        }
+        Some(Region { start: NonNull::new(pages.as_mut_ptr())?, pages })
     }
 }
 
@@ -91,7 +87,7 @@ impl Memory {
 
     pub(super) fn allocated_bytes(&self) -> u64 {
         let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
-        regions.iter().map(|region| region.layout.size() as u64).sum()
+        regions.iter().map(|region| region.pages.len() as u64).sum()
     }
 
     /// The numbers of a buffer, to read.
@@ -146,7 +142,7 @@ impl Memory {
         let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
         let region = &regions[buffer.allocation.0 as usize];
         let end = buffer.byte_range().end;
-        assert!(end <= region.layout.size(), "{buffer:?} ends past its allocation. This is a bug.");
+        assert!(end <= region.pages.len(), "{buffer:?} ends past its allocation. This is a bug.");
         if buffer.rows == 0 || buffer.width == 0 {
             return NonNull::dangling().as_ptr();
         }
