@@ -1,4 +1,4 @@
-//! A folder that runs the op suite and the models on a GPU host without Rust.
+//! A folder that runs the op suite, the models and the benches on a GPU host without Rust.
 
 use anyhow::{Context, bail, ensure};
 use epsmoe_base::Bytes;
@@ -9,30 +9,33 @@ use std::process::Command;
 /// What a bundle may weigh.
 const LARGEST: u64 = 60_000_000;
 
-/// The suites of a bundle: package, test, its name in the bundle, and the script that runs it.
-const SUITES: [Suite; 2] = [
-    Suite {
-        package: "epsmoe-device",
-        test: "op_suite",
-        name: "op_suite",
-        script: ("run-ops.sh", include_str!("run-ops.sh")),
-    },
-    Suite {
-        package: "epsmoe-engine",
-        test: "fixtures",
-        name: "model_suite",
-        script: ("run-models.sh", include_str!("run-models.sh")),
-    },
+/// The programs of a bundle.
+const PROGRAMS: [Program; 3] = [
+    Program { package: "epsmoe-device", target: Target::Test("op_suite"), name: "op_suite" },
+    Program { package: "epsmoe-engine", target: Target::Test("fixtures"), name: "model_suite" },
+    Program { package: "epsmoe-cli", target: Target::Binary("epsmoe"), name: "epsmoe" },
 ];
 
-const LIBRARIES: (&str, &str) = ("libraries.sh", include_str!("libraries.sh"));
+/// The scripts that run them, and what these read: file name and text.
+const SCRIPTS: [(&str, &str); 5] = [
+    ("run-ops.sh", include_str!("run-ops.sh")),
+    ("run-models.sh", include_str!("run-models.sh")),
+    ("run-bench.sh", include_str!("run-bench.sh")),
+    ("libraries.sh", include_str!("libraries.sh")),
+    ("peers.py", include_str!("peers.py")),
+];
 
-struct Suite {
+struct Program {
     package: &'static str,
-    test: &'static str,
+    target: Target,
+    /// Its name in the bundle.
     name: &'static str,
-    /// File name and text.
-    script: (&'static str, &'static str),
+}
+
+/// What cargo calls it.
+enum Target {
+    Test(&'static str),
+    Binary(&'static str),
 }
 
 pub(crate) fn make(out: &Path) -> anyhow::Result<()> {
@@ -40,19 +43,20 @@ pub(crate) fn make(out: &Path) -> anyhow::Result<()> {
         std::fs::remove_dir_all(out).with_context(|| format!("cannot clear {}", out.display()))?;
     }
     std::fs::create_dir_all(out).with_context(|| format!("cannot make {}", out.display()))?;
-    for suite in &SUITES {
-        let to = out.join(suite.name);
-        std::fs::copy(built(suite)?, &to).with_context(|| format!("cannot write {}", to.display()))?;
+    for program in &PROGRAMS {
+        let to = out.join(program.name);
+        std::fs::copy(built(program)?, &to).with_context(|| format!("cannot write {}", to.display()))?;
         // Debug information is most of its size; without `strip` the bundle is only larger.
         let _ = Command::new("strip").arg("--strip-debug").arg(&to).status();
-        write_script(out, suite.script)?;
     }
-    write_script(out, LIBRARIES)?;
+    for script in SCRIPTS {
+        write_script(out, script)?;
+    }
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures");
     copy_folder(&fixtures, &out.join("fixtures"))?;
     let size = size_of(out)?;
     ensure!(size <= LARGEST, "the bundle has {}, more than {}", Bytes(size), Bytes(LARGEST));
-    println!("{}: {}; run its run-ops.sh and run-models.sh on a GPU host", out.display(), Bytes(size));
+    println!("{}: {}; run its run-ops.sh, run-models.sh and run-bench.sh on a GPU host", out.display(), Bytes(size));
     Ok(())
 }
 
@@ -62,24 +66,28 @@ fn write_script(out: &Path, (name, text): (&str, &str)) -> anyhow::Result<()> {
     Ok(std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?)
 }
 
-/// Builds a suite and says where it is.
-fn built(suite: &Suite) -> anyhow::Result<PathBuf> {
+/// Builds a program and says where it is.
+fn built(program: &Program) -> anyhow::Result<PathBuf> {
+    let (what, name) = match program.target {
+        Target::Test(name) => (["test", "--no-run", "--test", name], name),
+        Target::Binary(name) => (["build", "--quiet", "--bin", name], name),
+    };
     let cargo = Command::new("cargo")
-        .args(["test", "--release", "--no-run", "--package", suite.package, "--test", suite.test])
-        .args(["--message-format", "json"])
+        .args(what)
+        .args(["--release", "--package", program.package, "--message-format", "json"])
         .stderr(std::process::Stdio::inherit())
         .output()
         .context("cannot start cargo")?;
-    ensure!(cargo.status.success(), "{} does not build", suite.name);
+    ensure!(cargo.status.success(), "{} does not build", program.name);
     for line in String::from_utf8_lossy(&cargo.stdout).lines() {
         let message: serde_json::Value = serde_json::from_str(line)?;
-        if message["target"]["name"] == suite.test
+        if message["target"]["name"] == name
             && let Some(path) = message["executable"].as_str()
         {
             return Ok(path.into());
         }
     }
-    bail!("cargo did not say where {} is", suite.name)
+    bail!("cargo did not say where {} is", program.name)
 }
 
 fn copy_folder(from: &Path, to: &Path) -> anyhow::Result<()> {

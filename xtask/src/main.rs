@@ -16,7 +16,7 @@ enum Task {
         #[arg(default_values = ["sm_90a", "sm_80"])]
         architectures: Vec<String>,
     },
-    /// Make a folder with the op suite, the models and scripts that run them on a GPU host without Rust.
+    /// Make a folder with the op suite, the models, the benches and scripts that run them on a GPU host without Rust.
     GpuBundle {
         /// The folder; its files are replaced.
         #[arg(default_value = "target/gpu-bundle")]

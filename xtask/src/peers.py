@@ -3,11 +3,11 @@
 
 peers.py OP_SUITE [--seconds N] [--json FILE] [PART ...]     parts: equal zipf uneven dense caps experts [default: all]
 
-Ours are timed by the program OP_SUITE in a process of its own (`speed::served`), PyTorch's grouped_mm here; they take
-turns, ROUNDS for each cell, on weights and rows that exceed the GPU's cache. Medians; a short table comes last. Without
+Ours are timed by the program OP_SUITE in a process of its own (`speed::served`), PyTorch's here: grouped_mm, or mm expert
+by expert where ours are dense. They take turns, ROUNDS for each cell, on weights and rows that exceed the GPU's cache. Medians; a short table comes last. Without
 PyTorch only ours are timed. --other OP_SUITE times a second build of ours in the same turns.
 """
-import argparse, json, math, statistics, subprocess, time
+import argparse, itertools, json, math, statistics, subprocess, time
 
 try:
     import torch
@@ -32,10 +32,16 @@ class Ours:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         for answer in self.process.stdout:
+            if answer.startswith("each "):
+                self.each = answer.split()[1:]
             if answer.startswith("ns "):
                 rows, *times = map(int, answer.split()[1:])
                 return rows, [time * 1e-9 for time in times]
         raise SystemExit(f"ours ended at: {line}")
+
+    def end(self):
+        """Lets it finish what it has to say."""
+        self.process.communicate()
 
 
 def zipf(rows, experts):
@@ -54,11 +60,12 @@ LOADS = {
 
 
 class Torch:
-    """grouped_mm of one cell, its inputs used in turn."""
+    """The products of one cell, grouped or expert by expert, its inputs used in turn."""
     weights, held = None, None
 
-    def __init__(self, k, n, counts):
+    def __init__(self, k, n, counts, kind):
         experts, rows = len(counts), sum(counts)
+        self.kind, self.counts = kind, counts
         sets = max(1, math.ceil(250e6 / (2 * k * (experts * n + rows))))
         if Torch.held != (k, n, experts, sets):
             Torch.weights = None
@@ -67,26 +74,34 @@ class Torch:
         self.rows = [torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
         self.ends = torch.cumsum(torch.tensor(counts), 0).to(torch.int32).cuda()
 
+    def multiply(self, rows, weights):
+        if self.kind == "grouped":
+            grouped_mm(rows, weights.transpose(1, 2), offs=self.ends)
+            return
+        for part, weight in zip(rows.split(self.counts), weights):
+            if len(part):
+                torch.mm(part, weight.t())
+
     def time(self, repeats):
         marks = []
         for turn in range(repeats + 1):
             at = turn % len(self.rows)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            grouped_mm(self.rows[at], Torch.weights[at].transpose(1, 2), offs=self.ends)
+            self.multiply(self.rows[at], Torch.weights[at])
             end.record()
             marks.append((begin, end))
         torch.cuda.synchronize()
         return [begin.elapsed_time(end) * 1e-3 for begin, end in marks[1:]]
 
 
-def products(shape, rows, op, load, programs, kind="grouped", reserved=0, peer=True):
+def products(shape, rows, op, load, programs, kind="grouped", reserved=0):
     hidden, inner, experts = SHAPES[shape]
     k, n, maps, epilogue = (hidden, inner, 2, "swiglu") if op == "gate_up" else (inner, hidden, 1, "store")
     counts = LOADS[load](rows, experts)
     line = f"products {k} {n} {epilogue} {kind} {reserved} {REPEATS} {','.join(map(str, counts))}"
     times = {name: [] for name in programs}
-    theirs = Torch(k, n * maps, counts) if torch and peer else None
+    theirs = Torch(k, n * maps, counts, kind) if torch and not reserved else None
     if theirs:
         times["torch"] = []
     for _ in range(ROUNDS):
@@ -109,7 +124,7 @@ def main():
     parser.add_argument("--other")
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--json")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     programs = {"ours": Ours(options.program)}
     if options.other:
         programs["other"] = Ours(options.other)
@@ -145,30 +160,37 @@ def main():
     if "dense" in parts:
         for shape in SHAPES:
             for op in ("gate_up", "down"):
-                ratios = []
-                for rows in (16,) + ROWS:
-                    pair = [cell(shape, rows, op, "equal", kind=kind, peer=False) for kind in ("grouped", "dense")]
+                ratios, peers = [], []
+                for rows in (16, 64, 256, 1024, 4096):
+                    pair = [cell(shape, rows, op, "equal", kind=kind) for kind in ("grouped", "dense")]
                     if all(pair):
                         ratios.append(f"{rows}: {pair[0]['ours'] / pair[1]['ours']:.2f}")
+                        peers += [f"{rows}: {pair[1]['ours'] / pair[1]['torch']:.2f}"] if torch else []
                 short.append(f"{shape} {op}, grouped over dense by rows: " + ", ".join(ratios))
+                short.append(f"{shape} {op}, dense over torch.mm by rows: " + ", ".join(peers))
     if "caps" in parts:
         for op in ("gate_up", "down"):
-            found = [(132 - reserved, cell("dsv2", 1024, op, "equal", reserved=reserved, peer=False))
+            found = [(132 - reserved, cell("dsv2", 1024, op, "equal", reserved=reserved))
                      for reserved in (0, 4, 8, 16, 24, 32, 40)]
             short.append(f"dsv2 {op} 1024 rows each, TFLOP/s by multiprocessors of 132: " + ", ".join(
                 f"{blocks}: {f['ours']:.0f}" for blocks, f in found if f))
     if "experts" in parts:
         hidden, inner, experts = SHAPES["dsv2"]
-        for rows in (256, 512, 1024, 2048):
-            for name, program in programs.items():
-                copies, times = 0, []
-                for _ in range(ROUNDS):
-                    copies, more = program.time(f"experts {hidden} {inner} {experts} {rows} {REPEATS}")
-                    times += more
-                seconds = statistics.median(times)
-                rate = 6 * copies * hidden * inner / seconds / 1e12
-                results.append({"cell": ["dsv2", rows, "experts", name], "seconds": seconds, "tflops": rate})
-                short.append(f"dsv2 experts with expand and reduce, {rows} rows each, {name}: {seconds * 1e3:.3f} ms, {rate:.0f} TFLOP/s")
+        for load, rows, (name, program) in itertools.product(
+                ("equal", "routed"), (256, 512, 1024, 2048), programs.items()):
+            copies, times = 0, []
+            for _ in range(ROUNDS):
+                copies, more = program.time(f"experts {hidden} {inner} {experts} {rows} {REPEATS} {load}")
+                times += more
+            seconds = statistics.median(times)
+            rate = 6 * copies * hidden * inner / seconds / 1e12
+            results.append({"cell": ["dsv2", rows, "experts", load, name], "seconds": seconds, "tflops": rate,
+                            "each": program.each})
+            each = ", ".join(f"{op} {int(ns) / 1e3:.0f}" for op, ns in zip(program.each[::2], program.each[1::2]))
+            short.append(f"dsv2 experts with expand and reduce, {rows} rows each, {load} loads, {name}: "
+                         f"{seconds * 1e3:.3f} ms, {rate:.0f} TFLOP/s ({each} us)")
+    for program in programs.values():
+        program.end()
     if options.json:
         json.dump(results, open(options.json, "w"), indent=0)
     print("\n" + "\n".join(short))

@@ -52,7 +52,8 @@ fn products() {
 }
 
 /// Lines in: `products K N store|swiglu grouped|dense RESERVED REPEATS ROWS,ROWS,...` (rows of each expert), or
-/// `experts HIDDEN INNER EXPERTS ROWS REPEATS`. Lines out: `ns ROWS TIME TIME ...`, rows multiplied and nanoseconds.
+/// `experts HIDDEN INNER EXPERTS ROWS REPEATS equal|routed`. Lines out: `each NAME NS NAME NS ...`, the median of each operation, and
+/// `ns ROWS TIME TIME ...`, rows multiplied and nanoseconds.
 #[test]
 #[ignore = "a measurement"]
 fn served() {
@@ -72,15 +73,23 @@ fn served() {
                     let epilogue = if words[3] == "swiglu" { Epilogue::SwiGlu } else { Epilogue::Store };
                     stock.products(number(1), number(2), epilogue, words[4] == "grouped", number(5), &counts)
                 }
-                "experts" => stock.experts(number(1), number(2), number(3), number(4)),
+                "experts" => {
+                    stock.experts(number(1), number(2), number(3), number(4), words[6] == "equal")
+                }
                 other => panic!("{other} is nothing to time"),
             };
             last = Some((line.clone(), trial));
         }
         let Some((_, trial)) = &last else { continue };
-        let times = trial.times(number(if words[0] == "products" { 6 } else { 5 }));
-        let times: Vec<String> = times.iter().map(u64::to_string).collect();
-        println!("ns {} {}", trial.rows, times.join(" "));
+        let turns = trial.records(number(if words[0] == "products" { 6 } else { 5 }));
+        let each = (0..turns[0].len()).map(|op| {
+            let mut times: Vec<u64> = turns.iter().map(|turn| turn[op].end_ns - turn[op].start_ns).collect();
+            times.sort_unstable();
+            format!(" {} {}", turns[0][op].name, times[times.len() / 2])
+        });
+        println!("each{}", each.collect::<String>());
+        let times = turns.iter().map(|turn| format!(" {}", length(turn)));
+        println!("ns {}{}", trial.rows, times.collect::<String>());
     }
 }
 
@@ -199,8 +208,8 @@ impl Stock {
     }
 
     /// Experts of one of eight ranks, from the rows that arrived to the sums that go home: top 6 of 160 experts of
-    /// random tokens, so many that each expert here has about `each` rows.
-    fn experts(&mut self, hidden: usize, inner: usize, experts: usize, each: usize) -> Trial {
+    /// random tokens, so many that each expert here has about `each` rows, or just as many if that is asked for.
+    fn experts(&mut self, hidden: usize, inner: usize, experts: usize, each: usize, equal: bool) -> Trial {
         const RANKS: usize = 8;
         const TOP: usize = 6;
         let backend = self.backend(&[hidden, inner, experts, 2], 0);
@@ -215,7 +224,7 @@ impl Stock {
                     chosen.push(expert);
                 }
             }
-            chosen.retain(|&expert| expert < experts);
+            chosen.retain(|&expert| expert < experts && (!equal || of_expert[expert].len() < each));
             chosen.iter().for_each(|&expert| of_expert[expert].push(arrived));
             copies += chosen.len();
             arrived += u32::from(!chosen.is_empty());
@@ -258,27 +267,25 @@ impl Stock {
 }
 
 impl Trial {
-    /// Nanoseconds of each of `repeats` turns, from the start of its first operation to the end of its last; one more
-    /// warms up.
-    fn times(&self, repeats: usize) -> Vec<u64> {
+    /// What ran in each of `repeats` turns; one more warms up.
+    fn records(&self, repeats: usize) -> Vec<Vec<Record>> {
         self.backend.take_records();
-        let mut lengths = Vec::new();
-        for turn in self.turns.iter().cycle().take(repeats + 1) {
-            turn.iter().for_each(|op| enqueue(&self.backend, op.clone()));
-            lengths.push(turn.len());
-        }
+        let turns: Vec<_> = self.turns.iter().cycle().take(repeats + 1).collect();
+        turns.iter().copied().flatten().for_each(|op| enqueue(&self.backend, op.clone()));
         finish(&self.backend);
-        let records = self.backend.take_records();
-        let mut records = records.iter();
-        let mut times = Vec::new();
-        for length in lengths {
-            let of_turn: Vec<_> = records.by_ref().take(length).collect();
-            let (Some(first), Some(last)) = (of_turn.first(), of_turn.last()) else { break };
-            times.push(last.end_ns - first.start_ns);
-        }
-        times.remove(0);
-        times
+        let mut records = self.backend.take_records().into_iter();
+        turns.iter().map(|turn| records.by_ref().take(turn.len()).collect()).skip(1).collect()
     }
+
+    /// Nanoseconds of each of `repeats` turns.
+    fn times(&self, repeats: usize) -> Vec<u64> {
+        self.records(repeats).iter().map(|turn| length(turn)).collect()
+    }
+}
+
+/// Nanoseconds from the start of the first operation to the end of the last.
+fn length(turn: &[Record]) -> u64 {
+    turn[turn.len() - 1].end_ns - turn[0].start_ns
 }
 
 fn enqueue(backend: &CudaBackend, op: impl Into<Op>) {
