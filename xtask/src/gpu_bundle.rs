@@ -56,7 +56,11 @@ pub(crate) fn make(out: &Path) -> anyhow::Result<()> {
     copy_folder(&fixtures, &out.join("fixtures"))?;
     let size = size_of(out)?;
     ensure!(size <= LARGEST, "the bundle has {}, more than {}", Bytes(size), Bytes(LARGEST));
-    println!("{}: {}; run its run-ops.sh, run-models.sh and run-bench.sh on a GPU host", out.display(), Bytes(size));
+    println!(
+        "{}: {}; run its run-ops.sh, run-models.sh and run-bench.sh on a GPU host",
+        out.display(),
+        Bytes(size)
+    );
     Ok(())
 }
 

@@ -73,9 +73,7 @@ fn served() {
                     let epilogue = if words[3] == "swiglu" { Epilogue::SwiGlu } else { Epilogue::Store };
                     stock.products(number(1), number(2), epilogue, words[4] == "grouped", number(5), &counts)
                 }
-                "experts" => {
-                    stock.experts(number(1), number(2), number(3), number(4), words[6] == "equal")
-                }
+                "experts" => stock.experts(number(1), number(2), number(3), number(4), words[6] == "equal"),
                 other => panic!("{other} is nothing to time"),
             };
             last = Some((line.clone(), trial));
