@@ -500,7 +500,7 @@ pub(crate) struct ProfileArgs {
     pub(crate) wrong_profile: bool,
 
     /// Which layers
-    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 6)]
+    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 707)]
     pub(crate) seed: u64,
 
     /// The profile to check, on the layers with its number of ranks [default: those in the cache]

@@ -74,6 +74,16 @@ pub enum Work {
     },
 }
 
+impl Work {
+    /// Whether it is work of a compute lane, at the speed of its processor.
+    pub fn is_computed(&self) -> bool {
+        matches!(
+            self,
+            Work::Gemm { .. } | Work::Gather(_) | Work::Reduce(_) | Work::Upload(_) | Work::Route(_)
+        )
+    }
+}
+
 /// One measurement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {

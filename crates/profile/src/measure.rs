@@ -62,30 +62,70 @@ struct Experiment {
 }
 
 /// The cost model of this machine, for ranks like those of `options`, at memory speed.
+///
+/// Where the ranks have more threads than the machine has cores, nobody can tell from a span how long its work had a
+/// core. What compute lanes cost then comes from as many ranks of the same threads as have cores of their own, and only
+/// the rest from all of them.
 pub fn measure(
     fingerprint: &Fingerprint,
     options: &LabOptions,
     effort: &Effort,
     progress: &mut Progress<'_>,
 ) -> Result<CostModel, PipelineError> {
-    let begun = Instant::now();
     let options = LabOptions { link: None, ..options.clone() };
+    let roomy = fingerprint.cores / options.threads.max(1);
+    let mut worlds = vec![options.clone()];
+    if (1..options.ranks).contains(&roomy) {
+        worlds.push(LabOptions { ranks: roomy, ..options.clone() });
+    }
+    let most = effort.most / worlds.len() as u32;
+    let mut measured = Vec::new();
+    for (number, world) in worlds.iter().enumerate() {
+        let mut part = |done: usize, of: usize| progress(number * of + done, worlds.len() * of);
+        measured.push((world, run_all(world, effort, most, &mut part)?));
+    }
+    let late = paced(fingerprint, &options, effort)?;
+    let mut cost = blank(fingerprint, &options);
+    // What a lane needs to wake up is known after the first look, and then belongs to nothing else.
+    for _ in 0..2 {
+        let mut all = late.clone();
+        for (world, experiments) in &measured {
+            // The last world is the one with room; a rank that is alone has nobody to exchange with.
+            let computes = world.ranks == worlds[worlds.len() - 1].ranks;
+            let wanted = |sample: &Sample| {
+                if sample.work.is_computed() { computes } else { world.ranks == options.ranks }
+            };
+            let found = experiments.iter().flat_map(|experiment| experiment.samples(world, &cost));
+            all.extend(found.filter(wanted));
+        }
+        cost = cost.fitted(&all);
+    }
+    Ok(cost)
+}
+
+/// All layers of these ranks with their runs. None begins after `most`, or a fifth later in the first two passes.
+fn run_all(
+    options: &LabOptions,
+    effort: &Effort,
+    most: Duration,
+    progress: &mut Progress<'_>,
+) -> Result<Vec<Experiment>, PipelineError> {
+    let begun = Instant::now();
     let mut experiments = Vec::new();
     for &shape in &effort.shapes {
-        experiments.extend(of_shape(shape, &options, effort)?);
+        experiments.extend(of_shape(shape, options, effort)?);
     }
     let mut labs = Vec::new();
     for &shape in &effort.shapes {
         let here = experiments.iter().filter(|experiment| experiment.shape == shape);
         let loads: Vec<_> = here.map(|experiment| experiment.routings.clone()).collect();
-        labs.push((shape, Lab::start(shape, &loads, &options)?));
+        labs.push((shape, Lab::start(shape, &loads, options)?));
     }
     let total = experiments.len() * (effort.repeats + 1);
     // Pass after pass over all of them: what disturbs the machine for a while disturbs a few runs of each.
     for pass in 0..=effort.repeats {
         for (number, experiment) in experiments.iter_mut().enumerate() {
-            // The first two passes are due, a little longer.
-            let most = if pass > 1 { effort.most } else { effort.most * 6 / 5 };
+            let most = if pass > 1 { most } else { most * 6 / 5 };
             if begun.elapsed() > most {
                 break;
             }
@@ -97,23 +137,15 @@ pub fn measure(
             progress(pass * (total / (effort.repeats + 1)) + number + 1, total);
         }
     }
-    drop(labs);
-    let late = paced(fingerprint, &options, effort)?;
-    let mut cost = blank(fingerprint, &options);
-    // What a lane needs to wake up is known after the first look, and then belongs to nothing else.
-    for _ in 0..2 {
-        let mut all = late.clone();
-        for experiment in &experiments {
-            let shape = experiment.shape.layer(&experiment.placement, options.dtype);
-            let workload =
-                Workload { placement: &experiment.placement, counts: &experiment.counts, shape: &shape };
-            for run in &experiment.runs {
-                all.extend(samples(run, &experiment.table, &workload, &cost));
-            }
-        }
-        cost = cost.fitted(&all);
+    Ok(experiments)
+}
+
+impl Experiment {
+    fn samples(&self, options: &LabOptions, cost: &CostModel) -> Vec<Sample> {
+        let shape = self.shape.layer(&self.placement, options.dtype);
+        let workload = Workload { placement: &self.placement, counts: &self.counts, shape: &shape };
+        self.runs.iter().flat_map(|run| samples(run, &self.table, &workload, cost)).collect()
     }
-    Ok(cost)
 }
 
 fn of_shape(
@@ -134,9 +166,9 @@ fn of_shape(
         let counts = LayerCounts::new(&placement, shape.top_k, counts)?;
         let stages = placement.max_local();
         let tables = [
-            StageTable::equal(&placement, 1, GemmKind::Grouped)?,
+            StageTable::serial(&placement, GemmKind::Grouped),
             StageTable::equal(&placement, stages.min(4), GemmKind::Grouped)?,
-            StageTable::equal(&placement, 1, GemmKind::Dense)?,
+            StageTable::serial(&placement, GemmKind::Dense),
             StageTable::equal(&placement, stages.min(2), GemmKind::Dense)?,
         ];
         experiments.extend(tables.map(|table| Experiment {

@@ -131,7 +131,7 @@ impl Crowds {
     }
 
     /// Nanoseconds that work of this speed from `from` to `to` would have taken alone.
-    fn alone(&self, from: u64, to: u64, speed: fn(&Crowd) -> u64) -> u64 {
+    fn alone(&self, from: u64, to: u64, speed: impl Fn(&Crowd) -> u64) -> u64 {
         let mut alone = 0;
         let first = self.0.partition_point(|step| step.0 <= from).saturating_sub(1);
         for (index, (start, crowd)) in self.0.iter().enumerate().skip(first) {
@@ -175,16 +175,14 @@ struct Reading<'a> {
 
 impl Reading<'_> {
     fn sample(&self, work: &Work, from: u64, to: u64) -> Option<Sample> {
-        let speed = match work {
-            Work::Gemm { .. } | Work::Gather(_) | Work::Reduce(_) | Work::Upload(_) | Work::Route(_) => {
-                Crowd::lane_speed
-            }
-            _ => Crowd::burst_speed,
-        };
+        let speed = if work.is_computed() { Crowd::lane_speed } else { Crowd::burst_speed };
         (from < to).then(|| Sample { work: work.clone(), ns: self.crowds.alone(from, to, speed) })
     }
 
     /// What compute lanes did. What a lane needs between two operations belongs to the second.
+    ///
+    /// Operations that bursts of hosts and copies took over a tenth of the processor from are left out: such a burst
+    /// works some part of its span and waits in the rest, so that what it took is a guess.
     fn operations(&self) -> Vec<Sample> {
         /// Longer than this, a lane has waited for something else.
         const BETWEEN_NS: u64 = 8_000;
@@ -193,7 +191,10 @@ impl Reading<'_> {
             let from = pair
                 .before
                 .filter(|&before| pair.span.start_ns - before.min(pair.span.start_ns) < BETWEEN_NS);
-            self.sample(pair.work, from.unwrap_or(pair.span.start_ns), pair.span.end_ns)
+            let (from, to) = (from.unwrap_or(pair.span.start_ns), pair.span.end_ns);
+            let without_bursts = |crowd: &Crowd| Crowd { bursts: 0, ..*crowd }.lane_speed();
+            let calm = self.crowds.alone(from, to, without_bursts);
+            self.sample(pair.work, from, to).filter(|sample| 10 * sample.ns >= 9 * calm)
         };
         computed.filter_map(sample).collect()
     }
