@@ -73,9 +73,12 @@ pub fn measure(
     progress: &mut Progress<'_>,
 ) -> Result<CostModel, PipelineError> {
     let options = LabOptions { link: None, ..options.clone() };
-    let roomy = fingerprint.cores / options.threads.max(1);
+    let roomy = match fingerprint.cores / options.threads.max(1) {
+        0 => options.ranks,
+        ranks => ranks.min(options.ranks),
+    };
     let mut worlds = vec![options.clone()];
-    if (1..options.ranks).contains(&roomy) {
+    if roomy < options.ranks {
         worlds.push(LabOptions { ranks: roomy, ..options.clone() });
     }
     let most = effort.most / worlds.len() as u32;
@@ -90,10 +93,8 @@ pub fn measure(
     for _ in 0..2 {
         let mut all = late.clone();
         for (world, experiments) in &measured {
-            // The last world is the one with room; a rank that is alone has nobody to exchange with.
-            let computes = world.ranks == worlds[worlds.len() - 1].ranks;
             let wanted = |sample: &Sample| {
-                if sample.work.is_computed() { computes } else { world.ranks == options.ranks }
+                world.ranks == if sample.work.is_computed() { roomy } else { options.ranks }
             };
             let found = experiments.iter().flat_map(|experiment| experiment.samples(world, &cost));
             all.extend(found.filter(wanted));

@@ -132,6 +132,7 @@ fn what_others_take_of_the_processor_is_no_part_of_a_price() {
     let (all, products) = (products(&all), products(&samples));
     // Those that hosts and copies disturbed say nothing.
     assert!((1..all.len()).contains(&products.len()), "{} of {} products", products.len(), all.len());
+    let (mut shared, mut alone) = (0, 0);
     for Sample { work, ns } in &products {
         let Work::Gemm { kind, rows, columns, depth } = work else { continue };
         let price = crowded.gemm(*kind).product(*columns, *depth, 4).op_ns(rows.iter().copied());
@@ -141,7 +142,9 @@ fn what_others_take_of_the_processor_is_no_part_of_a_price() {
             "{ns} ns for {work:?}, {price} expected: {}",
             cell.what
         );
+        (shared, alone) = (shared + ns, alone + price);
     }
+    assert!(shared.abs_diff(alone) < alone / 10, "products cost {shared} ns there, {alone} alone");
 }
 
 #[test]
