@@ -1,8 +1,9 @@
 //! A fork-join pool owned by one rank's compute lane.
 //!
-//! A pool of `t` threads is the caller's own thread plus `t − 1` workers. [`ComputePool::run`] hands
-//! out task numbers from one atomic counter until none is left. The caller never waits for a worker
-//! that has not started: it *closes* the job, after which nobody can enter.
+//! A pool of `t` threads is the caller's own thread plus `t − 1` workers. A job's task numbers lie in *lots*:
+//! [`ComputePool::run`] has one, from which all threads take in order, [`ComputePool::run_claims`] one for each
+//! thread, so that a thread works on neighbours; who has finished his own takes the last of the fullest. The
+//! caller never waits for a worker that has not started: it *closes* the job, after which nobody can enter.
 //!
 //! A step that decodes one token is a chain of a hundred operations of a few microseconds each, and
 //! waking a parked thread takes longer than most of them. So an idle worker spins over the short
@@ -21,6 +22,7 @@
 
 use std::any::Any;
 use std::hint::spin_loop;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -57,32 +59,74 @@ struct Shared {
 
 struct Job<'a> {
     body: &'a (dyn Fn(Claims<'_>) + Sync),
-    next: AtomicUsize,
-    tasks: usize,
+    lots: &'a [Lot],
     threads: usize,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     caller: Thread,
 }
 
+/// Task numbers nobody has claimed yet, `first` in the high half and `end` in the low half of one word; on a
+/// cache line of its own, since each thread writes its own lot all the time.
+#[repr(align(128))]
+struct Lot(AtomicU64);
+
+impl Lot {
+    fn new(tasks: Range<usize>) -> Self {
+        Lot(AtomicU64::new((tasks.start as u64) << 32 | tasks.end as u64))
+    }
+
+    fn tasks(word: u64) -> Range<u64> {
+        word >> 32..word & u64::from(u32::MAX)
+    }
+
+    fn len(&self) -> usize {
+        let tasks = Self::tasks(self.0.load(Ordering::Relaxed));
+        tasks.end.saturating_sub(tasks.start) as usize
+    }
+
+    /// Claims the first task, or for another thread than the lot's own the last.
+    fn claim(&self, own: bool) -> Option<usize> {
+        let mut claimed = 0;
+        let rest = |word| {
+            let tasks = Self::tasks(word);
+            claimed = if own { tasks.start } else { tasks.end.wrapping_sub(1) };
+            (tasks.start < tasks.end).then(|| if own { word + (1 << 32) } else { word - 1 })
+        };
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest).ok().map(|_| claimed as usize)
+    }
+
+    fn empty(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+}
+
 /// The tasks one thread of a job gets: an iterator that claims the next unclaimed task number.
 pub struct Claims<'a> {
-    next: &'a AtomicUsize,
-    tasks: usize,
+    lots: &'a [Lot],
+    own: usize,
     threads: usize,
     ahead: Option<usize>,
 }
 
 impl Claims<'_> {
     fn claim(&self) -> Option<usize> {
-        let task = self.next.fetch_add(1, Ordering::Relaxed);
-        (task < self.tasks).then_some(task)
+        self.lots[self.own].claim(true).or_else(|| {
+            // A lot may be emptied between the look and the claim, so look until all are empty.
+            while let Some(fullest) = self.lots.iter().filter(|lot| lot.len() > 0).max_by_key(|lot| lot.len())
+            {
+                if let Some(task) = fullest.claim(false) {
+                    return Some(task);
+                }
+            }
+            None
+        })
     }
 
     /// The task that the next call of `next` will return, claimed ahead so that its data can be
     /// prefetched. Near the end it returns `None` instead: a task held back there would leave another
     /// thread idle.
     pub fn look_ahead(&mut self) -> Option<usize> {
-        let unclaimed = self.tasks.saturating_sub(self.next.load(Ordering::Relaxed));
+        let unclaimed: usize = self.lots.iter().map(Lot::len).sum();
         if self.ahead.is_none() && unclaimed > self.threads {
             self.ahead = self.claim();
         }
@@ -109,7 +153,7 @@ impl ComputePool {
             let shared = Arc::clone(&shared);
             thread::Builder::new()
                 .name(format!("compute-{index}"))
-                .spawn(move || shared.work())
+                .spawn(move || shared.work(index))
                 .expect("cannot start a compute thread")
         };
         THREADS.fetch_add(threads, Ordering::Relaxed);
@@ -122,35 +166,37 @@ impl ComputePool {
         self.workers.len() + 1
     }
 
-    /// Calls `body(task)` once for each task in `0..tasks` and returns when all are done.
+    /// Calls `body(task)` once for each task in `0..tasks`, begun in that order, and returns when all are done.
     ///
     /// # Panics
-    /// With the payload of the first task that panicked; tasks not yet claimed are then skipped.
+    /// With the payload of the first task that panicked; tasks not yet claimed are then skipped. If there are
+    /// 2³² tasks or more.
     pub fn run(&mut self, tasks: usize, body: impl Fn(usize) + Sync) {
-        self.run_claims(tasks, |claims| claims.for_each(&body));
+        self.run_lots(&[Lot::new(0..tasks)], tasks, &|claims| claims.for_each(&body));
     }
 
-    /// Like [`Self::run`], but calls `body` at most once a thread, with an iterator over the tasks
-    /// that the thread claims, so that a thread can keep state from one task to the next.
+    /// Calls `body` at most once a thread, with an iterator over the tasks that the thread claims, so that a
+    /// thread can keep state from one task to the next. Each begins with its own part of `0..tasks`.
     ///
     /// # Panics
     /// Like [`Self::run`].
     pub fn run_claims(&mut self, tasks: usize, body: impl Fn(Claims<'_>) + Sync) {
         let threads = self.threads();
-        let job = Job {
-            body: &body,
-            next: AtomicUsize::new(0),
-            tasks,
-            threads,
-            panic: Mutex::new(None),
-            caller: thread::current(),
-        };
+        let cut = |thread| tasks * thread / threads;
+        let lots: Vec<Lot> = (0..threads).map(|thread| Lot::new(cut(thread)..cut(thread + 1))).collect();
+        self.run_lots(&lots, tasks, &body);
+    }
+
+    fn run_lots(&mut self, lots: &[Lot], tasks: usize, body: &(dyn Fn(Claims<'_>) + Sync)) {
+        assert!(u32::try_from(tasks).is_ok(), "{tasks} tasks are too many for one job");
+        let threads = self.threads();
+        let job = Job { body, lots, threads, panic: Mutex::new(None), caller: thread::current() };
         let helpers = &self.workers[..(threads - 1).min(tasks.saturating_sub(1))];
         if !helpers.is_empty() {
             self.shared.open(&job);
             helpers.iter().for_each(|worker| worker.thread().unpark());
         }
-        job.take_part();
+        job.take_part(0);
         if !helpers.is_empty() {
             self.shared.close();
         }
@@ -174,11 +220,12 @@ impl Drop for ComputePool {
 }
 
 impl Job<'_> {
-    /// Runs the body on this thread; keeps the first panic for the caller and stops further claims.
-    fn take_part(&self) {
-        let claims = Claims { next: &self.next, tasks: self.tasks, threads: self.threads, ahead: None };
+    /// Runs the body on thread number `thread`; keeps the first panic for the caller and stops further claims.
+    fn take_part(&self, thread: usize) {
+        let own = thread % self.lots.len();
+        let claims = Claims { lots: self.lots, own, threads: self.threads, ahead: None };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(|| (self.body)(claims))) {
-            self.next.fetch_max(self.tasks, Ordering::Relaxed);
+            self.lots.iter().for_each(Lot::empty);
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(payload);
         }
     }
@@ -198,8 +245,8 @@ impl Shared {
         wait_until(|| (self.gate.load(Ordering::Acquire) & INSIDE == 0).then_some(()));
     }
 
-    /// A worker's life: enter each job that is still open, until the pool stops.
-    fn work(&self) {
+    /// The life of worker `index`: enter each job that is still open, until the pool stops.
+    fn work(&self, index: usize) {
         let mut last_epoch = 0;
         loop {
             let gate = wait_until(|| {
@@ -213,18 +260,18 @@ impl Shared {
             let entered = self.gate.compare_exchange(gate, gate + 1, Ordering::Acquire, Ordering::Relaxed);
             if entered.is_ok() {
                 last_epoch = gate / EPOCH_ONE;
-                self.help();
+                self.help(index);
             }
         }
     }
 
     /// Takes part in the current job and leaves it. The worker is counted inside the gate.
-    fn help(&self) {
+    fn help(&self, index: usize) {
         // SAFETY: this worker entered an open gate, so the pointer is the job of this epoch, and
         // `run_claims` keeps the job alive until `close` has seen this worker leave.
         let job = unsafe { &*self.job.load(Ordering::Relaxed) };
         let caller = job.caller.clone();
-        job.take_part();
+        job.take_part(index);
         if self.gate.fetch_sub(1, Ordering::Release) & (OPEN | INSIDE) == 1 {
             caller.unpark();
         }
@@ -272,6 +319,15 @@ mod tests {
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    #[test]
+    fn a_thread_works_on_neighbours_and_helps_from_the_far_end() {
+        let lots = [Lot::new(0..2), Lot::new(2..7), Lot::new(7..9)];
+        let claims = Claims { lots: &lots, own: 0, threads: 3, ahead: None };
+        assert_eq!(claims.collect::<Vec<_>>(), [0, 1, 6, 5, 4, 8, 3, 7, 2]);
+        let claims = Claims { lots: &[Lot::new(3..3)], own: 0, threads: 3, ahead: None };
+        assert_eq!(claims.count(), 0);
     }
 
     #[test]
