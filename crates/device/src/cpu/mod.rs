@@ -8,7 +8,7 @@ pub mod gemm;
 mod pool;
 
 use crate::TensorBytes;
-use crate::host::{AttentionViews, Element, GemmViews, HostBackend, Kernels, Pack};
+use crate::host::{AttentionViews, Element, GemmViews, HostBackend, Kernels, Pack, Slabs};
 use crate::op::Epilogue;
 use epsmoe_base::DType;
 use gemm::{ElementType, Isa, PackedMatrix, SourceRow};
@@ -23,6 +23,8 @@ pub struct CpuKernels {
     isa: Isa,
     /// Only the compute lane runs on it, so the lock is never waited for.
     pool: Mutex<ComputePool>,
+    /// Where packed weights lie.
+    slabs: Slabs,
 }
 
 impl CpuKernels {
@@ -37,7 +39,7 @@ impl CpuKernels {
                 "this processor has no {isa}: use {best} or leave the choice to the program"
             ));
         }
-        Ok(CpuKernels { isa, pool: Mutex::new(ComputePool::new(threads)) })
+        Ok(CpuKernels { isa, pool: Mutex::new(ComputePool::new(threads)), slabs: Slabs::default() })
     }
 
     /// What the threads can do at most: floating-point operations a second in float32 and bfloat16 on registers
@@ -78,8 +80,8 @@ impl Kernels for CpuKernels {
         let (mut pool, element, shape) = (self.pool(), ElementType::of(pack.dtype), [pack.n, pack.k]);
         let row = |tensor: usize| move |row: usize| source_row(&pack.tensors[tensor], row, pack.k);
         match pack.tensors.len() {
-            1 => PackedMatrix::pack(&mut pool, self.isa, element, shape, row(0)),
-            _ => PackedMatrix::pack_gated(&mut pool, self.isa, element, shape, row(0), row(1)),
+            1 => PackedMatrix::pack(&mut pool, &self.slabs, self.isa, element, shape, row(0)),
+            _ => PackedMatrix::pack_gated(&mut pool, &self.slabs, self.isa, element, shape, row(0), row(1)),
         }
     }
 

@@ -1,17 +1,14 @@
 //! The memory of a host processor, and typed views of it for the work that runs on its lanes.
 
 use super::element::Plain;
+use super::pages::Pages;
 use crate::{AllocationId, Buffer, DeviceError};
 use epsmoe_base::{Bytes, DType};
 use half::bf16;
-use memmap2::MmapMut;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, PoisonError, RwLock};
-
-/// From this size on, an allocation asks for huge pages: one entry of the address cache for two megabytes.
-const LARGE: usize = 4 << 20;
 
 /// What fresh memory holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,30 +19,12 @@ pub enum Fill {
     Poison,
 }
 
-/// Whole pages. They are the process's own from their first use on, so room for the worst case costs only what is used.
-struct Region {
-    start: NonNull<u8>,
-    pages: MmapMut,
-}
-
-// SAFETY: a region is plain bytes; who may touch them when is decided by the hazard check (see `Memory`).
-unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
-
-impl Region {
-    fn new(bytes: usize, fill: Fill) -> Option<Self> {
-        let mut pages = MmapMut::map_anon(bytes.max(1)).ok()?;
-        #[cfg(target_os = "linux")]
-        if bytes >= LARGE {
-            // Only a hint: without huge pages everything works, more slowly.
-            let _ = pages.advise(memmap2::Advice::HugePage);
-        }
-        if fill == Fill::Poison {
-            pages.fill(0xff);
-        }
-        Some(Region { start: NonNull::new(pages.as_mut_ptr())?, pages })
+fn fresh(bytes: usize, fill: Fill) -> Option<Arc<Pages>> {
+    let mut pages = Pages::new(bytes)?;
+    if fill == Fill::Poison {
+        pages.fill(0xff);
     }
+    Some(Arc::new(pages))
 }
 
 /// Every allocation of one rank.
@@ -55,7 +34,7 @@ impl Region {
 /// reads nor touches what it writes, although no borrow says so.
 #[derive(Clone)]
 pub struct Memory {
-    regions: Arc<RwLock<Vec<Arc<Region>>>>,
+    regions: Arc<RwLock<Vec<Arc<Pages>>>>,
     fill: Fill,
 }
 
@@ -72,22 +51,21 @@ impl Memory {
         width: usize,
     ) -> Result<Buffer, DeviceError> {
         let bytes = rows.checked_mul(width).and_then(|elements| elements.checked_mul(dtype.bytes()));
-        let region = bytes.and_then(|bytes| Region::new(bytes, self.fill)).ok_or_else(|| {
-            DeviceError::OutOfMemory {
+        let region =
+            bytes.and_then(|bytes| fresh(bytes, self.fill)).ok_or_else(|| DeviceError::OutOfMemory {
                 name: format!("{name} [{rows}, {width}] {dtype}"),
                 needed: Bytes(bytes.unwrap_or(usize::MAX) as u64),
                 mend: "lower --max-num-batched-tokens or --max-model-len",
-            }
-        })?;
+            })?;
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
-        regions.push(Arc::new(region));
+        regions.push(region);
         let allocation = AllocationId((regions.len() - 1) as u32);
         Ok(Buffer { allocation, name, dtype, offset: 0, rows, width, stride: width })
     }
 
     pub(super) fn allocated_bytes(&self) -> u64 {
         let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
-        regions.iter().map(|region| region.pages.len() as u64).sum()
+        regions.iter().map(|region| region.len() as u64).sum()
     }
 
     /// The numbers of a buffer, to read.
@@ -142,13 +120,13 @@ impl Memory {
         let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
         let region = &regions[buffer.allocation.0 as usize];
         let end = buffer.byte_range().end;
-        assert!(end <= region.pages.len(), "{buffer:?} ends past its allocation. This is a bug.");
+        assert!(end <= region.len(), "{buffer:?} ends past its allocation. This is a bug.");
         if buffer.rows == 0 || buffer.width == 0 {
             return NonNull::dangling().as_ptr();
         }
         // SAFETY: the offset is inside the region, checked just above. Regions are freed only with the memory,
         // which the view's lifetime borrows.
-        unsafe { region.start.as_ptr().cast::<T>().add(buffer.offset).cast_const() }
+        unsafe { region.start().as_ptr().cast::<T>().add(buffer.offset).cast_const() }
     }
 }
 

@@ -7,12 +7,14 @@
 mod element;
 mod lanes;
 mod memory;
+mod pages;
 mod rows;
 mod weights;
 
 pub use element::{Element, Plain};
 pub use lanes::panic_text;
 pub use memory::{Fill, Memory, View, ViewMut};
+pub(crate) use pages::{Pages, Piece, Slabs};
 pub use rows::AttentionViews;
 pub(crate) use weights::check_sources;
 pub use weights::{Pack, WeightStore};

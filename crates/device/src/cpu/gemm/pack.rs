@@ -4,10 +4,10 @@ use super::Isa;
 use super::epilogue::round_to_bf16;
 use super::kernel::Functions;
 use crate::cpu::pool::ComputePool;
+use crate::host::{Pages, Piece, Slabs};
 use epsmoe_base::DType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use memmap2::MmapMut;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 
@@ -37,7 +37,7 @@ impl ElementType {
 
 /// One row of an unpacked matrix: `K` little-endian elements, at any alignment.
 #[derive(Clone, Copy, Debug)]
-pub enum SourceRow<'a> {
+pub(crate) enum SourceRow<'a> {
     F32(&'a [u8]),
     Bf16(&'a [u8]),
     F16(&'a [u8]),
@@ -128,7 +128,8 @@ const PACK_ELEMENTS: usize = 128;
 /// In the gated form, panel `p` holds `width / 2` columns of gate, then the same columns of up, so that
 /// one tile has both and can store `silu(gate) · up`.
 pub struct PackedMatrix {
-    words: AlignedWords,
+    /// Words, in a slab beside the matrices packed before and after: those of a layer are read in that order.
+    memory: Piece,
     columns: usize,
     k: usize,
     element: ElementType,
@@ -137,19 +138,20 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
-    /// Packs `W [n, k]`; `row(i)` gives row `i`, in any type. Uses no memory beyond the result.
+    /// Packs `W [n, k]` into a piece of `slabs`; `row(i)` gives row `i`, in any type. Uses no memory beyond the result.
     ///
     /// # Panics
     /// If a row has not `k` elements or the processor does not support `isa`.
-    pub fn pack<'a>(
+    pub(crate) fn pack<'a>(
         pool: &mut ComputePool,
+        slabs: &Slabs,
         isa: Isa,
         element: ElementType,
         [n, k]: [usize; 2],
         row: impl Fn(usize) -> SourceRow<'a> + Sync,
     ) -> Self {
         let functions = Functions::select(isa, element);
-        let mut matrix = Self::zeros(functions, element, [n, k], false);
+        let mut matrix = Self::zeros(slabs, functions, element, [n, k], false);
         let width = functions.width();
         matrix.fill(pool, |panel, column| {
             let n_index = panel * width + column;
@@ -162,8 +164,9 @@ impl PackedMatrix {
     ///
     /// # Panics
     /// Like [`Self::pack`].
-    pub fn pack_gated<'a>(
+    pub(crate) fn pack_gated<'a>(
         pool: &mut ComputePool,
+        slabs: &Slabs,
         isa: Isa,
         element: ElementType,
         [i, k]: [usize; 2],
@@ -171,7 +174,7 @@ impl PackedMatrix {
         up: impl Fn(usize) -> SourceRow<'a> + Sync,
     ) -> Self {
         let functions = Functions::select(isa, element);
-        let mut matrix = Self::zeros(functions, element, [i, k], true);
+        let mut matrix = Self::zeros(slabs, functions, element, [i, k], true);
         let lanes = functions.lanes;
         matrix.fill(pool, |panel, column| {
             let index = panel * lanes + column % lanes;
@@ -181,13 +184,15 @@ impl PackedMatrix {
     }
 
     fn zeros(
+        slabs: &Slabs,
         functions: &'static Functions,
         element: ElementType,
         [columns, k]: [usize; 2],
         gated: bool,
     ) -> Self {
-        let mut matrix = Self { words: AlignedWords::zeros(0), columns, k, element, gated, functions };
-        matrix.words = AlignedWords::zeros(matrix.panels() * matrix.panel_words());
+        let piece = |words: usize| slabs.cut(words * size_of::<u32>()).expect("out of memory");
+        let mut matrix = Self { memory: piece(0), columns, k, element, gated, functions };
+        matrix.memory = piece(matrix.panels() * matrix.panel_words());
         matrix
     }
 
@@ -199,7 +204,7 @@ impl PackedMatrix {
     ) {
         let (panels, panel_words) = (self.panels(), self.panel_words());
         let (width, k, element) = (self.functions.width(), self.k, self.element);
-        let words = SharedSlice::new(&mut self.words);
+        let words = SharedSlice::new(bytemuck::cast_slice_mut(&mut self.memory));
         pool.run(panels, |panel| {
             // SAFETY: each task has its own panel.
             let words = unsafe { words.part(panel * panel_words..(panel + 1) * panel_words) };
@@ -246,7 +251,7 @@ impl PackedMatrix {
 
     /// Memory taken, in bytes.
     pub fn bytes(&self) -> usize {
-        size_of_val(&*self.words)
+        self.memory.len()
     }
 
     /// Whether both can be used in one grouped call.
@@ -276,27 +281,25 @@ impl PackedMatrix {
         self.functions.width() * self.steps()
     }
 
+    fn words(&self) -> &[u32] {
+        bytemuck::cast_slice(&self.memory)
+    }
+
     pub(crate) fn panel(&self, panel: usize) -> &[u32] {
-        &self.words[panel * self.panel_words()..][..self.panel_words()]
+        &self.words()[panel * self.panel_words()..][..self.panel_words()]
     }
 }
 
-/// Zeroed words that begin on a page, in huge pages where the system grants them: panels are read once
-/// from end to end, and with small pages every 4 KiB would cost a miss of the address cache. The memory
-/// is not touched here, so that the thread that packs a panel is the first to do so.
+/// Zeroed words that begin on a cache line.
 pub(crate) struct AlignedWords {
-    memory: MmapMut,
+    pages: Pages,
 }
 
 impl AlignedWords {
     /// # Panics
     /// If the system has no memory left.
     pub(crate) fn zeros(len: usize) -> Self {
-        let memory = MmapMut::map_anon(len * size_of::<u32>()).expect("out of memory");
-        #[cfg(target_os = "linux")]
-        // Only a hint: without huge pages everything works, more slowly.
-        let _ = memory.advise(memmap2::Advice::HugePage);
-        Self { memory }
+        Self { pages: Pages::new(len * size_of::<u32>()).expect("out of memory") }
     }
 
     /// Makes it at least `len` words long; the contents may be lost.
@@ -311,13 +314,13 @@ impl Deref for AlignedWords {
     type Target = [u32];
 
     fn deref(&self) -> &[u32] {
-        bytemuck::cast_slice(&self.memory)
+        bytemuck::cast_slice(&self.pages)
     }
 }
 
 impl DerefMut for AlignedWords {
     fn deref_mut(&mut self) -> &mut [u32] {
-        bytemuck::cast_slice_mut(&mut self.memory)
+        bytemuck::cast_slice_mut(&mut self.pages)
     }
 }
 
@@ -354,7 +357,7 @@ mod tests {
 
     fn pack_scalar(element: ElementType, [n, k]: [usize; 2], values: &[f32]) -> PackedMatrix {
         let mut pool = ComputePool::new(2);
-        PackedMatrix::pack(&mut pool, Isa::Scalar, element, [n, k], |row| {
+        PackedMatrix::pack(&mut pool, &Slabs::default(), Isa::Scalar, element, [n, k], |row| {
             SourceRow::F32(bytemuck::cast_slice(&values[row * k..][..k]))
         })
     }
@@ -365,10 +368,10 @@ mod tests {
     fn f32_word_index_worked_example() {
         let values: Vec<f32> = (0..30).map(|index| index as f32).collect();
         let packed = pack_scalar(ElementType::F32, [10, 3], &values);
-        assert_eq!(packed.words.len(), 48);
-        assert_eq!(packed.words.as_ptr().addr() % 64, 0);
-        assert_eq!(f32::from_bits(packed.words[41]), 9.0 * 3.0 + 2.0);
-        assert_eq!(packed.words[42..48], [0; 6], "columns 10..16 do not exist");
+        assert_eq!(packed.words().len(), 48);
+        assert_eq!(packed.words().as_ptr().addr() % 64, 0);
+        assert_eq!(f32::from_bits(packed.words()[41]), 9.0 * 3.0 + 2.0);
+        assert_eq!(packed.words()[42..48], [0; 6], "columns 10..16 do not exist");
     }
 
     /// W [10, 3] of bf16 has 2 steps: W[9, 2] is the low half of word 1·8·2 + 1·8 + 1 = 25 of 32.
@@ -376,10 +379,10 @@ mod tests {
     fn bf16_word_index_worked_example() {
         let values: Vec<f32> = (0..30).map(|index| index as f32).collect();
         let packed = pack_scalar(ElementType::Bf16, [10, 3], &values);
-        assert_eq!(packed.words.len(), 32);
-        assert_eq!(packed.words[25], u32::from(bf16::from_f32(29.0).to_bits()));
+        assert_eq!(packed.words().len(), 32);
+        assert_eq!(packed.words()[25], u32::from(bf16::from_f32(29.0).to_bits()));
         let pair = [27.0, 28.0].map(|value| u32::from(bf16::from_f32(value).to_bits()));
-        assert_eq!(packed.words[17], pair[0] | pair[1] << 16, "W[9, 0] and W[9, 1]");
+        assert_eq!(packed.words()[17], pair[0] | pair[1] << 16, "W[9, 0] and W[9, 1]");
     }
 
     #[test]
@@ -390,7 +393,9 @@ mod tests {
         let as_f16: Vec<f16> = values.iter().map(|value| f16::from_f32(*value)).collect();
         for element in [ElementType::F32, ElementType::Bf16] {
             let mut pack = |row: &(dyn Fn(usize) -> SourceRow<'static> + Sync)| {
-                PackedMatrix::pack(&mut pool, Isa::Scalar, element, [20, 301], row).words.to_vec()
+                PackedMatrix::pack(&mut pool, &Slabs::default(), Isa::Scalar, element, [20, 301], row)
+                    .words()
+                    .to_vec()
             };
             let values: &'static [f32] = values.clone().leak();
             let as_bf16: &'static [bf16] = as_bf16.clone().leak();

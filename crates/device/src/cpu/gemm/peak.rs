@@ -1,7 +1,7 @@
 //! What this machine can do at most: the figures that kernel speeds are compared with.
 
 use super::kernel::Functions;
-use super::{ElementType, Isa};
+use super::{AlignedWords, ElementType, Isa};
 use crate::cpu::pool::ComputePool;
 use std::hint::black_box;
 use std::sync::{Barrier, Mutex, PoisonError};
@@ -31,13 +31,16 @@ pub fn compute(pool: &mut ComputePool, isa: Isa, element: ElementType) -> f64 {
     })
 }
 
-/// Bytes per second that all threads of `pool` together read from memory, each from its own 128 MiB,
+/// Bytes per second that all threads of `pool` together read from memory, each from its own 256 MiB of huge pages,
 /// so that caches hold little of it from one pass to the next. Takes a few tenths of a second.
+///
+/// # Panics
+/// If the system has no memory left.
 pub fn memory_read(pool: &mut ComputePool) -> f64 {
-    const WORDS: usize = (128 << 20) / size_of::<u64>();
-    let buffers: Vec<_> = (0..pool.threads()).map(|_| Mutex::new(Vec::new())).collect();
+    const WORDS: usize = (256 << 20) / size_of::<u32>();
+    let buffers: Vec<_> = (0..pool.threads()).map(|_| Mutex::new(AlignedWords::zeros(WORDS))).collect();
     let lock = |thread: usize| buffers[thread].lock().unwrap_or_else(PoisonError::into_inner);
-    pool.run(buffers.len(), |thread| lock(thread).resize(WORDS, 1_u64));
+    pool.run(buffers.len(), |thread| lock(thread).fill(1));
     best_rate(pool, |thread| {
         let buffer = lock(thread);
         black_box(buffer.iter().fold(0, |sum, word| sum ^ word));
