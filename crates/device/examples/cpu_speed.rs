@@ -1,8 +1,10 @@
 //! How fast the CPU's expert products run beside what the machine can do at most, as tables:
 //!
 //! ```text
-//! cargo run --release -p epsmoe-device --example cpu_speed [threads]
+//! cargo run --release -p epsmoe-device --example cpu_speed [THREADS] [scalar|avx2|avx512] [float32|bfloat16]
 //! ```
+//!
+//! Without arguments: as many threads as cores, the best instructions, both formats.
 //!
 //! The most that the threads can do (products on registers only, bytes read from memory) is measured before, between
 //! and after; each line is held against the smaller of both figures around it. A line is the product of all experts of
@@ -28,26 +30,54 @@ const ROWS: [usize; 8] = [1, 2, 4, 8, 32, 128, 256, 512];
 /// Rounds of a line.
 const ROUNDS: usize = 7;
 
+/// What was asked for.
+struct Asked {
+    threads: usize,
+    isa: Isa,
+    dtypes: Vec<DType>,
+}
+
+impl Asked {
+    fn parse(words: impl Iterator<Item = String>) -> Result<Self, String> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut asked = Asked { threads: cores, isa: Isa::detect(), dtypes: vec![DType::F32, DType::BF16] };
+        for word in words {
+            if let Ok(threads) = word.parse() {
+                asked.threads = threads;
+            } else if let Ok(isa) = word.parse() {
+                asked.isa = isa;
+            } else if let Some(dtype) = asked.dtypes.iter().find(|dtype| dtype.to_string() == word) {
+                asked.dtypes = vec![*dtype];
+            } else {
+                return Err(format!("{word:?} is no number of threads, no instruction set and no format"));
+            }
+        }
+        Ok(asked)
+    }
+
+    fn kernels(&self) -> Result<CpuKernels, String> {
+        CpuKernels::new(self.threads, self.isa)
+    }
+}
+
 fn main() -> Result<(), String> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = std::env::args().nth(1).map_or(Ok(cores), |text| text.parse());
-    let threads = threads.map_err(|_| "the one argument is a number of threads".to_owned())?;
-    println!("{}, {threads} threads of {cores} cores", Isa::detect());
-    for dtype in [DType::F32, DType::BF16] {
+    let asked = Asked::parse(std::env::args().skip(1))?;
+    println!("{}, {} threads", asked.isa, asked.threads);
+    for &dtype in &asked.dtypes {
         for shape in SHAPES {
-            table(threads, dtype, shape)?;
+            table(&asked, dtype, shape)?;
         }
     }
     Ok(())
 }
 
 /// What the threads can do at most; the pool that measures it ends with the call, so that it disturbs nothing.
-fn peaks(threads: usize) -> Result<Peaks, String> {
-    Ok(CpuKernels::new(threads, Isa::detect())?.peaks())
+fn peaks(asked: &Asked) -> Result<Peaks, String> {
+    Ok(asked.kernels()?.peaks())
 }
 
 fn table(
-    threads: usize,
+    asked: &Asked,
     dtype: DType,
     (name, hidden, inner, experts): (&str, usize, usize, usize),
 ) -> Result<(), String> {
@@ -55,11 +85,11 @@ fn table(
     println!(
         "rows each  gate/up      down  GFLOP/s together  of peak  of bound  grouped/dense   peak   read GB/s"
     );
-    let layer = Layer::new(threads, dtype, hidden, inner, experts)?;
-    let mut before = peaks(threads)?;
+    let layer = Layer::new(asked, dtype, hidden, inner, experts)?;
+    let mut before = peaks(asked)?;
     for rows in ROWS {
         let times = layer.measure(rows)?;
-        let after = peaks(threads)?;
+        let after = peaks(asked)?;
         let peak = |of: fn(&Peaks) -> f64| of(&before).min(of(&after));
         let compute = match dtype {
             DType::BF16 => peak(|peaks| peaks.bfloat16),
@@ -103,15 +133,9 @@ struct Times {
 }
 
 impl Layer {
-    fn new(
-        threads: usize,
-        dtype: DType,
-        hidden: usize,
-        inner: usize,
-        experts: usize,
-    ) -> Result<Self, String> {
-        let kernels = CpuKernels::new(threads, Isa::detect())?;
-        let device = Cpu::new(Rank(0), kernels, Arc::default(), HostOptions::new(dtype)).map_err(text)?;
+    fn new(asked: &Asked, dtype: DType, hidden: usize, inner: usize, experts: usize) -> Result<Self, String> {
+        let device =
+            Cpu::new(Rank(0), asked.kernels()?, Arc::default(), HostOptions::new(dtype)).map_err(text)?;
         let mut mix = Mix::new(1);
         let numbers: Vec<u8> = (0..hidden * inner).flat_map(|_| (0.1 * mix.signed()).to_le_bytes()).collect();
         let tensor = TensorBytes { dtype: DType::F32, bytes: &numbers };

@@ -250,9 +250,8 @@ impl<T: Element> Task<'_, '_, T> {
         let queries = &scratch.queries[tile.start * self.query_words()..];
         for panel in 0..self.key_panels(keys) {
             let scores = &mut scratch.scores[panel * tile.len() * width..][..tile.len() * width];
-            scores.fill(0);
             let keys = &scratch.keys[panel * steps * width..][..steps * width];
-            self.multiply(tile.len(), steps, queries, keys, scores);
+            self.multiply(tile.len(), steps, queries, keys, scores, false);
         }
     }
 
@@ -306,11 +305,12 @@ impl<T: Element> Task<'_, '_, T> {
             let steps = keys.div_ceil(Self::IN_WORD);
             let values = &scratch.values[panel * KEYS * width..][..steps * width];
             let sums = &mut scratch.sums[at..at + tile.len() * width];
-            self.multiply(tile.len(), steps, &scratch.powers, values, sums);
+            self.multiply(tile.len(), steps, &scratch.powers, values, sums, true);
         }
     }
 
-    fn multiply(&self, rows: usize, steps: usize, left: &[u32], right: &[u32], sums: &mut [u32]) {
+    /// `sums = left · right`, or with `more` added to what is there.
+    fn multiply(&self, rows: usize, steps: usize, left: &[u32], right: &[u32], sums: &mut [u32], more: bool) {
         assert!(left.len() >= steps.div_ceil(BLOCK_STEPS) * rows * BLOCK_STRIDE);
         assert!(right.len() == steps * self.functions.width() && sums.len() == rows * self.functions.width());
         let tile = Tile {
@@ -318,6 +318,7 @@ impl<T: Element> Task<'_, '_, T> {
             activations: left.as_ptr(),
             weights: right.as_ptr(),
             sums: sums.as_mut_ptr().cast(),
+            more,
             prefetch: right.as_ptr().cast(),
             prefetch_stride: 0,
         };

@@ -46,7 +46,13 @@ mod x86 {
         () => {
             type Sums = __m256;
             const LANES: usize = 8;
-            const PREFETCHING_ROWS: usize = 3;
+            const ROWS_TO_L1: usize = 3;
+
+            #[inline(always)]
+            unsafe fn zero_sums() -> __m256 {
+                // SAFETY: the caller's promise.
+                unsafe { _mm256_setzero_ps() }
+            }
 
             #[inline(always)]
             unsafe fn load_sums(from: *const f32) -> __m256 {

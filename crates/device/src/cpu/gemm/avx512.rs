@@ -57,7 +57,13 @@ mod x86 {
         () => {
             type Sums = __m512;
             const LANES: usize = 16;
-            const PREFETCHING_ROWS: usize = 7;
+            const ROWS_TO_L1: usize = 4;
+
+            #[inline(always)]
+            unsafe fn zero_sums() -> __m512 {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_setzero_ps() }
+            }
 
             #[inline(always)]
             unsafe fn load_sums(from: *const f32) -> __m512 {

@@ -4,7 +4,8 @@
 //! a range of panels. Within a task the weights are the slow stream: a block of a panel (at most
 //! `BLOCK_STEPS · n` steps, a quarter of an L2 cache) stays in L2 while all tiles of rows pass over it,
 //! and meanwhile the block that follows is prefetched, so that each weight comes from memory once a
-//! chunk, in the background.
+//! chunk, in the background. Where a chunk is a single tile, memory is what it waits for: then it asks for the
+//! weights a little ahead of those in use.
 
 use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Tile};
 use super::pack::{AlignedWords, ElementType, PackedMatrix, bytes_to_words};
@@ -18,11 +19,14 @@ use std::ops::Range;
 /// longer K the sums wait in f32, which is exact.
 const PANEL_BLOCK_STEPS: usize = 16 * BLOCK_STEPS;
 
+/// Steps from the weights in use to those that a single tile asks for: 8 KiB for 32 columns.
+const STEPS_AHEAD: usize = 64;
+
 /// Packed activations of a chunk, in words: 4 MiB a thread, a fair share of an L3 cache.
 const CHUNK_WORDS: usize = 1 << 20;
 
-/// Rows in a chunk are at most this many.
-const CHUNK_ROWS: usize = 128;
+/// Rows in a chunk are at most this many: ten full tiles of AVX-512.
+const CHUNK_ROWS: usize = 140;
 
 /// Tasks a thread should get, so that threads finish at about the same time.
 const TASKS_PER_THREAD: usize = 32;
@@ -75,11 +79,17 @@ impl Plan {
     fn new<X: Element, Y: Element>(parts: &[GemmViews<'_, X, Y, PackedMatrix>], threads: usize) -> Self {
         let shape = parts[0].matrix;
         let panels = shape.panels();
-        let most_rows = (CHUNK_WORDS / shape.steps().max(1)).clamp(1, CHUNK_ROWS);
+        let tile_rows = shape.functions().tiles.len();
+        let most_rows = (CHUNK_WORDS / shape.steps().max(1)).min(CHUNK_ROWS);
+        let most_tiles = (most_rows / tile_rows).max(1);
         let cost = |rows: usize| rows.max(ROWS_OF_A_PANEL_READ) * panels;
         let mut plan = Plan { chunks: Vec::new(), panels, tasks: 0 };
         for (part, views) in parts.iter().enumerate() {
-            for rows in even_parts(0..views.x.rows, views.x.rows.div_ceil(most_rows)) {
+            // Rows are cut into tiles first, so that chunks do not end in tiles that are half empty.
+            let (rows, tiles) = (0..views.x.rows, views.x.rows.div_ceil(tile_rows));
+            for chunk in even_parts(0..tiles, tiles.div_ceil(most_tiles)) {
+                let rows = even_part(rows.clone(), tiles, chunk.start).start
+                    ..even_part(rows.clone(), tiles, chunk.end).start;
                 plan.chunks.push(Chunk { part, rows, first_task: 0, tasks: 0 });
             }
         }
@@ -189,7 +199,6 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let matrix = self.parts[task.part].matrix;
         scratch.sums.grow(task.rows.len() * width);
         for panel in task.panels.clone() {
-            scratch.sums[..task.rows.len() * width].fill(0);
             for start in (0..steps).step_by(PANEL_BLOCK_STEPS) {
                 let block = start..steps.min(start + PANEL_BLOCK_STEPS);
                 let last = block.end == steps && panel + 1 == task.panels.end;
@@ -223,12 +232,17 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             let activations =
                 &scratch.activations[rows.start * row_words..rows.end * row_words][first_block..];
             let sums = &mut scratch.sums[rows.start * width..rows.end * width];
+            let ahead = match count {
+                1 => weights.as_ptr().wrapping_add(STEPS_AHEAD * width).cast(),
+                _ => following.wrapping_add(index * size_of_val(weights) / count),
+            };
             let tile = Tile {
                 steps: block.len(),
                 activations: activations.as_ptr(),
                 weights: weights.as_ptr(),
                 sums: sums.as_mut_ptr().cast(),
-                prefetch: following.wrapping_add(index * size_of_val(weights) / count),
+                more: block.start > 0,
+                prefetch: ahead,
                 prefetch_stride: width * size_of::<u32>() / count,
             };
             // SAFETY: the table exists only where its instructions do; `weights` has `width` words a

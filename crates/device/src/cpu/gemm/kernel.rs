@@ -33,9 +33,15 @@ pub(crate) unsafe trait Kernel {
 
     const LANES: usize;
 
-    /// Tiles of fewer rows do not prefetch: they read weights faster than memory delivers them, and
-    /// then the processor's own prefetcher alone is quicker.
-    const PREFETCHING_ROWS: usize;
+    /// Tiles of fewer rows do not prefetch into L1: they read weights faster than memory delivers them, and
+    /// then the way from L2 is no longer what they wait for.
+    const ROWS_TO_L1: usize;
+
+    /// `LANES` sums of nothing.
+    ///
+    /// # Safety
+    /// See the trait.
+    unsafe fn zero_sums() -> Self::Sums;
 
     /// Reads `LANES` sums.
     ///
@@ -93,8 +99,10 @@ pub(crate) struct Tile {
     pub activations: *const u32,
     /// Weights: for each step `VECTORS · LANES` words, one a column.
     pub weights: *const u32,
-    /// Sums `[rows, VECTORS · LANES]`, read at the start and written back at the end.
+    /// Sums `[rows, VECTORS · LANES]`, written at the end.
     pub sums: *mut f32,
+    /// Whether the sums begin at what is there, or at zero.
+    pub more: bool,
     /// Where the memory to be brought into L2 meanwhile begins; `prefetch_stride` bytes a step.
     pub prefetch: *const u8,
     pub prefetch_stride: usize,
@@ -114,7 +122,10 @@ pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
     // steps inside a block are below `ROWS` and `BLOCK_STEPS`. Prefetches may go anywhere.
     unsafe {
         let mut sums: [[K::Sums; VECTORS]; ROWS] = std::array::from_fn(|row| {
-            std::array::from_fn(|vector| K::load_sums(tile.sums.add(row * width + vector * K::LANES)))
+            std::array::from_fn(|vector| match tile.more {
+                true => K::load_sums(tile.sums.add(row * width + vector * K::LANES)),
+                false => K::zero_sums(),
+            })
         });
         let mut left = tile.steps;
         while left > 0 {
@@ -122,12 +133,12 @@ pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
             for step in 0..steps {
                 let columns: [K::Weights; VECTORS] =
                     std::array::from_fn(|vector| K::load_weights(weights.add(vector * K::LANES)));
-                if ROWS >= K::PREFETCHING_ROWS {
-                    let soon = weights.wrapping_add(STEPS_TO_L1 * width).cast::<u8>();
-                    for line in 0..(width * size_of::<u32>()).div_ceil(LINE_BYTES) {
+                let soon = weights.wrapping_add(STEPS_TO_L1 * width).cast::<u8>();
+                for line in 0..(width * size_of::<u32>()).div_ceil(LINE_BYTES) {
+                    if ROWS >= K::ROWS_TO_L1 {
                         K::prefetch_to_l1(soon.wrapping_add(line * LINE_BYTES));
-                        K::prefetch_to_l2(prefetch.wrapping_add(line * LINE_BYTES));
                     }
+                    K::prefetch_to_l2(prefetch.wrapping_add(line * LINE_BYTES));
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {
                     let activation = K::load_activation(activations.add(row * BLOCK_STRIDE + step));

@@ -27,7 +27,12 @@ macro_rules! common {
         type Weights = [u32; LANES];
         type Activation = u32;
         const LANES: usize = LANES;
-        const PREFETCHING_ROWS: usize = usize::MAX;
+        const ROWS_TO_L1: usize = usize::MAX;
+
+        #[inline(always)]
+        unsafe fn zero_sums() -> [f32; LANES] {
+            [0.0; LANES]
+        }
 
         #[inline(always)]
         unsafe fn load_sums(from: *const f32) -> [f32; LANES] {
