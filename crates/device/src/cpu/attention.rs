@@ -8,7 +8,7 @@
 //! bits it has in a prompt.
 
 use super::gemm::{
-    AlignedWords, BLOCK_STEPS, BLOCK_STRIDE, ElementType, Functions, Isa, Tile, bytes_to_words, exp,
+    AlignedWords, BLOCK_STEPS, BLOCK_STRIDE, ElementType, Functions, Isa, Prefetch, Tile, bytes_to_words, exp,
 };
 use super::pool::ComputePool;
 use super::prefetch;
@@ -319,8 +319,7 @@ impl<T: Element> Task<'_, '_, T> {
             weights: right.as_ptr(),
             sums: sums.as_mut_ptr().cast(),
             more,
-            prefetch: right.as_ptr().cast(),
-            prefetch_stride: 0,
+            prefetch: Prefetch::NOTHING,
         };
         // SAFETY: the table exists only where its instructions do; the operands were measured just above.
         unsafe { (self.functions.tiles[rows - 1])(tile) }

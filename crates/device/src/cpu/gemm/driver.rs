@@ -4,12 +4,12 @@
 //! a range of panels. Within a task the weights are the slow stream: a block of a panel (at most
 //! `BLOCK_STEPS · n` steps, a quarter of an L2 cache) stays in L2 while all tiles of rows pass over it,
 //! and meanwhile the block that follows is prefetched, so that each weight comes from memory once a
-//! chunk, in the background. Where a chunk is a single tile, memory is what it waits for: then it asks for the
-//! weights a little ahead of those in use.
+//! chunk, in the background.
 
-use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Tile};
+use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, LINE_BYTES, Prefetch, Tile};
 use super::pack::{AlignedWords, ElementType, PackedMatrix, bytes_to_words};
 use crate::cpu::pool::{Claims, ComputePool};
+use crate::cpu::prefetch;
 use crate::host::{Element, GemmViews};
 use epsmoe_base::DType;
 use std::cell::RefCell;
@@ -19,14 +19,8 @@ use std::ops::Range;
 /// longer K the sums wait in f32, which is exact.
 const PANEL_BLOCK_STEPS: usize = 16 * BLOCK_STEPS;
 
-/// Steps from the weights in use to those that a single tile asks for: 8 KiB for 32 columns.
-const STEPS_AHEAD: usize = 64;
-
-/// Packed activations of a chunk, in words: 4 MiB a thread, a fair share of an L3 cache.
-const CHUNK_WORDS: usize = 1 << 20;
-
-/// Rows in a chunk are at most this many: ten full tiles of AVX-512.
-const CHUNK_ROWS: usize = 140;
+/// Packed activations of a chunk, in words: 1 MiB, so that they stay in an L2 cache or nearly so.
+const CHUNK_WORDS: usize = 1 << 18;
 
 /// Tasks a thread should get, so that threads finish at about the same time.
 const TASKS_PER_THREAD: usize = 32;
@@ -79,8 +73,9 @@ impl Plan {
     fn new<X: Element, Y: Element>(parts: &[GemmViews<'_, X, Y, PackedMatrix>], threads: usize) -> Self {
         let shape = parts[0].matrix;
         let panels = shape.panels();
-        let tile_rows = shape.functions().tiles.len();
-        let most_rows = (CHUNK_WORDS / shape.steps().max(1)).min(CHUNK_ROWS);
+        let Functions { tiles, chunk_rows, .. } = shape.functions();
+        let tile_rows = tiles.len();
+        let most_rows = (CHUNK_WORDS / shape.steps().max(1)).min(*chunk_rows);
         let most_tiles = (most_rows / tile_rows).max(1);
         let cost = |rows: usize| rows.max(ROWS_OF_A_PANEL_READ) * panels;
         let mut plan = Plan { chunks: Vec::new(), panels, tasks: 0 };
@@ -199,6 +194,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let matrix = self.parts[task.part].matrix;
         scratch.sums.grow(task.rows.len() * width);
         for panel in task.panels.clone() {
+            self.prefetch_out(task, panel);
             for start in (0..steps).step_by(PANEL_BLOCK_STEPS) {
                 let block = start..steps.min(start + PANEL_BLOCK_STEPS);
                 let last = block.end == steps && panel + 1 == task.panels.end;
@@ -232,23 +228,35 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             let activations =
                 &scratch.activations[rows.start * row_words..rows.end * row_words][first_block..];
             let sums = &mut scratch.sums[rows.start * width..rows.end * width];
-            let ahead = match count {
-                1 => weights.as_ptr().wrapping_add(STEPS_AHEAD * width).cast(),
-                _ => following.wrapping_add(index * size_of_val(weights) / count),
-            };
+            let share = size_of_val(weights) / count;
             let tile = Tile {
                 steps: block.len(),
                 activations: activations.as_ptr(),
                 weights: weights.as_ptr(),
                 sums: sums.as_mut_ptr().cast(),
                 more: block.start > 0,
-                prefetch: ahead,
-                prefetch_stride: width * size_of::<u32>() / count,
+                prefetch: Prefetch::new(following.wrapping_add(index * share), share, block.len()),
             };
             // SAFETY: the table exists only where its instructions do; `weights` has `width` words a
             // step, `sums` a row of `width` for each row, and `activations` all blocks of these rows
             // from this one on.
             unsafe { functions.tiles[rows.len() - 1](tile) }
+        }
+    }
+
+    /// Columns of the output that a panel's sums go to.
+    fn columns(&self, panel: usize) -> Range<usize> {
+        let first = panel * self.shape.panel_columns();
+        first..self.shape.columns().min(first + self.shape.panel_columns())
+    }
+
+    /// Asks for the lines of the output that a panel's sums go to, so that storing them does not wait for memory.
+    fn prefetch_out(&self, task: &Task, panel: usize) {
+        let columns = self.columns(panel);
+        for m in task.rows.clone() {
+            // SAFETY: tasks differ in rows or in panels, and parts do not overlap.
+            let out = unsafe { self.parts[task.part].out.columns_shared(m, columns.clone()) };
+            bytemuck::cast_slice(out).chunks(LINE_BYTES).for_each(|line: &[u8]| prefetch(line.as_ptr()));
         }
     }
 
@@ -261,8 +269,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             // SAFETY: the table exists only where its instructions do.
             unsafe { (functions.swiglu)(sums, functions.lanes) }
         }
-        let first = panel * self.shape.panel_columns();
-        let columns = first..self.shape.columns().min(first + self.shape.panel_columns());
+        let columns = self.columns(panel);
         for (m, sums) in task.rows.clone().zip(sums.chunks_exact_mut(width)) {
             let sums = &mut sums[..columns.len()];
             if let Some(bias) = self.bias {

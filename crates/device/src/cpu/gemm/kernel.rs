@@ -88,7 +88,7 @@ pub(crate) unsafe trait Kernel {
 const STEPS_TO_L1: usize = 32;
 
 /// Bytes in a cache line.
-const LINE_BYTES: usize = 64;
+pub(crate) const LINE_BYTES: usize = 64;
 
 /// The operands of one call of the micro-kernel, for `rows` rows by `VECTORS · LANES` columns.
 #[derive(Clone, Copy)]
@@ -103,9 +103,32 @@ pub(crate) struct Tile {
     pub sums: *mut f32,
     /// Whether the sums begin at what is there, or at zero.
     pub more: bool,
-    /// Where the memory to be brought into L2 meanwhile begins; `prefetch_stride` bytes a step.
-    pub prefetch: *const u8,
-    pub prefetch_stride: usize,
+    pub prefetch: Prefetch,
+}
+
+/// Streams that memory is asked for in. A processor follows each stream of lines that it sees, but only some lines
+/// ahead: in one stream a core of a large machine gets half of what it could.
+const STREAMS: usize = 4;
+
+/// Memory to be brought into L2 while a tile runs, a quarter of it in each stream.
+#[derive(Clone, Copy)]
+pub(crate) struct Prefetch {
+    /// Where the first stream begins: any address.
+    pub start: *const u8,
+    /// Bytes from the beginning of a stream to that of the next.
+    pub apart: usize,
+    /// Bytes that each stream goes on in a step.
+    pub stride: usize,
+}
+
+impl Prefetch {
+    pub(crate) const NOTHING: Self = Prefetch { start: std::ptr::null(), apart: 0, stride: 0 };
+
+    /// `bytes` from `start` on, in the course of `steps` steps.
+    pub(crate) fn new(start: *const u8, bytes: usize, steps: usize) -> Self {
+        let apart = bytes / STREAMS;
+        Prefetch { start, apart, stride: apart.div_ceil(steps.max(1)) }
+    }
 }
 
 /// `sums += activations · weights` for `ROWS` rows. Per element the additions are in rising `k`.
@@ -116,7 +139,9 @@ pub(crate) struct Tile {
 #[inline(always)]
 pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
     let width = VECTORS * K::LANES;
-    let Tile { mut activations, mut weights, mut prefetch, .. } = tile;
+    let Tile { mut activations, mut weights, prefetch: Prefetch { start: mut ahead, apart, stride }, .. } =
+        tile;
+    let lines = (width * size_of::<u32>()).div_ceil(LINE_BYTES);
     // SAFETY: all addresses stay inside the operands described at `Tile`: `weights` advances by
     // `width` words `steps` times, `activations` by a whole block after each block, and rows and
     // steps inside a block are below `ROWS` and `BLOCK_STEPS`. Prefetches may go anywhere.
@@ -134,11 +159,12 @@ pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
                 let columns: [K::Weights; VECTORS] =
                     std::array::from_fn(|vector| K::load_weights(weights.add(vector * K::LANES)));
                 let soon = weights.wrapping_add(STEPS_TO_L1 * width).cast::<u8>();
-                for line in 0..(width * size_of::<u32>()).div_ceil(LINE_BYTES) {
+                for line in 0..lines {
                     if ROWS >= K::ROWS_TO_L1 {
                         K::prefetch_to_l1(soon.wrapping_add(line * LINE_BYTES));
                     }
-                    K::prefetch_to_l2(prefetch.wrapping_add(line * LINE_BYTES));
+                    let stream = (step * lines + line) % STREAMS;
+                    K::prefetch_to_l2(ahead.wrapping_add(stream * apart));
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {
                     let activation = K::load_activation(activations.add(row * BLOCK_STRIDE + step));
@@ -147,7 +173,7 @@ pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
                     }
                 }
                 weights = weights.add(width);
-                prefetch = prefetch.wrapping_add(tile.prefetch_stride);
+                ahead = ahead.wrapping_add(stride);
             }
             activations = activations.add(ROWS * BLOCK_STRIDE);
             left -= steps;
@@ -196,6 +222,9 @@ pub(crate) struct Functions {
     pub lanes: usize,
     /// The micro-kernel for 1, 2, … rows.
     pub tiles: &'static [unsafe fn(Tile)],
+    /// Rows that share one pass over the weights, at most: enough that the pass takes longer than bringing the weights
+    /// from memory, few enough that the rows stay in L2.
+    pub chunk_rows: usize,
     /// See `epilogue::swiglu`.
     pub swiglu: unsafe fn(&mut [f32], usize),
     /// See `epilogue::round_to_bf16`.
@@ -266,6 +295,7 @@ macro_rules! functions {
             kernel::Functions {
                 lanes: <$kernel as kernel::Kernel>::LANES,
                 tiles: &[$(tile::<$rows>),+],
+                chunk_rows: 140, // ten full tiles of AVX-512
                 swiglu,
                 round_to_bf16,
                 soften,

@@ -20,7 +20,7 @@ mod scalar;
 
 pub(super) use driver::multiply;
 pub(super) use epilogue::exp;
-pub(super) use kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Tile};
+pub(super) use kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Prefetch, Tile};
 pub(super) use pack::{AlignedWords, SourceRow, bytes_to_words};
 pub use pack::{ElementType, PackedMatrix};
 
