@@ -81,7 +81,7 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto, help_heading = PROCESSOR)]
     pub(crate) dtype: Dtype,
 
-    /// Vector instructions: scalar, avx2 or avx512 [default: the best there are]
+    /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]
     #[arg(long, env = "EPSMOE_ISA", value_name = "SET", help_heading = PROCESSOR)]
     pub(crate) isa: Option<Isa>,
 
@@ -459,7 +459,7 @@ pub(crate) struct ProfileArgs {
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto)]
     pub(crate) dtype: Dtype,
 
-    /// Vector instructions: scalar, avx2 or avx512 [default: the best there are]
+    /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]
     #[arg(long, env = "EPSMOE_ISA", value_name = "SET")]
     pub(crate) isa: Option<Isa>,
 

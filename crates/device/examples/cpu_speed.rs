@@ -1,7 +1,7 @@
 //! How fast the CPU's expert products run beside what the machine can do at most, as tables:
 //!
 //! ```text
-//! cargo run --release -p epsmoe-device --example cpu_speed [THREADS] [scalar|avx2|avx512] [float32|bfloat16]
+//! cargo run --release -p epsmoe-device --example cpu_speed [THREADS] [scalar|avx2|avx512|amx] [float32|bfloat16]
 //! ```
 //!
 //! Without arguments: as many threads as cores, the best instructions, both formats.

@@ -118,7 +118,7 @@ fn flags_that_are_impossible() {
     check(&with("--timeout 0"), "must be a number of seconds");
     check(&with("--temperature -1"), "temperature is -1, but must be a number of at least 0");
     check(&with("--top-p 1.5"), "top_p is 1.5, but must be above 0 and at most 1");
-    check(&with("--isa sse"), "use scalar, avx2 or avx512");
+    check(&with("--isa sse"), "use scalar, avx2, avx512 or amx");
     check(&with("--speed 3"), "unexpected argument '--speed'");
     check(&with("--dtype int4"), "[possible values: auto, float32, bfloat16]");
     let huge = refused(&mut command("generate --model preset:deepseek-v3 --ids 5"));

@@ -96,5 +96,6 @@ processors! {
     cpu_scalar: |dtype| host(CpuKernels::new(2, Isa::Scalar), dtype),
     cpu_avx2: |dtype| host(CpuKernels::new(1, Isa::Avx2), dtype),
     cpu_avx512: |dtype| host(CpuKernels::new(3, Isa::Avx512), dtype),
+    cpu_amx: |dtype| host(CpuKernels::new(2, Isa::Amx), dtype),
     first_gpu: cuda,
 }

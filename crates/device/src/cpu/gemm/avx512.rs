@@ -4,7 +4,7 @@ use super::ElementType;
 use super::kernel::Functions;
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{functions, is_supported};
+pub(super) use x86::{BF16_DOT, functions, has_bf16, is_supported};
 
 #[cfg(not(target_arch = "x86_64"))]
 pub(super) fn is_supported() -> bool {
@@ -30,10 +30,15 @@ mod x86 {
             && is_x86_feature_detected!("avx512dq")
     }
 
+    /// Whether VDPBF16PS is there too.
+    pub(in crate::cpu::gemm) fn has_bf16() -> bool {
+        is_supported() && is_x86_feature_detected!("avx512bf16")
+    }
+
     pub(in crate::cpu::gemm) fn functions(element: ElementType) -> &'static Functions {
         match element {
             ElementType::F32 => &F32,
-            ElementType::Bf16 if is_x86_feature_detected!("avx512bf16") => &BF16_DOT,
+            ElementType::Bf16 if has_bf16() => &BF16_DOT,
             ElementType::Bf16 => &BF16_WIDENED,
         }
     }

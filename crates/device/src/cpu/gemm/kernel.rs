@@ -4,7 +4,7 @@
 //! neighbouring bf16 (`k` even in the low half, `k + 1` in the high half; the missing partner of an
 //! odd K is zero). So the kernels of both types have the same loads and the same loop.
 
-use super::{ElementType, Isa, avx2, avx512, scalar};
+use super::{ElementType, Isa, amx, avx2, avx512, scalar};
 use crate::cpu::attention::KEYS;
 
 /// Vectors side by side in a tile. With 14 rows, 2 vectors of sums a row leave 4 of AVX-512's 32
@@ -246,6 +246,7 @@ impl Functions {
             Isa::Scalar => scalar::functions(element),
             Isa::Avx2 => avx2::functions(element),
             Isa::Avx512 => avx512::functions(element),
+            Isa::Amx => amx::functions(element),
         }
     }
 
@@ -255,11 +256,11 @@ impl Functions {
     }
 }
 
-/// Defines `pub(super) static $name: Functions`, compiling the generic code for a kernel type with
+/// Defines `static $name: Functions`, compiling the generic code for a kernel type with
 /// the given target features, once for each number of rows listed.
 macro_rules! functions {
     ($name:ident, $kernel:ty, $($feature:literal)?, rows: $($rows:literal)+) => {
-        pub(super) static $name: $crate::cpu::gemm::kernel::Functions = {
+        pub(in crate::cpu::gemm) static $name: $crate::cpu::gemm::kernel::Functions = {
             use $crate::cpu::gemm::{epilogue, kernel};
 
             const MOST_ROWS: usize = [$($rows),+].len();

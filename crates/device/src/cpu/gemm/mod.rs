@@ -9,6 +9,7 @@
 //! multiply-adds over `k` in rising order, whatever the number of rows, the position of the row, the
 //! tile it falls into, the number of threads or the grouping.
 
+mod amx;
 mod avx2;
 mod avx512;
 mod driver;
@@ -37,11 +38,13 @@ pub enum Isa {
     /// AVX-512 (F, BW, VL, DQ), 16 lanes; bf16 uses VDPBF16PS where the processor has it and is
     /// widened to f32 otherwise.
     Avx512,
+    /// AVX-512, and bf16 in tiles by TDPBF16PS, where Linux grants them.
+    Amx,
 }
 
 impl Isa {
     /// All levels, slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// The fastest level this processor supports.
     pub fn detect() -> Self {
@@ -54,6 +57,7 @@ impl Isa {
             Isa::Scalar => true,
             Isa::Avx2 => avx2::is_supported(),
             Isa::Avx512 => avx512::is_supported(),
+            Isa::Amx => amx::is_supported(),
         }
     }
 }
@@ -64,6 +68,7 @@ impl fmt::Display for Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         })
     }
 }
@@ -73,6 +78,6 @@ impl FromStr for Isa {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|isa| isa.to_string() == name);
-        found.ok_or_else(|| format!("unknown instruction set {name:?}: use scalar, avx2 or avx512"))
+        found.ok_or_else(|| format!("unknown instruction set {name:?}: use scalar, avx2, avx512 or amx"))
     }
 }
