@@ -441,7 +441,8 @@ pub(crate) struct PlanArgs {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Without --verify, the cost model goes to a file under $XDG_CACHE_HOME/epsmoe/profiles, named after the machine, the \
-kernels and the number format, or to --out. With --verify, layers that the profile never saw are predicted and run.
+kernels and the number format, or to --out; none is written where --max-seconds is too short to measure everything \
+once. With --verify, layers that the profile never saw are predicted and run.
 
 Examples:
   epsmoe profile -dp 2

@@ -19,6 +19,6 @@ pub use cells::{Cell, Model, Models, cells};
 pub use contest::{LAYERS, Ratio, Recovery, Regret, Uneven, WRONG, recovery, regret, uneven};
 pub use file::{Fingerprint, ProfileError, default_path, load, store, with_link};
 pub use lab::{Lab, LabOptions, LabShape, LayerRun, RankHost};
-pub use measure::{Effort, Progress, measure};
+pub use measure::{Effort, MeasureError, Progress, measure};
 pub use samples::samples;
 pub use verify::{Outcome, Parts, Spread, verify};

@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 /// How much to measure.
 #[derive(Clone, Debug)]
 pub struct Effort {
-    /// No new layer begins after this, or a fifth later in the first two passes over all of them.
+    /// What the whole may take. Where it is too short to run every layer once, there is no cost model.
     pub most: Duration,
     /// Widths to run.
     pub shapes: Vec<LabShape>,
     /// Rows per expert to run.
     pub rows: Vec<usize>,
-    /// Runs of every layer, after one to warm up.
+    /// Runs of every layer, at least one, after one to warm up.
     pub repeats: usize,
 }
 
@@ -51,6 +51,33 @@ impl Effort {
 /// Told how many of how many layers were run.
 pub type Progress<'a> = dyn FnMut(usize, usize) + 'a;
 
+/// Why there is no cost model.
+#[derive(Debug, thiserror::Error)]
+pub enum MeasureError {
+    /// A layer could not be run.
+    #[error(transparent)]
+    Layer(#[from] PipelineError),
+    /// Some layers were never run: what they would have told is nowhere else.
+    #[error(
+        "--max-seconds {} is too short to profile {}: it was enough for {measured} of {layers} layers; about \
+         {needed} seconds are needed, an estimate by the pace until then: try `--max-seconds {needed}`",
+        given.as_secs_f64(),
+        epsmoe_base::count(*ranks, "rank")
+    )]
+    TooShort {
+        /// What the whole could take.
+        given: Duration,
+        /// Ranks of the profile.
+        ranks: usize,
+        /// Layers with a run.
+        measured: usize,
+        /// All layers.
+        layers: usize,
+        /// Seconds that should do.
+        needed: u64,
+    },
+}
+
 /// A layer to run, and its runs.
 struct Experiment {
     shape: LabShape,
@@ -71,7 +98,7 @@ pub fn measure(
     options: &LabOptions,
     effort: &Effort,
     progress: &mut Progress<'_>,
-) -> Result<CostModel, PipelineError> {
+) -> Result<CostModel, MeasureError> {
     let options = LabOptions { link: None, ..options.clone() };
     let roomy = match fingerprint.cores / options.threads.max(1) {
         0 => options.ranks,
@@ -81,11 +108,23 @@ pub fn measure(
     if roomy < options.ranks {
         worlds.push(LabOptions { ranks: roomy, ..options.clone() });
     }
-    let most = effort.most / worlds.len() as u32;
+    // A fifth is left for layers over links.
+    let most = effort.most * 4 / 5 / worlds.len() as u32;
     let mut measured = Vec::new();
     for (number, world) in worlds.iter().enumerate() {
         let mut part = |done: usize, of: usize| progress(number * of + done, worlds.len() * of);
-        measured.push((world, run_all(world, effort, most, &mut part)?));
+        let (experiments, pace) = run_all(world, effort, most, &mut part)?;
+        let with_runs = experiments.iter().filter(|experiment| !experiment.runs.is_empty()).count();
+        if with_runs < experiments.len() {
+            return Err(MeasureError::TooShort {
+                given: effort.most,
+                ranks: options.ranks,
+                measured: with_runs,
+                layers: experiments.len(),
+                needed: seconds_needed(pace.two_passes(), worlds.len()),
+            });
+        }
+        measured.push((world, experiments));
     }
     let late = paced(fingerprint, &options, effort)?;
     let mut cost = blank(fingerprint, &options);
@@ -104,13 +143,41 @@ pub fn measure(
     Ok(cost)
 }
 
-/// All layers of these ranks with their runs. None begins after `most`, or a fifth later in the first two passes.
+/// Seconds for the whole in which each of so many worlds has time for its two passes, in round tens: nobody knows it
+/// better than that. It does not count on the fifth that these passes get beyond their share, should they take longer.
+fn seconds_needed(two_passes: Duration, worlds: usize) -> u64 {
+    let whole = two_passes * worlds as u32 * 5 / 4;
+    whole.as_secs() / 10 * 10 + 10
+}
+
+/// How fast a world went through its layers.
+struct Pace {
+    /// Until the first of them began.
+    start: Duration,
+    /// For those that ran.
+    running: Duration,
+    /// Their work.
+    ran: usize,
+    /// The work of one pass over all of them.
+    pass: usize,
+}
+
+impl Pace {
+    /// About how long the passes to warm up and to have a run of every layer take, where they were not finished.
+    fn two_passes(&self) -> Duration {
+        let left = (2 * self.pass).saturating_sub(self.ran);
+        self.start + self.running.mul_f64(1.0 + left as f64 / self.ran.max(1) as f64)
+    }
+}
+
+/// All layers of these ranks with their runs. None begins after `most`, or a fifth later in the first two passes; but
+/// the first one always does, so that there is a pace.
 fn run_all(
     options: &LabOptions,
     effort: &Effort,
     most: Duration,
     progress: &mut Progress<'_>,
-) -> Result<Vec<Experiment>, PipelineError> {
+) -> Result<(Vec<Experiment>, Pace), PipelineError> {
     let begun = Instant::now();
     let mut experiments = Vec::new();
     for &shape in &effort.shapes {
@@ -122,26 +189,44 @@ fn run_all(
         let loads: Vec<_> = here.map(|experiment| experiment.routings.clone()).collect();
         labs.push((shape, Lab::start(shape, &loads, options)?));
     }
+    // Ranks load weights before their first layer: no part of any pace.
+    for (shape, lab) in &mut labs {
+        if let Some(first) = experiments.iter().find(|experiment| experiment.shape == *shape) {
+            lab.run(&first.routings, &first.table)?;
+        }
+    }
     let total = experiments.len() * (effort.repeats + 1);
+    let (start, mut ran) = (begun.elapsed(), 0);
     // Pass after pass over all of them: what disturbs the machine for a while disturbs a few runs of each.
     for pass in 0..=effort.repeats {
         for (number, experiment) in experiments.iter_mut().enumerate() {
             let most = if pass > 1 { most } else { most * 6 / 5 };
-            if begun.elapsed() > most {
+            if begun.elapsed() > most && ran > 0 {
                 break;
             }
             let Some((_, lab)) = labs.iter_mut().find(|lab| lab.0 == experiment.shape) else { continue };
             let run = lab.run(&experiment.routings, &experiment.table)?;
+            ran += experiment.work();
             if pass > 0 {
                 experiment.runs.push(run);
             }
             progress(pass * (total / (effort.repeats + 1)) + number + 1, total);
         }
     }
-    Ok(experiments)
+    let pass = experiments.iter().map(Experiment::work).sum();
+    Ok((experiments, Pace { start, running: begun.elapsed() - start, ran, pass }))
 }
 
 impl Experiment {
+    /// How much there is to do, against other layers: weights are read once and multiplied with every row.
+    fn work(&self) -> usize {
+        // About as many rows as make reading a weight take as long as multiplying it.
+        const READ: usize = 24;
+        let LabShape { hidden, inner, experts, top_k, shared_inner } = self.shape;
+        let tokens: usize = self.routings.iter().map(Routing::tokens).sum();
+        hidden * (inner * (experts * READ + tokens * top_k) + shared_inner * (READ + tokens))
+    }
+
     fn samples(&self, options: &LabOptions, cost: &CostModel) -> Vec<Sample> {
         let shape = self.shape.layer(&self.placement, options.dtype);
         let workload = Workload { placement: &self.placement, counts: &self.counts, shape: &shape };
@@ -254,5 +339,49 @@ fn blank(fingerprint: &Fingerprint, options: &LabOptions) -> CostModel {
         rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
         host: HostCost::default(),
         shares: vec![ShareCost::FREE],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use epsmoe_base::DType;
+    use epsmoe_device::cpu::gemm::Isa;
+    use std::sync::Arc;
+
+    /// What was never run has no price, so there is no profile.
+    #[test]
+    fn too_short_a_time_is_refused() {
+        let fingerprint = Fingerprint::of_cpu(2, 1, Isa::Scalar, DType::F32);
+        let options = LabOptions {
+            ranks: 2,
+            threads: 1,
+            isa: Isa::Scalar,
+            dtype: DType::F32,
+            link: None,
+            timeout: Duration::from_secs(30),
+            weights: Arc::default(),
+        };
+        let shape = LabShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
+        let effort =
+            Effort { most: Duration::from_millis(1), shapes: vec![shape], rows: vec![1, 8], repeats: 1 };
+        let refused = measure(&fingerprint, &options, &effort, &mut |_, _| {}).unwrap_err().to_string();
+        for words in
+            ["--max-seconds 0.001 is too short", "2 ranks", "0 of 8 layers", "try `--max-seconds 10`"]
+        {
+            assert!(refused.contains(words), "{words} in: {refused}");
+        }
+    }
+
+    #[test]
+    fn what_did_not_run_is_estimated_by_its_work() {
+        let pace =
+            |ran| Pace { start: Duration::from_secs(1), running: Duration::from_secs(6), ran, pass: 100 };
+        // A quarter of a pass in 6 s are 48 s for two; one pass and a half are 8 s.
+        let whole = [25, 150].map(|ran| pace(ran).two_passes().as_millis());
+        assert_eq!(whole, [49_000, 9_000]);
+        // Two worlds, each with four fifths of its half.
+        let seconds = |two_passes| seconds_needed(Duration::from_secs(two_passes), 2);
+        assert_eq!([seconds(3), seconds(49)], [10, 130]);
     }
 }

@@ -73,7 +73,7 @@ fn profile(args: &ProfileArgs, ranks: usize) -> Result<Value> {
     let path = args.out.clone().unwrap_or_else(|| default_path(&fingerprint));
     let (begun, load_before) = (Instant::now(), load_text());
     let bar = output::step_bar(format!("profiling {}", epsmoe_base::count(ranks, "rank")), 1);
-    let effort = Effort::full(Duration::from_secs_f64(args.max_seconds.unwrap_or(120.0) * 0.8));
+    let effort = Effort::full(Duration::from_secs_f64(args.max_seconds.unwrap_or(120.0)));
     let cost = measure(&fingerprint, &options, &effort, &mut |done, of| {
         bar.set_length(of as u64);
         bar.set_position(done as u64);
