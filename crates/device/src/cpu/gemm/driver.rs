@@ -6,7 +6,7 @@
 //! and meanwhile the block that follows is prefetched, so that each weight comes from memory once a
 //! chunk, in the background.
 
-use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, LINE_BYTES, Prefetch, Tile};
+use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Prefetch, Tile};
 use super::pack::{AlignedWords, ElementType, PackedMatrix, bytes_to_words};
 use crate::cpu::pool::{Claims, ComputePool};
 use crate::cpu::prefetch;
@@ -194,7 +194,6 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let matrix = self.parts[task.part].matrix;
         scratch.sums.grow(task.rows.len() * width);
         for panel in task.panels.clone() {
-            self.prefetch_out(task, panel);
             for start in (0..steps).step_by(PANEL_BLOCK_STEPS) {
                 let block = start..steps.min(start + PANEL_BLOCK_STEPS);
                 let last = block.end == steps && panel + 1 == task.panels.end;
@@ -204,11 +203,11 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
                 };
                 self.multiply_block(task, panel, block, following.cast(), scratch);
             }
-            self.store(task, panel, bytemuck::cast_slice_mut(&mut scratch.sums));
         }
     }
 
-    /// Adds one block of a panel to the sums of all tiles, prefetching the block that follows.
+    /// Adds one block of a panel to the sums of all tiles, prefetching the block that follows. A tile whose sums will be
+    /// complete asks for its lines of the output, and is stored at once.
     fn multiply_block(
         &self,
         task: &Task,
@@ -228,6 +227,11 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             let activations =
                 &scratch.activations[rows.start * row_words..rows.end * row_words][first_block..];
             let sums = &mut scratch.sums[rows.start * width..rows.end * width];
+            let outputs = task.rows.start + rows.start..task.rows.start + rows.end;
+            let complete = block.end == self.shape.steps();
+            if complete {
+                self.prefetch_outputs(task.part, outputs.clone(), panel);
+            }
             let share = size_of_val(weights) / count;
             let tile = Tile {
                 steps: block.len(),
@@ -241,42 +245,39 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             // step, `sums` a row of `width` for each row, and `activations` all blocks of these rows
             // from this one on.
             unsafe { functions.tiles[rows.len() - 1](tile) }
+            if complete {
+                self.store(task.part, outputs, panel, bytemuck::cast_slice_mut(sums));
+            }
         }
     }
 
-    /// Columns of the output that a panel's sums go to.
-    fn columns(&self, panel: usize) -> Range<usize> {
+    /// Asks for where the outputs of some rows in one panel begin.
+    fn prefetch_outputs(&self, part: usize, rows: Range<usize>, panel: usize) {
         let first = panel * self.shape.panel_columns();
-        first..self.shape.columns().min(first + self.shape.panel_columns())
-    }
-
-    /// Asks for the lines of the output that a panel's sums go to, so that storing them does not wait for memory.
-    fn prefetch_out(&self, task: &Task, panel: usize) {
-        let columns = self.columns(panel);
-        for m in task.rows.clone() {
+        for m in rows {
             // SAFETY: tasks differ in rows or in panels, and parts do not overlap.
-            let out = unsafe { self.parts[task.part].out.columns_shared(m, columns.clone()) };
-            bytemuck::cast_slice(out).chunks(LINE_BYTES).for_each(|line: &[u8]| prefetch(line.as_ptr()));
+            let output = unsafe { self.parts[part].out.columns_shared(m, first..first + 1) };
+            prefetch(output.as_ptr().cast());
         }
     }
 
-    /// Finishes the sums of one panel and stores them.
-    fn store(&self, task: &Task, panel: usize, sums: &mut [f32]) {
+    /// Finishes the sums of some rows in one panel and stores them.
+    fn store(&self, part: usize, rows: Range<usize>, panel: usize, sums: &mut [f32]) {
         let functions = self.shape.functions();
         let width = functions.width();
-        let sums = &mut sums[..task.rows.len() * width];
         if self.shape.gated() {
             // SAFETY: the table exists only where its instructions do.
             unsafe { (functions.swiglu)(sums, functions.lanes) }
         }
-        let columns = self.columns(panel);
-        for (m, sums) in task.rows.clone().zip(sums.chunks_exact_mut(width)) {
+        let first = panel * self.shape.panel_columns();
+        let columns = first..self.shape.columns().min(first + self.shape.panel_columns());
+        for (m, sums) in rows.zip(sums.chunks_exact_mut(width)) {
             let sums = &mut sums[..columns.len()];
             if let Some(bias) = self.bias {
                 sums.iter_mut().zip(&bias[columns.clone()]).for_each(|(sum, bias)| *sum += bias);
             }
             // SAFETY: tasks differ in rows or in panels, and parts do not overlap.
-            let out = unsafe { self.parts[task.part].out.columns_shared(m, columns.clone()) };
+            let out = unsafe { self.parts[part].out.columns_shared(m, columns.clone()) };
             match Y::DTYPE {
                 DType::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(sums),
                 // SAFETY: the table exists only where its instructions do.
