@@ -319,7 +319,7 @@ impl<T: Element> Task<'_, '_, T> {
             weights: right.as_ptr(),
             sums: sums.as_mut_ptr().cast(),
             more,
-            prefetch: Prefetch::NOTHING,
+            prefetch: Prefetch::new(right.as_ptr().cast(), 0, steps),
         };
         // SAFETY: the table exists only where its instructions do; the operands were measured just above.
         unsafe { (self.functions.tiles[rows - 1])(tile) }

@@ -44,6 +44,7 @@ fn products<B: Backend>(bench: &Bench<B>) {
         (FEW, 65, 16, Epilogue::SwiGlu),
         (FEW, 200, 50, Epilogue::SwiGlu),
         (FEW, 331, 17, Epilogue::Store),
+        (FEW, 4402, 3, Epilogue::Store),
         (170, 130, 40, Epilogue::SwiGlu),
         (170, 72, 140, Epilogue::Store),
         (300, 136, 264, Epilogue::Store),

@@ -160,7 +160,9 @@ mod linux {
     #[inline(always)]
     unsafe fn multiply_groups<const ROWS: usize>(shapes: &Shapes, groups: usize, tile: Tile) {
         let lines = (SIDE * tile.prefetch.stride).div_ceil(LINE_BYTES);
-        /// The loop over blocks and over groups of steps in a block, around what one group does.
+        /// The loop over blocks and over groups of steps in a block, around what one group does. Once they have done
+        /// their part, `shapes` is where the fourth stream is and `more` counts the groups left in a block: there are
+        /// not registers enough for names of their own.
         macro_rules! walk {
             ($load:literal, $group:literal, $store:literal) => {
                 asm!(
@@ -231,7 +233,7 @@ mod linux {
                     tdpbf16ps tmm0, tmm4, tmm6
                     tileloadd tmm7, [{weights} + {step} + {tile_width}]
                     tdpbf16ps tmm1, tmm4, tmm7
-                    /* {lower_activations} {lower_sums} */",
+                    # no use for {lower_activations} and {lower_sums}",
                     "tilestored [{sums} + {step}], tmm0
                     tilestored [{sums} + {step} + {tile_width}], tmm1"
                 );

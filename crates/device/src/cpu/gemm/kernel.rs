@@ -95,7 +95,7 @@ pub(crate) const LINE_BYTES: usize = 64;
 pub(crate) struct Tile {
     /// Steps to run.
     pub steps: usize,
-    /// Activations: blocks of `rows` rows of `BLOCK_STRIDE` words, see `pack::ActivationLayout`.
+    /// Activations: blocks of `rows` rows of `BLOCK_STRIDE` words, as `driver::Scratch` lays them out.
     pub activations: *const u32,
     /// Weights: for each step `VECTORS · LANES` words, one a column.
     pub weights: *const u32,
@@ -103,6 +103,7 @@ pub(crate) struct Tile {
     pub sums: *mut f32,
     /// Whether the sums begin at what is there, or at zero.
     pub more: bool,
+    /// What else to bring into L2 meanwhile.
     pub prefetch: Prefetch,
 }
 
@@ -122,9 +123,8 @@ pub(crate) struct Prefetch {
 }
 
 impl Prefetch {
-    pub(crate) const NOTHING: Self = Prefetch { start: std::ptr::null(), apart: 0, stride: 0 };
-
-    /// `bytes` from `start` on, in the course of `steps` steps.
+    /// `bytes` from `start` on, in the course of `steps` steps. Of no bytes, the line at `start` is asked for again and
+    /// again: let it be one in use, since looking for an address that nobody has takes long.
     pub(crate) fn new(start: *const u8, bytes: usize, steps: usize) -> Self {
         let apart = bytes / STREAMS;
         Prefetch { start, apart, stride: apart.div_ceil(steps.max(1)) }

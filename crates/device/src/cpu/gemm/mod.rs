@@ -4,10 +4,10 @@
 //! ranges, each by its own matrix (the experts of a stage, the heads of a projection), or a single one; all
 //! use one micro-kernel.
 //!
-//! **Row invariance.** The bits of an output row depend on that row of `A`, on `W`, on the element
-//! types and on the instruction set, and on nothing else: each output element is one chain of
-//! multiply-adds over `k` in rising order, whatever the number of rows, the position of the row, the
-//! tile it falls into, the number of threads or the grouping.
+//! **Row invariance.** The bits of an output row depend on that row of `A`, on `W`, on the element types and on the
+//! instruction set, and on nothing else: each output element is one chain of multiply-adds over `k` in rising order
+//! (for AMX a chain of sums of sixteen steps each), whatever the number of rows, the position of the row, the tile it
+//! falls into, the number of threads or the grouping.
 
 mod amx;
 mod avx2;
