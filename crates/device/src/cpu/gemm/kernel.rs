@@ -129,6 +129,13 @@ impl Prefetch {
         let apart = bytes / STREAMS;
         Prefetch { start, apart, stride: apart.div_ceil(steps.max(1)) }
     }
+
+    /// Which stream is asked for its next line by line `line` of the `lines` that a step of weights has: each of them in
+    /// turn.
+    #[inline(always)]
+    fn stream(step: usize, line: usize, lines: usize) -> usize {
+        (step * lines + line) % STREAMS
+    }
 }
 
 /// `sums += activations · weights` for `ROWS` rows. Per element the additions are in rising `k`.
@@ -163,7 +170,7 @@ pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
                     if ROWS >= K::ROWS_TO_L1 {
                         K::prefetch_to_l1(soon.wrapping_add(line * LINE_BYTES));
                     }
-                    let stream = (step * lines + line) % STREAMS;
+                    let stream = Prefetch::stream(step, line, lines);
                     K::prefetch_to_l2(ahead.wrapping_add(stream * apart));
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {
@@ -306,3 +313,33 @@ macro_rules! functions {
     };
 }
 pub(crate) use functions;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    /// A block of 2048 steps of 32 columns is 256 KiB. One tile asks for all of it, so its streams begin 64 KiB apart and
+    /// each goes on 32 bytes a step; asked in every second step, it gets one line after the other.
+    #[test]
+    fn streams_of_a_block_worked_example() {
+        let whole = Prefetch::new(std::ptr::null(), 256 << 10, 2048);
+        assert_eq!((whole.apart, whole.stride), (64 << 10, 32));
+        let streams = [0, 1, 2].map(|step| [0, 1].map(|line| Prefetch::stream(step, line, 2)));
+        assert_eq!(streams, [[0, 1], [2, 3], [0, 1]]);
+    }
+
+    #[test]
+    fn every_line_is_asked_for() {
+        for (lines, steps, tiles) in [(2, 2048, 1), (2, 512, 3), (1, 352, 1), (1, 300, 2), (2, 128, 10)] {
+            let bytes = lines * LINE_BYTES * steps / tiles;
+            let Prefetch { apart, stride, .. } = Prefetch::new(std::ptr::null(), bytes, steps);
+            let mut asked = BTreeSet::new();
+            for (step, line) in (0..steps).flat_map(|step| (0..lines).map(move |line| (step, line))) {
+                asked.insert((Prefetch::stream(step, line, lines) * apart + step * stride) / LINE_BYTES);
+            }
+            let missing: Vec<_> = (0..bytes / LINE_BYTES).filter(|line| !asked.contains(line)).collect();
+            assert!(missing.is_empty(), "{lines} lines a step, {steps} steps, {tiles} tiles: {missing:?}");
+        }
+    }
+}
