@@ -12,16 +12,13 @@ use super::gemm::{
 };
 use super::pool::ComputePool;
 use super::prefetch;
-use crate::host::{AttentionViews, Element};
+use crate::host::{AttentionViews, Element, LINE_BYTES};
 use half::bf16;
 use std::cell::RefCell;
 use std::ops::Range;
 
 /// Key positions in a block: what the weighted values wait for in registers, and a block of packed rows.
 pub(super) const KEYS: usize = 64;
-
-/// Bytes in a cache line.
-const LINE: usize = 64;
 
 /// Rows of a task: enough that packing a block of keys is little beside using it.
 const ROWS: usize = 512;
@@ -203,7 +200,7 @@ impl<T: Element> Task<'_, '_, T> {
             let slot = self.views.slot(sequence, position);
             for (rows, width) in [(keys, op.key_width()), (values, op.value_width())] {
                 let row = &rows.row(slot)[self.kv_head * width..][..width];
-                row.chunks(LINE / size_of::<T>()).for_each(|line| prefetch(line.as_ptr().cast()));
+                row.chunks(LINE_BYTES / size_of::<T>()).for_each(|line| prefetch(line.as_ptr().cast()));
             }
         }
     }

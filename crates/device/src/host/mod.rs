@@ -14,7 +14,7 @@ mod weights;
 pub use element::{Element, Plain};
 pub use lanes::panic_text;
 pub use memory::{Fill, Memory, View, ViewMut};
-pub(crate) use pages::{Pages, Piece, Slabs};
+pub(crate) use pages::{LINE_BYTES, Pages, Piece, Slabs};
 pub use rows::AttentionViews;
 pub(crate) use weights::check_sources;
 pub use weights::{Pack, WeightStore};

@@ -49,7 +49,7 @@ impl Pages {
 }
 
 /// Bytes in a cache line, on which every piece begins.
-const LINE: usize = 64;
+pub(crate) const LINE_BYTES: usize = 64;
 
 /// What a [`Slabs`] asks the system for at a time.
 const SLAB: usize = 32 * HUGE;
@@ -81,7 +81,7 @@ impl Slabs {
     /// `len` zeroed bytes, or `None` if the system has no room for them.
     pub(crate) fn cut(&self, len: usize) -> Option<Piece> {
         let mut current = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = len.checked_next_multiple_of(LINE)?;
+        let room = len.checked_next_multiple_of(LINE_BYTES)?;
         let fits = |slab: &Slab| slab.pages.len() - slab.used >= room;
         if !current.as_ref().is_some_and(fits) {
             let pages = Arc::new(Pages::new(room.max(SLAB))?);
@@ -142,7 +142,7 @@ mod tests {
         assert_eq!(pieces[2].as_ptr().addr() - pieces[0].as_ptr().addr(), 128);
         assert_eq!(pieces[3].as_ptr().addr() - pieces[0].as_ptr().addr(), 192);
         for (number, piece) in pieces.iter_mut().enumerate() {
-            assert_eq!(piece.as_ptr().addr() % LINE, 0);
+            assert_eq!(piece.as_ptr().addr() % LINE_BYTES, 0);
             assert!(piece.iter().step_by(61).all(|&byte| byte == 0), "piece {number} is not fresh");
             piece.iter_mut().step_by(61).for_each(|byte| *byte = number as u8 + 1);
         }

@@ -25,7 +25,8 @@ pub(super) fn functions(_: ElementType) -> &'static Functions {
 mod linux {
     use super::{ElementType, Functions};
     use crate::cpu::gemm::avx512;
-    use crate::cpu::gemm::kernel::{BLOCK_STEPS, BLOCK_STRIDE, LINE_BYTES, Tile, VECTORS};
+    use crate::cpu::gemm::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Tile, VECTORS};
+    use crate::host::LINE_BYTES;
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid_count, _xgetbv};
     use std::sync::LazyLock;
@@ -86,7 +87,7 @@ mod linux {
 
     static BF16: Functions = Functions {
         tiles: tiles!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
-        chunk_rows: 256,
+        chunk_rows: 256, // eight full tiles
         spin,
         ..avx512::BF16_DOT
     };

@@ -6,6 +6,7 @@
 
 use super::{ElementType, Isa, amx, avx2, avx512, scalar};
 use crate::cpu::attention::KEYS;
+use crate::host::LINE_BYTES;
 
 /// Vectors side by side in a tile. With 14 rows, 2 vectors of sums a row leave 4 of AVX-512's 32
 /// registers for the weights and the activation; gate and up take one vector each.
@@ -86,9 +87,6 @@ pub(crate) unsafe trait Kernel {
 
 /// Steps from the weights in use to those fetched into L1 meanwhile: 4 KiB for AVX-512.
 const STEPS_TO_L1: usize = 32;
-
-/// Bytes in a cache line.
-pub(crate) const LINE_BYTES: usize = 64;
 
 /// The operands of one call of the micro-kernel, for `rows` rows by `VECTORS · LANES` columns.
 #[derive(Clone, Copy)]
