@@ -313,7 +313,7 @@ impl<T: Element> Task<'_, '_, T> {
         let tile = Tile {
             steps,
             activations: left.as_ptr(),
-            weights: right.as_ptr(),
+            weights: [right.as_ptr(); 2],
             sums: sums.as_mut_ptr().cast(),
             more,
             prefetch: Prefetch::new(right.as_ptr().cast(), 0, steps),

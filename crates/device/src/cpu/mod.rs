@@ -53,6 +53,12 @@ impl CpuKernels {
         }
     }
 
+    /// Floating-point operations a second of products of `dtype` on registers only, in the next 5 ms: at the clock that
+    /// the processor has just now.
+    pub fn peak_now(&self, dtype: DType) -> f64 {
+        gemm::peak::compute_now(&mut self.pool(), self.isa, ElementType::of(dtype))
+    }
+
     fn pool(&self) -> MutexGuard<'_, ComputePool> {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -224,4 +224,16 @@ impl<T: Plain> ViewMut<'_, T> {
             std::slice::from_raw_parts_mut(start, columns.len())
         }
     }
+
+    /// Where some columns of some rows begin, for code that writes a block row by row: from one row to the next it is
+    /// `stride` elements, and as long as no two write the same element, all of the block may be written.
+    pub fn block_shared(&self, rows: Range<usize>, columns: Range<usize>) -> *mut T {
+        assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        assert!(
+            columns.start <= columns.end && columns.end <= self.width,
+            "columns {columns:?} of {}",
+            self.width
+        );
+        self.start.wrapping_add(rows.start * self.stride + columns.start)
+    }
 }

@@ -87,6 +87,7 @@ mod linux {
 
     static BF16: Functions = Functions {
         tiles: tiles!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
+        pairs: &[],
         chunk_rows: 256, // eight full tiles
         spin,
         ..avx512::BF16_DOT
@@ -145,7 +146,7 @@ mod linux {
                 let (blocks, steps) = (whole * SIDE / BLOCK_STEPS, whole * SIDE % BLOCK_STEPS);
                 let rest_of_it = Tile {
                     activations: tile.activations.add(blocks * ROWS * BLOCK_STRIDE + steps),
-                    weights: tile.weights.byte_add(whole * PANEL_TILE),
+                    weights: tile.weights.map(|weights| weights.wrapping_byte_add(whole * PANEL_TILE)),
                     more: tile.more || whole > 0,
                     ..tile
                 };
@@ -200,7 +201,7 @@ mod linux {
                     shapes = inout(reg) shapes => _,
                     more = inout(reg) u32::from(tile.more) => _,
                     groups = inout(reg) groups => _,
-                    weights = inout(reg) tile.weights => _,
+                    weights = inout(reg) tile.weights[0] => _,
                     activations = inout(reg) tile.activations => _,
                     sums = in(reg) tile.sums,
                     row = in(reg) ACTIVATION_STRIDE,

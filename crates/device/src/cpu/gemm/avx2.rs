@@ -33,8 +33,8 @@ mod x86 {
         }
     }
 
-    functions!(F32, F32Kernel, "avx2,fma", rows: 1 2 3 4 5 6);
-    functions!(BF16, Bf16Kernel, "avx2,fma", rows: 1 2 3 4 5);
+    functions!(F32, F32Kernel, "avx2,fma", rows: 1 2 3 4 5 6, of pairs: 1 2);
+    functions!(BF16, Bf16Kernel, "avx2,fma", rows: 1 2 3 4 5, of pairs: 1);
 
     /// f32 × f32.
     struct F32Kernel;
@@ -47,6 +47,7 @@ mod x86 {
             type Sums = __m256;
             const LANES: usize = 8;
             const ROWS_TO_L1: usize = 3;
+            const ROWS_TO_UNROLL: usize = 5;
 
             #[inline(always)]
             unsafe fn zero_sums() -> __m256 {

@@ -44,11 +44,11 @@ mod x86 {
     }
 
     functions!(F32, F32Kernel, "avx512f,avx512bw,avx512vl,avx512dq",
-        rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+        rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14, of pairs: 1 2 3 4 5);
     functions!(BF16_DOT, Bf16DotKernel, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16",
-        rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+        rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14, of pairs: 1 2 3 4 5);
     functions!(BF16_WIDENED, Bf16WidenedKernel, "avx512f,avx512bw,avx512vl,avx512dq",
-        rows: 1 2 3 4 5 6 7 8 9 10 11 12);
+        rows: 1 2 3 4 5 6 7 8 9 10 11 12, of pairs: 1 2 3 4 5);
 
     /// f32 × f32.
     struct F32Kernel;
@@ -63,6 +63,7 @@ mod x86 {
             type Sums = __m512;
             const LANES: usize = 16;
             const ROWS_TO_L1: usize = 4;
+            const ROWS_TO_UNROLL: usize = 9;
 
             #[inline(always)]
             unsafe fn zero_sums() -> __m512 {

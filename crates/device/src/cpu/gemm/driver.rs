@@ -6,11 +6,12 @@
 //! and meanwhile the block that follows is prefetched, so that each weight comes from memory once a
 //! chunk, in the background.
 
+use super::epilogue::Finish;
 use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Prefetch, Tile};
 use super::pack::{AlignedWords, ElementType, PackedMatrix, bytes_to_words};
 use crate::cpu::pool::{Claims, ComputePool};
 use crate::cpu::prefetch;
-use crate::host::{Element, GemmViews};
+use crate::host::{Element, GemmViews, LINE_BYTES};
 use epsmoe_base::DType;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -19,8 +20,9 @@ use std::ops::Range;
 /// longer K the sums wait in f32, which is exact.
 const PANEL_BLOCK_STEPS: usize = 16 * BLOCK_STEPS;
 
-/// Packed activations of a chunk, in words: 1 MiB, so that they stay in an L2 cache or nearly so.
-const CHUNK_WORDS: usize = 1 << 18;
+/// Packed activations of a chunk, in words: half a MiB. An L2 cache has room for more, but does not forget what was used
+/// longest ago first: with a MiB and two blocks of weights, a cache of 2 MiB has already lost some of it.
+const CHUNK_WORDS: usize = 1 << 17;
 
 /// Tasks a thread should get, so that threads finish at about the same time.
 const TASKS_PER_THREAD: usize = 32;
@@ -50,6 +52,8 @@ pub(crate) fn multiply<X: Element, Y: Element>(
 struct Chunk {
     part: usize,
     rows: Range<usize>,
+    /// Panels that a kernel takes at once: 2 where the rows are so few that reading weights is all that counts.
+    at_once: usize,
     first_task: usize,
     tasks: usize,
 }
@@ -67,13 +71,37 @@ struct Task {
     part: usize,
     rows: Range<usize>,
     panels: Range<usize>,
+    at_once: usize,
+}
+
+/// One panel, or two that are `apart` panels apart, which a kernel takes at once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct PanelGroup {
+    first: usize,
+    apart: usize,
+    count: usize,
+}
+
+impl PanelGroup {
+    fn panels(self) -> impl Iterator<Item = usize> {
+        (0..self.count).map(move |index| self.first + index * self.apart)
+    }
+
+    /// All of `panels` in groups of one or, but for the last of an odd number, of two. Each half of them then is one stream
+    /// of weights, in which a panel is followed by its neighbour.
+    fn of(panels: Range<usize>, at_once: usize) -> impl Iterator<Item = PanelGroup> {
+        let pairs = if at_once == 2 { panels.len() / 2 } else { 0 };
+        let paired = (panels.start..panels.start + pairs).map(move |first| (first, pairs, 2));
+        let alone = (panels.start + 2 * pairs..panels.end).map(|first| (first, 0, 1));
+        paired.chain(alone).map(|(first, apart, count)| PanelGroup { first, apart, count })
+    }
 }
 
 impl Plan {
     fn new<X: Element, Y: Element>(parts: &[GemmViews<'_, X, Y, PackedMatrix>], threads: usize) -> Self {
         let shape = parts[0].matrix;
         let panels = shape.panels();
-        let Functions { tiles, chunk_rows, .. } = shape.functions();
+        let Functions { tiles, pairs, chunk_rows, .. } = shape.functions();
         let tile_rows = tiles.len();
         let most_rows = (CHUNK_WORDS / shape.steps().max(1)).min(*chunk_rows);
         let most_tiles = (most_rows / tile_rows).max(1);
@@ -85,14 +113,15 @@ impl Plan {
             for chunk in even_parts(0..tiles, tiles.div_ceil(most_tiles)) {
                 let rows = even_part(rows.clone(), tiles, chunk.start).start
                     ..even_part(rows.clone(), tiles, chunk.end).start;
-                plan.chunks.push(Chunk { part, rows, first_task: 0, tasks: 0 });
+                let at_once = if rows.len() <= pairs.len() { 2 } else { 1 };
+                plan.chunks.push(Chunk { part, rows, at_once, first_task: 0, tasks: 0 });
             }
         }
         let total: usize = plan.chunks.iter().map(|chunk| cost(chunk.rows.len())).sum();
         let task_cost = (total / (threads * TASKS_PER_THREAD)).max(1);
         for chunk in &mut plan.chunks {
             chunk.first_task = plan.tasks;
-            chunk.tasks = cost(chunk.rows.len()).div_ceil(task_cost).min(panels);
+            chunk.tasks = cost(chunk.rows.len()).div_ceil(task_cost).min(panels.div_ceil(chunk.at_once));
             plan.tasks += chunk.tasks;
         }
         plan
@@ -101,11 +130,14 @@ impl Plan {
     fn task(&self, number: usize) -> Task {
         let chunk_index = self.chunks.partition_point(|chunk| chunk.first_task <= number) - 1;
         let chunk = &self.chunks[chunk_index];
+        let at_once = chunk.at_once;
+        let groups = even_part(0..self.panels.div_ceil(at_once), chunk.tasks, number - chunk.first_task);
         Task {
             chunk: chunk_index,
             part: chunk.part,
             rows: chunk.rows.clone(),
-            panels: even_part(0..self.panels, chunk.tasks, number - chunk.first_task),
+            panels: groups.start * at_once..self.panels.min(groups.end * at_once),
+            at_once,
         }
     }
 }
@@ -179,9 +211,12 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         for tile in self.tiles(rows.len()) {
             let tile_words = &mut packed[tile.start * row_words..tile.end * row_words];
             for (index, row) in tile.clone().enumerate() {
-                let row = x.row(rows.start + row);
+                let row = rows.start + row;
+                let (row, next) = (x.row(row), x.row((row + 1).min(rows.end - 1)));
+                let (row, next): (&[u8], &[u8]) = (bytemuck::cast_slice(row), bytemuck::cast_slice(next));
                 let blocks = tile_words.chunks_exact_mut(tile.len() * BLOCK_STRIDE);
-                for (block, bytes) in blocks.zip(bytemuck::cast_slice(row).chunks(per_block)) {
+                for ((block, bytes), soon) in blocks.zip(row.chunks(per_block)).zip(next.chunks(per_block)) {
+                    soon.iter().step_by(LINE_BYTES).for_each(|line| prefetch(line));
                     bytes_to_words(bytes, &mut block[index * BLOCK_STRIDE..][..BLOCK_STEPS]);
                 }
             }
@@ -192,33 +227,36 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let steps = self.shape.steps();
         let width = self.shape.functions().width();
         let matrix = self.parts[task.part].matrix;
-        scratch.sums.grow(task.rows.len() * width);
-        for panel in task.panels.clone() {
+        scratch.sums.grow(2 * task.rows.len() * width);
+        for group in PanelGroup::of(task.panels.clone(), task.at_once) {
             for start in (0..steps).step_by(PANEL_BLOCK_STEPS) {
                 let block = start..steps.min(start + PANEL_BLOCK_STEPS);
-                let last = block.end == steps && panel + 1 == task.panels.end;
+                let last = block.end == steps && group.first + 1 == task.panels.end;
                 let following = match next {
                     Some(next) if last => self.parts[next.part].matrix.panel(next.panels.start).as_ptr(),
-                    _ => matrix.panel(panel).as_ptr().wrapping_add(block.end * width),
+                    _ => matrix.panel(group.first).as_ptr().wrapping_add(block.end * width),
                 };
-                self.multiply_block(task, panel, block, following.cast(), scratch);
+                self.multiply_block(task, group, block, following.cast(), scratch);
             }
         }
     }
 
-    /// Adds one block of a panel to the sums of all tiles, prefetching the block that follows. A tile whose sums will be
-    /// complete asks for its lines of the output, and is stored at once.
+    /// Adds one block of a panel, or of two, to the sums of all tiles, prefetching the block that follows. A tile whose
+    /// sums will be complete asks for its lines of the output, and is stored at once.
     fn multiply_block(
         &self,
         task: &Task,
-        panel: usize,
+        group: PanelGroup,
         block: Range<usize>,
         following: *const u8,
         scratch: &mut Scratch,
     ) {
         let functions = self.shape.functions();
+        let kernels = if group.count == 2 { functions.pairs } else { functions.tiles };
         let width = functions.width();
-        let weights = &self.parts[task.part].matrix.panel(panel)[block.start * width..block.end * width];
+        let matrix = self.parts[task.part].matrix;
+        let [weights, last] = [group.first, group.first + (group.count - 1) * group.apart]
+            .map(|panel| &matrix.panel(panel)[block.start * width..block.end * width]);
         let row_words = self.packed_row_words();
         let tiles = self.tiles(task.rows.len());
         let count = task.rows.len().div_ceil(functions.tiles.len());
@@ -226,27 +264,30 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             let first_block = block.start / BLOCK_STEPS * rows.len() * BLOCK_STRIDE;
             let activations =
                 &scratch.activations[rows.start * row_words..rows.end * row_words][first_block..];
-            let sums = &mut scratch.sums[rows.start * width..rows.end * width];
+            let sums = &mut scratch.sums[rows.start * width..][..group.count * rows.len() * width];
             let outputs = task.rows.start + rows.start..task.rows.start + rows.end;
             let complete = block.end == self.shape.steps();
             if complete {
-                self.prefetch_outputs(task.part, outputs.clone(), panel);
+                group.panels().for_each(|panel| self.prefetch_outputs(task.part, outputs.clone(), panel));
             }
             let share = size_of_val(weights) / count;
             let tile = Tile {
                 steps: block.len(),
                 activations: activations.as_ptr(),
-                weights: weights.as_ptr(),
+                weights: [weights, last].map(<[u32]>::as_ptr),
                 sums: sums.as_mut_ptr().cast(),
                 more: block.start > 0,
                 prefetch: Prefetch::new(following.wrapping_add(index * share), share, block.len()),
             };
-            // SAFETY: the table exists only where its instructions do; `weights` has `width` words a
-            // step, `sums` a row of `width` for each row, and `activations` all blocks of these rows
+            // SAFETY: the table exists only where its instructions do; the weights of each panel have `width` words a
+            // step, `sums` a row of `width` for each panel and row, and `activations` all blocks of these rows
             // from this one on.
-            unsafe { functions.tiles[rows.len() - 1](tile) }
+            unsafe { kernels[rows.len() - 1](tile) }
             if complete {
-                self.store(task.part, outputs, panel, bytemuck::cast_slice_mut(sums));
+                let sums = bytemuck::cast_slice(sums).chunks_exact(rows.len() * width);
+                for (panel, sums) in group.panels().zip(sums) {
+                    self.store(task.part, outputs.clone(), panel, sums);
+                }
             }
         }
     }
@@ -262,27 +303,40 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
     }
 
     /// Finishes the sums of some rows in one panel and stores them.
-    fn store(&self, part: usize, rows: Range<usize>, panel: usize, sums: &mut [f32]) {
+    fn store(&self, part: usize, rows: Range<usize>, panel: usize, sums: &[f32]) {
         let functions = self.shape.functions();
-        let width = functions.width();
-        if self.shape.gated() {
-            // SAFETY: the table exists only where its instructions do.
-            unsafe { (functions.swiglu)(sums, functions.lanes) }
-        }
         let first = panel * self.shape.panel_columns();
         let columns = first..self.shape.columns().min(first + self.shape.panel_columns());
-        for (m, sums) in rows.zip(sums.chunks_exact_mut(width)) {
-            let sums = &mut sums[..columns.len()];
-            if let Some(bias) = self.bias {
-                sums.iter_mut().zip(&bias[columns.clone()]).for_each(|(sum, bias)| *sum += bias);
-            }
-            // SAFETY: tasks differ in rows or in panels, and parts do not overlap.
-            let out = unsafe { self.parts[part].out.columns_shared(m, columns.clone()) };
+        let out = &self.parts[part].out;
+        let finish = Finish {
+            sums,
+            gated: self.shape.gated(),
+            bias: self.bias.map(|bias| &bias[columns.clone()]),
+            columns: columns.len(),
+            out: out.block_shared(rows, columns),
+            stride: out.stride,
+        };
+        // SAFETY: the table exists only where its instructions do. The block lies in the view, and nobody else touches
+        // it: tasks differ in rows or in panels, and parts do not overlap. A type has one `DTYPE`.
+        unsafe {
             match Y::DTYPE {
-                DType::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(sums),
-                // SAFETY: the table exists only where its instructions do.
-                _ => unsafe { (functions.round_to_bf16)(sums, bytemuck::cast_slice_mut(out)) },
+                DType::F32 => (functions.store_f32)(&finish.cast()),
+                _ => (functions.store_bf16)(&finish.cast()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Five panels from 8 on, two at once: 8 goes with 10 and 9 with 11, so that one stream reads 8 and 9 and another 10 and
+    /// 11; 12 is left alone.
+    #[test]
+    fn panels_in_pairs_worked_example() {
+        let groups = |at_once| PanelGroup::of(8..13, at_once).map(|group| group.panels().collect::<Vec<_>>());
+        assert_eq!(groups(2).collect::<Vec<_>>(), [vec![8, 10], vec![9, 11], vec![12]]);
+        assert_eq!(groups(1).collect::<Vec<_>>(), [[8], [9], [10], [11], [12]]);
     }
 }

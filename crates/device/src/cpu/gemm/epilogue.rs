@@ -2,17 +2,66 @@
 //! functions that enable wide vectors, so that the compiler vectorises it; every operation is an IEEE
 //! one, so the bits do not depend on the vector width.
 
+use super::kernel::VECTORS;
 use crate::host::Element;
 use half::bf16;
+use std::slice;
 
-/// For each row of `sums` `[rows, 2 · lanes]`, gate in the first half and up in the second, puts
-/// `silu(gate) · up` into the first half.
+/// The sums of a tile and where they go.
+#[derive(Clone, Copy)]
+pub(crate) struct Finish<'a, T> {
+    /// Sums `[rows, 2 · lanes]`.
+    pub sums: &'a [f32],
+    /// Whether the second half of a row is up and the first its gate, so that `silu(gate) · up` is stored.
+    pub gated: bool,
+    /// What is added to the columns that are stored.
+    pub bias: Option<&'a [f32]>,
+    /// Where the first row goes.
+    pub out: *mut T,
+    /// Elements from there to where the next row goes.
+    pub stride: usize,
+    /// Columns that are stored; the others are padding.
+    pub columns: usize,
+}
+
+impl<'a, T> Finish<'a, T> {
+    /// The same with outputs of type `U`, which is `T` by another name.
+    pub(crate) fn cast<U>(self) -> Finish<'a, U> {
+        let Finish { sums, gated, bias, out, stride, columns } = self;
+        Finish { sums, gated, bias, out: out.cast(), stride, columns }
+    }
+}
+
+/// Stores the sums of a tile.
+///
+/// # Safety
+/// At `out`, and `stride` elements on for each further row of the sums, `columns` elements may be written.
 #[inline(always)]
-pub(crate) fn swiglu(sums: &mut [f32], lanes: usize) {
-    for row in sums.chunks_exact_mut(2 * lanes) {
-        let (gates, ups) = row.split_at_mut(lanes);
-        for (gate, up) in gates.iter_mut().zip(ups) {
-            *gate = silu(*gate) * *up;
+pub(crate) unsafe fn store<T: Element, const LANES: usize>(finish: &Finish<'_, T>) {
+    let (vectors, _) = finish.sums.as_chunks::<LANES>();
+    for (row, sums) in vectors.as_chunks::<VECTORS>().0.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        let out = unsafe { slice::from_raw_parts_mut(finish.out.add(row * finish.stride), finish.columns) };
+        for (vector, out) in out.chunks_mut(LANES).enumerate() {
+            let mut values = sums[vector];
+            if finish.gated {
+                let [gates, ups] = sums;
+                for lane in 0..LANES {
+                    values[lane] = silu(gates[lane]) * ups[lane];
+                }
+            }
+            if let Some(bias) = finish.bias {
+                values.iter_mut().zip(&bias[vector * LANES..]).for_each(|(value, bias)| *value += bias);
+            }
+            match <&mut [T; LANES]>::try_from(&mut *out) {
+                Ok(out) => {
+                    for lane in 0..LANES {
+                        out[lane] = T::from_f32(values[lane]);
+                    }
+                }
+                // The last columns of a matrix.
+                Err(_) => out.iter_mut().zip(values).for_each(|(out, value)| *out = T::from_f32(value)),
+            }
         }
     }
 }

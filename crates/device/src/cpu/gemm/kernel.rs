@@ -4,6 +4,7 @@
 //! neighbouring bf16 (`k` even in the low half, `k + 1` in the high half; the missing partner of an
 //! odd K is zero). So the kernels of both types have the same loads and the same loop.
 
+use super::epilogue::Finish;
 use super::{ElementType, Isa, amx, avx2, avx512, scalar};
 use crate::cpu::attention::KEYS;
 use crate::host::LINE_BYTES;
@@ -37,6 +38,10 @@ pub(crate) unsafe trait Kernel {
     /// Tiles of fewer rows do not prefetch into L1: they read weights faster than memory delivers them, and
     /// then the way from L2 is no longer what they wait for.
     const ROWS_TO_L1: usize;
+
+    /// Tiles of fewer rows go on step by step: they wait for memory, which likes its questions evenly spread. From here
+    /// on what counts is that each step has few instructions beside its products.
+    const ROWS_TO_UNROLL: usize;
 
     /// `LANES` sums of nothing.
     ///
@@ -88,16 +93,22 @@ pub(crate) unsafe trait Kernel {
 /// Steps from the weights in use to those fetched into L1 meanwhile: 4 KiB for AVX-512.
 const STEPS_TO_L1: usize = 32;
 
-/// The operands of one call of the micro-kernel, for `rows` rows by `VECTORS · LANES` columns.
+/// Bytes from the weights in use to those fetched meanwhile in a tile of a pair of panels. Less than a page: a processor
+/// looks ahead by itself from where it was asked, but not past a page's end, which this reaches before the weights do.
+const PAIR_AHEAD: usize = 1024;
+
+/// The operands of one call of the micro-kernel, for `rows` rows by `VECTORS · LANES` columns, or twice as many in a pair
+/// of panels.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile {
     /// Steps to run.
     pub steps: usize,
     /// Activations: blocks of `rows` rows of `BLOCK_STRIDE` words, as `driver::Scratch` lays them out.
     pub activations: *const u32,
-    /// Weights: for each step `VECTORS · LANES` words, one a column.
-    pub weights: *const u32,
-    /// Sums `[rows, VECTORS · LANES]`, written at the end.
+    /// Weights of a panel or of a pair of them: for each step `VECTORS · LANES` words, one a column. One panel alone is the
+    /// first.
+    pub weights: [*const u32; 2],
+    /// Sums `[panels, rows, VECTORS · LANES]`, written at the end.
     pub sums: *mut f32,
     /// Whether the sums begin at what is there, or at zero.
     pub more: bool,
@@ -136,58 +147,119 @@ impl Prefetch {
     }
 }
 
-/// `sums += activations · weights` for `ROWS` rows. Per element the additions are in rising `k`.
+/// `sums += activations · weights` for `ROWS` rows and `PANELS` panels, 1 or 2. Per element the additions are in rising `k`.
+///
+/// A pair of panels is for so few rows that reading weights is all that counts: two streams of them, each asked for
+/// shortly before it is used, bring more from memory than one panel while the next is asked for.
 ///
 /// # Safety
 /// The pointers of `tile` are valid for the shapes given at its fields, and the processor supports
 /// the instructions of `K`, which the caller enables.
 #[inline(always)]
-pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize>(tile: Tile) {
+pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize, const PANELS: usize>(tile: Tile) {
     let width = VECTORS * K::LANES;
     let Tile { mut activations, mut weights, prefetch: Prefetch { start: mut ahead, apart, stride }, .. } =
         tile;
-    let lines = (width * size_of::<u32>()).div_ceil(LINE_BYTES);
+    let round = if PANELS > 1 || ROWS >= K::ROWS_TO_UNROLL { STREAMS } else { 1 };
     // SAFETY: all addresses stay inside the operands described at `Tile`: `weights` advances by
     // `width` words `steps` times, `activations` by a whole block after each block, and rows and
     // steps inside a block are below `ROWS` and `BLOCK_STEPS`. Prefetches may go anywhere.
     unsafe {
-        let mut sums: [[K::Sums; VECTORS]; ROWS] = std::array::from_fn(|row| {
-            std::array::from_fn(|vector| match tile.more {
-                true => K::load_sums(tile.sums.add(row * width + vector * K::LANES)),
-                false => K::zero_sums(),
-            })
-        });
+        let mut sums = [[[K::zero_sums(); VECTORS]; ROWS]; PANELS];
+        if tile.more {
+            for (vector, sums) in sums.as_flattened_mut().as_flattened_mut().iter_mut().enumerate() {
+                *sums = K::load_sums(tile.sums.add(vector * K::LANES));
+            }
+        }
         let mut left = tile.steps;
         while left > 0 {
             let steps = left.min(BLOCK_STEPS);
-            for step in 0..steps {
-                let columns: [K::Weights; VECTORS] =
-                    std::array::from_fn(|vector| K::load_weights(weights.add(vector * K::LANES)));
-                let soon = weights.wrapping_add(STEPS_TO_L1 * width).cast::<u8>();
-                for line in 0..lines {
-                    if ROWS >= K::ROWS_TO_L1 {
-                        K::prefetch_to_l1(soon.wrapping_add(line * LINE_BYTES));
+            let whole = steps / round * round;
+            for first in (0..whole).step_by(round) {
+                for turn in 0..round {
+                    for (sums, weights) in sums.iter_mut().zip(weights) {
+                        multiply_step::<K, ROWS>(first + turn, activations, weights, sums);
+                        if PANELS > 1 {
+                            prefetch_in_panel::<K>(weights);
+                        }
                     }
-                    let stream = Prefetch::stream(step, line, lines);
-                    K::prefetch_to_l2(ahead.wrapping_add(stream * apart));
-                }
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let activation = K::load_activation(activations.add(row * BLOCK_STRIDE + step));
-                    for (sums, columns) in sums.iter_mut().zip(columns) {
-                        *sums = K::multiply_add(*sums, activation, columns);
+                    if PANELS == 1 {
+                        // All streams are asked in a round of several steps: which one it is stands in the code.
+                        let turn = if round == 1 { first } else { turn };
+                        prefetch_step::<K, ROWS>(turn, weights[0], ahead, apart);
                     }
+                    weights = weights.map(|weights| weights.wrapping_add(width));
+                    ahead = ahead.wrapping_add(stride);
                 }
-                weights = weights.add(width);
+            }
+            for step in whole..steps {
+                for (sums, weights) in sums.iter_mut().zip(weights) {
+                    multiply_step::<K, ROWS>(step, activations, weights, sums);
+                }
+                weights = weights.map(|weights| weights.wrapping_add(width));
                 ahead = ahead.wrapping_add(stride);
             }
             activations = activations.add(ROWS * BLOCK_STRIDE);
             left -= steps;
         }
-        for (row, sums) in sums.into_iter().enumerate() {
-            for (vector, sums) in sums.into_iter().enumerate() {
-                K::store_sums(tile.sums.add(row * width + vector * K::LANES), sums);
+        for (vector, sums) in sums.as_flattened().as_flattened().iter().enumerate() {
+            K::store_sums(tile.sums.add(vector * K::LANES), *sums);
+        }
+    }
+}
+
+/// Cache lines that one step of weights takes.
+const fn lines_of_a_step<K: Kernel>() -> usize {
+    (VECTORS * K::LANES * size_of::<u32>()).div_ceil(LINE_BYTES)
+}
+
+/// Adds one step of a block to the sums.
+///
+/// # Safety
+/// Like [`multiply_tile`]; `step` is a step of the block at `activations`, whose weights are at `weights`.
+#[inline(always)]
+unsafe fn multiply_step<K: Kernel, const ROWS: usize>(
+    step: usize,
+    activations: *const u32,
+    weights: *const u32,
+    sums: &mut [[K::Sums; VECTORS]; ROWS],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let columns: [K::Weights; VECTORS] =
+            std::array::from_fn(|vector| K::load_weights(weights.add(vector * K::LANES)));
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let activation = K::load_activation(activations.add(row * BLOCK_STRIDE + step));
+            for (sums, columns) in sums.iter_mut().zip(columns) {
+                *sums = K::multiply_add(*sums, activation, columns);
             }
         }
+    }
+}
+
+/// Asks for weights of the same panel that will soon be used.
+#[inline(always)]
+fn prefetch_in_panel<K: Kernel>(weights: *const u32) {
+    for line in 0..lines_of_a_step::<K>() {
+        K::prefetch_to_l1(weights.cast::<u8>().wrapping_add(PAIR_AHEAD + line * LINE_BYTES));
+    }
+}
+
+/// Asks for what a step asks for: weights some steps on in L1, and in L2 the streams whose turn it is.
+#[inline(always)]
+fn prefetch_step<K: Kernel, const ROWS: usize>(
+    turn: usize,
+    weights: *const u32,
+    ahead: *const u8,
+    apart: usize,
+) {
+    let lines = lines_of_a_step::<K>();
+    let soon = weights.wrapping_add(STEPS_TO_L1 * VECTORS * K::LANES).cast::<u8>();
+    for line in 0..lines {
+        if ROWS >= K::ROWS_TO_L1 {
+            K::prefetch_to_l1(soon.wrapping_add(line * LINE_BYTES));
+        }
+        K::prefetch_to_l2(ahead.wrapping_add(Prefetch::stream(turn, line, lines) * apart));
     }
 }
 
@@ -227,11 +299,14 @@ pub(crate) struct Functions {
     pub lanes: usize,
     /// The micro-kernel for 1, 2, … rows.
     pub tiles: &'static [unsafe fn(Tile)],
+    /// The same for pairs of panels, for as few rows as are worth it.
+    pub pairs: &'static [unsafe fn(Tile)],
     /// Rows that share one pass over the weights, at most: enough that the pass takes longer than bringing the weights
     /// from memory, few enough that the rows stay in L2.
     pub chunk_rows: usize,
-    /// See `epilogue::swiglu`.
-    pub swiglu: unsafe fn(&mut [f32], usize),
+    /// See `epilogue::store`, into float32 and bfloat16.
+    pub store_f32: unsafe fn(&Finish<'_, f32>),
+    pub store_bf16: unsafe fn(&Finish<'_, half::bf16>),
     /// See `epilogue::round_to_bf16`.
     pub round_to_bf16: unsafe fn(&[f32], &mut [half::bf16]),
     /// See `attention::soften`.
@@ -264,20 +339,21 @@ impl Functions {
 /// Defines `static $name: Functions`, compiling the generic code for a kernel type with
 /// the given target features, once for each number of rows listed.
 macro_rules! functions {
-    ($name:ident, $kernel:ty, $($feature:literal)?, rows: $($rows:literal)+) => {
+    ($name:ident, $kernel:ty, $($feature:literal)?, rows: $($rows:literal)+, of pairs: $($pairs:literal)*) => {
         pub(in crate::cpu::gemm) static $name: $crate::cpu::gemm::kernel::Functions = {
             use $crate::cpu::gemm::{epilogue, kernel};
 
             const MOST_ROWS: usize = [$($rows),+].len();
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn tile<const ROWS: usize>(tile: kernel::Tile) {
+            unsafe fn tile<const ROWS: usize, const PANELS: usize>(tile: kernel::Tile) {
                 // SAFETY: the caller's promise.
-                unsafe { kernel::multiply_tile::<$kernel, ROWS>(tile) }
+                unsafe { kernel::multiply_tile::<$kernel, ROWS, PANELS>(tile) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn swiglu(sums: &mut [f32], lanes: usize) {
-                epilogue::swiglu(sums, lanes);
+            unsafe fn store<T: $crate::host::Element>(finish: &epilogue::Finish<'_, T>) {
+                // SAFETY: the caller's promise.
+                unsafe { epilogue::store::<T, { <$kernel as kernel::Kernel>::LANES }>(finish) }
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn round_to_bf16(from: &[f32], to: &mut [half::bf16]) {
@@ -300,9 +376,11 @@ macro_rules! functions {
             }
             kernel::Functions {
                 lanes: <$kernel as kernel::Kernel>::LANES,
-                tiles: &[$(tile::<$rows>),+],
+                tiles: &[$(tile::<$rows, 1>),+],
+                pairs: &[$(tile::<$pairs, 2>),*],
                 chunk_rows: 140, // ten full tiles of AVX-512
-                swiglu,
+                store_f32: store::<f32>,
+                store_bf16: store::<half::bf16>,
                 round_to_bf16,
                 soften,
                 spin,

@@ -19,16 +19,31 @@ const ATTEMPTS: usize = 12;
 pub fn compute(pool: &mut ComputePool, isa: Isa, element: ElementType) -> f64 {
     /// Three to four milliseconds for 28 sums, one multiply-add a cycle.
     const ROUNDS: usize = 400_000;
+    best_rate(pool, register_loop(isa, element, ROUNDS))
+}
+
+/// Like [`compute`], but in one run of some 5 ms. Right after other work it runs at the clock which that work has left the
+/// processor, where the best of many runs has the clock of a rested one.
+///
+/// # Panics
+/// If the processor does not support `isa`.
+pub fn compute_now(pool: &mut ComputePool, isa: Isa, element: ElementType) -> f64 {
+    const ROUNDS: usize = 1_000_000;
+    rate(pool, register_loop(isa, element, ROUNDS))
+}
+
+/// A thread's work for [`rate`]: `rounds` rounds of products on registers.
+fn register_loop(isa: Isa, element: ElementType, rounds: usize) -> impl Fn(usize) -> f64 + Sync {
     let functions = Functions::select(isa, element);
     let flops_per_lane = match element {
         ElementType::F32 => 2.0,
         ElementType::Bf16 => 4.0,
     };
-    best_rate(pool, |_| {
+    move |_| {
         // SAFETY: a table exists only where the processor supports its instructions.
-        let multiply_adds = unsafe { (functions.spin)(ROUNDS) };
+        let multiply_adds = unsafe { (functions.spin)(rounds) };
         multiply_adds * flops_per_lane
-    })
+    }
 }
 
 /// Bytes per second that all threads of `pool` together read from memory, each from its own 256 MiB of huge pages in two
@@ -49,23 +64,24 @@ pub fn memory_read(pool: &mut ComputePool) -> f64 {
     })
 }
 
-/// Runs `work(thread)` on all threads at the same time; it returns the amount done. The best sum of
-/// the threads' amounts per second.
+/// The best of some [`rate`]s.
 fn best_rate(pool: &mut ComputePool, work: impl Fn(usize) -> f64 + Sync) -> f64 {
+    (0..ATTEMPTS).map(|_| rate(pool, &work)).fold(0.0, f64::max)
+}
+
+/// Runs `work(thread)` on all threads at the same time; it returns the amount done. The sum of the threads' amounts per
+/// second.
+fn rate(pool: &mut ComputePool, work: impl Fn(usize) -> f64 + Sync) -> f64 {
     let together = Barrier::new(pool.threads());
-    let mut best = 0.0_f64;
-    for _ in 0..ATTEMPTS {
-        let rate = Mutex::new(0.0);
-        pool.run(pool.threads(), |thread| {
-            together.wait();
-            let start = Instant::now();
-            let amount = work(thread);
-            let own_rate = amount / start.elapsed().as_secs_f64();
-            *rate.lock().unwrap_or_else(PoisonError::into_inner) += own_rate;
-        });
-        best = best.max(rate.into_inner().unwrap_or_else(PoisonError::into_inner));
-    }
-    best
+    let rate = Mutex::new(0.0);
+    pool.run(pool.threads(), |thread| {
+        together.wait();
+        let start = Instant::now();
+        let amount = work(thread);
+        let own_rate = amount / start.elapsed().as_secs_f64();
+        *rate.lock().unwrap_or_else(PoisonError::into_inner) += own_rate;
+    });
+    rate.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ pub(super) fn functions(element: ElementType) -> &'static Functions {
     }
 }
 
-functions!(F32, F32Kernel, , rows: 1 2 3 4);
-functions!(BF16, Bf16Kernel, , rows: 1 2 3 4);
+functions!(F32, F32Kernel, , rows: 1 2 3 4, of pairs: );
+functions!(BF16, Bf16Kernel, , rows: 1 2 3 4, of pairs: );
 
 /// f32 × f32.
 struct F32Kernel;
@@ -28,6 +28,7 @@ macro_rules! common {
         type Activation = u32;
         const LANES: usize = LANES;
         const ROWS_TO_L1: usize = usize::MAX;
+        const ROWS_TO_UNROLL: usize = usize::MAX;
 
         #[inline(always)]
         unsafe fn zero_sums() -> [f32; LANES] {
