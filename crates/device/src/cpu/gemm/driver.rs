@@ -4,7 +4,8 @@
 //! a range of panels. Within a task the weights are the slow stream: a block of a panel (at most
 //! `BLOCK_STEPS · n` steps, a quarter of an L2 cache) stays in L2 while all tiles of rows pass over it,
 //! and meanwhile the block that follows is prefetched, so that each weight comes from memory once a
-//! chunk, in the background.
+//! chunk, in the background. Where a chunk has so few rows that the kernels wait for weights all the time,
+//! they take two panels at once and prefetch by themselves.
 
 use super::epilogue::Finish;
 use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Prefetch, Tile};
@@ -215,6 +216,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
                 let (row, next) = (x.row(row), x.row((row + 1).min(rows.end - 1)));
                 let (row, next): (&[u8], &[u8]) = (bytemuck::cast_slice(row), bytemuck::cast_slice(next));
                 let blocks = tile_words.chunks_exact_mut(tile.len() * BLOCK_STRIDE);
+                // The next row is on its way meanwhile: a processor does not look past the end of a row.
                 for ((block, bytes), soon) in blocks.zip(row.chunks(per_block)).zip(next.chunks(per_block)) {
                     soon.iter().step_by(LINE_BYTES).for_each(|line| prefetch(line));
                     bytes_to_words(bytes, &mut block[index * BLOCK_STRIDE..][..BLOCK_STEPS]);
