@@ -1,7 +1,7 @@
 //! The memory of a host processor, and typed views of it for the work that runs on its lanes.
 
 use super::element::Plain;
-use super::pages::Pages;
+use super::pages::{Piece, Slabs};
 use crate::{AllocationId, Buffer, DeviceError};
 use epsmoe_base::{Bytes, DType};
 use half::bf16;
@@ -19,14 +19,6 @@ pub enum Fill {
     Poison,
 }
 
-fn fresh(bytes: usize, fill: Fill) -> Option<Arc<Pages>> {
-    let mut pages = Pages::new(bytes)?;
-    if fill == Fill::Poison {
-        pages.fill(0xff);
-    }
-    Some(Arc::new(pages))
-}
-
 /// Every allocation of one rank.
 ///
 /// Views are handed out only to work that passed [`Hazards`](crate::hazard::Hazards): lane order or an event
@@ -34,13 +26,23 @@ fn fresh(bytes: usize, fill: Fill) -> Option<Arc<Pages>> {
 /// reads nor touches what it writes, although no borrow says so.
 #[derive(Clone)]
 pub struct Memory {
-    regions: Arc<RwLock<Vec<Arc<Pages>>>>,
+    regions: Arc<RwLock<Vec<Piece>>>,
+    /// Where they lie: side by side in huge pages, since each operation touches several of them, most of them small.
+    slabs: Arc<Slabs>,
     fill: Fill,
 }
 
 impl Memory {
     pub(super) fn new(fill: Fill) -> Self {
-        Memory { regions: Arc::default(), fill }
+        Memory { regions: Arc::default(), slabs: Arc::default(), fill }
+    }
+
+    fn fresh(&self, bytes: usize) -> Option<Piece> {
+        let mut piece = self.slabs.cut(bytes)?;
+        if self.fill == Fill::Poison {
+            piece.fill(0xff);
+        }
+        Some(piece)
     }
 
     pub(super) fn allocate(
@@ -51,12 +53,11 @@ impl Memory {
         width: usize,
     ) -> Result<Buffer, DeviceError> {
         let bytes = rows.checked_mul(width).and_then(|elements| elements.checked_mul(dtype.bytes()));
-        let region =
-            bytes.and_then(|bytes| fresh(bytes, self.fill)).ok_or_else(|| DeviceError::OutOfMemory {
-                name: format!("{name} [{rows}, {width}] {dtype}"),
-                needed: Bytes(bytes.unwrap_or(usize::MAX) as u64),
-                mend: "lower --max-num-batched-tokens or --max-model-len",
-            })?;
+        let region = bytes.and_then(|bytes| self.fresh(bytes)).ok_or_else(|| DeviceError::OutOfMemory {
+            name: format!("{name} [{rows}, {width}] {dtype}"),
+            needed: Bytes(bytes.unwrap_or(usize::MAX) as u64),
+            mend: "lower --max-num-batched-tokens or --max-model-len",
+        })?;
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         regions.push(region);
         let allocation = AllocationId((regions.len() - 1) as u32);

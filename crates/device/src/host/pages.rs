@@ -13,6 +13,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bytes of a huge page.
 const HUGE: usize = 2 << 20;
 
+/// Bytes that are given a huge page although they leave most of it unused: many enough that a pass over them would
+/// otherwise push other addresses out of the address cache.
+const WORTH_A_HUGE_PAGE: usize = HUGE / 16;
+
 /// Zeroed bytes of the process's own from their first use on: room for the worst case costs only what is used.
 pub(crate) struct Pages {
     start: NonNull<u8>,
@@ -27,14 +31,17 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    /// `len` bytes, or `None` if the system has no room for them. From one huge page on they begin on a huge page.
+    /// `len` bytes, or `None` if the system has no room for them. From [`WORTH_A_HUGE_PAGE`] on they have huge pages to
+    /// themselves.
     pub(crate) fn new(len: usize) -> Option<Self> {
-        let slack = if len >= HUGE { HUGE } else { 0 };
-        let mut mapping = MmapMut::map_anon(len.max(1).checked_add(slack)?).ok()?;
+        let huge = len >= WORTH_A_HUGE_PAGE;
+        // A mapping begins anywhere: one huge page more than needed has the needed ones in it whole.
+        let mapped = if huge { len.checked_next_multiple_of(HUGE)?.checked_add(HUGE)? } else { len.max(1) };
+        let mut mapping = MmapMut::map_anon(mapped).ok()?;
         let address = mapping.as_ptr().addr();
-        let skipped = if slack == 0 { 0 } else { address.next_multiple_of(HUGE) - address };
+        let skipped = if huge { address.next_multiple_of(HUGE) - address } else { 0 };
         #[cfg(target_os = "linux")]
-        if slack > 0 {
+        if huge {
             // Only a hint: without huge pages everything works, more slowly.
             let _ = mapping.advise(memmap2::Advice::HugePage);
         }
@@ -76,6 +83,13 @@ pub(crate) struct Piece {
 unsafe impl Send for Piece {}
 // SAFETY: as above.
 unsafe impl Sync for Piece {}
+
+impl Piece {
+    /// See [`Pages::start`].
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+}
 
 impl Slabs {
     /// `len` zeroed bytes, or `None` if the system has no room for them.
@@ -123,7 +137,7 @@ mod tests {
 
     #[test]
     fn large_memory_begins_on_a_huge_page() {
-        for len in [HUGE, HUGE + 1, 5 * HUGE - 3] {
+        for len in [WORTH_A_HUGE_PAGE, HUGE, HUGE + 1, 5 * HUGE - 3] {
             let pages = Pages::new(len).expect("some megabytes");
             assert_eq!(pages.start().addr().get() % HUGE, 0);
             assert_eq!(pages.len(), len);
