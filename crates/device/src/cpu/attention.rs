@@ -370,26 +370,37 @@ pub(super) fn soften(
         return 1.0;
     }
     let sees = |key: usize| key as u32 >= visible.start as u32 && (key as u32) < visible.end as u32;
-    for (key, score) in scores.iter_mut().enumerate() {
+    // Chunks that the row sees nothing of would leave the largest score and the sum as they are.
+    let (seen, unseen) = scores.as_chunks_mut::<LANES>().0.split_at_mut(visible.end.div_ceil(LANES));
+    unseen.as_flattened_mut().fill(0.0);
+    for (key, score) in seen.as_flattened_mut().iter_mut().enumerate() {
         *score = if sees(key) { *score * scale } else { f32::NEG_INFINITY };
     }
     let before = *most;
-    *most = fold(scores, f32::NEG_INFINITY, f32::max).max(before);
-    for (key, score) in scores.iter_mut().enumerate() {
+    *most = fold(seen, f32::NEG_INFINITY, larger).max(before);
+    for (key, score) in seen.as_flattened_mut().iter_mut().enumerate() {
         let power = exp(*score - *most);
         *score = if sees(key) { power } else { 0.0 };
     }
     let factor = if before == f32::NEG_INFINITY { 0.0 } else { exp(before - *most) };
-    *total = *total * factor + fold(scores, 0.0, |a, b| a + b);
+    *total = *total * factor + fold(seen, 0.0, |a, b| a + b);
     factor
 }
 
-/// All of `values`, lane by lane, then the lanes in halves.
+/// The larger number; of a NaN and a number, the number. One instruction, which `f32::max` is not.
 #[inline(always)]
-fn fold(values: &[f32; KEYS], neutral: f32, join: impl Fn(f32, f32) -> f32) -> f32 {
+fn larger(most: f32, value: f32) -> f32 {
+    if value > most { value } else { most }
+}
+
+/// All of `chunks`, lane by lane, then the lanes in halves.
+#[inline(always)]
+fn fold(chunks: &[[f32; LANES]], neutral: f32, join: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [neutral; LANES];
-    for values in values.chunks_exact(LANES) {
-        lanes.iter_mut().zip(values).for_each(|(lane, value)| *lane = join(*lane, *value));
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] = join(lanes[lane], chunk[lane]);
+        }
     }
     let mut half = LANES / 2;
     while half > 0 {

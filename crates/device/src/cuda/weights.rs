@@ -190,7 +190,7 @@ fn copy_now(stream: &Stream, copy: &Copy2d) -> Result<(), CudaError> {
 /// The first `elements` numbers of a tensor in another format.
 fn convert(tensor: &TensorBytes<'_>, elements: usize, dtype: DType) -> Vec<u8> {
     let mut wide = vec![0.0f32; elements];
-    tensor.widen(0, &mut wide);
+    tensor.convert(0, &mut wide);
     match dtype {
         DType::BF16 => wide.into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
         _ => wide.into_iter().flat_map(f32::to_le_bytes).collect(),

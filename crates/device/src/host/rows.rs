@@ -8,6 +8,9 @@ use crate::op::{
 };
 use std::cmp::Ordering;
 
+/// Bytes of a task: few enough that it is short, enough that claiming it costs nothing beside it.
+const BLOCK: usize = 32 << 10;
+
 /// What an operation needs to run.
 pub(super) struct Rows<'a, K: Kernels> {
     pub(super) kernels: &'a K,
@@ -64,9 +67,17 @@ impl<'a, K: Kernels> Rows<'a, K> {
 
     /// Calls `each(m, row m)` for every row of `out`, rows shared among the lane's threads.
     fn for_rows<T: Plain>(&self, out: &ViewMut<'_, T>, each: impl Fn(usize, &mut [T]) + Sync) {
-        /// Few enough bytes that a task is short, enough that claiming it costs nothing beside it.
-        const BLOCK: usize = 32 << 10;
-        let rows = (BLOCK / (out.width * size_of::<T>()).max(1)).max(1);
+        self.for_rows_from(out, out.width * size_of::<T>(), each);
+    }
+
+    /// The same where a row is made from `bytes` that say better than its own how long it takes.
+    fn for_rows_from<T: Plain>(
+        &self,
+        out: &ViewMut<'_, T>,
+        bytes: usize,
+        each: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        let rows = (BLOCK / bytes.max(1)).max(1);
         self.kernels.parallel(out.rows.div_ceil(rows), &|block| {
             for m in block * rows..((block + 1) * rows).min(out.rows) {
                 // SAFETY: each row belongs to one block, and each block is run once.
@@ -95,13 +106,11 @@ impl<'a, K: Kernels> Rows<'a, K> {
     pub(super) fn embed<T: Element>(&self, op: &Embed) -> Result<(), String> {
         let table = self.weights.table(&op.table)?;
         let vocabulary = op.table.shape.sources().1[0];
-        let (ids, mut out) = (self.view::<u32>(&op.ids), self.view_mut::<T>(&op.out));
-        let mut wide = vec![0.0; out.width];
-        for t in 0..out.rows {
-            let id = in_range("token id", ids.at(t), vocabulary)?;
-            table.row(id, &mut wide);
-            out.row(t).iter_mut().zip(&wide).for_each(|(out, &value)| *out = T::from_f32(value));
+        let (ids, out) = (self.view::<u32>(&op.ids), self.view_mut::<T>(&op.out));
+        for row in ids.iter() {
+            in_range("token id", row[0], vocabulary)?;
         }
+        self.for_rows(&out, |t, out| table.row(ids.at(t) as usize, out));
         Ok(())
     }
 
@@ -159,12 +168,21 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     pub(super) fn store<T: Element>(&self, op: &StoreRows) -> Result<(), String> {
-        let (x, slots, mut cache) =
-            (self.view::<T>(&op.x), self.view(&op.slots), self.view_mut::<T>(&op.cache));
-        for t in 0..x.rows {
-            let slot = in_range("cache slot", slots.at(t), cache.rows)?;
-            cache.row(slot).copy_from_slice(x.row(t));
+        let (x, slots, cache) =
+            (self.view::<T>(&op.x), self.view::<u32>(&op.slots), self.view_mut::<T>(&op.cache));
+        for slot in slots.iter() {
+            in_range("cache slot", slot[0], cache.rows)?;
         }
+        // Threads share the columns, not the rows: two tokens may name one slot, and the later one's row stays.
+        let parts = (x.rows * x.width * size_of::<T>() / BLOCK).clamp(1, x.width.max(1));
+        self.kernels.parallel(parts, &|part| {
+            let columns = x.width * part / parts..x.width * (part + 1) / parts;
+            for t in 0..x.rows {
+                // SAFETY: each column belongs to one part, and each part is run once.
+                let stored = unsafe { cache.columns_shared(slots.at(t) as usize, columns.clone()) };
+                stored.copy_from_slice(&x.row(t)[columns.clone()]);
+            }
+        });
         Ok(())
     }
 
@@ -188,12 +206,13 @@ impl<'a, K: Kernels> Rows<'a, K> {
 
     pub(super) fn route(&self, op: &Route) -> Result<(), String> {
         let logits = self.view::<f32>(&op.logits);
-        let (mut experts, mut weights) =
-            (self.view_mut::<u32>(&op.experts), self.view_mut::<f32>(&op.weights));
+        let (experts, weights) = (self.view_mut::<u32>(&op.experts), self.view_mut::<f32>(&op.weights));
         let bias = op.bias.as_ref().map(|bias| self.weights.vector(bias)).transpose()?;
-        for t in 0..logits.rows {
-            choose(&op.gate, logits.row(t), bias.as_deref(), experts.row(t), weights.row(t));
-        }
+        self.for_rows_from(&experts, logits.width * size_of::<f32>(), |t, experts| {
+            // SAFETY: each row is asked for once.
+            let weights = unsafe { weights.row_shared(t) };
+            choose(&op.gate, logits.row(t), bias.as_deref(), experts, weights);
+        });
         Ok(())
     }
 

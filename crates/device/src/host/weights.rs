@@ -1,6 +1,6 @@
 //! The weights of a process: loaded once, shared by all its ranks.
 
-use super::{Kernels, out_of_memory};
+use super::{Element, Kernels, Pages, out_of_memory};
 use crate::{DeviceError, TensorBytes, Weight, WeightShape};
 use epsmoe_base::DType;
 use half::{bf16, f16};
@@ -20,21 +20,25 @@ pub struct Pack<'a> {
 }
 
 impl TensorBytes<'_> {
-    /// Writes elements `start..start + out.len()` as float32.
-    pub fn widen(&self, start: usize, out: &mut [f32]) {
+    /// Writes elements `start..start + out.len()`, each the nearest number of `T`.
+    pub fn convert<T: Element>(&self, start: usize, out: &mut [T]) {
         let bytes = &self.bytes[start * self.dtype.bytes()..][..out.len() * self.dtype.bytes()];
         let pairs = bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
         match self.dtype {
             DType::F32 | DType::U32 => {
                 for (out, word) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *out = f32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+                    *out = T::from_f32(f32::from_le_bytes([word[0], word[1], word[2], word[3]]));
                 }
             }
             DType::BF16 => {
-                out.iter_mut().zip(pairs).for_each(|(out, pair)| *out = bf16::from_le_bytes(pair).to_f32())
+                for (out, pair) in out.iter_mut().zip(pairs) {
+                    *out = T::from_f32(bf16::from_le_bytes(pair).to_f32());
+                }
             }
             DType::F16 => {
-                out.iter_mut().zip(pairs).for_each(|(out, pair)| *out = f16::from_le_bytes(pair).to_f32())
+                for (out, pair) in out.iter_mut().zip(pairs) {
+                    *out = T::from_f32(f16::from_le_bytes(pair).to_f32());
+                }
             }
         }
     }
@@ -44,13 +48,13 @@ impl TensorBytes<'_> {
 pub(super) struct Table {
     dtype: DType,
     width: usize,
-    bytes: Vec<u8>,
+    bytes: Pages,
 }
 
 impl Table {
-    /// Writes row `row` as float32.
-    pub(super) fn row(&self, row: usize, out: &mut [f32]) {
-        TensorBytes { dtype: self.dtype, bytes: &self.bytes }.widen(row * self.width, out);
+    /// Writes row `row`.
+    pub(super) fn row<T: Element>(&self, row: usize, out: &mut [T]) {
+        TensorBytes { dtype: self.dtype, bytes: &self.bytes }.convert(row * self.width, out);
     }
 }
 
@@ -94,12 +98,15 @@ impl<M> WeightStore<M> {
             }
             WeightShape::Vector { n } => {
                 let mut vector = vec![0.0; n];
-                tensors[0].widen(0, &mut vector);
+                tensors[0].convert(0, &mut vector);
                 Held::Vector(vector.into())
             }
             WeightShape::Table { width, .. } => {
                 let TensorBytes { dtype, bytes } = tensors[0];
-                Held::Table(Arc::new(Table { dtype, width, bytes: bytes.to_vec() }))
+                let mut pages =
+                    Pages::new(bytes.len()).ok_or_else(|| out_of_memory(name, bytes.len() as u64))?;
+                pages.copy_from_slice(bytes);
+                Held::Table(Arc::new(Table { dtype, width, bytes: pages }))
             }
         };
         let mut inner = self.0.write().unwrap_or_else(PoisonError::into_inner);

@@ -36,7 +36,7 @@ impl Kernels for PlainKernels {
         let size = pack.n * pack.k;
         let mut rows = vec![0.0; size * pack.tensors.len()];
         for (tensor, rows) in pack.tensors.iter().zip(rows.chunks_exact_mut(size.max(1))) {
-            tensor.widen(0, rows);
+            tensor.convert(0, rows);
         }
         if pack.dtype == DType::BF16 {
             rows.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
