@@ -173,8 +173,11 @@ impl<'a, K: Kernels> Rows<'a, K> {
         for slot in slots.iter() {
             in_range("cache slot", slot[0], cache.rows)?;
         }
+        /// Bytes of a row that a thread stores at once, so that threads do not write to the same cache lines.
+        const PIECE: usize = 256;
         // Threads share the columns, not the rows: two tokens may name one slot, and the later one's row stays.
-        let parts = (x.rows * x.width * size_of::<T>() / BLOCK).clamp(1, x.width.max(1));
+        let row_bytes = x.width * size_of::<T>();
+        let parts = (x.rows * row_bytes / BLOCK).min(row_bytes / PIECE).max(1);
         self.kernels.parallel(parts, &|part| {
             let columns = x.width * part / parts..x.width * (part + 1) / parts;
             for t in 0..x.rows {
@@ -270,6 +273,9 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     pub(super) fn reduce<X: Element, Y: Element>(&self, op: &Reduce) -> Result<(), String> {
+        /// Columns that are summed at a time: the rows of a token's terms are read side by side, which memory likes better
+        /// than one after the other.
+        const PIECE: usize = 128;
         let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
         let (starts, index) = (self.view::<u32>(&op.starts), self.view::<u32>(&op.index));
         let weights = op.weights.as_ref().map(|weights| self.view::<f32>(weights));
@@ -287,16 +293,23 @@ impl<'a, K: Kernels> Rows<'a, K> {
             in_range("row", index.at(term), x.rows)?;
         }
         self.for_rows(&out, |m, out| {
-            let mut total = vec![0.0f32; out.len()];
-            for term in starts.at(m) as usize..starts.at(m + 1) as usize {
-                let weight = weights.map_or(1.0, |weights| weights.at(term));
-                let x = x.row(index.at(term) as usize);
-                total.iter_mut().zip(x).for_each(|(total, x)| *total += weight * x.to_f32());
+            let terms = starts.at(m) as usize..starts.at(m + 1) as usize;
+            let mut first = 0;
+            for out in out.chunks_mut(PIECE) {
+                let columns = first..first + out.len();
+                first = columns.end;
+                let mut total = [0.0f32; PIECE];
+                for term in terms.clone() {
+                    let weight = weights.map_or(1.0, |weights| weights.at(term));
+                    let x = &x.row(index.at(term) as usize)[columns.clone()];
+                    total.iter_mut().zip(x).for_each(|(total, x)| *total += weight * x.to_f32());
+                }
+                if let Some(addend) = &addend {
+                    let addend = &addend.row(m)[columns];
+                    total.iter_mut().zip(addend).for_each(|(total, x)| *total += x.to_f32());
+                }
+                out.iter_mut().zip(total).for_each(|(out, total)| *out = Y::from_f32(total));
             }
-            if let Some(addend) = &addend {
-                total.iter_mut().zip(addend.row(m)).for_each(|(total, x)| *total += x.to_f32());
-            }
-            out.iter_mut().zip(&total).for_each(|(out, &total)| *out = Y::from_f32(total));
         });
         Ok(())
     }
