@@ -175,7 +175,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         }
         /// Bytes of a row that a thread stores at once, so that threads do not write to the same cache lines.
         const PIECE: usize = 256;
-        // Threads share the columns, not the rows: two tokens may name one slot, and the later one's row stays.
+        // Threads share the columns, not the rows: no two write to one place, even if two tokens should name one slot.
         let row_bytes = x.width * size_of::<T>();
         let parts = (x.rows * row_bytes / BLOCK).min(row_bytes / PIECE).max(1);
         self.kernels.parallel(parts, &|part| {

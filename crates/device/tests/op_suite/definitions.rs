@@ -5,8 +5,9 @@ use epsmoe_base::{DType, Rank};
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, WeightShape};
 
-/// `[rows, width]` that row operations are tried on: nothing, one, odd, more than a vector register.
-const SIZES: [(usize, usize); 7] = [(0, 5), (1, 1), (3, 7), (5, 33), (17, 64), (2, 130), (70, 3)];
+/// `[rows, width]` that row operations are tried on: nothing, one, odd, more than a vector register, enough for several
+/// threads.
+const SIZES: [(usize, usize); 8] = [(0, 5), (1, 1), (3, 7), (5, 33), (17, 64), (2, 130), (70, 3), (90, 605)];
 
 pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     for (rows, width) in SIZES {
@@ -545,7 +546,7 @@ fn routes<B: Backend>(bench: &Bench<B>) {
         (1, 1, 1, no_limit),
         (9, 5, 5, no_limit),
         (20, 64, 6, no_limit),
-        (20, 257, 8, no_limit),
+        (90, 257, 8, no_limit),
         (20, 16, 3, limit(4, 2, GroupScore::Max)),
         (20, 16, 4, limit(4, 1, GroupScore::Max)),
         (20, 24, 6, limit(8, 4, GroupScore::TopTwoSum)),
