@@ -11,8 +11,8 @@ use super::gemm::{
     AlignedWords, BLOCK_STEPS, BLOCK_STRIDE, ElementType, Functions, Isa, Prefetch, Tile, bytes_to_words, exp,
 };
 use super::pool::ComputePool;
-use super::prefetch;
-use crate::host::{AttentionViews, Element, LINE_BYTES};
+use super::prefetch_all;
+use crate::host::{AttentionViews, Element};
 use half::bf16;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -199,8 +199,7 @@ impl<T: Element> Task<'_, '_, T> {
         for position in positions {
             let slot = self.views.slot(sequence, position);
             for (rows, width) in [(keys, op.key_width()), (values, op.value_width())] {
-                let row = &rows.row(slot)[self.kv_head * width..][..width];
-                row.chunks(LINE_BYTES / size_of::<T>()).for_each(|line| prefetch(line.as_ptr().cast()));
+                prefetch_all(&rows.row(slot)[self.kv_head * width..][..width]);
             }
         }
     }

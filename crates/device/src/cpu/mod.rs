@@ -8,11 +8,12 @@ pub mod gemm;
 mod pool;
 
 use crate::TensorBytes;
-use crate::host::{AttentionViews, Element, GemmViews, HostBackend, Kernels, Pack, Slabs};
+use crate::host::{AttentionViews, Element, GemmViews, HostBackend, Kernels, LINE_BYTES, Pack, Slabs};
 use crate::op::Epilogue;
 use epsmoe_base::DType;
 use gemm::{ElementType, Isa, PackedMatrix, SourceRow};
 use pool::ComputePool;
+use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The CPU as a host processor.
@@ -120,6 +121,15 @@ fn prefetch(address: *const u8) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
+}
+
+/// Asks for the cache lines of `values`.
+#[inline(always)]
+fn prefetch_all<T>(values: &[T]) {
+    values
+        .iter()
+        .step_by(LINE_BYTES / size_of::<T>())
+        .for_each(|value| prefetch(ptr::from_ref(value).cast()));
 }
 
 fn source_row<'a>(tensor: &TensorBytes<'a>, row: usize, k: usize) -> SourceRow<'a> {

@@ -26,6 +26,7 @@ use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Pla
 use half::bf16;
 use lanes::{Lanes, Work};
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -402,6 +403,12 @@ fn typed_gemm<K: Kernels, X: Element, Y: Element>(
     let bias = bias.map(|bias| weights.vector(bias)).transpose()?;
     kernels.gemm(&mut parts, epilogue, bias.as_deref());
     Ok(())
+}
+
+/// Part `index` of `range` cut into `parts` parts whose lengths differ by at most one.
+pub(crate) fn even_part(range: Range<usize>, parts: usize, index: usize) -> Range<usize> {
+    let cut = |index| range.start + range.len() * index / parts;
+    cut(index)..cut(index + 1)
 }
 
 /// Refuses to hold what the machine's memory cannot.

@@ -1,7 +1,7 @@
 //! The operations that are the same plain loops on every host processor, row by row.
 
 use super::element::{Element, Plain};
-use super::{Kernels, Memory, View, ViewMut, WeightStore};
+use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::op::{
     Add, Angles, ArgMax, Attention, Clamp, Copy, Embed, Gate, GateRows, Gather, GroupLimit, GroupScore, Norm,
     NormKind, Permute, Reduce, RopeStyle, Rotate, Route, Score, StoreRows, Upload,
@@ -107,9 +107,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         let table = self.weights.table(&op.table)?;
         let vocabulary = op.table.shape.sources().1[0];
         let (ids, out) = (self.view::<u32>(&op.ids), self.view_mut::<T>(&op.out));
-        for row in ids.iter() {
-            in_range("token id", row[0], vocabulary)?;
-        }
+        all_in_range("token id", &ids, vocabulary)?;
         self.for_rows(&out, |t, out| table.row(ids.at(t) as usize, out));
         Ok(())
     }
@@ -170,16 +168,14 @@ impl<'a, K: Kernels> Rows<'a, K> {
     pub(super) fn store<T: Element>(&self, op: &StoreRows) -> Result<(), String> {
         let (x, slots, cache) =
             (self.view::<T>(&op.x), self.view::<u32>(&op.slots), self.view_mut::<T>(&op.cache));
-        for slot in slots.iter() {
-            in_range("cache slot", slot[0], cache.rows)?;
-        }
+        all_in_range("cache slot", &slots, cache.rows)?;
         /// Bytes of a row that a thread stores at once, so that threads do not write to the same cache lines.
         const PIECE: usize = 256;
         // Threads share the columns, not the rows: no two write to one place, even if two tokens should name one slot.
         let row_bytes = x.width * size_of::<T>();
         let parts = (x.rows * row_bytes / BLOCK).min(row_bytes / PIECE).max(1);
         self.kernels.parallel(parts, &|part| {
-            let columns = x.width * part / parts..x.width * (part + 1) / parts;
+            let columns = even_part(0..x.width, parts, part);
             for t in 0..x.rows {
                 // SAFETY: each column belongs to one part, and each part is run once.
                 let stored = unsafe { cache.columns_shared(slots.at(t) as usize, columns.clone()) };
@@ -265,9 +261,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
     pub(super) fn gather<T: Element>(&self, op: &Gather) -> Result<(), String> {
         let (x, index, out) =
             (self.view::<T>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
-        for row in index.iter() {
-            in_range("row", row[0], x.rows)?;
-        }
+        all_in_range("row", &index, x.rows)?;
         self.for_rows(&out, |m, out| out.copy_from_slice(x.row(index.at(m) as usize)));
         Ok(())
     }
@@ -294,10 +288,8 @@ impl<'a, K: Kernels> Rows<'a, K> {
         }
         self.for_rows(&out, |m, out| {
             let terms = starts.at(m) as usize..starts.at(m + 1) as usize;
-            let mut first = 0;
-            for out in out.chunks_mut(PIECE) {
-                let columns = first..first + out.len();
-                first = columns.end;
+            for (piece, out) in out.chunks_mut(PIECE).enumerate() {
+                let columns = piece * PIECE..piece * PIECE + out.len();
                 let mut total = [0.0f32; PIECE];
                 for term in terms.clone() {
                     let weight = weights.map_or(1.0, |weights| weights.at(term));
@@ -357,6 +349,11 @@ impl<'a, K: Kernels> Rows<'a, K> {
 pub(super) fn in_range(what: &str, index: u32, limit: usize) -> Result<usize, String> {
     let index = index as usize;
     if index < limit { Ok(index) } else { Err(format!("{what} {index} is not below {limit}")) }
+}
+
+/// The same for every element of a single-column view.
+fn all_in_range(what: &str, indices: &View<'_, u32>, limit: usize) -> Result<(), String> {
+    indices.iter().try_for_each(|row| in_range(what, row[0], limit).map(drop))
 }
 
 /// Sixteen running sums: fixed, whatever the row's position, and open to vector instructions of any width.

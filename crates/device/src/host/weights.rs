@@ -23,25 +23,18 @@ impl TensorBytes<'_> {
     /// Writes elements `start..start + out.len()`, each the nearest number of `T`.
     pub fn convert<T: Element>(&self, start: usize, out: &mut [T]) {
         let bytes = &self.bytes[start * self.dtype.bytes()..][..out.len() * self.dtype.bytes()];
-        let pairs = bytes.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
         match self.dtype {
-            DType::F32 | DType::U32 => {
-                for (out, word) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *out = T::from_f32(f32::from_le_bytes([word[0], word[1], word[2], word[3]]));
-                }
-            }
-            DType::BF16 => {
-                for (out, pair) in out.iter_mut().zip(pairs) {
-                    *out = T::from_f32(bf16::from_le_bytes(pair).to_f32());
-                }
-            }
-            DType::F16 => {
-                for (out, pair) in out.iter_mut().zip(pairs) {
-                    *out = T::from_f32(f16::from_le_bytes(pair).to_f32());
-                }
-            }
+            DType::F32 | DType::U32 => from_bytes(bytes, out, f32::from_le_bytes),
+            DType::BF16 => from_bytes(bytes, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+            DType::F16 => from_bytes(bytes, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
         }
     }
+}
+
+/// Reads one number after the other, `N` bytes each.
+fn from_bytes<T: Element, const N: usize>(bytes: &[u8], out: &mut [T], number: impl Fn([u8; N]) -> f32) {
+    let (numbers, _) = bytes.as_chunks::<N>();
+    out.iter_mut().zip(numbers).for_each(|(out, bytes)| *out = T::from_f32(number(*bytes)));
 }
 
 /// Rows that are looked up, kept in the checkpoint's own format.

@@ -11,8 +11,8 @@ use super::epilogue::Finish;
 use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Prefetch, Tile};
 use super::pack::{AlignedWords, ElementType, PackedMatrix, bytes_to_words};
 use crate::cpu::pool::{Claims, ComputePool};
-use crate::cpu::prefetch;
-use crate::host::{Element, GemmViews, LINE_BYTES};
+use crate::cpu::{prefetch, prefetch_all};
+use crate::host::{Element, GemmViews, even_part};
 use epsmoe_base::DType;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -143,12 +143,6 @@ impl Plan {
     }
 }
 
-/// Part `index` of `range` cut into `parts` parts whose lengths differ by at most one.
-fn even_part(range: Range<usize>, parts: usize, index: usize) -> Range<usize> {
-    let cut = |index| range.start + range.len() * index / parts;
-    cut(index)..cut(index + 1)
-}
-
 fn even_parts(range: Range<usize>, parts: usize) -> impl Iterator<Item = Range<usize>> {
     (0..parts).map(move |index| even_part(range.clone(), parts, index))
 }
@@ -218,7 +212,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
                 let blocks = tile_words.chunks_exact_mut(tile.len() * BLOCK_STRIDE);
                 // The next row is on its way meanwhile: a processor does not look past the end of a row.
                 for ((block, bytes), soon) in blocks.zip(row.chunks(per_block)).zip(next.chunks(per_block)) {
-                    soon.iter().step_by(LINE_BYTES).for_each(|line| prefetch(line));
+                    prefetch_all(soon);
                     bytes_to_words(bytes, &mut block[index * BLOCK_STRIDE..][..BLOCK_STEPS]);
                 }
             }
