@@ -311,6 +311,7 @@ impl<T: Element> Task<'_, '_, T> {
         assert!(right.len() == steps * self.functions.width() && sums.len() == rows * self.functions.width());
         let tile = Tile {
             steps,
+            panels: 1,
             activations: left.as_ptr(),
             weights: [right.as_ptr(); 2],
             sums: sums.as_mut_ptr().cast(),

@@ -1,4 +1,4 @@
-//! AMX: bfloat16 products in tiles of 16 by 16 sums; all else is AVX-512.
+//! AMX: bfloat16 products in tiles of 16 by 16 sums; all else is AVX-512, but for what `amx_pieces` makes of float32.
 //!
 //! The packed words need no other order than AVX-512's: sixteen steps of a panel's half are a tile of weights (a row of
 //! sixteen columns for each step), sixteen words of each row a tile of activations. TDPBF16PS adds to each sum the
@@ -9,7 +9,9 @@ use super::ElementType;
 use super::kernel::Functions;
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-pub(super) use linux::{functions, is_supported};
+pub(super) use linux::{SIDE, Shapes, TILE_WIDTH, tiles};
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+pub(super) use linux::{functions, is_supported, weight_functions};
 
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 pub(super) fn is_supported() -> bool {
@@ -21,18 +23,23 @@ pub(super) fn functions(_: ElementType) -> &'static Functions {
     unreachable!("AMX is not supported on this system")
 }
 
+#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+pub(super) fn weight_functions(element: ElementType) -> &'static Functions {
+    functions(element)
+}
+
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod linux {
     use super::{ElementType, Functions};
-    use crate::cpu::gemm::avx512;
-    use crate::cpu::gemm::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Tile, VECTORS};
+    use crate::cpu::gemm::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Several, Tile, VECTORS};
+    use crate::cpu::gemm::{amx_pieces, avx512};
     use crate::host::LINE_BYTES;
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid_count, _xgetbv};
     use std::sync::LazyLock;
 
     /// Rows, and words of a row, of a hardware tile.
-    const SIDE: usize = 16;
+    pub(in crate::cpu::gemm) const SIDE: usize = 16;
 
     /// Bytes from one row to the next in packed activations and, of weights and of sums alike, in a panel.
     const ACTIVATION_STRIDE: usize = BLOCK_STRIDE * size_of::<u32>();
@@ -43,7 +50,7 @@ mod linux {
     const PANEL_TILE: usize = SIDE * PANEL_STRIDE;
 
     /// Bytes of `SIDE` words, the width of a hardware tile.
-    const TILE_WIDTH: usize = SIDE * size_of::<u32>();
+    pub(in crate::cpu::gemm) const TILE_WIDTH: usize = SIDE * size_of::<u32>();
 
     /// Whether the processor has the tiles and the system lets this process use them.
     pub(in crate::cpu::gemm) fn is_supported() -> bool {
@@ -81,13 +88,22 @@ mod linux {
         }
     }
 
-    macro_rules! tiles {
-        ($($rows:literal)+) => { &[$(multiply_tile::<$rows>),+] };
+    /// The kernels that multiply with packed weights.
+    pub(in crate::cpu::gemm) fn weight_functions(element: ElementType) -> &'static Functions {
+        match element {
+            ElementType::F32 => &amx_pieces::F32,
+            ElementType::Bf16 => &BF16,
+        }
     }
 
+    macro_rules! tiles {
+        ($tile:ident: $($rows:literal)+) => { &[$($tile::<$rows>),+] };
+    }
+    pub(in crate::cpu::gemm) use tiles;
+
     static BF16: Functions = Functions {
-        tiles: tiles!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
-        pairs: &[],
+        tiles: tiles!(multiply_tile: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
+        several: Several { tiles: &[], ..avx512::BF16_DOT.several },
         chunk_rows: 256, // eight full tiles
         spin,
         ..avx512::BF16_DOT
@@ -95,7 +111,7 @@ mod linux {
 
     /// What LDTILECFG reads: bytes in a row and rows of each of the eight tile registers.
     #[repr(C, align(64))]
-    struct Shapes {
+    pub(in crate::cpu::gemm) struct Shapes {
         palette: u8,
         start_row: u8,
         reserved: [u8; 14],
@@ -106,7 +122,7 @@ mod linux {
     impl Shapes {
         /// For `rows` rows and `steps` steps, at most two and one hardware tile of them: sums in 0 to 3, activations in
         /// 4 and 5, weights in 6 and 7. What would be empty is left out.
-        const fn new(rows: usize, steps: usize) -> Self {
+        pub(in crate::cpu::gemm) const fn new(rows: usize, steps: usize) -> Self {
             let mut shapes =
                 Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
             let upper = if rows < SIDE { rows } else { SIDE };
@@ -118,6 +134,14 @@ mod linux {
                 shapes.set([2, 3], lower, SIDE);
                 shapes.set([5, 5], lower, steps);
             }
+            shapes
+        }
+
+        /// For `rows` rows, at most sixteen, and a pair of panels: sums in 0 to 3, activations in 4, weights in 5 to 7.
+        pub(in crate::cpu::gemm) const fn of_pair(rows: usize) -> Self {
+            let mut shapes = Self::new(rows, SIDE);
+            shapes.set([2, 3], rows, SIDE);
+            shapes.set([5, 5], SIDE, SIDE);
             shapes
         }
 

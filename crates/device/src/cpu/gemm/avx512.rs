@@ -4,7 +4,7 @@ use super::ElementType;
 use super::kernel::Functions;
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{BF16_DOT, functions, has_bf16, is_supported};
+pub(super) use x86::{BF16_DOT, F32, functions, has_bf16, is_supported};
 
 #[cfg(not(target_arch = "x86_64"))]
 pub(super) fn is_supported() -> bool {

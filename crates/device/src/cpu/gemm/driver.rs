@@ -5,11 +5,11 @@
 //! `BLOCK_STEPS · n` steps, a quarter of an L2 cache) stays in L2 while all tiles of rows pass over it,
 //! and meanwhile the block that follows is prefetched, so that each weight comes from memory once a
 //! chunk, in the background. Where a chunk has so few rows that the kernels wait for weights all the time,
-//! they take two panels at once and prefetch by themselves.
+//! they take several panels at once and prefetch by themselves.
 
 use super::epilogue::Finish;
-use super::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Prefetch, Tile};
-use super::pack::{AlignedWords, ElementType, PackedMatrix, bytes_to_words};
+use super::kernel::{BLOCK_STEPS, Blocks, Functions, Prefetch, Several, Tile};
+use super::pack::{AlignedWords, ElementType, PackedMatrix};
 use crate::cpu::pool::{Claims, ComputePool};
 use crate::cpu::{prefetch, prefetch_all};
 use crate::host::{Element, GemmViews, even_part};
@@ -53,8 +53,8 @@ pub(crate) fn multiply<X: Element, Y: Element>(
 struct Chunk {
     part: usize,
     rows: Range<usize>,
-    /// Panels that a kernel takes at once: 2 where the rows are so few that reading weights is all that counts.
-    at_once: usize,
+    /// The kernels for several panels at once, where the rows are so few that reading weights is all that counts.
+    several: Option<&'static Several>,
     first_task: usize,
     tasks: usize,
 }
@@ -72,10 +72,10 @@ struct Task {
     part: usize,
     rows: Range<usize>,
     panels: Range<usize>,
-    at_once: usize,
+    several: Option<&'static Several>,
 }
 
-/// One panel, or two that are `apart` panels apart, which a kernel takes at once.
+/// Panels, each `apart` panels after the one before, which a kernel takes at once.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct PanelGroup {
     first: usize,
@@ -88,13 +88,33 @@ impl PanelGroup {
         (0..self.count).map(move |index| self.first + index * self.apart)
     }
 
-    /// All of `panels` in groups of one or, but for the last of an odd number, of two. Each half of them then is one stream
-    /// of weights, in which a panel is followed by its neighbour.
-    fn of(panels: Range<usize>, at_once: usize) -> impl Iterator<Item = PanelGroup> {
-        let pairs = if at_once == 2 { panels.len() / 2 } else { 0 };
-        let paired = (panels.start..panels.start + pairs).map(move |first| (first, pairs, 2));
-        let alone = (panels.start + 2 * pairs..panels.end).map(|first| (first, 0, 1));
-        paired.chain(alone).map(|(first, apart, count)| PanelGroup { first, apart, count })
+    /// All of `panels` one by one.
+    fn alone(panels: Range<usize>) -> impl Iterator<Item = PanelGroup> {
+        panels.map(|first| PanelGroup { first, apart: 0, count: 1 })
+    }
+
+    /// All of `panels` as neighbours, at most `most` at once.
+    fn neighbours(panels: Range<usize>, most: usize) -> impl Iterator<Item = PanelGroup> {
+        let end = panels.end;
+        panels.step_by(most).map(move |first| PanelGroup { first, apart: 1, count: most.min(end - first) })
+    }
+
+    /// All of `panels` in pairs, but for the last of an odd number. Each half of the pairs then is one stream of weights, in
+    /// which a panel is followed by its neighbour.
+    fn pairs(panels: Range<usize>) -> impl Iterator<Item = PanelGroup> {
+        let apart = panels.len() / 2;
+        let paired = panels.start..panels.start + apart;
+        let pairs = paired.map(move |first| PanelGroup { first, apart, count: 2 });
+        pairs.chain(Self::alone(panels.start + 2 * apart..panels.end))
+    }
+
+    /// All of `panels` as kernels for `several` take them, if there are such.
+    fn of(panels: Range<usize>, several: Option<&Several>) -> Box<dyn Iterator<Item = PanelGroup>> {
+        match several {
+            None => Box::new(Self::alone(panels)),
+            Some(several) if several.neighbours => Box::new(Self::neighbours(panels, several.panels)),
+            Some(_) => Box::new(Self::pairs(panels)),
+        }
     }
 }
 
@@ -102,7 +122,7 @@ impl Plan {
     fn new<X: Element, Y: Element>(parts: &[GemmViews<'_, X, Y, PackedMatrix>], threads: usize) -> Self {
         let shape = parts[0].matrix;
         let panels = shape.panels();
-        let Functions { tiles, pairs, chunk_rows, .. } = shape.functions();
+        let Functions { tiles, several, chunk_rows, .. } = shape.functions();
         let tile_rows = tiles.len();
         let most_rows = (CHUNK_WORDS / shape.steps().max(1)).min(*chunk_rows);
         let most_tiles = (most_rows / tile_rows).max(1);
@@ -114,15 +134,17 @@ impl Plan {
             for chunk in even_parts(0..tiles, tiles.div_ceil(most_tiles)) {
                 let rows = even_part(rows.clone(), tiles, chunk.start).start
                     ..even_part(rows.clone(), tiles, chunk.end).start;
-                let at_once = if rows.len() <= pairs.len() { 2 } else { 1 };
-                plan.chunks.push(Chunk { part, rows, at_once, first_task: 0, tasks: 0 });
+                let several = (rows.len() <= several.tiles.len()).then_some(several);
+                plan.chunks.push(Chunk { part, rows, several, first_task: 0, tasks: 0 });
             }
         }
         let total: usize = plan.chunks.iter().map(|chunk| cost(chunk.rows.len())).sum();
         let task_cost = (total / (threads * TASKS_PER_THREAD)).max(1);
         for chunk in &mut plan.chunks {
             chunk.first_task = plan.tasks;
-            chunk.tasks = cost(chunk.rows.len()).div_ceil(task_cost).min(panels.div_ceil(chunk.at_once));
+            chunk.tasks = cost(chunk.rows.len())
+                .div_ceil(task_cost)
+                .min(panels.div_ceil(panels_together(chunk.several)));
             plan.tasks += chunk.tasks;
         }
         plan
@@ -131,16 +153,21 @@ impl Plan {
     fn task(&self, number: usize) -> Task {
         let chunk_index = self.chunks.partition_point(|chunk| chunk.first_task <= number) - 1;
         let chunk = &self.chunks[chunk_index];
-        let at_once = chunk.at_once;
-        let groups = even_part(0..self.panels.div_ceil(at_once), chunk.tasks, number - chunk.first_task);
+        let together = panels_together(chunk.several);
+        let groups = even_part(0..self.panels.div_ceil(together), chunk.tasks, number - chunk.first_task);
         Task {
             chunk: chunk_index,
             part: chunk.part,
             rows: chunk.rows.clone(),
-            panels: groups.start * at_once..self.panels.min(groups.end * at_once),
-            at_once,
+            panels: groups.start * together..self.panels.min(groups.end * together),
+            several: chunk.several,
         }
     }
+}
+
+/// Panels between which tasks are not cut.
+fn panels_together(several: Option<&Several>) -> usize {
+    several.filter(|several| !several.neighbours).map_or(1, |several| several.panels)
 }
 
 fn even_parts(range: Range<usize>, parts: usize) -> impl Iterator<Item = Range<usize>> {
@@ -195,25 +222,27 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
 
     /// Words that one row takes in `Scratch::activations`.
     fn packed_row_words(&self) -> usize {
-        self.shape.steps().div_ceil(BLOCK_STEPS) * BLOCK_STRIDE
+        self.shape.functions().blocks.row_words(self.shape.steps())
     }
 
     fn pack_activations(&self, task: &Task, packed: &mut AlignedWords) {
         let (rows, x) = (&task.rows, &self.parts[task.part].x);
         let row_words = self.packed_row_words();
+        let Blocks { steps, stride, pack } = self.shape.functions().blocks;
         packed.grow(rows.len() * row_words);
-        let per_block = BLOCK_STEPS * size_of::<u32>();
+        let per_block = steps * size_of::<u32>();
         for tile in self.tiles(rows.len()) {
             let tile_words = &mut packed[tile.start * row_words..tile.end * row_words];
             for (index, row) in tile.clone().enumerate() {
                 let row = rows.start + row;
                 let (row, next) = (x.row(row), x.row((row + 1).min(rows.end - 1)));
                 let (row, next): (&[u8], &[u8]) = (bytemuck::cast_slice(row), bytemuck::cast_slice(next));
-                let blocks = tile_words.chunks_exact_mut(tile.len() * BLOCK_STRIDE);
+                let blocks = tile_words.chunks_exact_mut(tile.len() * stride);
                 // The next row is on its way meanwhile: a processor does not look past the end of a row.
                 for ((block, bytes), soon) in blocks.zip(row.chunks(per_block)).zip(next.chunks(per_block)) {
                     prefetch_all(soon);
-                    bytes_to_words(bytes, &mut block[index * BLOCK_STRIDE..][..BLOCK_STEPS]);
+                    // SAFETY: the table exists only where its instructions do.
+                    unsafe { pack(bytes, &mut block[index * stride..][..stride]) };
                 }
             }
         }
@@ -223,11 +252,16 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let steps = self.shape.steps();
         let width = self.shape.functions().width();
         let matrix = self.parts[task.part].matrix;
-        scratch.sums.grow(2 * task.rows.len() * width);
-        for group in PanelGroup::of(task.panels.clone(), task.at_once) {
-            for start in (0..steps).step_by(PANEL_BLOCK_STEPS) {
-                let block = start..steps.min(start + PANEL_BLOCK_STEPS);
-                let last = block.end == steps && group.first + 1 == task.panels.end;
+        let (at_once, block_steps) = match task.several {
+            None => (1, PANEL_BLOCK_STEPS),
+            Some(several) if several.neighbours => (several.panels, steps),
+            Some(several) => (several.panels, PANEL_BLOCK_STEPS),
+        };
+        scratch.sums.grow(at_once * task.rows.len() * width);
+        for group in PanelGroup::of(task.panels.clone(), task.several) {
+            for start in (0..steps).step_by(block_steps) {
+                let block = start..steps.min(start + block_steps);
+                let last = block.end == steps && group.first + group.count == task.panels.end;
                 let following = match next {
                     Some(next) if last => self.parts[next.part].matrix.panel(next.panels.start).as_ptr(),
                     _ => matrix.panel(group.first).as_ptr().wrapping_add(block.end * width),
@@ -248,7 +282,10 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         scratch: &mut Scratch,
     ) {
         let functions = self.shape.functions();
-        let kernels = if group.count == 2 { functions.pairs } else { functions.tiles };
+        let kernels = match task.several {
+            Some(several) if several.neighbours || group.count > 1 => several.tiles,
+            _ => functions.tiles,
+        };
         let width = functions.width();
         let matrix = self.parts[task.part].matrix;
         let [weights, last] = [group.first, group.first + (group.count - 1) * group.apart]
@@ -257,7 +294,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let tiles = self.tiles(task.rows.len());
         let count = task.rows.len().div_ceil(functions.tiles.len());
         for (index, rows) in tiles.enumerate() {
-            let first_block = block.start / BLOCK_STEPS * rows.len() * BLOCK_STRIDE;
+            let first_block = functions.blocks.row_words(block.start) * rows.len();
             let activations =
                 &scratch.activations[rows.start * row_words..rows.end * row_words][first_block..];
             let sums = &mut scratch.sums[rows.start * width..][..group.count * rows.len() * width];
@@ -269,6 +306,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             let share = size_of_val(weights) / count;
             let tile = Tile {
                 steps: block.len(),
+                panels: group.count,
                 activations: activations.as_ptr(),
                 weights: [weights, last].map(<[u32]>::as_ptr),
                 sums: sums.as_mut_ptr().cast(),
@@ -327,12 +365,15 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
 mod tests {
     use super::*;
 
-    /// Five panels from 8 on, two at once: 8 goes with 10 and 9 with 11, so that one stream reads 8 and 9 and another 10 and
-    /// 11; 12 is left alone.
+    /// Five panels from 8 on. In pairs 8 goes with 10 and 9 with 11, so that one stream reads 8 and 9 and another 10 and 11;
+    /// 12 is left alone. Three neighbours at once are read in order.
     #[test]
-    fn panels_in_pairs_worked_example() {
-        let groups = |at_once| PanelGroup::of(8..13, at_once).map(|group| group.panels().collect::<Vec<_>>());
-        assert_eq!(groups(2).collect::<Vec<_>>(), [vec![8, 10], vec![9, 11], vec![12]]);
-        assert_eq!(groups(1).collect::<Vec<_>>(), [[8], [9], [10], [11], [12]]);
+    fn groups_of_panels_worked_example() {
+        fn panels(groups: impl Iterator<Item = PanelGroup>) -> Vec<Vec<usize>> {
+            groups.map(|group| group.panels().collect()).collect()
+        }
+        assert_eq!(panels(PanelGroup::pairs(8..13)), [vec![8, 10], vec![9, 11], vec![12]]);
+        assert_eq!(panels(PanelGroup::neighbours(8..13, 3)), [vec![8, 9, 10], vec![11, 12]]);
+        assert_eq!(panels(PanelGroup::alone(8..13)), [[8], [9], [10], [11], [12]]);
     }
 }

@@ -105,8 +105,9 @@ pub(crate) struct Tile {
     pub steps: usize,
     /// Activations: blocks of `rows` rows of `BLOCK_STRIDE` words, as `driver::Scratch` lays them out.
     pub activations: *const u32,
-    /// Weights of a panel or of a pair of them: for each step `VECTORS · LANES` words, one a column. One panel alone is the
-    /// first.
+    /// Panels at once.
+    pub panels: usize,
+    /// Weights of the first panel and of the last: for each step `VECTORS · LANES` words, one a column.
     pub weights: [*const u32; 2],
     /// Sums `[panels, rows, VECTORS · LANES]`, written at the end.
     pub sums: *mut f32,
@@ -290,6 +291,35 @@ pub(crate) unsafe fn spin_multiply_add<K: Kernel, const ROWS: usize>(rounds: usi
     (rounds * ROWS * VECTORS * K::LANES) as f64
 }
 
+/// Kernels that take several panels at once, for chunks of so few rows that reading weights is all that counts.
+#[derive(Clone, Copy)]
+pub(crate) struct Several {
+    /// The micro-kernel for 1, 2, … rows, for as few as are worth it.
+    pub tiles: &'static [unsafe fn(Tile)],
+    /// Panels at once, at most.
+    pub panels: usize,
+    /// Whether they are neighbours, read as one stream; if not, each is at the same place in a stream of its own.
+    pub neighbours: bool,
+}
+
+/// How the activations of a tile are packed: block after block of some steps, within a block row after row.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks {
+    /// Steps in a block.
+    pub steps: usize,
+    /// Words from one row of a block to the next.
+    pub stride: usize,
+    /// Packs the little-endian elements that a row has in a block, which need not fill it, into `stride` words.
+    pub pack: unsafe fn(&[u8], &mut [u32]),
+}
+
+impl Blocks {
+    /// Words of a row of `steps` steps.
+    pub(crate) fn row_words(&self, steps: usize) -> usize {
+        steps.div_ceil(self.steps) * self.stride
+    }
+}
+
 /// The compiled kernels for one instruction set and element type.
 ///
 /// The function pointers may be called only on a processor with that instruction set; a table is
@@ -299,11 +329,13 @@ pub(crate) struct Functions {
     pub lanes: usize,
     /// The micro-kernel for 1, 2, … rows.
     pub tiles: &'static [unsafe fn(Tile)],
-    /// The same for pairs of panels, for as few rows as are worth it.
-    pub pairs: &'static [unsafe fn(Tile)],
+    /// The same for several panels at once.
+    pub several: Several,
     /// Rows that share one pass over the weights, at most: enough that the pass takes longer than bringing the weights
     /// from memory, few enough that the rows stay in L2.
     pub chunk_rows: usize,
+    /// How packed activations lie.
+    pub blocks: Blocks,
     /// See `epilogue::store`, into float32 and bfloat16.
     pub store_f32: unsafe fn(&Finish<'_, f32>),
     pub store_bf16: unsafe fn(&Finish<'_, half::bf16>),
@@ -327,6 +359,17 @@ impl Functions {
             Isa::Avx2 => avx2::functions(element),
             Isa::Avx512 => avx512::functions(element),
             Isa::Amx => amx::functions(element),
+        }
+    }
+
+    /// The kernels for packed weights. They may want activations in other blocks than those of [`Self::select`].
+    ///
+    /// # Panics
+    /// Like [`Self::select`].
+    pub(crate) fn for_weights(isa: Isa, element: ElementType) -> &'static Self {
+        match isa {
+            Isa::Amx if isa.is_supported() => amx::weight_functions(element),
+            _ => Self::select(isa, element),
         }
     }
 
@@ -377,8 +420,17 @@ macro_rules! functions {
             kernel::Functions {
                 lanes: <$kernel as kernel::Kernel>::LANES,
                 tiles: &[$(tile::<$rows, 1>),+],
-                pairs: &[$(tile::<$pairs, 2>),*],
+                several: kernel::Several {
+                    tiles: &[$(tile::<$pairs, 2>),*],
+                    panels: 2,
+                    neighbours: false,
+                },
                 chunk_rows: 140, // ten full tiles of AVX-512
+                blocks: kernel::Blocks {
+                    steps: kernel::BLOCK_STEPS,
+                    stride: kernel::BLOCK_STRIDE,
+                    pack: $crate::cpu::gemm::bytes_to_words,
+                },
                 store_f32: store::<f32>,
                 store_bf16: store::<half::bf16>,
                 round_to_bf16,

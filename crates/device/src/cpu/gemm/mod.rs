@@ -6,10 +6,12 @@
 //!
 //! **Row invariance.** The bits of an output row depend on that row of `A`, on `W`, on the element types and on the
 //! instruction set, and on nothing else: each output element is one chain of multiply-adds over `k` in rising order
-//! (for AMX a chain of sums of sixteen steps each), whatever the number of rows, the position of the row, the tile it
+//! (for AMX a chain of sums of a group of steps each), whatever the number of rows, the position of the row, the tile it
 //! falls into, the number of threads or the grouping.
 
 mod amx;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx_pieces;
 mod avx2;
 mod avx512;
 mod driver;
@@ -38,7 +40,8 @@ pub enum Isa {
     /// AVX-512 (F, BW, VL, DQ), 16 lanes; bf16 uses VDPBF16PS where the processor has it and is
     /// widened to f32 otherwise.
     Avx512,
-    /// AVX-512, and bf16 in tiles by TDPBF16PS, where Linux grants them.
+    /// AVX-512, and products with weights in tiles by TDPBF16PS, where Linux grants them: of bf16, and of f32 in three bf16
+    /// pieces each, which is as exact as multiply-adds.
     Amx,
 }
 

@@ -150,7 +150,7 @@ impl PackedMatrix {
         [n, k]: [usize; 2],
         row: impl Fn(usize) -> SourceRow<'a> + Sync,
     ) -> Self {
-        let functions = Functions::select(isa, element);
+        let functions = Functions::for_weights(isa, element);
         let mut matrix = Self::zeros(slabs, functions, element, [n, k], false);
         let width = functions.width();
         matrix.fill(pool, |panel, column| {
@@ -173,7 +173,7 @@ impl PackedMatrix {
         gate: impl Fn(usize) -> SourceRow<'a> + Sync,
         up: impl Fn(usize) -> SourceRow<'a> + Sync,
     ) -> Self {
-        let functions = Functions::select(isa, element);
+        let functions = Functions::for_weights(isa, element);
         let mut matrix = Self::zeros(slabs, functions, element, [i, k], true);
         let lanes = functions.lanes;
         matrix.fill(pool, |panel, column| {
