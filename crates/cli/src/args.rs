@@ -81,7 +81,8 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto, help_heading = PROCESSOR)]
     pub(crate) dtype: Dtype,
 
-    /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]
+    /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made
+    /// of bfloat16 pieces: as exact, faster for prompts, 6 % slower for single tokens
     #[arg(long, env = "EPSMOE_ISA", value_name = "SET", help_heading = PROCESSOR)]
     pub(crate) isa: Option<Isa>,
 
@@ -460,7 +461,8 @@ pub(crate) struct ProfileArgs {
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto)]
     pub(crate) dtype: Dtype,
 
-    /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]
+    /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made
+    /// of bfloat16 pieces: as exact, faster for prompts, 6 % slower for single tokens
     #[arg(long, env = "EPSMOE_ISA", value_name = "SET")]
     pub(crate) isa: Option<Isa>,
 
