@@ -471,49 +471,44 @@ walk!(
     latest = const 3072,
 );
 
-walk!(
+/// `walk!` for 17 to 32 rows of one panel after the other.
+macro_rules! walk_32 {
+    ($(#[$doc:meta])* $name:ident($tile:ident), $cut:ident, $ask:ident, $($operands:tt)*) => {
+        walk!(
+            $(#[$doc])*
+            $name($tile), group_of_32, $cut, $ask, panels: 1,
+            cut first: [$cut!(0 0, 0 1, 1 0, 1 1, 2 0, 2 1, 3 0, 3 1, 4 0, 4 1, 5 0, 5 1, 6 0, 6 1, 7 0, 7 1),
+                $cut!(8 0, 8 1, 9 0, 9 1, 10 0, 10 1, 11 0, 11 1, 12 0, 12 1, 13 0, 13 1, 14 0, 14 1, 15 0, 15 1)],
+            load: "tileloadd tmm0, [{sums} + {stride}]
+                tileloadd tmm1, [{sums} + {stride} + {tile_width}]
+                tileloadd tmm2, [{sums} + {stride} + {side_of_sums}]
+                tileloadd tmm3, [{sums} + {stride} + {side_of_sums} + {tile_width}]",
+            advance: "",
+            zero: "tilezero tmm0
+                tilezero tmm1
+                tilezero tmm2
+                tilezero tmm3",
+            store: "tilestored [{sums} + {stride}], tmm0
+                tilestored [{sums} + {stride} + {tile_width}], tmm1
+                tilestored [{sums} + {stride} + {side_of_sums}], tmm2
+                tilestored [{sums} + {stride} + {side_of_sums} + {tile_width}], tmm3",
+            side_of_sums = const SIDE_OF_SUMS,
+            $($operands)*
+        );
+    };
+}
+
+walk_32!(
     /// 17 to 32 rows, alone in their chunk.
-    multiply_run_of_32(tile), group_of_32, ask_and_cut, nothing, panels: 1,
-    cut first: [ask_and_cut!(0 0, 0 1, 1 0, 1 1, 2 0, 2 1, 3 0, 3 1, 4 0, 4 1, 5 0, 5 1, 6 0, 6 1, 7 0, 7 1),
-        ask_and_cut!(8 0, 8 1, 9 0, 9 1, 10 0, 10 1, 11 0, 11 1, 12 0, 12 1, 13 0, 13 1, 14 0, 14 1, 15 0, 15 1)],
-    load: "tileloadd tmm0, [{sums} + {stride}]
-        tileloadd tmm1, [{sums} + {stride} + {tile_width}]
-        tileloadd tmm2, [{sums} + {stride} + {side_of_sums}]
-        tileloadd tmm3, [{sums} + {stride} + {side_of_sums} + {tile_width}]",
-    advance: "",
-    zero: "tilezero tmm0
-        tilezero tmm1
-        tilezero tmm2
-        tilezero tmm3",
-    store: "tilestored [{sums} + {stride}], tmm0
-        tilestored [{sums} + {stride} + {tile_width}], tmm1
-        tilestored [{sums} + {stride} + {side_of_sums}], tmm2
-        tilestored [{sums} + {stride} + {side_of_sums} + {tile_width}], tmm3",
-    side_of_sums = const SIDE_OF_SUMS,
+    multiply_run_of_32(tile), ask_and_cut, nothing,
     soon = const 1024,
     later = const 2048,
     latest = const 3072,
 );
 
-walk!(
+walk_32!(
     /// 17 to 32 rows of many.
-    multiply_32(tile), group_of_32, cut, ask, panels: 1,
-    cut first: [cut!(0 0, 0 1, 1 0, 1 1, 2 0, 2 1, 3 0, 3 1, 4 0, 4 1, 5 0, 5 1, 6 0, 6 1, 7 0, 7 1),
-        cut!(8 0, 8 1, 9 0, 9 1, 10 0, 10 1, 11 0, 11 1, 12 0, 12 1, 13 0, 13 1, 14 0, 14 1, 15 0, 15 1)],
-    load: "tileloadd tmm0, [{sums} + {stride}]
-        tileloadd tmm1, [{sums} + {stride} + {tile_width}]
-        tileloadd tmm2, [{sums} + {stride} + {side_of_sums}]
-        tileloadd tmm3, [{sums} + {stride} + {side_of_sums} + {tile_width}]",
-    advance: "",
-    zero: "tilezero tmm0
-        tilezero tmm1
-        tilezero tmm2
-        tilezero tmm3",
-    store: "tilestored [{sums} + {stride}], tmm0
-        tilestored [{sums} + {stride} + {tile_width}], tmm1
-        tilestored [{sums} + {stride} + {side_of_sums}], tmm2
-        tilestored [{sums} + {stride} + {side_of_sums} + {tile_width}], tmm3",
-    side_of_sums = const SIDE_OF_SUMS,
+    multiply_32(tile), cut, ask,
     ahead = inout(reg) tile.prefetch.start => _,
     apart = in(reg) tile.prefetch.apart,
     three_apart = in(reg) 3 * tile.prefetch.apart,
