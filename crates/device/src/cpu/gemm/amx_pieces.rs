@@ -250,27 +250,14 @@ macro_rules! nothing {
 /// Loads a tile: a piece (0 is high, 2 is low) of one half of the weights or of the activations.
 macro_rules! load {
     ($tile:literal: weights $half:literal, piece $piece:literal) => {
-        concat!(
-            "tileloadd tmm",
-            $tile,
-            ", [{now} + {stride} + ",
-            $half,
-            " * {half_panel} + ",
-            $piece,
-            " * {tile_width}]\n"
-        )
+        load!(@from "{now}", $tile, $half, $piece)
     };
     ($tile:literal: activations $half:literal, piece $piece:literal) => {
-        concat!(
-            "tileloadd tmm",
-            $tile,
-            ", [{activations} + {stride} + ",
-            $half,
-            " * {half_panel} + ",
-            $piece,
-            " * {tile_width}]\n"
-        )
+        load!(@from "{activations}", $tile, $half, $piece)
     };
+    (@from $from:literal, $tile:literal, $half:literal, $piece:literal) => { concat!(
+        "tileloadd tmm", $tile, ", [", $from, " + {stride} + ", $half, " * {half_panel} + ", $piece, " * {tile_width}]\n",
+    ) };
 }
 
 /// Adds products of activations and weights to sums.
@@ -322,14 +309,14 @@ macro_rules! group_of_16_in_pair {
 
 /// Multiplies a piece of the activations by one of both panels' weights.
 macro_rules! in_pair {
-    ($piece:literal, $cut:ident, $($p0:literal $h0:tt, $p1:literal $h1:tt, $p2:literal $h2:tt, $p3:literal $h3:tt, $p4:literal $h4:tt,
-     $p5:literal $h5:tt, $p6:literal $h6:tt, $p7:literal $h7:tt, $p8:literal $h8:tt, $p9:literal $h9:tt)?) => {
-        concat!($(
+    ($piece:literal, $cut:ident, $p0:literal $h0:tt, $p1:literal $h1:tt, $p2:literal $h2:tt, $p3:literal $h3:tt, $p4:literal $h4:tt,
+     $p5:literal $h5:tt, $p6:literal $h6:tt, $p7:literal $h7:tt, $p8:literal $h8:tt, $p9:literal $h9:tt) => {
+        concat!(
             load!(5: weights 0, piece $piece), add!(0 += 4 * 5), $cut!($p0 $h0, $p1 $h1),
             load!(6: weights 1, piece $piece), add!(1 += 4 * 6), $cut!($p2 $h2, $p3 $h3, $p4 $h4),
             load!(7: weights 2, piece $piece), add!(2 += 4 * 7), $cut!($p5 $h5, $p6 $h6),
             load!(5: weights 3, piece $piece), add!(3 += 4 * 5), $cut!($p7 $h7, $p8 $h8, $p9 $h9),
-        )?)
+        )
     };
 }
 
@@ -366,8 +353,8 @@ macro_rules! group_of_32 {
     };
 }
 
-/// Defines the loop over panels, or pairs of them, and over the groups of one, around what a group does. While a group is multiplied, the next
-/// is cut; the very last cuts itself once more, since nothing need follow it.
+/// Defines the loop over panels, or pairs of them, and over the groups of one, around what a group does. While a group is
+/// multiplied, the next is cut; the very last cuts itself once more, since nothing need follow it.
 ///
 /// Sums are in tiles 0 to 3, activations in 4 and 5, weights in 6 and 7, of a pair of panels in 5 to 7.
 macro_rules! walk {
