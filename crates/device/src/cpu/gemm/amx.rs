@@ -137,11 +137,13 @@ mod linux {
             shapes
         }
 
-        /// For `rows` rows, at most sixteen, and a pair of panels: sums in 0 to 3, activations in 4, weights in 5 to 7.
-        pub(in crate::cpu::gemm) const fn of_pair(rows: usize) -> Self {
-            let mut shapes = Self::new(rows, SIDE);
+        /// For three times `rows` rows, at most sixteen: sums in 0 to 5, weights in 6, activations in 7.
+        pub(in crate::cpu::gemm) const fn of_three(rows: usize) -> Self {
+            let mut shapes = Self::new(2 * SIDE, SIDE);
+            shapes.set([0, 1], rows, SIDE);
             shapes.set([2, 3], rows, SIDE);
-            shapes.set([5, 5], SIDE, SIDE);
+            shapes.set([4, 5], rows, SIDE);
+            shapes.set([7, 7], rows, SIDE);
             shapes
         }
 

@@ -18,16 +18,17 @@
 //! the processor.
 
 use super::amx::{SIDE, Shapes, TILE_WIDTH, tiles};
-use super::epilogue::round_to_bf16;
 use super::kernel::{Blocks, Functions, Several, Tile, VECTORS};
-use super::{avx512, pack};
-use crate::host::LINE_BYTES;
-use half::bf16;
+use super::avx512;
 use std::arch::asm;
-use std::mem::{MaybeUninit, offset_of};
+use std::arch::x86_64::*;
+use std::mem::{MaybeUninit, offset_of, transmute};
 
 /// Steps, that is float32 elements along K, which make one tile of bfloat16 pairs: a group.
 const GROUP: usize = 2 * SIDE;
+
+/// Rows of two tiles.
+const TWO_SIDES: usize = 2 * SIDE;
 
 /// Pieces of a float32.
 const PIECES: usize = 3;
@@ -44,69 +45,82 @@ const STEP: usize = VECTORS * TILE_WIDTH;
 const WEIGHTS_OF_A_GROUP: usize = GROUP * STEP;
 const SIDE_OF_SUMS: usize = SIDE * STEP;
 
-/// How often in a group `ask!` stands.
-const QUESTIONS: usize = 4;
+/// Streams that the whole groups of a panel are read in: the first quarter of each group's steps, of all groups, then the
+/// second quarters, and so on. A processor follows each stream of lines that it sees, but only some lines ahead and not past
+/// a page's end: in four streams it brings a quarter more from memory while it multiplies.
+const STREAMS: usize = 4;
+
+/// Bytes that a stream goes on in a group.
+const STREAM_OF_A_GROUP: usize = WEIGHTS_OF_A_GROUP / STREAMS;
 
 pub(super) static F32: Functions = Functions {
-    tiles: tiles!(multiply_tile: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
+    tiles: tiles!(multiply: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
     several: Several {
-        tiles: tiles!(multiply_run: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
+        tiles: tiles!(multiply: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32
+            33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48),
         panels: 8,
         neighbours: true,
     },
     chunk_rows: 256,
     blocks: Blocks { steps: GROUP, stride: ROW / size_of::<u32>(), pack: cut_activations },
+    place: place_in_streams,
     ..avx512::F32
 };
+
+/// Where step `step` of `steps` lies in a panel: steps that make no whole group are last.
+fn place_in_streams(step: usize, steps: usize) -> usize {
+    const QUARTER: usize = GROUP / STREAMS;
+    let (group, groups) = (step / GROUP, steps / GROUP);
+    if group == groups {
+        return step;
+    }
+    let stream = step % GROUP / QUARTER;
+    (stream * groups + group) * QUARTER + step % QUARTER
+}
 
 /// Packs at most [`GROUP`] little-endian float32 of one row: all high pieces, then the middle ones, then the low ones. What
 /// is missing in a group is zero.
 ///
 /// # Safety
-/// The processor has AVX-512.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+/// The processor has AVX-512 with its instructions for bfloat16.
+#[target_feature(enable = "avx512f,avx512bf16")]
 unsafe fn cut_activations(bytes: &[u8], words: &mut [u32]) {
-    let mut rest = [0; GROUP];
-    pack::bytes_to_words(bytes, &mut rest);
-    let mut rest = rest.map(f32::from_bits);
-    let (pieces, _) = bytemuck::cast_slice_mut::<u32, bf16>(words).as_chunks_mut::<GROUP>();
-    for piece in &mut pieces[..PIECES] {
-        round_to_bf16(&rest, piece);
-        rest.iter_mut().zip(piece).for_each(|(rest, piece)| *rest -= f32::from(*piece));
+    let mut group = [0_u8; GROUP * size_of::<f32>()];
+    let group = <&[u8; _]>::try_from(bytes).unwrap_or_else(|_| {
+        group[..bytes.len()].copy_from_slice(bytes);
+        &group
+    });
+    let pieces = &mut words.as_chunks_mut::<SIDE>().0[..PIECES];
+    // SAFETY: a group is two vectors, a piece of it one; both types of vector are 512 plain bits.
+    unsafe {
+        let mut low = _mm512_loadu_ps(group.as_ptr().cast());
+        let mut high = _mm512_loadu_ps(group.as_ptr().cast::<f32>().add(SIDE));
+        for piece in pieces {
+            let rounded = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_storeu_si512(piece.as_mut_ptr().cast(), rounded);
+            low = _mm512_sub_ps(low, widen(_mm512_castsi512_si256(rounded)));
+            high = _mm512_sub_ps(high, widen(_mm512_extracti64x4_epi64::<1>(rounded)));
+        }
     }
 }
 
-/// A tile of at most 32 rows of one panel, of many in a chunk: meanwhile it asks for its part of what follows.
-///
-/// # Safety
-/// See [`multiply`].
-unsafe fn multiply_tile<const ROWS: usize>(tile: Tile) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply::<ROWS>(tile, if ROWS <= SIDE { multiply_16 } else { multiply_32 }) }
-}
-
-/// The only tile of its chunk, in some neighbouring panels: it reads weights as fast as they come.
-///
-/// # Safety
-/// See [`multiply`].
-unsafe fn multiply_run<const ROWS: usize>(tile: Tile) {
-    // SAFETY: the caller's promise.
-    unsafe { multiply::<ROWS>(tile, if ROWS <= SIDE { multiply_16 } else { multiply_run_of_32 }) }
+/// Sixteen bfloat16 as float32.
+#[target_feature(enable = "avx512f")]
+fn widen(halves: __m256i) -> __m512 {
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
 }
 
 /// `sums += activations · weights` for `ROWS` rows, at most 32, of neighbouring panels.
 ///
 /// # Safety
 /// The pointers of `tile` are valid for the shapes given at its fields, and the processor has the tiles.
-#[inline(always)]
-unsafe fn multiply<const ROWS: usize>(tile: Tile, groups: unsafe fn(&Shapes, Walk, Tile)) {
+unsafe fn multiply<const ROWS: usize>(tile: Tile) {
     /// A group that is not whole, with zeros for what is missing.
     #[repr(C, align(64))]
     struct LastGroup([u32; WEIGHTS_OF_A_GROUP / size_of::<u32>()]);
 
-    let shapes = &const { Shapes::new(ROWS, SIDE) };
+    let shapes = &const { if ROWS <= TWO_SIDES { Shapes::new(ROWS, SIDE) } else { Shapes::of_three(ROWS.div_ceil(3)) } };
     let (whole, rest) = (tile.steps / GROUP, tile.steps % GROUP);
-    let lines = (GROUP / QUESTIONS * tile.prefetch.stride).div_ceil(LINE_BYTES);
     let walk = |groups: usize, panels: usize, tile: &Tile| Walk {
         groups,
         panels,
@@ -114,25 +128,20 @@ unsafe fn multiply<const ROWS: usize>(tile: Tile, groups: unsafe fn(&Shapes, Wal
         activations: tile.activations,
         activations_of_a_group: ROWS * ROW,
         sums_of_a_panel: ROWS * STEP,
-        sums_of_the_first: panels * ROWS * STEP,
-        lines,
+        third_of_activations: ROWS.div_ceil(3) * ROW,
+        third_of_sums: ROWS.div_ceil(3) * STEP,
+        stream_end: tile.weights[0].wrapping_byte_add(groups * STREAM_OF_A_GROUP),
+    };
+    let groups = match ROWS {
+        ..=SIDE => multiply_16,
+        ..=TWO_SIDES => multiply_32,
+        _ => multiply_48,
     };
     // SAFETY: the caller's promise. Where groups are whole, each panel follows the one before. Where one is not, its steps
     // begin `whole` groups on in its panel; the packed activations have zeros for what is missing in them.
     unsafe {
         if rest == 0 {
-            let paired = if ROWS <= SIDE { tile.panels / 2 } else { 0 };
-            let panel = |number: usize| tile.weights[0].wrapping_byte_add(number * tile.steps * STEP);
-            if paired > 0 {
-                let shapes = &const { Shapes::of_pair(if ROWS <= SIDE { ROWS } else { SIDE }) };
-                let pairs = Tile { weights: [panel(0), panel(paired)], ..tile };
-                multiply_16_in_pairs(shapes, walk(whole, paired, &tile), pairs);
-            }
-            if tile.panels > 2 * paired {
-                let sums = tile.sums.wrapping_byte_add(2 * paired * ROWS * STEP);
-                let others = Tile { weights: [panel(2 * paired); 2], sums, ..tile };
-                groups(shapes, walk(whole, tile.panels - 2 * paired, &tile), others);
-            }
+            groups(shapes, walk(whole, tile.panels, &tile), tile);
             return;
         }
         for panel in 0..tile.panels {
@@ -161,7 +170,7 @@ unsafe fn multiply<const ROWS: usize>(tile: Tile, groups: unsafe fn(&Shapes, Wal
 struct Walk {
     /// Groups of steps in a panel.
     groups: usize,
-    /// Panels left, or pairs of them.
+    /// Panels left.
     panels: usize,
     /// Whether the sums begin at what is there: 1, or 0.
     more: usize,
@@ -171,33 +180,61 @@ struct Walk {
     activations_of_a_group: usize,
     /// Bytes from the sums of a panel to those of the next.
     sums_of_a_panel: usize,
-    /// Bytes from the sums of the panels of one stream to those of the other.
-    sums_of_the_first: usize,
-    /// Lines of each stream that are asked for at a time.
-    lines: usize,
+    /// Bytes of a third of the rows, of the activations of a group and of the sums of a panel.
+    third_of_activations: usize,
+    third_of_sums: usize,
+    /// Where the first stream of the panel that is asked for ends.
+    stream_end: *const u32,
 }
 
 /// A group of weights cut into pieces, the tiles of one half of the panel after those of the other.
 #[repr(C, align(64))]
 struct CutWeights([u8; VECTORS * HALF_PANEL]);
 
-/// Cuts pairs of steps in one half of the panel, or of another one (halves 2 and 3): a pair's high pieces are the upper
-/// halves of its words, and what remains is exact. The words of both steps make one of bfloat16 pairs.
+/// Cuts pairs of steps in one half of the panel: a pair's high pieces are the upper halves of its words, and what remains
+/// is exact. The words of both steps make one of bfloat16 pairs.
+///
+/// Before, it asks for weights that will soon be used: three times, since a processor that has too many questions open to
+/// take one forgets it.
 macro_rules! cut {
-    ($($pair:literal $half:tt),+) => { concat!($(
-        "vmovups zmm16, [", cut!(@half $half), " + 2 * ", $pair, " * {step}]\n",
-        "vmovups zmm17, [", cut!(@half $half), " + 2 * ", $pair, " * {step} + {step}]\n",
+    ($($pair:tt $half:literal),+) => { concat!($(
+        cut!(@ask "{soon}" - 512, $pair, $half),
+        cut!(@ask "{soon}" + 0, $pair, $half),
+        cut!(@ask "{soon}" + 512, $pair, $half),
+        "vmovups zmm16, ", cut!(@step "{weights}" + 0, 0, $pair, $half),
+        "vmovups zmm17, ", cut!(@step "{weights}" + 0, 1, $pair, $half),
         cut!(@piece 0, $pair, $half),
         cut!(@piece 1, $pair, $half),
         "vpsrld zmm16, zmm16, 16\n",
         "vpord zmm20, zmm16, zmm17\n",
         cut!(@store 2, $pair, $half),
     )+) };
-    (@half 0) => { "{weights}" };
-    (@half 1) => { "{weights} + {tile_width}" };
-    (@half 2) => { "{other}" };
-    (@half 3) => { "{other} + {tile_width}" };
-    (@piece $piece:literal, $pair:literal, $half:tt) => { concat!(
+    (@ask $from:literal $sign:tt $ahead:literal, $pair:tt, $half:literal) => { concat!(
+        "prefetcht0 ", cut!(@step $from $sign $ahead, 0, $pair, $half),
+        "prefetcht0 ", cut!(@step $from $sign $ahead, 1, $pair, $half),
+    ) };
+    // A stream has four pairs of steps of a group.
+    (@step $from:literal $sign:tt $ahead:literal, $step:literal, $pair:tt, $half:literal) => { concat!(
+        "[", $from, cut!(@stream $pair), stringify!($sign), $ahead, " + ", $step, " * {step} + ", $half, " * {tile_width}]\n",
+    ) };
+    (@stream 0) => { cut!(@pair "", 0) };
+    (@stream 1) => { cut!(@pair "", 1) };
+    (@stream 2) => { cut!(@pair "", 2) };
+    (@stream 3) => { cut!(@pair "", 3) };
+    (@stream 4) => { cut!(@pair " + {apart}", 0) };
+    (@stream 5) => { cut!(@pair " + {apart}", 1) };
+    (@stream 6) => { cut!(@pair " + {apart}", 2) };
+    (@stream 7) => { cut!(@pair " + {apart}", 3) };
+    (@stream 8) => { cut!(@pair " + 2 * {apart}", 0) };
+    (@stream 9) => { cut!(@pair " + 2 * {apart}", 1) };
+    (@stream 10) => { cut!(@pair " + 2 * {apart}", 2) };
+    (@stream 11) => { cut!(@pair " + 2 * {apart}", 3) };
+    (@stream 12) => { cut!(@pair " + {three_apart}", 0) };
+    (@stream 13) => { cut!(@pair " + {three_apart}", 1) };
+    (@stream 14) => { cut!(@pair " + {three_apart}", 2) };
+    (@stream 15) => { cut!(@pair " + {three_apart}", 3) };
+    (@pair $stream:literal, $pair:literal) => { concat!($stream, " + 2 * ", $pair, " * {step}") };
+    (@piece $piece:literal, $pair:tt, $half:literal) => { concat!(
         "vpandd zmm18, zmm16, zmm31\n",
         "vpandd zmm19, zmm17, zmm31\n",
         "vsubps zmm16, zmm16, zmm18\n",
@@ -206,45 +243,9 @@ macro_rules! cut {
         "vpord zmm20, zmm18, zmm19\n",
         cut!(@store $piece, $pair, $half),
     ) };
-    (@store $piece:literal, $pair:literal, $half:tt) => { concat!(
+    (@store $piece:literal, $pair:tt, $half:literal) => { concat!(
         "vmovaps [{next} + ", $half, " * {half_panel} + ", $pair, " * {row} + ", $piece, " * {tile_width}], zmm20\n",
     ) };
-}
-
-/// The same, after asking for weights that will soon be used: three times, since a processor that has too many questions
-/// open to take one forgets it.
-macro_rules! ask_and_cut {
-    ($($pair:literal $half:tt),+) => { concat!($(
-        ask_and_cut!(@ask "{soon}", $pair, $half),
-        ask_and_cut!(@ask "{later}", $pair, $half),
-        ask_and_cut!(@ask "{latest}", $pair, $half),
-        cut!($pair $half),
-    )+) };
-    (@ask $ahead:literal, $pair:literal, $half:tt) => { concat!(
-        "prefetcht0 [", cut!(@half $half), " + ", $ahead, " + 2 * ", $pair, " * {step}]\n",
-        "prefetcht0 [", cut!(@half $half), " + ", $ahead, " + 2 * ", $pair, " * {step} + {step}]\n",
-    ) };
-}
-
-/// Asks for the next lines of the four streams.
-macro_rules! ask {
-    () => {
-        "mov {line}, [{walk} + {lines}]
-        8:
-        prefetcht1 [{ahead}]
-        prefetcht1 [{ahead} + {apart}]
-        prefetcht1 [{ahead} + 2 * {apart}]
-        prefetcht1 [{ahead} + {three_apart}]
-        add {ahead}, {line_bytes}
-        dec {line}
-        jg 8b\n"
-    };
-}
-
-macro_rules! nothing {
-    () => {
-        ""
-    };
 }
 
 /// Loads a tile: a piece (0 is high, 2 is low) of one half of the weights or of the activations.
@@ -270,120 +271,138 @@ macro_rules! add {
 /// A group of steps of at most sixteen rows. Products with low pieces of activations come first, then those with high and
 /// with middle ones, so that few tiles are read again.
 macro_rules! group_of_16 {
-    ($cut:ident, $ask:ident) => {
+    () => {
         concat!(
             load!(6: weights 0, piece 0), load!(4: activations 0, piece 2),
-            add!(0 += 4 * 6), $cut!(0 0, 0 1), load!(7: weights 1, piece 0),
-            add!(1 += 4 * 7), $cut!(1 0, 1 1, 2 0), load!(4: activations 0, piece 0),
-            add!(0 += 4 * 6), $cut!(2 1, 3 0, 3 1),
-            add!(1 += 4 * 7), $cut!(4 0, 4 1), load!(6: weights 0, piece 2),
-            add!(0 += 4 * 6), $cut!(5 0, 5 1, 6 0), load!(7: weights 1, piece 2),
-            add!(1 += 4 * 7), $cut!(6 1, 7 0, 7 1), load!(6: weights 0, piece 1),
-            add!(0 += 4 * 6), $cut!(8 0, 8 1), load!(7: weights 1, piece 1),
-            add!(1 += 4 * 7), $cut!(9 0, 9 1, 10 0), load!(4: activations 0, piece 1),
-            add!(0 += 4 * 6), $cut!(10 1, 11 0, 11 1),
-            add!(1 += 4 * 7), $cut!(12 0, 12 1), load!(6: weights 0, piece 0),
-            add!(0 += 4 * 6), $cut!(13 0, 13 1, 14 0), load!(7: weights 1, piece 0),
-            add!(1 += 4 * 7), $cut!(14 1, 15 0, 15 1),
+            add!(0 += 4 * 6), cut!(0 0, 0 1), load!(7: weights 1, piece 0),
+            add!(1 += 4 * 7), cut!(1 0, 1 1, 2 0), load!(4: activations 0, piece 0),
+            add!(0 += 4 * 6), cut!(2 1, 3 0, 3 1),
+            add!(1 += 4 * 7), cut!(4 0, 4 1), load!(6: weights 0, piece 2),
+            add!(0 += 4 * 6), cut!(5 0, 5 1, 6 0), load!(7: weights 1, piece 2),
+            add!(1 += 4 * 7), cut!(6 1, 7 0, 7 1), load!(6: weights 0, piece 1),
+            add!(0 += 4 * 6), cut!(8 0, 8 1), load!(7: weights 1, piece 1),
+            add!(1 += 4 * 7), cut!(9 0, 9 1, 10 0), load!(4: activations 0, piece 1),
+            add!(0 += 4 * 6), cut!(10 1, 11 0, 11 1),
+            add!(1 += 4 * 7), cut!(12 0, 12 1), load!(6: weights 0, piece 0),
+            add!(0 += 4 * 6), cut!(13 0, 13 1, 14 0), load!(7: weights 1, piece 0),
+            add!(1 += 4 * 7), cut!(14 1, 15 0, 15 1),
         )
     };
 }
 
-/// The same in a pair of panels at once.
-macro_rules! group_of_16_in_pair {
-    ($cut:ident, $ask:ident) => {
-        concat!(
-            load!(4: activations 0, piece 2),
-            in_pair!(0, $cut, 0 0, 0 1, 0 2, 0 3, 1 0, 1 1, 1 2, 1 3, 2 0, 2 1),
-            load!(4: activations 0, piece 0),
-            in_pair!(0, $cut, 2 2, 2 3, 3 0, 3 1, 3 2, 3 3, 4 0, 4 1, 4 2, 4 3),
-            in_pair!(2, $cut, 5 0, 5 1, 5 2, 5 3, 6 0, 6 1, 6 2, 6 3, 7 0, 7 1),
-            in_pair!(1, $cut, 7 2, 7 3, 8 0, 8 1, 8 2, 8 3, 9 0, 9 1, 9 2, 9 3),
-            load!(4: activations 0, piece 1),
-            in_pair!(1, $cut, 10 0, 10 1, 10 2, 10 3, 11 0, 11 1, 11 2, 11 3, 12 0, 12 1),
-            in_pair!(0, $cut, 12 2, 12 3, 13 0, 13 1, 13 2, 13 3, 14 0, 14 1, 14 2, 14 3),
-            $cut!(15 0, 15 1, 15 2, 15 3),
-        )
-    };
-}
-
-/// Multiplies a piece of the activations by one of both panels' weights.
-macro_rules! in_pair {
-    ($piece:literal, $cut:ident, $p0:literal $h0:tt, $p1:literal $h1:tt, $p2:literal $h2:tt, $p3:literal $h3:tt, $p4:literal $h4:tt,
-     $p5:literal $h5:tt, $p6:literal $h6:tt, $p7:literal $h7:tt, $p8:literal $h8:tt, $p9:literal $h9:tt) => {
-        concat!(
-            load!(5: weights 0, piece $piece), add!(0 += 4 * 5), $cut!($p0 $h0, $p1 $h1),
-            load!(6: weights 1, piece $piece), add!(1 += 4 * 6), $cut!($p2 $h2, $p3 $h3, $p4 $h4),
-            load!(7: weights 2, piece $piece), add!(2 += 4 * 7), $cut!($p5 $h5, $p6 $h6),
-            load!(5: weights 3, piece $piece), add!(3 += 4 * 5), $cut!($p7 $h7, $p8 $h8, $p9 $h9),
-        )
-    };
-}
-
-/// `group_of_16` for 17 to 32 rows; each sum gets its products in the same order.
+/// The same for 17 to 32 rows; each sum gets its products in the same order.
 macro_rules! group_of_32 {
-    ($cut:ident, $ask:ident) => {
+    () => {
         concat!(
             load!(6: weights 0, piece 0), load!(4: activations 0, piece 2),
-            add!(0 += 4 * 6), $cut!(0 0), load!(7: weights 1, piece 0),
-            add!(1 += 4 * 7), $cut!(0 1), load!(5: activations 1, piece 2),
-            add!(2 += 5 * 6), $cut!(1 0, 1 1),
-            add!(3 += 5 * 7), $cut!(2 0), $ask!(), load!(4: activations 0, piece 0),
-            add!(0 += 4 * 6), $cut!(2 1),
-            add!(1 += 4 * 7), $cut!(3 0, 3 1), load!(5: activations 1, piece 0),
-            add!(2 += 5 * 6), $cut!(4 0),
-            add!(3 += 5 * 7), $cut!(4 1), load!(6: weights 0, piece 2),
-            add!(0 += 4 * 6), $cut!(5 0, 5 1),
-            add!(2 += 5 * 6), $cut!(6 0), $ask!(), load!(7: weights 1, piece 2),
-            add!(1 += 4 * 7), $cut!(6 1),
-            add!(3 += 5 * 7), $cut!(7 0, 7 1), load!(6: weights 0, piece 1),
-            add!(0 += 4 * 6), $cut!(8 0),
-            add!(2 += 5 * 6), $cut!(8 1), load!(7: weights 1, piece 1),
-            add!(1 += 4 * 7), $cut!(9 0, 9 1),
-            add!(3 += 5 * 7), $cut!(10 0), $ask!(), load!(4: activations 0, piece 1),
-            add!(0 += 4 * 6), $cut!(10 1),
-            add!(1 += 4 * 7), $cut!(11 0, 11 1), load!(5: activations 1, piece 1),
-            add!(2 += 5 * 6), $cut!(12 0),
-            add!(3 += 5 * 7), $cut!(12 1), load!(6: weights 0, piece 0),
-            add!(0 += 4 * 6), $cut!(13 0, 13 1),
-            add!(2 += 5 * 6), $cut!(14 0), $ask!(), load!(7: weights 1, piece 0),
-            add!(1 += 4 * 7), $cut!(14 1),
-            add!(3 += 5 * 7), $cut!(15 0, 15 1),
+            add!(0 += 4 * 6), cut!(0 0), load!(7: weights 1, piece 0),
+            add!(1 += 4 * 7), cut!(0 1), load!(5: activations 1, piece 2),
+            add!(2 += 5 * 6), cut!(1 0, 1 1),
+            add!(3 += 5 * 7), cut!(2 0), load!(4: activations 0, piece 0),
+            add!(0 += 4 * 6), cut!(2 1),
+            add!(1 += 4 * 7), cut!(3 0, 3 1), load!(5: activations 1, piece 0),
+            add!(2 += 5 * 6), cut!(4 0),
+            add!(3 += 5 * 7), cut!(4 1), load!(6: weights 0, piece 2),
+            add!(0 += 4 * 6), cut!(5 0, 5 1),
+            add!(2 += 5 * 6), cut!(6 0), load!(7: weights 1, piece 2),
+            add!(1 += 4 * 7), cut!(6 1),
+            add!(3 += 5 * 7), cut!(7 0, 7 1), load!(6: weights 0, piece 1),
+            add!(0 += 4 * 6), cut!(8 0),
+            add!(2 += 5 * 6), cut!(8 1), load!(7: weights 1, piece 1),
+            add!(1 += 4 * 7), cut!(9 0, 9 1),
+            add!(3 += 5 * 7), cut!(10 0), load!(4: activations 0, piece 1),
+            add!(0 += 4 * 6), cut!(10 1),
+            add!(1 += 4 * 7), cut!(11 0, 11 1), load!(5: activations 1, piece 1),
+            add!(2 += 5 * 6), cut!(12 0),
+            add!(3 += 5 * 7), cut!(12 1), load!(6: weights 0, piece 0),
+            add!(0 += 4 * 6), cut!(13 0, 13 1),
+            add!(2 += 5 * 6), cut!(14 0), load!(7: weights 1, piece 0),
+            add!(1 += 4 * 7), cut!(14 1),
+            add!(3 += 5 * 7), cut!(15 0, 15 1),
         )
     };
 }
 
-/// Defines the loop over panels, or pairs of them, and over the groups of one, around what a group does. While a group is
-/// multiplied, the next is cut; the very last cuts itself once more, since nothing need follow it.
+/// The same for 33 to 48 rows, in three tiles of as many: those of the activations are read each time.
+macro_rules! group_of_48 {
+    () => {
+        concat!(
+            "mov {middle}, {activations}
+            add {middle}, [{walk} + {third_of_activations}]
+            mov {last}, {middle}
+            add {last}, [{walk} + {third_of_activations}]\n",
+            three!(weights 0 0, activations 2, 0 0, 0 1, 1 0), three!(weights 1 0, activations 2, 1 1, 2 0, 2 1),
+            three!(weights 0 0, activations 0, 3 0, 3 1, 4 0), three!(weights 1 0, activations 0, 4 1, 5 0),
+            three!(weights 0 2, activations 0, 5 1, 6 0, 6 1), three!(weights 1 2, activations 0, 7 0, 7 1),
+            three!(weights 0 1, activations 0, 8 0, 8 1, 9 0), three!(weights 1 1, activations 0, 9 1, 10 0, 10 1),
+            three!(weights 0 1, activations 1, 11 0, 11 1, 12 0), three!(weights 1 1, activations 1, 12 1, 13 0),
+            three!(weights 0 0, activations 1, 13 1, 14 0, 14 1), three!(weights 1 0, activations 1, 15 0, 15 1),
+        )
+    };
+}
+
+/// Multiplies a piece of one half of the weights by one of all activations.
+macro_rules! three {
+    (weights 0 $weights:literal, $($rest:tt)+) => { three!(@sums 0 1 2, weights 0 $weights, $($rest)+) };
+    (weights 1 $weights:literal, $($rest:tt)+) => { three!(@sums 3 4 5, weights 1 $weights, $($rest)+) };
+    (@sums $s0:literal $s1:literal $s2:literal, weights $half:literal $weights:literal, activations $piece:literal,
+     $p0:tt $h0:literal, $p1:tt $h1:literal $(, $p2:tt $h2:literal)?) => {
+        concat!(
+            load!(6: weights $half, piece $weights),
+            load!(@from "{activations}", 7, 0, $piece), add!($s0 += 7 * 6), cut!($p0 $h0),
+            load!(@from "{middle}", 7, 0, $piece), add!($s1 += 7 * 6), cut!($p1 $h1),
+            load!(@from "{last}", 7, 0, $piece), add!($s2 += 7 * 6), $(cut!($p2 $h2),)?
+        )
+    };
+}
+
+/// On to the group that follows in its panel or in the next one, a group after which another is asked for.
+macro_rules! advance {
+    () => {
+        "mov {weights}, {soon}
+        add {soon}, {stream_of_a_group}
+        cmp {soon}, [{walk} + {stream_end}]
+        jne 6f
+        add {soon}, {three_apart}
+        add [{walk} + {stream_end}], {apart}
+        add [{walk} + {stream_end}], {three_apart}
+        6:\n"
+    };
+}
+
+/// Defines the loop over panels, and over the groups of one, around what a group does. While a group is multiplied, the
+/// next is cut; the very last cuts itself once more, since nothing need follow it.
 ///
-/// Sums are in tiles 0 to 3, activations in 4 and 5, weights in 6 and 7, of a pair of panels in 5 to 7.
+/// Sums are in tiles 0 to 3, activations in 4 and 5, weights in 6 and 7.
 macro_rules! walk {
-    ($(#[$doc:meta])* $name:ident($tile:ident), $group:ident, $cut:ident, $ask:ident, panels: $panels:literal,
-     cut first: [$($first:expr),+], load: $load:literal, advance: $other:literal, zero: $zero:literal, store: $store:literal, $($operands:tt)*) => {
+    ($(#[$doc:meta])* $name:ident, $group:ident, zero: $zero:literal, load: $load:literal, store: $store:literal $($operands:tt)*) => {
         $(#[$doc])*
         ///
         /// # Safety
         /// Like [`multiply`]; `shapes` and `walk` are those of the tile's rows.
         #[target_feature(enable = "avx512f")]
-        unsafe fn $name(shapes: &Shapes, mut walk: Walk, $tile: Tile) {
-            const PANELS: usize = $panels;
-            let mut pieces = MaybeUninit::<[CutWeights; 4]>::uninit();
-            // SAFETY: the caller's promise. LDTILECFG makes all tiles zero, TILERELEASE leaves none in use.
+        unsafe fn $name(shapes: &Shapes, mut walk: Walk, tile: Tile) {
+            let apart = walk.groups * STREAM_OF_A_GROUP;
+            let mut pieces = MaybeUninit::<[CutWeights; 2]>::uninit();
+            // SAFETY: the caller's promise. TILERELEASE leaves no tile in use.
             unsafe {
                 asm!(
                     "ldtilecfg [{next}]",
-                    "cmp qword ptr [{walk} + {more}], 0",
-                    "je 2f",
-                    "mov {stride:e}, {step}",
-                    $load,
-                    "2:",
                     "mov {groups:e}, 0xffff0000",
                     "vpbroadcastd zmm31, {groups:e}",
                     "mov {next}, {now}",
-                    $($first,)+
+                    advance!(),
+                    cut!(0 0, 0 1, 1 0, 1 1, 2 0, 2 1, 3 0, 3 1, 4 0, 4 1, 5 0, 5 1, 6 0, 6 1, 7 0, 7 1),
+                    cut!(8 0, 8 1, 9 0, 9 1, 10 0, 10 1, 11 0, 11 1, 12 0, 12 1, 13 0, 13 1, 14 0, 14 1, 15 0, 15 1),
                     "add {next}, {pieces}",
-                    "mov {stride:e}, {row}",
+                    "2:",
+                    $zero,
+                    "cmp qword ptr [{walk} + {more}], 0",
+                    "je 3f",
+                    "mov {stride:e}, {step}",
+                    $load,
                     "3:",
+                    "mov {stride:e}, {row}",
                     "mov {groups}, [{walk} + {groups_of_a_panel}]",
                     "mov {activations}, [{walk} + {first_activations}]",
                     "4:",
@@ -392,23 +411,17 @@ macro_rules! walk {
                     "cmp qword ptr [{walk} + {panels}], 1",
                     "je 6f",
                     "5:",
-                    "add {weights}, {weights_of_a_group}",
-                    $other,
-                    "6:",
-                    $group!($cut, $ask),
+                    advance!(),
+                    $group!(),
                     "xchg {now}, {next}",
                     "add {activations}, [{walk} + {activations_of_a_group}]",
                     "dec {groups}",
                     "jnz 4b",
                     "mov {stride:e}, {step}",
                     $store,
-                    "dec qword ptr [{walk} + {panels}]",
-                    "jz 7f",
-                    $zero,
                     "add {sums}, [{walk} + {sums_of_a_panel}]",
-                    "mov {stride:e}, {row}",
-                    "jmp 3b",
-                    "7:",
+                    "dec qword ptr [{walk} + {panels}]",
+                    "jnz 2b",
                     "tilerelease",
                     walk = in(reg) &mut walk,
                     now = inout(reg) pieces.as_mut_ptr() => _,
@@ -416,19 +429,23 @@ macro_rules! walk {
                     stride = out(reg) _,
                     groups = out(reg) _,
                     activations = out(reg) _,
-                    weights = inout(reg) $tile.weights[0] => _,
-                    sums = inout(reg) $tile.sums => _,
+                    weights = out(reg) _,
+                    soon = inout(reg) tile.weights[0] => _,
+                    apart = in(reg) apart,
+                    three_apart = in(reg) 3 * apart,
+                    sums = inout(reg) tile.sums => _,
                     more = const offset_of!(Walk, more),
                     panels = const offset_of!(Walk, panels),
                     groups_of_a_panel = const offset_of!(Walk, groups),
                     first_activations = const offset_of!(Walk, activations),
                     activations_of_a_group = const offset_of!(Walk, activations_of_a_group),
                     sums_of_a_panel = const offset_of!(Walk, sums_of_a_panel),
+                    stream_end = const offset_of!(Walk, stream_end),
+                    stream_of_a_group = const STREAM_OF_A_GROUP,
                     step = const STEP,
                     row = const ROW,
                     half_panel = const HALF_PANEL,
-                    pieces = const size_of::<CutWeights>() * PANELS,
-                    weights_of_a_group = const WEIGHTS_OF_A_GROUP,
+                    pieces = const size_of::<CutWeights>(),
                     tile_width = const TILE_WIDTH,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -443,101 +460,74 @@ macro_rules! walk {
 
 walk!(
     /// At most sixteen rows.
-    multiply_16(tile), group_of_16, ask_and_cut, nothing, panels: 1,
-    cut first: [ask_and_cut!(0 0, 0 1, 1 0, 1 1, 2 0, 2 1, 3 0, 3 1, 4 0, 4 1, 5 0, 5 1, 6 0, 6 1, 7 0, 7 1),
-        ask_and_cut!(8 0, 8 1, 9 0, 9 1, 10 0, 10 1, 11 0, 11 1, 12 0, 12 1, 13 0, 13 1, 14 0, 14 1, 15 0, 15 1)],
-    load: "tileloadd tmm0, [{sums} + {stride}]
-        tileloadd tmm1, [{sums} + {stride} + {tile_width}]",
-    advance: "",
+    multiply_16, group_of_16,
     zero: "tilezero tmm0
         tilezero tmm1",
+    load: "tileloadd tmm0, [{sums} + {stride}]
+        tileloadd tmm1, [{sums} + {stride} + {tile_width}]",
     store: "tilestored [{sums} + {stride}], tmm0
-        tilestored [{sums} + {stride} + {tile_width}], tmm1",
-    soon = const 1024,
-    later = const 2048,
-    latest = const 3072,
-);
-
-/// `walk!` for 17 to 32 rows of one panel after the other.
-macro_rules! walk_32 {
-    ($(#[$doc:meta])* $name:ident($tile:ident), $cut:ident, $ask:ident, $($operands:tt)*) => {
-        walk!(
-            $(#[$doc])*
-            $name($tile), group_of_32, $cut, $ask, panels: 1,
-            cut first: [$cut!(0 0, 0 1, 1 0, 1 1, 2 0, 2 1, 3 0, 3 1, 4 0, 4 1, 5 0, 5 1, 6 0, 6 1, 7 0, 7 1),
-                $cut!(8 0, 8 1, 9 0, 9 1, 10 0, 10 1, 11 0, 11 1, 12 0, 12 1, 13 0, 13 1, 14 0, 14 1, 15 0, 15 1)],
-            load: "tileloadd tmm0, [{sums} + {stride}]
-                tileloadd tmm1, [{sums} + {stride} + {tile_width}]
-                tileloadd tmm2, [{sums} + {stride} + {side_of_sums}]
-                tileloadd tmm3, [{sums} + {stride} + {side_of_sums} + {tile_width}]",
-            advance: "",
-            zero: "tilezero tmm0
-                tilezero tmm1
-                tilezero tmm2
-                tilezero tmm3",
-            store: "tilestored [{sums} + {stride}], tmm0
-                tilestored [{sums} + {stride} + {tile_width}], tmm1
-                tilestored [{sums} + {stride} + {side_of_sums}], tmm2
-                tilestored [{sums} + {stride} + {side_of_sums} + {tile_width}], tmm3",
-            side_of_sums = const SIDE_OF_SUMS,
-            $($operands)*
-        );
-    };
-}
-
-walk_32!(
-    /// 17 to 32 rows, alone in their chunk.
-    multiply_run_of_32(tile), ask_and_cut, nothing,
-    soon = const 1024,
-    later = const 2048,
-    latest = const 3072,
-);
-
-walk_32!(
-    /// 17 to 32 rows of many.
-    multiply_32(tile), cut, ask,
-    ahead = inout(reg) tile.prefetch.start => _,
-    apart = in(reg) tile.prefetch.apart,
-    three_apart = in(reg) 3 * tile.prefetch.apart,
-    line = out(reg) _,
-    lines = const offset_of!(Walk, lines),
-    line_bytes = const LINE_BYTES,
+        tilestored [{sums} + {stride} + {tile_width}], tmm1"
 );
 
 walk!(
-    /// At most sixteen rows, in pairs of panels: two streams bring more from memory than one. Nothing is added to: where
-    /// there are pairs, a call has the whole of K.
-    multiply_16_in_pairs(tile), group_of_16_in_pair, ask_and_cut, nothing, panels: 2,
-    cut first: [
-        ask_and_cut!(0 0, 0 1, 0 2, 0 3, 1 0, 1 1, 1 2, 1 3, 2 0, 2 1, 2 2, 2 3, 3 0, 3 1, 3 2, 3 3),
-        ask_and_cut!(4 0, 4 1, 4 2, 4 3, 5 0, 5 1, 5 2, 5 3, 6 0, 6 1, 6 2, 6 3, 7 0, 7 1, 7 2, 7 3),
-        ask_and_cut!(8 0, 8 1, 8 2, 8 3, 9 0, 9 1, 9 2, 9 3, 10 0, 10 1, 10 2, 10 3, 11 0, 11 1, 11 2, 11 3),
-        ask_and_cut!(12 0, 12 1, 12 2, 12 3, 13 0, 13 1, 13 2, 13 3, 14 0, 14 1, 14 2, 14 3, 15 0, 15 1, 15 2, 15 3)
-    ],
-    load: "",
-    advance: "add {other}, {weights_of_a_group}",
+    /// 17 to 32 rows.
+    multiply_32, group_of_32,
     zero: "tilezero tmm0
         tilezero tmm1
         tilezero tmm2
         tilezero tmm3",
+    load: "tileloadd tmm0, [{sums} + {stride}]
+        tileloadd tmm1, [{sums} + {stride} + {tile_width}]
+        tileloadd tmm2, [{sums} + {stride} + {side_of_sums}]
+        tileloadd tmm3, [{sums} + {stride} + {side_of_sums} + {tile_width}]",
     store: "tilestored [{sums} + {stride}], tmm0
         tilestored [{sums} + {stride} + {tile_width}], tmm1
-        mov {groups}, [{walk} + {sums_of_the_first}]
-        add {groups}, {sums}
-        tilestored [{groups} + {stride}], tmm2
-        tilestored [{groups} + {stride} + {tile_width}], tmm3",
-    other = inout(reg) tile.weights[1] => _,
-    sums_of_the_first = const offset_of!(Walk, sums_of_the_first),
-    soon = const 1024,
-    later = const 1536,
-    latest = const 2048,
+        tilestored [{sums} + {stride} + {side_of_sums}], tmm2
+        tilestored [{sums} + {stride} + {side_of_sums} + {tile_width}], tmm3"
+    side_of_sums = const SIDE_OF_SUMS,
+);
+
+walk!(
+    /// 33 to 48 rows. What is missing in the last third is read and written beyond.
+    multiply_48, group_of_48,
+    zero: "tilezero tmm0
+        tilezero tmm1
+        tilezero tmm2
+        tilezero tmm3
+        tilezero tmm4
+        tilezero tmm5",
+    load: "mov {middle}, {sums}
+        add {middle}, [{walk} + {third_of_sums}]
+        mov {last}, {middle}
+        add {last}, [{walk} + {third_of_sums}]
+        tileloadd tmm0, [{sums} + {stride}]
+        tileloadd tmm3, [{sums} + {stride} + {tile_width}]
+        tileloadd tmm1, [{middle} + {stride}]
+        tileloadd tmm4, [{middle} + {stride} + {tile_width}]
+        tileloadd tmm2, [{last} + {stride}]
+        tileloadd tmm5, [{last} + {stride} + {tile_width}]",
+    store: "mov {middle}, {sums}
+        add {middle}, [{walk} + {third_of_sums}]
+        mov {last}, {middle}
+        add {last}, [{walk} + {third_of_sums}]
+        tilestored [{sums} + {stride}], tmm0
+        tilestored [{sums} + {stride} + {tile_width}], tmm3
+        tilestored [{middle} + {stride}], tmm1
+        tilestored [{middle} + {stride} + {tile_width}], tmm4
+        tilestored [{last} + {stride}], tmm2
+        tilestored [{last} + {stride} + {tile_width}], tmm5"
+    middle = out(reg) _,
+    last = out(reg) _,
+    third_of_activations = const offset_of!(Walk, third_of_activations),
+    third_of_sums = const offset_of!(Walk, third_of_sums),
 );
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::bf16;
     use crate::cpu::gemm::Isa;
-    use crate::cpu::gemm::kernel::Prefetch;
+    use crate::cpu::gemm::kernel::{Prefetch, SPARE_ROWS};
     use epsmoe_base::{Mix, env};
 
     const WIDTH: usize = VECTORS * SIDE;
@@ -558,6 +548,17 @@ mod tests {
         }
     }
 
+    /// Two groups and a rest of three steps: a group's steps 8 to 15 are the second stream, which begins where the first
+    /// has eight steps of each group.
+    #[test]
+    fn streams_worked_example() {
+        assert_eq!([0, 7, 8, 15, 32, 40, 63].map(|step| place_in_streams(step, 67)), [0, 7, 16, 23, 8, 24, 63]);
+        assert_eq!([64, 65, 66].map(|step| place_in_streams(step, 67)), [64, 65, 66]);
+        let mut places: Vec<_> = (0..67).map(|step| place_in_streams(step, 67)).collect();
+        places.sort_unstable();
+        assert!(places.iter().copied().eq(0..67));
+    }
+
     /// Random rows times random panels, as tiles of every kind: the same bits, and errors that are no larger than those of
     /// a chain of multiply-adds.
     #[test]
@@ -569,30 +570,41 @@ mod tests {
         let seed = env::test_seed();
         println!("EPSMOE_TEST_SEED={seed}");
         let mut mix = Mix::new(seed);
-        for k in [GROUP, 7 * GROUP, 7 * GROUP + 13] {
+        for k in [13, GROUP, 2 * GROUP, 7 * GROUP, 7 * GROUP + 13] {
             let mut numbers = |count: usize| (0..count).map(|_| mix.signed()).collect::<Vec<f32>>();
-            let (rows, weights) = (numbers(32 * k), numbers(PANELS * k * WIDTH));
-            // SAFETY: the operands are as `run` makes them, and the processor has the tiles.
-            let (few, many) = unsafe {
-                (
-                    run::<7>(multiply_run::<7>, &rows, k, &weights),
-                    run::<32>(multiply_run::<32>, &rows, k, &weights),
-                )
-            };
+            let (rows, weights) = (numbers(48 * k), numbers(PANELS * k * WIDTH));
+            let panel = |number: usize| &weights[number * k * WIDTH..][..k * WIDTH];
+            // SAFETY: the processor has the tiles.
+            let all = unsafe { run::<48>(&rows, k, &weights) };
             let (mut error, mut plain_error) = (0.0_f64, 0.0_f64);
-            for panel in 0..PANELS {
-                let weights = &weights[panel * k * WIDTH..][..k * WIDTH];
+            for (number, sums) in all.chunks(48 * WIDTH).enumerate() {
                 // SAFETY: like above.
-                let alone = unsafe { run::<32>(multiply_tile::<32>, &rows, k, weights) };
-                assert_eq!(alone[..], many[panel * 32 * WIDTH..][..32 * WIDTH], "panel {panel}, k {k}");
-                assert_eq!(alone[..7 * WIDTH], few[panel * 7 * WIDTH..][..7 * WIDTH], "panel {panel}, k {k}");
-                for (index, sum) in alone.iter().enumerate() {
-                    let products = (0..k)
-                        .map(|step| (rows[index / WIDTH * k + step], weights[step * WIDTH + index % WIDTH]));
+                let alone = unsafe { run::<48>(&rows, k, panel(number)) };
+                assert_eq!(alone, sums, "panel {number}, k {k}");
+                for (index, sum) in sums.iter().enumerate() {
+                    let products = (0..k).map(|step| {
+                        (rows[index / WIDTH * k + step], panel(number)[step * WIDTH + index % WIDTH])
+                    });
                     let exact: f64 = products.clone().map(|(a, b)| f64::from(a) * f64::from(b)).sum();
                     let plain = products.fold(0_f32, |sum, (a, b)| a.mul_add(b, sum));
                     error += (f64::from(*sum) - exact).powi(2);
                     plain_error += (f64::from(plain) - exact).powi(2);
+                }
+            }
+            // SAFETY: like above.
+            let fewer = unsafe {
+                [
+                    run::<7>(&rows, k, &weights),
+                    run::<16>(&rows, k, &weights),
+                    run::<23>(&rows, k, &weights),
+                    run::<32>(&rows, k, &weights),
+                    run::<41>(&rows, k, &weights),
+                ]
+            };
+            for fewer in fewer {
+                let per_panel = fewer.len() / PANELS;
+                for (fewer, all) in fewer.chunks(per_panel).zip(all.chunks(48 * WIDTH)) {
+                    assert_eq!(fewer, &all[..per_panel], "{} rows, k {k}", per_panel / WIDTH);
                 }
             }
             assert!(
@@ -602,18 +614,13 @@ mod tests {
         }
     }
 
-    /// The sums of the first `ROWS` of `rows` and all panels of `weights`.
+    /// The sums of the first `ROWS` of `rows` and all panels of `weights`, whose steps lie in order.
     ///
     /// # Safety
-    /// The processor has the tiles; `tile` is for `ROWS` rows.
-    unsafe fn run<const ROWS: usize>(
-        tile: unsafe fn(Tile),
-        rows: &[f32],
-        k: usize,
-        weights: &[f32],
-    ) -> Vec<f32> {
+    /// The processor has the tiles.
+    unsafe fn run<const ROWS: usize>(rows: &[f32], k: usize, weights: &[f32]) -> Vec<f32> {
         let row_words = ROW / size_of::<u32>();
-        let mut packed = vec![0; k.div_ceil(GROUP) * ROWS * row_words];
+        let mut packed = vec![0; (k.div_ceil(GROUP) * ROWS + SPARE_ROWS) * row_words];
         for (row, values) in rows.chunks(k).take(ROWS).enumerate() {
             for (group, values) in values.chunks(GROUP).enumerate() {
                 let words = &mut packed[(group * ROWS + row) * row_words..][..row_words];
@@ -621,19 +628,26 @@ mod tests {
                 unsafe { cut_activations(bytemuck::cast_slice(values), words) };
             }
         }
+        let mut placed = vec![0.0; weights.len()];
+        for (placed, panel) in placed.chunks_mut(k * WIDTH).zip(weights.chunks(k * WIDTH)) {
+            for (step, columns) in panel.chunks(WIDTH).enumerate() {
+                placed[place_in_streams(step, k) * WIDTH..][..WIDTH].copy_from_slice(columns);
+            }
+        }
         let panels = weights.len() / (k * WIDTH);
-        let mut sums = vec![f32::NAN; panels * ROWS * WIDTH];
-        let tile_of_all = Tile {
+        let mut sums = vec![f32::NAN; (panels * ROWS + SPARE_ROWS) * WIDTH];
+        let tile = Tile {
             steps: k,
             panels,
             activations: packed.as_ptr(),
-            weights: [weights.as_ptr().cast(); 2],
+            weights: [placed.as_ptr().cast(); 2],
             sums: sums.as_mut_ptr(),
             more: false,
-            prefetch: Prefetch::new(weights.as_ptr().cast(), 0, k),
+            prefetch: Prefetch::new(placed.as_ptr().cast(), 0, k),
         };
         // SAFETY: all operands are whole; the caller's promise.
-        unsafe { tile(tile_of_all) };
+        unsafe { multiply::<ROWS>(tile) };
+        sums.truncate(panels * ROWS * WIDTH);
         sums
     }
 }

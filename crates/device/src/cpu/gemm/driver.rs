@@ -8,7 +8,7 @@
 //! they take several panels at once and prefetch by themselves.
 
 use super::epilogue::Finish;
-use super::kernel::{BLOCK_STEPS, Blocks, Functions, Prefetch, Several, Tile};
+use super::kernel::{BLOCK_STEPS, Blocks, Functions, Prefetch, SPARE_ROWS, Several, Tile};
 use super::pack::{AlignedWords, ElementType, PackedMatrix};
 use crate::cpu::pool::{Claims, ComputePool};
 use crate::cpu::{prefetch, prefetch_all};
@@ -170,7 +170,7 @@ fn panels_together(several: Option<&Several>) -> usize {
     several.filter(|several| !several.neighbours).map_or(1, |several| several.panels)
 }
 
-fn even_parts(range: Range<usize>, parts: usize) -> impl Iterator<Item = Range<usize>> {
+fn even_parts(range: Range<usize>, parts: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
     (0..parts).map(move |index| even_part(range.clone(), parts, index))
 }
 
@@ -215,9 +215,11 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         });
     }
 
-    /// The tiles of a chunk, as ranges of its rows counted from 0.
-    fn tiles(&self, rows: usize) -> impl Iterator<Item = Range<usize>> {
-        even_parts(0..rows, rows.div_ceil(self.shape.functions().tiles.len()))
+    /// The tiles of a task's chunk, as ranges of its rows counted from 0: a kernel for several panels takes all rows.
+    fn tiles(&self, task: &Task) -> impl ExactSizeIterator<Item = Range<usize>> {
+        let most = self.shape.functions().tiles.len();
+        let count = if task.several.is_some() { 1 } else { task.rows.len().div_ceil(most) };
+        even_parts(0..task.rows.len(), count)
     }
 
     /// Words that one row takes in `Scratch::activations`.
@@ -229,9 +231,9 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let (rows, x) = (&task.rows, &self.parts[task.part].x);
         let row_words = self.packed_row_words();
         let Blocks { steps, stride, pack } = self.shape.functions().blocks;
-        packed.grow(rows.len() * row_words);
+        packed.grow(rows.len() * row_words + SPARE_ROWS * stride);
         let per_block = steps * size_of::<u32>();
-        for tile in self.tiles(rows.len()) {
+        for tile in self.tiles(task) {
             let tile_words = &mut packed[tile.start * row_words..tile.end * row_words];
             for (index, row) in tile.clone().enumerate() {
                 let row = rows.start + row;
@@ -257,7 +259,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             Some(several) if several.neighbours => (several.panels, steps),
             Some(several) => (several.panels, PANEL_BLOCK_STEPS),
         };
-        scratch.sums.grow(at_once * task.rows.len() * width);
+        scratch.sums.grow((at_once * task.rows.len() + SPARE_ROWS) * width);
         for group in PanelGroup::of(task.panels.clone(), task.several) {
             for start in (0..steps).step_by(block_steps) {
                 let block = start..steps.min(start + block_steps);
@@ -291,13 +293,14 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let [weights, last] = [group.first, group.first + (group.count - 1) * group.apart]
             .map(|panel| &matrix.panel(panel)[block.start * width..block.end * width]);
         let row_words = self.packed_row_words();
-        let tiles = self.tiles(task.rows.len());
-        let count = task.rows.len().div_ceil(functions.tiles.len());
+        let tiles = self.tiles(task);
+        let count = tiles.len();
         for (index, rows) in tiles.enumerate() {
             let first_block = functions.blocks.row_words(block.start) * rows.len();
-            let activations =
-                &scratch.activations[rows.start * row_words..rows.end * row_words][first_block..];
-            let sums = &mut scratch.sums[rows.start * width..][..group.count * rows.len() * width];
+            let end = rows.end * row_words + SPARE_ROWS * functions.blocks.stride;
+            let activations = &scratch.activations[rows.start * row_words..end][first_block..];
+            let own_sums = group.count * rows.len() * width;
+            let sums = &mut scratch.sums[rows.start * width..][..own_sums + SPARE_ROWS * width];
             let outputs = task.rows.start + rows.start..task.rows.start + rows.end;
             let complete = block.end == self.shape.steps();
             if complete {
@@ -315,10 +318,10 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             };
             // SAFETY: the table exists only where its instructions do; the weights of each panel have `width` words a
             // step, `sums` a row of `width` for each panel and row, and `activations` all blocks of these rows
-            // from this one on.
+            // from this one on, both with the spare rows.
             unsafe { kernels[rows.len() - 1](tile) }
             if complete {
-                let sums = bytemuck::cast_slice(sums).chunks_exact(rows.len() * width);
+                let sums = bytemuck::cast_slice(&sums[..own_sums]).chunks_exact(rows.len() * width);
                 for (panel, sums) in group.panels().zip(sums) {
                     self.store(task.part, outputs.clone(), panel, sums);
                 }

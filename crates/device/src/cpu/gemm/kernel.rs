@@ -90,6 +90,9 @@ pub(crate) unsafe trait Kernel {
     fn prefetch_to_l2(address: *const u8);
 }
 
+/// Rows that a micro-kernel may read after those of a block, and write after its sums.
+pub(crate) const SPARE_ROWS: usize = 2;
+
 /// Steps from the weights in use to those fetched into L1 meanwhile: 4 KiB for AVX-512.
 const STEPS_TO_L1: usize = 32;
 
@@ -103,13 +106,13 @@ const PAIR_AHEAD: usize = 1024;
 pub(crate) struct Tile {
     /// Steps to run.
     pub steps: usize,
-    /// Activations: blocks of `rows` rows of `BLOCK_STRIDE` words, as `driver::Scratch` lays them out.
+    /// Activations: blocks of `rows` rows, as [`Blocks`] says, and [`SPARE_ROWS`].
     pub activations: *const u32,
     /// Panels at once.
     pub panels: usize,
     /// Weights of the first panel and of the last: for each step `VECTORS · LANES` words, one a column.
     pub weights: [*const u32; 2],
-    /// Sums `[panels, rows, VECTORS · LANES]`, written at the end.
+    /// Sums `[panels, rows, VECTORS · LANES]`, written at the end, and [`SPARE_ROWS`].
     pub sums: *mut f32,
     /// Whether the sums begin at what is there, or at zero.
     pub more: bool,
@@ -336,6 +339,8 @@ pub(crate) struct Functions {
     pub chunk_rows: usize,
     /// How packed activations lie.
     pub blocks: Blocks,
+    /// Where step `.0` of the `.1` that a panel of weights has lies in it.
+    pub place: fn(usize, usize) -> usize,
     /// See `epilogue::store`, into float32 and bfloat16.
     pub store_f32: unsafe fn(&Finish<'_, f32>),
     pub store_bf16: unsafe fn(&Finish<'_, half::bf16>),
@@ -431,6 +436,7 @@ macro_rules! functions {
                     stride: kernel::BLOCK_STRIDE,
                     pack: $crate::cpu::gemm::bytes_to_words,
                 },
+                place: |step, _| step,
                 store_f32: store::<f32>,
                 store_bf16: store::<half::bf16>,
                 round_to_bf16,

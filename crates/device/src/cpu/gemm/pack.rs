@@ -203,7 +203,8 @@ impl PackedMatrix {
         source: impl Fn(usize, usize) -> Option<SourceRow<'a>> + Sync,
     ) {
         let (panels, panel_words) = (self.panels(), self.panel_words());
-        let (width, k, element) = (self.functions.width(), self.k, self.element);
+        let (functions, k, element) = (self.functions, self.k, self.element);
+        let (width, all_steps) = (functions.width(), self.steps());
         let words = SharedSlice::new(bytemuck::cast_slice_mut(&mut self.memory));
         pool.run(panels, |panel| {
             // SAFETY: each task has its own panel.
@@ -216,13 +217,14 @@ impl PackedMatrix {
             for start in (0..k).step_by(PACK_ELEMENTS) {
                 let range = start..k.min(start + PACK_ELEMENTS);
                 let steps = element.steps(range.start)..element.steps(range.end);
-                let block = &mut words[steps.start * width..steps.end * width];
+                let places = steps.clone().map(|step| (functions.place)(step, all_steps));
+                let places: Vec<_> = places.collect();
                 for &(column, row) in &rows {
                     let mut row_words = [0; PACK_ELEMENTS];
                     let row_words = &mut row_words[..steps.len()];
                     row.write_words(range.clone(), element, row_words);
-                    for (step, word) in block.chunks_exact_mut(width).zip(row_words) {
-                        step[column] = *word;
+                    for (place, word) in places.iter().zip(row_words) {
+                        words[place * width + column] = *word;
                     }
                 }
             }
