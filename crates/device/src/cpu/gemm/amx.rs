@@ -31,7 +31,7 @@ pub(super) fn weight_functions(element: ElementType) -> &'static Functions {
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod linux {
     use super::{ElementType, Functions};
-    use crate::cpu::gemm::kernel::{BLOCK_STEPS, BLOCK_STRIDE, Several, Tile, VECTORS};
+    use crate::cpu::gemm::kernel::{BLOCK_STEPS, BLOCK_STRIDE, ChunkLimit, Several, Tile, VECTORS};
     use crate::cpu::gemm::{amx_pieces, avx512};
     use crate::host::LINE_BYTES;
     use std::arch::asm;
@@ -104,7 +104,7 @@ mod linux {
     static BF16: Functions = Functions {
         tiles: tiles!(multiply_tile: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
         several: Several { tiles: &[], ..avx512::BF16_DOT.several },
-        chunk_rows: 256, // eight full tiles
+        chunk: ChunkLimit { rows: 256, ..avx512::BF16_DOT.chunk }, // eight full tiles
         spin,
         ..avx512::BF16_DOT
     };

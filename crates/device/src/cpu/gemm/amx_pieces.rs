@@ -18,7 +18,7 @@
 //! the processor.
 
 use super::amx::{SIDE, Shapes, TILE_WIDTH, tiles};
-use super::kernel::{Blocks, Functions, Several, Tile, VECTORS};
+use super::kernel::{Blocks, ChunkLimit, Functions, Grouping, PANEL_BLOCK_STEPS, Several, Tile, VECTORS};
 use super::avx512;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -58,24 +58,25 @@ pub(super) static F32: Functions = Functions {
     several: Several {
         tiles: tiles!(multiply: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32
             33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48),
-        panels: 8,
-        neighbours: true,
+        grouping: Grouping::Runs(8),
     },
-    chunk_rows: 256,
+    chunk: ChunkLimit { rows: 256, words: 288 << 10 },
     blocks: Blocks { steps: GROUP, stride: ROW / size_of::<u32>(), pack: cut_activations },
     place: place_in_streams,
     ..avx512::F32
 };
 
-/// Where step `step` of `steps` lies in a panel: steps that make no whole group are last.
+/// Where step `step` of `steps` lies in a panel: each block of [`PANEL_BLOCK_STEPS`] has its own streams, and steps that
+/// make no whole group are last.
 fn place_in_streams(step: usize, steps: usize) -> usize {
     const QUARTER: usize = GROUP / STREAMS;
-    let (group, groups) = (step / GROUP, steps / GROUP);
-    if group == groups {
+    if step >= steps / GROUP * GROUP {
         return step;
     }
+    let (block, step) = (step / PANEL_BLOCK_STEPS * PANEL_BLOCK_STEPS, step % PANEL_BLOCK_STEPS);
+    let groups = (steps - block).min(PANEL_BLOCK_STEPS) / GROUP;
     let stream = step % GROUP / QUARTER;
-    (stream * groups + group) * QUARTER + step % QUARTER
+    block + (stream * groups + step / GROUP) * QUARTER + step % QUARTER
 }
 
 /// Packs at most [`GROUP`] little-endian float32 of one row: all high pieces, then the middle ones, then the low ones. What
@@ -137,30 +138,34 @@ unsafe fn multiply<const ROWS: usize>(tile: Tile) {
         ..=TWO_SIDES => multiply_32,
         _ => multiply_48,
     };
-    // SAFETY: the caller's promise. Where groups are whole, each panel follows the one before. Where one is not, its steps
-    // begin `whole` groups on in its panel; the packed activations have zeros for what is missing in them.
+    // SAFETY: the caller's promise. In one block of whole groups, each panel follows the one before. Else each block begins
+    // as many steps on in its panel; the packed activations have zeros for what is missing in the last group.
     unsafe {
-        if rest == 0 {
+        if rest == 0 && tile.steps <= PANEL_BLOCK_STEPS {
             groups(shapes, walk(whole, tile.panels, &tile), tile);
             return;
         }
         for panel in 0..tile.panels {
             let weights = tile.weights[0].wrapping_byte_add(panel * tile.steps * STEP);
             let sums = tile.sums.wrapping_byte_add(panel * ROWS * STEP);
-            let tile = Tile { weights: [weights; 2], sums, ..tile };
-            if whole > 0 {
-                groups(shapes, walk(whole, 1, &tile), tile);
-            }
-            let mut last = LastGroup([0; _]);
-            let weights = weights.wrapping_byte_add(whole * WEIGHTS_OF_A_GROUP);
-            weights.copy_to_nonoverlapping(last.0.as_mut_ptr(), rest * STEP / size_of::<u32>());
-            let rest_of_it = Tile {
-                activations: tile.activations.wrapping_byte_add(whole * ROWS * ROW),
-                weights: [last.0.as_ptr(); 2],
-                more: tile.more || whole > 0,
+            let block = |first: usize, weights: *const u32| Tile {
+                activations: tile.activations.wrapping_byte_add(first * ROWS * ROW),
+                weights: [weights; 2],
+                sums,
+                more: tile.more || first > 0,
                 ..tile
             };
-            groups(shapes, walk(1, 1, &rest_of_it), rest_of_it);
+            for first in (0..whole).step_by(PANEL_BLOCK_STEPS / GROUP) {
+                let block = block(first, weights.wrapping_byte_add(first * WEIGHTS_OF_A_GROUP));
+                groups(shapes, walk((whole - first).min(PANEL_BLOCK_STEPS / GROUP), 1, &block), block);
+            }
+            if rest > 0 {
+                let mut last = LastGroup([0; _]);
+                let weights = weights.wrapping_byte_add(whole * WEIGHTS_OF_A_GROUP);
+                weights.copy_to_nonoverlapping(last.0.as_mut_ptr(), rest * STEP / size_of::<u32>());
+                let block = block(whole, last.0.as_ptr());
+                groups(shapes, walk(1, 1, &block), block);
+            }
         }
     }
 }
@@ -554,9 +559,11 @@ mod tests {
     fn streams_worked_example() {
         assert_eq!([0, 7, 8, 15, 32, 40, 63].map(|step| place_in_streams(step, 67)), [0, 7, 16, 23, 8, 24, 63]);
         assert_eq!([64, 65, 66].map(|step| place_in_streams(step, 67)), [64, 65, 66]);
-        let mut places: Vec<_> = (0..67).map(|step| place_in_streams(step, 67)).collect();
-        places.sort_unstable();
-        assert!(places.iter().copied().eq(0..67));
+        for steps in [67, PANEL_BLOCK_STEPS, 2 * PANEL_BLOCK_STEPS + 45] {
+            let mut places: Vec<_> = (0..steps).map(|step| place_in_streams(step, steps)).collect();
+            places.sort_unstable();
+            assert!(places.iter().copied().eq(0..steps), "{steps} steps");
+        }
     }
 
     /// Random rows times random panels, as tiles of every kind: the same bits, and errors that are no larger than those of
@@ -570,7 +577,7 @@ mod tests {
         let seed = env::test_seed();
         println!("EPSMOE_TEST_SEED={seed}");
         let mut mix = Mix::new(seed);
-        for k in [13, GROUP, 2 * GROUP, 7 * GROUP, 7 * GROUP + 13] {
+        for k in [13, GROUP, 2 * GROUP, 7 * GROUP, 7 * GROUP + 13, PANEL_BLOCK_STEPS + 2 * GROUP + 1] {
             let mut numbers = |count: usize| (0..count).map(|_| mix.signed()).collect::<Vec<f32>>();
             let (rows, weights) = (numbers(48 * k), numbers(PANELS * k * WIDTH));
             let panel = |number: usize| &weights[number * k * WIDTH..][..k * WIDTH];

@@ -8,7 +8,7 @@
 //! they take several panels at once and prefetch by themselves.
 
 use super::epilogue::Finish;
-use super::kernel::{BLOCK_STEPS, Blocks, Functions, Prefetch, SPARE_ROWS, Several, Tile};
+use super::kernel::{Blocks, Functions, Grouping, PANEL_BLOCK_STEPS, Prefetch, SPARE_ROWS, Tile};
 use super::pack::{AlignedWords, ElementType, PackedMatrix};
 use crate::cpu::pool::{Claims, ComputePool};
 use crate::cpu::{prefetch, prefetch_all};
@@ -16,14 +16,6 @@ use crate::host::{Element, GemmViews, even_part};
 use epsmoe_base::DType;
 use std::cell::RefCell;
 use std::ops::Range;
-
-/// Steps of a panel that the tiles pass over at a time: 256 KiB of weights for 32 columns. For a
-/// longer K the sums wait in f32, which is exact.
-const PANEL_BLOCK_STEPS: usize = 16 * BLOCK_STEPS;
-
-/// Packed activations of a chunk, in words: half a MiB. An L2 cache has room for more, but does not forget what was used
-/// longest ago first: with a MiB and two blocks of weights, a cache of 2 MiB has already lost some of it.
-const CHUNK_WORDS: usize = 1 << 17;
 
 /// Tasks a thread should get, so that threads finish at about the same time.
 const TASKS_PER_THREAD: usize = 32;
@@ -50,13 +42,22 @@ pub(crate) fn multiply<X: Element, Y: Element>(
 }
 
 /// A chunk of rows and how its panels are split into tasks.
+#[derive(Clone)]
 struct Chunk {
     part: usize,
     rows: Range<usize>,
-    /// The kernels for several panels at once, where the rows are so few that reading weights is all that counts.
-    several: Option<&'static Several>,
+    /// The kernels for 1, 2, … rows, and the panels that they take at once.
+    tiles: &'static [unsafe fn(Tile)],
+    grouping: Grouping,
     first_task: usize,
     tasks: usize,
+}
+
+impl Chunk {
+    /// Its tiles, as ranges of its rows counted from 0.
+    fn tiles(&self) -> impl ExactSizeIterator<Item = Range<usize>> + use<> {
+        even_parts(0..self.rows.len(), self.rows.len().div_ceil(self.tiles.len()))
+    }
 }
 
 /// All tasks of one call, numbered chunk by chunk.
@@ -68,11 +69,9 @@ struct Plan {
 
 /// One task: some panels of one chunk.
 struct Task {
-    chunk: usize,
-    part: usize,
-    rows: Range<usize>,
+    chunk_index: usize,
+    chunk: Chunk,
     panels: Range<usize>,
-    several: Option<&'static Several>,
 }
 
 /// Panels, each `apart` panels after the one before, which a kernel takes at once.
@@ -87,55 +86,69 @@ impl PanelGroup {
     fn panels(self) -> impl Iterator<Item = usize> {
         (0..self.count).map(move |index| self.first + index * self.apart)
     }
+}
 
-    /// All of `panels` one by one.
-    fn alone(panels: Range<usize>) -> impl Iterator<Item = PanelGroup> {
-        panels.map(|first| PanelGroup { first, apart: 0, count: 1 })
-    }
-
-    /// All of `panels` as neighbours, at most `most` at once.
-    fn neighbours(panels: Range<usize>, most: usize) -> impl Iterator<Item = PanelGroup> {
-        let end = panels.end;
-        panels.step_by(most).map(move |first| PanelGroup { first, apart: 1, count: most.min(end - first) })
-    }
-
-    /// All of `panels` in pairs, but for the last of an odd number. Each half of the pairs then is one stream of weights, in
-    /// which a panel is followed by its neighbour.
-    fn pairs(panels: Range<usize>) -> impl Iterator<Item = PanelGroup> {
-        let apart = panels.len() / 2;
-        let paired = panels.start..panels.start + apart;
-        let pairs = paired.map(move |first| PanelGroup { first, apart, count: 2 });
-        pairs.chain(Self::alone(panels.start + 2 * apart..panels.end))
-    }
-
-    /// All of `panels` as kernels for `several` take them, if there are such.
-    fn of(panels: Range<usize>, several: Option<&Several>) -> Box<dyn Iterator<Item = PanelGroup>> {
-        match several {
-            None => Box::new(Self::alone(panels)),
-            Some(several) if several.neighbours => Box::new(Self::neighbours(panels, several.panels)),
-            Some(_) => Box::new(Self::pairs(panels)),
+impl Grouping {
+    /// Panels between which tasks are not cut.
+    fn together(self) -> usize {
+        match self {
+            Grouping::Pairs => 2,
+            Grouping::Runs(_) => 1,
         }
+    }
+
+    /// Panels at once, at most.
+    fn most(self) -> usize {
+        match self {
+            Grouping::Pairs => 2,
+            Grouping::Runs(most) => most,
+        }
+    }
+
+    /// Steps of a panel that the tiles pass over at a time.
+    fn block_steps(self, steps: usize) -> usize {
+        match self {
+            Grouping::Runs(most) if most > 1 => steps,
+            _ => PANEL_BLOCK_STEPS,
+        }
+    }
+
+    /// All of `panels` in runs of neighbours, or in pairs, but for the last of an odd number. Each half of the pairs then is
+    /// one stream of weights, in which a panel is followed by its neighbour.
+    fn groups(self, panels: Range<usize>) -> impl Iterator<Item = PanelGroup> {
+        let (end, pairs) = (panels.end, panels.len() / 2);
+        let (paired, apart, step) = match self {
+            Grouping::Pairs => (panels.start..panels.start + pairs, pairs, 1),
+            Grouping::Runs(most) => (panels.start..panels.start, 1, most),
+        };
+        let others = paired.start + 2 * paired.len()..end;
+        let runs = others.step_by(step);
+        let runs = runs.map(move |first| PanelGroup { first, apart: 1, count: step.min(end - first) });
+        paired.map(move |first| PanelGroup { first, apart, count: 2 }).chain(runs)
     }
 }
 
 impl Plan {
     fn new<X: Element, Y: Element>(parts: &[GemmViews<'_, X, Y, PackedMatrix>], threads: usize) -> Self {
         let shape = parts[0].matrix;
-        let panels = shape.panels();
-        let Functions { tiles, several, chunk_rows, .. } = shape.functions();
-        let tile_rows = tiles.len();
-        let most_rows = (CHUNK_WORDS / shape.steps().max(1)).min(*chunk_rows);
-        let most_tiles = (most_rows / tile_rows).max(1);
+        let (panels, functions) = (shape.panels(), shape.functions());
+        let Functions { tiles, several, chunk, blocks, .. } = functions;
+        let most_rows = (chunk.words / blocks.row_words(shape.steps()).max(1)).min(chunk.rows);
+        let most_tiles = (most_rows / tiles.len()).max(1);
         let cost = |rows: usize| rows.max(ROWS_OF_A_PANEL_READ) * panels;
         let mut plan = Plan { chunks: Vec::new(), panels, tasks: 0 };
         for (part, views) in parts.iter().enumerate() {
             // Rows are cut into tiles first, so that chunks do not end in tiles that are half empty.
-            let (rows, tiles) = (0..views.x.rows, views.x.rows.div_ceil(tile_rows));
-            for chunk in even_parts(0..tiles, tiles.div_ceil(most_tiles)) {
-                let rows = even_part(rows.clone(), tiles, chunk.start).start
-                    ..even_part(rows.clone(), tiles, chunk.end).start;
-                let several = (rows.len() <= several.tiles.len()).then_some(several);
-                plan.chunks.push(Chunk { part, rows, several, first_task: 0, tasks: 0 });
+            let (rows, count) = (0..views.x.rows, views.x.rows.div_ceil(tiles.len()));
+            for chunk in even_parts(0..count, count.div_ceil(most_tiles)) {
+                let rows = even_part(rows.clone(), count, chunk.start).start
+                    ..even_part(rows.clone(), count, chunk.end).start;
+                let (tiles, grouping) = if rows.len() <= several.tiles.len() {
+                    (several.tiles, several.grouping)
+                } else {
+                    (*tiles, Grouping::Runs(1))
+                };
+                plan.chunks.push(Chunk { part, rows, tiles, grouping, first_task: 0, tasks: 0 });
             }
         }
         let total: usize = plan.chunks.iter().map(|chunk| cost(chunk.rows.len())).sum();
@@ -144,7 +157,7 @@ impl Plan {
             chunk.first_task = plan.tasks;
             chunk.tasks = cost(chunk.rows.len())
                 .div_ceil(task_cost)
-                .min(panels.div_ceil(panels_together(chunk.several)));
+                .min(panels.div_ceil(chunk.grouping.together()));
             plan.tasks += chunk.tasks;
         }
         plan
@@ -152,22 +165,12 @@ impl Plan {
 
     fn task(&self, number: usize) -> Task {
         let chunk_index = self.chunks.partition_point(|chunk| chunk.first_task <= number) - 1;
-        let chunk = &self.chunks[chunk_index];
-        let together = panels_together(chunk.several);
+        let chunk = self.chunks[chunk_index].clone();
+        let together = chunk.grouping.together();
         let groups = even_part(0..self.panels.div_ceil(together), chunk.tasks, number - chunk.first_task);
-        Task {
-            chunk: chunk_index,
-            part: chunk.part,
-            rows: chunk.rows.clone(),
-            panels: groups.start * together..self.panels.min(groups.end * together),
-            several: chunk.several,
-        }
+        let panels = groups.start * together..self.panels.min(groups.end * together);
+        Task { chunk_index, chunk, panels }
     }
-}
-
-/// Panels between which tasks are not cut.
-fn panels_together(several: Option<&Several>) -> usize {
-    several.filter(|several| !several.neighbours).map_or(1, |several| several.panels)
 }
 
 fn even_parts(range: Range<usize>, parts: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
@@ -206,20 +209,13 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             while let Some(number) = claims.next() {
                 let task = self.plan.task(number);
                 let next = claims.look_ahead().map(|number| self.plan.task(number));
-                if packed_chunk != Some(task.chunk) {
-                    self.pack_activations(&task, &mut scratch.activations);
-                    packed_chunk = Some(task.chunk);
+                if packed_chunk != Some(task.chunk_index) {
+                    self.pack_activations(&task.chunk, &mut scratch.activations);
+                    packed_chunk = Some(task.chunk_index);
                 }
                 self.run(&task, next.as_ref(), scratch);
             }
         });
-    }
-
-    /// The tiles of a task's chunk, as ranges of its rows counted from 0: a kernel for several panels takes all rows.
-    fn tiles(&self, task: &Task) -> impl ExactSizeIterator<Item = Range<usize>> {
-        let most = self.shape.functions().tiles.len();
-        let count = if task.several.is_some() { 1 } else { task.rows.len().div_ceil(most) };
-        even_parts(0..task.rows.len(), count)
     }
 
     /// Words that one row takes in `Scratch::activations`.
@@ -227,13 +223,13 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         self.shape.functions().blocks.row_words(self.shape.steps())
     }
 
-    fn pack_activations(&self, task: &Task, packed: &mut AlignedWords) {
-        let (rows, x) = (&task.rows, &self.parts[task.part].x);
+    fn pack_activations(&self, chunk: &Chunk, packed: &mut AlignedWords) {
+        let (rows, x) = (&chunk.rows, &self.parts[chunk.part].x);
         let row_words = self.packed_row_words();
         let Blocks { steps, stride, pack } = self.shape.functions().blocks;
         packed.grow(rows.len() * row_words + SPARE_ROWS * stride);
         let per_block = steps * size_of::<u32>();
-        for tile in self.tiles(task) {
+        for tile in chunk.tiles() {
             let tile_words = &mut packed[tile.start * row_words..tile.end * row_words];
             for (index, row) in tile.clone().enumerate() {
                 let row = rows.start + row;
@@ -253,58 +249,55 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
     fn run(&self, task: &Task, next: Option<&Task>, scratch: &mut Scratch) {
         let steps = self.shape.steps();
         let width = self.shape.functions().width();
-        let matrix = self.parts[task.part].matrix;
-        let (at_once, block_steps) = match task.several {
-            None => (1, PANEL_BLOCK_STEPS),
-            Some(several) if several.neighbours => (several.panels, steps),
-            Some(several) => (several.panels, PANEL_BLOCK_STEPS),
-        };
-        scratch.sums.grow((at_once * task.rows.len() + SPARE_ROWS) * width);
-        for group in PanelGroup::of(task.panels.clone(), task.several) {
+        let Task { chunk: Chunk { part, rows, grouping, .. }, panels, .. } = task;
+        let matrix = self.parts[*part].matrix;
+        let block_steps = grouping.block_steps(steps);
+        scratch.sums.grow((grouping.most() * rows.len() + SPARE_ROWS) * width);
+        for group in grouping.groups(panels.clone()) {
             for start in (0..steps).step_by(block_steps) {
                 let block = start..steps.min(start + block_steps);
-                let last = block.end == steps && group.first + group.count == task.panels.end;
+                let last = block.end == steps && group.first + group.count == panels.end;
                 let following = match next {
-                    Some(next) if last => self.parts[next.part].matrix.panel(next.panels.start).as_ptr(),
+                    Some(next) if last => self.parts[next.chunk.part].matrix.panel(next.panels.start).as_ptr(),
                     _ => matrix.panel(group.first).as_ptr().wrapping_add(block.end * width),
                 };
-                self.multiply_block(task, group, block, following.cast(), scratch);
+                self.multiply_block(&task.chunk, group, block, following.cast(), scratch);
             }
         }
     }
 
-    /// Adds one block of a panel, or of two, to the sums of all tiles, prefetching the block that follows. A tile whose
-    /// sums will be complete asks for its lines of the output, and is stored at once.
+    /// Adds one block of some panels to the sums of all tiles, prefetching the block that follows. A tile whose sums will
+    /// be complete asks for its lines of the output, and is stored at once.
     fn multiply_block(
         &self,
-        task: &Task,
+        chunk: &Chunk,
         group: PanelGroup,
         block: Range<usize>,
         following: *const u8,
         scratch: &mut Scratch,
     ) {
         let functions = self.shape.functions();
-        let kernels = match task.several {
-            Some(several) if several.neighbours || group.count > 1 => several.tiles,
-            _ => functions.tiles,
+        let kernels = match chunk.grouping {
+            Grouping::Pairs if group.count == 1 => functions.tiles,
+            _ => chunk.tiles,
         };
         let width = functions.width();
-        let matrix = self.parts[task.part].matrix;
+        let matrix = self.parts[chunk.part].matrix;
         let [weights, last] = [group.first, group.first + (group.count - 1) * group.apart]
             .map(|panel| &matrix.panel(panel)[block.start * width..block.end * width]);
         let row_words = self.packed_row_words();
-        let tiles = self.tiles(task);
+        let tiles = chunk.tiles();
         let count = tiles.len();
         for (index, rows) in tiles.enumerate() {
             let first_block = functions.blocks.row_words(block.start) * rows.len();
             let end = rows.end * row_words + SPARE_ROWS * functions.blocks.stride;
             let activations = &scratch.activations[rows.start * row_words..end][first_block..];
             let own_sums = group.count * rows.len() * width;
-            let sums = &mut scratch.sums[rows.start * width..][..own_sums + SPARE_ROWS * width];
-            let outputs = task.rows.start + rows.start..task.rows.start + rows.end;
+            let sums = &mut scratch.sums[group.count * rows.start * width..][..own_sums + SPARE_ROWS * width];
+            let outputs = chunk.rows.start + rows.start..chunk.rows.start + rows.end;
             let complete = block.end == self.shape.steps();
             if complete {
-                group.panels().for_each(|panel| self.prefetch_outputs(task.part, outputs.clone(), panel));
+                group.panels().for_each(|panel| self.prefetch_outputs(chunk.part, outputs.clone(), panel));
             }
             let share = size_of_val(weights) / count;
             let tile = Tile {
@@ -323,7 +316,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             if complete {
                 let sums = bytemuck::cast_slice(&sums[..own_sums]).chunks_exact(rows.len() * width);
                 for (panel, sums) in group.panels().zip(sums) {
-                    self.store(task.part, outputs.clone(), panel, sums);
+                    self.store(chunk.part, outputs.clone(), panel, sums);
                 }
             }
         }
@@ -372,11 +365,11 @@ mod tests {
     /// 12 is left alone. Three neighbours at once are read in order.
     #[test]
     fn groups_of_panels_worked_example() {
-        fn panels(groups: impl Iterator<Item = PanelGroup>) -> Vec<Vec<usize>> {
-            groups.map(|group| group.panels().collect()).collect()
+        fn panels(grouping: Grouping) -> Vec<Vec<usize>> {
+            grouping.groups(8..13).map(|group| group.panels().collect()).collect()
         }
-        assert_eq!(panels(PanelGroup::pairs(8..13)), [vec![8, 10], vec![9, 11], vec![12]]);
-        assert_eq!(panels(PanelGroup::neighbours(8..13, 3)), [vec![8, 9, 10], vec![11, 12]]);
-        assert_eq!(panels(PanelGroup::alone(8..13)), [[8], [9], [10], [11], [12]]);
+        assert_eq!(panels(Grouping::Pairs), [vec![8, 10], vec![9, 11], vec![12]]);
+        assert_eq!(panels(Grouping::Runs(3)), [vec![8, 9, 10], vec![11, 12]]);
+        assert_eq!(panels(Grouping::Runs(1)), [[8], [9], [10], [11], [12]]);
     }
 }

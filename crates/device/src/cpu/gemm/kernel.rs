@@ -90,6 +90,10 @@ pub(crate) unsafe trait Kernel {
     fn prefetch_to_l2(address: *const u8);
 }
 
+/// Steps of a panel that the tiles pass over at a time: 256 KiB of weights for 32 columns. For a
+/// longer K the sums wait in f32, which is exact.
+pub(crate) const PANEL_BLOCK_STEPS: usize = 16 * BLOCK_STEPS;
+
 /// Rows that a micro-kernel may read after those of a block, and write after its sums.
 pub(crate) const SPARE_ROWS: usize = 2;
 
@@ -294,15 +298,32 @@ pub(crate) unsafe fn spin_multiply_add<K: Kernel, const ROWS: usize>(rounds: usi
     (rounds * ROWS * VECTORS * K::LANES) as f64
 }
 
-/// Kernels that take several panels at once, for chunks of so few rows that reading weights is all that counts.
+/// Panels that a kernel takes at once.
+#[derive(Clone, Copy)]
+pub(crate) enum Grouping {
+    /// At most so many neighbours, read one after the other.
+    Runs(usize),
+    /// Two, each at the same place in a stream of its own.
+    Pairs,
+}
+
+/// Kernels for chunks of so few rows that reading weights is all that counts.
 #[derive(Clone, Copy)]
 pub(crate) struct Several {
     /// The micro-kernel for 1, 2, … rows, for as few as are worth it.
     pub tiles: &'static [unsafe fn(Tile)],
-    /// Panels at once, at most.
-    pub panels: usize,
-    /// Whether they are neighbours, read as one stream; if not, each is at the same place in a stream of its own.
-    pub neighbours: bool,
+    /// The panels it takes at once.
+    pub grouping: Grouping,
+}
+
+/// What rows share one pass over the weights, at most: enough that the pass takes longer than bringing the weights from
+/// memory, few enough that the rows stay in L2.
+#[derive(Clone, Copy)]
+pub(crate) struct ChunkLimit {
+    pub rows: usize,
+    /// Words of packed activations. An L2 cache has room for more, but does not forget what was used longest ago first:
+    /// with a MiB and two blocks of weights, a cache of 2 MiB has already lost some of it.
+    pub words: usize,
 }
 
 /// How the activations of a tile are packed: block after block of some steps, within a block row after row.
@@ -334,9 +355,8 @@ pub(crate) struct Functions {
     pub tiles: &'static [unsafe fn(Tile)],
     /// The same for several panels at once.
     pub several: Several,
-    /// Rows that share one pass over the weights, at most: enough that the pass takes longer than bringing the weights
-    /// from memory, few enough that the rows stay in L2.
-    pub chunk_rows: usize,
+    /// The rows that share one pass over the weights.
+    pub chunk: ChunkLimit,
     /// How packed activations lie.
     pub blocks: Blocks,
     /// Where step `.0` of the `.1` that a panel of weights has lies in it.
@@ -427,10 +447,9 @@ macro_rules! functions {
                 tiles: &[$(tile::<$rows, 1>),+],
                 several: kernel::Several {
                     tiles: &[$(tile::<$pairs, 2>),*],
-                    panels: 2,
-                    neighbours: false,
+                    grouping: kernel::Grouping::Pairs,
                 },
-                chunk_rows: 140, // ten full tiles of AVX-512
+                chunk: kernel::ChunkLimit { rows: 140, words: 144 << 10 }, // ten full tiles of AVX-512
                 blocks: kernel::Blocks {
                     steps: kernel::BLOCK_STEPS,
                     stride: kernel::BLOCK_STRIDE,
