@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Raised whenever kernels or the pipeline change what anything costs: older profiles are refused.
-const KERNEL_REVISION: u32 = 5;
+const KERNEL_REVISION: u32 = 6;
 
 /// What a profile depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -37,7 +37,7 @@ fn same_bits<B: Backend>(
 
 fn products<B: Backend>(bench: &Bench<B>) {
     /// Every number of rows up to here, and some beyond.
-    const FEW: usize = 40;
+    const FEW: usize = 52;
     for (all_rows, k, n, epilogue) in [
         (FEW, 7, 5, Epilogue::Store),
         (FEW, 64, 33, Epilogue::Store),
