@@ -18,8 +18,8 @@
 //! the processor.
 
 use super::amx::{SIDE, Shapes, TILE_WIDTH, tiles};
-use super::kernel::{Blocks, ChunkLimit, Functions, Grouping, PANEL_BLOCK_STEPS, Several, Tile, VECTORS};
 use super::avx512;
+use super::kernel::{Blocks, ChunkLimit, Functions, Grouping, PANEL_BLOCK_STEPS, Several, Tile, VECTORS};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::{MaybeUninit, offset_of, transmute};
@@ -27,7 +27,7 @@ use std::mem::{MaybeUninit, offset_of, transmute};
 /// Steps, that is float32 elements along K, which make one tile of bfloat16 pairs: a group.
 const GROUP: usize = 2 * SIDE;
 
-/// Rows of two tiles.
+/// Rows of two tiles of activations.
 const TWO_SIDES: usize = 2 * SIDE;
 
 /// Pieces of a float32.
@@ -111,7 +111,7 @@ fn widen(halves: __m256i) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
 }
 
-/// `sums += activations · weights` for `ROWS` rows, at most 32, of neighbouring panels.
+/// `sums += activations · weights` for `ROWS` rows, at most 48, of neighbouring panels.
 ///
 /// # Safety
 /// The pointers of `tile` are valid for the shapes given at its fields, and the processor has the tiles.
@@ -120,7 +120,9 @@ unsafe fn multiply<const ROWS: usize>(tile: Tile) {
     #[repr(C, align(64))]
     struct LastGroup([u32; WEIGHTS_OF_A_GROUP / size_of::<u32>()]);
 
-    let shapes = &const { if ROWS <= TWO_SIDES { Shapes::new(ROWS, SIDE) } else { Shapes::of_three(ROWS.div_ceil(3)) } };
+    let shapes = &const {
+        if ROWS <= TWO_SIDES { Shapes::new(ROWS, SIDE) } else { Shapes::of_three(ROWS.div_ceil(3)) }
+    };
     let (whole, rest) = (tile.steps / GROUP, tile.steps % GROUP);
     let walk = |groups: usize, panels: usize, tile: &Tile| Walk {
         groups,
@@ -133,13 +135,15 @@ unsafe fn multiply<const ROWS: usize>(tile: Tile) {
         third_of_sums: ROWS.div_ceil(3) * STEP,
         stream_end: tile.weights[0].wrapping_byte_add(groups * STREAM_OF_A_GROUP),
     };
-    let groups = match ROWS {
-        ..=SIDE => multiply_16,
-        ..=TWO_SIDES => multiply_32,
-        _ => multiply_48,
+    let groups = if ROWS <= SIDE {
+        multiply_16
+    } else if ROWS <= TWO_SIDES {
+        multiply_32
+    } else {
+        multiply_48
     };
-    // SAFETY: the caller's promise. In one block of whole groups, each panel follows the one before. Else each block begins
-    // as many steps on in its panel; the packed activations have zeros for what is missing in the last group.
+    // SAFETY: the caller's promise. Of panels that are one block of whole groups each follows the one before. Else `block`
+    // begins `first` groups on in its panel; the packed activations have zeros for what is missing in the last one.
     unsafe {
         if rest == 0 && tile.steps <= PANEL_BLOCK_STEPS {
             groups(shapes, walk(whole, tile.panels, &tile), tile);
@@ -199,28 +203,27 @@ struct CutWeights([u8; VECTORS * HALF_PANEL]);
 /// Cuts pairs of steps in one half of the panel: a pair's high pieces are the upper halves of its words, and what remains
 /// is exact. The words of both steps make one of bfloat16 pairs.
 ///
-/// Before, it asks for weights that will soon be used: three times, since a processor that has too many questions open to
-/// take one forgets it.
+/// Before, it asks for weights that will soon be used: twice, since a processor that has too many questions open to take one
+/// forgets it.
 macro_rules! cut {
     ($($pair:tt $half:literal),+) => { concat!($(
-        cut!(@ask "{soon}" - 512, $pair, $half),
-        cut!(@ask "{soon}" + 0, $pair, $half),
-        cut!(@ask "{soon}" + 512, $pair, $half),
-        "vmovups zmm16, ", cut!(@step "{weights}" + 0, 0, $pair, $half),
-        "vmovups zmm17, ", cut!(@step "{weights}" + 0, 1, $pair, $half),
+        cut!(@ask 0, $pair, $half),
+        cut!(@ask 256, $pair, $half),
+        "vmovups zmm16, ", cut!(@step "{weights}", 0, $pair, $half),
+        "vmovups zmm17, ", cut!(@step "{weights}", 1, $pair, $half),
         cut!(@piece 0, $pair, $half),
         cut!(@piece 1, $pair, $half),
         "vpsrld zmm16, zmm16, 16\n",
         "vpord zmm20, zmm16, zmm17\n",
         cut!(@store 2, $pair, $half),
     )+) };
-    (@ask $from:literal $sign:tt $ahead:literal, $pair:tt, $half:literal) => { concat!(
-        "prefetcht0 ", cut!(@step $from $sign $ahead, 0, $pair, $half),
-        "prefetcht0 ", cut!(@step $from $sign $ahead, 1, $pair, $half),
+    (@ask $ahead:literal, $pair:tt, $half:literal) => { concat!(
+        "prefetcht0 ", cut!(@step concat!("{soon} + ", $ahead), 0, $pair, $half),
+        "prefetcht0 ", cut!(@step concat!("{soon} + ", $ahead), 1, $pair, $half),
     ) };
     // A stream has four pairs of steps of a group.
-    (@step $from:literal $sign:tt $ahead:literal, $step:literal, $pair:tt, $half:literal) => { concat!(
-        "[", $from, cut!(@stream $pair), stringify!($sign), $ahead, " + ", $step, " * {step} + ", $half, " * {tile_width}]\n",
+    (@step $from:expr, $step:literal, $pair:tt, $half:literal) => { concat!(
+        "[", $from, cut!(@stream $pair), " + ", $step, " * {step} + ", $half, " * {tile_width}]\n",
     ) };
     (@stream 0) => { cut!(@pair "", 0) };
     (@stream 1) => { cut!(@pair "", 1) };
@@ -530,10 +533,10 @@ walk!(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use half::bf16;
     use crate::cpu::gemm::Isa;
     use crate::cpu::gemm::kernel::{Prefetch, SPARE_ROWS};
     use epsmoe_base::{Mix, env};
+    use half::bf16;
 
     const WIDTH: usize = VECTORS * SIDE;
 
@@ -557,7 +560,10 @@ mod tests {
     /// has eight steps of each group.
     #[test]
     fn streams_worked_example() {
-        assert_eq!([0, 7, 8, 15, 32, 40, 63].map(|step| place_in_streams(step, 67)), [0, 7, 16, 23, 8, 24, 63]);
+        assert_eq!(
+            [0, 7, 8, 15, 32, 40, 63].map(|step| place_in_streams(step, 67)),
+            [0, 7, 16, 23, 8, 24, 63]
+        );
         assert_eq!([64, 65, 66].map(|step| place_in_streams(step, 67)), [64, 65, 66]);
         for steps in [67, PANEL_BLOCK_STEPS, 2 * PANEL_BLOCK_STEPS + 45] {
             let mut places: Vec<_> = (0..steps).map(|step| place_in_streams(step, steps)).collect();

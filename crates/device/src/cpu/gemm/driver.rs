@@ -2,7 +2,7 @@
 //!
 //! A *chunk* is a range of rows of one problem that a thread packs at once; a *task* is a chunk times
 //! a range of panels. Within a task the weights are the slow stream: a block of a panel (at most
-//! `BLOCK_STEPS · n` steps, a quarter of an L2 cache) stays in L2 while all tiles of rows pass over it,
+//! `PANEL_BLOCK_STEPS`, a quarter of an L2 cache) stays in L2 while all tiles of rows pass over it,
 //! and meanwhile the block that follows is prefetched, so that each weight comes from memory once a
 //! chunk, in the background. Where a chunk has so few rows that the kernels wait for weights all the time,
 //! they take several panels at once and prefetch by themselves.
@@ -108,7 +108,7 @@ impl Grouping {
     /// Steps of a panel that the tiles pass over at a time.
     fn block_steps(self, steps: usize) -> usize {
         match self {
-            Grouping::Runs(most) if most > 1 => steps,
+            Grouping::Runs(most) if most > 1 => steps.max(1),
             _ => PANEL_BLOCK_STEPS,
         }
     }
@@ -155,9 +155,8 @@ impl Plan {
         let task_cost = (total / (threads * TASKS_PER_THREAD)).max(1);
         for chunk in &mut plan.chunks {
             chunk.first_task = plan.tasks;
-            chunk.tasks = cost(chunk.rows.len())
-                .div_ceil(task_cost)
-                .min(panels.div_ceil(chunk.grouping.together()));
+            chunk.tasks =
+                cost(chunk.rows.len()).div_ceil(task_cost).min(panels.div_ceil(chunk.grouping.together()));
             plan.tasks += chunk.tasks;
         }
         plan
@@ -187,10 +186,9 @@ struct Product<'a, 'v, X, Y> {
 
 /// A thread's buffers, kept from call to call.
 struct Scratch {
-    /// Activations of a chunk: tile after tile; within a tile block after block of `BLOCK_STEPS`
-    /// steps; within a block row after row, `BLOCK_STRIDE` words each.
+    /// Activations of a chunk: tile after tile, in each as `Blocks` says.
     activations: AlignedWords,
-    /// f32 sums of a chunk for one panel, `[rows, width]`.
+    /// f32 sums of a chunk for the panels at hand, tile after tile `[panels, rows, width]`.
     sums: AlignedWords,
 }
 
@@ -258,7 +256,9 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
                 let block = start..steps.min(start + block_steps);
                 let last = block.end == steps && group.first + group.count == panels.end;
                 let following = match next {
-                    Some(next) if last => self.parts[next.chunk.part].matrix.panel(next.panels.start).as_ptr(),
+                    Some(next) if last => {
+                        self.parts[next.chunk.part].matrix.panel(next.panels.start).as_ptr()
+                    }
                     _ => matrix.panel(group.first).as_ptr().wrapping_add(block.end * width),
                 };
                 self.multiply_block(&task.chunk, group, block, following.cast(), scratch);

@@ -116,12 +116,15 @@ const PACK_ELEMENTS: usize = 128;
 /// A weight matrix `W [N, K]` (`y = x · Wᵀ`), or the pair gate and up, packed for the micro-kernel.
 ///
 /// Columns of the product, that is rows of `W`, are cut into panels of `width` columns (32 for
-/// AVX-512). A panel holds, for each step along K, one word for each of its columns, and is read from
-/// its first word to its last. The word of column `n` at step `s` is at
+/// AVX-512). A panel holds, for each step along K, one word for each of its columns. The word of column `n`
+/// at step `s` is at
 ///
 /// ```text
-/// (n / width) · width · steps  +  s · width  +  n % width
+/// (n / width) · width · steps  +  place(s) · width  +  n % width
 /// ```
+///
+/// where `place(s)` is `s` for kernels that read a panel from its first word to its last, and for others what
+/// `Functions::place` says.
 ///
 /// Columns beyond `N` in the last panel are zero, and so is the partner of the last bf16 of an odd K.
 ///
