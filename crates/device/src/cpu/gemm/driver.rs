@@ -97,6 +97,16 @@ impl Grouping {
         }
     }
 
+    /// Tasks for `threads` that `panels` are cut into, at most: where a run ends, a thread pauses in reading weights.
+    fn most_tasks(self, panels: usize, threads: usize) -> usize {
+        match self {
+            Grouping::Pairs => panels.div_ceil(2),
+            Grouping::Runs(most) => {
+                panels.div_ceil(most.div_ceil(2)).next_multiple_of(threads).min(panels).max(1)
+            }
+        }
+    }
+
     /// Panels at once, at most.
     fn most(self) -> usize {
         match self {
@@ -155,8 +165,8 @@ impl Plan {
         let task_cost = (total / (threads * TASKS_PER_THREAD)).max(1);
         for chunk in &mut plan.chunks {
             chunk.first_task = plan.tasks;
-            chunk.tasks =
-                cost(chunk.rows.len()).div_ceil(task_cost).min(panels.div_ceil(chunk.grouping.together()));
+            let most = chunk.grouping.most_tasks(panels, threads);
+            chunk.tasks = cost(chunk.rows.len()).div_ceil(task_cost).min(most);
             plan.tasks += chunk.tasks;
         }
         plan
