@@ -55,6 +55,7 @@ const STREAM_OF_A_GROUP: usize = WEIGHTS_OF_A_GROUP / STREAMS;
 
 pub(super) static F32: Functions = Functions {
     tiles: tiles!(multiply: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
+    run_words: 32 << 10,
     several: Several {
         tiles: tiles!(multiply: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32
             33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48),

@@ -142,9 +142,10 @@ impl Plan {
     fn new<X: Element, Y: Element>(parts: &[GemmViews<'_, X, Y, PackedMatrix>], threads: usize) -> Self {
         let shape = parts[0].matrix;
         let (panels, functions) = (shape.panels(), shape.functions());
-        let Functions { tiles, several, chunk, blocks, .. } = functions;
+        let Functions { tiles, run_words, several, chunk, blocks, .. } = functions;
         let most_rows = (chunk.words / blocks.row_words(shape.steps()).max(1)).min(chunk.rows);
         let most_tiles = (most_rows / tiles.len()).max(1);
+        let run = run_words / shape.panel_words().max(1);
         let cost = |rows: usize| rows.max(ROWS_OF_A_PANEL_READ) * panels;
         let mut plan = Plan { chunks: Vec::new(), panels, tasks: 0 };
         for (part, views) in parts.iter().enumerate() {
@@ -156,7 +157,7 @@ impl Plan {
                 let (tiles, grouping) = if rows.len() <= several.tiles.len() {
                     (several.tiles, several.grouping)
                 } else {
-                    (*tiles, Grouping::Runs(1))
+                    (*tiles, Grouping::Runs(run.max(1)))
                 };
                 plan.chunks.push(Chunk { part, rows, tiles, grouping, first_task: 0, tasks: 0 });
             }
@@ -380,6 +381,6 @@ mod tests {
         }
         assert_eq!(panels(Grouping::Pairs), [vec![8, 10], vec![9, 11], vec![12]]);
         assert_eq!(panels(Grouping::Runs(3)), [vec![8, 9, 10], vec![11, 12]]);
-        assert_eq!(panels(Grouping::Runs(1)), [[8], [9], [10], [11], [12]]);
+        assert_eq!(panels(Grouping::Runs(run.max(1))), [[8], [9], [10], [11], [12]]);
     }
 }

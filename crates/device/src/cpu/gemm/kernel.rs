@@ -353,6 +353,8 @@ pub(crate) struct Functions {
     pub lanes: usize,
     /// The micro-kernel for 1, 2, … rows.
     pub tiles: &'static [unsafe fn(Tile)],
+    /// Words of neighbouring panels that it may take at once, if they are more than one panel.
+    pub run_words: usize,
     /// The same for several panels at once.
     pub several: Several,
     /// The rows that share one pass over the weights.
@@ -445,6 +447,7 @@ macro_rules! functions {
             kernel::Functions {
                 lanes: <$kernel as kernel::Kernel>::LANES,
                 tiles: &[$(tile::<$rows, 1>),+],
+                run_words: 0,
                 several: kernel::Several {
                     tiles: &[$(tile::<$pairs, 2>),*],
                     grouping: kernel::Grouping::Pairs,

@@ -282,7 +282,7 @@ impl PackedMatrix {
         self.columns.div_ceil(self.panel_columns())
     }
 
-    fn panel_words(&self) -> usize {
+    pub(crate) fn panel_words(&self) -> usize {
         self.functions.width() * self.steps()
     }
 
