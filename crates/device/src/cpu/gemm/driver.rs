@@ -381,6 +381,6 @@ mod tests {
         }
         assert_eq!(panels(Grouping::Pairs), [vec![8, 10], vec![9, 11], vec![12]]);
         assert_eq!(panels(Grouping::Runs(3)), [vec![8, 9, 10], vec![11, 12]]);
-        assert_eq!(panels(Grouping::Runs(run.max(1))), [[8], [9], [10], [11], [12]]);
+        assert_eq!(panels(Grouping::Runs(1)), [[8], [9], [10], [11], [12]]);
     }
 }
