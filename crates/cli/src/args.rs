@@ -82,7 +82,7 @@ pub(crate) struct RunArgs {
     pub(crate) dtype: Dtype,
 
     /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made
-    /// of bfloat16 pieces: as exact, faster for prompts, 6 % slower for single tokens
+    /// of bfloat16 pieces: as exact, faster for prompts, 3 % slower for single tokens
     #[arg(long, env = "EPSMOE_ISA", value_name = "SET", help_heading = PROCESSOR)]
     pub(crate) isa: Option<Isa>,
 
@@ -462,7 +462,7 @@ pub(crate) struct ProfileArgs {
     pub(crate) dtype: Dtype,
 
     /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made
-    /// of bfloat16 pieces: as exact, faster for prompts, 6 % slower for single tokens
+    /// of bfloat16 pieces: as exact, faster for prompts, 3 % slower for single tokens
     #[arg(long, env = "EPSMOE_ISA", value_name = "SET")]
     pub(crate) isa: Option<Isa>,
 
