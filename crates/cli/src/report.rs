@@ -1,7 +1,7 @@
 //! A bench as a picture: one HTML page with everything in it, for people who would rather look than read.
 
 use epsmoe_base::{Lane, Rank, Stage};
-use epsmoe_plan::{Accounts, Span, Timeline};
+use epsmoe_plan::{Span, TimeBreakdown, Timeline};
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};
 
@@ -59,7 +59,7 @@ pub(crate) struct Row {
     /// Prompt tokens a second over all ranks.
     pub(crate) tokens_per_second: f64,
     /// Where the time of the slowest rank went.
-    pub(crate) accounts: Accounts,
+    pub(crate) accounts: TimeBreakdown,
 }
 
 const WIDTH: f64 = 1000.0;
@@ -69,7 +69,7 @@ const LANE: f64 = 24.0;
 /// Spans wider than this say which stage they are of.
 const MARK: f64 = 12.0;
 
-/// Accounts and span names in colours that also differ in brightness.
+/// TimeBreakdown and span names in colours that also differ in brightness.
 const COLOURS: [(&str, &str); 12] = [
     ("gemm", "#2f5d8a"),
     ("attention", "#7a4f9a"),
@@ -148,7 +148,7 @@ impl Report {
     }
 }
 
-fn parts(accounts: &Accounts) -> [(&'static str, u64); 6] {
+fn parts(accounts: &TimeBreakdown) -> [(&'static str, u64); 6] {
     [
         ("gemm", accounts.gemm),
         ("attention", accounts.attention),
@@ -257,7 +257,7 @@ mod tests {
             span(Lane::Compute, "gemm", 1_000_000, 3_000_000),
         ];
         let timeline = Timeline { spans };
-        let accounts = Accounts::of(&timeline, Rank(0));
+        let accounts = TimeBreakdown::of(&timeline, Rank(0));
         let page = Report {
             title: "bench <x>".into(),
             notes: vec!["a & b".into()],

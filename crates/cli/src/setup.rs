@@ -3,22 +3,24 @@
 
 use crate::args::{DeviceKind, Dtype, Gemm, ModelArgs, RunArgs, ScheduleKind, SharedExpertPlace};
 use crate::locate::{Place, locate};
-use crate::watch::Watched;
+use crate::watch::LayerSample;
 use crate::{machine, output};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::{Bytes, DType, Rank};
 use epsmoe_device::cpu::CpuKernels;
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
-use epsmoe_device::host::{HostBackend, HostOptions, Kernels, WeightStore};
 use epsmoe_device::reference::{self, PlainKernels};
+use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_engine::{
     ChatTemplate, Engine, EngineOptions, Experts, GenerationConfig, Message, Parallel, RoutingLog,
     RoutingMode, Text,
 };
-use epsmoe_fabric::{Alone, Link, Threads, ThreadsOptions};
+use epsmoe_fabric::{Link, SingleRank, Threads, ThreadsOptions};
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
-use epsmoe_plan::{CostModel, GemmKind, LayerCounts, Placement, Policy, RankCounts, Schedule, SharedExpert};
+use epsmoe_plan::{
+    CostModel, GemmKind, LayerHistograms, Placement, Policy, Schedule, SharedExpert, TokenHistograms,
+};
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
 use std::fs::File;
 use std::io::BufReader;
@@ -247,8 +249,8 @@ impl Setup {
     fn check_policy(&self, parallel: &Parallel, policy: &Policy) -> Result<()> {
         let Some(placement) = self.placement(parallel)? else { return Ok(()) };
         let zeros = || vec![0; placement.experts()];
-        let none = RankCounts { tokens: 0, copies: zeros(), first: zeros(), last: zeros() };
-        let counts = LayerCounts::new(&placement, 1, vec![none; self.ranks])?;
+        let none = TokenHistograms { tokens: 0, copies: zeros(), first: zeros(), last: zeros() };
+        let counts = LayerHistograms::new(&placement, 1, vec![none; self.ranks])?;
         policy.table(&placement, &counts)?;
         policy.check_auto()?;
         Ok(())
@@ -297,7 +299,7 @@ impl Setup {
         let (threads, isa) = (self.threads, self.isa);
         match &self.processor {
             Processor::Cpu => {
-                self.engines(options, || HostOptions::new(self.dtype), || CpuKernels::new(threads, isa))
+                self.engines(options, || ThreadedOptions::new(self.dtype), || CpuKernels::new(threads, isa))
             }
             Processor::Reference => {
                 self.engines(options, || reference::options(self.dtype, self.seed), || Ok(PlainKernels))
@@ -310,13 +312,13 @@ impl Setup {
         let spec = &self.model.spec;
         let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
         let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
-        let source = Watched { source: &*self.model.weights, bar: &bar };
+        let source = LayerSample { source: &*self.model.weights, bar: &bar };
         let weights = CudaWeights::new(device)?;
         let engine = |options: &EngineOptions| {
             let gpu = CudaOptions::new(self.dtype);
             let faults = gpu.faults.clone();
             let backend = CudaBackend::new(Rank(0), device, &weights, gpu)?;
-            let ranks = vec![(Arc::new(backend), Arc::new(Alone))];
+            let ranks = vec![(Arc::new(backend), Arc::new(SingleRank))];
             let engine = Engine::start(Arc::clone(spec), &source, ranks, faults, options.clone(), |_| {})?;
             Ok(Started { engine, fabrics: Vec::new() })
         };
@@ -328,13 +330,13 @@ impl Setup {
     fn engines<K: Kernels>(
         &self,
         options: &[EngineOptions],
-        host: impl Fn() -> HostOptions,
+        host: impl Fn() -> ThreadedOptions,
         kernels: impl Fn() -> Result<K, String>,
     ) -> Result<Vec<Started>> {
         let spec = &self.model.spec;
         let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
         let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
-        let weights = Watched { source: &*self.model.weights, bar: &bar };
+        let weights = LayerSample { source: &*self.model.weights, bar: &bar };
         let store = Arc::new(WeightStore::default());
         let engine = |options: &EngineOptions| {
             let host = host();
@@ -344,7 +346,7 @@ impl Setup {
             let fabrics: Vec<_> = Threads::world(self.ranks, fabric).into_iter().map(Arc::new).collect();
             let ranks = fabrics.iter().enumerate().map(|(rank, fabric)| {
                 let kernels = kernels().map_err(|problem| anyhow!(problem))?;
-                let device = HostBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?;
+                let device = ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?;
                 Ok((Arc::new(device), Arc::clone(fabric)))
             });
             let ranks = ranks.collect::<Result<Vec<_>>>()?;
@@ -449,7 +451,7 @@ fn routing(args: &RunArgs) -> Result<RoutingMode> {
     if args.routing_record.is_some() {
         return Ok(RoutingMode::Record);
     }
-    let Some(file) = &args.routing_replay else { return Ok(RoutingMode::Gate) };
+    let Some(file) = &args.routing_replay else { return Ok(RoutingMode::FromRouter) };
     let cannot = || format!("cannot replay {}", file.display());
     let text = BufReader::new(File::open(file).with_context(cannot)?);
     Ok(RoutingMode::Replay(Arc::new(RoutingLog::read(text).with_context(cannot)?)))

@@ -4,12 +4,12 @@ use epsmoe_model::{ModelError, Stored, WeightSource};
 use indicatif::ProgressBar;
 
 /// A source whose bytes move a bar.
-pub(crate) struct Watched<'a> {
+pub(crate) struct LayerSample<'a> {
     pub(crate) source: &'a dyn WeightSource,
     pub(crate) bar: &'a ProgressBar,
 }
 
-impl WeightSource for Watched<'_> {
+impl WeightSource for LayerSample<'_> {
     fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError> {
         self.source.find(name)
     }

@@ -17,8 +17,8 @@
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{Cpu, CpuKernels, Peaks};
-use epsmoe_device::host::HostOptions;
-use epsmoe_device::op::{Embed, Epilogue, Gemm, GemmPart, Upload};
+use epsmoe_device::op::{Embed, Epilogue, Gemm, GemmPart, HostToDevice};
+use epsmoe_device::threaded::ThreadedOptions;
 use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,7 +138,7 @@ struct Times {
 impl Layer {
     fn new(asked: &Asked, dtype: DType, hidden: usize, inner: usize, experts: usize) -> Result<Self, String> {
         let device =
-            Cpu::new(Rank(0), asked.kernels()?, Arc::default(), HostOptions::new(dtype)).map_err(text)?;
+            Cpu::new(Rank(0), asked.kernels()?, Arc::default(), ThreadedOptions::new(dtype)).map_err(text)?;
         let mut mix = Mix::new(1);
         let numbers: Vec<u8> = (0..hidden * inner).flat_map(|_| (0.1 * mix.signed()).to_le_bytes()).collect();
         let tensor = TensorBytes { dtype: DType::F32, bytes: &numbers };
@@ -161,7 +161,7 @@ impl Layer {
             let table = device.load(name, shape, &[tensor]).map_err(text)?;
             let ids = device.allocate("ids", DType::U32, rows, 1).map_err(text)?;
             let words = (0..rows as u32).map(|row| row % 64).collect();
-            device.enqueue(lane, place, Upload { words, out: ids.clone() }).map_err(text)?;
+            device.enqueue(lane, place, HostToDevice { words, out: ids.clone() }).map_err(text)?;
             device.enqueue(lane, place, Embed { ids, table, out: x.clone() }).map_err(text)?;
         }
         device.wait(&device.record(lane), Deadline::after(Duration::from_secs(60))).map_err(text)?;

@@ -13,9 +13,9 @@ pub mod cpu;
 pub mod cuda;
 mod error;
 pub mod hazard;
-pub mod host;
 pub mod op;
 pub mod reference;
+pub mod threaded;
 mod weight;
 
 pub use backend::{Backend, Record};

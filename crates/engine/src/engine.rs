@@ -1,8 +1,8 @@
 //! START HERE: [`Engine::step`].
 
-use crate::batch::{GroupQueue, Piece, Sequence};
-use crate::pages::blocks_for;
-use crate::{Completion, EngineError, Finish, Request, StepReport, World};
+use crate::kv_blocks::blocks_for;
+use crate::scheduler::{ScheduledChunk, Scheduler, Sequence};
+use crate::{Completion, EngineError, Executor, Finish, Request, StepReport};
 use epsmoe_base::{FaultCell, Rank};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
@@ -54,9 +54,9 @@ impl EngineOptions {
 pub struct Engine {
     spec: Arc<ModelSpec>,
     options: EngineOptions,
-    world: World,
+    executor: Executor,
     /// Of each group of ranks that compute the same tokens.
-    queues: Vec<GroupQueue>,
+    queues: Vec<Scheduler>,
     submitted: u64,
     finished: BTreeMap<u64, Completion>,
     routing: RoutingLog,
@@ -82,10 +82,10 @@ impl Engine {
             models.push(Model::load(Arc::clone(&spec), source, device, fabric, model_options.clone())?);
             loaded(rank);
         }
-        let queues = (0..groups).map(|_| GroupQueue::new(model_options.cache_blocks)).collect();
-        let world = World::start(models, faults)?;
+        let queues = (0..groups).map(|_| Scheduler::new(model_options.cache_blocks)).collect();
+        let executor = Executor::start(models, faults)?;
         let (finished, routing) = (BTreeMap::new(), RoutingLog::default());
-        Ok(Engine { spec, options, world, queues, submitted: 0, finished, routing, schedule: None })
+        Ok(Engine { spec, options, executor, queues, submitted: 0, finished, routing, schedule: None })
     }
 
     /// Puts a request in the queue of the group with the least to do; returns its number.
@@ -111,14 +111,14 @@ impl Engine {
 
     /// Whether there is nothing left to do.
     pub fn is_idle(&self) -> bool {
-        self.queues.iter().all(GroupQueue::is_idle)
+        self.queues.iter().all(Scheduler::is_idle)
     }
 
     /// One step of every rank: a batch for each group, the model, a token for every sequence that has come to
     /// its end, from the logits of its group's first rank. Groups without work take part, for their experts.
     pub fn step(&mut self) -> Result<StepReport, EngineError> {
-        let group_size = self.world.size() / self.queues.len();
-        let mut batches = Vec::with_capacity(self.world.size());
+        let group_size = self.executor.size() / self.queues.len();
+        let mut batches = Vec::with_capacity(self.executor.size());
         let mut pieces = Vec::with_capacity(self.queues.len());
         for queue in &mut self.queues {
             queue.admit(self.options.max_sequences);
@@ -126,7 +126,7 @@ impl Engine {
             batches.extend(std::iter::repeat_n(batch, group_size));
             pieces.push(of_group);
         }
-        let mut report = self.world.step(batches)?;
+        let mut report = self.executor.step(batches)?;
         for output in &mut report.outputs {
             self.routing.merge(std::mem::take(&mut output.routing));
         }
@@ -211,7 +211,7 @@ enum Row<'a> {
 
 impl Sequence {
     /// Takes in what a step computed of it: cached positions, prompt logits, and maybe a new token.
-    fn advance<'a>(&mut self, piece: &Piece, rows: impl Iterator<Item = Row<'a>>, eos: &[u32]) {
+    fn advance<'a>(&mut self, piece: &ScheduledChunk, rows: impl Iterator<Item = Row<'a>>, eos: &[u32]) {
         self.cached = piece.positions.end;
         let mut last = None;
         for row in rows {

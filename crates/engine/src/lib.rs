@@ -8,24 +8,24 @@
 //!
 //! This room knows no wire format and no architecture.
 
-mod batch;
 mod chat;
 mod engine;
+mod executor;
 mod files;
 mod generation;
-mod pages;
+mod kv_blocks;
 mod request;
 mod sample;
+mod scheduler;
 mod text;
-mod world;
 
 pub use chat::{ChatTemplate, Message};
 pub use engine::{Engine, EngineOptions};
+pub use executor::{Executor, StepReport};
 pub use generation::GenerationConfig;
 pub use request::{Completion, Finish, Request};
 pub use sample::Sampling;
 pub use text::{Text, TextStream};
-pub use world::{StepReport, World};
 
 use epsmoe_base::Fault;
 pub use epsmoe_model::{Experts, Parallel, RoutingMode};

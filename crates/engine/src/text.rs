@@ -1,7 +1,7 @@
 //! Tokens to and from text.
 
 use crate::{EngineError, files};
-use epsmoe_device::host::panic_text;
+use epsmoe_device::threaded::panic_text;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use tokenizers::Tokenizer;

@@ -5,13 +5,13 @@
 //! the device, so that no bit depends on the fabric. It knows nothing of experts or layers: a
 //! [`Place`] is only a label for messages.
 
-mod alone;
 mod link;
+mod single_rank;
 mod threads;
 
-pub use alone::Alone;
 pub use link::{Lateness, Link, Pacing};
-pub use threads::{Act, Mischief, Threads, ThreadsOptions};
+pub use single_rank::SingleRank;
+pub use threads::{FaultInjection, InjectedFault, Threads, ThreadsOptions};
 
 use epsmoe_base::{Fault, Lane, Place, Rank};
 use epsmoe_device::{Backend, Buffer, DeviceError};

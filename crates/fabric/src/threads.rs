@@ -4,8 +4,8 @@
 use crate::link::PacedLink;
 use crate::{Exchange, Fabric, Link, Pacing};
 use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank, count};
-use epsmoe_device::host::{HostBackend, Kernels, Memory};
 use epsmoe_device::op::Accesses;
+use epsmoe_device::threaded::{Kernels, Memory, ThreadedBackend};
 use epsmoe_device::{Buffer, DeviceError};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -24,30 +24,30 @@ pub struct ThreadsOptions {
     /// Seed of random delays before each exchange, for tests.
     pub delay: Option<u64>,
     /// One thing that goes wrong, for tests.
-    pub mischief: Option<Mischief>,
+    pub injection: Option<FaultInjection>,
 }
 
 impl ThreadsOptions {
     /// A world at memory speed in which nothing goes wrong on purpose.
     pub fn new(timeout: Duration, faults: FaultCell) -> Self {
-        ThreadsOptions { timeout, faults, link: None, delay: None, mischief: None }
+        ThreadsOptions { timeout, faults, link: None, delay: None, injection: None }
     }
 }
 
 /// A rank that misbehaves at one of its exchanges, counted from zero.
 #[derive(Clone, Copy, Debug)]
-pub struct Mischief {
+pub struct FaultInjection {
     /// Who.
     pub rank: Rank,
     /// At which exchange.
     pub exchange: u64,
     /// What it does.
-    pub act: Act,
+    pub act: InjectedFault,
 }
 
 /// What a misbehaving rank does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Act {
+pub enum InjectedFault {
     /// Never gets to the exchange.
     Stall,
     /// Panics.
@@ -133,7 +133,7 @@ impl Threads {
     }
 }
 
-impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
+impl<K: Kernels> Fabric<ThreadedBackend<K>> for Threads {
     fn rank(&self) -> Rank {
         self.rank
     }
@@ -144,7 +144,7 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
 
     fn all_to_all_v(
         &self,
-        device: &HostBackend<K>,
+        device: &ThreadedBackend<K>,
         lane: Lane,
         place: Place,
         mut exchange: Exchange,
@@ -152,9 +152,9 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
         check(&exchange, self.world.size)?;
         let number = self.exchanges.fetch_add(1, Ordering::Relaxed);
         let options = &self.world.options;
-        let mischief =
-            options.mischief.filter(|mischief| (mischief.rank, mischief.exchange) == (self.rank, number));
-        if mischief.is_some_and(|mischief| mischief.act == Act::SendOneRowLess) {
+        let injection =
+            options.injection.filter(|injection| (injection.rank, injection.exchange) == (self.rank, number));
+        if injection.is_some_and(|injection| injection.act == InjectedFault::SendOneRowLess) {
             shorten(&mut exchange.send)?;
         }
         let trip = Trip {
@@ -164,7 +164,7 @@ impl<K: Kernels> Fabric<HostBackend<K>> for Threads {
             place,
             link: self.link.clone(),
             delay: options.delay.map(|seed| Mix::keyed(seed, &[self.rank.0 as u64, number])),
-            act: mischief.map(|mischief| mischief.act),
+            act: injection.map(|injection| injection.act),
         };
         let reads = exchange.send.iter().fold(Accesses::new(), Accesses::read);
         let accesses = exchange.receive.iter().fold(reads, Accesses::write);
@@ -226,7 +226,7 @@ struct Trip {
     place: Place,
     link: Option<Arc<Mutex<PacedLink>>>,
     delay: Option<Mix>,
-    act: Option<Act>,
+    act: Option<InjectedFault>,
 }
 
 impl Trip {
@@ -235,9 +235,9 @@ impl Trip {
             std::thread::sleep(Duration::from_micros(delay.below(1000) as u64));
         }
         match self.act {
-            Some(Act::Stall) => return self.stall(),
-            Some(Act::Panic) => panic!("{} panics on purpose at {}", self.rank, exchange.name),
-            Some(Act::SendOneRowLess) | None => {}
+            Some(InjectedFault::Stall) => return self.stall(),
+            Some(InjectedFault::Panic) => panic!("{} panics on purpose at {}", self.rank, exchange.name),
+            Some(InjectedFault::SendOneRowLess) | None => {}
         }
         let deadline = Deadline::after(self.world.options.timeout);
         let now = Instant::now();

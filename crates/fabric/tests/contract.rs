@@ -5,11 +5,11 @@
 use epsmoe_base::{
     DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, env::test_seed,
 };
-use epsmoe_device::host::{HostOptions, WeightStore};
-use epsmoe_device::op::{Embed, Upload};
+use epsmoe_device::op::{Embed, HostToDevice};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
+use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, WeightShape};
-use epsmoe_fabric::{Act, Alone, Exchange, Fabric, Mischief, Threads, ThreadsOptions};
+use epsmoe_fabric::{Exchange, Fabric, FaultInjection, InjectedFault, SingleRank, Threads, ThreadsOptions};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -56,7 +56,7 @@ impl<F: Fabric<Reference>> Node<F> {
     fn fill(&self, out: &Buffer, numbers: &[u32]) {
         let enqueue = |op: epsmoe_device::op::Op| self.device.enqueue(Lane::Compute, Place::default(), op);
         if out.dtype == DType::U32 {
-            enqueue(Upload { words: numbers.into(), out: out.clone() }.into()).expect("it fits");
+            enqueue(HostToDevice { words: numbers.into(), out: out.clone() }.into()).expect("it fits");
         } else if !numbers.is_empty() {
             let (rows, width) = (out.rows, out.width);
             let bytes: Vec<u8> = numbers.iter().flat_map(|&number| (number as f32).to_le_bytes()).collect();
@@ -65,7 +65,7 @@ impl<F: Fabric<Reference>> Node<F> {
                 self.device.load("numbers", WeightShape::Table { rows, width }, &tensors).expect("a table");
             let ids = self.device.allocate("ids", DType::U32, rows, 1).expect("memory");
             let words = (0..rows as u32).collect();
-            enqueue(Upload { words, out: ids.clone() }.into()).expect("it fits");
+            enqueue(HostToDevice { words, out: ids.clone() }.into()).expect("it fits");
             enqueue(Embed { ids, table, out: out.clone() }.into()).expect("it fits");
         }
     }
@@ -91,7 +91,7 @@ fn threads(size: usize, seed: u64, options: ThreadsOptions) -> Vec<Node<Threads>
     let faults = options.faults.clone();
     let node = |fabric: Threads| {
         let rank = Fabric::<Reference>::rank(&fabric);
-        let host = HostOptions { faults: faults.clone(), ..reference::options(DType::BF16, seed) };
+        let host = ThreadedOptions { faults: faults.clone(), ..reference::options(DType::BF16, seed) };
         let device = Reference::new(rank, PlainKernels, Arc::clone(&weights), host).expect("lane threads");
         Node { device, fabric }
     };
@@ -273,7 +273,7 @@ fn a_rank_alone_gets_its_own_rows() {
     let alone = |_, seed| {
         let device =
             Reference::new(Rank(0), PlainKernels, Arc::default(), reference::options(DType::BF16, seed));
-        vec![Node { device: device.expect("lane threads"), fabric: Alone }]
+        vec![Node { device: device.expect("lane threads"), fabric: SingleRank }]
     };
     exchanges(1, alone, |mix| Lane::ALL[mix.below(2)]);
 }
@@ -367,13 +367,13 @@ fn parts_for_all_ranks_or_a_refusal() {
 /// What a rank does in a world where something goes wrong.
 type Script = fn(&Node<Threads>) -> Result<(), Fault>;
 
-/// Runs `script` on every rank of a world with `mischief`. All must end in time, with one fault: that of
+/// Runs `script` on every rank of a world with `injection`. All must end in time, with one fault: that of
 /// `texts` which belongs to the rank that saw it first, whoever that was.
-fn fails(size: usize, mischief: Option<Mischief>, script: Script, kind: FaultKind, texts: &[&str]) {
+fn fails(size: usize, injection: Option<FaultInjection>, script: Script, kind: FaultKind, texts: &[&str]) {
     // Only a deadline needs to pass; what else goes wrong is to be seen before any deadline, on a loaded machine too.
     let timeout = if kind == FaultKind::Deadline { SHORT } else { PATIENT };
     for round in 0..3 {
-        let options = ThreadsOptions { mischief, delay: (round > 0).then_some(round), ..options(timeout) };
+        let options = ThreadsOptions { injection, delay: (round > 0).then_some(round), ..options(timeout) };
         let faults = options.faults.clone();
         let begin = Instant::now();
         let answers = on_all_ranks(threads(size, round, options), script);
@@ -412,22 +412,22 @@ fn five_turns(node: &Node<Threads>) -> Result<(), Fault> {
     (0..5).try_for_each(|stage| turn(node, "dispatch", stage, 3, DType::F32))
 }
 
-fn mischief(rank: usize, exchange: u64, act: Act) -> Option<Mischief> {
-    Some(Mischief { rank: Rank(rank), exchange, act })
+fn injection(rank: usize, exchange: u64, act: InjectedFault) -> Option<FaultInjection> {
+    Some(FaultInjection { rank: Rank(rank), exchange, act })
 }
 
 #[test]
 fn a_stalled_rank_is_named() {
     fails(
         2,
-        mischief(1, 3, Act::Stall),
+        injection(1, 3, InjectedFault::Stall),
         five_turns,
         FaultKind::Deadline,
         &["rank 0, layer 4, stage 3: rank 1 did not send dispatch within 400ms"],
     );
     fails(
         4,
-        mischief(2, 0, Act::Stall),
+        injection(2, 0, InjectedFault::Stall),
         five_turns,
         FaultKind::Deadline,
         &[
@@ -442,14 +442,14 @@ fn a_stalled_rank_is_named() {
 fn a_panicking_rank_is_named() {
     fails(
         1,
-        mischief(0, 0, Act::Panic),
+        injection(0, 0, InjectedFault::Panic),
         five_turns,
         FaultKind::Panic,
         &["rank 0, layer 4, stage 0: dispatch panicked: rank 0 panics on purpose at dispatch"],
     );
     fails(
         5,
-        mischief(3, 2, Act::Panic),
+        injection(3, 2, InjectedFault::Panic),
         five_turns,
         FaultKind::Panic,
         &["rank 3, layer 4, stage 2: dispatch panicked: rank 3 panics on purpose at dispatch"],
@@ -460,7 +460,7 @@ fn a_panicking_rank_is_named() {
 fn a_row_less_than_announced_is_seen() {
     fails(
         2,
-        mischief(1, 4, Act::SendOneRowLess),
+        injection(1, 4, InjectedFault::SendOneRowLess),
         five_turns,
         FaultKind::Mismatch,
         &[
@@ -470,7 +470,7 @@ fn a_row_less_than_announced_is_seen() {
     );
     fails(
         3,
-        mischief(2, 0, Act::SendOneRowLess),
+        injection(2, 0, InjectedFault::SendOneRowLess),
         five_turns,
         FaultKind::Mismatch,
         &[
@@ -615,7 +615,7 @@ fn after_a_fault_every_call_gives_it() {
     };
     fails(
         3,
-        mischief(0, 1, Act::Panic),
+        injection(0, 1, InjectedFault::Panic),
         script,
         FaultKind::Panic,
         &["rank 0, layer 4, stage 1: dispatch panicked: rank 0 panics on purpose at dispatch"],

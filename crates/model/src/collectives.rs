@@ -21,7 +21,7 @@
 
 use crate::forward::compute;
 use epsmoe_base::{DType, Lane, Place, Rank};
-use epsmoe_device::op::{Reduce, Upload};
+use epsmoe_device::op::{HostToDevice, Reduce};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_fabric::{Exchange, Fabric};
 use std::ops::Range;
@@ -113,7 +113,7 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
         let index: Vec<u32> = (0..kept).flat_map(parts).collect();
         for (words, buffer) in [(starts, &self.starts), (index, &self.index)] {
             let out = buffer.rows(0..words.len())?;
-            compute(&*self.device, Place::default(), Upload { words: words.into(), out })?;
+            compute(&*self.device, Place::default(), HostToDevice { words: words.into(), out })?;
         }
         Ok(())
     }
@@ -206,9 +206,9 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
 mod tests {
     use super::*;
     use epsmoe_base::{Deadline, FaultCell};
-    use epsmoe_device::host::{HostBackend, WeightStore};
     use epsmoe_device::op::Add;
     use epsmoe_device::reference::{PlainKernels, Reference, options};
+    use epsmoe_device::threaded::{ThreadedBackend, WeightStore};
     use epsmoe_fabric::{Threads, ThreadsOptions};
     use std::time::Duration;
 
@@ -225,7 +225,8 @@ mod tests {
             let ranks = ends.into_iter().enumerate().map(|(rank, fabric)| {
                 let mut options = options(DType::F32, rank as u64);
                 options.faults = faults.clone();
-                let device = HostBackend::new(Rank(rank), PlainKernels, Arc::clone(&store), options).unwrap();
+                let device =
+                    ThreadedBackend::new(Rank(rank), PlainKernels, Arc::clone(&store), options).unwrap();
                 let part = parts[rank];
                 scope.spawn(move || rank_sums(Arc::new(device), Arc::new(fabric), size, &kept, part))
             });
@@ -250,7 +251,7 @@ mod tests {
         let (x, out) = (values("x", mine), values("out", mine));
         let upload = |out: &Buffer, value: &dyn Fn(usize) -> f32| {
             let words = (0..out.rows * HIDDEN).map(|at| value(at).to_bits()).collect();
-            compute(&*device, Place::default(), Upload { words, out: out.clone() }).unwrap();
+            compute(&*device, Place::default(), HostToDevice { words, out: out.clone() }).unwrap();
         };
         upload(&x, &|at| (100 * rank + at) as f32);
         group

@@ -5,7 +5,7 @@ use crate::checkpoint::read_small;
 use crate::spec::*;
 use crate::{Architecture, ModelError};
 use epsmoe_base::DType;
-use epsmoe_device::op::{Gate, GroupLimit, GroupScore, NormKind, RopeStyle, Score};
+use epsmoe_device::op::{GroupLimit, GroupScore, NormKind, RopeStyle, Score, TopKRouter};
 use serde_json::{Map, Value};
 use std::f64::consts::PI;
 use std::fmt::Display;
@@ -277,18 +277,18 @@ impl<'a> Draft<'a> {
     /// A model of RMS norms and half-split rotary embedding over whole heads.
     fn grouped_model(
         &self,
-        (architecture, naming): (Architecture, Naming),
-        attention: GroupedSpec,
+        (architecture, naming): (Architecture, TensorNames),
+        attention: GqaSpec,
         layers: Vec<LayerSpec>,
     ) -> Checked<ModelSpec> {
         let rope = self.rope(attention.head_dim, RopeStyle::HalfSplit, self.theta()?)?.spec;
-        self.complete((architecture, naming), NormKind::Rms, AttentionSpec::Grouped(attention), rope, layers)
+        self.complete((architecture, naming), NormKind::Rms, AttentionSpec::Gqa(attention), rope, layers)
     }
 
     /// The parts that differ, with those that every config has.
     fn complete(
         &self,
-        (architecture, naming): (Architecture, Naming),
+        (architecture, naming): (Architecture, TensorNames),
         norm: NormKind,
         attention: AttentionSpec,
         rope: RopeSpec,
@@ -322,7 +322,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Grouped-query attention with neither bias, norm, clip nor window.
-    fn grouped(&self, kv_heads: usize) -> Checked<GroupedSpec> {
+    fn grouped(&self, kv_heads: usize) -> Checked<GqaSpec> {
         divides(("the number of key and value heads", kv_heads), ("the number of heads", self.heads))?;
         let head_dim = match self.keys.whole("head_dim", HEAD_WIDTH)? {
             Some(given) => given,
@@ -331,7 +331,7 @@ impl<'a> Draft<'a> {
                 self.hidden / self.heads
             }
         };
-        Ok(GroupedSpec {
+        Ok(GqaSpec {
             heads: self.heads,
             kv_heads,
             head_dim,
@@ -405,7 +405,7 @@ fn top_k(keys: &Keys, key: &'static str, default: usize, experts: usize) -> Chec
 }
 
 fn softmax_moe(experts: usize, inner: usize, top_k: usize) -> MoeSpec {
-    let gate = Gate { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
+    let gate = TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
     MoeSpec { experts, inner, gate, correction_bias: false, shared: None }
 }
 
@@ -557,9 +557,9 @@ const MIXTRAL: Defaults = Defaults {
 fn mixtral(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &MIXTRAL)?;
     let sliding_window = keys.whole("sliding_window", POSITIONS)?;
-    let attention = GroupedSpec { sliding_window, ..draft.grouped(draft.kv_heads()?)? };
+    let attention = GqaSpec { sliding_window, ..draft.grouped(draft.kv_heads()?)? };
     let layers = draft.layers(&draft.moe(draft.inner)?, |_| true);
-    draft.grouped_model((Architecture::Mixtral, Naming::Mixtral), attention, layers)
+    draft.grouped_model((Architecture::Mixtral, TensorNames::Mixtral), attention, layers)
 }
 
 const ARCTIC: Defaults = Defaults { kv_heads: None, top_k: 1, positions: 4096, ..MIXTRAL };
@@ -567,7 +567,7 @@ const ARCTIC: Defaults = Defaults { kv_heads: None, top_k: 1, positions: 4096, .
 fn arctic(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &ARCTIC)?;
     let sliding_window = keys.whole("sliding_window", POSITIONS)?;
-    let attention = GroupedSpec { sliding_window, ..draft.grouped(draft.kv_heads()?)? };
+    let attention = GqaSpec { sliding_window, ..draft.grouped(draft.kv_heads()?)? };
     let every = keys.whole("moe_layer_frequency", LAYERS)?.unwrap_or(2);
     let mut layers = draft.layers(&draft.moe(draft.inner)?, |index| (index + 1).is_multiple_of(every));
     if keys.flag("parallel_attn_mlp_res")?.unwrap_or(false) {
@@ -575,7 +575,7 @@ fn arctic(keys: &Keys) -> Checked<ModelSpec> {
             layer.residual_mlp = Some(draft.hidden);
         }
     }
-    draft.grouped_model((Architecture::Arctic, Naming::Mixtral), attention, layers)
+    draft.grouped_model((Architecture::Arctic, TensorNames::Mixtral), attention, layers)
 }
 
 const QWEN2: Defaults = Defaults {
@@ -597,12 +597,12 @@ const QWEN2: Defaults = Defaults {
 fn qwen2(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &QWEN2)?;
     let qkv_bias = keys.flag("qkv_bias")?.unwrap_or(true);
-    let attention = GroupedSpec { qkv_bias, ..draft.grouped(draft.kv_heads()?)? };
+    let attention = GqaSpec { qkv_bias, ..draft.grouped(draft.kv_heads()?)? };
     let shared = keys.whole("shared_expert_intermediate_size", WIDTH)?.unwrap_or(5632);
     let moe =
         MoeSpec { shared: Some(SharedSpec { inner: shared, gated: true }), ..qwen_experts(&draft, 1408)? };
     let layers = qwen_layers(&draft, &moe)?;
-    draft.grouped_model((Architecture::Qwen2Moe, Naming::Qwen), attention, layers)
+    draft.grouped_model((Architecture::Qwen2Moe, TensorNames::Qwen), attention, layers)
 }
 
 const QWEN3: Defaults =
@@ -611,14 +611,14 @@ const QWEN3: Defaults =
 fn qwen3(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &QWEN3)?;
     let bias = keys.flag("attention_bias")?.unwrap_or(false);
-    let attention = GroupedSpec {
+    let attention = GqaSpec {
         qkv_bias: bias,
         output_bias: bias,
         qk_norm: Some(QkNorm::PerHead),
         ..draft.grouped(draft.kv_heads()?)?
     };
     let layers = qwen_layers(&draft, &qwen_experts(&draft, 768)?)?;
-    draft.grouped_model((Architecture::Qwen3Moe, Naming::Common), attention, layers)
+    draft.grouped_model((Architecture::Qwen3Moe, TensorNames::Common), attention, layers)
 }
 
 fn qwen_experts(draft: &Draft, default_inner: usize) -> Checked<MoeSpec> {
@@ -658,7 +658,7 @@ const OLMOE: Defaults = Defaults {
 fn olmoe(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &OLMOE)?;
     let bias = keys.flag("attention_bias")?.unwrap_or(false);
-    let attention = GroupedSpec {
+    let attention = GqaSpec {
         qkv_bias: bias,
         output_bias: bias,
         qk_norm: Some(QkNorm::FullWidth),
@@ -666,7 +666,7 @@ fn olmoe(keys: &Keys) -> Checked<ModelSpec> {
         ..draft.grouped(draft.kv_heads()?)?
     };
     let layers = draft.layers(&normalised_if_asked(keys, draft.moe(draft.inner)?)?, |_| true);
-    draft.grouped_model((Architecture::Olmoe, Naming::Common), attention, layers)
+    draft.grouped_model((Architecture::Olmoe, TensorNames::Common), attention, layers)
 }
 
 const DBRX: Defaults = Defaults {
@@ -689,13 +689,13 @@ fn dbrx(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &DBRX)?;
     let attention_keys = keys.section("attn_config", "attn_config.")?;
     let kv_heads = attention_keys.whole("kv_n_heads", HEADS)?.or(DBRX.kv_heads).unwrap_or(1);
-    let attention = GroupedSpec { clip_qkv: clip(&attention_keys)?, ..draft.grouped(kv_heads)? };
+    let attention = GqaSpec { clip_qkv: clip(&attention_keys)?, ..draft.grouped(kv_heads)? };
     // Published configs have the base here; a library that reads it only at the top is wrong about them.
     let theta = attention_keys.number("rope_theta", THETA)?.map_or_else(|| draft.theta(), Ok)?;
     let rope = draft.rope(attention.head_dim, RopeStyle::HalfSplit, theta)?.spec;
     let layers = draft.layers(&dbrx_experts(&keys.section("ffn_config", "ffn_config.")?)?, |_| true);
-    let attention = AttentionSpec::Grouped(attention);
-    draft.complete((Architecture::Dbrx, Naming::Dbrx), NormKind::Layer, attention, rope, layers)
+    let attention = AttentionSpec::Gqa(attention);
+    draft.complete((Architecture::Dbrx, TensorNames::Dbrx), NormKind::Layer, attention, rope, layers)
 }
 
 fn dbrx_experts(keys: &Keys) -> Checked<MoeSpec> {
@@ -835,7 +835,7 @@ fn deepseek(
     let rope_dim = keys.whole("qk_rope_head_dim", HEAD_WIDTH)?.unwrap_or(64);
     let rope = draft.rope(rope_dim, style, draft.theta()?)?;
     let default_q_lora = (!keys.is_null("q_lora_rank")).then_some(1536);
-    let attention = LatentSpec {
+    let attention = MlaSpec {
         heads: draft.heads,
         q_lora: keys.whole("q_lora_rank", WIDTH)?.or(default_q_lora),
         kv_lora: keys.whole("kv_lora_rank", WIDTH)?.unwrap_or(512),
@@ -846,6 +846,6 @@ fn deepseek(
         bias: keys.flag("attention_bias")?.unwrap_or(false),
         scale: (((nope + rope_dim) as f64).powf(-0.5) * rope.score_factor) as f32,
     };
-    let attention = AttentionSpec::Latent(attention);
-    draft.complete((architecture, Naming::Common), NormKind::Rms, attention, rope.spec, layers)
+    let attention = AttentionSpec::Mla(attention);
+    draft.complete((architecture, TensorNames::Common), NormKind::Rms, attention, rope.spec, layers)
 }

@@ -5,12 +5,12 @@ use crate::collectives::Group;
 use crate::load::Loader;
 use crate::mlp::{MlpWeights, ResidualWeights};
 use crate::parallel::Layout;
-use crate::step::{Roster, Step};
+use crate::step::{Step, StepLayout};
 use crate::{Experts, LayerPart, MlpSpec, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use epsmoe_base::{DType, Deadline, Lane, Layer, Place, hash_bytes};
-use epsmoe_device::op::{Add, Angles, ArgMax, Embed, Gather, Gemm, Norm, Op, Upload};
+use epsmoe_device::op::{Add, ArgMax, Embed, Gather, Gemm, HostToDevice, Norm, Op, RopeTable};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
-use epsmoe_fabric::{Alone, Fabric};
+use epsmoe_fabric::{Fabric, SingleRank};
 use epsmoe_pipeline::{
     ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, RoutingLog,
 };
@@ -68,7 +68,7 @@ pub struct ModelOptions {
 pub enum RoutingMode {
     /// The model's gates.
     #[default]
-    Gate,
+    FromRouter,
     /// The gates, and every step tells what they chose.
     Record,
     /// What another run recorded.
@@ -119,7 +119,7 @@ enum ExpertLayers<B: Backend, F: Fabric<B>> {
     /// Whole experts, over all ranks.
     Spread(ExpertPipeline<B, F>),
     /// A part of every expert, on this rank for itself.
-    Split(ExpertPipeline<B, Alone>),
+    Split(ExpertPipeline<B, SingleRank>),
 }
 
 struct LayerWeights {
@@ -191,7 +191,7 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
             let (device, fabric) = (Arc::clone(&device), Arc::clone(&fabric));
             Group::new(device, fabric, ranks, spec.hidden, together, layout.most_kept(tokens))
         };
-        let labelled = !matches!(options.routing, RoutingMode::Gate);
+        let labelled = !matches!(options.routing, RoutingMode::FromRouter);
         let identity = format!("{spec:?} {} {:?} {labelled}", device.dtype(), options.parallel);
         let identity = hash_bytes(identity.as_bytes());
         Ok(Model {
@@ -247,9 +247,10 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
     /// Brings the batch to the device and looks up the embeddings of the tokens that this rank keeps.
     fn begin(&self, batch: &Batch) -> Result<Step, ModelError> {
         let (buffers, tokens, sequences) = (&self.buffers, batch.ids.len(), batch.blocks.len());
-        let labelled = !matches!(self.options.routing, RoutingMode::Gate);
-        let roster = Roster::call(&*self.fabric, &self.layout, self.identity, batch, labelled)?;
-        let (attention, mlp) = (self.attention.shares(&roster.kept), self.mlp.shares(&roster.kept));
+        let labelled = !matches!(self.options.routing, RoutingMode::FromRouter);
+        let layout_of_step = StepLayout::call(&*self.fabric, &self.layout, self.identity, batch, labelled)?;
+        let (attention, mlp) =
+            (self.attention.shares(&layout_of_step.kept), self.mlp.shares(&layout_of_step.kept));
         self.attention.begin(&attention)?;
         self.mlp.begin(&mlp)?;
         let kept = attention.of(self.fabric.rank().0);
@@ -267,7 +268,7 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         let angles = buffers.angles.rows(0..tokens)?;
         self.compute(
             Place::default(),
-            Angles {
+            RopeTable {
                 positions: positions.clone(),
                 frequencies: self.frequencies.clone(),
                 scale: self.spec.rope.attention_factor,
@@ -276,7 +277,7 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         )?;
         let (table, out) = (self.embedding.clone(), buffers.hidden.rows(0..kept.len())?);
         self.compute(Place::default(), Embed { ids, table, out })?;
-        let routed = roster.labels(self.mlp.ranks());
+        let routed = layout_of_step.labels(self.mlp.ranks());
         Ok(Step { positions, slots, sequence_starts, blocks, angles, kept, attention, mlp, routed })
     }
 
@@ -342,7 +343,7 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         output: &mut StepOutput,
     ) -> Result<(), ModelError> {
         let report = match &self.options.routing {
-            RoutingMode::Gate => pipeline.run(moe, x, y)?,
+            RoutingMode::FromRouter => pipeline.run(moe, x, y)?,
             RoutingMode::Record => {
                 let routing = pipeline.route(moe, x)?;
                 output.routing.record(moe.layer, &step.routed, &routing);
@@ -420,7 +421,7 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
     }
 
     fn upload(&self, words: &[u32], out: &Buffer) -> Result<Buffer, DeviceError> {
-        self.compute(Place::default(), Upload { words: words.into(), out: out.clone() })?;
+        self.compute(Place::default(), HostToDevice { words: words.into(), out: out.clone() })?;
         Ok(out.clone())
     }
 
@@ -505,7 +506,7 @@ impl<B: Backend, F: Fabric<B>> ExpertLayers<B, F> {
                 let policy = Policy { gemm: pipeline.policy.gemm, ..Policy::default() };
                 let policy = Policy { schedule: Schedule::Serial, ..policy };
                 let pipeline = PipelineOptions { policy, ..pipeline };
-                ExpertLayers::Split(ExpertPipeline::new(device, Arc::new(Alone), pipeline)?)
+                ExpertLayers::Split(ExpertPipeline::new(device, Arc::new(SingleRank), pipeline)?)
             }
         })
     }

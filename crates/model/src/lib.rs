@@ -13,8 +13,8 @@ pub use error::ModelError;
 pub use names::{LayerPart, Located, Map, Part, Source};
 pub use presets::{PRESETS, preset, preset_text};
 pub use spec::{
-    Architecture, AttentionSpec, GroupedSpec, LatentSpec, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Naming,
-    NormSpec, Parameters, QkNorm, RopeSpec, SharedSpec,
+    Architecture, AttentionSpec, GqaSpec, LayerSpec, MlaSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec,
+    Parameters, QkNorm, RopeSpec, SharedSpec, TensorNames,
 };
 pub use synthetic::Synthetic;
 

@@ -43,7 +43,8 @@ impl<B: Backend> Loader<'_, B> {
         share: Share,
         map: impl Fn(Map) -> LayerPart,
     ) -> Result<Mlp, ModelError> {
-        let (gate, up, down) = (map(Map::Gate).of(layer), map(Map::Up).of(layer), map(Map::Down).of(layer));
+        let (gate, up, down) =
+            (map(Map::GateProj).of(layer), map(Map::UpProj).of(layer), map(Map::DownProj).of(layer));
         let (inner, k) = self.matrix(gate);
         let inner = share.of(inner);
         let rows = Window::rows(inner.clone());

@@ -1,6 +1,6 @@
 //! The parts of a model and where checkpoints keep them: one table for every architecture.
 
-use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, Naming, matrix};
+use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, TensorNames, matrix};
 use epsmoe_base::{Expert, Layer};
 use epsmoe_device::WeightShape;
 
@@ -62,22 +62,22 @@ impl LayerPart {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Map {
     /// `[I, H]`, through the activation.
-    Gate,
+    GateProj,
     /// `[I, H]`, multiplied with it.
-    Up,
+    UpProj,
     /// `[H, I]`, back.
-    Down,
+    DownProj,
 }
 
 impl Map {
     /// All three.
-    pub const ALL: [Map; 3] = [Map::Gate, Map::Up, Map::Down];
+    pub const ALL: [Map; 3] = [Map::GateProj, Map::UpProj, Map::DownProj];
 
     /// Its shape in an MLP.
     pub fn shape(self, hidden: usize, inner: usize) -> WeightShape {
         match self {
-            Map::Gate | Map::Up => matrix(inner, hidden),
-            Map::Down => matrix(hidden, inner),
+            Map::GateProj | Map::UpProj => matrix(inner, hidden),
+            Map::DownProj => matrix(hidden, inner),
         }
     }
 }
@@ -156,7 +156,7 @@ impl ModelSpec {
     fn attention_parts(&self) -> Vec<LayerPart> {
         use LayerPart::*;
         let optional: Vec<(LayerPart, bool)> = match &self.attention {
-            AttentionSpec::Grouped(spec) => vec![
+            AttentionSpec::Gqa(spec) => vec![
                 (Query, true),
                 (QueryBias, spec.qkv_bias),
                 (QueryNorm, spec.qk_norm.is_some()),
@@ -168,7 +168,7 @@ impl ModelSpec {
                 (Output, true),
                 (OutputBias, spec.output_bias),
             ],
-            AttentionSpec::Latent(spec) => vec![
+            AttentionSpec::Mla(spec) => vec![
                 (Query, spec.q_lora.is_none()),
                 (QueryDown, spec.q_lora.is_some()),
                 (QueryDownBias, spec.q_lora.is_some() && spec.bias),
@@ -185,20 +185,22 @@ impl ModelSpec {
         optional.into_iter().filter_map(|(part, present)| present.then_some(part)).collect()
     }
 
-    fn source(&self, part: Part, naming: Naming, name: &str) -> Source {
+    fn source(&self, part: Part, naming: TensorNames, name: &str) -> Source {
         let whole = || (self.shape(part).sources().1, 0, false);
         let Part::Layer(layer, inside) = part else {
             let (shape, first_row, transposed) = whole();
             return Source { name: name.to_owned(), shape, first_row, transposed };
         };
-        let blocks = if naming == Naming::Dbrx { "transformer.blocks" } else { "model.layers" };
+        let blocks = if naming == TensorNames::Dbrx { "transformer.blocks" } else { "model.layers" };
         let name = match inside {
             LayerPart::Expert(expert, _) => name.replace("{e}", &expert.0.to_string()),
             _ => name.to_owned(),
         };
         let (shape, first_row, transposed) = match (naming, inside) {
-            (Naming::Dbrx, LayerPart::Query | LayerPart::Key | LayerPart::Value) => self.fused_heads(inside),
-            (Naming::Dbrx | Naming::Merged, LayerPart::Expert(expert, map)) => {
+            (TensorNames::Dbrx, LayerPart::Query | LayerPart::Key | LayerPart::Value) => {
+                self.fused_heads(inside)
+            }
+            (TensorNames::Dbrx | TensorNames::Merged, LayerPart::Expert(expert, map)) => {
                 self.stacked_expert(layer, expert, map, naming)
             }
             _ => whole(),
@@ -225,24 +227,24 @@ impl ModelSpec {
         layer: Layer,
         expert: Expert,
         map: Map,
-        naming: Naming,
+        naming: TensorNames,
     ) -> (Vec<usize>, usize, bool) {
         let (experts, inner) = self.layers[layer.0].mlp.moe().map_or((0, 0), |moe| (moe.experts, moe.inner));
         let (e, hidden) = (expert.0, self.hidden);
         match (naming, map) {
-            (Naming::Dbrx, _) => (vec![experts * inner, hidden], e * inner, map == Map::Down),
-            (_, Map::Gate) => (vec![experts, 2 * inner, hidden], e * 2 * inner, false),
-            (_, Map::Up) => (vec![experts, 2 * inner, hidden], e * 2 * inner + inner, false),
-            (_, Map::Down) => (vec![experts, hidden, inner], e * hidden, false),
+            (TensorNames::Dbrx, _) => (vec![experts * inner, hidden], e * inner, map == Map::DownProj),
+            (_, Map::GateProj) => (vec![experts, 2 * inner, hidden], e * 2 * inner, false),
+            (_, Map::UpProj) => (vec![experts, 2 * inner, hidden], e * 2 * inner + inner, false),
+            (_, Map::DownProj) => (vec![experts, hidden, inner], e * hidden, false),
         }
     }
 }
 
 /// What checkpoints call a part; inside a layer without the layer's prefix, `{e}` for the expert.
-fn names(part: Part) -> &'static [(Naming, &'static str)] {
+fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
     use LayerPart::*;
     use Map::*;
-    use Naming::{Common, Dbrx, Merged, Mixtral, Qwen};
+    use TensorNames::{Common, Dbrx, Merged, Mixtral, Qwen};
     let part = match part {
         Part::Embedding => return &[(Common, "model.embed_tokens.weight"), (Dbrx, "transformer.wte.weight")],
         Part::FinalNorm => return &[(Common, "model.norm.weight"), (Dbrx, "transformer.norm_f.weight")],
@@ -281,39 +283,39 @@ fn names(part: Part) -> &'static [(Naming, &'static str)] {
             (Dbrx, "ffn.router.layer.weight"),
         ],
         RouterBias => &[(Common, "mlp.gate.e_score_correction_bias")],
-        Expert(_, Gate) => &[
+        Expert(_, GateProj) => &[
             (Common, "mlp.experts.{e}.gate_proj.weight"),
             (Mixtral, "block_sparse_moe.experts.{e}.w1.weight"),
             (Dbrx, "ffn.experts.mlp.w1"),
             (Merged, "mlp.experts.gate_up_proj"),
         ],
-        Expert(_, Up) => &[
+        Expert(_, UpProj) => &[
             (Common, "mlp.experts.{e}.up_proj.weight"),
             (Mixtral, "block_sparse_moe.experts.{e}.w3.weight"),
             (Dbrx, "ffn.experts.mlp.v1"),
             (Merged, "mlp.experts.gate_up_proj"),
         ],
-        Expert(_, Down) => &[
+        Expert(_, DownProj) => &[
             (Common, "mlp.experts.{e}.down_proj.weight"),
             (Mixtral, "block_sparse_moe.experts.{e}.w2.weight"),
             (Dbrx, "ffn.experts.mlp.w2"),
             (Merged, "mlp.experts.down_proj"),
         ],
-        Shared(Gate) => {
+        Shared(GateProj) => {
             &[(Common, "mlp.shared_experts.gate_proj.weight"), (Qwen, "mlp.shared_expert.gate_proj.weight")]
         }
-        Shared(Up) => {
+        Shared(UpProj) => {
             &[(Common, "mlp.shared_experts.up_proj.weight"), (Qwen, "mlp.shared_expert.up_proj.weight")]
         }
-        Shared(Down) => {
+        Shared(DownProj) => {
             &[(Common, "mlp.shared_experts.down_proj.weight"), (Qwen, "mlp.shared_expert.down_proj.weight")]
         }
         SharedExpertGate => &[(Common, "mlp.shared_expert_gate.weight")],
-        Dense(Gate) => &[(Common, "mlp.gate_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w1.weight")],
-        Dense(Up) => &[(Common, "mlp.up_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w3.weight")],
-        Dense(Down) => &[(Common, "mlp.down_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w2.weight")],
-        Residual(Gate) => &[(Common, "residual_mlp.w1.weight")],
-        Residual(Up) => &[(Common, "residual_mlp.w3.weight")],
-        Residual(Down) => &[(Common, "residual_mlp.w2.weight")],
+        Dense(GateProj) => &[(Common, "mlp.gate_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w1.weight")],
+        Dense(UpProj) => &[(Common, "mlp.up_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w3.weight")],
+        Dense(DownProj) => &[(Common, "mlp.down_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w2.weight")],
+        Residual(GateProj) => &[(Common, "residual_mlp.w1.weight")],
+        Residual(UpProj) => &[(Common, "residual_mlp.w3.weight")],
+        Residual(DownProj) => &[(Common, "residual_mlp.w2.weight")],
     }
 }

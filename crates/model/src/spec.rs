@@ -4,7 +4,7 @@
 use crate::names::{LayerPart, Part};
 use epsmoe_base::DType;
 use epsmoe_device::WeightShape;
-use epsmoe_device::op::{Gate, NormKind, RopeStyle};
+use epsmoe_device::op::{NormKind, RopeStyle, TopKRouter};
 use std::fmt;
 
 /// A whole model.
@@ -13,7 +13,7 @@ pub struct ModelSpec {
     /// The published architecture it came from, for messages.
     pub architecture: Architecture,
     /// How its checkpoints call their tensors.
-    pub naming: Naming,
+    pub naming: TensorNames,
     /// Vocabulary V.
     pub vocab: usize,
     /// Hidden width H.
@@ -95,7 +95,7 @@ impl fmt::Display for Architecture {
 
 /// Families of tensor names; [`crate::names`] has the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Naming {
+pub enum TensorNames {
     /// `mlp.experts.3.gate_proj.weight`, `mlp.shared_experts.…`; whatever a family below does not rename.
     Common,
     /// As common, but one `mlp.shared_expert`.
@@ -121,14 +121,14 @@ pub struct NormSpec {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum AttentionSpec {
     /// Query heads that share key and value heads in groups.
-    Grouped(GroupedSpec),
+    Gqa(GqaSpec),
     /// Keys and values decompressed from one latent vector a token (DeepSeek-V2, arXiv 2405.04434).
-    Latent(LatentSpec),
+    Mla(MlaSpec),
 }
 
 /// Grouped-query attention. After the projections: norm of queries and keys, clip, rotary embedding.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct GroupedSpec {
+pub struct GqaSpec {
     /// Query heads.
     pub heads: usize,
     /// Key and value heads; query head `j` uses head `j / (heads / kv_heads)`.
@@ -161,7 +161,7 @@ pub enum QkNorm {
 /// Latent attention: `c = norm(KvDown·x)` is cached with one rotated key `k_r` of width `rope`; per head,
 /// `KvUp·c` gives a key part of width `nope` and a value of width `value`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LatentSpec {
+pub struct MlaSpec {
     /// Query heads.
     pub heads: usize,
     /// Width of the query latent; absent when queries are projected directly.
@@ -186,32 +186,32 @@ impl AttentionSpec {
     /// Query heads.
     pub fn heads(&self) -> usize {
         match self {
-            AttentionSpec::Grouped(spec) => spec.heads,
-            AttentionSpec::Latent(spec) => spec.heads,
+            AttentionSpec::Gqa(spec) => spec.heads,
+            AttentionSpec::Mla(spec) => spec.heads,
         }
     }
 
     /// Width of all query heads of a token.
     pub fn query_width(&self) -> usize {
         match self {
-            AttentionSpec::Grouped(spec) => spec.heads * spec.head_dim,
-            AttentionSpec::Latent(spec) => spec.heads * (spec.nope + spec.rope),
+            AttentionSpec::Gqa(spec) => spec.heads * spec.head_dim,
+            AttentionSpec::Mla(spec) => spec.heads * (spec.nope + spec.rope),
         }
     }
 
     /// Width of what the output projection reads.
     pub fn context_width(&self) -> usize {
         match self {
-            AttentionSpec::Grouped(spec) => spec.heads * spec.head_dim,
-            AttentionSpec::Latent(spec) => spec.heads * spec.value,
+            AttentionSpec::Gqa(spec) => spec.heads * spec.head_dim,
+            AttentionSpec::Mla(spec) => spec.heads * spec.value,
         }
     }
 
     /// Numbers a token leaves in the cache of one layer.
     pub fn cache_width(&self) -> usize {
         match self {
-            AttentionSpec::Grouped(spec) => 2 * spec.kv_heads * spec.head_dim,
-            AttentionSpec::Latent(spec) => spec.kv_lora + spec.rope,
+            AttentionSpec::Gqa(spec) => 2 * spec.kv_heads * spec.head_dim,
+            AttentionSpec::Mla(spec) => spec.kv_lora + spec.rope,
         }
     }
 }
@@ -272,7 +272,7 @@ pub struct MoeSpec {
     /// Inner width I of an expert.
     pub inner: usize,
     /// How router logits choose experts.
-    pub gate: Gate,
+    pub gate: TopKRouter,
     /// Whether a bias is added to the scores for the choice.
     pub correction_bias: bool,
     /// The expert of every token, added to the routed sum.
@@ -359,22 +359,20 @@ impl ModelSpec {
             (OutputBias, _) => vector(hidden),
             (Query, _) => matrix(attention.query_width(), hidden),
             (QueryBias, _) => vector(attention.query_width()),
-            (Key | Value, AttentionSpec::Grouped(spec)) => matrix(spec.kv_heads * spec.head_dim, hidden),
-            (KeyBias | ValueBias, AttentionSpec::Grouped(spec)) => vector(spec.kv_heads * spec.head_dim),
-            (QueryNorm | KeyNorm, AttentionSpec::Grouped(spec)) => vector(match (spec.qk_norm?, part) {
+            (Key | Value, AttentionSpec::Gqa(spec)) => matrix(spec.kv_heads * spec.head_dim, hidden),
+            (KeyBias | ValueBias, AttentionSpec::Gqa(spec)) => vector(spec.kv_heads * spec.head_dim),
+            (QueryNorm | KeyNorm, AttentionSpec::Gqa(spec)) => vector(match (spec.qk_norm?, part) {
                 (QkNorm::PerHead, _) => spec.head_dim,
                 (QkNorm::FullWidth, QueryNorm) => spec.heads * spec.head_dim,
                 (QkNorm::FullWidth, _) => spec.kv_heads * spec.head_dim,
             }),
-            (QueryDown, AttentionSpec::Latent(spec)) => matrix(spec.q_lora?, hidden),
-            (QueryDownBias | QueryDownNorm, AttentionSpec::Latent(spec)) => vector(spec.q_lora?),
-            (QueryUp, AttentionSpec::Latent(spec)) => matrix(attention.query_width(), spec.q_lora?),
-            (KvDown, AttentionSpec::Latent(spec)) => matrix(spec.kv_lora + spec.rope, hidden),
-            (KvDownBias, AttentionSpec::Latent(spec)) => vector(spec.kv_lora + spec.rope),
-            (KvDownNorm, AttentionSpec::Latent(spec)) => vector(spec.kv_lora),
-            (KvUp, AttentionSpec::Latent(spec)) => {
-                matrix(spec.heads * (spec.nope + spec.value), spec.kv_lora)
-            }
+            (QueryDown, AttentionSpec::Mla(spec)) => matrix(spec.q_lora?, hidden),
+            (QueryDownBias | QueryDownNorm, AttentionSpec::Mla(spec)) => vector(spec.q_lora?),
+            (QueryUp, AttentionSpec::Mla(spec)) => matrix(attention.query_width(), spec.q_lora?),
+            (KvDown, AttentionSpec::Mla(spec)) => matrix(spec.kv_lora + spec.rope, hidden),
+            (KvDownBias, AttentionSpec::Mla(spec)) => vector(spec.kv_lora + spec.rope),
+            (KvDownNorm, AttentionSpec::Mla(spec)) => vector(spec.kv_lora),
+            (KvUp, AttentionSpec::Mla(spec)) => matrix(spec.heads * (spec.nope + spec.value), spec.kv_lora),
             _ => return None,
         })
     }

@@ -27,12 +27,12 @@ pub(crate) struct Step {
 }
 
 /// How many tokens each rank of the world keeps, and, if routing is recorded or replayed, which.
-pub(crate) struct Roster {
+pub(crate) struct StepLayout {
     pub(crate) kept: Vec<usize>,
     labels: Vec<Vec<TokenId>>,
 }
 
-impl Roster {
+impl StepLayout {
     /// What this rank knows by itself, or, where ranks work on each other's tokens, what all ranks tell each
     /// other: the only blocking exchange besides the rendezvous of expert pipelines. `identity` is a hash of
     /// everything ranks must have in common.
@@ -64,7 +64,7 @@ impl Roster {
             .iter()
             .zip(&kept)
             .map(|(of_rank, kept)| of_rank.labels.get(kept.clone()).unwrap_or_default().to_vec());
-        Ok(Roster { labels: labels.collect(), kept: kept.iter().map(|kept| kept.len()).collect() })
+        Ok(StepLayout { labels: labels.collect(), kept: kept.iter().map(|kept| kept.len()).collect() })
     }
 
     /// The tokens that some ranks keep, one after the other.

@@ -1,7 +1,7 @@
 //! What configs are read as, and which are refused with what words.
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
-use epsmoe_device::op::{Gate, GroupLimit};
+use epsmoe_device::op::{GroupLimit, TopKRouter};
 use epsmoe_model::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, config, preset};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ fn outline(spec: &ModelSpec) -> String {
 
 fn attention(spec: &AttentionSpec) -> String {
     match spec {
-        AttentionSpec::Grouped(spec) => {
+        AttentionSpec::Gqa(spec) => {
             let mut text = format!(
                 "{}/{} heads of {} scale {:.5}",
                 spec.heads, spec.kv_heads, spec.head_dim, spec.scale
@@ -52,7 +52,7 @@ fn attention(spec: &AttentionSpec) -> String {
             extras.into_iter().flatten().for_each(|extra| text += &format!(", {extra}"));
             text
         }
-        AttentionSpec::Latent(spec) => format!(
+        AttentionSpec::Mla(spec) => format!(
             "latent {} heads q {} kv {} of {}+{} value {} scale {:.5} bias {} eps {:e}",
             spec.heads,
             spec.q_lora.unwrap_or_default(),
@@ -87,7 +87,7 @@ fn layer(layer: &LayerSpec) -> String {
     text
 }
 
-fn gate(gate: &Gate) -> String {
+fn gate(gate: &TopKRouter) -> String {
     let normalise = if gate.normalise { " normalised" } else { "" };
     let groups = match gate.groups {
         Some(GroupLimit { groups, kept, by }) => format!(" in {kept} of {groups} groups by {by:?}"),
@@ -317,7 +317,7 @@ fn old_and_new_keys_mean_the_same() {
 #[test]
 fn nulls_are_not_always_absences() {
     let spec = patched("mixtral_f16", json!({ "num_key_value_heads": null })).unwrap();
-    let AttentionSpec::Grouped(attention) = spec.attention else { panic!("{:?}", spec.attention) };
+    let AttentionSpec::Gqa(attention) = spec.attention else { panic!("{:?}", spec.attention) };
     assert_eq!(attention.kv_heads, 6);
     let spec = patched("deepseek_v2", json!({ "n_shared_experts": null })).unwrap();
     assert_eq!(spec.layers[1].mlp.moe().unwrap().shared, None);

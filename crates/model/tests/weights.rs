@@ -3,8 +3,8 @@
 
 use epsmoe_base::{DType, Mix, env};
 use epsmoe_model::{
-    Checkpoint, LayerPart, Map, ModelSpec, Naming, Part, Synthetic, Tensor, WeightSource, Window, config,
-    preset,
+    Checkpoint, LayerPart, Map, ModelSpec, Part, Synthetic, Tensor, TensorNames, WeightSource, Window,
+    config, preset,
 };
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView, serialize};
@@ -59,7 +59,7 @@ fn write(path: &Path, stored: &Stored) {
 }
 
 /// The same model in another family's layout: each part is put where that family looks first.
-fn stored_as(naming: Naming, spec: &ModelSpec, source: &dyn WeightSource) -> Stored {
+fn stored_as(naming: TensorNames, spec: &ModelSpec, source: &dyn WeightSource) -> Stored {
     let spec = ModelSpec { naming, ..spec.clone() };
     let mut stored = Stored::new();
     for part in spec.parts() {
@@ -79,7 +79,13 @@ fn stored_as(naming: Naming, spec: &ModelSpec, source: &dyn WeightSource) -> Sto
 fn every_layout_gives_the_same_bytes() {
     for name in FIXTURES {
         let (spec, checkpoint) = open(name);
-        for naming in [Naming::Common, Naming::Qwen, Naming::Mixtral, Naming::Dbrx, Naming::Merged] {
+        for naming in [
+            TensorNames::Common,
+            TensorNames::Qwen,
+            TensorNames::Mixtral,
+            TensorNames::Dbrx,
+            TensorNames::Merged,
+        ] {
             let folder = TempDir::new().unwrap();
             write(&folder.path().join("model.safetensors"), &stored_as(naming, &spec, &checkpoint));
             let rewritten = Checkpoint::open(folder.path()).unwrap();
@@ -147,7 +153,7 @@ fn a_transposed_expert_by_hand() {
     let (spec, checkpoint) = open("dbrx_clip");
     let mut stored = vec![0; 144 * 32 * 2];
     checkpoint.fill("transformer.blocks.1.ffn.experts.mlp.w2", 0, &mut stored).unwrap();
-    let part = LayerPart::Expert(epsmoe_base::Expert(2), Map::Down).of(epsmoe_base::Layer(1));
+    let part = LayerPart::Expert(epsmoe_base::Expert(2), Map::DownProj).of(epsmoe_base::Layer(1));
     let down = whole(&checkpoint, &spec, part);
     assert_eq!(down.shape, [32, 24]);
     for (output, input) in [(0, 0), (31, 0), (5, 23)] {
@@ -210,13 +216,13 @@ fn synthetic_numbers_spread_as_their_layer_needs() {
         assert!(mean.abs() < 0.01, "{mean}");
         (numbers.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / count).sqrt()
     };
-    let down = LayerPart::Expert(epsmoe_base::Expert(3), Map::Down).of(epsmoe_base::Layer(2));
+    let down = LayerPart::Expert(epsmoe_base::Expert(3), Map::DownProj).of(epsmoe_base::Layer(2));
     assert!((deviation(numbers(down)) * 1024f64.sqrt() - 1.0).abs() < 0.01);
     assert!((deviation(numbers(Part::Embedding)) - 1.0).abs() < 0.01);
     assert!(numbers(Part::FinalNorm).iter().all(|&x| x == 1.0));
     assert_ne!(
         numbers(down),
-        numbers(LayerPart::Expert(epsmoe_base::Expert(4), Map::Down).of(epsmoe_base::Layer(2)))
+        numbers(LayerPart::Expert(epsmoe_base::Expert(4), Map::DownProj).of(epsmoe_base::Layer(2)))
     );
 }
 
@@ -428,7 +434,7 @@ fn weights_of_another_model() {
          [48]; the two belong to different models: use the config.json that came with these weights"
     );
     let spec = config::read(&fixture("dbrx_clip")).unwrap();
-    let expert = LayerPart::Expert(epsmoe_base::Expert(2), Map::Up).of(epsmoe_base::Layer(7));
+    let expert = LayerPart::Expert(epsmoe_base::Expert(2), Map::UpProj).of(epsmoe_base::Layer(7));
     let spec = ModelSpec { layers: vec![spec.layers[0].clone(); 8], ..spec };
     assert_eq!(
         refused(&spec, expert),

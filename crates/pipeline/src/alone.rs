@@ -4,7 +4,7 @@
 use crate::run::{LayerReport, MoeLayer};
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::Place;
-use epsmoe_device::op::{Epilogue, ExpertGemm, Gather, Permute, Reduce};
+use epsmoe_device::op::{Epilogue, ExpertGemm, Gather, Reduce, SortByExpert};
 use epsmoe_device::{Backend, Buffer};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{Capacity, GemmKind, LayerBytes, StageTable};
@@ -50,7 +50,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let factors = buffers.reduce_weights.rows(copies.clone())?;
         self.compute(
             place,
-            Permute {
+            SortByExpert {
                 experts,
                 weights,
                 starts: starts.clone(),

@@ -5,7 +5,7 @@ use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Place, Stage};
-use epsmoe_device::op::{Reduce, Upload};
+use epsmoe_device::op::{HostToDevice, Reduce};
 use epsmoe_device::{Backend, Buffer};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::HomeMap;
@@ -39,8 +39,8 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let (place, sums) = (Place::layer(layer.layer), 0..home.index.len());
         let starts = buffers.home_starts.rows(0..y.rows + 1)?;
         let index = buffers.home_index.rows(sums.clone())?;
-        self.compute(place, Upload { words: home.offsets.into(), out: starts.clone() })?;
-        self.compute(place, Upload { words: home.index.into(), out: index.clone() })?;
+        self.compute(place, HostToDevice { words: home.offsets.into(), out: starts.clone() })?;
+        self.compute(place, HostToDevice { words: home.index.into(), out: index.clone() })?;
         let addend = layer.shared.as_ref().map(|_| buffers.shared_out.rows(0..y.rows)).transpose()?;
         let x = buffers.home_rows.rows(sums)?;
         self.compute(place, Reduce { x, starts, index, weights: None, addend, out: y.clone() })

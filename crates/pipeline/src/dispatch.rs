@@ -5,14 +5,14 @@ use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Lane, Place, Rank, Stage};
-use epsmoe_device::op::{Gather, Upload};
+use epsmoe_device::op::{Gather, HostToDevice};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_fabric::{Exchange, Fabric};
-use epsmoe_plan::{HomeMap, RankCounts, Routing, SendMap};
+use epsmoe_plan::{HomeMap, Routing, SendMap, TokenHistograms};
 
 /// What a rank sends, known before the rendezvous: the send order does not depend on the cuts.
 pub(crate) struct Outgoing {
-    pub(crate) counts: RankCounts,
+    pub(crate) counts: TokenHistograms,
     pub(crate) home: HomeMap,
 }
 
@@ -27,7 +27,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         x: &Buffer,
     ) -> Result<Outgoing, PipelineError> {
         let place = Place::layer(layer.layer);
-        let counts = RankCounts::of(&self.options.placement, routing);
+        let counts = TokenHistograms::of(&self.options.placement, routing);
         let send = SendMap::of(&self.options.placement, routing, &counts);
         let home = HomeMap::of(&send, &counts);
         let rows = 0..send.tokens.len();
@@ -37,9 +37,9 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         }
         let (index, records) =
             (buffers.send_index.rows(rows.clone())?, buffers.send_records.rows(rows.clone())?);
-        self.compute(place, Upload { words: send.tokens.into(), out: index.clone() })?;
+        self.compute(place, HostToDevice { words: send.tokens.into(), out: index.clone() })?;
         self.compute(place, Gather { x: x.clone(), index, out: buffers.send_rows.rows(rows)? })?;
-        self.compute(place, Upload { words: send.records.into(), out: records })?;
+        self.compute(place, HostToDevice { words: send.records.into(), out: records })?;
         Ok(Outgoing { counts, home })
     }
 

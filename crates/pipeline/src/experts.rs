@@ -5,7 +5,7 @@ use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Place, Stage};
-use epsmoe_device::op::{Epilogue, Gather, Gemm, GemmPart, Reduce, Upload};
+use epsmoe_device::op::{Epilogue, Gather, Gemm, GemmPart, HostToDevice, Reduce};
 use epsmoe_device::{Backend, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{ArrivalMaps, GemmKind};
@@ -36,7 +36,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
             (weights, buffers.reduce_weights.rows(copies)?),
         ];
         for (words, out) in uploads {
-            self.compute(Place::layer(layer.layer), Upload { words: words.into(), out })?;
+            self.compute(Place::layer(layer.layer), HostToDevice { words: words.into(), out })?;
         }
         Ok(())
     }

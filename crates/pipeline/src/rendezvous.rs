@@ -6,12 +6,12 @@ use crate::{ExpertPipeline, HostTimes, PipelineError};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
-use epsmoe_plan::{Feedback, LayerCounts, RankCounts, StageTable, Traffic};
+use epsmoe_plan::{Feedback, LayerHistograms, StageTable, TokenHistograms, Traffic};
 use std::time::Instant;
 
 /// What every rank knows after the rendezvous: the same on all of them.
 pub(crate) struct Plan {
-    pub(crate) counts: LayerCounts,
+    pub(crate) counts: LayerHistograms,
     pub(crate) table: StageTable,
     pub(crate) traffic: Traffic,
 }
@@ -34,7 +34,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let messages = self.meet(layer, self.digest(layer, table), &news, times)?;
         let counts = self.counts(layer, &messages, 0)?;
         let learned =
-            messages.iter().filter_map(|news| news.get(RankCounts::encoded_len(placement.experts())..));
+            messages.iter().filter_map(|news| news.get(TokenHistograms::encoded_len(placement.experts())..));
         let feedback: Vec<Feedback> = learned.filter_map(Feedback::decode).collect();
         let table = match (table, &self.scheduler) {
             (Some(table), _) => {
@@ -96,15 +96,15 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         layer: &MoeLayer,
         messages: &[Vec<u8>],
         position: usize,
-    ) -> Result<LayerCounts, PipelineError> {
+    ) -> Result<LayerHistograms, PipelineError> {
         let placement = &self.options.placement;
-        let len = RankCounts::encoded_len(placement.experts());
+        let len = TokenHistograms::encoded_len(placement.experts());
         let own = |news: &Vec<u8>| {
             let rest = news.get(position * len..).unwrap_or_default();
-            RankCounts::decode(&rest[..len.min(rest.len())], placement.experts())
+            TokenHistograms::decode(&rest[..len.min(rest.len())], placement.experts())
         };
         let ranks = messages.iter().map(own).collect::<Result<_, _>>()?;
-        Ok(LayerCounts::new(placement, layer.gate.top_k, ranks)?)
+        Ok(LayerHistograms::new(placement, layer.gate.top_k, ranks)?)
     }
 
     fn digest(&self, layer: &MoeLayer, table: Option<&StageTable>) -> u64 {

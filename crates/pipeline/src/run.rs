@@ -3,7 +3,7 @@
 use crate::PipelineError;
 use crate::buffers::{LayerBuffers, PipelineSizes};
 use epsmoe_base::{Deadline, Lane, Layer, Place, Stage, hash_bytes};
-use epsmoe_device::op::{Gate, GateRows, Gemm, Op, Route, Upload};
+use epsmoe_device::op::{GateRows, Gemm, HostToDevice, Op, Route, TopKRouter};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 /// A gated MLP: `down( silu(x·gateᵀ) ⊙ (x·upᵀ) )`.
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    /// Gate and up maps `[I, H]`.
+    /// TopKRouter and up maps `[I, H]`.
     pub gate_up: Weight,
     /// Down map `[H, I]`.
     pub down: Weight,
@@ -42,7 +42,7 @@ pub struct MoeLayer {
     /// Correction bias of the router `[E]`, if the model has one.
     pub bias: Option<Weight>,
     /// How router logits become experts.
-    pub gate: Gate,
+    pub gate: TopKRouter,
     /// This rank's experts, in order `[L]`.
     pub experts: Vec<Mlp>,
     /// The expert that every token visits, if the model has one.
@@ -124,7 +124,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         }
         let buffers = LayerBuffers::allocate(&*device, &options)?;
         for (words, out) in buffers.constants(layer.top_k) {
-            device.enqueue(Lane::Compute, Place::default(), Upload { words, out })?;
+            device.enqueue(Lane::Compute, Place::default(), HostToDevice { words, out })?;
         }
         let PipelineOptions { placement, policy, sizes, identity, .. } = &options;
         let settings = hash_bytes(format!("{placement:?} {policy} {sizes:?} {identity}").as_bytes());

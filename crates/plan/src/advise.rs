@@ -11,13 +11,13 @@
 //! | DP+TP | all-gather, u | – | reduce-scatter, u |
 //! | DP+EP | – | two all-to-alls of the own tokens | – |
 //!
-//! Experts by `ep` are priced by [`search`] or [`simulate`](crate::simulate()) on counts drawn from a [`RoutingLaw`]; everything
+//! Experts by `ep` are priced by [`search`] or [`simulate`](crate::simulate()) on counts drawn from a [`SyntheticRouting`]; everything
 //! else by the same [`CostModel`]. All times are of a prefill without a cache.
 
 use crate::{
-    Capacity, Choice, CostModel, Curve, GemmKind, HostCost, LayerBytes, LayerCounts, LayerShape, LayerSizes,
-    LinkCost, Machine, Placement, PlanError, RoutingLaw, SearchOptions, SharedExpert, StageTable, Traffic,
-    Workload, predict_ns, search,
+    Capacity, Choice, CostModel, GemmKind, HostCost, LayerBytes, LayerHistograms, LayerShape, LayerSizes,
+    LinkCost, Machine, Piecewise, Placement, PlanError, SearchOptions, SharedExpert, StageTable,
+    SyntheticRouting, Traffic, Workload, predict_ns, search,
 };
 use epsmoe_base::{Bytes, Rank, count};
 use serde::Serialize;
@@ -60,7 +60,7 @@ pub struct ModelSizes {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttentionSizes {
     /// Query heads that share key and value heads.
-    Grouped {
+    Gqa {
         /// Query heads.
         heads: usize,
         /// Key and value heads.
@@ -69,7 +69,7 @@ pub enum AttentionSizes {
         head: usize,
     },
     /// Keys and values decompressed from a latent vector (MLA).
-    Latent {
+    Mla {
         /// Heads.
         heads: usize,
         /// Rank of the compressed queries; 0: not compressed.
@@ -93,11 +93,11 @@ impl AttentionSizes {
     /// more GPUs than heads; the latents of MLA and what makes them always are.
     fn matrices(&self, hidden: usize, parts: usize) -> Vec<Matrix> {
         match *self {
-            AttentionSizes::Grouped { heads, kv_heads, head } => {
+            AttentionSizes::Gqa { heads, kv_heads, head } => {
                 let (heads, kv_heads) = (heads.div_ceil(parts), kv_heads.div_ceil(parts));
                 vec![((heads + 2 * kv_heads) * head, hidden), (hidden, heads * head)]
             }
-            AttentionSizes::Latent { heads, query_rank, latent, nope, rope, value } => {
+            AttentionSizes::Mla { heads, query_rank, latent, nope, rope, value } => {
                 let heads = heads.div_ceil(parts);
                 let queries = match query_rank {
                     0 => vec![(heads * (nope + rope), hidden)],
@@ -113,16 +113,16 @@ impl AttentionSizes {
     /// (heads, width of scores plus width of values).
     fn core(&self) -> (usize, usize) {
         match *self {
-            AttentionSizes::Grouped { heads, head, .. } => (heads, 2 * head),
-            AttentionSizes::Latent { heads, nope, rope, value, .. } => (heads, nope + rope + value),
+            AttentionSizes::Gqa { heads, head, .. } => (heads, 2 * head),
+            AttentionSizes::Mla { heads, nope, rope, value, .. } => (heads, nope + rope + value),
         }
     }
 
     /// Cached elements of a token in a layer, on one of `parts` GPUs.
     fn cached(&self, parts: usize) -> usize {
         match *self {
-            AttentionSizes::Grouped { kv_heads, head, .. } => 2 * kv_heads.div_ceil(parts) * head,
-            AttentionSizes::Latent { latent, rope, .. } => latent + rope,
+            AttentionSizes::Gqa { kv_heads, head, .. } => 2 * kv_heads.div_ceil(parts) * head,
+            AttentionSizes::Mla { latent, rope, .. } => latent + rope,
         }
     }
 }
@@ -467,9 +467,9 @@ impl Advisor<'_> {
         (elements * ELEMENT) as u64
     }
 
-    fn law(&self) -> RoutingLaw {
+    fn law(&self) -> SyntheticRouting {
         let (model, load) = (self.model, self.load);
-        RoutingLaw {
+        SyntheticRouting {
             top_k: model.top_k,
             groups: model.groups,
             zipf_permille: load.zipf_permille,
@@ -546,11 +546,11 @@ impl Advisor<'_> {
     fn split(&self) -> Result<Vec<(Running, Experts)>, PlanError> {
         let (model, load, ranks) = (self.model, self.load, self.machine.ranks);
         let placement = Placement::new(model.experts, 1)?;
-        let counts: LayerCounts = self.law().counts(&placement, &[load.batch * load.sequence])?;
+        let counts: LayerHistograms = self.law().counts(&placement, &[load.batch * load.sequence])?;
         let shape =
             self.shape(model.inner.div_ceil(ranks), model.shared_inner.div_ceil(ranks), model.experts);
         let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
-        let none = || Curve::flat(0);
+        let none = || Piecewise::flat(0);
         let cost = CostModel {
             link: LinkCost { exchange_ns: 0, node_ranks: 0, near: none(), far: none(), copy: none() },
             host: HostCost::default(),

@@ -3,8 +3,8 @@
 //! Every time is in nanoseconds and every factor in thousandths (*permille*). All arithmetic is on integers, so the
 //! same file gives bit-identical times on every rank, whatever its processor or compiler.
 
-use crate::curve::scale;
-use crate::{Curve, GemmKind, Work};
+use crate::piecewise::scale;
+use crate::{GemmKind, Piecewise, Work};
 use epsmoe_base::{DType, hash_bytes};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -61,7 +61,7 @@ pub struct CostModel {
     /// The number format of weights and rows.
     pub dtype: DType,
     /// Threads, over all ranks, that run at full speed at once: a compute lane has `lane_threads` of them, copying and
-    /// the host one each, and more than these slow the compute lanes down ([`Crowd`](crate::Crowd)). 0: every rank has
+    /// the host one each, and more than these slow the compute lanes down ([`CpuContention`](crate::CpuContention)). 0: every rank has
     /// a processor of its own.
     pub concurrent: u32,
     /// Threads that a compute lane keeps busy.
@@ -90,8 +90,8 @@ pub struct CostModel {
 /// # use epsmoe_plan::*;
 /// let gemm = GemmCost {
 ///     flops_per_second: 1_000_000_000_000,
-///     rows: Curve::flat(500),
-///     depth: Curve::flat(1000),
+///     rows: Piecewise::flat(500),
+///     depth: Piecewise::flat(1000),
 ///     weight_bytes_per_second: 10_000_000_000,
 ///     op_ns: 3_000,
 ///     least_columns: 0,
@@ -107,9 +107,9 @@ pub struct GemmCost {
     /// The best rate seen.
     pub flops_per_second: u64,
     /// Rows per expert → permille of it.
-    pub rows: Curve,
+    pub rows: Piecewise,
     /// Depth K → permille of it.
-    pub depth: Curve,
+    pub depth: Piecewise,
     /// Rate at which weights are read.
     pub weight_bytes_per_second: u64,
     /// Paid by every operation: launch, tail.
@@ -122,7 +122,7 @@ pub struct GemmCost {
 /// [`GemmCost`] for one matrix shape, ready to be asked many times.
 #[derive(Clone, Copy, Debug)]
 pub struct Product<'a> {
-    rows: &'a Curve,
+    rows: &'a Piecewise,
     /// Picoseconds of a row at the best rate.
     row_ps: u64,
     weight_ns: u64,
@@ -220,11 +220,11 @@ pub struct LinkCost {
     /// Ranks of one node; 0: all of them.
     pub node_ranks: u32,
     /// Larger direction inside the node → ns, with its start cost.
-    pub near: Curve,
+    pub near: Piecewise,
     /// Larger direction to other nodes → ns, likewise.
-    pub far: Curve,
+    pub far: Piecewise,
     /// Bytes received, from the rank itself too → ns.
-    pub copy: Curve,
+    pub copy: Piecewise,
 }
 
 impl LinkCost {
@@ -233,9 +233,9 @@ impl LinkCost {
         LinkCost {
             exchange_ns: 0,
             node_ranks: 0,
-            near: Curve::line(start_ns, bytes_per_second),
-            far: Curve::flat(0),
-            copy: Curve::flat(0),
+            near: Piecewise::line(start_ns, bytes_per_second),
+            far: Piecewise::flat(0),
+            copy: Piecewise::flat(0),
         }
     }
 
@@ -255,7 +255,7 @@ impl LinkCost {
 
     /// Time on the links alone.
     pub(crate) fn carry_ns(&self, payload: Payload) -> u64 {
-        let carried = |curve: &Curve, bytes: u64| if bytes == 0 { 0 } else { curve.extended(bytes) };
+        let carried = |curve: &Piecewise, bytes: u64| if bytes == 0 { 0 } else { curve.extended(bytes) };
         carried(&self.near, payload.near).max(carried(&self.far, payload.far))
     }
 
@@ -270,13 +270,13 @@ impl LinkCost {
 #[serde(deny_unknown_fields)]
 pub struct RowsCost {
     /// Bytes written → ns: rows picked by index.
-    pub gather: Curve,
+    pub gather: Piecewise,
     /// Bytes read → ns: weighted sums of rows.
-    pub reduce: Curve,
+    pub reduce: Piecewise,
     /// Bytes → ns: index arrays from the host.
-    pub upload: Curve,
+    pub upload: Piecewise,
     /// Router logits (tokens × experts) → ns: choosing experts.
-    pub route: Curve,
+    pub route: Piecewise,
 }
 
 /// Work of the host, which no lane does, and how fast host and lanes notice each other.
@@ -284,16 +284,16 @@ pub struct RowsCost {
 #[serde(deny_unknown_fields)]
 pub struct HostCost {
     /// (token, expert) pairs of the rank → ns: reading the routing, counting, send and home maps.
-    pub pack: Curve,
+    pub pack: Piecewise,
     /// Bytes of all ranks' messages → ns: the rendezvous, from the moment the last rank is there.
-    pub rendezvous: Curve,
+    pub rendezvous: Piecewise,
     /// Experts × ranks → ns: checking the counts, cutting the stages, laying out the buffers.
-    pub plan: Curve,
+    pub plan: Piecewise,
     /// Copies received → ns: reading the metadata and making the maps of the stages.
-    pub maps: Curve,
+    pub maps: Piecewise,
     /// Operations, and products in them → ns: handing them to a lane. 0 where lanes never wait for that.
     #[serde(default)]
-    pub enqueue: Curve,
+    pub enqueue: Piecewise,
     /// From an event to the moment at which a lane, or the host, that waited for it goes on.
     #[serde(default)]
     pub wake_ns: u64,
@@ -381,13 +381,13 @@ impl CostModel {
         let lanes = threads.max(1) as u64;
         let gemm = |op_ns| GemmCost {
             flops_per_second: lanes * 80_000_000_000 * if dtype == DType::BF16 { 2 } else { 1 },
-            rows: Curve::of([(1, 200), (4, 450), (16, 750), (64, 950), (256, 1000)]),
-            depth: Curve::of([(64, 800), (512, 950), (2048, 1000)]),
+            rows: Piecewise::of([(1, 200), (4, 450), (16, 750), (64, 950), (256, 1000)]),
+            depth: Piecewise::of([(64, 800), (512, 950), (2048, 1000)]),
             weight_bytes_per_second: 12_000_000_000 * lanes.min(2),
             op_ns,
             least_columns: 48,
         };
-        let per_second = |start, rate| Curve::line(start, rate);
+        let per_second = |start, rate| Piecewise::line(start, rate);
         CostModel {
             version: Self::VERSION,
             machine: "not measured".into(),
@@ -401,7 +401,7 @@ impl CostModel {
                 exchange_ns: 40_000,
                 node_ranks: 0,
                 near: per_second(20_000, 5_000_000_000),
-                far: Curve::flat(0),
+                far: Piecewise::flat(0),
                 copy: per_second(5_000, 8_000_000_000),
             },
             rows: RowsCost {
@@ -415,7 +415,7 @@ impl CostModel {
                 rendezvous: per_second(50_000, 1_000_000_000),
                 plan: per_second(10_000, 50_000_000),
                 maps: per_second(30_000, 50_000_000),
-                enqueue: Curve::flat(0),
+                enqueue: Piecewise::flat(0),
                 wake_ns: 20_000,
                 sleep_ns: 60_000,
                 queue_ns: 100_000,
@@ -494,7 +494,7 @@ impl CostModel {
         let (curve, size) = match *work {
             Work::Gather(bytes) => (&rows.gather, bytes),
             Work::Reduce(bytes) => (&rows.reduce, bytes),
-            Work::Upload(bytes) => (&rows.upload, bytes),
+            Work::HostToDevice(bytes) => (&rows.upload, bytes),
             Work::Route(logits) => (&rows.route, logits),
             Work::Pack(pairs) => (&host.pack, pairs),
             Work::Rendezvous(bytes) => (&host.rendezvous, bytes),

@@ -48,7 +48,7 @@ impl Loads {
         let block = workload.placement.experts_of(rank);
         let share = share_of(cost, share);
         // Curves as straight lines around what the rank has in all: of a sum of parts, the sum.
-        let line = |curve: &crate::Curve, all: u64| {
+        let line = |curve: &crate::Piecewise, all: u64| {
             let (empty, full) = (curve.extended(0), curve.extended(all));
             (empty, full.saturating_sub(empty) * 1024 / all.max(1))
         };

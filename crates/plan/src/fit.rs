@@ -1,7 +1,7 @@
 //! From measured times to a cost model: medians and rising curves, so that a few disturbed samples change nothing.
 
-use crate::curve::medians;
-use crate::{CostModel, Curve, GemmCost, GemmKind, Payload, ShareCost};
+use crate::piecewise::medians;
+use crate::{CostModel, GemmCost, GemmKind, Payload, Piecewise, ShareCost};
 
 /// What was measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub enum Work {
     /// Weighted sums: bytes read.
     Reduce(u64),
     /// Index arrays: bytes.
-    Upload(u64),
+    HostToDevice(u64),
     /// Choosing experts: tokens × experts.
     Route(u64),
     /// Host: (token, expert) pairs.
@@ -79,7 +79,7 @@ impl Work {
     pub fn is_computed(&self) -> bool {
         matches!(
             self,
-            Work::Gemm { .. } | Work::Gather(_) | Work::Reduce(_) | Work::Upload(_) | Work::Route(_)
+            Work::Gemm { .. } | Work::Gather(_) | Work::Reduce(_) | Work::HostToDevice(_) | Work::Route(_)
         )
     }
 }
@@ -107,9 +107,9 @@ impl CostModel {
         let link = &mut model.link;
         link.exchange_ns = median(samples, |work| *work == Work::EmptyExchange).unwrap_or(link.exchange_ns);
         let start = link.exchange_ns;
-        let pick = |curve: &mut Curve, start: u64, size: fn(&Work) -> Option<u64>| {
+        let pick = |curve: &mut Piecewise, start: u64, size: fn(&Work) -> Option<u64>| {
             let sized = samples.iter().filter_map(|sample| Some((size(&sample.work)?, sample.ns)));
-            let fitted = Curve::fit(sized.map(|(size, ns)| (size, ns.saturating_sub(start))));
+            let fitted = Piecewise::fit(sized.map(|(size, ns)| (size, ns.saturating_sub(start))));
             if !fitted.points().is_empty() {
                 *curve = fitted;
             }
@@ -128,7 +128,7 @@ impl CostModel {
             &mut model.link.copy, start, Copy;
             &mut model.rows.gather, 0, Gather;
             &mut model.rows.reduce, 0, Reduce;
-            &mut model.rows.upload, 0, Upload;
+            &mut model.rows.upload, 0, HostToDevice;
             &mut model.rows.route, 0, Route;
             &mut model.host.pack, 0, Pack;
             &mut model.host.rendezvous, 0, Rendezvous;
@@ -297,30 +297,31 @@ fn point(sample: &Sample, wanted: GemmKind, element_bytes: u64) -> Option<Point>
 
 /// The curve with a point before its first one, where the efficiency is between what `hidden` shows at the least and
 /// the first one's: half way.
-fn starting_below(rows: Curve, hidden: &[(Point, u64)]) -> Curve {
+fn starting_below(rows: Piecewise, hidden: &[(Point, u64)]) -> Piecewise {
     let least = medians(hidden.iter().map(|(point, permille)| (point.rows, *permille)));
     let first = rows.points().first().map_or(0, |point| point.1);
     let start = least.into_iter().map(|(x, permille)| (x, permille.max(first.midpoint(permille))));
-    Curve::of(start.chain(rows.points().iter().copied()))
+    Piecewise::of(start.chain(rows.points().iter().copied()))
 }
 
 /// (rows → permille, depth → permille) whose product is closest to the efficiencies, by medians; the deepest
 /// factor is 1000.
-fn two_factors(efficiencies: &[(Point, u64)]) -> (Curve, Curve) {
-    let mut depth = Curve::flat(1000);
-    let mut rows = Curve::flat(1000);
+fn two_factors(efficiencies: &[(Point, u64)]) -> (Piecewise, Piecewise) {
+    let mut depth = Piecewise::flat(1000);
+    let mut rows = Piecewise::flat(1000);
     for _ in 0..4 {
-        let without = |curve: &Curve, x: u64, permille: u64| permille * 1000 / curve.clamped(x).max(1);
+        let without = |curve: &Piecewise, x: u64, permille: u64| permille * 1000 / curve.clamped(x).max(1);
         let by_rows = efficiencies
             .iter()
             .map(|(point, permille)| (point.rows, without(&depth, point.depth, *permille).max(1)));
-        rows = Curve::of(medians(by_rows));
+        rows = Piecewise::of(medians(by_rows));
         let by_depth = efficiencies
             .iter()
             .map(|(point, permille)| (point.depth, without(&rows, point.rows, *permille).max(1)));
         let by_depth = medians(by_depth);
         let largest = by_depth.iter().map(|&(_, permille)| permille).max().unwrap_or(1000);
-        depth = Curve::of(by_depth.into_iter().map(|(x, permille)| (x, (permille * 1000 / largest).max(1))));
+        depth =
+            Piecewise::of(by_depth.into_iter().map(|(x, permille)| (x, (permille * 1000 / largest).max(1))));
     }
     (rows, depth)
 }

@@ -7,20 +7,20 @@
 //! |---|---|
 //! | `placement` | which rank holds which expert? |
 //! | `routing`   | where does the router send each token? |
-//! | `counts`    | what does a rank tell the others about its tokens, and can it be true? |
+//! | `token_histograms` | what does a rank tell the others about its tokens, and can it be true? |
 //! | `stages`    | how are the experts cut, and in which order do the stages travel? ([`StageTable`]) |
 //! | `schedule`  | what did the user ask for, and which table is that? ([`Policy`]) |
 //! | `traffic`   | how many rows go where in which stage, and which rows of which buffer are they? ([`traffic`] has a worked example) |
 //! | `maps`      | which token is in which row? The index arrays that the kernels follow ([`maps`] has a worked example) |
 //! | `memory`    | how many bytes does that need, and does it fit? |
 //! | `timeline`  | what happened when, on which lane? |
-//! | `accounts`  | where did a rank's time go, without a rest? |
-//! | `cost`      | what does work cost on a machine? ([`CostModel`]; `curve` reads its tables, `fit` measures them) |
+//! | `time_breakdown` | where did a rank's time go, without a rest? |
+//! | `cost`      | what does work cost on a machine? ([`CostModel`]; `piecewise` reads its tables, `fit` measures them) |
 //! | `machine`   | what would it cost on a machine that is not here? ([`Machine`]) |
 //! | `simulate`  | how long will a table take, and what will its lanes do? ([`simulate()`]) |
 //! | `search`    | which table is best, and why? ([`search()`]; `cuts` places its boundaries) |
 //! | `scheduler` | which table now, and was the prediction right? ([`Scheduler`]) |
-//! | `expect`    | how many tokens go where before a router has spoken? ([`RoutingLaw`]) |
+//! | `synthetic_routing` | how many tokens go where before a router has spoken? ([`SyntheticRouting`]) |
 //! | `advise`    | which parallel strategy for a model on a machine? ([`advise()`]) |
 //! | `error`     | why was something refused? |
 //!
@@ -32,10 +32,10 @@
 //! // Five experts on two ranks, top-2. This is rank 0 with three tokens; the other rank has none.
 //! let placement = Placement::new(5, 2)?;
 //! let routing = Routing::new(5, 2, vec![2, 0, 1, 3, 4, 0], vec![0.5; 6])?;
-//! let own = RankCounts::of(&placement, &routing);
+//! let own = TokenHistograms::of(&placement, &routing);
 //! let bytes = own.encode(); // to every other rank, and theirs to us: the rendezvous
-//! let other = RankCounts { tokens: 0, copies: vec![0; 5], first: vec![0; 5], last: vec![0; 5] };
-//! let counts = LayerCounts::new(&placement, 2, vec![RankCounts::decode(&bytes, 5)?, other])?;
+//! let other = TokenHistograms { tokens: 0, copies: vec![0; 5], first: vec![0; 5], last: vec![0; 5] };
+//! let counts = LayerHistograms::new(&placement, 2, vec![TokenHistograms::decode(&bytes, 5)?, other])?;
 //! // From here on every rank computes the same answers from the same numbers.
 //! let table = Policy::default().table(&placement, &counts)?;
 //! let traffic = Traffic::of(&placement, &counts, &table);
@@ -51,18 +51,15 @@
 //! Whatever ranks must agree on is decided in integers, so that every rank computes the same answer from
 //! the same numbers.
 
-mod accounts;
 mod advise;
 mod cost;
-mod counts;
-mod curve;
 mod cuts;
 mod error;
-mod expect;
 mod fit;
 mod machine;
 pub mod maps;
 mod memory;
+mod piecewise;
 mod placement;
 mod routing;
 mod schedule;
@@ -70,30 +67,34 @@ mod scheduler;
 mod search;
 mod simulate;
 mod stages;
+mod synthetic_routing;
+mod time_breakdown;
 mod timeline;
+mod token_histograms;
 pub mod traffic;
 
-pub use accounts::Accounts;
 pub use advise::{Advice, AttentionSizes, GpuBytes, Load, ModelSizes, Row, Running, Strategy, advise};
 pub use cost::{
     Correction, CostError, CostModel, GemmCost, HostCost, LinkCost, Payload, Product, RowsCost, ShareCost,
 };
-pub use counts::{LayerCounts, RankCounts};
-pub use curve::Curve;
 pub use error::PlanError;
-pub use expect::RoutingLaw;
 pub use fit::{Sample, Work};
 pub use machine::{Gpu, KernelFigures, Kernels, LinkFigures, Machine, Sourced};
 pub use maps::{ArrivalMaps, HomeMap, SendMap, record_words};
 pub use memory::{Capacity, LayerBytes, LayerSizes, halves};
+pub use piecewise::Piecewise;
 pub use placement::Placement;
 pub use routing::Routing;
 pub use schedule::{Policy, Schedule, Stages};
-pub use scheduler::{Feedback, Look, PlanReport, ScheduleReport, Scheduler, Watched};
+pub use scheduler::{Feedback, LayerSample, PlanReport, PredictedMeasured, ScheduleReport, Scheduler};
 pub use search::{Bucket, Choice, Considered, Decision, SearchOptions, cuts_for, search, sensible_orders};
 pub use simulate::{
-    Crowd, LayerShape, Planned, RankTimes, Simulation, StageTimes, Workload, planned, predict_ns, simulate,
+    CpuContention, LayerShape, Planned, RankTimes, Simulation, StageTimes, Workload, planned, predict_ns,
+    simulate,
 };
 pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};
+pub use synthetic_routing::SyntheticRouting;
+pub use time_breakdown::TimeBreakdown;
 pub use timeline::{Span, Timeline};
+pub use token_histograms::{LayerHistograms, TokenHistograms};
 pub use traffic::Traffic;

@@ -3,7 +3,7 @@
 //! `machines/machines.toml` has processors, links, kernels, hosts and machines made of them, each figure with its
 //! source. A user's file has the same form, may use the built-in parts by name, and describes one machine.
 
-use crate::{CostError, CostModel, Curve, GemmCost, HostCost, LinkCost, RowsCost, ShareCost};
+use crate::{CostError, CostModel, GemmCost, HostCost, LinkCost, Piecewise, RowsCost, ShareCost};
 use epsmoe_base::DType;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -44,8 +44,8 @@ pub struct LinkFigures {
 }
 
 impl LinkFigures {
-    fn curve(&self) -> Curve {
-        Curve::line(self.start_ns.value, self.bytes_per_second.value)
+    fn curve(&self) -> Piecewise {
+        Piecewise::line(self.start_ns.value, self.bytes_per_second.value)
     }
 }
 
@@ -54,9 +54,9 @@ impl LinkFigures {
 #[serde(deny_unknown_fields)]
 pub struct KernelFigures {
     /// Rows per expert → permille.
-    pub rows: Curve,
+    pub rows: Piecewise,
     /// Depth K → permille.
-    pub depth: Curve,
+    pub depth: Piecewise,
     /// Besides the arithmetic.
     pub op_ns: u64,
 }
@@ -72,7 +72,7 @@ pub struct Kernels {
     /// One call per expert.
     pub dense: KernelFigures,
     /// Sequence length → permille, for causal attention.
-    pub attention: Sourced<Curve>,
+    pub attention: Sourced<Piecewise>,
     /// Ways to divide the processor.
     pub shares: Sourced<Vec<ShareCost>>,
 }
@@ -191,7 +191,7 @@ impl Machine {
             least_columns: 0,
         };
         // A kernel over rows: launch, then every byte read and written once.
-        let moved = |parts: u64| Curve::line(kernels.dense.op_ns, memory / parts);
+        let moved = |parts: u64| Piecewise::line(kernels.dense.op_ns, memory / parts);
         CostModel {
             version: CostModel::VERSION,
             machine: self.name.clone(),
@@ -205,8 +205,8 @@ impl Machine {
                 exchange_ns: 2_000,
                 node_ranks: self.node_ranks as u32,
                 near: self.near.curve(),
-                far: self.far.as_ref().map_or(Curve::flat(0), LinkFigures::curve),
-                copy: Curve::flat(0),
+                far: self.far.as_ref().map_or(Piecewise::flat(0), LinkFigures::curve),
+                copy: Piecewise::flat(0),
             },
             rows: RowsCost { gather: moved(2), reduce: moved(2), upload: moved(2), route: moved(4) },
             host: self.host.clone(),

@@ -1,7 +1,7 @@
 //! What the user asked for, and which table that means for the tokens at hand.
 
 use crate::{
-    CostModel, GemmKind, LayerCounts, LayerShape, Placement, PlanError, Scheduler, SearchOptions,
+    CostModel, GemmKind, LayerHistograms, LayerShape, Placement, PlanError, Scheduler, SearchOptions,
     SharedExpert, StageTable, Transfer, order_text,
 };
 use epsmoe_base::{DType, hash_bytes};
@@ -120,7 +120,7 @@ impl Policy {
     /// The table for one layer's tokens: the same on every rank that has the same policy.
     /// For auto that is the staged one: where its decisions come from, only a [`Scheduler`] knows. For two-batch it is
     /// the first micro-batch's; [`Policy::micro_batches`] has both.
-    pub fn table(&self, placement: &Placement, counts: &LayerCounts) -> Result<StageTable, PlanError> {
+    pub fn table(&self, placement: &Placement, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
         let table = match self.schedule {
             Schedule::Serial => self.serial(placement)?,
             Schedule::Staged | Schedule::Auto => self.staged(placement, counts)?,
@@ -175,7 +175,7 @@ impl Policy {
         Ok(StageTable::serial(placement, self.gemm()))
     }
 
-    fn staged(&self, placement: &Placement, counts: &LayerCounts) -> Result<StageTable, PlanError> {
+    fn staged(&self, placement: &Placement, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
         let balanced = |stages| StageTable::balanced(placement, counts, stages, self.gemm());
         let table = match &self.stages {
             None => balanced(Self::DEFAULT_STAGES.min(placement.max_local()))?,
@@ -251,13 +251,14 @@ impl fmt::Display for Policy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{LayerSizes, RankCounts, Routing, parse_order};
+    use crate::{LayerSizes, Routing, TokenHistograms, parse_order};
 
     /// Six experts on one rank; expert 0 has three tokens, the others one each.
-    fn layer() -> (Placement, LayerCounts) {
+    fn layer() -> (Placement, LayerHistograms) {
         let placement = Placement::new(6, 1).unwrap();
         let routing = Routing::new(6, 1, vec![0, 0, 0, 1, 2, 3, 4, 5], vec![1.0; 8]).unwrap();
-        let counts = LayerCounts::new(&placement, 1, vec![RankCounts::of(&placement, &routing)]).unwrap();
+        let counts =
+            LayerHistograms::new(&placement, 1, vec![TokenHistograms::of(&placement, &routing)]).unwrap();
         (placement, counts)
     }
 

@@ -12,11 +12,11 @@
 //! It moves only what does not change bits: stages, cuts, orders, kernels that give equal bits, and the place of the
 //! shared expert, which a layer takes from the decision before it because it may compute beside the rendezvous.
 
-use crate::accounts::moe_layers;
 use crate::search::{Bucket, Decision, SearchOptions, cuts_for, search};
 use crate::simulate::{LayerShape, StageTimes, Workload, simulate};
+use crate::time_breakdown::moe_layers;
 use crate::{
-    Correction, CostModel, GemmKind, LayerCounts, Placement, SharedExpert, Span, StageTable, Timeline,
+    Correction, CostModel, GemmKind, LayerHistograms, Placement, SharedExpert, Span, StageTable, Timeline,
 };
 use epsmoe_base::{Lane, Layer, Rank, Stage, count, hash_bytes};
 use std::collections::BTreeMap;
@@ -25,21 +25,21 @@ use std::sync::Arc;
 
 /// What a kind of work was predicted to take on a rank, and what it took, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Look {
+pub struct PredictedMeasured {
     /// By the cost model as it was corrected then.
     pub predicted_ns: u64,
     /// By the clock.
     pub measured_ns: u64,
 }
 
-impl Look {
-    fn add(&mut self, other: Look) {
+impl PredictedMeasured {
+    fn add(&mut self, other: PredictedMeasured) {
         self.predicted_ns += other.predicted_ns;
         self.measured_ns += other.measured_ns;
     }
 
-    fn less(self, other: Look) -> Look {
-        Look {
+    fn less(self, other: PredictedMeasured) -> PredictedMeasured {
+        PredictedMeasured {
             predicted_ns: self.predicted_ns.min(other.predicted_ns),
             measured_ns: self.measured_ns.min(other.measured_ns),
         }
@@ -55,13 +55,13 @@ impl Look {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Feedback {
     /// Exchanges, with their waiting for other ranks.
-    pub link: Look,
+    pub link: PredictedMeasured,
     /// Grouped products of the stages.
-    pub grouped: Look,
+    pub grouped: PredictedMeasured,
     /// Dense products of the stages.
-    pub dense: Look,
+    pub dense: PredictedMeasured,
     /// Rows picked and added.
-    pub rows: Look,
+    pub rows: PredictedMeasured,
 }
 
 impl Feedback {
@@ -84,7 +84,7 @@ impl Feedback {
         feedback
     }
 
-    fn look_of(&mut self, table: &StageTable, span: &Span) -> Option<&mut Look> {
+    fn look_of(&mut self, table: &StageTable, span: &Span) -> Option<&mut PredictedMeasured> {
         match (span.lane, span.name.as_ref(), span.stage) {
             (Lane::Transfer, _, _) => Some(&mut self.link),
             (_, "gemm", Some(stage)) => match table.gemm.get(stage.0)? {
@@ -96,7 +96,7 @@ impl Feedback {
         }
     }
 
-    fn looks(&self) -> [Look; 4] {
+    fn looks(&self) -> [PredictedMeasured; 4] {
         [self.link, self.grouped, self.dense, self.rows]
     }
 
@@ -112,7 +112,7 @@ impl Feedback {
         let numbers: Vec<u64> = words.iter().map(|&word| u64::from_le_bytes(word)).collect();
         let (pairs, []) = numbers.as_chunks::<2>() else { return None };
         let [link, grouped, dense, rows] = pairs else { return None };
-        let look = |&[predicted_ns, measured_ns]: &[u64; 2]| Look { predicted_ns, measured_ns };
+        let look = |&[predicted_ns, measured_ns]: &[u64; 2]| PredictedMeasured { predicted_ns, measured_ns };
         Some(Feedback { link: look(link), grouped: look(grouped), dense: look(dense), rows: look(rows) })
     }
 
@@ -137,14 +137,14 @@ struct Decided {
     /// How many it had planned when it was made.
     since: u64,
     /// The layer that was watched last, on this rank.
-    watched: Option<Watched>,
+    watched: Option<LayerSample>,
 }
 
 /// One layer as it was predicted and as it went, on one rank.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Watched {
+pub struct LayerSample {
     /// From the choice of experts to the sum at home.
-    pub layer: Look,
+    pub layer: PredictedMeasured,
     /// `[S]` predicted, measured.
     pub stages: Vec<(StageTimes, StageTimes)>,
     /// Both lanes of the rank as predicted, from the choice of experts.
@@ -158,7 +158,7 @@ pub struct Watched {
 struct Ran {
     layer: Layer,
     bucket: Bucket,
-    counts: LayerCounts,
+    counts: LayerHistograms,
     table: StageTable,
     share: usize,
 }
@@ -192,7 +192,7 @@ pub struct PlanReport {
     /// What was chosen and what it beat.
     pub reason: String,
     /// The last layer that was watched.
-    pub watched: Option<Watched>,
+    pub watched: Option<LayerSample>,
 }
 
 impl ScheduleReport {
@@ -220,7 +220,7 @@ pub struct Scheduler {
     /// Where the next layer's shared expert computes.
     shared: SharedExpert,
     /// Layers whose buckets wait for a search.
-    waiting: BTreeMap<Bucket, LayerCounts>,
+    waiting: BTreeMap<Bucket, LayerHistograms>,
     /// The last layers that ran, at most [`WATCHED`].
     ran: Vec<Ran>,
     /// The last layer of this step that was planned.
@@ -300,7 +300,12 @@ impl Scheduler {
     ///
     /// In a bucket that was not seen before the layer follows its nearest neighbour; the very first layer of a run
     /// waits for its search.
-    pub fn next_table(&mut self, layer: Layer, counts: &LayerCounts, feedback: &[Feedback]) -> StageTable {
+    pub fn next_table(
+        &mut self,
+        layer: Layer,
+        counts: &LayerHistograms,
+        feedback: &[Feedback],
+    ) -> StageTable {
         self.learn(feedback);
         self.plan(layer, counts)
     }
@@ -315,7 +320,7 @@ impl Scheduler {
             // The rank that came last to the exchanges waited least.
             link = link.less(feedback.link);
         }
-        let step = |factor: u64, look: Look| {
+        let step = |factor: u64, look: PredictedMeasured| {
             if look.measured_ns < SHORTEST_NS || !look.misses_by(HOLDS) {
                 return factor;
             }
@@ -326,7 +331,7 @@ impl Scheduler {
         let dense = step(before.dense, all.dense);
         // A kernel that nobody uses is as far off as the other: it might be the better one.
         let like = |own: u64, other: u64, now: u64| (own * now / other.max(1)).clamp(1000 / 16, 16_000);
-        let unused = |look: Look| look.measured_ns == 0;
+        let unused = |look: PredictedMeasured| look.measured_ns == 0;
         self.correction = Correction {
             link: step(before.link, link),
             grouped: if unused(all.grouped) { like(before.grouped, before.dense, dense) } else { grouped },
@@ -340,7 +345,7 @@ impl Scheduler {
         self.rest = 0;
     }
 
-    fn plan(&mut self, layer: Layer, counts: &LayerCounts) -> StageTable {
+    fn plan(&mut self, layer: Layer, counts: &LayerHistograms) -> StageTable {
         let (placement, shape) = (self.placement, self.shape);
         let workload = Workload { placement: &placement, counts, shape: &shape };
         let bucket = Bucket::of(&workload);
@@ -381,7 +386,7 @@ impl Scheduler {
         self.decisions.keys().copied().min_by_key(distance).unwrap_or(bucket)
     }
 
-    fn decide(&mut self, bucket: Bucket, counts: &LayerCounts) {
+    fn decide(&mut self, bucket: Bucket, counts: &LayerHistograms) {
         let (placement, shape) = (self.placement, self.shape);
         let workload = Workload { placement: &placement, counts, shape: &shape };
         let choice = search(&workload, &self.cost, &self.options);
@@ -423,8 +428,8 @@ impl Scheduler {
         let windows = window(&all, rank).zip(window(&measured, rank));
         let Some(((from, to), (start, end))) = windows else { return feedback };
         let stages = (0..ran.table.stages()).map(Stage);
-        let watched = Watched {
-            layer: Look { predicted_ns: to - from, measured_ns: end - start },
+        let watched = LayerSample {
+            layer: PredictedMeasured { predicted_ns: to - from, measured_ns: end - start },
             stages: stages.map(|stage| (stage_times(&all, stage), stage_times(&measured, stage))).collect(),
             predicted: since(&all, from, to),
             measured: since(&measured, start, end),
@@ -539,7 +544,7 @@ impl fmt::Display for PlanReport {
         write!(f, "{}", self.reason)?;
         let Some(watched) = &self.watched else { return Ok(()) };
         let ms = |ns: u64| ns as f64 / 1e6;
-        let Look { predicted_ns, measured_ns } = watched.layer;
+        let PredictedMeasured { predicted_ns, measured_ns } = watched.layer;
         writeln!(
             f,
             "last layer watched: predicted {:.3} ms, measured {:.3} ms",

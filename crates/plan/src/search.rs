@@ -7,8 +7,8 @@
 //! A search takes milliseconds. A [`Decision`] is what is worth keeping of it for all layers of the same [`Bucket`]:
 //! then only the cuts follow each layer's own counts ([`cuts_for`], tens of microseconds).
 
-use crate::curve::scale;
 use crate::cuts::{Loads, together_ns};
+use crate::piecewise::scale;
 use crate::simulate::share_of;
 use crate::{
     CostModel, GemmKind, Placement, Schedule, SharedExpert, Simulation, StageTable, Transfer, Workload,

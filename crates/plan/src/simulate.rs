@@ -17,16 +17,16 @@
 //!   [`LinkCost::exchange_ns`](crate::LinkCost::exchange_ns).
 //! - While a rank computes and transfers at once, both go slower, by the [`ShareCost`].
 //! - Threads that share a processor ([`CostModel::concurrent`]): hosts, and transfer lanes while they copy, work in
-//!   short bursts and take what they need; those of the compute lanes share the rest ([`Crowd`]). There an exchange is
+//!   short bursts and take what they need; those of the compute lanes share the rest ([`CpuContention`]). There an exchange is
 //!   work for the processor beside the time on the link, and nobody leaves it before all ranks have copied. Where
 //!   computation fills it, a transfer lane or a host that would go on, or wakes up when a paced link is done, first waits
 //!   for its turn: [`HostCost::queue_ns`](crate::HostCost::queue_ns), or until there is room.
 //!
 //! Time runs in whole nanoseconds and progress in whole millionths of one, so every rank finds the same times.
 
-use crate::curve::scale;
+use crate::piecewise::scale;
 use crate::{
-    CostModel, GemmKind, LayerCounts, LayerSizes, Payload, Placement, ShareCost, SharedExpert, Span,
+    CostModel, GemmKind, LayerHistograms, LayerSizes, Payload, Placement, ShareCost, SharedExpert, Span,
     StageTable, Timeline, Traffic, Transfer, Work, record_words,
 };
 use epsmoe_base::{Lane, Rank, Stage};
@@ -47,7 +47,7 @@ pub struct Workload<'a> {
     /// Where experts live.
     pub placement: &'a Placement,
     /// How many tokens go where.
-    pub counts: &'a LayerCounts,
+    pub counts: &'a LayerHistograms,
     /// How wide they are.
     pub shape: &'a LayerShape,
 }
@@ -304,7 +304,9 @@ impl Builder<'_> {
 
     /// Index arrays on their way to the device: so many words.
     fn upload(&mut self, after: Option<usize>, words: impl Fn(&Self, Rank) -> usize) -> usize {
-        self.rows("upload", None, [after, None], Work::Upload, |this, rank| 4 * words(this, rank) as u64)
+        self.rows("upload", None, [after, None], Work::HostToDevice, |this, rank| {
+            4 * words(this, rank) as u64
+        })
     }
 
     fn host(
@@ -770,8 +772,8 @@ impl<'a> Group<'a> {
     }
 
     /// Who shares the processor.
-    fn crowd(&self) -> Crowd {
-        let mut crowd = Crowd { concurrent: self.concurrent, ..Crowd::default() };
+    fn crowd(&self) -> CpuContention {
+        let mut crowd = CpuContention { concurrent: self.concurrent, ..CpuContention::default() };
         for [compute, transfer, host] in &self.heads {
             crowd.lanes += if compute.working { self.lane_threads } else { 0 };
             crowd.bursts += u64::from(transfer.copies > 0) + u64::from(host.working);
@@ -780,7 +782,7 @@ impl<'a> Group<'a> {
     }
 
     /// How fast each queue of a rank works in such a crowd.
-    fn speeds(&self, heads: &[Head; QUEUES], crowd: &Crowd) -> Speeds {
+    fn speeds(&self, heads: &[Head; QUEUES], crowd: &CpuContention) -> Speeds {
         let both = heads[0].working && heads[1].working;
         let [compute, transfer] = if both { self.beside } else { [FULL; 2] };
         let slowed = |speed: u64, share: u64| (speed * share / FULL).max(1);
@@ -797,16 +799,16 @@ impl<'a> Group<'a> {
 /// Two ranks compute on two cores while one of them copies rows: the copy has a core, and both lanes share the other.
 ///
 /// ```
-/// # use epsmoe_plan::Crowd;
-/// let crowd = Crowd { concurrent: 2, lanes: 2, bursts: 1 };
+/// # use epsmoe_plan::CpuContention;
+/// let crowd = CpuContention { concurrent: 2, lanes: 2, bursts: 1 };
 /// assert!(crowd.is_full());
-/// assert_eq!((crowd.lane_speed(), crowd.burst_speed()), (Crowd::FULL / 2, Crowd::FULL));
+/// assert_eq!((crowd.lane_speed(), crowd.burst_speed()), (CpuContention::FULL / 2, CpuContention::FULL));
 /// // Ranks that have a processor each notice nothing.
-/// let apart = Crowd { concurrent: 0, ..crowd };
-/// assert_eq!((apart.is_full(), apart.lane_speed()), (false, Crowd::FULL));
+/// let apart = CpuContention { concurrent: 0, ..crowd };
+/// assert_eq!((apart.is_full(), apart.lane_speed()), (false, CpuContention::FULL));
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Crowd {
+pub struct CpuContention {
     /// [`CostModel::concurrent`].
     pub concurrent: u64,
     /// Threads of compute lanes.
@@ -815,7 +817,7 @@ pub struct Crowd {
     pub bursts: u64,
 }
 
-impl Crowd {
+impl CpuContention {
     /// Full speed.
     pub const FULL: u64 = FULL;
 

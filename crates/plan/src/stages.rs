@@ -1,6 +1,6 @@
 //! How a layer's experts are cut into stages, and in which order the stages travel.
 
-use crate::{LayerCounts, Placement, PlanError};
+use crate::{LayerHistograms, Placement, PlanError};
 use epsmoe_base::{Rank, Stage, hash_bytes};
 use std::fmt;
 use std::ops::Range;
@@ -185,7 +185,7 @@ impl StageTable {
     /// On every rank, the cut whose largest stage has the fewest copies.
     pub fn balanced(
         placement: &Placement,
-        counts: &LayerCounts,
+        counts: &LayerHistograms,
         stages: usize,
         gemm: GemmKind,
     ) -> Result<Self, PlanError> {

@@ -37,7 +37,7 @@
 //!
 //! Token a travels to rank 0 in stage 0, for its expert 0, and comes home in stage 1, after its expert 2.
 
-use crate::{LayerCounts, Placement, StageTable};
+use crate::{LayerHistograms, Placement, StageTable};
 use epsmoe_base::{Rank, Stage};
 use std::ops::Range;
 
@@ -104,7 +104,7 @@ pub struct Traffic {
 
 impl Traffic {
     /// Lays out a layer; `table` has passed [`StageTable::validate`] for `placement`.
-    pub fn of(placement: &Placement, counts: &LayerCounts, table: &StageTable) -> Self {
+    pub fn of(placement: &Placement, counts: &LayerHistograms, table: &StageTable) -> Self {
         let (ranks, stages) = (placement.ranks(), table.stages());
         // Rows between two ranks in a stage, by a histogram over first or last experts.
         let rows = |histogram: &[u32], rank: usize, stage: usize| -> usize {
@@ -113,7 +113,7 @@ impl Traffic {
             histogram[first + local.start..first + local.end].iter().map(|&rows| rows as usize).sum()
         };
         // [source][destination][stage] and [home][rank][stage]: what the source's buffers look like.
-        let sides = |histogram: fn(&LayerCounts, Rank) -> &[u32]| -> Vec<Parts> {
+        let sides = |histogram: fn(&LayerHistograms, Rank) -> &[u32]| -> Vec<Parts> {
             let side =
                 |rank| Parts::new(ranks, stages, |other, stage| rows(histogram(counts, rank), other, stage));
             placement.all_ranks().map(side).collect()

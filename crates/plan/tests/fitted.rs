@@ -97,7 +97,7 @@ fn files_come_back_and_wrong_ones_are_refused() {
     );
     let broken = CostModel { shares: vec![], ..cost.clone() };
     assert!(broken.check().unwrap_err().to_string().contains("is empty"));
-    let falling = Curve::of([(0, 10), (5, 3)]);
+    let falling = Piecewise::of([(0, 10), (5, 3)]);
     let broken = CostModel { link: LinkCost { near: falling, ..cost.link.clone() }, ..cost.clone() };
     assert!(broken.check().unwrap_err().to_string().starts_with("link.near of the cost model falls"));
     let broken = GemmCost { flops_per_second: 0, ..cost.dense.clone() };

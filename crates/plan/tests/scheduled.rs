@@ -116,7 +116,7 @@ fn new_buckets_are_decided_after_the_step() {
     let mix = &mut Mix::new(5);
     let truth = machine(mix);
     let placement = Placement::new(8, 2).unwrap();
-    let law = RoutingLaw { top_k: 2, groups: None, zipf_permille: 0, seed: 1 };
+    let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 1 };
     let sizes = LayerSizes { hidden: 1024, inner: 512, top_k: 2, local_experts: 4, activation_bytes: 2 };
     let shape = LayerShape { sizes, shared_inner: 512 };
     let mut scheduler = Scheduler::new(placement, shape, Arc::new(truth), SearchOptions::default());

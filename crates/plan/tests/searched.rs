@@ -148,18 +148,22 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
     let placement = Placement::new(256, 8).expect("a legal layer");
     // Every rank sends one token to every expert, times 64: perfectly even.
     let histogram = vec![64; 256];
-    let counts =
-        RankCounts { tokens: 64 * 256, copies: histogram.clone(), first: histogram.clone(), last: histogram };
-    let counts = LayerCounts::new(&placement, 1, vec![counts; 8]).expect("a legal layer");
-    let law = RoutingLaw { top_k: 1, groups: None, zipf_permille: 0, seed: 0 };
+    let counts = TokenHistograms {
+        tokens: 64 * 256,
+        copies: histogram.clone(),
+        first: histogram.clone(),
+        last: histogram,
+    };
+    let counts = LayerHistograms::new(&placement, 1, vec![counts; 8]).expect("a legal layer");
+    let law = SyntheticRouting { top_k: 1, groups: None, zipf_permille: 0, seed: 0 };
     let sizes = LayerSizes { hidden: 1024, inner: 1024, top_k: 1, local_experts: 32, activation_bytes: 2 };
     let bytes = 7 * 32 * 64 * 1024 * 2;
-    let free = || Curve::flat(0);
+    let free = || Piecewise::flat(0);
     let gemm = GemmCost {
         // 16384 copies · 6 · 2²⁰ FLOP in 10 ms.
         flops_per_second: 16384 * 6 * (1 << 20) * 100,
-        rows: Curve::flat(1000),
-        depth: Curve::flat(1000),
+        rows: Piecewise::flat(1000),
+        depth: Piecewise::flat(1000),
         weight_bytes_per_second: 1_000_000_000_000_000,
         op_ns: overhead_ns / 2,
         least_columns: 0,
@@ -221,7 +225,7 @@ fn the_closed_form_agrees() {
 fn uneven_cuts_beat_equal_ones_under_the_row_rule() {
     let machine = Machine::built_in("8xH800").unwrap();
     let placement = Placement::new(256, 8).unwrap();
-    let law = RoutingLaw { top_k: 8, groups: None, zipf_permille: 0, seed: 1 };
+    let law = SyntheticRouting { top_k: 8, groups: None, zipf_permille: 0, seed: 1 };
     let counts = law.counts(&placement, &[8192; 8]).unwrap();
     let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, local_experts: 32, activation_bytes: 2 };
     let shape = LayerShape { sizes, shared_inner: 0 };
@@ -250,7 +254,7 @@ fn cached_cuts_are_nearly_as_good_as_a_search_per_layer() {
         // The next layer: other popular experts, about as many tokens.
         let tokens: Vec<usize> =
             layer.placement.all_ranks().map(|rank| layer.counts.of(rank).tokens as usize).collect();
-        let law = RoutingLaw { seed: mix.next_u64(), ..layer.law };
+        let law = SyntheticRouting { seed: mix.next_u64(), ..layer.law };
         let counts = law.counts(&layer.placement, &tokens).unwrap();
         let bucket = Bucket::of(&layer.workload());
         let next = Layer { counts, ..layer };
@@ -278,13 +282,13 @@ fn buckets_are_quarter_octaves() {
     let shape = LayerShape { sizes, shared_inner: 0 };
     let bucket = |tokens: usize| {
         let histogram: Vec<u32> = (0..8).map(|_| tokens as u32 / 8).collect();
-        let of = RankCounts {
+        let of = TokenHistograms {
             tokens: tokens as u32,
             copies: histogram.clone(),
             first: histogram.clone(),
             last: histogram,
         };
-        let counts = LayerCounts::new(&placement, 1, vec![of.clone(), of]).unwrap();
+        let counts = LayerHistograms::new(&placement, 1, vec![of.clone(), of]).unwrap();
         Bucket::of(&Workload { placement: &placement, counts: &counts, shape: &shape })
     };
     assert_eq!(bucket(1024).tokens + 4, bucket(2048).tokens);
@@ -298,7 +302,7 @@ fn buckets_are_quarter_octaves() {
 /// 64 ranks with 512 experts.
 fn large() -> (Layer, CostModel) {
     let placement = Placement::new(512, 64).expect("a legal layer");
-    let law = RoutingLaw { top_k: 8, groups: None, zipf_permille: 500, seed: 3 };
+    let law = SyntheticRouting { top_k: 8, groups: None, zipf_permille: 500, seed: 3 };
     let counts = law.counts(&placement, &[4096; 64]).expect("a legal layer");
     let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, local_experts: 8, activation_bytes: 2 };
     let layer = Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 2048 }, law };
@@ -356,7 +360,7 @@ fn cuts_for_takes_microseconds() {
         [("dsv2", 160, 6, 5120, 1536), ("dsv3", 256, 8, 7168, 2048), ("qwen3-30b", 128, 8, 2048, 768)]
     {
         let placement = Placement::new(experts, 8).unwrap();
-        let law = RoutingLaw { top_k, groups: None, zipf_permille: 500, seed: 3 };
+        let law = SyntheticRouting { top_k, groups: None, zipf_permille: 500, seed: 3 };
         let counts = law.counts(&placement, &[8192; 8]).unwrap();
         let sizes = LayerSizes { hidden, inner, top_k, local_experts: experts / 8, activation_bytes: 2 };
         let layer = Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 0 }, law };

@@ -50,7 +50,7 @@ fn dependencies_and_lane_order_are_respected() {
             assert_eq!((last.name.as_ref(), last.stage), ("reduce", None));
             assert!(last.start_ns >= transfer.last().expect("a combine").end_ns);
             assert!(last.end_ns <= simulation.layer_ns);
-            assert_eq!(Accounts::of(&simulation.timeline, rank).unexplained(), 0);
+            assert_eq!(TimeBreakdown::of(&simulation.timeline, rank).unexplained(), 0);
         }
         // Two-sided: nobody is done before everybody has come.
         let ranks: Vec<_> =
@@ -154,19 +154,19 @@ fn a_full_processor_makes_transfers_wait() {
 #[test]
 fn a_layer_by_hand() {
     let placement = Placement::new(2, 2).unwrap();
-    let law = RoutingLaw { top_k: 2, groups: None, zipf_permille: 0, seed: 0 };
+    let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 0 };
     let counts = law.counts(&placement, &[100, 100]).unwrap();
     let sizes = LayerSizes { hidden: 1000, inner: 500, top_k: 2, local_experts: 1, activation_bytes: 2 };
     let shape = LayerShape { sizes, shared_inner: 0 };
     let gemm = GemmCost {
         flops_per_second: 1_000_000_000_000_000,
-        rows: Curve::flat(1000),
-        depth: Curve::flat(1000),
+        rows: Piecewise::flat(1000),
+        depth: Piecewise::flat(1000),
         weight_bytes_per_second: 1_000_000_000_000_000_000,
         op_ns: 0,
         least_columns: 0,
     };
-    let free = || Curve::flat(0);
+    let free = || Piecewise::flat(0);
     let cost = CostModel {
         version: CostModel::VERSION,
         machine: String::new(),
@@ -178,7 +178,7 @@ fn a_layer_by_hand() {
         dense: gemm,
         link: LinkCost::uniform(10, 1_000_000_000_000),
         rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
-        host: HostCost { rendezvous: Curve::flat(7), ..HostCost::default() },
+        host: HostCost { rendezvous: Piecewise::flat(7), ..HostCost::default() },
         shares: vec![ShareCost::FREE],
     };
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };

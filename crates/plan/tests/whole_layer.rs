@@ -244,7 +244,7 @@ fn wrong_counts_are_refused_at_the_rendezvous_or_at_the_records() {
         }
         histogram[from] -= 1;
         histogram[to] += 1;
-        let Ok(counts) = LayerCounts::new(&case.placement, case.top_k, ranks) else { return };
+        let Ok(counts) = LayerHistograms::new(&case.placement, case.top_k, ranks) else { return };
         let traffic = Traffic::of(&case.placement, &counts, &table);
         let refused = case.placement.all_ranks().any(|rank| {
             let records = run.records_of(rank);

@@ -3,7 +3,7 @@
 use epsmoe_base::{DType, env};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_fabric::Link;
-use epsmoe_plan::{CostError, CostModel, Curve, HostCost, LinkCost};
+use epsmoe_plan::{CostError, CostModel, HostCost, LinkCost, Piecewise};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -145,7 +145,7 @@ pub fn with_link(cost: &CostModel, link: Link) -> CostModel {
     let start = link.latency.as_nanos() as u64 + cost.host.sleep_ns;
     // Woken by the clock, at a time that includes it.
     CostModel {
-        link: LinkCost { near: Curve::line(start, link.bytes_per_second), ..cost.link.clone() },
+        link: LinkCost { near: Piecewise::line(start, link.bytes_per_second), ..cost.link.clone() },
         host: HostCost { ..cost.host.clone() },
         ..cost.clone()
     }
@@ -154,7 +154,7 @@ pub fn with_link(cost: &CostModel, link: Link) -> CostModel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Effort, LabOptions, LabShape, measure};
+    use crate::{Effort, RigOptions, RigShape, measure};
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn a_small_profile_comes_back() {
         let fingerprint = Fingerprint::of_cpu(2, 1, Isa::Scalar, DType::F32);
-        let options = LabOptions {
+        let options = RigOptions {
             ranks: 2,
             threads: 1,
             isa: Isa::Scalar,
@@ -171,7 +171,7 @@ mod tests {
             timeout: Duration::from_secs(30),
             weights: Arc::default(),
         };
-        let shape = LabShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
+        let shape = RigShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
         let effort =
             Effort { most: Duration::from_secs(30), shapes: vec![shape], rows: vec![1, 8], repeats: 1 };
         let cost = measure(&fingerprint, &options, &effort, &mut |_, _| {}).unwrap();

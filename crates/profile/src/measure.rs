@@ -1,13 +1,13 @@
 //! Which layers to run for a whole cost model, in bounded time.
 
 use crate::samples::delays;
-use crate::{Fingerprint, Lab, LabOptions, LabShape, LayerRun, samples};
+use crate::{Fingerprint, LayerRig, LayerRun, RigOptions, RigShape, samples};
 use epsmoe_base::{Mix, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
-    CostModel, Curve, GemmCost, GemmKind, HostCost, LayerCounts, LinkCost, Placement, RankCounts, Routing,
-    RowsCost, Sample, ShareCost, StageTable, Workload,
+    CostModel, GemmCost, GemmKind, HostCost, LayerHistograms, LinkCost, Piecewise, Placement, Routing,
+    RowsCost, Sample, ShareCost, StageTable, TokenHistograms, Workload,
 };
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ pub struct Effort {
     /// What the whole may take. Where it is too short to run every layer once, there is no cost model.
     pub most: Duration,
     /// Widths to run.
-    pub shapes: Vec<LabShape>,
+    pub shapes: Vec<RigShape>,
     /// Rows per expert to run.
     pub rows: Vec<usize>,
     /// Runs of every layer, at least one, after one to warm up.
@@ -27,7 +27,7 @@ pub struct Effort {
 impl Effort {
     /// Everything: under two minutes on two cores.
     pub fn full(most: Duration) -> Self {
-        let shape = |hidden, inner, experts, top_k, shared_inner| LabShape {
+        let shape = |hidden, inner, experts, top_k, shared_inner| RigShape {
             hidden,
             inner,
             experts,
@@ -80,10 +80,10 @@ pub enum MeasureError {
 
 /// A layer to run, and its runs.
 struct Experiment {
-    shape: LabShape,
+    shape: RigShape,
     placement: Placement,
     routings: Vec<Routing>,
-    counts: LayerCounts,
+    counts: LayerHistograms,
     table: StageTable,
     runs: Vec<LayerRun>,
 }
@@ -95,18 +95,18 @@ struct Experiment {
 /// the rest from all of them.
 pub fn measure(
     fingerprint: &Fingerprint,
-    options: &LabOptions,
+    options: &RigOptions,
     effort: &Effort,
     progress: &mut Progress<'_>,
 ) -> Result<CostModel, MeasureError> {
-    let options = LabOptions { link: None, ..options.clone() };
+    let options = RigOptions { link: None, ..options.clone() };
     let roomy = match fingerprint.cores / options.threads.max(1) {
         0 => options.ranks,
         ranks => ranks.min(options.ranks),
     };
     let mut worlds = vec![options.clone()];
     if roomy < options.ranks {
-        worlds.push(LabOptions { ranks: roomy, ..options.clone() });
+        worlds.push(RigOptions { ranks: roomy, ..options.clone() });
     }
     // A fifth is left for layers over links.
     let most = effort.most * 4 / 5 / worlds.len() as u32;
@@ -173,7 +173,7 @@ impl Pace {
 /// All layers of these ranks with their runs. None begins after `most`, or a fifth later in the first two passes; but
 /// the first one always does, so that there is a pace.
 fn run_all(
-    options: &LabOptions,
+    options: &RigOptions,
     effort: &Effort,
     most: Duration,
     progress: &mut Progress<'_>,
@@ -187,7 +187,7 @@ fn run_all(
     for &shape in &effort.shapes {
         let here = experiments.iter().filter(|experiment| experiment.shape == shape);
         let loads: Vec<_> = here.map(|experiment| experiment.routings.clone()).collect();
-        labs.push((shape, Lab::start(shape, &loads, options)?));
+        labs.push((shape, LayerRig::start(shape, &loads, options)?));
     }
     // Ranks load weights before their first layer: no part of any pace.
     for (shape, lab) in &mut labs {
@@ -222,12 +222,12 @@ impl Experiment {
     fn work(&self) -> usize {
         // About as many rows as make reading a weight take as long as multiplying it.
         const READ: usize = 24;
-        let LabShape { hidden, inner, experts, top_k, shared_inner } = self.shape;
+        let RigShape { hidden, inner, experts, top_k, shared_inner } = self.shape;
         let tokens: usize = self.routings.iter().map(Routing::tokens).sum();
         hidden * (inner * (experts * READ + tokens * top_k) + shared_inner * (READ + tokens))
     }
 
-    fn samples(&self, options: &LabOptions, cost: &CostModel) -> Vec<Sample> {
+    fn samples(&self, options: &RigOptions, cost: &CostModel) -> Vec<Sample> {
         let shape = self.shape.layer(&self.placement, options.dtype);
         let workload = Workload { placement: &self.placement, counts: &self.counts, shape: &shape };
         self.runs.iter().flat_map(|run| samples(run, &self.table, &workload, cost)).collect()
@@ -235,8 +235,8 @@ impl Experiment {
 }
 
 fn of_shape(
-    shape: LabShape,
-    options: &LabOptions,
+    shape: RigShape,
+    options: &RigOptions,
     effort: &Effort,
 ) -> Result<Vec<Experiment>, PipelineError> {
     let placement = Placement::new(shape.experts, options.ranks)?;
@@ -248,8 +248,8 @@ fn of_shape(
         }
         let routings: Vec<Routing> =
             placement.all_ranks().map(|rank| even(shape, rank, tokens)).collect::<Result<_, _>>()?;
-        let counts = routings.iter().map(|routing| RankCounts::of(&placement, routing)).collect();
-        let counts = LayerCounts::new(&placement, shape.top_k, counts)?;
+        let counts = routings.iter().map(|routing| TokenHistograms::of(&placement, routing)).collect();
+        let counts = LayerHistograms::new(&placement, shape.top_k, counts)?;
         let stages = placement.max_local();
         let tables = [
             StageTable::serial(&placement, GemmKind::Grouped),
@@ -270,7 +270,7 @@ fn of_shape(
 }
 
 /// Tokens that visit all experts equally often.
-fn even(shape: LabShape, rank: Rank, tokens: usize) -> Result<Routing, PipelineError> {
+fn even(shape: RigShape, rank: Rank, tokens: usize) -> Result<Routing, PipelineError> {
     let (experts, top_k) = (shape.experts, shape.top_k);
     // A stride that no expert meets twice in a token.
     let stride = experts / top_k;
@@ -286,7 +286,7 @@ fn even(shape: LabShape, rank: Rank, tokens: usize) -> Result<Routing, PipelineE
 /// there can be.
 fn paced(
     fingerprint: &Fingerprint,
-    options: &LabOptions,
+    options: &RigOptions,
     effort: &Effort,
 ) -> Result<Vec<Sample>, PipelineError> {
     let cost = blank(fingerprint, options);
@@ -295,15 +295,15 @@ fn paced(
         let placement = Placement::new(shape.experts, options.ranks)?;
         let routings: Vec<Routing> =
             placement.all_ranks().map(|rank| even(shape, rank, 128)).collect::<Result<_, _>>()?;
-        let counts = routings.iter().map(|routing| RankCounts::of(&placement, routing)).collect();
-        let counts = LayerCounts::new(&placement, shape.top_k, counts)?;
+        let counts = routings.iter().map(|routing| TokenHistograms::of(&placement, routing)).collect();
+        let counts = LayerHistograms::new(&placement, shape.top_k, counts)?;
         let table = StageTable::equal(&placement, 8.min(placement.max_local()), GemmKind::Grouped)?;
         let sizes = shape.layer(&placement, options.dtype);
         let workload = Workload { placement: &placement, counts: &counts, shape: &sizes };
         for megabytes in [50, 200, 1000] {
             let link = Link { bytes_per_second: megabytes * 1_000_000, latency: Duration::from_micros(200) };
-            let options = LabOptions { link: Some(link), ..options.clone() };
-            let mut lab = Lab::start(shape, std::slice::from_ref(&routings), &options)?;
+            let options = RigOptions { link: Some(link), ..options.clone() };
+            let mut lab = LayerRig::start(shape, std::slice::from_ref(&routings), &options)?;
             for repeat in 0..=2 * effort.repeats {
                 let run = lab.run(&routings, &table)?;
                 if repeat > 0 {
@@ -316,16 +316,16 @@ fn paced(
 }
 
 /// A model in which nothing was measured yet.
-fn blank(fingerprint: &Fingerprint, options: &LabOptions) -> CostModel {
+fn blank(fingerprint: &Fingerprint, options: &RigOptions) -> CostModel {
     let gemm = GemmCost {
         flops_per_second: 1_000_000_000,
-        rows: Curve::flat(1000),
-        depth: Curve::flat(1000),
+        rows: Piecewise::flat(1000),
+        depth: Piecewise::flat(1000),
         weight_bytes_per_second: 1_000_000_000,
         op_ns: 0,
         least_columns: 0,
     };
-    let free = Curve::default;
+    let free = Piecewise::default;
     CostModel {
         version: CostModel::VERSION,
         machine: fingerprint.machine(),
@@ -353,7 +353,7 @@ mod tests {
     #[test]
     fn too_short_a_time_is_refused() {
         let fingerprint = Fingerprint::of_cpu(2, 1, Isa::Scalar, DType::F32);
-        let options = LabOptions {
+        let options = RigOptions {
             ranks: 2,
             threads: 1,
             isa: Isa::Scalar,
@@ -362,7 +362,7 @@ mod tests {
             timeout: Duration::from_secs(30),
             weights: Arc::default(),
         };
-        let shape = LabShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
+        let shape = RigShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
         let effort =
             Effort { most: Duration::from_millis(1), shapes: vec![shape], rows: vec![1, 8], repeats: 1 };
         let refused = measure(&fingerprint, &options, &effort, &mut |_, _| {}).unwrap_err().to_string();

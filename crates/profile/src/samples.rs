@@ -6,7 +6,9 @@
 use crate::LayerRun;
 use epsmoe_base::{Lane, Rank};
 use epsmoe_fabric::Link;
-use epsmoe_plan::{CostModel, Crowd, Payload, Planned, Sample, Span, StageTable, Work, Workload, planned};
+use epsmoe_plan::{
+    CostModel, CpuContention, Payload, Planned, Sample, Span, StageTable, Work, Workload, planned,
+};
 use std::collections::BTreeMap;
 
 /// The samples of one layer, run by `table` at memory speed. Nothing, if its spans are not those of the table.
@@ -90,7 +92,7 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
 }
 
 /// Who wanted the processor when: (from, who), ascending.
-struct Crowds(Vec<(u64, Crowd)>);
+struct Crowds(Vec<(u64, CpuContention)>);
 
 impl Crowds {
     /// Of lanes and hosts; of transfer lanes only if they copy all the time.
@@ -119,7 +121,7 @@ impl Crowds {
         let count = |(at, change): (u64, [i64; 2])| {
             now = [now[LANE] + change[LANE], now[BURST] + change[BURST]];
             let [lanes, bursts] = now.map(|threads| threads.max(0) as u64);
-            (at, Crowd { concurrent: cost.concurrent.into(), lanes, bursts })
+            (at, CpuContention { concurrent: cost.concurrent.into(), lanes, bursts })
         };
         Crowds(changes.into_iter().map(count).collect())
     }
@@ -131,7 +133,7 @@ impl Crowds {
     }
 
     /// Nanoseconds that work of this speed from `from` to `to` would have taken alone.
-    fn alone(&self, from: u64, to: u64, speed: impl Fn(&Crowd) -> u64) -> u64 {
+    fn alone(&self, from: u64, to: u64, speed: impl Fn(&CpuContention) -> u64) -> u64 {
         let mut alone = 0;
         let first = self.0.partition_point(|step| step.0 <= from).saturating_sub(1);
         for (index, (start, crowd)) in self.0.iter().enumerate().skip(first) {
@@ -140,7 +142,7 @@ impl Crowds {
             if start >= to {
                 break;
             }
-            alone += end.saturating_sub(start) * speed(crowd) / Crowd::FULL;
+            alone += end.saturating_sub(start) * speed(crowd) / CpuContention::FULL;
         }
         alone
     }
@@ -175,7 +177,7 @@ struct Reading<'a> {
 
 impl Reading<'_> {
     fn sample(&self, work: &Work, from: u64, to: u64) -> Option<Sample> {
-        let speed = if work.is_computed() { Crowd::lane_speed } else { Crowd::burst_speed };
+        let speed = if work.is_computed() { CpuContention::lane_speed } else { CpuContention::burst_speed };
         (from < to).then(|| Sample { work: work.clone(), ns: self.crowds.alone(from, to, speed) })
     }
 
@@ -192,7 +194,7 @@ impl Reading<'_> {
                 .before
                 .filter(|&before| pair.span.start_ns - before.min(pair.span.start_ns) < BETWEEN_NS);
             let (from, to) = (from.unwrap_or(pair.span.start_ns), pair.span.end_ns);
-            let without_bursts = |crowd: &Crowd| Crowd { bursts: 0, ..*crowd }.lane_speed();
+            let without_bursts = |crowd: &CpuContention| CpuContention { bursts: 0, ..*crowd }.lane_speed();
             let calm = self.crowds.alone(from, to, without_bursts);
             self.sample(pair.work, from, to).filter(|sample| 10 * sample.ns >= 9 * calm)
         };

@@ -1,7 +1,7 @@
 //! How well a cost model predicts layers that it never saw.
 
-use crate::cells::Question;
-use crate::{Cell, Lab, Models};
+use crate::cases::Question;
+use crate::{Case, LayerRig, Models};
 use epsmoe_base::{Lane, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
@@ -34,10 +34,10 @@ impl Parts {
     }
 }
 
-/// A cell, predicted and measured.
+/// A case, predicted and measured.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
-    /// The cell in words.
+    /// The case in words.
     pub what: String,
     /// Layer time by the model, in nanoseconds.
     pub predicted_ns: u64,
@@ -67,11 +67,11 @@ impl Outcome {
     }
 }
 
-/// Errors of many cells, in permille.
+/// Errors of many cases, in permille.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Spread {
-    /// How many cells.
-    pub cells: usize,
+    /// How many cases.
+    pub cases: usize,
     /// The median of them.
     pub median: u64,
     /// The 90th percentile.
@@ -87,7 +87,7 @@ impl Spread {
         errors.sort_unstable();
         let at = |permille: usize| errors.get(errors.len() * permille / 1000).or(errors.last()).copied();
         Spread {
-            cells: errors.len(),
+            cases: errors.len(),
             median: at(500).unwrap_or(0),
             p90: at(900).unwrap_or(0),
             worst: at(1000).unwrap_or(0),
@@ -95,96 +95,96 @@ impl Spread {
     }
 }
 
-/// Passes over all cells, far apart in time: what disturbs the machine for a while disturbs one of them.
+/// Passes over all cases, far apart in time: what disturbs the machine for a while disturbs one of them.
 const PASSES: usize = 3;
 
-/// Runs of a cell in a pass, in turn with the others of its widths, after one to warm up.
+/// Runs of a case in a pass, in turn with the others of its widths, after one to warm up.
 const RUNS: usize = 5;
 
-/// Runs every cell fifteen times, in three passes over all of them, and predicts it. No pass begins after `most`; the
+/// Runs every case fifteen times, in three passes over all of them, and predicts it. No pass begins after `most`; the
 /// first one is always complete. `progress` is told how many of how many visits are over.
 ///
 /// # Panics
-/// If a cell's number of ranks has no model.
+/// If a case's number of ranks has no model.
 pub fn verify(
-    cells: &[&Cell],
+    cases: &[&Case],
     models: &Models,
     most: Duration,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Outcome>, PipelineError> {
     let begun = Instant::now();
-    let groups = groups(cells);
-    let mut runs: Vec<Vec<(u64, Parts)>> = vec![Vec::new(); cells.len()];
+    let groups = groups(cases);
+    let mut runs: Vec<Vec<(u64, Parts)>> = vec![Vec::new(); cases.len()];
     for pass in 0..PASSES {
         if pass > 0 && begun.elapsed() > most {
             break;
         }
         for (number, group) in groups.iter().enumerate() {
-            visit(group, cells, models, &mut runs)?;
+            visit(group, cases, models, &mut runs)?;
             progress(pass * groups.len() + number + 1, PASSES * groups.len());
         }
     }
-    cells.iter().zip(runs).map(|(cell, runs)| outcome(cell, models, runs)).collect()
+    cases.iter().zip(runs).map(|(case, runs)| outcome(case, models, runs)).collect()
 }
 
 /// Cells whose ranks can hold the same weights.
-fn groups(cells: &[&Cell]) -> Vec<Vec<usize>> {
+fn groups(cases: &[&Case]) -> Vec<Vec<usize>> {
     let mut groups: BTreeMap<_, Vec<usize>> = BTreeMap::new();
-    for (index, cell) in cells.iter().enumerate() {
-        let shape = cell.shape;
+    for (index, case) in cases.iter().enumerate() {
+        let shape = case.shape;
         let widths = [shape.hidden, shape.inner, shape.experts, shape.top_k, shape.shared_inner];
-        groups.entry((cell.ranks, widths)).or_default().push(index);
+        groups.entry((case.ranks, widths)).or_default().push(index);
     }
     groups.into_values().collect()
 }
 
-/// One pass over the cells of a group: a lab for each of their links, all with the same weights.
+/// One pass over the cases of a group: a lab for each of their links, all with the same weights.
 fn visit(
     group: &[usize],
-    cells: &[&Cell],
+    cases: &[&Case],
     models: &Models,
     runs: &mut [Vec<(u64, Parts)>],
 ) -> Result<(), PipelineError> {
-    let mut options = models[&cells[group[0]].ranks].options.clone();
+    let mut options = models[&cases[group[0]].ranks].options.clone();
     // They go with the labs.
     options.weights = Arc::default();
-    let mut labs: Vec<(Option<Link>, Lab)> = Vec::new();
+    let mut labs: Vec<(Option<Link>, LayerRig)> = Vec::new();
     for &index in group {
-        let link = cells[index].link;
+        let link = cases[index].link;
         if labs.iter().all(|lab| lab.0 != link) {
-            let alike: Vec<&Cell> =
-                group.iter().map(|&index| cells[index]).filter(|c| c.link == link).collect();
-            labs.push((link, Cell::lab(&alike, &options)?));
+            let alike: Vec<&Case> =
+                group.iter().map(|&index| cases[index]).filter(|c| c.link == link).collect();
+            labs.push((link, Case::lab(&alike, &options)?));
         }
     }
     for turn in 0..=RUNS {
         for &index in group {
-            let cell = cells[index];
-            let Some((_, lab)) = labs.iter_mut().find(|lab| lab.0 == cell.link) else { continue };
-            let run = lab.run(&cell.routings, &cell.table)?;
+            let case = cases[index];
+            let Some((_, lab)) = labs.iter_mut().find(|lab| lab.0 == case.link) else { continue };
+            let run = lab.run(&case.routings, &case.table)?;
             if turn > 0 {
-                runs[index].push((run.layer_ns, Parts::of(&run.timeline, cell.ranks)));
+                runs[index].push((run.layer_ns, Parts::of(&run.timeline, case.ranks)));
             }
         }
     }
     Ok(())
 }
 
-fn outcome(cell: &Cell, models: &Models, mut runs: Vec<(u64, Parts)>) -> Result<Outcome, PipelineError> {
-    let model = &models[&cell.ranks];
-    let question = Question::of(cell, &model.cost, model.options.dtype)?;
-    let simulation = simulate(&cell.table, 0, &question.workload(), &question.cost);
+fn outcome(case: &Case, models: &Models, mut runs: Vec<(u64, Parts)>) -> Result<Outcome, PipelineError> {
+    let model = &models[&case.ranks];
+    let question = Question::of(case, &model.cost, model.options.dtype)?;
+    let simulation = simulate(&case.table, 0, &question.workload(), &question.cost);
     runs.sort_by_key(|run| run.0);
     let at = |quarter: usize| runs[(runs.len() - 1) * quarter / 4];
     let (measured_ns, measured) = at(2);
     Ok(Outcome {
-        what: cell.what.clone(),
+        what: case.what.clone(),
         predicted_ns: simulation.layer_ns,
         measured_ns,
         low_ns: at(1).0,
         spread: (at(3).0 - at(1).0) * 500 / measured_ns.max(1),
         repeats: runs.len(),
-        predicted: Parts::of(&simulation.timeline, cell.ranks),
+        predicted: Parts::of(&simulation.timeline, case.ranks),
         measured,
     })
 }

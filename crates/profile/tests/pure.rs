@@ -1,14 +1,14 @@
-//! What can be checked without a clock: which cells a seed draws, what spans say about costs, how figures are summed up,
+//! What can be checked without a clock: which cases a seed draws, what spans say about costs, how figures are summed up,
 //! and which files are refused.
 
 use epsmoe_base::{DType, Rank, Stage};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_plan::{
-    CostModel, Curve, GemmKind, HostCost, LayerCounts, Placement, RankCounts, Sample, ShareCost, StageTable,
-    Work, Workload, planned, simulate,
+    CostModel, GemmKind, HostCost, LayerHistograms, Piecewise, Placement, Sample, ShareCost, StageTable,
+    TokenHistograms, Work, Workload, planned, simulate,
 };
 use epsmoe_profile::{
-    Cell, Fingerprint, LayerRun, Outcome, Parts, RankHost, Ratio, Regret, Spread, cells, load, samples, store,
+    Case, Fingerprint, LayerRun, Outcome, Parts, RankHost, Ratio, Regret, Spread, cases, load, samples, store,
 };
 
 /// Never the seed that the recorded figures come from.
@@ -16,33 +16,33 @@ const SEED: u64 = 11;
 
 #[test]
 fn cells_follow_from_the_seed_alone() {
-    let words = |cells: Vec<Cell>| -> Vec<String> { cells.into_iter().map(|cell| cell.what).collect() };
-    let (all, some) = (cells(SEED, 60).unwrap(), cells(SEED, 20).unwrap());
-    for (cell, again) in all.iter().zip(&some) {
-        assert_eq!(cell.what, again.what, "a cell does not depend on how many there are");
-        assert_eq!((&cell.table, &cell.routings), (&again.table, &again.routings));
+    let words = |cases: Vec<Case>| -> Vec<String> { cases.into_iter().map(|case| case.what).collect() };
+    let (all, some) = (cases(SEED, 60).unwrap(), cases(SEED, 20).unwrap());
+    for (case, again) in all.iter().zip(&some) {
+        assert_eq!(case.what, again.what, "a case does not depend on how many there are");
+        assert_eq!((&case.table, &case.routings), (&again.table, &again.routings));
     }
-    assert_ne!(words(cells(SEED + 1, 20).unwrap()), words(some));
-    for cell in &all {
-        let placement = Placement::new(cell.shape.experts, cell.ranks).unwrap();
-        cell.table.validate(&placement).unwrap();
-        assert_eq!(cell.routings.len(), cell.ranks);
-        assert!(cell.ranks > 1 || cell.link.is_none(), "one rank has no link: {}", cell.what);
-        let hot = cell.what.contains("hot expert");
-        let counts = counts(cell, &placement);
-        let busiest = (0..cell.shape.experts).map(|expert| counts.copies_of(expert)).max().unwrap();
-        let tokens: usize = cell.routings.iter().map(|routing| routing.tokens()).sum();
-        assert!(!hot || busiest == tokens, "every token visits the hot expert: {}", cell.what);
+    assert_ne!(words(cases(SEED + 1, 20).unwrap()), words(some));
+    for case in &all {
+        let placement = Placement::new(case.shape.experts, case.ranks).unwrap();
+        case.table.validate(&placement).unwrap();
+        assert_eq!(case.routings.len(), case.ranks);
+        assert!(case.ranks > 1 || case.link.is_none(), "one rank has no link: {}", case.what);
+        let hot = case.what.contains("hot expert");
+        let counts = counts(case, &placement);
+        let busiest = (0..case.shape.experts).map(|expert| counts.copies_of(expert)).max().unwrap();
+        let tokens: usize = case.routings.iter().map(|routing| routing.tokens()).sum();
+        assert!(!hot || busiest == tokens, "every token visits the hot expert: {}", case.what);
     }
     for (what, wanted) in [("1 rank(s)", 5), ("2 rank(s)", 10), ("4 rank(s)", 5), ("hot", 5), ("zipf", 10)] {
-        let number = all.iter().filter(|cell| cell.what.contains(what)).count();
-        assert!(number >= wanted, "{number} cells with {what}");
+        let number = all.iter().filter(|case| case.what.contains(what)).count();
+        assert!(number >= wanted, "{number} cases with {what}");
     }
 }
 
-fn counts(cell: &Cell, placement: &Placement) -> LayerCounts {
-    let ranks = cell.routings.iter().map(|routing| RankCounts::of(placement, routing)).collect();
-    LayerCounts::new(placement, cell.shape.top_k, ranks).expect("counts of this placement")
+fn counts(case: &Case, placement: &Placement) -> LayerHistograms {
+    let ranks = case.routings.iter().map(|routing| TokenHistograms::of(placement, routing)).collect();
+    LayerHistograms::new(placement, case.shape.top_k, ranks).expect("counts of this placement")
 }
 
 /// Figures in which every kind of work has a price of its own.
@@ -50,20 +50,20 @@ fn model(concurrent: u32) -> CostModel {
     let mut cost = CostModel::unmeasured(DType::F32, 1, concurrent);
     cost.host = HostCost::default();
     cost.shares = vec![ShareCost::FREE];
-    cost.link.near = Curve::flat(0);
+    cost.link.near = Piecewise::flat(0);
     cost
 }
 
-fn simulated(cell: &Cell, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
-    let placement = Placement::new(cell.shape.experts, cell.ranks).expect("ranks that hold experts");
-    let counts = counts(cell, &placement);
-    let shape = cell.shape.layer(&placement, DType::F32);
+fn simulated(case: &Case, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
+    let placement = Placement::new(case.shape.experts, case.ranks).expect("ranks that hold experts");
+    let counts = counts(case, &placement);
+    let shape = case.shape.layer(&placement, DType::F32);
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
-    let simulation = simulate(&cell.table, 0, &workload, cost);
+    let simulation = simulate(&case.table, 0, &workload, cost);
     let mut timeline = simulation.timeline;
     // A dense stage is one span of the simulation, and one for each expert of a run.
-    if cell.table.gemm.contains(&GemmKind::Dense) {
-        let steps = planned(&cell.table, &workload, cost);
+    if case.table.gemm.contains(&GemmKind::Dense) {
+        let steps = planned(&case.table, &workload, cost);
         let mut spans = Vec::new();
         for rank in placement.all_ranks() {
             for lane in epsmoe_base::Lane::ALL {
@@ -88,12 +88,12 @@ fn simulated(cell: &Cell, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
     }
     let run = LayerRun {
         timeline,
-        hosts: vec![RankHost::default(); cell.ranks],
+        hosts: vec![RankHost::default(); case.ranks],
         layer_ns: simulation.layer_ns,
         weights: 0,
         bits: 0,
     };
-    let samples = samples(&run, &cell.table, &workload, cost);
+    let samples = samples(&run, &case.table, &workload, cost);
     (run, samples)
 }
 
@@ -101,15 +101,15 @@ fn simulated(cell: &Cell, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
 fn the_spans_of_a_simulated_layer_say_what_its_work_costs() {
     // With a processor for everybody, an operation's time is its price.
     let cost = model(64);
-    let cells = cells(SEED, 40).unwrap();
-    for cell in cells.iter().filter(|cell| cell.link.is_none()) {
-        let (_, samples) = simulated(cell, &cost);
-        assert!(!samples.is_empty(), "{}", cell.what);
+    let cases = cases(SEED, 40).unwrap();
+    for case in cases.iter().filter(|case| case.link.is_none()) {
+        let (_, samples) = simulated(case, &cost);
+        assert!(!samples.is_empty(), "{}", case.what);
         for Sample { work, ns } in &samples {
             let Work::Gemm { kind, rows, columns, depth } = work else { continue };
             let price = cost.gemm(*kind).product(*columns, *depth, 4).op_ns(rows.iter().copied());
             // What a lane needs between two operations belongs to the second.
-            assert!(ns.abs_diff(price) <= 8_000, "{ns} ns for {work:?}, {price} expected: {}", cell.what);
+            assert!(ns.abs_diff(price) <= 8_000, "{ns} ns for {work:?}, {price} expected: {}", case.what);
         }
     }
 }
@@ -118,13 +118,13 @@ fn the_spans_of_a_simulated_layer_say_what_its_work_costs() {
 fn what_others_take_of_the_processor_is_no_part_of_a_price() {
     // Two ranks of one thread on one processor: everything takes longer, and costs the same.
     let (free, crowded) = (model(64), model(1));
-    let cells = cells(SEED, 300).unwrap();
-    let cell = cells
+    let cases = cases(SEED, 300).unwrap();
+    let case = cases
         .iter()
-        .find(|cell| cell.ranks == 2 && cell.link.is_none() && !cell.table.gemm.contains(&GemmKind::Dense));
-    let cell = cell.expect("such a cell");
-    let (quick, all) = simulated(cell, &free);
-    let (slow, samples) = simulated(cell, &crowded);
+        .find(|case| case.ranks == 2 && case.link.is_none() && !case.table.gemm.contains(&GemmKind::Dense));
+    let case = case.expect("such a case");
+    let (quick, all) = simulated(case, &free);
+    let (slow, samples) = simulated(case, &crowded);
     assert!(slow.layer_ns > quick.layer_ns * 5 / 4, "{} ns on one processor", slow.layer_ns);
     let products = |samples: &[Sample]| -> Vec<Sample> {
         samples.iter().filter(|sample| matches!(sample.work, Work::Gemm { .. })).cloned().collect()
@@ -140,7 +140,7 @@ fn what_others_take_of_the_processor_is_no_part_of_a_price() {
         assert!(
             ns.abs_diff(price) <= price / 20 + 8_000,
             "{ns} ns for {work:?}, {price} expected: {}",
-            cell.what
+            case.what
         );
         (shared, alone) = (shared + ns, alone + price);
     }
@@ -150,12 +150,12 @@ fn what_others_take_of_the_processor_is_no_part_of_a_price() {
 #[test]
 fn spans_of_another_table_say_nothing() {
     let cost = model(64);
-    let cells = cells(SEED, 60).unwrap();
-    let cell = cells.iter().find(|cell| cell.ranks == 2 && cell.table.stages() > 1).expect("such a cell");
-    let (run, _) = simulated(cell, &cost);
-    let placement = Placement::new(cell.shape.experts, cell.ranks).unwrap();
-    let counts = counts(cell, &placement);
-    let shape = cell.shape.layer(&placement, DType::F32);
+    let cases = cases(SEED, 60).unwrap();
+    let case = cases.iter().find(|case| case.ranks == 2 && case.table.stages() > 1).expect("such a case");
+    let (run, _) = simulated(case, &cost);
+    let placement = Placement::new(case.shape.experts, case.ranks).unwrap();
+    let counts = counts(case, &placement);
+    let shape = case.shape.layer(&placement, DType::F32);
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
     let other = StageTable::serial(&placement, GemmKind::Grouped);
     assert_eq!(samples(&run, &other, &workload, &cost), []);
@@ -187,8 +187,8 @@ fn ratios_are_of_pairs() {
 #[test]
 fn errors_are_summed_up_by_rank() {
     let spread = Spread::of((1..=10).rev().map(|error| error * 10));
-    assert_eq!((spread.cells, spread.median, spread.p90, spread.worst), (10, 60, 100, 100));
-    assert_eq!(Spread::of([]).cells, 0);
+    assert_eq!((spread.cases, spread.median, spread.p90, spread.worst), (10, 60, 100, 100));
+    assert_eq!(Spread::of([]).cases, 0);
     let outcome = |predicted_ns, spread| Outcome {
         what: String::new(),
         predicted_ns,

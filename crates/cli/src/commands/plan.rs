@@ -48,10 +48,10 @@ fn sizes(name: &str, spec: &ModelSpec) -> Result<ModelSizes> {
         MlpSpec::Moe(_) => None,
     });
     let attention = match spec.attention {
-        AttentionSpec::Grouped(it) => {
-            AttentionSizes::Grouped { heads: it.heads, kv_heads: it.kv_heads, head: it.head_dim }
+        AttentionSpec::Gqa(it) => {
+            AttentionSizes::Gqa { heads: it.heads, kv_heads: it.kv_heads, head: it.head_dim }
         }
-        AttentionSpec::Latent(it) => AttentionSizes::Latent {
+        AttentionSpec::Mla(it) => AttentionSizes::Mla {
             heads: it.heads,
             query_rank: it.q_lora.unwrap_or(0),
             latent: it.kv_lora,

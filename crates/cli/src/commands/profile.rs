@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 use epsmoe_base::DType;
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_profile::{
-    Cell, Effort, Fingerprint, LAYERS, LabOptions, Model, Models, Outcome, Recovery, Regret, Spread, Uneven,
-    cells, default_path, load, measure, recovery, regret, store, uneven, verify,
+    Case, Effort, Fingerprint, LAYERS, Model, Models, Outcome, Recovery, Regret, RigOptions, Spread, Uneven,
+    cases, default_path, load, measure, recovery, regret, store, uneven, verify,
 };
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -31,14 +31,14 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
     }
 }
 
-fn settle(args: &ProfileArgs, ranks: usize) -> (Fingerprint, LabOptions) {
+fn settle(args: &ProfileArgs, ranks: usize) -> (Fingerprint, RigOptions) {
     let dtype = match args.dtype {
         Dtype::Auto | Dtype::Float32 => DType::F32,
         Dtype::Bfloat16 => DType::BF16,
     };
     let isa = args.isa.unwrap_or_else(Isa::detect);
     let threads = args.threads.unwrap_or((machine::cores() / ranks).max(1));
-    let options = LabOptions {
+    let options = RigOptions {
         ranks,
         threads,
         isa,
@@ -126,8 +126,8 @@ fn write_json(file: &Path, value: &Value) -> Result<()> {
 }
 
 /// The profiles of all these numbers of ranks: the given file, or the cached ones.
-fn models(args: &ProfileArgs, cells: &[&Cell]) -> Result<Models> {
-    let mut ranks: Vec<usize> = cells.iter().map(|cell| cell.ranks).collect();
+fn models(args: &ProfileArgs, cases: &[&Case]) -> Result<Models> {
+    let mut ranks: Vec<usize> = cases.iter().map(|cell| cell.ranks).collect();
     ranks.sort_unstable();
     ranks.dedup();
     let path = |fingerprint: &Fingerprint| -> PathBuf {
@@ -149,12 +149,12 @@ fn models(args: &ProfileArgs, cells: &[&Cell]) -> Result<Models> {
 }
 
 fn check(args: &ProfileArgs, number: usize) -> Result<()> {
-    let cells: Vec<Cell> = cells(args.seed, number)?;
+    let cases: Vec<Case> = cases(args.seed, number)?;
     // A given profile is good for one number of ranks.
-    let ours = |cell: &&Cell| args.profile.is_none() || args.data_parallel_size.contains(&cell.ranks);
-    let chosen: Vec<&Cell> = cells.iter().filter(ours).collect();
+    let ours = |cell: &&Case| args.profile.is_none() || args.data_parallel_size.contains(&cell.ranks);
+    let chosen: Vec<&Case> = cases.iter().filter(ours).collect();
     if chosen.is_empty() {
-        bail!("none of {number} cells has {:?} ranks: ask for more", args.data_parallel_size);
+        bail!("none of {number} cases has {:?} ranks: ask for more", args.data_parallel_size);
     }
     let models = models(args, &chosen)?;
     let load_before = load_text();
@@ -198,14 +198,14 @@ fn check(args: &ProfileArgs, number: usize) -> Result<()> {
 
 /// What cell after cell tells; no cell begins after `most`.
 fn each<T>(
-    cells: &[&Cell],
+    cases: &[&Case],
     models: &Models,
     most: Duration,
-    tell: impl Fn(&Cell, &Model) -> Result<Option<T>>,
+    tell: impl Fn(&Case, &Model) -> Result<Option<T>>,
 ) -> Result<Vec<T>> {
-    let (begun, bar) = (Instant::now(), output::step_bar("comparing", cells.len()));
+    let (begun, bar) = (Instant::now(), output::step_bar("comparing", cases.len()));
     let mut told = Vec::new();
-    for cell in cells {
+    for cell in cases {
         if begun.elapsed() > most {
             break;
         }
@@ -217,8 +217,8 @@ fn each<T>(
     }
     let done = bar.position();
     bar.finish_and_clear();
-    if done < cells.len() as u64 {
-        output::remark(format_args!("{done} of {} cells: the time was over", cells.len()));
+    if done < cases.len() as u64 {
+        output::remark(format_args!("{done} of {} cases: the time was over", cases.len()));
     }
     Ok(told)
 }
@@ -251,7 +251,7 @@ fn show_regrets(found: &[Regret], asked: usize, quiet: bool) -> Result<Value> {
     let slower = found.iter().filter(|found| found.over_one_stage.interval.1 < 990).count();
     if !quiet {
         output::show_line(format_args!(
-            "{} of {asked} cells: mean regret {:.1} %, worst {:.1} %; surely slower than 99 % of one stage: {slower}",
+            "{} of {asked} cases: mean regret {:.1} %, worst {:.1} %; surely slower than 99 % of one stage: {slower}",
             found.len(),
             mean / 10.0,
             percent(worst)
@@ -283,7 +283,7 @@ fn show_uneven(found: &[Uneven], quiet: bool) -> Result<Value> {
         (pays(&|found| found.measured.interval.0 > 1000), pays(&|found| found.measured.interval.1 < 1000));
     if !quiet {
         output::show_line(format_args!(
-            "of {} cells with a choice, uneven cuts are surely faster in {faster}, surely slower in {slower}",
+            "of {} cases with a choice, uneven cuts are surely faster in {faster}, surely slower in {slower}",
             found.len()
         ))?;
     }
@@ -307,7 +307,7 @@ fn show_recoveries(found: &[Recovery], quiet: bool) -> Result<Value> {
     let same = found.iter().all(|found| found.same_bits);
     if !quiet {
         output::show_line(format_args!(
-            "{within} of {} cells come within 5 % of the right plan; {} bits changed",
+            "{within} of {} cases come within 5 % of the right plan; {} bits changed",
             found.len(),
             if same { "no" } else { "SOME" }
         ))?;
@@ -329,15 +329,15 @@ fn show_outcomes(mut outcomes: Vec<Outcome>, quiet: bool) -> Result<Value> {
         Spread::of(outcomes.iter().filter(|outcome| outcome.is_steady() == steady).map(Outcome::error))
     };
     let (steady, varying) = (spread(true), spread(false));
-    for (what, Spread { cells, median, p90, worst }) in [("steady", steady), ("varying over 4 %", varying)] {
+    for (what, Spread { cases, median, p90, worst }) in [("steady", steady), ("varying over 4 %", varying)] {
         if !quiet {
             output::show_line(format_args!(
-                "{cells} cells {what}: median {:.1} %, 90th percentile {:.1} %, worst {:.1} % off",
+                "{cases} cases {what}: median {:.1} %, 90th percentile {:.1} %, worst {:.1} % off",
                 percent(median),
                 percent(p90),
                 percent(worst)
             ))?;
         }
     }
-    Ok(json!({ "cells": outcomes, "steady": steady, "varying": varying }))
+    Ok(json!({ "cases": outcomes, "steady": steady, "varying": varying }))
 }

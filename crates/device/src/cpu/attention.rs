@@ -12,7 +12,7 @@ use super::gemm::{
 };
 use super::pool::ComputePool;
 use super::prefetch_all;
-use crate::host::{AttentionViews, Element};
+use crate::threaded::{AttentionViews, Element};
 use half::bf16;
 use std::cell::RefCell;
 use std::ops::Range;

@@ -1,15 +1,17 @@
 //! The CPU: our own kernels over packed weights, on threads that belong to the rank's compute lane.
 //!
 //! [`gemm`] has the matrix products, `attention` the attention, `pool` the threads; everything else is the shared
-//! plain code of [`host`](crate::host), spread over the same threads.
+//! plain code of [`host`](crate::threaded), spread over the same threads.
 
 mod attention;
 pub mod gemm;
 mod pool;
 
 use crate::TensorBytes;
-use crate::host::{AttentionViews, Element, GemmViews, HostBackend, Kernels, LINE_BYTES, Pack, Slabs};
 use crate::op::Epilogue;
+use crate::threaded::{
+    AttentionViews, Element, GemmViews, Kernels, LINE_BYTES, Pack, Slabs, ThreadedBackend,
+};
 use epsmoe_base::DType;
 use gemm::{ElementType, Isa, PackedMatrix, SourceRow};
 use pool::ComputePool;
@@ -17,7 +19,7 @@ use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The CPU as a host processor.
-pub type Cpu = HostBackend<CpuKernels>;
+pub type Cpu = ThreadedBackend<CpuKernels>;
 
 /// Kernels for one instruction set on a fixed number of threads.
 pub struct CpuKernels {

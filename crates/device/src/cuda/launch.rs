@@ -10,10 +10,10 @@ use super::report::Report;
 use super::staging::{Staged, Staging};
 use super::weights::WeightStore;
 use crate::op::{
-    self, Angles, Attention, Epilogue, ExpertGemm, Gate, Gemm, GroupScore, Norm, NormKind, Op, Permute,
-    Reduce, Rotate, Route,
+    self, Attention, Epilogue, ExpertGemm, Gemm, GroupScore, Norm, NormKind, Op, Reduce, RopeTable, Rotate,
+    Route, SortByExpert, TopKRouter,
 };
-use crate::op::{RopeStyle, Score, Upload};
+use crate::op::{HostToDevice, RopeStyle, Score};
 use crate::{Buffer, DeviceError, Weight};
 use epsmoe_base::DType;
 use std::sync::Arc;
@@ -160,10 +160,10 @@ impl Launch<'_> {
     /// Enqueues an operation that passed its own check.
     pub(super) fn run(&mut self, op: &Op) -> Result<(), Refusal> {
         match op {
-            Op::Upload(op) => self.upload(op),
+            Op::HostToDevice(op) => self.upload(op),
             Op::Gemm(op) => self.gemm(op),
             Op::Norm(op) => self.norm(op),
-            Op::Angles(op) => self.angles(op),
+            Op::RopeTable(op) => self.angles(op),
             Op::Rotate(op) => self.rotate(op),
             Op::Attention(op) => self.attention(op),
             Op::Route(op) => self.route(op),
@@ -175,7 +175,7 @@ impl Launch<'_> {
                 let kernel = self.kernels.get("argmax", DType::F32, DType::F32)?;
                 self.start(&kernel.function, (op.logits.rows as u32, 1), 0, arguments)
             }
-            Op::Permute(op) => self.permute(op),
+            Op::SortByExpert(op) => self.permute(op),
             Op::ExpertGemm(op) => self.expert_gemm(op),
             Op::Reduce(op) => self.reduce(op),
             Op::Embed(op) => {
@@ -190,7 +190,7 @@ impl Launch<'_> {
                 let arguments = Indexed { views, report: self.report };
                 self.runs("embed", table.dtype, op.out.dtype, &op.out, arguments)
             }
-            Op::StoreRows(op) => {
+            Op::KvWrite(op) => {
                 let views = [self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?];
                 let arguments = Indexed { views, report: self.report };
                 self.runs("store", op.x.dtype, op.cache.dtype, &op.x, arguments)
@@ -222,7 +222,7 @@ impl Launch<'_> {
         }
     }
 
-    fn upload(&mut self, op: &Upload) -> Result<(), Refusal> {
+    fn upload(&mut self, op: &HostToDevice) -> Result<(), Refusal> {
         let width = op.out.width;
         if op.words.is_empty() {
             return Ok(());
@@ -292,7 +292,7 @@ impl Launch<'_> {
         self.start(&kernel.function, (op.out.rows as u32, 1), 0, arguments)
     }
 
-    fn angles(&mut self, op: &Angles) -> Result<(), Refusal> {
+    fn angles(&mut self, op: &RopeTable) -> Result<(), Refusal> {
         #[repr(C)]
         #[derive(Clone, Copy)]
         struct Args {
@@ -400,7 +400,7 @@ impl Launch<'_> {
             groups: groups.map_or(0, |limit| limit.groups as u32),
             kept: groups.map_or(0, |limit| limit.kept as u32),
             two_best: u32::from(groups.is_some_and(|limit| limit.by == GroupScore::TopTwoSum)),
-            epsilon: Gate::EPSILON,
+            epsilon: TopKRouter::EPSILON,
         };
         // A rank of eight bytes for every expert and group, a score and a preference for every expert.
         let shared = 16 * op.logits.width + 8 * arguments.groups as usize;
@@ -455,14 +455,14 @@ impl Launch<'_> {
         self.start(&kernel.function, (grid(tiles)?, op.kv_heads as u32), shared, arguments)
     }
 
-    fn permute(&mut self, op: &Permute) -> Result<(), Refusal> {
+    fn permute(&mut self, op: &SortByExpert) -> Result<(), Refusal> {
         #[repr(C)]
         #[derive(Clone, Copy)]
         struct Args {
             views: [Rows; 6],
             report: Report,
         }
-        let Permute { experts, weights, starts, tokens, copies, factors } = op;
+        let SortByExpert { experts, weights, starts, tokens, copies, factors } = op;
         let [experts, weights, starts, tokens, copies, factors] = [
             self.rows(experts)?,
             self.rows(weights)?,

@@ -1,7 +1,7 @@
 //! Memory of one GPU in pieces that never move: cut from larger slabs, given back together at the end.
 
 use super::driver::{Context, CudaError, DeviceMemory, Stream};
-use crate::host::Fill;
+use crate::threaded::Fill;
 use cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
 use std::sync::Arc;
 

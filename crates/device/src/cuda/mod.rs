@@ -23,8 +23,8 @@ pub use kernels::{CACHE_VARIABLE, KernelUse, Warmed, check_kernels, warm_kernels
 pub use probe::{Capabilities, Figure, Known, Probes, Table, probe};
 
 use crate::hazard::{Agent, Clock, Hazards};
-use crate::host::Fill;
 use crate::op::{Accesses, Op};
+use crate::threaded::Fill;
 use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,

@@ -3,7 +3,7 @@
 use super::driver::{Copy2d, CudaError, End, Matrix, Stream, TensorMap};
 use super::hopper;
 use super::memory::Pool;
-use crate::host::check_sources;
+use crate::threaded::check_sources;
 use crate::{DeviceError, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{Bytes, DType};
 use half::bf16;

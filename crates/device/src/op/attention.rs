@@ -6,7 +6,7 @@ use epsmoe_base::DType;
 
 /// `cache[slots[t]] = x[t]`: rows into the paged cache. A slot is `block · block_size + offset`.
 #[derive(Clone, Debug)]
-pub struct StoreRows {
+pub struct KvWrite {
     /// New rows `[T, W]`.
     pub x: Buffer,
     /// Slot of each row `[T, 1]`, uint32, all different.
@@ -15,7 +15,7 @@ pub struct StoreRows {
     pub cache: Buffer,
 }
 
-impl StoreRows {
+impl KvWrite {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("store", &[&self.x, &self.slots])?;
         expect("store", "slots", &self.slots, DType::U32, 1)?;

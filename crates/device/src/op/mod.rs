@@ -9,13 +9,13 @@ mod rope;
 mod route;
 mod rows;
 
-pub use attention::{Attention, StoreRows};
+pub use attention::{Attention, KvWrite};
 pub use gemm::{Epilogue, Gemm, GemmPart};
 pub use norm::{Norm, NormKind};
-pub use permute::{ExpertGemm, Permute};
-pub use rope::{Angles, RopeStyle, Rotate};
-pub use route::{ArgMax, Gate, GroupLimit, GroupScore, Route, Score};
-pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, Reduce, Upload};
+pub use permute::{ExpertGemm, SortByExpert};
+pub use rope::{RopeStyle, RopeTable, Rotate};
+pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
+pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, HostToDevice, Reduce};
 
 use crate::{AllocationId, Buffer, DeviceError};
 use epsmoe_base::DType;
@@ -55,18 +55,18 @@ macro_rules! ops {
 }
 
 ops! {
-    Upload => "upload",
+    HostToDevice => "upload",
     Embed => "embed",
     Norm => "norm",
     Gemm => "gemm",
     ExpertGemm => "gemm",
-    Angles => "angles",
+    RopeTable => "angles",
     Rotate => "rotate",
-    StoreRows => "store",
+    KvWrite => "store",
     Attention => "attention",
     Route => "route",
     ArgMax => "argmax",
-    Permute => "permute",
+    SortByExpert => "permute",
     Gather => "gather",
     Reduce => "reduce",
     Add => "add",

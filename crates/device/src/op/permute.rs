@@ -17,7 +17,7 @@ use epsmoe_base::DType;
 /// factors  [0.3, 0.7, 0.6, 0.4]   the weight of each
 /// ```
 #[derive(Clone, Debug)]
-pub struct Permute {
+pub struct SortByExpert {
     /// Experts of each token `[T, k]`, uint32, no expert twice.
     pub experts: Buffer,
     /// Their weights `[T, k]`, float32.
@@ -32,9 +32,9 @@ pub struct Permute {
     pub factors: Buffer,
 }
 
-impl Permute {
+impl SortByExpert {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        let Permute { experts, weights, starts, tokens, copies, factors } = self;
+        let SortByExpert { experts, weights, starts, tokens, copies, factors } = self;
         same_rows("permute", &[experts, weights])?;
         same_rows("permute", &[tokens, copies, factors])?;
         expect("permute", "experts", experts, DType::U32, experts.width)?;

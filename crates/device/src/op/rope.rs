@@ -6,7 +6,7 @@ use epsmoe_base::DType;
 
 /// `out[t] = scale · (cos(p·f₀) … cos(p·f_{d/2−1}), sin(p·f₀) … sin(p·f_{d/2−1}))` with `p = positions[t]`.
 #[derive(Clone, Debug)]
-pub struct Angles {
+pub struct RopeTable {
     /// Position of each token `[T, 1]`, uint32.
     pub positions: Buffer,
     /// Inverse frequencies, `d/2` elements.
@@ -17,7 +17,7 @@ pub struct Angles {
     pub out: Buffer,
 }
 
-impl Angles {
+impl RopeTable {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("angles", &[&self.positions, &self.out])?;
         expect("angles", "positions", &self.positions, DType::U32, 1)?;

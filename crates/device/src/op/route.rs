@@ -6,20 +6,20 @@ use epsmoe_base::DType;
 
 /// How router logits become experts and weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Gate {
+pub struct TopKRouter {
     /// Experts chosen per token.
     pub top_k: usize,
     /// How logits become scores.
     pub score: Score,
     /// Restriction to the best groups of experts, if any.
     pub groups: Option<GroupLimit>,
-    /// Whether the chosen weights are divided by their sum (plus [`Gate::EPSILON`] for sigmoid scores).
+    /// Whether the chosen weights are divided by their sum (plus [`TopKRouter::EPSILON`] for sigmoid scores).
     pub normalise: bool,
     /// Factor on every weight, after normalisation.
     pub scale: f32,
 }
 
-impl Gate {
+impl TopKRouter {
     /// Keeps a sum of sigmoid scores from dividing by zero (DeepSeek-V3's published router).
     pub const EPSILON: f32 = 1e-20;
 }
@@ -82,7 +82,7 @@ pub struct Route {
     /// Router logits `[T, E]`, float32.
     pub logits: Buffer,
     /// The rule.
-    pub gate: Gate,
+    pub gate: TopKRouter,
     /// Correction bias `[E]` added to the scores for the choice only.
     pub bias: Option<Weight>,
     /// Chosen experts `[T, k]`, uint32.

@@ -7,14 +7,14 @@ use std::sync::Arc;
 
 /// `out = words`, row by row: indices, or the bits of floats, from the host.
 #[derive(Clone, Debug)]
-pub struct Upload {
+pub struct HostToDevice {
     /// As many 32-bit words as `out` has elements.
     pub words: Arc<[u32]>,
     /// Where they go, uint32 or float32.
     pub out: Buffer,
 }
 
-impl Upload {
+impl HostToDevice {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         let words_wide = matches!(self.out.dtype, DType::U32 | DType::F32);
         if !words_wide || self.words.len() != self.out.rows * self.out.width {

@@ -1,17 +1,19 @@
 //! The judge: every product and every score written as its definition, one number at a time, summed in
 //! float64. Its lanes pause at random, its fresh memory is poisoned.
 
-use crate::host::{AttentionViews, Element, Fill, GemmViews, HostBackend, HostOptions, Kernels, Pack};
 use crate::op::Epilogue;
+use crate::threaded::{
+    AttentionViews, Element, Fill, GemmViews, Kernels, Pack, ThreadedBackend, ThreadedOptions,
+};
 use epsmoe_base::DType;
 use half::bf16;
 
 /// A plain host processor.
-pub type Reference = HostBackend<PlainKernels>;
+pub type Reference = ThreadedBackend<PlainKernels>;
 
 /// Options under which a [`Reference`] is hardest to please.
-pub fn options(dtype: DType, seed: u64) -> HostOptions {
-    HostOptions { fill: Fill::Poison, jitter: Some(seed), ..HostOptions::new(dtype) }
+pub fn options(dtype: DType, seed: u64) -> ThreadedOptions {
+    ThreadedOptions { fill: Fill::Poison, jitter: Some(seed), ..ThreadedOptions::new(dtype) }
 }
 
 /// Definitions as code.

@@ -1,7 +1,7 @@
 //! A processor to try operations on: numbers go in, an operation runs, numbers come out.
 
 use epsmoe_base::{DType, Deadline, Fault, Lane, Layer, Mix, Place};
-use epsmoe_device::op::{Attention, Embed, Op, Upload};
+use epsmoe_device::op::{Attention, Embed, HostToDevice, Op};
 use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
 use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
@@ -64,13 +64,13 @@ const OPERATIONS: usize = 18;
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
     match op {
-        Op::Upload(_) => 0,
+        Op::HostToDevice(_) => 0,
         Op::Embed(_) => 1,
         Op::Norm(_) => 2,
         Op::Gemm(_) => 3,
-        Op::Angles(_) => 4,
+        Op::RopeTable(_) => 4,
         Op::Rotate(_) => 5,
-        Op::StoreRows(_) => 6,
+        Op::KvWrite(_) => 6,
         Op::Attention(_) => 7,
         Op::Route(_) => 8,
         Op::Gather(_) => 9,
@@ -79,7 +79,7 @@ fn number(op: &Op) -> usize {
         Op::Copy(_) => 12,
         Op::Clamp(_) => 13,
         Op::GateRows(_) => 14,
-        Op::Permute(_) => 15,
+        Op::SortByExpert(_) => 15,
         Op::ExpertGemm(_) => 16,
         Op::ArgMax(_) => 17,
     }
@@ -163,7 +163,7 @@ impl<B: Backend> Bench<B> {
     /// Indices, in rows of `width`.
     pub(crate) fn put_words(&self, words: &[u32], width: usize) -> Placed {
         let placed = self.room(DType::U32, words.len() / width, width);
-        self.run("filling", Upload { words: words.into(), out: placed.view.clone() });
+        self.run("filling", HostToDevice { words: words.into(), out: placed.view.clone() });
         placed
     }
 

@@ -51,7 +51,7 @@ fn lookups<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let floats = bench.random_of(DType::F32, rows, width, 9.0);
     let out = bench.room(DType::F32, rows, width);
     let words = floats.values.iter().map(|value| value.to_bits()).collect();
-    bench.run(&what, Upload { words, out: out.view.clone() });
+    bench.run(&what, HostToDevice { words, out: out.view.clone() });
     bench.check_exactly(&what, &out, &floats.values);
 
     let sheet = bench.coarse(9, width);
@@ -135,7 +135,7 @@ fn gathers<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let slots = bench.shuffled(rows + 4)[..rows].to_vec();
     let held = bench.put(&cache);
     let places = bench.put_words(&slots, 1).view;
-    bench.run(&what, StoreRows { x: bench.put(&x).view, slots: places, cache: held.view.clone() });
+    bench.run(&what, KvWrite { x: bench.put(&x).view, slots: places, cache: held.view.clone() });
     for (row, &slot) in slots.iter().enumerate() {
         cache.values[slot as usize * width..][..width].copy_from_slice(x.row(row));
     }
@@ -234,7 +234,7 @@ fn rotations<B: Backend>(bench: &Bench<B>) {
         let angles = bench.room(DType::F32, tokens, dims);
         bench.run(
             &what,
-            Angles {
+            RopeTable {
                 positions: bench.put_words(&positions, 1).view,
                 frequencies: bench.vector(&frequencies),
                 scale: 1.25,
@@ -484,7 +484,7 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
 }
 
 /// Experts and weights of one token, by the definition: pick the best one, again and again.
-fn routed(gate: &Gate, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f64>) {
+fn routed(gate: &TopKRouter, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f64>) {
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let power = |&logit: &f32| (f64::from(logit) - f64::from(most)).exp();
     let total: f64 = logits.iter().map(power).sum();
@@ -561,7 +561,7 @@ fn routes<B: Backend>(bench: &Bench<B>) {
             (Score::Sigmoid, false, true),
             (Score::Sigmoid, true, false),
         ] {
-            let gate = Gate { top_k, score, groups, normalise, scale: 2.5 };
+            let gate = TopKRouter { top_k, score, groups, normalise, scale: 2.5 };
             // Logits that differ by 1/32 or more and are not symmetric about zero, biases that are whole: no two
             // experts or groups are so close that rounding decides.
             let whole = |_| 2.0 * bench.below(4) as f32;
@@ -575,7 +575,7 @@ fn routes<B: Backend>(bench: &Bench<B>) {
     }
 }
 
-fn route<B: Backend>(bench: &Bench<B>, gate: &Gate, logits: &Sheet, bias: Option<&[f32]>) {
+fn route<B: Backend>(bench: &Bench<B>, gate: &TopKRouter, logits: &Sheet, bias: Option<&[f32]>) {
     let what = format!("{gate:?} of {} experts, bias {}", logits.width, bias.is_some());
     let experts = bench.room(DType::U32, logits.rows, gate.top_k);
     let weights = bench.room(DType::F32, logits.rows, gate.top_k);
@@ -602,10 +602,10 @@ fn route<B: Backend>(bench: &Bench<B>, gate: &Gate, logits: &Sheet, bias: Option
 
 /// Ties and limits, worked by hand.
 fn chosen_experts<B: Backend>(bench: &Bench<B>) {
-    let gate = Gate { top_k: 2, score: Score::Sigmoid, groups: None, normalise: false, scale: 1.0 };
-    let by = |groups, kept, by| Gate { groups: Some(GroupLimit { groups, kept, by }), ..gate };
+    let gate = TopKRouter { top_k: 2, score: Score::Sigmoid, groups: None, normalise: false, scale: 1.0 };
+    let by = |groups, kept, by| TopKRouter { groups: Some(GroupLimit { groups, kept, by }), ..gate };
     /// What it shows, the rule, logits, biases and the experts chosen.
-    type Choice<'a> = (&'a str, Gate, &'a [f32], &'a [f32], &'a [u32]);
+    type Choice<'a> = (&'a str, TopKRouter, &'a [f32], &'a [f32], &'a [u32]);
     let cases: &[Choice<'_>] = &[
         ("ties go to the lower number", gate, &[1.0, 1.0, 1.0, 1.0], &[0.0; 4], &[0, 1]),
         ("the best comes first", gate, &[0.0, 1.0, 2.0, 1.0], &[0.0; 4], &[2, 1]),
@@ -637,7 +637,7 @@ fn largest<B: Backend>(bench: &Bench<B>) {
             let words: Vec<u32> = logits.values.iter().map(|value| value.to_bits()).collect();
             // As bits: the way of other numbers through a table would change what is none.
             let view = bench.room(DType::F32, rows, width).view;
-            bench.run(&what, Upload { words: words.into(), out: view.clone() });
+            bench.run(&what, HostToDevice { words: words.into(), out: view.clone() });
             bench.run(&what, ArgMax { logits: view, tokens: tokens.view.clone() });
             let largest = |row: &[f32]| {
                 let mut best = 0;
@@ -654,7 +654,7 @@ fn largest<B: Backend>(bench: &Bench<B>) {
     }
 }
 
-/// Rows sorted by expert: the worked example of [`Permute`], and random choices, even and lopsided.
+/// Rows sorted by expert: the worked example of [`SortByExpert`], and random choices, even and lopsided.
 fn permutations<B: Backend>(bench: &Bench<B>) {
     permutation(bench, 3, &[2, 0, 0, 1], 2);
     for (tokens, experts, top_k) in
@@ -685,7 +685,7 @@ fn permutation<B: Backend>(bench: &Bench<B>, experts: usize, chosen: &[u32], top
     let factors = bench.room(DType::F32, pairs, 1);
     bench.run(
         &what,
-        Permute {
+        SortByExpert {
             experts: bench.put_words(chosen, top_k).view,
             weights: bench.put_as(DType::F32, &weights).view,
             starts: starts.view.clone(),
@@ -731,10 +731,10 @@ fn planned_permutation(
     use epsmoe_plan::*;
     let placement = Placement::new(experts, 1).expect("one rank");
     let routing = Routing::new(experts, top_k, chosen.to_vec(), weights.to_vec()).expect("a routing");
-    let counts = RankCounts::of(&placement, &routing);
+    let counts = TokenHistograms::of(&placement, &routing);
     let send = SendMap::of(&placement, &routing, &counts);
     let home = HomeMap::of(&send, &counts);
-    let counts = LayerCounts::new(&placement, top_k, vec![counts]).expect("one rank's counts");
+    let counts = LayerHistograms::new(&placement, top_k, vec![counts]).expect("one rank's counts");
     let table = StageTable::serial(&placement, GemmKind::Grouped);
     let traffic = Traffic::of(&placement, &counts, &table);
     let maps = ArrivalMaps::of(&placement, Rank(0), &counts, &table, &traffic, top_k, &send.records);

@@ -139,7 +139,7 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
         ("reduce into float32", [narrow, DType::F32], &reduce),
         ("route", [narrow, DType::F32], &|rows, x, out| {
             let gate =
-                Gate { top_k: WIDTH, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
+                TopKRouter { top_k: WIDTH, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
             let wide = bench.room(DType::F32, rows.len(), WIDTH).view;
             let logits = if x.dtype == DType::F32 { x } else { wide };
             bench.fill(&logits, &logits_of(&gates, rows.clone(), WIDTH));

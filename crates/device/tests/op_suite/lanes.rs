@@ -3,7 +3,7 @@
 use crate::bench::Bench;
 use epsmoe_base::{DType, Deadline, FaultKind, Lane, Place};
 use epsmoe_device::Backend;
-use epsmoe_device::op::{Copy, Upload};
+use epsmoe_device::op::{Copy, HostToDevice};
 use std::time::Duration;
 
 pub(crate) fn suite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
@@ -29,7 +29,7 @@ fn events_order<B: Backend>(bench: &Bench<B>) {
     for round in 0..ROUNDS {
         bench.device.lane_wait(Lane::Compute, &copied);
         let words = vec![(round as f32).to_bits(); ROWS * WIDTH].into();
-        enqueue(Lane::Compute, Upload { words, out: source.clone() }.into());
+        enqueue(Lane::Compute, HostToDevice { words, out: source.clone() }.into());
         let filled = bench.device.record(Lane::Compute);
         bench.device.lane_wait(Lane::Transfer, &filled);
         enqueue(Lane::Transfer, Copy { x: source.clone(), out: kept.clone() }.into());

@@ -17,15 +17,15 @@ use epsmoe_base::{DType, Rank, env};
 use epsmoe_device::Backend;
 use epsmoe_device::cpu::{CpuKernels, gemm::Isa};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
-use epsmoe_device::host::{Fill, HostBackend, Kernels, WeightStore};
 use epsmoe_device::reference::{self, PlainKernels};
+use epsmoe_device::threaded::{Fill, Kernels, ThreadedBackend, WeightStore};
 use std::sync::{Arc, OnceLock};
 
 /// A bench on a host processor.
-fn host<K: Kernels>(kernels: Result<K, String>, dtype: DType) -> Result<Bench<HostBackend<K>>, String> {
+fn host<K: Kernels>(kernels: Result<K, String>, dtype: DType) -> Result<Bench<ThreadedBackend<K>>, String> {
     let seed = env::test_seed();
     let weights = Arc::<WeightStore<_>>::default();
-    let device = HostBackend::new(Rank(0), kernels?, weights, reference::options(dtype, seed));
+    let device = ThreadedBackend::new(Rank(0), kernels?, weights, reference::options(dtype, seed));
     device.map(|device| Bench::new(device, seed)).map_err(|error| error.to_string())
 }
 

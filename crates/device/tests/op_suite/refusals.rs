@@ -45,7 +45,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     };
     let parts =
         |parts: Vec<GemmPart>, bias: Option<&Weight>, epilogue| Gemm { parts, bias: bias.cloned(), epilogue };
-    let gate = Gate { top_k: 2, score: Score::Softmax, groups: None, normalise: false, scale: 1.0 };
+    let gate = TopKRouter { top_k: 2, score: Score::Softmax, groups: None, normalise: false, scale: 1.0 };
     let route = |gate, bias: Option<&Weight>| Route {
         logits: x.clone(),
         gate,
@@ -55,7 +55,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     };
     let groups = |groups, kept| Some(GroupLimit { groups, kept, by: GroupScore::Max });
     let (starts, index) = (u32s(bench, "starts", 4, 1), u32s(bench, "index", 6, 1));
-    let permute = |experts: &Buffer| Permute {
+    let permute = |experts: &Buffer| SortByExpert {
         experts: experts.clone(),
         weights: column.clone(),
         starts: starts.clone(),
@@ -106,7 +106,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         style: RopeStyle::HalfSplit,
         angles: angles.clone(),
     };
-    let angles = |frequencies: &Weight| Angles {
+    let angles = |frequencies: &Weight| RopeTable {
         positions: ids.clone(),
         frequencies: frequencies.clone(),
         scale: 1.0,
@@ -114,9 +114,12 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     };
     let store = Epilogue::Store;
     let cases: Vec<(Op, &str)> = vec![
-        (Upload { words: [1, 2].into(), out: ids.clone() }.into(), "upload: 2 words into ids[3, 1] uint32"),
         (
-            Upload { words: [0; 12].into(), out: half.clone() }.into(),
+            HostToDevice { words: [1, 2].into(), out: ids.clone() }.into(),
+            "upload: 2 words into ids[3, 1] uint32",
+        ),
+        (
+            HostToDevice { words: [0; 12].into(), out: half.clone() }.into(),
             "upload: 12 words into half[3, 4] bfloat16",
         ),
         (
@@ -176,7 +179,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         (rotate(3, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 3 cannot turn elements 0..2"),
         (rotate(0, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 0 cannot turn elements 0..2"),
         (
-            StoreRows { x: x.clone(), slots: ids.clone(), cache: narrow.clone() }.into(),
+            KvWrite { x: x.clone(), slots: ids.clone(), cache: narrow.clone() }.into(),
             "store: cache is narrow[3, 2] float32, but must be float32 of width 4",
         ),
         (
@@ -207,18 +210,18 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             Attention { sequence_starts: u32s(bench, "starts", 2, 1), ..attention }.into(),
             "attention: starts[2, 1] uint32 does not delimit the sequences of blocks[2, 2] uint32",
         ),
-        (route(Gate { top_k: 0, ..gate }, None).into(), "route: top_k is 0, but there are 4 experts"),
-        (route(Gate { top_k: 5, ..gate }, None).into(), "route: top_k is 5, but there are 4 experts"),
+        (route(TopKRouter { top_k: 0, ..gate }, None).into(), "route: top_k is 0, but there are 4 experts"),
+        (route(TopKRouter { top_k: 5, ..gate }, None).into(), "route: top_k is 5, but there are 4 experts"),
         (
-            route(Gate { top_k: 1, ..gate }, None).into(),
+            route(TopKRouter { top_k: 1, ..gate }, None).into(),
             "route: top_k is 1, but outputs are experts[3, 2] uint32 and weights[3, 2] float32",
         ),
         (
-            route(Gate { groups: groups(3, 1), ..gate }, None).into(),
+            route(TopKRouter { groups: groups(3, 1), ..gate }, None).into(),
             "route: 4 experts and top 2 do not fit GroupLimit { groups: 3, kept: 1, by: Max }",
         ),
         (
-            route(Gate { groups: groups(4, 1), ..gate }, None).into(),
+            route(TopKRouter { groups: groups(4, 1), ..gate }, None).into(),
             "route: 4 experts and top 2 do not fit GroupLimit { groups: 4, kept: 1, by: Max }",
         ),
         (route(gate, Some(&long)).into(), "route: bias long is Vector { n: 5 }, but there are 4 experts"),
@@ -353,7 +356,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         .into()
     }
     fn permute<B: Backend>(bench: &Bench<B>, experts: &[u32]) -> Op {
-        Permute {
+        SortByExpert {
             experts: bench.put_words(experts, 1).view,
             weights: f32s(bench, "weights", experts.len(), 1),
             starts: u32s(bench, "starts", 4, 1),
@@ -385,7 +388,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         }),
         ("store: cache slot 8 is not below 8", &|bench| {
             let (x, cache) = (bench.put(&bench.random(2, 4, 1.0)).view, f32s(bench, "cache", 8, 4));
-            StoreRows { x, slots: bench.put_words(&[7, 8], 1).view, cache }.into()
+            KvWrite { x, slots: bench.put_words(&[7, 8], 1).view, cache }.into()
         }),
         ("gather: row 4 is not below 4", &|bench| gather(bench, &[0, 4])),
         ("gather: row 4294967295 is not below 4", &|bench| gather(bench, &[u32::MAX])),

@@ -4,7 +4,7 @@
 
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
-use epsmoe_device::op::{Attention, Embed, Epilogue, Gather, Gemm, GemmPart, Op, Reduce, Upload};
+use epsmoe_device::op::{Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, Op, Reduce};
 use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
 use half::bf16;
 use std::io::BufRead;
@@ -244,7 +244,7 @@ impl Stock {
         let (expanded, middle, outputs, sums) =
             (room(copies, hidden), room(copies, inner), room(copies, hidden), room(arrived as usize, hidden));
         let factors = backend.allocate("factors", DType::F32, copies, 1).expect("memory");
-        run(&backend, Upload { words: weights.into(), out: factors.clone() });
+        run(&backend, HostToDevice { words: weights.into(), out: factors.clone() });
         let gemm = |parts, epilogue| Op::from(Gemm { parts, bias: None, epilogue });
         let turn = vec![
             Gather { x: rows, index: words(&backend, &expand), out: expanded.clone() }.into(),
@@ -302,7 +302,7 @@ fn run(backend: &CudaBackend, op: impl Into<Op>) {
 
 fn words(backend: &CudaBackend, words: &[u32]) -> Buffer {
     let out = backend.allocate("words", DType::U32, words.len(), 1).expect("memory");
-    run(backend, Upload { words: words.into(), out: out.clone() });
+    run(backend, HostToDevice { words: words.into(), out: out.clone() });
     out
 }
 
@@ -357,7 +357,9 @@ fn measure_attention(
     let (tokens, blocks) = (sequences * new, (cached + new).div_ceil(BLOCK));
     let words = |name, words: Vec<u32>, width: usize| {
         let out = backend.allocate(name, DType::U32, words.len() / width, width).expect("memory");
-        backend.enqueue(lane, place, Upload { words: words.into(), out: out.clone() }).expect("it fits");
+        backend
+            .enqueue(lane, place, HostToDevice { words: words.into(), out: out.clone() })
+            .expect("it fits");
         out
     };
     let filled = |name: &'static str, rows: usize, width: usize| {

@@ -1,18 +1,18 @@
 //! Attention: normed rows in, what is added to the residual out. Both kinds end in one operation over a paged
 //! cache, whose blocks the engine hands out; the bytes are here.
 
-mod grouped;
-mod latent;
+mod gqa;
+mod mla;
 
 use crate::forward::{ModelOptions, compute};
 use crate::load::Loader;
 use crate::step::Step;
-use crate::{AttentionSpec, LatentSpec, LayerPart, ModelError, Window};
+use crate::{AttentionSpec, LayerPart, MlaSpec, ModelError, Window};
 use epsmoe_base::{Layer, Place};
-use epsmoe_device::op::{self, Gemm, NormKind, Op, RopeStyle, Rotate, StoreRows};
+use epsmoe_device::op::{self, Gemm, KvWrite, NormKind, Op, RopeStyle, Rotate};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
-use grouped::Grouped;
-use latent::Latent;
+use gqa::Gqa;
+use mla::Mla;
 use std::ops::Range;
 
 /// Tokens in a block of the cache.
@@ -20,12 +20,12 @@ pub const BLOCK_SIZE: usize = 64;
 
 /// The attention of one layer: the weights and the cache of this rank's heads.
 pub(crate) enum Attention {
-    Grouped(Grouped),
-    Latent(Latent),
+    Gqa(Gqa),
+    Mla(Mla),
 }
 
 impl Attention {
-    /// The attention of every layer. The room for what is computed in between is shared by all of them.
+    /// The attention of every layer. The workspace for what is computed in between is shared by all of them.
     pub(crate) fn load<B: Backend>(
         loader: &Loader<'_, B>,
         options: &ModelOptions,
@@ -33,18 +33,18 @@ impl Attention {
         let layers = (0..loader.spec.layers.len()).map(Layer);
         let slots = options.cache_blocks * BLOCK_SIZE;
         match &loader.spec.attention {
-            AttentionSpec::Grouped(spec) => {
-                let own = grouped::OwnHeads::of(spec, loader.layout.in_group());
-                let room = grouped::Room::allocate(loader.device, &own, options.max_tokens)?;
-                let load = |layer| Grouped::load(loader, layer, &own, &room, slots).map(Attention::Grouped);
+            AttentionSpec::Gqa(spec) => {
+                let own = gqa::OwnHeads::of(spec, loader.layout.in_group());
+                let workspace = gqa::Workspace::allocate(loader.device, &own, options.max_tokens)?;
+                let load = |layer| Gqa::load(loader, layer, &own, &workspace, slots).map(Attention::Gqa);
                 layers.map(load).collect()
             }
-            AttentionSpec::Latent(spec) => {
+            AttentionSpec::Mla(spec) => {
                 let heads = loader.layout.in_group().of(spec.heads);
-                let own = LatentSpec { heads: heads.len(), ..*spec };
-                let room = latent::Room::allocate(loader.device, &own, options.max_tokens)?;
+                let own = MlaSpec { heads: heads.len(), ..*spec };
+                let workspace = mla::Workspace::allocate(loader.device, &own, options.max_tokens)?;
                 let load = |layer| {
-                    Latent::load(loader, layer, own, heads.clone(), &room, slots).map(Attention::Latent)
+                    Mla::load(loader, layer, own, heads.clone(), &workspace, slots).map(Attention::Mla)
                 };
                 layers.map(load).collect()
             }
@@ -59,8 +59,8 @@ impl Attention {
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         match self {
-            Attention::Grouped(attention) => attention.run(context, x, out),
-            Attention::Latent(attention) => attention.run(context, x, out),
+            Attention::Gqa(attention) => attention.run(context, x, out),
+            Attention::Mla(attention) => attention.run(context, x, out),
         }
     }
 }
@@ -135,7 +135,7 @@ impl<B: Backend> Context<'_, B> {
     }
 
     fn store(&self, x: &Buffer, cache: &Buffer) -> Result<(), DeviceError> {
-        self.compute(StoreRows { x: x.clone(), slots: self.step.slots.clone(), cache: cache.clone() })
+        self.compute(KvWrite { x: x.clone(), slots: self.step.slots.clone(), cache: cache.clone() })
     }
 
     fn attend(

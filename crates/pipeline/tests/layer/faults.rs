@@ -3,7 +3,7 @@
 
 use crate::world::{Case, Got, PATIENT, Setup, run};
 use epsmoe_base::{DType, Fault, FaultKind, Rank};
-use epsmoe_fabric::{Act, Mischief};
+use epsmoe_fabric::{FaultInjection, InjectedFault};
 use epsmoe_plan::{Capacity, GemmKind, Policy, Stages};
 use std::time::{Duration, Instant};
 
@@ -103,18 +103,27 @@ fn fails(case: &Case, setup: Setup, kind: FaultKind, texts: &[&str]) {
 }
 
 /// The exchanges of a layer of four stages: metadata, then the transfer order.
-fn at(rank: usize, exchange: u64, act: Act) -> Setup {
-    Setup { mischief: Some(Mischief { rank: Rank(rank), exchange, act }), ..Setup::new(four_stages()) }
+fn at(rank: usize, exchange: u64, act: InjectedFault) -> Setup {
+    Setup { injection: Some(FaultInjection { rank: Rank(rank), exchange, act }), ..Setup::new(four_stages()) }
 }
 
 #[test]
 fn a_stalled_rank_is_named_with_layer_and_stage() {
     let (case, kind) = (Case::fixed(), FaultKind::Deadline);
     for (setup, text) in [
-        (at(1, 0, Act::Stall), "rank 0, layer 0: rank 1 did not send metadata within 400ms"),
-        (at(1, 2, Act::Stall), "rank 0, layer 0, stage 1: rank 1 did not send dispatch within 400ms"),
-        (at(0, 8, Act::Stall), "rank 1, layer 0, stage 3: rank 0 did not send combine within 400ms"),
-        (at(1, 9 + 3, Act::Stall), "rank 0, layer 1, stage 0: rank 1 did not send combine within 400ms"),
+        (at(1, 0, InjectedFault::Stall), "rank 0, layer 0: rank 1 did not send metadata within 400ms"),
+        (
+            at(1, 2, InjectedFault::Stall),
+            "rank 0, layer 0, stage 1: rank 1 did not send dispatch within 400ms",
+        ),
+        (
+            at(0, 8, InjectedFault::Stall),
+            "rank 1, layer 0, stage 3: rank 0 did not send combine within 400ms",
+        ),
+        (
+            at(1, 9 + 3, InjectedFault::Stall),
+            "rank 0, layer 1, stage 0: rank 1 did not send combine within 400ms",
+        ),
     ] {
         fails(&case, setup, kind, &[text]);
     }
@@ -122,7 +131,7 @@ fn a_stalled_rank_is_named_with_layer_and_stage() {
         Case { tokens: vec![9, 0, 5], placement: epsmoe_plan::Placement::new(12, 3).unwrap(), ..case };
     fails(
         &three,
-        at(1, 5, Act::Stall),
+        at(1, 5, InjectedFault::Stall),
         kind,
         &[
             "rank 0, layer 0, stage 1: rank 1 did not send combine within 400ms",
@@ -145,13 +154,16 @@ fn a_rank_that_does_not_come_to_the_layer_is_named() {
 #[test]
 fn a_panicking_rank_is_named_with_layer_and_stage() {
     for (setup, text) in [
-        (at(1, 0, Act::Panic), "rank 1, layer 0: metadata panicked: rank 1 panics on purpose at metadata"),
         (
-            at(1, 4, Act::Panic),
+            at(1, 0, InjectedFault::Panic),
+            "rank 1, layer 0: metadata panicked: rank 1 panics on purpose at metadata",
+        ),
+        (
+            at(1, 4, InjectedFault::Panic),
             "rank 1, layer 0, stage 2: dispatch panicked: rank 1 panics on purpose at dispatch",
         ),
         (
-            at(0, 17, Act::Panic),
+            at(0, 17, InjectedFault::Panic),
             "rank 0, layer 1, stage 3: combine panicked: rank 0 panics on purpose at combine",
         ),
     ] {
@@ -164,15 +176,15 @@ fn a_wrong_number_of_rows_is_named_with_layer_and_stage() {
     let (case, kind) = (Case::fixed(), FaultKind::Mismatch);
     for (setup, text) in [
         (
-            at(1, 0, Act::SendOneRowLess),
+            at(1, 0, InjectedFault::SendOneRowLess),
             "rank 0, layer 0: rank 1 sent 19 rows of metadata (5 wide, uint32) where 20 rows (5 wide, uint32) were announced",
         ),
         (
-            at(1, 2, Act::SendOneRowLess),
+            at(1, 2, InjectedFault::SendOneRowLess),
             "rank 0, layer 0, stage 1: rank 1 sent 8 rows of dispatch (16 wide, float32) where 9 rows (16 wide, float32) were announced",
         ),
         (
-            at(1, 7, Act::SendOneRowLess),
+            at(1, 7, InjectedFault::SendOneRowLess),
             "rank 0, layer 0, stage 2: rank 1 sent 6 rows of combine (16 wide, float32) where 7 rows (16 wide, float32) were announced",
         ),
     ] {

@@ -3,11 +3,11 @@
 use epsmoe_base::{
     DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, hash_bytes,
 };
-use epsmoe_device::host::{HostOptions, WeightStore};
-use epsmoe_device::op::{Embed, Gate, Score, Upload};
+use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
+use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
-use epsmoe_fabric::{Mischief, Threads, ThreadsOptions};
+use epsmoe_fabric::{FaultInjection, Threads, ThreadsOptions};
 use epsmoe_pipeline::{
     ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
 };
@@ -28,7 +28,7 @@ pub(crate) struct Case {
     pub(crate) placement: Placement,
     pub(crate) hidden: usize,
     pub(crate) inner: usize,
-    pub(crate) gate: Gate,
+    pub(crate) gate: TopKRouter,
     /// Expert that a strong bias sends every token to.
     pub(crate) hot: Option<usize>,
     /// Inner width of the shared expert.
@@ -45,7 +45,7 @@ impl Case {
         let mut mix = Mix::keyed(seed, &[1]);
         let ranks = 1 + mix.below(4);
         let experts = ranks + mix.below(3 * ranks + 2);
-        let gate = Gate {
+        let gate = TopKRouter {
             top_k: 1 + mix.below(experts.min(4)),
             score: [Score::Softmax, Score::Sigmoid][mix.below(2)],
             groups: None,
@@ -70,7 +70,7 @@ impl Case {
 
     /// Two ranks of four experts, top 3, with 24 tokens each: rows in every stage, whatever the cut.
     pub(crate) fn fixed() -> Self {
-        let gate = Gate { top_k: 3, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
+        let gate = TopKRouter { top_k: 3, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
         Case {
             seed: 7,
             dtype: DType::F32,
@@ -126,7 +126,7 @@ pub(crate) struct Setup {
     pub(crate) delay: Option<u64>,
     /// A lane wait of one rank to leave out.
     pub(crate) skipped: Option<(usize, usize)>,
-    pub(crate) mischief: Option<Mischief>,
+    pub(crate) injection: Option<FaultInjection>,
     /// A rank that comes to no layer.
     pub(crate) absent: Option<usize>,
     /// How long ranks wait for each other.
@@ -143,7 +143,7 @@ impl Setup {
             jitter: 1,
             delay: None,
             skipped: None,
-            mischief: None,
+            injection: None,
             absent: None,
             timeout: PATIENT,
         }
@@ -175,14 +175,14 @@ pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
     let faults = FaultCell::default();
     let fabric = ThreadsOptions {
         delay: setup.delay,
-        mischief: setup.mischief,
+        injection: setup.injection,
         ..ThreadsOptions::new(setup.timeout, faults.clone())
     };
     let weights = Arc::<WeightStore<_>>::default();
     let (done, answers) = mpsc::channel();
     for (rank, fabric) in Threads::world(case.placement.ranks(), fabric).into_iter().enumerate() {
         let skipped = setup.skipped.filter(|&(who, _)| who == rank).map(|(_, wait)| wait);
-        let host = HostOptions {
+        let host = ThreadedOptions {
             faults: faults.clone(),
             skipped_waits: skipped.into_iter().collect(),
             ..reference::options(case.dtype, setup.jitter)
@@ -307,7 +307,7 @@ fn fill(device: &Reference, out: &Buffer, values: &[f32]) {
     let ids = device.allocate("ids", DType::U32, rows, 1).expect("memory");
     let compute =
         |op: epsmoe_device::op::Op| device.enqueue(Lane::Compute, Place::default(), op).expect("it fits");
-    compute(Upload { words: (0..rows as u32).collect(), out: ids.clone() }.into());
+    compute(HostToDevice { words: (0..rows as u32).collect(), out: ids.clone() }.into());
     compute(Embed { ids, table, out: out.clone() }.into());
 }
 

@@ -2,7 +2,7 @@
 
 use super::record::{NONE, Record, record_words};
 use super::starts;
-use crate::{LayerCounts, Placement, PlanError, StageTable, Traffic};
+use crate::{LayerHistograms, Placement, PlanError, StageTable, Traffic};
 use epsmoe_base::{Rank, Stage};
 
 /// How a rank spreads the rows it received over its experts, and folds the experts' outputs into the sums it
@@ -30,7 +30,7 @@ impl ArrivalMaps {
     pub fn of(
         placement: &Placement,
         rank: Rank,
-        counts: &LayerCounts,
+        counts: &LayerHistograms,
         table: &StageTable,
         traffic: &Traffic,
         top_k: usize,
@@ -74,7 +74,7 @@ impl ArrivalMaps {
 struct Arrival<'a> {
     placement: &'a Placement,
     rank: Rank,
-    counts: &'a LayerCounts,
+    counts: &'a LayerHistograms,
     table: &'a StageTable,
     traffic: &'a Traffic,
     top_k: usize,

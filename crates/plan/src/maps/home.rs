@@ -1,7 +1,7 @@
 //! The source's view of combine.
 
 use super::{SendMap, starts};
-use crate::RankCounts;
+use crate::TokenHistograms;
 
 /// Where in the home buffer the partial sums of each token are.
 ///
@@ -17,7 +17,7 @@ pub struct HomeMap {
 
 impl HomeMap {
     /// Maps what comes home for the rows of `send`; `counts` are those of the same routing.
-    pub fn of(send: &SendMap, counts: &RankCounts) -> Self {
+    pub fn of(send: &SendMap, counts: &TokenHistograms) -> Self {
         let mut rows_of = vec![0; counts.tokens as usize];
         for &token in &send.tokens {
             rows_of[token as usize] += 1;

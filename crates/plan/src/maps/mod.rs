@@ -52,7 +52,7 @@ pub(crate) mod example {
     pub(crate) struct Layer {
         pub(crate) placement: Placement,
         pub(crate) routings: [Routing; 2],
-        pub(crate) counts: LayerCounts,
+        pub(crate) counts: LayerHistograms,
         pub(crate) table: StageTable,
         pub(crate) traffic: Traffic,
     }
@@ -64,8 +64,8 @@ pub(crate) mod example {
             Routing::new(5, 2, vec![2, 0, 1, 3, 0, 4], vec![2., 0., 11., 13., 20., 24.]).unwrap(),
             Routing::new(5, 2, vec![2, 3, 4, 3], vec![92., 93., 104., 103.]).unwrap(),
         ];
-        let ranks = routings.iter().map(|routing| RankCounts::of(&placement, routing)).collect();
-        let counts = LayerCounts::new(&placement, 2, ranks).unwrap();
+        let ranks = routings.iter().map(|routing| TokenHistograms::of(&placement, routing)).collect();
+        let counts = LayerHistograms::new(&placement, 2, ranks).unwrap();
         let table = StageTable::sized(&placement, &[1, 2], GemmKind::Grouped).unwrap();
         let traffic = Traffic::of(&placement, &counts, &table);
         Layer { placement, routings, counts, table, traffic }

@@ -1,7 +1,7 @@
 //! The source's view of dispatch.
 
 use super::{record, record_words, starts};
-use crate::{Placement, RankCounts, Routing};
+use crate::{Placement, Routing, TokenHistograms};
 
 /// Which token is in which row of the send buffer, and the record that travels with each row.
 ///
@@ -21,7 +21,7 @@ pub struct SendMap {
 
 impl SendMap {
     /// Maps a rank's own tokens; `counts` are those of the same `routing`.
-    pub fn of(placement: &Placement, routing: &Routing, counts: &RankCounts) -> Self {
+    pub fn of(placement: &Placement, routing: &Routing, counts: &TokenHistograms) -> Self {
         let (experts, weights) = (routing.experts(), routing.weights());
         let (top_k, words) = (routing.top_k(), record_words(routing.top_k()));
         // next[e]: where the next row with first expert e goes.

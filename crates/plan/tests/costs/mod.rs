@@ -7,14 +7,19 @@ use epsmoe_plan::*;
 pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
     let gemm = |mix: &mut Mix| GemmCost {
         flops_per_second: 1_000_000_000_000 << mix.below(6),
-        rows: Curve::of([(1, 100 + mix.below(200) as u64), (64, 600), (512, 700 + mix.below(300) as u64)]),
-        depth: Curve::flat(500 + mix.below(500) as u64),
+        rows: Piecewise::of([
+            (1, 100 + mix.below(200) as u64),
+            (64, 600),
+            (512, 700 + mix.below(300) as u64),
+        ]),
+        depth: Piecewise::flat(500 + mix.below(500) as u64),
         weight_bytes_per_second: 100_000_000_000 << mix.below(4),
         op_ns: mix.below(20_000) as u64,
         least_columns: mix.below(80) as u64,
     };
-    let line =
-        |mix: &mut Mix, start: usize, rate: u64| Curve::line(mix.below(start) as u64, rate << mix.below(6));
+    let line = |mix: &mut Mix, start: usize, rate: u64| {
+        Piecewise::line(mix.below(start) as u64, rate << mix.below(6))
+    };
     CostModel {
         version: CostModel::VERSION,
         machine: "random".into(),
@@ -62,10 +67,10 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
 /// A layer's placement, counts and widths.
 pub(crate) struct Layer {
     pub(crate) placement: Placement,
-    pub(crate) counts: LayerCounts,
+    pub(crate) counts: LayerHistograms,
     pub(crate) shape: LayerShape,
     /// Where the counts come from.
-    pub(crate) law: RoutingLaw,
+    pub(crate) law: SyntheticRouting,
 }
 
 impl Layer {
@@ -73,7 +78,7 @@ impl Layer {
         let ranks = 1 + mix.below(most_ranks);
         let experts = ranks * (1 + mix.below(most_local));
         let placement = Placement::new(experts, ranks).expect("ranks ≤ experts");
-        let law = RoutingLaw {
+        let law = SyntheticRouting {
             top_k: 1 + mix.below(experts.min(6)),
             groups: None,
             zipf_permille: [0, 0, 800, 1500][mix.below(4)],

@@ -10,7 +10,7 @@ pub(crate) fn deepseek_v2() -> ModelSizes {
         hidden: 5120,
         vocab: 102_400,
         tied: false,
-        attention: AttentionSizes::Latent {
+        attention: AttentionSizes::Mla {
             heads: 128,
             query_rank: 1536,
             latent: 512,
@@ -36,7 +36,7 @@ pub(crate) fn mixtral() -> ModelSizes {
         hidden: 4096,
         vocab: 32_000,
         tied: false,
-        attention: AttentionSizes::Grouped { heads: 32, kv_heads: 8, head: 128 },
+        attention: AttentionSizes::Gqa { heads: 32, kv_heads: 8, head: 128 },
         experts: 8,
         top_k: 2,
         groups: None,
@@ -53,7 +53,7 @@ pub(crate) fn dbrx() -> ModelSizes {
         layers: 40,
         hidden: 6144,
         vocab: 100_352,
-        attention: AttentionSizes::Grouped { heads: 48, kv_heads: 8, head: 128 },
+        attention: AttentionSizes::Gqa { heads: 48, kv_heads: 8, head: 128 },
         experts: 16,
         top_k: 4,
         inner: 10_752,

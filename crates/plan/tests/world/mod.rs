@@ -75,12 +75,12 @@ impl Case {
     }
 
     /// What every rank announces.
-    pub(crate) fn rank_counts(&self) -> Vec<RankCounts> {
-        self.routings.iter().map(|routing| RankCounts::of(&self.placement, routing)).collect()
+    pub(crate) fn rank_counts(&self) -> Vec<TokenHistograms> {
+        self.routings.iter().map(|routing| TokenHistograms::of(&self.placement, routing)).collect()
     }
 
     /// The counts after a rendezvous, by way of bytes.
-    pub(crate) fn counts(&self) -> LayerCounts {
+    pub(crate) fn counts(&self) -> LayerHistograms {
         gather(&self.placement, &self.routings)
     }
 
@@ -118,11 +118,12 @@ impl Case {
     }
 }
 
-fn gather(placement: &Placement, routings: &[Routing]) -> LayerCounts {
-    let send = |routing| RankCounts::of(placement, routing).encode();
-    let receive = |bytes: Vec<u8>| RankCounts::decode(&bytes, placement.experts()).expect("the right length");
+fn gather(placement: &Placement, routings: &[Routing]) -> LayerHistograms {
+    let send = |routing| TokenHistograms::of(placement, routing).encode();
+    let receive =
+        |bytes: Vec<u8>| TokenHistograms::decode(&bytes, placement.experts()).expect("the right length");
     let ranks = routings.iter().map(send).map(receive).collect();
-    LayerCounts::new(placement, routings[0].top_k(), ranks).expect("true counts")
+    LayerHistograms::new(placement, routings[0].top_k(), ranks).expect("true counts")
 }
 
 /// Any order in which no combine comes before what it needs.
@@ -181,7 +182,7 @@ pub(crate) struct Run {
     placement: Placement,
     top_k: usize,
     table: StageTable,
-    counts: LayerCounts,
+    counts: LayerHistograms,
     pub(crate) traffic: Traffic,
     pub(crate) send: Vec<SendMap>,
     pub(crate) home: Vec<HomeMap>,

@@ -14,7 +14,7 @@ use contenders::{Contender, measure, rows, side_by_side, ways};
 use epsmoe_base::{Bytes, Mix, count};
 use epsmoe_engine::{Parallel, Request};
 use epsmoe_fabric::Pacing;
-use epsmoe_plan::{Accounts, Correction, Schedule, Watched};
+use epsmoe_plan::{Correction, LayerSample, Schedule, TimeBreakdown};
 use serde::Serialize;
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -86,7 +86,7 @@ struct Row {
     /// Most bytes that a layer needed on a rank.
     peak_bytes: u64,
     /// Where the time of the slowest rank went in the last round, in nanoseconds.
-    accounts: Accounts,
+    accounts: TimeBreakdown,
     /// Whether the accounts make up that time within 2 %.
     accounts_complete: bool,
     /// Tokens per second over those of the serial schedule in the same round, of the same strategy and kernel; null
@@ -248,7 +248,7 @@ fn page(report: &Report, contenders: &[Contender]) -> Page {
         let median = median.map(|timeline| (label(row) + only, vec![Lanes { what: "", parts, timeline }]));
         let plans = contender.engine.schedule().into_iter().flat_map(|report| &report.plans);
         let held_against = plans.filter_map(|plan| {
-            let Watched { predicted, measured, .. } = plan.watched.as_ref()?;
+            let LayerSample { predicted, measured, .. } = plan.watched.as_ref()?;
             let lanes = [(", predicted", predicted), (", measured", measured)];
             let lanes = lanes.map(|(what, timeline)| Lanes { what, parts, timeline: timeline.clone() });
             Some((format!("predicted over measured, {}", plan.bucket), lanes.into()))

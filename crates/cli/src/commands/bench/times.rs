@@ -1,7 +1,7 @@
 //! What a timeline says about its MoE layers.
 
 use epsmoe_base::{Lane, Layer, Rank};
-use epsmoe_plan::{Accounts, Span, Timeline};
+use epsmoe_plan::{Span, TimeBreakdown, Timeline};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// One MoE layer of one step.
@@ -101,9 +101,9 @@ fn inside(spans: &[&Span], start: u64, end: u64) -> Timeline {
 }
 
 /// The accounts of the rank that had the least time to spare.
-pub(super) fn busiest(timeline: &Timeline) -> Accounts {
+pub(super) fn busiest(timeline: &Timeline) -> TimeBreakdown {
     let ranks: BTreeSet<Rank> = timeline.spans.iter().map(|span| span.rank).collect();
-    let accounts = ranks.into_iter().map(|rank| Accounts::of(timeline, rank));
+    let accounts = ranks.into_iter().map(|rank| TimeBreakdown::of(timeline, rank));
     accounts.min_by_key(|accounts| accounts.rendezvous + accounts.idle).unwrap_or_default()
 }
 

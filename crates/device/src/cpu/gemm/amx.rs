@@ -33,7 +33,7 @@ mod linux {
     use super::{ElementType, Functions};
     use crate::cpu::gemm::kernel::{BLOCK_STEPS, BLOCK_STRIDE, ChunkLimit, Several, Tile, VECTORS};
     use crate::cpu::gemm::{amx_pieces, avx512};
-    use crate::host::LINE_BYTES;
+    use crate::threaded::LINE_BYTES;
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid_count, _xgetbv};
     use std::sync::LazyLock;

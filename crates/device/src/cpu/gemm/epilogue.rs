@@ -3,7 +3,7 @@
 //! one, so the bits do not depend on the vector width.
 
 use super::kernel::VECTORS;
-use crate::host::Element;
+use crate::threaded::Element;
 use half::bf16;
 use std::slice;
 

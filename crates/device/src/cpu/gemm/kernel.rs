@@ -7,7 +7,7 @@
 use super::epilogue::Finish;
 use super::{ElementType, Isa, amx, avx2, avx512, scalar};
 use crate::cpu::attention::KEYS;
-use crate::host::LINE_BYTES;
+use crate::threaded::LINE_BYTES;
 
 /// Vectors side by side in a tile. With 14 rows, 2 vectors of sums a row leave 4 of AVX-512's 32
 /// registers for the weights and the activation; gate and up take one vector each.
@@ -421,7 +421,7 @@ macro_rules! functions {
                 unsafe { kernel::multiply_tile::<$kernel, ROWS, PANELS>(tile) }
             }
             $(#[target_feature(enable = $feature)])?
-            unsafe fn store<T: $crate::host::Element>(finish: &epilogue::Finish<'_, T>) {
+            unsafe fn store<T: $crate::threaded::Element>(finish: &epilogue::Finish<'_, T>) {
                 // SAFETY: the caller's promise.
                 unsafe { epilogue::store::<T, { <$kernel as kernel::Kernel>::LANES }>(finish) }
             }

@@ -14,18 +14,18 @@ mod amx;
 mod amx_pieces;
 mod avx2;
 mod avx512;
-mod driver;
 mod epilogue;
 mod kernel;
 mod pack;
 pub mod peak;
 mod scalar;
+mod tiling;
 
-pub(super) use driver::multiply;
 pub(super) use epilogue::exp;
 pub(super) use kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Prefetch, Tile};
 pub(super) use pack::{AlignedWords, SourceRow, bytes_to_words};
 pub use pack::{ElementType, PackedMatrix};
+pub(super) use tiling::multiply;
 
 use std::fmt;
 use std::str::FromStr;

@@ -4,7 +4,7 @@ use super::Isa;
 use super::epilogue::round_to_bf16;
 use super::kernel::Functions;
 use crate::cpu::pool::ComputePool;
-use crate::host::{Pages, Piece, Slabs};
+use crate::threaded::{Pages, Piece, Slabs};
 use epsmoe_base::DType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};

@@ -4,7 +4,7 @@ use super::bench::{Bench, LARGEST, time_until};
 use super::beside::Work;
 use super::{Figure, Table};
 use crate::cuda::{CudaBackend, CudaOptions, CudaWeights};
-use crate::op::{Embed, Epilogue, Gemm, GemmPart, Upload};
+use crate::op::{Embed, Epilogue, Gemm, GemmPart, HostToDevice};
 use crate::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use half::bf16;
@@ -41,7 +41,7 @@ impl Product {
         let out = backend.allocate("out", DType::BF16, m, n)?;
         let (lane, place) = (Lane::Compute, Place::default());
         let words = (0..m).map(|row| (row % n) as u32).collect();
-        backend.enqueue(lane, place, Upload { words, out: ids.clone() })?;
+        backend.enqueue(lane, place, HostToDevice { words, out: ids.clone() })?;
         backend.enqueue(lane, place, Embed { ids, table, out: x.clone() })?;
         Ok(Product { backend, x, weight, out })
     }

@@ -1,23 +1,23 @@
 //! Layers that no profile was fitted to: drawn by a seed.
 
-use crate::{Lab, LabOptions, LabShape, with_link};
+use crate::{LayerRig, RigOptions, RigShape, with_link};
 use epsmoe_base::{DType, Mix};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
-    CostModel, GemmKind, LayerCounts, LayerShape, Placement, RankCounts, Routing, RoutingLaw, SharedExpert,
-    StageTable, Workload, sensible_orders,
+    CostModel, GemmKind, LayerHistograms, LayerShape, Placement, Routing, SharedExpert, StageTable,
+    SyntheticRouting, TokenHistograms, Workload, sensible_orders,
 };
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// One layer to run: sizes, tokens, skew, link and table.
 #[derive(Clone, Debug)]
-pub struct Cell {
+pub struct Case {
     /// In words.
     pub what: String,
     /// Widths.
-    pub shape: LabShape,
+    pub shape: RigShape,
     /// Ranks R.
     pub ranks: usize,
     /// The link; as fast as memory when absent.
@@ -38,22 +38,26 @@ const SHAPES: [(&str, [usize; 5]); 6] = [
     ("olmoe-1b-7b, 16 experts", [2048, 1024, 16, 4, 0]),
 ];
 
-/// `number` cells, which follow from the seed.
-pub fn cells(seed: u64, number: usize) -> Result<Vec<Cell>, PipelineError> {
-    (0..number).map(|index| cell(&mut Mix::keyed(seed, &[index as u64]))).collect()
+/// `number` cases, which follow from the seed.
+pub fn cases(seed: u64, number: usize) -> Result<Vec<Case>, PipelineError> {
+    (0..number).map(|index| case(&mut Mix::keyed(seed, &[index as u64]))).collect()
 }
 
-fn cell(mix: &mut Mix) -> Result<Cell, PipelineError> {
+fn case(mix: &mut Mix) -> Result<Case, PipelineError> {
     let (name, [hidden, inner, experts, top_k, shared_inner]) = SHAPES[mix.below(SHAPES.len())];
-    let shape = LabShape { hidden, inner, experts, top_k, shared_inner };
+    let shape = RigShape { hidden, inner, experts, top_k, shared_inner };
     let ranks = [1, 2, 2, 4][mix.below(4)];
     let placement = Placement::new(experts, ranks)?;
     let most = if hidden > 1024 { 512 } else { 2048 / ranks.max(2) * 2 };
     let size = (16 << mix.below((most / 16).ilog2() as usize + 1)).min(most);
     let tokens: Vec<usize> = (0..ranks).map(|_| (size / 2 + mix.below(size / 2 + 1)).max(16)).collect();
     let skew = mix.below(4);
-    let law =
-        RoutingLaw { top_k, groups: None, zipf_permille: [0, 800, 1200, 0][skew], seed: mix.next_u64() };
+    let law = SyntheticRouting {
+        top_k,
+        groups: None,
+        zipf_permille: [0, 800, 1200, 0][skew],
+        seed: mix.next_u64(),
+    };
     let mut routings: Vec<Routing> = placement
         .all_ranks()
         .zip(&tokens)
@@ -89,7 +93,7 @@ fn cell(mix: &mut Mix) -> Result<Cell, PipelineError> {
     let skew = ["uniform", "zipf 0.8", "zipf 1.2", "hot expert"][skew];
     let what =
         format!("{name}, {ranks} rank(s) of {tokens:?} tokens, {skew}, {speed}, {stages} stage(s), {kind}");
-    Ok(Cell { what, shape, ranks, link, routings, table })
+    Ok(Case { what, shape, ranks, link, routings, table })
 }
 
 /// Every token visits one expert.
@@ -107,9 +111,9 @@ pub(crate) fn counts(
     placement: &Placement,
     top_k: usize,
     routings: &[Routing],
-) -> Result<LayerCounts, PipelineError> {
-    let ranks = routings.iter().map(|routing| RankCounts::of(placement, routing)).collect();
-    Ok(LayerCounts::new(placement, top_k, ranks)?)
+) -> Result<LayerHistograms, PipelineError> {
+    let ranks = routings.iter().map(|routing| TokenHistograms::of(placement, routing)).collect();
+    Ok(LayerHistograms::new(placement, top_k, ranks)?)
 }
 
 /// What is known about ranks of one number: what their work costs at memory speed, and how to start them.
@@ -118,27 +122,27 @@ pub struct Model {
     /// The profile.
     pub cost: CostModel,
     /// As in the profile's own lab.
-    pub options: LabOptions,
+    pub options: RigOptions,
 }
 
 /// By number of ranks.
 pub type Models = BTreeMap<usize, Model>;
 
-/// A cell with all that pricing it takes.
+/// A case with all that pricing it takes.
 pub(crate) struct Question {
     pub(crate) placement: Placement,
-    pub(crate) counts: LayerCounts,
+    pub(crate) counts: LayerHistograms,
     pub(crate) shape: LayerShape,
     /// Of its ranks and its link.
     pub(crate) cost: CostModel,
 }
 
 impl Question {
-    pub(crate) fn of(cell: &Cell, cost: &CostModel, dtype: DType) -> Result<Self, PipelineError> {
-        let placement = Placement::new(cell.shape.experts, cell.ranks)?;
-        let counts = counts(&placement, cell.shape.top_k, &cell.routings)?;
-        let shape = cell.shape.layer(&placement, dtype);
-        let cost = cell.link.map_or_else(|| cost.clone(), |link| with_link(cost, link));
+    pub(crate) fn of(case: &Case, cost: &CostModel, dtype: DType) -> Result<Self, PipelineError> {
+        let placement = Placement::new(case.shape.experts, case.ranks)?;
+        let counts = counts(&placement, case.shape.top_k, &case.routings)?;
+        let shape = case.shape.layer(&placement, dtype);
+        let cost = case.link.map_or_else(|| cost.clone(), |link| with_link(cost, link));
         Ok(Question { placement, counts, shape, cost })
     }
 
@@ -147,15 +151,15 @@ impl Question {
     }
 }
 
-impl Cell {
-    /// Ranks with room for all these cells, which differ in routing and table alone.
-    pub(crate) fn lab(cells: &[&Cell], options: &LabOptions) -> Result<Lab, PipelineError> {
-        let loads: Vec<_> = cells.iter().map(|cell| cell.routings.clone()).collect();
-        let first = cells[0];
-        Lab::start(
+impl Case {
+    /// Ranks with room for all these cases, which differ in routing and table alone.
+    pub(crate) fn lab(cases: &[&Case], options: &RigOptions) -> Result<LayerRig, PipelineError> {
+        let loads: Vec<_> = cases.iter().map(|case| case.routings.clone()).collect();
+        let first = cases[0];
+        LayerRig::start(
             first.shape,
             &loads,
-            &LabOptions { ranks: first.ranks, link: first.link, ..options.clone() },
+            &RigOptions { ranks: first.ranks, link: first.link, ..options.clone() },
         )
     }
 }

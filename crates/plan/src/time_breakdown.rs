@@ -17,7 +17,7 @@ use std::ops::Range;
 ///                  plan └ exposed   └ exposed       idle
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Accounts {
+pub struct TimeBreakdown {
     /// All of it.
     pub wall: u64,
     /// Matrix products.
@@ -34,11 +34,11 @@ pub struct Accounts {
     pub idle: u64,
 }
 
-impl Accounts {
-    /// Sorts the time of `rank`. Spans of one lane that overlap are counted twice: [`Accounts::unexplained`] shows it.
+impl TimeBreakdown {
+    /// Sorts the time of `rank`. Spans of one lane that overlap are counted twice: [`TimeBreakdown::unexplained`] shows it.
     pub fn of(timeline: &Timeline, rank: Rank) -> Self {
-        let Some(wall) = timeline.extent() else { return Accounts::default() };
-        let mut accounts = Accounts { wall: wall.end - wall.start, ..Accounts::default() };
+        let Some(wall) = timeline.extent() else { return TimeBreakdown::default() };
+        let mut accounts = TimeBreakdown { wall: wall.end - wall.start, ..TimeBreakdown::default() };
         let layers = moe_layers(timeline, rank);
         let transfers = timeline.intervals(rank, Lane::Transfer);
         let compute = timeline.spans.iter().filter(|span| span.rank == rank && span.lane == Lane::Compute);
@@ -127,8 +127,8 @@ mod tests {
             span(Lane::Compute, "reduce", None, 14..15),
             span(Lane::Compute, "attention", None, 17..20),
         ];
-        let accounts = Accounts::of(&Timeline { spans }, Rank(0));
-        let expected = Accounts {
+        let accounts = TimeBreakdown::of(&Timeline { spans }, Rank(0));
+        let expected = TimeBreakdown {
             wall: 20,
             gemm: 4,
             attention: 3,
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn work_that_overlaps_on_one_lane_is_noticed() {
         let spans = vec![span(Lane::Compute, "gemm", None, 0..10), span(Lane::Compute, "add", None, 5..10)];
-        assert_eq!(Accounts::of(&Timeline { spans }, Rank(0)).unexplained(), 5);
-        assert_eq!(Accounts::of(&Timeline::default(), Rank(0)), Accounts::default());
+        assert_eq!(TimeBreakdown::of(&Timeline { spans }, Rank(0)).unexplained(), 5);
+        assert_eq!(TimeBreakdown::of(&Timeline::default(), Rank(0)), TimeBreakdown::default());
     }
 }

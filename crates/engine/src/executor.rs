@@ -2,7 +2,7 @@
 
 use crate::EngineError;
 use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank};
-use epsmoe_device::host::panic_text;
+use epsmoe_device::threaded::panic_text;
 use epsmoe_device::{Backend, DeviceError};
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
@@ -29,19 +29,19 @@ struct Worker {
 }
 
 /// Running ranks; dropping it lets them finish and joins them.
-pub struct World {
+pub struct Executor {
     faults: FaultCell,
     workers: Vec<Worker>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl World {
+impl Executor {
     /// Starts a thread for each rank's model.
     pub fn start<B: Backend, F: Fabric<B>>(
         models: Vec<Model<B, F>>,
         faults: FaultCell,
     ) -> Result<Self, EngineError> {
-        let mut world = World { faults, workers: Vec::new(), threads: Vec::new() };
+        let mut world = Executor { faults, workers: Vec::new(), threads: Vec::new() };
         for (rank, model) in models.into_iter().enumerate() {
             let (orders, inbox) = channel();
             let (outbox, answers) = channel();
@@ -106,7 +106,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for Executor {
     fn drop(&mut self) {
         self.workers.clear();
         for thread in self.threads.drain(..) {

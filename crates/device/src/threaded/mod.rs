@@ -1,6 +1,6 @@
 //! A processor made of threads: lanes, memory, weights, and the operations in terms of a few [`Kernels`].
 //!
-//! [`HostBackend`] turns an [`Op`] into work on a lane after two checks: its shapes fit, and everything it
+//! [`ThreadedBackend`] turns an [`Op`] into work on a lane after two checks: its shapes fit, and everything it
 //! touches is ordered against what the other lane and the host touch. Because the second check refuses
 //! unordered work, no sequence of calls can make two threads race on a buffer.
 
@@ -69,7 +69,7 @@ pub struct GemmViews<'a, X, Y, M> {
 
 /// What the host processors of one world share.
 #[derive(Clone)]
-pub struct HostOptions {
+pub struct ThreadedOptions {
     /// Format of activations.
     pub dtype: DType,
     /// The world's fault cell.
@@ -84,10 +84,10 @@ pub struct HostOptions {
     pub skipped_waits: HashSet<usize>,
 }
 
-impl HostOptions {
+impl ThreadedOptions {
     /// Plain options for a new world.
     pub fn new(dtype: DType) -> Self {
-        HostOptions {
+        ThreadedOptions {
             dtype,
             faults: FaultCell::default(),
             epoch: Instant::now(),
@@ -99,9 +99,9 @@ impl HostOptions {
 }
 
 /// A host processor working for one rank.
-pub struct HostBackend<K: Kernels> {
+pub struct ThreadedBackend<K: Kernels> {
     rank: Rank,
-    options: HostOptions,
+    options: ThreadedOptions,
     kernels: Arc<K>,
     memory: Memory,
     weights: Arc<WeightStore<K::Matrix>>,
@@ -116,13 +116,13 @@ struct Order {
     waits: usize,
 }
 
-impl<K: Kernels> HostBackend<K> {
+impl<K: Kernels> ThreadedBackend<K> {
     /// A processor with its own memory and lanes, sharing the store of weights with the process.
     pub fn new(
         rank: Rank,
         kernels: K,
         weights: Arc<WeightStore<K::Matrix>>,
-        options: HostOptions,
+        options: ThreadedOptions,
     ) -> Result<Self, DeviceError> {
         let memory = Memory::new(options.fill);
         let lanes = Lanes::start(rank, memory.clone(), options.faults.clone(), options.epoch, options.jitter)
@@ -130,7 +130,7 @@ impl<K: Kernels> HostBackend<K> {
                 DeviceError::Unsupported(format!("cannot start the lane threads of {rank}: {error}"))
             })?;
         let kernels = Arc::new(kernels);
-        Ok(HostBackend { rank, options, kernels, memory, weights, order: Mutex::default(), lanes })
+        Ok(ThreadedBackend { rank, options, kernels, memory, weights, order: Mutex::default(), lanes })
     }
 
     /// The processor and its kernels in a few words.
@@ -183,7 +183,7 @@ impl<K: Kernels> HostBackend<K> {
     }
 }
 
-impl<K: Kernels> Backend for HostBackend<K> {
+impl<K: Kernels> Backend for ThreadedBackend<K> {
     type Event = Clock;
 
     fn rank(&self) -> Rank {
@@ -302,11 +302,11 @@ fn run<K: Kernels>(
         };
     }
     match op {
-        Op::Upload(op) => rows.upload(op),
-        Op::Angles(op) => rows.angles(op),
+        Op::HostToDevice(op) => rows.upload(op),
+        Op::RopeTable(op) => rows.angles(op),
         Op::Route(op) => rows.route(op),
         Op::ArgMax(op) => rows.argmax(op),
-        Op::Permute(op) => rows.permute(op),
+        Op::SortByExpert(op) => rows.permute(op),
         Op::Gemm(op) => {
             let products: Vec<_> = op.parts.iter().map(Product::of).collect();
             gemm(kernels, weights, memory, &products, op.epilogue, op.bias.as_ref())
@@ -317,7 +317,7 @@ fn run<K: Kernels>(
         Op::Embed(op) => typed!(op.out.dtype, embed, op),
         Op::Norm(op) => typed!(op.x.dtype, op.out.dtype, norm, op),
         Op::Rotate(op) => typed!(op.x.dtype, rotate, op),
-        Op::StoreRows(op) => typed!(op.x.dtype, store, op),
+        Op::KvWrite(op) => typed!(op.x.dtype, store, op),
         Op::Attention(op) => typed!(op.q.dtype, attention, op),
         Op::Gather(op) => typed!(op.x.dtype, gather, op),
         Op::Reduce(op) => typed!(op.x.dtype, op.out.dtype, reduce, op),

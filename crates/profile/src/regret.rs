@@ -1,12 +1,12 @@
 //! Plans of the same layer against each other, run in turn: what the search's choice loses to the best plan there is,
 //! what uneven cuts gain, and how a wrong profile mends itself.
 
-use crate::cells::Question;
-use crate::{Cell, Lab, Model};
+use crate::cases::Question;
+use crate::{Case, LayerRig, Model};
 use epsmoe_base::{Layer, Rank};
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
-    Correction, CostModel, Feedback, GemmKind, LayerCounts, Placement, Policy, Schedule, Scheduler,
+    Correction, CostModel, Feedback, GemmKind, LayerHistograms, Placement, Policy, Schedule, Scheduler,
     SearchOptions, StageTable, predict_ns, search, sensible_orders,
 };
 use serde::Serialize;
@@ -41,19 +41,19 @@ impl Ratio {
 /// Runs tables in turn, `rounds` times, after one run to warm up: the times of each. Every other round goes backwards,
 /// so that no plan always follows the same one.
 fn in_turn(
-    lab: &mut Lab,
-    cell: &Cell,
+    lab: &mut LayerRig,
+    case: &Case,
     tables: &[StageTable],
     rounds: usize,
 ) -> Result<Vec<Vec<u64>>, PipelineError> {
     let mut times = vec![Vec::with_capacity(rounds); tables.len()];
     if let Some(first) = tables.first() {
-        lab.run(&cell.routings, first)?;
+        lab.run(&case.routings, first)?;
     }
     for round in 0..rounds {
         for turn in 0..tables.len() {
             let index = if round % 2 == 0 { turn } else { tables.len() - 1 - turn };
-            times[index].push(lab.run(&cell.routings, &tables[index])?.layer_ns);
+            times[index].push(lab.run(&case.routings, &tables[index])?.layer_ns);
         }
     }
     Ok(times)
@@ -62,7 +62,7 @@ fn in_turn(
 /// How much slower the plan of the search is than the best one found by running many.
 #[derive(Clone, Debug, Serialize)]
 pub struct Regret {
-    /// The cell in words.
+    /// The case in words.
     pub what: String,
     /// The search's plan over the best of the five, in permille: 1000 when none is faster.
     pub against_best: u64,
@@ -83,22 +83,22 @@ impl Regret {
 const TOP: usize = 5;
 
 /// Runs all plans that people would try, then the fastest five in turn with the search's own and one stage.
-pub fn regret(cell: &Cell, model: &Model, pairs: usize) -> Result<Regret, PipelineError> {
-    let question = Question::of(cell, &model.cost, model.options.dtype)?;
+pub fn regret(case: &Case, model: &Model, pairs: usize) -> Result<Regret, PipelineError> {
+    let question = Question::of(case, &model.cost, model.options.dtype)?;
     let chosen = auto(&question, question.cost.clone())?.next_table(Layer(0), &question.counts, &[]);
     let one = StageTable::serial(&question.placement, GemmKind::Grouped);
-    let mut lab = Cell::lab(&[cell], &model.options)?;
+    let mut lab = Case::lab(&[case], &model.options)?;
     let all = sweep(&question.placement, &question.counts)?;
     // Once each, then again those that might be among the best.
-    let hopeful = fastest(&mut lab, cell, all, 1, 2 * TOP)?;
-    let mut best = fastest(&mut lab, cell, hopeful, 3, TOP)?;
+    let hopeful = fastest(&mut lab, case, all, 1, 2 * TOP)?;
+    let mut best = fastest(&mut lab, case, hopeful, 3, TOP)?;
     best.retain(|table| *table != chosen);
     let stages = chosen.stages();
     let tables: Vec<StageTable> = [chosen, one].into_iter().chain(best).collect();
-    let times = in_turn(&mut lab, cell, &tables, pairs)?;
+    let times = in_turn(&mut lab, case, &tables, pairs)?;
     let slower = |other: &Vec<u64>| Ratio::of(&times[0], other).median;
     Ok(Regret {
-        what: cell.what.clone(),
+        what: case.what.clone(),
         against_best: times[1..].iter().map(slower).max().unwrap_or(1000).max(1000),
         stages,
         over_one_stage: Ratio::of(&times[1], &times[0]),
@@ -115,13 +115,13 @@ fn auto(question: &Question, cost: CostModel) -> Result<Scheduler, PipelineError
 
 /// The `kept` tables with the lowest median of some rounds.
 fn fastest(
-    lab: &mut Lab,
-    cell: &Cell,
+    lab: &mut LayerRig,
+    case: &Case,
     tables: Vec<StageTable>,
     rounds: usize,
     kept: usize,
 ) -> Result<Vec<StageTable>, PipelineError> {
-    let times = in_turn(lab, cell, &tables, rounds)?;
+    let times = in_turn(lab, case, &tables, rounds)?;
     let mut ranked: Vec<(u64, StageTable)> = times.into_iter().map(median).zip(tables).collect();
     ranked.sort_by_key(|ranked| ranked.0);
     Ok(ranked.into_iter().take(kept).map(|ranked| ranked.1).collect())
@@ -133,7 +133,7 @@ fn median(mut times: Vec<u64>) -> u64 {
 }
 
 /// 1, 2, 4 and 8 stages, equal and balanced, in all sensible orders, with both kernels.
-fn sweep(placement: &Placement, counts: &LayerCounts) -> Result<Vec<StageTable>, PipelineError> {
+fn sweep(placement: &Placement, counts: &LayerHistograms) -> Result<Vec<StageTable>, PipelineError> {
     let mut tables: Vec<StageTable> = Vec::new();
     for stages in [1, 2, 4, 8].into_iter().filter(|&stages| stages <= placement.max_local()) {
         for kind in [GemmKind::Grouped, GemmKind::Dense] {
@@ -157,7 +157,7 @@ fn sweep(placement: &Placement, counts: &LayerCounts) -> Result<Vec<StageTable>,
 /// uneven cuts are faster.
 #[derive(Clone, Debug, Serialize)]
 pub struct Uneven {
-    /// The cell in words.
+    /// The case in words.
     pub what: String,
     /// Stages of both plans.
     pub stages: usize,
@@ -169,11 +169,11 @@ pub struct Uneven {
     pub measured: Ratio,
 }
 
-/// Equal cuts against those of the search, with as many stages as the cell has and all else alike. Nothing where there
+/// Equal cuts against those of the search, with as many stages as the case has and all else alike. Nothing where there
 /// is no choice: one stage, or the search cuts equally.
-pub fn uneven(cell: &Cell, model: &Model, pairs: usize) -> Result<Option<Uneven>, PipelineError> {
-    let stages = cell.table.stages();
-    let question = Question::of(cell, &model.cost, model.options.dtype)?;
+pub fn uneven(case: &Case, model: &Model, pairs: usize) -> Result<Option<Uneven>, PipelineError> {
+    let stages = case.table.stages();
+    let question = Question::of(case, &model.cost, model.options.dtype)?;
     let workload = question.workload();
     let options = SearchOptions { min_stages: stages, max_stages: stages, ..SearchOptions::default() };
     let uneven = search(&workload, &question.cost, &options).table;
@@ -184,17 +184,17 @@ pub fn uneven(cell: &Cell, model: &Model, pairs: usize) -> Result<Option<Uneven>
     }
     let predict = |table: &StageTable| predict_ns(table, 0, &workload, &question.cost);
     let predicted = predict(&equal) * 1000 / predict(&uneven).max(1);
-    let mut lab = Cell::lab(&[cell], &model.options)?;
+    let mut lab = Case::lab(&[case], &model.options)?;
     let cuts = uneven.cuts.clone();
-    let times = in_turn(&mut lab, cell, &[equal, uneven], pairs)?;
+    let times = in_turn(&mut lab, case, &[equal, uneven], pairs)?;
     let measured = Ratio::of(&times[0], &times[1]);
-    Ok(Some(Uneven { what: cell.what.clone(), stages, cuts, predicted, measured }))
+    Ok(Some(Uneven { what: case.what.clone(), stages, cuts, predicted, measured }))
 }
 
 /// How the auto schedule got over a wrong profile.
 #[derive(Clone, Debug, Serialize)]
 pub struct Recovery {
-    /// The cell in words.
+    /// The case in words.
     pub what: String,
     /// The layer after which its plan did not change any more.
     pub settled: usize,
@@ -222,13 +222,13 @@ pub const WRONG: Correction = Correction { link: 250, grouped: 2000, dense: 2000
 ///
 /// # Panics
 /// If two ranks plan differently.
-pub fn recovery(cell: &Cell, model: &Model, pairs: usize) -> Result<Recovery, PipelineError> {
-    let question = Question::of(cell, &model.cost, model.options.dtype)?;
+pub fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recovery, PipelineError> {
+    let question = Question::of(case, &model.cost, model.options.dtype)?;
     let right = auto(&question, question.cost.clone())?.next_table(Layer(0), &question.counts, &[]);
     let wrong = question.cost.corrected(&WRONG);
     let ranks = question.placement.all_ranks().map(|_| auto(&question, wrong.clone()));
     let mut ranks: Vec<Scheduler> = ranks.collect::<Result<_, _>>()?;
-    let mut lab = Cell::lab(&[cell], &model.options)?;
+    let mut lab = Case::lab(&[case], &model.options)?;
     lab.keep_bits(true);
     let mut tables: Vec<StageTable> = Vec::new();
     // By the weights that a layer had.
@@ -240,7 +240,7 @@ pub fn recovery(cell: &Cell, model: &Model, pairs: usize) -> Result<Recovery, Pi
             let plans = ranks.iter_mut().map(|rank| rank.next_table(layer, &question.counts, &feedback));
             let plans: Vec<StageTable> = plans.collect();
             assert!(plans.iter().all(|plan| *plan == plans[0]), "ranks plan step {step} differently");
-            let mut run = lab.run(&cell.routings, &plans[0])?;
+            let mut run = lab.run(&case.routings, &plans[0])?;
             run.timeline.spans.iter_mut().for_each(|span| span.layer = Some(layer));
             spans.append(&mut run.timeline.spans);
             bits.entry(run.weights).or_default().insert(run.bits);
@@ -255,9 +255,9 @@ pub fn recovery(cell: &Cell, model: &Model, pairs: usize) -> Result<Recovery, Pi
     let settled = tables.iter().rposition(|table| *table != last).map_or(0, |layer| layer + 1);
     let correction = ranks[0].report().correction;
     let contestants = [right, tables[0].clone(), last];
-    let times = in_turn(&mut lab, cell, &contestants, pairs)?;
+    let times = in_turn(&mut lab, case, &contestants, pairs)?;
     Ok(Recovery {
-        what: cell.what.clone(),
+        what: case.what.clone(),
         settled,
         correction,
         before: Ratio::of(&times[1], &times[0]),

@@ -8,26 +8,26 @@ use serde::{Deserialize, Serialize};
 /// An exchange that takes 20 µs to start and then carries 100 bytes a nanosecond:
 ///
 /// ```
-/// # use epsmoe_plan::Curve;
-/// let link = Curve::line(20_000, 100_000_000_000);
+/// # use epsmoe_plan::Piecewise;
+/// let link = Piecewise::line(20_000, 100_000_000_000);
 /// assert_eq!(link.extended(0), 20_000);
 /// assert_eq!(link.extended(5_000_000), 70_000);
 /// // An efficiency does not grow beyond what was measured.
-/// let efficiency = Curve::of([(16, 100), (256, 900)]);
+/// let efficiency = Piecewise::of([(16, 100), (256, 900)]);
 /// assert_eq!([1, 16, 136, 256, 4096].map(|rows| efficiency.clamped(rows)), [100, 100, 500, 900, 900]);
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Curve(Vec<(u64, u64)>);
+pub struct Piecewise(Vec<(u64, u64)>);
 
-impl Default for Curve {
+impl Default for Piecewise {
     /// Zero everywhere.
     fn default() -> Self {
-        Curve::flat(0)
+        Piecewise::flat(0)
     }
 }
 
-impl Curve {
+impl Piecewise {
     /// Most points of a fitted curve.
     const POINTS: usize = 16;
 
@@ -36,19 +36,19 @@ impl Curve {
         let mut points: Vec<_> = points.into_iter().collect();
         points.sort_by_key(|point| point.0);
         points.dedup_by_key(|point| point.0);
-        Curve(points)
+        Piecewise(points)
     }
 
     /// The same value everywhere.
     pub fn flat(value: u64) -> Self {
-        Curve(vec![(0, value)])
+        Piecewise(vec![(0, value)])
     }
 
     /// Nanoseconds for x units: `start` and then a second for every `per_second` units.
     pub fn line(start: u64, per_second: u64) -> Self {
         // The far point is exact to a part in 10⁹ for rates up to 10¹⁸.
         let far = per_second.max(1);
-        Curve(vec![(0, start), (far, start + 1_000_000_000)])
+        Piecewise(vec![(0, start), (far, start + 1_000_000_000)])
     }
 
     /// Whether the points ascend as they must.
@@ -82,7 +82,7 @@ impl Curve {
     /// Every value times `permille` / 1000, rounded up.
     #[must_use]
     pub fn scaled(&self, permille: u64) -> Self {
-        Curve(self.0.iter().map(|&(x, y)| (x, scale(y, permille))).collect())
+        Piecewise(self.0.iter().map(|&(x, y)| (x, scale(y, permille))).collect())
     }
 
     /// A rising curve through measured (x, time): at every x the median, never more than at a larger x (what disturbs
@@ -94,7 +94,7 @@ impl Curve {
         }
         let (all, kept) = (rising.len(), rising.len().min(Self::POINTS));
         let thin = (0..kept).map(|index| rising[index * (all - 1) / (kept - 1).max(1)]);
-        Curve::of(thin)
+        Piecewise::of(thin)
     }
 }
 
@@ -126,25 +126,25 @@ mod tests {
 
     #[test]
     fn lines_between_and_beyond() {
-        let curve = Curve::of([(10, 100), (20, 200), (10, 7)]);
+        let curve = Piecewise::of([(10, 100), (20, 200), (10, 7)]);
         assert_eq!([0, 10, 15, 20, 40].map(|x| curve.clamped(x)), [100, 100, 150, 200, 200]);
         assert_eq!([0, 15, 40].map(|x| curve.extended(x)), [100, 150, 400]);
-        let falling = Curve::of([(0, 10), (10, 0)]);
+        let falling = Piecewise::of([(0, 10), (10, 0)]);
         assert_eq!([3, 10, 50].map(|x| falling.extended(x)), [7, 0, 0]);
-        assert_eq!(Curve::of([]).extended(5), 0);
-        assert_eq!(Curve::flat(3).extended(u64::MAX), 3);
-        assert_eq!(Curve::line(5, u64::MAX / 2).extended(u64::MAX / 2), 1_000_000_005);
-        assert_eq!(Curve::line(5, 1_000_000_000).scaled(1500).extended(100), 158);
+        assert_eq!(Piecewise::of([]).extended(5), 0);
+        assert_eq!(Piecewise::flat(3).extended(u64::MAX), 3);
+        assert_eq!(Piecewise::line(5, u64::MAX / 2).extended(u64::MAX / 2), 1_000_000_005);
+        assert_eq!(Piecewise::line(5, 1_000_000_000).scaled(1500).extended(100), 158);
     }
 
     #[test]
     fn a_fit_ignores_outliers_and_rises() {
         let noisy = [(1, 10), (1, 11), (1, 900), (2, 9), (2, 9), (4, 40), (4, 41), (4, 1)];
-        assert_eq!(Curve::fit(noisy).points(), [(1, 9), (2, 9), (4, 40)]);
-        let long = Curve::fit((0..100).map(|x| (x, 3 * x)));
-        assert_eq!(long.points().len(), Curve::POINTS);
+        assert_eq!(Piecewise::fit(noisy).points(), [(1, 9), (2, 9), (4, 40)]);
+        let long = Piecewise::fit((0..100).map(|x| (x, 3 * x)));
+        assert_eq!(long.points().len(), Piecewise::POINTS);
         assert!((0..100).all(|x| long.extended(x) == 3 * x));
-        assert_eq!(Curve::fit([]).points(), []);
-        assert_eq!(Curve::fit([(3, 4)]).points(), [(3, 4)]);
+        assert_eq!(Piecewise::fit([]).points(), []);
+        assert_eq!(Piecewise::fit([(3, 4)]).points(), [(3, 4)]);
     }
 }

@@ -16,7 +16,7 @@ use epsmoe_base::Rank;
 /// # fn main() -> Result<(), PlanError> {
 /// let placement = Placement::new(5, 2)?;
 /// let routing = Routing::new(5, 2, vec![2, 0, 1, 3, 4, 0], vec![0.5; 6])?;
-/// let counts = RankCounts::of(&placement, &routing);
+/// let counts = TokenHistograms::of(&placement, &routing);
 /// assert_eq!(counts.tokens, 3);
 /// assert_eq!(counts.copies, [2, 1, 1, 1, 1]);
 /// assert_eq!(counts.first, [2, 1, 0, 1, 1]); // {0, 2} is one row to rank 0, first there at 0 …
@@ -25,7 +25,7 @@ use epsmoe_base::Rank;
 /// # }
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct RankCounts {
+pub struct TokenHistograms {
     /// Tokens on the rank, T.
     pub tokens: u32,
     /// `[E]` (token, expert) pairs of each expert.
@@ -36,11 +36,11 @@ pub struct RankCounts {
     pub last: Vec<u32>,
 }
 
-impl RankCounts {
+impl TokenHistograms {
     /// Counts a rank's own tokens.
     pub fn of(placement: &Placement, routing: &Routing) -> Self {
         let experts = placement.experts();
-        let mut counts = RankCounts {
+        let mut counts = TokenHistograms {
             tokens: routing.tokens() as u32,
             copies: vec![0; experts],
             first: vec![0; experts],
@@ -79,7 +79,7 @@ impl RankCounts {
         let mut numbers = words.iter().map(|&word| u32::from_le_bytes(word));
         let mut take = |count| numbers.by_ref().take(count).collect::<Vec<u32>>();
         let tokens = take(1)[0];
-        Ok(RankCounts { tokens, copies: take(experts), first: take(experts), last: take(experts) })
+        Ok(TokenHistograms { tokens, copies: take(experts), first: take(experts), last: take(experts) })
     }
 
     /// Refuses counts that no routing can have.
@@ -132,13 +132,13 @@ fn sum(histogram: &[u32]) -> u64 {
 
 /// The counts of all ranks, as the rendezvous gathered them, checked for contradictions.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct LayerCounts {
-    ranks: Vec<RankCounts>,
+pub struct LayerHistograms {
+    ranks: Vec<TokenHistograms>,
 }
 
-impl LayerCounts {
+impl LayerHistograms {
     /// Checks what the ranks announced: `ranks[r]` came from rank r; every rank routes to `top_k` experts.
-    pub fn new(placement: &Placement, top_k: usize, ranks: Vec<RankCounts>) -> Result<Self, PlanError> {
+    pub fn new(placement: &Placement, top_k: usize, ranks: Vec<TokenHistograms>) -> Result<Self, PlanError> {
         if ranks.len() != placement.ranks() {
             return Err(PlanError::CountsRanks { got: ranks.len(), want: placement.ranks() });
         }
@@ -149,11 +149,11 @@ impl LayerCounts {
         if copies > u64::from(u32::MAX) {
             return Err(PlanError::TooManyCopies { copies });
         }
-        Ok(LayerCounts { ranks })
+        Ok(LayerHistograms { ranks })
     }
 
     /// What `rank` announced.
-    pub fn of(&self, rank: Rank) -> &RankCounts {
+    pub fn of(&self, rank: Rank) -> &TokenHistograms {
         &self.ranks[rank.0]
     }
 
@@ -167,21 +167,21 @@ impl LayerCounts {
 mod tests {
     use super::*;
 
-    fn example() -> (Placement, RankCounts) {
+    fn example() -> (Placement, TokenHistograms) {
         let placement = Placement::new(5, 2).unwrap();
         let routing = Routing::new(5, 2, vec![2, 0, 1, 3, 4, 0], vec![0.5; 6]).unwrap();
-        (placement, RankCounts::of(&placement, &routing))
+        (placement, TokenHistograms::of(&placement, &routing))
     }
 
     #[test]
     fn messages_come_back() {
         let (_, counts) = example();
         let bytes = counts.encode();
-        assert_eq!(bytes.len(), RankCounts::encoded_len(5));
+        assert_eq!(bytes.len(), TokenHistograms::encoded_len(5));
         assert_eq!(bytes[..8], [3, 0, 0, 0, 2, 0, 0, 0]);
-        assert_eq!(RankCounts::decode(&bytes, 5).unwrap(), counts);
+        assert_eq!(TokenHistograms::decode(&bytes, 5).unwrap(), counts);
         assert_eq!(
-            RankCounts::decode(&bytes[1..], 5).unwrap_err().to_string(),
+            TokenHistograms::decode(&bytes[1..], 5).unwrap_err().to_string(),
             "a rank's counts are 63 bytes, but 5 experts need 64: the ranks run different models"
         );
     }
@@ -189,10 +189,10 @@ mod tests {
     #[test]
     fn contradictions_name_the_rank_and_both_numbers() {
         let (placement, good) = example();
-        let refused = |spoil: fn(&mut RankCounts)| {
+        let refused = |spoil: fn(&mut TokenHistograms)| {
             let mut bad = good.clone();
             spoil(&mut bad);
-            LayerCounts::new(&placement, 2, vec![good.clone(), bad]).unwrap_err().to_string()
+            LayerHistograms::new(&placement, 2, vec![good.clone(), bad]).unwrap_err().to_string()
         };
         assert_eq!(
             refused(|counts| counts.first[0] = 1),
@@ -205,16 +205,17 @@ mod tests {
         );
         assert!(refused(|counts| counts.copies = vec![6, 0, 0, 0, 0]).contains("copies of expert 0 is 6"));
         assert!(refused(|counts| counts.first.clear()).contains("0 bytes"));
-        assert!(LayerCounts::new(&placement, 2, vec![good.clone()]).is_err());
-        assert!(LayerCounts::new(&placement, 2, vec![good.clone(), good]).is_ok());
+        assert!(LayerHistograms::new(&placement, 2, vec![good.clone()]).is_err());
+        assert!(LayerHistograms::new(&placement, 2, vec![good.clone(), good]).is_ok());
     }
 
     #[test]
     fn more_copies_than_indices_are_refused() {
         let placement = Placement::new(2, 2).unwrap();
         let full = vec![u32::MAX, 0];
-        let counts = RankCounts { tokens: u32::MAX, copies: full.clone(), first: full.clone(), last: full };
-        let error = LayerCounts::new(&placement, 1, vec![counts.clone(), counts]).unwrap_err();
+        let counts =
+            TokenHistograms { tokens: u32::MAX, copies: full.clone(), first: full.clone(), last: full };
+        let error = LayerHistograms::new(&placement, 1, vec![counts.clone(), counts]).unwrap_err();
         assert_eq!(error, PlanError::TooManyCopies { copies: 2 * u64::from(u32::MAX) });
     }
 }

@@ -1,11 +1,11 @@
 //! Counts to plan with when no router has spoken yet: what a popularity of experts leads to.
 
-use crate::{LayerCounts, Placement, PlanError, RankCounts, Routing};
+use crate::{LayerHistograms, Placement, PlanError, Routing, TokenHistograms};
 use epsmoe_base::{Mix, Rank};
 
 /// How a router chooses, as far as counts are concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RoutingLaw {
+pub struct SyntheticRouting {
     /// Experts of a token, k.
     pub top_k: usize,
     /// Expert groups and how many of them a token may use, as in DeepSeek-V2 and V3.
@@ -20,27 +20,27 @@ pub struct RoutingLaw {
 /// Tokens drawn over all ranks at most; more tokens repeat them, which keeps the counts those of real routings.
 const DRAWN: usize = 32_768;
 
-impl RoutingLaw {
+impl SyntheticRouting {
     /// The counts of `tokens[r]` tokens on rank r.
     ///
     /// ```
     /// # use epsmoe_plan::*;
     /// # use epsmoe_base::Rank;
     /// let placement = Placement::new(8, 2).unwrap();
-    /// let law = RoutingLaw { top_k: 2, groups: None, zipf_permille: 0, seed: 7 };
+    /// let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 7 };
     /// let counts = law.counts(&placement, &[100_000, 0]).unwrap();
     /// assert_eq!(counts.of(Rank(0)).copies.iter().sum::<u32>(), 200_000);
     /// assert!((22_000..28_000).contains(&counts.copies_of(3)));
     /// ```
-    pub fn counts(&self, placement: &Placement, tokens: &[usize]) -> Result<LayerCounts, PlanError> {
+    pub fn counts(&self, placement: &Placement, tokens: &[usize]) -> Result<LayerHistograms, PlanError> {
         let most = (DRAWN / placement.ranks()).max(64);
         let weights = self.popularity(placement.experts());
-        let of_rank = |(rank, &tokens): (usize, &usize)| -> Result<RankCounts, PlanError> {
+        let of_rank = |(rank, &tokens): (usize, &usize)| -> Result<TokenHistograms, PlanError> {
             let drawn = self.draw(placement, &weights, rank, tokens.min(most))?;
             Ok(repeated(placement, &drawn, tokens))
         };
         let ranks = tokens.iter().enumerate().map(of_rank).collect::<Result<_, _>>()?;
-        LayerCounts::new(placement, self.top_k, ranks)
+        LayerHistograms::new(placement, self.top_k, ranks)
     }
 
     /// What the router says for `tokens` tokens of a rank, all of them drawn; weights are equal.
@@ -122,14 +122,14 @@ fn distinct(weights: &[u64], number: usize, mix: &mut Mix) -> impl Iterator<Item
 }
 
 /// The counts of `tokens` tokens that repeat those drawn.
-fn repeated(placement: &Placement, drawn: &Routing, tokens: usize) -> RankCounts {
-    let all = RankCounts::of(placement, drawn);
+fn repeated(placement: &Placement, drawn: &Routing, tokens: usize) -> TokenHistograms {
+    let all = TokenHistograms::of(placement, drawn);
     let (times, rest) = (tokens / drawn.tokens().max(1), tokens % drawn.tokens().max(1));
-    let rest = RankCounts::of(placement, &drawn.slice(0..rest.min(drawn.tokens())));
+    let rest = TokenHistograms::of(placement, &drawn.slice(0..rest.min(drawn.tokens())));
     let sum = |all: &[u32], rest: &[u32]| {
         all.iter().zip(rest).map(|(&all, &rest)| all * times as u32 + rest).collect()
     };
-    RankCounts {
+    TokenHistograms {
         tokens: tokens as u32,
         copies: sum(&all.copies, &rest.copies),
         first: sum(&all.first, &rest.first),
@@ -144,17 +144,17 @@ mod tests {
     #[test]
     fn laws_hold() {
         let placement = Placement::new(64, 8).unwrap();
-        let law = RoutingLaw { top_k: 6, groups: Some((8, 3)), zipf_permille: 0, seed: 1 };
+        let law = SyntheticRouting { top_k: 6, groups: Some((8, 3)), zipf_permille: 0, seed: 1 };
         let counts = law.counts(&placement, &[10_001; 8]).unwrap();
         let rows: u32 = counts.of(Rank(0)).first.iter().sum();
         assert!((2 * 10_001..=3 * 10_001).contains(&rows), "{rows} rows: a token uses at most three ranks");
-        let skewed = RoutingLaw { zipf_permille: 1200, groups: None, ..law };
+        let skewed = SyntheticRouting { zipf_permille: 1200, groups: None, ..law };
         let counts = skewed.counts(&placement, &[4096; 8]).unwrap();
         let most = (0..64).map(|expert| counts.copies_of(expert)).max().unwrap();
         assert!(most > 5 * 8 * 4096 * 6 / 64, "{most} copies of the most popular expert");
         assert_eq!(skewed.counts(&placement, &[4096; 8]).unwrap(), counts);
         // More experts than have any weight left.
-        let all = RoutingLaw { top_k: 64, groups: Some((8, 1)), ..law };
+        let all = SyntheticRouting { top_k: 64, groups: Some((8, 1)), ..law };
         assert_eq!(all.counts(&placement, &[2; 8]).unwrap().copies_of(9), 16);
     }
 }

@@ -1,6 +1,6 @@
 //! What a group of ranks computes next.
 
-use crate::pages::{BlockPool, slot};
+use crate::kv_blocks::{BlockPool, slot};
 use crate::{Completion, Request};
 use epsmoe_model::Batch;
 use std::collections::VecDeque;
@@ -22,14 +22,14 @@ pub(crate) struct Sequence {
 }
 
 /// The sequences of one group of ranks that compute the same tokens.
-pub(crate) struct GroupQueue {
+pub(crate) struct Scheduler {
     pub(crate) waiting: VecDeque<Sequence>,
     pub(crate) running: Vec<Sequence>,
     pub(crate) blocks: BlockPool,
 }
 
 /// A piece of a running sequence in a batch.
-pub(crate) struct Piece {
+pub(crate) struct ScheduledChunk {
     /// Which of the running sequences.
     pub(crate) sequence: usize,
     /// Positions computed.
@@ -38,9 +38,9 @@ pub(crate) struct Piece {
     pub(crate) logits: usize,
 }
 
-impl GroupQueue {
+impl Scheduler {
     pub(crate) fn new(blocks: usize) -> Self {
-        GroupQueue { waiting: VecDeque::new(), running: Vec::new(), blocks: BlockPool::new(blocks) }
+        Scheduler { waiting: VecDeque::new(), running: Vec::new(), blocks: BlockPool::new(blocks) }
     }
 
     /// Tokens this group has still to compute, as far as they are known.
@@ -76,7 +76,7 @@ impl GroupQueue {
 
     /// The next batch of at most `budget` tokens: every sequence that only has its newest token to compute, then
     /// as much of the prompts as fits.
-    pub(crate) fn next_batch(&self, budget: usize) -> (Batch, Vec<Piece>) {
+    pub(crate) fn next_batch(&self, budget: usize) -> (Batch, Vec<ScheduledChunk>) {
         let mut order: Vec<usize> = (0..self.running.len()).collect();
         order.sort_by_key(|&index| self.running[index].pending().len() > 1);
         let greedy = self.running.iter().all(|sequence| sequence.request.wants_only_tokens());
@@ -101,7 +101,7 @@ impl Sequence {
         self.cached..self.tokens.len()
     }
 
-    fn append_to(&self, batch: &mut Batch, sequence: usize, positions: Range<usize>) -> Piece {
+    fn append_to(&self, batch: &mut Batch, sequence: usize, positions: Range<usize>) -> ScheduledChunk {
         let first = batch.ids.len();
         batch.ids.extend(&self.tokens[positions.clone()]);
         batch.positions.extend(positions.clone().map(|position| position as u32));
@@ -112,7 +112,7 @@ impl Sequence {
         let wanted = positions.clone().filter(|&position| self.wants_logits(position));
         let before = batch.logits.len();
         batch.logits.extend(wanted.map(|position| (first + position - positions.start) as u32));
-        Piece { sequence, logits: batch.logits.len() - before, positions }
+        ScheduledChunk { sequence, logits: batch.logits.len() - before, positions }
     }
 
     fn wants_logits(&self, position: usize) -> bool {

@@ -11,15 +11,15 @@
 
 use super::{Context, Heads, Linear, blocks};
 use crate::load::Loader;
-use crate::{LatentSpec, LayerPart, ModelError, Window};
+use crate::{LayerPart, MlaSpec, ModelError, Window};
 use epsmoe_base::{DType, Layer};
 use epsmoe_device::op::{Copy, Epilogue, Gemm, GemmPart};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use std::ops::Range;
 
-pub(crate) struct Latent {
+pub(crate) struct Mla {
     /// With the heads of this rank.
-    spec: LatentSpec,
+    spec: MlaSpec,
     /// Into the query latent, and its norm, if queries have one.
     query_down: Option<(Linear, Weight)>,
     /// `[heads · (nope + rope), …]`.
@@ -30,7 +30,7 @@ pub(crate) struct Latent {
     output: Linear,
     /// `[slots, kv_lora + rope]`.
     cache: Buffer,
-    room: Room,
+    workspace: Workspace,
 }
 
 struct Head {
@@ -42,7 +42,7 @@ struct Head {
 
 /// What is computed in between, for all tokens of a step.
 #[derive(Clone)]
-pub(super) struct Room {
+pub(super) struct Workspace {
     /// What is normed next is not rounded before: float32.
     query_latent: Buffer,
     query_normed: Buffer,
@@ -57,16 +57,16 @@ pub(super) struct Room {
     context: Buffer,
 }
 
-impl Room {
+impl Workspace {
     pub(super) fn allocate<B: Backend>(
         device: &B,
-        spec: &LatentSpec,
+        spec: &MlaSpec,
         tokens: usize,
     ) -> Result<Self, DeviceError> {
         let reserve = |name, width| device.allocate(name, device.dtype(), tokens, width);
         let floats = |name, width| device.allocate(name, DType::F32, tokens, width);
         let (query_latent, row) = (spec.q_lora.unwrap_or(0), spec.kv_lora + spec.rope);
-        Ok(Room {
+        Ok(Workspace {
             query_latent: floats("query_latent", query_latent)?,
             query_normed: reserve("query_normed", query_latent)?,
             query: reserve("query", spec.heads * (spec.nope + spec.rope))?,
@@ -78,8 +78,8 @@ impl Room {
         })
     }
 
-    fn first(&self, tokens: usize) -> Result<Room, DeviceError> {
-        Ok(Room {
+    fn first(&self, tokens: usize) -> Result<Workspace, DeviceError> {
+        Ok(Workspace {
             query_latent: self.query_latent.rows(0..tokens)?,
             query_normed: self.query_normed.rows(0..tokens)?,
             query: self.query.rows(0..tokens)?,
@@ -92,13 +92,13 @@ impl Room {
     }
 }
 
-impl Latent {
+impl Mla {
     pub(super) fn load<B: Backend>(
         loader: &Loader<'_, B>,
         layer: Layer,
-        spec: LatentSpec,
+        spec: MlaSpec,
         heads: Range<usize>,
-        room: &Room,
+        workspace: &Workspace,
         slots: usize,
     ) -> Result<Self, ModelError> {
         let linear = |weight, bias: LayerPart| {
@@ -111,7 +111,7 @@ impl Latent {
         let query = if spec.q_lora.is_some() { LayerPart::QueryUp } else { LayerPart::Query };
         let query_rows = Window::rows(blocks(&heads, spec.nope + spec.rope));
         let width = spec.kv_lora + spec.rope;
-        Ok(Latent {
+        Ok(Mla {
             query_down: spec.q_lora.map(down).transpose()?,
             query: loader.window(query.of(layer), &query_rows)?,
             kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
@@ -119,7 +119,7 @@ impl Latent {
             output: Linear::load_output(loader, layer, spec.bias, blocks(&heads, spec.value))?,
             heads: heads.map(|head| Head::load(loader, layer, &spec, head)).collect::<Result<_, _>>()?,
             cache: loader.device.allocate("cached_latents", loader.device.dtype(), slots, width)?,
-            room: room.clone(),
+            workspace: workspace.clone(),
             spec,
         })
     }
@@ -130,33 +130,37 @@ impl Latent {
         x: &Buffer,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let room = self.room.first(x.rows)?;
-        self.project_queries(cx, x, &room)?;
-        self.cache_rows(cx, x, &room)?;
-        self.absorb_queries(cx, &room)?;
-        let LatentSpec { heads, kv_lora, scale, value, .. } = self.spec;
+        let workspace = self.workspace.first(x.rows)?;
+        self.project_queries(cx, x, &workspace)?;
+        self.cache_rows(cx, x, &workspace)?;
+        self.absorb_queries(cx, &workspace)?;
+        let MlaSpec { heads, kv_lora, scale, value, .. } = self.spec;
         let latents = self.cache.columns(0..kv_lora)?;
         let attention = Heads { heads, kv_heads: 1, scale, window: None };
-        cx.attend(attention, &room.absorbed, &self.cache, &latents, &room.attended)?;
+        cx.attend(attention, &workspace.absorbed, &self.cache, &latents, &workspace.attended)?;
         self.per_head(cx, |head, weights| {
             let (latent, value) = (block(head, kv_lora), block(head, value));
-            Ok((room.attended.columns(latent)?, weights.values.clone(), room.context.columns(value)?))
+            Ok((
+                workspace.attended.columns(latent)?,
+                weights.values.clone(),
+                workspace.context.columns(value)?,
+            ))
         })?;
-        cx.linear(&room.context, &self.output, out)
+        cx.linear(&workspace.context, &self.output, out)
     }
 
     fn project_queries<B: Backend>(
         &self,
         cx: &Context<'_, B>,
         x: &Buffer,
-        room: &Room,
+        workspace: &Workspace,
     ) -> Result<(), DeviceError> {
         let Some((down, norm)) = &self.query_down else {
-            return cx.compute(Gemm::linear(x.clone(), &self.query, room.query.clone()));
+            return cx.compute(Gemm::linear(x.clone(), &self.query, workspace.query.clone()));
         };
-        cx.linear(x, down, &room.query_latent)?;
-        cx.norm(&room.query_latent, norm, self.spec.inner_eps, &room.query_normed)?;
-        cx.compute(Gemm::linear(room.query_normed.clone(), &self.query, room.query.clone()))
+        cx.linear(x, down, &workspace.query_latent)?;
+        cx.norm(&workspace.query_latent, norm, self.spec.inner_eps, &workspace.query_normed)?;
+        cx.compute(Gemm::linear(workspace.query_normed.clone(), &self.query, workspace.query.clone()))
     }
 
     /// The normed latent, then the rotated key.
@@ -164,30 +168,34 @@ impl Latent {
         &self,
         cx: &Context<'_, B>,
         x: &Buffer,
-        room: &Room,
+        workspace: &Workspace,
     ) -> Result<(), DeviceError> {
         let (latent, width) = (self.spec.kv_lora, self.spec.kv_lora + self.spec.rope);
-        cx.linear(x, &self.kv_down, &room.kv)?;
-        let (normed, key) = (room.row.columns(0..latent)?, room.row.columns(latent..width)?);
-        cx.norm(&room.kv.columns(0..latent)?, &self.kv_norm, self.spec.inner_eps, &normed)?;
-        cx.compute(Copy { x: room.kv.columns(latent..width)?, out: key })?;
-        cx.rotate(&room.row, width, latent)?;
-        cx.store(&room.row, &self.cache)
+        cx.linear(x, &self.kv_down, &workspace.kv)?;
+        let (normed, key) = (workspace.row.columns(0..latent)?, workspace.row.columns(latent..width)?);
+        cx.norm(&workspace.kv.columns(0..latent)?, &self.kv_norm, self.spec.inner_eps, &normed)?;
+        cx.compute(Copy { x: workspace.kv.columns(latent..width)?, out: key })?;
+        cx.rotate(&workspace.row, width, latent)?;
+        cx.store(&workspace.row, &self.cache)
     }
 
     /// Per head, `KvUpKᵀ` times the unrotated part of the query, then the rotated part.
-    fn absorb_queries<B: Backend>(&self, cx: &Context<'_, B>, room: &Room) -> Result<(), DeviceError> {
-        let LatentSpec { kv_lora, nope, rope, .. } = self.spec;
+    fn absorb_queries<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        workspace: &Workspace,
+    ) -> Result<(), DeviceError> {
+        let MlaSpec { kv_lora, nope, rope, .. } = self.spec;
         let width = kv_lora + rope;
         self.per_head(cx, |head, weights| {
-            let unrotated = room.query.columns(block(head, nope + rope))?.columns(0..nope)?;
-            let absorbed = room.absorbed.columns(block(head, width))?.columns(0..kv_lora)?;
+            let unrotated = workspace.query.columns(block(head, nope + rope))?.columns(0..nope)?;
+            let absorbed = workspace.absorbed.columns(block(head, width))?.columns(0..kv_lora)?;
             Ok((unrotated, weights.keys.clone(), absorbed))
         })?;
-        let rotated = room.query.reshape(nope + rope)?.columns(nope..nope + rope)?;
-        let behind = room.absorbed.reshape(width)?.columns(kv_lora..width)?;
+        let rotated = workspace.query.reshape(nope + rope)?.columns(nope..nope + rope)?;
+        let behind = workspace.absorbed.reshape(width)?.columns(kv_lora..width)?;
         cx.compute(Copy { x: rotated, out: behind })?;
-        cx.rotate(&room.absorbed, width, kv_lora)
+        cx.rotate(&workspace.absorbed, width, kv_lora)
     }
 
     /// One product per head, all in one operation.
@@ -210,7 +218,7 @@ impl Head {
     fn load<B: Backend>(
         loader: &Loader<'_, B>,
         layer: Layer,
-        spec: &LatentSpec,
+        spec: &MlaSpec,
         head: usize,
     ) -> Result<Self, ModelError> {
         let part = LayerPart::KvUp.of(layer);

@@ -3,16 +3,16 @@
 use epsmoe_base::{DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, hash_bytes};
 use epsmoe_device::cpu::gemm::{Isa, PackedMatrix};
 use epsmoe_device::cpu::{Cpu, CpuKernels};
-use epsmoe_device::host::{HostBackend, HostOptions, WeightStore};
-use epsmoe_device::op::{Embed, Gate, Score, Upload};
+use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
+use epsmoe_device::threaded::{ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
 use epsmoe_fabric::{Fabric, Link, Threads, ThreadsOptions};
 use epsmoe_pipeline::{
     ExpertPipeline, HostTimes, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
 };
 use epsmoe_plan::{
-    Capacity, GemmKind, LayerCounts, LayerShape, LayerSizes, Placement, Policy, RankCounts, Routing, Span,
-    StageTable, Timeline, Traffic,
+    Capacity, GemmKind, LayerHistograms, LayerShape, LayerSizes, Placement, Policy, Routing, Span,
+    StageTable, Timeline, TokenHistograms, Traffic,
 };
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, mpsc};
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 /// The widths of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct LabShape {
+pub struct RigShape {
     /// Hidden width H.
     pub hidden: usize,
     /// Inner width of an expert, I.
@@ -33,7 +33,7 @@ pub struct LabShape {
     pub shared_inner: usize,
 }
 
-impl LabShape {
+impl RigShape {
     /// What prices its work for these ranks and this format.
     pub fn layer(&self, placement: &Placement, dtype: DType) -> LayerShape {
         let sizes = LayerSizes {
@@ -54,7 +54,7 @@ impl LabShape {
 
 /// What the ranks of a lab have in common.
 #[derive(Clone)]
-pub struct LabOptions {
+pub struct RigOptions {
     /// Ranks R.
     pub ranks: usize,
     /// Threads of each rank.
@@ -120,7 +120,7 @@ struct Done {
 type Answer = Result<Done, PipelineError>;
 
 /// Ranks that wait for layers to run. Dropping it ends them.
-pub struct Lab {
+pub struct LayerRig {
     /// Where experts live.
     pub placement: Placement,
     jobs: Vec<Sender<Job>>,
@@ -135,12 +135,12 @@ pub struct Lab {
 /// model, whose layers follow each other.
 const WEIGHT_BYTES: usize = 96 << 20;
 
-impl Lab {
+impl LayerRig {
     /// Starts ranks with room for each of `loads`, which are routings by rank.
     pub fn start(
-        shape: LabShape,
+        shape: RigShape,
         loads: &[Vec<Routing>],
-        options: &LabOptions,
+        options: &RigOptions,
     ) -> Result<Self, PipelineError> {
         let placement = Placement::new(shape.experts, options.ranks)?;
         let capacity = capacity(&placement, shape.top_k, loads)?;
@@ -151,9 +151,10 @@ impl Lab {
         let (answer, answers) = channel();
         let mut jobs = Vec::new();
         for (rank, fabric) in Threads::world(options.ranks, fabric).into_iter().enumerate() {
-            let host = HostOptions { faults: faults.clone(), epoch, ..HostOptions::new(options.dtype) };
+            let host =
+                ThreadedOptions { faults: faults.clone(), epoch, ..ThreadedOptions::new(options.dtype) };
             let kernels = CpuKernels::new(options.threads, options.isa).map_err(DeviceError::Unsupported)?;
-            let device = HostBackend::new(Rank(rank), kernels, Arc::clone(&options.weights), host)?;
+            let device = ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&options.weights), host)?;
             let pipeline_options = PipelineOptions {
                 placement,
                 policy: Policy::default(),
@@ -183,7 +184,15 @@ impl Lab {
             });
             jobs.push(job);
         }
-        Ok(Lab { placement, jobs, answers, timeout: 3 * options.timeout, layers, next: 0, keep_bits: false })
+        Ok(LayerRig {
+            placement,
+            jobs,
+            answers,
+            timeout: 3 * options.timeout,
+            layers,
+            next: 0,
+            keep_bits: false,
+        })
     }
 
     /// Whether runs say what their outputs were: a hash, which takes its time after each.
@@ -239,8 +248,8 @@ impl Lab {
 fn capacity(placement: &Placement, top_k: usize, loads: &[Vec<Routing>]) -> Result<Capacity, PipelineError> {
     let mut most = Capacity::worst_case(1, placement, top_k);
     for routings in loads {
-        let ranks = routings.iter().map(|routing| RankCounts::of(placement, routing)).collect();
-        let counts = LayerCounts::new(placement, top_k, ranks)?;
+        let ranks = routings.iter().map(|routing| TokenHistograms::of(placement, routing)).collect();
+        let counts = LayerHistograms::new(placement, top_k, ranks)?;
         let traffic = Traffic::of(placement, &counts, &StageTable::serial(placement, GemmKind::Grouped));
         for rank in placement.all_ranks() {
             let needed = Capacity::needed(&traffic, rank);
@@ -258,7 +267,7 @@ fn capacity(placement: &Placement, top_k: usize, loads: &[Vec<Routing>]) -> Resu
 
 /// One rank of a lab.
 struct Bench {
-    shape: LabShape,
+    shape: RigShape,
     layers: usize,
     tokens: usize,
     epoch: Instant,
@@ -344,7 +353,7 @@ impl Bench {
     }
 
     fn load(&self, layer: usize) -> Result<MoeLayer, DeviceError> {
-        let LabShape { hidden, inner, experts, top_k, shared_inner } = self.shape;
+        let RigShape { hidden, inner, experts, top_k, shared_inner } = self.shape;
         let take = |name: String, shape: WeightShape| -> Result<Weight, DeviceError> {
             let name = format!("{hidden}x{inner} {layer} {name}");
             match self.device.find(&name) {
@@ -368,7 +377,7 @@ impl Bench {
             layer: Layer(layer),
             router: take(format!("router {experts}"), WeightShape::Matrix { n: experts, k: hidden })?,
             bias: None,
-            gate: Gate { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 },
+            gate: TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 },
             experts: self
                 .placement
                 .experts_of(self.device.rank())
@@ -389,7 +398,11 @@ impl Bench {
         )?;
         let ids = device.allocate("ids", DType::U32, x.rows, 1)?;
         let words: Vec<u32> = (0..x.rows as u32).map(|row| row % 256).collect();
-        device.enqueue(Lane::Compute, Place::default(), Upload { words: words.into(), out: ids.clone() })?;
+        device.enqueue(
+            Lane::Compute,
+            Place::default(),
+            HostToDevice { words: words.into(), out: ids.clone() },
+        )?;
         device.enqueue(Lane::Compute, Place::default(), Embed { ids, table, out: x.clone() })
     }
 }

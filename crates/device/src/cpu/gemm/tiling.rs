@@ -12,7 +12,7 @@ use super::kernel::{Blocks, Functions, Grouping, PANEL_BLOCK_STEPS, Prefetch, SP
 use super::pack::{AlignedWords, ElementType, PackedMatrix};
 use crate::cpu::pool::{Claims, ComputePool};
 use crate::cpu::{prefetch, prefetch_all};
-use crate::host::{Element, GemmViews, even_part};
+use crate::threaded::{Element, GemmViews, even_part};
 use epsmoe_base::DType;
 use std::cell::RefCell;
 use std::ops::Range;

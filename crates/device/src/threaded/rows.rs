@@ -3,8 +3,8 @@
 use super::element::{Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::op::{
-    Add, Angles, ArgMax, Attention, Clamp, Copy, Embed, Gate, GateRows, Gather, GroupLimit, GroupScore, Norm,
-    NormKind, Permute, Reduce, RopeStyle, Rotate, Route, Score, StoreRows, Upload,
+    Add, ArgMax, Attention, Clamp, Copy, Embed, GateRows, Gather, GroupLimit, GroupScore, HostToDevice,
+    KvWrite, Norm, NormKind, Reduce, RopeStyle, RopeTable, Rotate, Route, Score, SortByExpert, TopKRouter,
 };
 use std::cmp::Ordering;
 
@@ -86,7 +86,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         });
     }
 
-    pub(super) fn upload(&self, op: &Upload) -> Result<(), String> {
+    pub(super) fn upload(&self, op: &HostToDevice) -> Result<(), String> {
         let write = |mut out: ViewMut<'_, u32>| {
             for (m, words) in op.words.chunks_exact(out.width.max(1)).enumerate() {
                 out.row(m).copy_from_slice(words);
@@ -130,7 +130,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
-    pub(super) fn angles(&self, op: &Angles) -> Result<(), String> {
+    pub(super) fn angles(&self, op: &RopeTable) -> Result<(), String> {
         let frequencies = self.weights.vector(&op.frequencies)?;
         let (positions, mut out) = (self.view::<u32>(&op.positions), self.view_mut::<f32>(&op.out));
         for t in 0..out.rows {
@@ -165,7 +165,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
-    pub(super) fn store<T: Element>(&self, op: &StoreRows) -> Result<(), String> {
+    pub(super) fn store<T: Element>(&self, op: &KvWrite) -> Result<(), String> {
         let (x, slots, cache) =
             (self.view::<T>(&op.x), self.view::<u32>(&op.slots), self.view_mut::<T>(&op.cache));
         all_in_range("cache slot", &slots, cache.rows)?;
@@ -225,7 +225,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
-    pub(super) fn permute(&self, op: &Permute) -> Result<(), String> {
+    pub(super) fn permute(&self, op: &SortByExpert) -> Result<(), String> {
         let (experts, weights) = (self.view::<u32>(&op.experts), self.view::<f32>(&op.weights));
         let (mut starts, mut tokens) = (self.view_mut::<u32>(&op.starts), self.view_mut::<u32>(&op.tokens));
         let (mut copies, mut factors) = (self.view_mut::<u32>(&op.copies), self.view_mut::<f32>(&op.factors));
@@ -399,8 +399,8 @@ fn check_sequences(
     Ok(sequences)
 }
 
-/// Chooses the experts of one token; see [`Gate`].
-fn choose(gate: &Gate, logits: &[f32], bias: Option<&[f32]>, experts: &mut [u32], weights: &mut [f32]) {
+/// Chooses the experts of one token; see [`TopKRouter`].
+fn choose(gate: &TopKRouter, logits: &[f32], bias: Option<&[f32]>, experts: &mut [u32], weights: &mut [f32]) {
     let scores = scores(gate.score, logits);
     let mut preference: Vec<f32> = match bias {
         Some(bias) => scores.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
@@ -417,7 +417,7 @@ fn choose(gate: &Gate, logits: &[f32], bias: Option<&[f32]>, experts: &mut [u32]
     let divisor = match (gate.normalise, gate.score) {
         (false, _) => 1.0,
         (true, Score::Softmax) => total,
-        (true, Score::Sigmoid) => total + Gate::EPSILON,
+        (true, Score::Sigmoid) => total + TopKRouter::EPSILON,
     };
     weights.iter_mut().for_each(|weight| *weight = *weight / divisor * gate.scale);
 }

@@ -7,9 +7,9 @@ use epsmoe_device::{Backend, Buffer, DeviceError};
 
 /// The fabric of a rank that is alone: what it sends comes back to it, by a copy on its own device.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Alone;
+pub struct SingleRank;
 
-impl<B: Backend> Fabric<B> for Alone {
+impl<B: Backend> Fabric<B> for SingleRank {
     fn rank(&self) -> Rank {
         Rank(0)
     }

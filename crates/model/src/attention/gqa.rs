@@ -3,13 +3,13 @@
 use super::{Context, Heads, Linear, blocks};
 use crate::load::Loader;
 use crate::parallel::Share;
-use crate::{GroupedSpec, LayerPart, ModelError, QkNorm, Window};
+use crate::{GqaSpec, LayerPart, ModelError, QkNorm, Window};
 use epsmoe_base::Layer;
 use epsmoe_device::op::Clamp;
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use std::ops::Range;
 
-pub(crate) struct Grouped {
+pub(crate) struct Gqa {
     own: OwnHeads,
     query: Linear,
     key: Linear,
@@ -20,7 +20,7 @@ pub(crate) struct Grouped {
     /// `[slots, kv_heads · head_dim]`.
     cached_keys: Buffer,
     cached_values: Buffer,
-    room: Room,
+    workspace: Workspace,
 }
 
 /// The heads of one rank.
@@ -35,14 +35,14 @@ pub(crate) struct Grouped {
 #[derive(Clone)]
 pub(super) struct OwnHeads {
     /// The attention of all ranks together.
-    spec: GroupedSpec,
+    spec: GqaSpec,
     /// Query heads, and the key heads they look at.
     query: Range<usize>,
     kv: Range<usize>,
 }
 
 impl OwnHeads {
-    pub(super) fn of(spec: &GroupedSpec, share: Share) -> Self {
+    pub(super) fn of(spec: &GqaSpec, share: Share) -> Self {
         let (heads, kv_heads) = (spec.heads, spec.kv_heads);
         let group = heads / kv_heads;
         if share.count <= kv_heads {
@@ -78,7 +78,7 @@ impl OwnHeads {
 
 /// What is computed in between, for all tokens of a step.
 #[derive(Clone)]
-pub(super) struct Room {
+pub(super) struct Workspace {
     query: Buffer,
     key: Buffer,
     value: Buffer,
@@ -87,7 +87,7 @@ pub(super) struct Room {
     context: Buffer,
 }
 
-impl Room {
+impl Workspace {
     pub(super) fn allocate<B: Backend>(
         device: &B,
         own: &OwnHeads,
@@ -97,7 +97,7 @@ impl Room {
             |name, heads: usize| device.allocate(name, device.dtype(), tokens, heads * own.spec.head_dim);
         let (queries, keys) = own.projected();
         let normed = |heads: &Range<usize>| if own.spec.qk_norm.is_some() { heads.len() } else { 0 };
-        Ok(Room {
+        Ok(Workspace {
             query: reserve("query", queries.len())?,
             key: reserve("key", keys.len())?,
             value: reserve("value", own.kv.len())?,
@@ -108,12 +108,12 @@ impl Room {
     }
 }
 
-impl Grouped {
+impl Gqa {
     pub(super) fn load<B: Backend>(
         loader: &Loader<'_, B>,
         layer: Layer,
         own: &OwnHeads,
-        room: &Room,
+        workspace: &Workspace,
         slots: usize,
     ) -> Result<Self, ModelError> {
         let spec = own.spec;
@@ -127,7 +127,7 @@ impl Grouped {
         let (queries, keys) = own.projected();
         let width = own.kv.len() * spec.head_dim;
         let cache = |name| loader.device.allocate(name, loader.device.dtype(), slots, width);
-        Ok(Grouped {
+        Ok(Gqa {
             query: linear(LayerPart::Query, LayerPart::QueryBias, &queries)?,
             key: linear(LayerPart::Key, LayerPart::KeyBias, &keys)?,
             value: linear(LayerPart::Value, LayerPart::ValueBias, &own.kv)?,
@@ -135,7 +135,7 @@ impl Grouped {
             output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
             cached_keys: cache("cached_keys")?,
             cached_values: cache("cached_values")?,
-            room: room.clone(),
+            workspace: workspace.clone(),
             own: own.clone(),
         })
     }
@@ -147,15 +147,16 @@ impl Grouped {
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let (own, spec, tokens) = (&self.own, &self.own.spec, 0..x.rows);
-        let mut query = self.room.query.rows(tokens.clone())?;
-        let mut key = self.room.key.rows(tokens.clone())?;
-        let value = self.room.value.rows(tokens.clone())?;
+        let mut query = self.workspace.query.rows(tokens.clone())?;
+        let mut key = self.workspace.key.rows(tokens.clone())?;
+        let value = self.workspace.value.rows(tokens.clone())?;
         cx.linear(x, &self.query, &query)?;
         cx.linear(x, &self.key, &key)?;
         cx.linear(x, &self.value, &value)?;
         if let Some([query_norm, key_norm]) = &self.norms {
-            query = self.norm_heads(cx, &query, query_norm, self.room.normed_query.rows(tokens.clone())?)?;
-            key = self.norm_heads(cx, &key, key_norm, self.room.normed_key.rows(tokens.clone())?)?;
+            query =
+                self.norm_heads(cx, &query, query_norm, self.workspace.normed_query.rows(tokens.clone())?)?;
+            key = self.norm_heads(cx, &key, key_norm, self.workspace.normed_key.rows(tokens.clone())?)?;
         }
         let (queries, keys) = own.projected();
         let query = query.columns(own.kept(&own.query, &queries))?;
@@ -169,7 +170,7 @@ impl Grouped {
         cx.rotate(&key, spec.head_dim, 0)?;
         cx.store(&key, &self.cached_keys)?;
         cx.store(&value, &self.cached_values)?;
-        let context = self.room.context.rows(tokens)?;
+        let context = self.workspace.context.rows(tokens)?;
         let (heads, kv_heads) = (own.query.len(), own.kv.len());
         let heads = Heads { heads, kv_heads, scale: spec.scale, window: spec.sliding_window };
         cx.attend(heads, &query, &self.cached_keys, &self.cached_values, &context)?;
@@ -198,7 +199,7 @@ mod tests {
     use super::*;
 
     fn own(heads: usize, kv_heads: usize, count: usize) -> Vec<(Range<usize>, Range<usize>)> {
-        let spec = GroupedSpec {
+        let spec = GqaSpec {
             heads,
             kv_heads,
             head_dim: 8,
