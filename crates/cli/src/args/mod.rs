@@ -1,0 +1,117 @@
+//! What was typed. No flag means anything here; `setup` and the commands say what it means.
+//!
+//! One file for each group of commands: `run` (what every command that runs a model takes), `generate` (prompts and
+//! sampling), `bench`, `plan` (predictions and profiles), `tools` (everything else); `values` has the words that flags
+//! take.
+
+mod bench;
+mod generate;
+mod plan;
+mod run;
+mod tools;
+mod values;
+
+pub(crate) use bench::BenchArgs;
+pub(crate) use generate::{GenerateArgs, LogitsArgs, PromptArgs, SamplingArgs, TokenizeArgs};
+pub(crate) use plan::{PlanArgs, ProfileArgs};
+pub(crate) use run::{ModelArgs, RunArgs};
+pub(crate) use tools::{CompletionsArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
+pub(crate) use values::{ContenderSpec, DeviceKind, Dtype, Gemm, ScheduleKind, SharedExpertPlace};
+
+use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
+
+const EXAMPLES: &str = "\
+Examples:
+  epsmoe bench                                       schedules side by side, no download needed
+  epsmoe generate --model ./Qwen3-30B-A3B --chat --prompt 'Why is the sky blue?'
+  epsmoe generate --model preset:mixtral-mini --ids 5,6,7 --max-tokens 8 --json
+  epsmoe logits --model ./model --ids 5,6,7 --out logits.safetensors -dp 2 -ep --stages 4
+  epsmoe doctor                                      what works on this machine
+
+Every flag can also be set by the environment variable that its help names; the flag wins.";
+
+/// Mixture-of-Experts inference with an expert pipeline.
+///
+/// The experts of a rank are cut into stages; while one stage computes, the rows of the next travel in and the
+/// results of the last travel home. Ranks are groups of threads of this process.
+#[derive(Debug, Parser)]
+#[command(name = "epsmoe", version, after_help = EXAMPLES, max_term_width = 110)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Continue a prompt
+    Generate(Box<GenerateArgs>),
+    /// Write the logits of every token of a prompt to a file
+    Logits(Box<LogitsArgs>),
+    /// Show the tokens of a text
+    Tokenize(TokenizeArgs),
+    /// Compare schedules: serial, two micro-batches, stages, and what the cost model chooses
+    #[command(mut_arg("model", |model| model.required(false).default_value("preset:deepseek-v2-mini")))]
+    #[command(mut_arg("data_parallel_size", |size| size.default_value("2")))]
+    #[command(mut_arg("enable_expert_parallel", |enable| enable.default_value("true")))]
+    #[command(mut_arg("link", |link| link.default_value("100MB/s,50us")))]
+    Bench(Box<BenchArgs>),
+    /// Predict strategies and schedules on a machine that need not be here
+    Plan(PlanArgs),
+    /// Measure what MoE layers cost on this machine, or check such figures
+    Profile(ProfileArgs),
+    /// Write a checkpoint of random weights
+    Synth(SynthArgs),
+    /// Say what this machine is and what works on it
+    Doctor(DoctorArgs),
+    /// Compile GPU kernels ahead of their first use
+    Kernels(KernelsArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// The command line, where every flag has an environment variable: `EPSMOE_` and its name, with the command's name
+/// between the two where only one command has it.
+pub(crate) fn command() -> clap::Command {
+    Cli::command().mut_subcommands(|subcommand| {
+        let command = subcommand.get_name().to_uppercase();
+        subcommand.mut_args(|arg| match (arg.get_long(), arg.get_env()) {
+            (Some(long), None) => {
+                let flag = long.replace('-', "_").to_uppercase();
+                arg.env(format!("EPSMOE_{command}_{flag}"))
+            }
+            _ => arg,
+        })
+    })
+}
+
+/// Other engines have flags of two letters behind one dash.
+pub(crate) fn spelled_out(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
+    args.map(|arg| match arg.to_str() {
+        Some("-dp") => "--dp".into(),
+        Some("-tp") => "--tp".into(),
+        Some("-ep") => "--ep".into(),
+        _ => arg,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn every_flag_has_a_variable_of_its_own() {
+        for subcommand in command().get_subcommands() {
+            let mut variables = std::collections::BTreeSet::new();
+            for arg in subcommand.get_arguments().filter(|arg| arg.get_long().is_some()) {
+                let variable = arg.get_env().unwrap_or_else(|| panic!("{arg} has none"));
+                assert!(variables.insert(variable), "{arg} shares its variable");
+            }
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! Predictions, and the profiles that they are made from.
+
+use super::ModelArgs;
+use super::values::{Dtype, bounded, exponent, seconds};
+use clap::Args;
+use clap::builder::BoolishValueParser;
+use epsmoe_device::cpu::gemm::Isa;
+use std::path::PathBuf;
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Every figure of a built-in machine has its source in crates/plan/machines/machines.toml; a file in that format \
+describes another machine. Predictions are estimates, not measurements.
+
+Examples:
+  epsmoe plan --model preset:deepseek-v2 --machine 8xH800 --batch 64 --seq 1024
+  epsmoe plan --model ./Qwen3-30B-A3B --machine my-machine.toml --json")]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// A built-in machine, like 8xH100, 8xH200, 8xH800, 4xH800 or 8xA100; or a file that describes one
+    #[arg(long, value_name = "NAME|FILE")]
+    pub(crate) machine: String,
+
+    /// Sequences
+    #[arg(long, value_name = "NUMBER", default_value = "64", value_parser = bounded(1, 1 << 20))]
+    pub(crate) batch: usize,
+
+    /// Tokens of each
+    #[arg(long, value_name = "TOKENS", default_value = "1024", value_parser = bounded(1, 1 << 24))]
+    pub(crate) seq: usize,
+
+    /// How unevenly experts are chosen: the exponent of a Zipf law; 0 is even
+    #[arg(long, value_name = "EXPONENT", default_value = "0", value_parser = exponent)]
+    pub(crate) zipf: f64,
+
+    /// Seed of the routing
+    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// Print one line of JSON
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Without --verify, the cost model goes to a file under $XDG_CACHE_HOME/epsmoe/profiles, named after the machine, the \
+kernels and the number format, or to --out; none is written where --max-seconds is too short to measure everything \
+once. With --verify, layers that the profile never saw are predicted and run.
+
+Examples:
+  epsmoe profile -dp 2
+  epsmoe profile -dp 1,2,4                            what --verify needs
+  epsmoe profile --verify 100 --json verify.json
+  epsmoe profile --verify 20 --regret
+  epsmoe profile --verify 20 --uneven-cuts
+  epsmoe profile --verify 20 --wrong-profile")]
+pub(crate) struct ProfileArgs {
+    /// Where to write the profile [default: a file in the cache]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+
+    /// Number format of activations; auto is float32
+    #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto)]
+    pub(crate) dtype: Dtype,
+
+    /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made
+    /// of bfloat16 pieces: as exact, faster for prompts, 3 % slower for single tokens
+    #[arg(long, env = "EPSMOE_ISA", value_name = "SET")]
+    pub(crate) isa: Option<Isa>,
+
+    /// Threads of each rank [default: cores divided by ranks]
+    #[arg(long, env = "EPSMOE_THREADS", value_name = "NUMBER", value_parser = bounded(1, 1024))]
+    pub(crate) threads: Option<usize>,
+
+    /// Ranks; several numbers make as many profiles; short: -dp
+    #[arg(
+        long,
+        alias = "dp",
+        env = "EPSMOE_DATA_PARALLEL_SIZE",
+        value_name = "RANKS",
+        default_value = "2",
+        value_delimiter = ',',
+        value_parser = bounded(1, 8)
+    )]
+    pub(crate) data_parallel_size: Vec<usize>,
+
+    /// Longest time to measure each profile, or to verify, in seconds [default: 120, or 900 with --verify]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) max_seconds: Option<f64>,
+
+    /// Predict and run so many layers instead, drawn by --seed
+    #[arg(long, value_name = "CELLS", value_parser = bounded(1, 10_000))]
+    pub(crate) verify: Option<usize>,
+
+    /// Run the auto schedule's plan of each of these layers against the best of many others
+    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
+    pub(crate) regret: bool,
+
+    /// Run cuts that follow the loads against as many experts in every stage
+    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
+    pub(crate) uneven_cuts: bool,
+
+    /// Let the auto schedule begin with links four times and products half as fast as the profile says
+    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
+    pub(crate) wrong_profile: bool,
+
+    /// Which layers
+    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 707)]
+    pub(crate) seed: u64,
+
+    /// The profile to check, on the layers with its number of ranks [default: those in the cache]
+    #[arg(long, value_name = "FILE", requires = "verify")]
+    pub(crate) profile: Option<PathBuf>,
+
+    /// Write the figures to a file; without one, print them as one line
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    pub(crate) json: Option<PathBuf>,
+}

@@ -1,0 +1,182 @@
+//! What every command that runs a model takes.
+
+use super::values::{DeviceKind, Dtype, Gemm, LinkSpeed, ScheduleKind, SharedExpertPlace, TransferOrder};
+use super::values::{bounded, seconds};
+use clap::Args;
+use clap::builder::BoolishValueParser;
+use epsmoe_device::cpu::gemm::Isa;
+use epsmoe_plan::Stages;
+use std::path::PathBuf;
+
+const WHERE_MODELS_ARE: &str = "\
+A folder with config.json and safetensors weights, preset:NAME for random weights of a known configuration, or \
+org/name for a model in the Hugging Face cache, which is never downloaded";
+
+const PROCESSOR: &str = "Processor";
+const PARALLELISM: &str = "Parallelism";
+const PIPELINE: &str = "Expert pipeline";
+const LIMITS: &str = "Limits";
+
+/// What every command that runs a model takes.
+#[derive(Args, Debug)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// Seed of everything random: sampling, and the weights of presets
+    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 0)]
+    pub(crate) seed: u64,
+
+    /// What the ranks compute on: `cpu`; `cuda` or `cuda:N`, the GPU of that number, for one rank; `auto`, a GPU if
+    /// there is one that fits; or `reference`, slow and plain code that is the judge of the others
+    #[arg(long, env = "EPSMOE_DEVICE", value_name = "DEVICE", default_value = "cpu", help_heading = PROCESSOR)]
+    pub(crate) device: DeviceKind,
+
+    /// Number format of activations; auto is float32 on a CPU, and on a GPU bfloat16 unless the weights are float32
+    #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto, help_heading = PROCESSOR)]
+    pub(crate) dtype: Dtype,
+
+    /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made
+    /// of bfloat16 pieces: as exact, faster for prompts, 3 % slower for single tokens
+    #[arg(long, env = "EPSMOE_ISA", value_name = "SET", help_heading = PROCESSOR)]
+    pub(crate) isa: Option<Isa>,
+
+    /// Threads of each rank [default: cores divided by ranks]
+    #[arg(long, env = "EPSMOE_THREADS", value_name = "NUMBER", value_parser = bounded(1, 1024), help_heading = PROCESSOR)]
+    pub(crate) threads: Option<usize>,
+
+    /// Ranks, each with sequences of its own; short: -dp
+    #[arg(
+        long,
+        alias = "dp",
+        env = "EPSMOE_DATA_PARALLEL_SIZE",
+        value_name = "RANKS",
+        default_value = "1",
+        value_parser = bounded(1, 1024),
+        help_heading = PARALLELISM
+    )]
+    pub(crate) data_parallel_size: usize,
+
+    /// Ranks of a group that split the attention heads of the same tokens; short: -tp
+    #[arg(
+        long,
+        alias = "tp",
+        env = "EPSMOE_TENSOR_PARALLEL_SIZE",
+        value_name = "RANKS",
+        default_value = "1",
+        value_parser = bounded(1, 1024),
+        help_heading = PARALLELISM
+    )]
+    pub(crate) tensor_parallel_size: usize,
+
+    /// Spread whole experts over all ranks, instead of splitting every expert over them; short: -ep
+    #[arg(
+        long,
+        alias = "ep",
+        env = "EPSMOE_ENABLE_EXPERT_PARALLEL",
+        value_parser = BoolishValueParser::new(),
+        help_heading = PARALLELISM
+    )]
+    pub(crate) enable_expert_parallel: bool,
+
+    /// Pace transfers between ranks as this link would, like 10GB/s,50us; none is as fast as memory
+    #[arg(
+        long,
+        env = "EPSMOE_LINK",
+        value_name = "RATE,LATENCY",
+        default_value = "none",
+        help_heading = PARALLELISM
+    )]
+    pub(crate) link: LinkSpeed,
+
+    /// One stage with nothing beside anything; stages that compute while others travel; what a cost model predicts to
+    /// be fastest; or, to compare with, two halves of the tokens that alternate [default: auto, or staged with --stages
+    /// or --transfer-order]
+    #[arg(long, env = "EPSMOE_SCHEDULE", value_enum, help_heading = PIPELINE)]
+    pub(crate) schedule: Option<ScheduleKind>,
+
+    /// What the auto schedule predicts with [default: what `epsmoe profile` left for this machine, or round figures]
+    #[arg(long, env = "EPSMOE_PROFILE", value_name = "FILE", help_heading = PIPELINE)]
+    pub(crate) profile: Option<PathBuf>,
+
+    /// At the end, say what the auto schedule chose, what that beat, and how long it was predicted to take and took
+    #[arg(long, env = "EPSMOE_EXPLAIN", value_parser = BoolishValueParser::new(), help_heading = PIPELINE)]
+    pub(crate) explain: bool,
+
+    /// How many stages, cut by load, like 4; or the experts of each, like 3,5,6,6
+    #[arg(long, env = "EPSMOE_STAGES", help_heading = PIPELINE)]
+    pub(crate) stages: Option<Stages>,
+
+    /// What the transfer lane does: dispatches and combines of stages, like "d0 d1 c0 c1"
+    #[arg(long, env = "EPSMOE_TRANSFER_ORDER", value_name = "ORDER", help_heading = PIPELINE)]
+    pub(crate) transfer_order: Option<TransferOrder>,
+
+    /// What the shared expert's computation hides
+    #[arg(long, env = "EPSMOE_SHARED_EXPERT", value_enum, value_name = "PLACE", help_heading = PIPELINE)]
+    pub(crate) shared_expert: Option<SharedExpertPlace>,
+
+    /// One product over all experts of a stage, or one per expert [default: the auto schedule decides; else grouped]
+    #[arg(long, env = "EPSMOE_GEMM", value_enum, help_heading = PIPELINE)]
+    pub(crate) gemm: Option<Gemm>,
+
+    /// Write the experts and weights of every token in every layer to a file
+    #[arg(long, env = "EPSMOE_ROUTING_RECORD", value_name = "FILE", conflicts_with = "routing_replay", help_heading = PIPELINE)]
+    pub(crate) routing_record: Option<PathBuf>,
+
+    /// Take experts and weights from such a file instead of the router
+    #[arg(long, env = "EPSMOE_ROUTING_REPLAY", value_name = "FILE", help_heading = PIPELINE)]
+    pub(crate) routing_replay: Option<PathBuf>,
+
+    /// Most tokens of a rank in one step [default: what is asked for, at most 2048, on a GPU 8192]
+    #[arg(
+        long,
+        env = "EPSMOE_MAX_NUM_BATCHED_TOKENS",
+        value_name = "TOKENS",
+        value_parser = bounded(1, 1 << 20),
+        help_heading = LIMITS
+    )]
+    pub(crate) max_num_batched_tokens: Option<usize>,
+
+    /// Most sequences of a rank at once [default: what is asked for]
+    #[arg(
+        long,
+        env = "EPSMOE_MAX_NUM_SEQS",
+        value_name = "SEQUENCES",
+        value_parser = bounded(1, 1 << 16),
+        help_heading = LIMITS
+    )]
+    pub(crate) max_num_seqs: Option<usize>,
+
+    /// Longest sequence, prompt and new tokens together [default: what is asked for]
+    #[arg(
+        long,
+        env = "EPSMOE_MAX_MODEL_LEN",
+        value_name = "TOKENS",
+        value_parser = bounded(1, 1 << 30),
+        help_heading = LIMITS
+    )]
+    pub(crate) max_model_len: Option<usize>,
+
+    /// Longest wait for a rank or a lane, in seconds
+    #[arg(
+        long,
+        env = "EPSMOE_TIMEOUT",
+        value_name = "SECONDS",
+        default_value = "300",
+        value_parser = seconds,
+        help_heading = LIMITS
+    )]
+    pub(crate) timeout: f64,
+}
+
+/// Which model.
+#[derive(Args, Debug)]
+pub(crate) struct ModelArgs {
+    /// Folder, preset:NAME, or org/name
+    #[arg(long, env = "EPSMOE_MODEL", long_help = WHERE_MODELS_ARE)]
+    pub(crate) model: String,
+
+    /// Branch, tag or commit of a model in the Hugging Face cache
+    #[arg(long, env = "EPSMOE_REVISION", default_value = "main")]
+    pub(crate) revision: String,
+}

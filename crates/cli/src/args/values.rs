@@ -1,0 +1,180 @@
+//! Words that flags take.
+
+use clap::ValueEnum;
+use epsmoe_fabric::Link;
+use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
+use std::str::FromStr;
+
+/// What was typed after `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DeviceKind {
+    /// This machine's processor.
+    Cpu,
+    /// Slow and plain code that checks the order of all work: the judge of the others.
+    Reference,
+    /// The GPU of that number.
+    Cuda(usize),
+    /// The first GPU if it works and there is one rank, else the processor.
+    Auto,
+}
+
+impl FromStr for DeviceKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(DeviceKind::Cpu),
+            None if text == "reference" => Ok(DeviceKind::Reference),
+            None if text == "cuda" => Ok(DeviceKind::Cuda(0)),
+            None if text == "auto" => Ok(DeviceKind::Auto),
+            Some(("cuda", number)) => number
+                .parse()
+                .map(DeviceKind::Cuda)
+                .map_err(|_| format!("`{number}` is no number of a GPU: write cuda or cuda:0")),
+            _ => Err(format!("`{text}` is no device: write cpu, cuda, cuda:N, auto or reference")),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dtype {
+    Auto,
+    #[value(alias = "float")]
+    Float32,
+    Bfloat16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ScheduleKind {
+    Serial,
+    Staged,
+    Auto,
+    TwoBatch,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Gemm {
+    Grouped,
+    Dense,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SharedExpertPlace {
+    BesideRendezvous,
+    BesideFirstDispatch,
+    BesideLastCombine,
+    Alone,
+}
+
+/// A schedule to compare: `serial`, `two-batch`, `auto`, `staged:4` or `staged:4:ORDER`.
+#[derive(Clone, Debug)]
+pub(crate) struct ContenderSpec {
+    pub(crate) schedule: Schedule,
+    pub(crate) stages: Option<Stages>,
+    pub(crate) order: Option<Vec<Transfer>>,
+}
+
+impl FromStr for ContenderSpec {
+    type Err = epsmoe_plan::PlanError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let mut words = text.splitn(3, ':');
+        let schedule = words.next().unwrap_or_default().parse()?;
+        let stages = words.next().map(str::parse).transpose()?;
+        let order = words.next().map(parse_order).transpose()?;
+        Ok(ContenderSpec { schedule, stages, order })
+    }
+}
+
+/// `d0 d1 c0 c1`.
+#[derive(Clone, Debug)]
+pub(crate) struct TransferOrder(pub(crate) Vec<Transfer>);
+
+impl FromStr for TransferOrder {
+    type Err = epsmoe_plan::PlanError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        parse_order(text).map(TransferOrder)
+    }
+}
+
+/// `10GB/s,50us`, or `none`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LinkSpeed(pub(crate) Option<Link>);
+
+impl FromStr for LinkSpeed {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" { Ok(LinkSpeed(None)) } else { text.parse().map(|link| LinkSpeed(Some(link))) }
+    }
+}
+
+/// `5,6,7` or `5 6 7`.
+#[derive(Clone, Debug)]
+pub(crate) struct TokenIds(pub(crate) Vec<u32>);
+
+impl FromStr for TokenIds {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
+        let id = |word: &str| {
+            word.parse().map_err(|_| format!("`{word}` is not a token id: write ids like 5,6,7"))
+        };
+        words.map(id).collect::<Result<_, _>>().map(TokenIds)
+    }
+}
+
+/// `500MB`, `5GB`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ShardSize(pub(crate) u64);
+
+impl FromStr for ShardSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let units = [("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1000)];
+        let upper = text.to_uppercase();
+        let found = units.iter().find_map(|(unit, bytes)| Some((upper.strip_suffix(unit)?, *bytes)));
+        let (digits, bytes) = found.unwrap_or((upper.as_str(), 1));
+        let size = digits.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(bytes));
+        size.filter(|size| *size > 0)
+            .map(ShardSize)
+            .ok_or_else(|| format!("`{text}` is not a size: write it like 5GB"))
+    }
+}
+
+pub(crate) fn bounded(least: usize, most: usize) -> impl Fn(&str) -> Result<usize, String> + Clone {
+    move |text| {
+        let number = text.parse().ok().filter(|number| (least..=most).contains(number));
+        number.ok_or_else(|| format!("must be a whole number from {least} to {most}"))
+    }
+}
+
+pub(crate) fn seconds(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| *number > 0.0 && *number <= 1e6);
+    number.ok_or_else(|| "must be a number of seconds, above 0 and at most 1000000".into())
+}
+
+pub(crate) fn exponent(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| (0.0..=5.0).contains(number));
+    number.ok_or_else(|| "must be a number from 0 to 5".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_the_command_line() {
+        assert_eq!("5, 6 7".parse::<TokenIds>().unwrap().0, [5, 6, 7]);
+        assert!("5,x".parse::<TokenIds>().is_err());
+        assert_eq!("500mb".parse::<ShardSize>().unwrap().0, 500_000_000);
+        assert!("0".parse::<ShardSize>().is_err());
+        assert_eq!("cuda".parse(), Ok(DeviceKind::Cuda(0)));
+        assert_eq!("cuda:3".parse(), Ok(DeviceKind::Cuda(3)));
+        assert!("cuda:x".parse::<DeviceKind>().is_err() && "gpu".parse::<DeviceKind>().is_err());
+        assert!(seconds("0").is_err() && seconds("nan").is_err() && seconds("2.5").is_ok());
+    }
+}
