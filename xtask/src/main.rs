@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
+mod eval;
 mod gpu_bundle;
 
 use clap::Parser;
@@ -22,12 +23,16 @@ enum Task {
         #[arg(default_value = "target/gpu-bundle")]
         out: PathBuf,
     },
+    /// Hold the cost model and the auto schedule against layers that no profile was fitted to.
+    #[command(subcommand)]
+    Eval(eval::Question),
 }
 
 fn main() -> anyhow::Result<()> {
     match Task::parse() {
         Task::CheckKernels { architectures } => check_kernels(&architectures),
         Task::GpuBundle { out } => gpu_bundle::make(&out),
+        Task::Eval(question) => eval::run(&question),
     }
 }
 

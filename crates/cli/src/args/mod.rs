@@ -58,7 +58,7 @@ pub(crate) enum Command {
     Bench(Box<BenchArgs>),
     /// Predict strategies and schedules on a machine that need not be here
     Plan(PlanArgs),
-    /// Measure what MoE layers cost on this machine, or check such figures
+    /// Measure what MoE layers cost on this machine
     Profile(ProfileArgs),
     /// Write a checkpoint of random weights
     Synth(SynthArgs),

@@ -46,17 +46,12 @@ pub(crate) struct PlanArgs {
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Without --verify, the cost model goes to a file under $XDG_CACHE_HOME/epsmoe/profiles, named after the machine, the \
-kernels and the number format, or to --out; none is written where --max-seconds is too short to measure everything \
-once. With --verify, layers that the profile never saw are predicted and run.
+The cost model goes to a file under $XDG_CACHE_HOME/epsmoe/profiles, named after the machine, the kernels and the \
+number format, or to --out; none is written where --max-seconds is too short to measure everything once.
 
 Examples:
   epsmoe profile -dp 2
-  epsmoe profile -dp 1,2,4                            what --verify needs
-  epsmoe profile --verify 100 --json verify.json
-  epsmoe profile --verify 20 --regret
-  epsmoe profile --verify 20 --uneven-cuts
-  epsmoe profile --verify 20 --wrong-profile")]
+  epsmoe profile -dp 1,2,4 --json")]
 pub(crate) struct ProfileArgs {
     /// Where to write the profile [default: a file in the cache]
     #[arg(long, value_name = "FILE")]
@@ -87,33 +82,9 @@ pub(crate) struct ProfileArgs {
     )]
     pub(crate) data_parallel_size: Vec<usize>,
 
-    /// Longest time to measure each profile, or to verify, in seconds [default: 120, or 900 with --verify]
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
-    pub(crate) max_seconds: Option<f64>,
-
-    /// Predict and run so many layers instead, drawn by --seed
-    #[arg(long, value_name = "CELLS", value_parser = bounded(1, 10_000))]
-    pub(crate) verify: Option<usize>,
-
-    /// Run the auto schedule's plan of each of these layers against the best of many others
-    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
-    pub(crate) regret: bool,
-
-    /// Run cuts that follow the loads against as many experts in every stage
-    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
-    pub(crate) uneven_cuts: bool,
-
-    /// Let the auto schedule begin with links four times and products half as fast as the profile says
-    #[arg(long, requires = "verify", group = "contest", value_parser = BoolishValueParser::new())]
-    pub(crate) wrong_profile: bool,
-
-    /// Which layers
-    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 707)]
-    pub(crate) seed: u64,
-
-    /// The profile to check, on the layers with its number of ranks [default: those in the cache]
-    #[arg(long, value_name = "FILE", requires = "verify")]
-    pub(crate) profile: Option<PathBuf>,
+    /// Longest time to measure each profile, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = seconds)]
+    pub(crate) max_seconds: f64,
 
     /// Write the figures to a file; without one, print them as one line
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]

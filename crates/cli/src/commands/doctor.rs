@@ -9,7 +9,7 @@ use clap::Parser;
 use epsmoe_base::{Bytes, env};
 use epsmoe_device::DeviceError;
 use epsmoe_device::cpu::gemm::Isa;
-use epsmoe_device::cuda::{self, CudaDevice, Figure, Probes};
+use epsmoe_device::cuda::{self, CudaDevice, Probes};
 use epsmoe_engine::Request;
 use epsmoe_plan::{Policy, Schedule};
 use serde::Serialize;
@@ -62,18 +62,8 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     diagnosis.probes.as_ref().map_or(Ok(()), show_probes)
 }
 
-/// Tables as they go into a page of documentation.
+/// What was measured, in one table.
 fn show_probes(probes: &Probes) -> Result<()> {
-    for table in &probes.tables {
-        output::show_line(format_args!("\n{} ({})\n", table.title, table.unit))?;
-        output::show_line(format_args!("| | {} |", table.columns.join(" | ")))?;
-        output::show_line(format_args!("|---|{}", "---|".repeat(table.columns.len())))?;
-        for (name, figures) in &table.rows {
-            let mut cells: Vec<String> = figures.iter().map(Figure::to_string).collect();
-            cells.resize(table.columns.len().max(cells.len()), String::new());
-            output::show_line(format_args!("| {name} | {} |", cells.join(" | ")))?;
-        }
-    }
     output::show_line("\nWhat this GPU can be relied on for\n\n| | |\n|---|---|")?;
     for (name, value) in probes.capabilities.entries() {
         output::show_line(format_args!("| {name} | {value} |"))?;

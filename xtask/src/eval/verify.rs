@@ -1,11 +1,11 @@
 //! How well a cost model predicts layers that it never saw.
 
-use crate::cases::Question;
-use crate::{Case, LayerRig, Models};
+use super::cases::{Case, Models, Question};
 use epsmoe_base::{Lane, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{Timeline, simulate};
+use epsmoe_profile::LayerRig;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 /// The busiest rank's time by class, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Parts {
+pub(super) struct Parts {
     /// Matrix products.
-    pub gemm: u64,
+    pub(super) gemm: u64,
     /// Everything else on compute lanes.
-    pub other: u64,
+    pub(super) other: u64,
     /// Exchanges, beside no computation.
-    pub exposed: u64,
+    pub(super) exposed: u64,
 }
 
 impl Parts {
@@ -36,53 +36,53 @@ impl Parts {
 
 /// A case, predicted and measured.
 #[derive(Clone, Debug, Serialize)]
-pub struct Outcome {
+pub(super) struct Outcome {
     /// The case in words.
-    pub what: String,
+    pub(super) what: String,
     /// Layer time by the model, in nanoseconds.
-    pub predicted_ns: u64,
+    pub(super) predicted_ns: u64,
     /// Median of the measured ones.
-    pub measured_ns: u64,
+    pub(super) measured_ns: u64,
     /// Their lower quartile: what is left of it when other programs disturb the machine.
-    pub low_ns: u64,
+    pub(super) low_ns: u64,
     /// Half the distance between the quartiles of the repeats, in permille of the median.
-    pub spread: u64,
+    pub(super) spread: u64,
     /// Repeats, over all passes.
-    pub repeats: usize,
+    pub(super) repeats: usize,
     /// Where the time went by the model.
-    pub predicted: Parts,
+    pub(super) predicted: Parts,
     /// Where it went.
-    pub measured: Parts,
+    pub(super) measured: Parts,
 }
 
 impl Outcome {
     /// How far the prediction is off, in permille of the measured time.
-    pub fn error(&self) -> u64 {
+    pub(super) fn error(&self) -> u64 {
         self.predicted_ns.abs_diff(self.measured_ns) * 1000 / self.measured_ns.max(1)
     }
 
     /// Whether repeats agree to 4 %.
-    pub fn is_steady(&self) -> bool {
+    pub(super) fn is_steady(&self) -> bool {
         self.spread <= 40
     }
 }
 
 /// Errors of many cases, in permille.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Spread {
+pub(super) struct Spread {
     /// How many cases.
-    pub cases: usize,
+    pub(super) cases: usize,
     /// The median of them.
-    pub median: u64,
+    pub(super) median: u64,
     /// The 90th percentile.
-    pub p90: u64,
+    pub(super) p90: u64,
     /// The worst.
-    pub worst: u64,
+    pub(super) worst: u64,
 }
 
 impl Spread {
     /// Of these errors.
-    pub fn of(errors: impl IntoIterator<Item = u64>) -> Self {
+    pub(super) fn of(errors: impl IntoIterator<Item = u64>) -> Self {
         let mut errors: Vec<u64> = errors.into_iter().collect();
         errors.sort_unstable();
         let at = |permille: usize| errors.get(errors.len() * permille / 1000).or(errors.last()).copied();
@@ -106,7 +106,7 @@ const RUNS: usize = 5;
 ///
 /// # Panics
 /// If a case's number of ranks has no model.
-pub fn verify(
+pub(super) fn verify(
     cases: &[&Case],
     models: &Models,
     most: Duration,
@@ -187,4 +187,28 @@ fn outcome(case: &Case, models: &Models, mut runs: Vec<(u64, Parts)>) -> Result<
         predicted: Parts::of(&simulation.timeline, case.ranks),
         measured,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_are_summed_up_by_rank() {
+        let spread = Spread::of((1..=10).rev().map(|error| error * 10));
+        assert_eq!((spread.cases, spread.median, spread.p90, spread.worst), (10, 60, 100, 100));
+        assert_eq!(Spread::of([]).cases, 0);
+        let outcome = |predicted_ns, spread| Outcome {
+            what: String::new(),
+            predicted_ns,
+            measured_ns: 1000,
+            low_ns: 990,
+            spread,
+            repeats: 15,
+            predicted: Parts::default(),
+            measured: Parts::default(),
+        };
+        assert_eq!([outcome(900, 0).error(), outcome(1300, 0).error()], [100, 300]);
+        assert!(outcome(0, 40).is_steady() && !outcome(0, 41).is_steady());
+    }
 }

@@ -1,6 +1,5 @@
 //! Layers that no profile was fitted to: drawn by a seed.
 
-use crate::{LayerRig, RigOptions, RigShape, with_link};
 use epsmoe_base::{DType, Mix};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
@@ -8,24 +7,25 @@ use epsmoe_plan::{
     CostModel, GemmKind, LayerHistograms, LayerShape, Placement, Routing, SharedExpert, StageTable,
     SyntheticRouting, TokenHistograms, Workload, sensible_orders,
 };
+use epsmoe_profile::{LayerRig, RigOptions, RigShape, with_link};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// One layer to run: sizes, tokens, skew, link and table.
 #[derive(Clone, Debug)]
-pub struct Case {
+pub(super) struct Case {
     /// In words.
-    pub what: String,
+    pub(super) what: String,
     /// Widths.
-    pub shape: RigShape,
+    pub(super) shape: RigShape,
     /// Ranks R.
-    pub ranks: usize,
+    pub(super) ranks: usize,
     /// The link; as fast as memory when absent.
-    pub link: Option<Link>,
+    pub(super) link: Option<Link>,
     /// `[R]` where tokens go.
-    pub routings: Vec<Routing>,
+    pub(super) routings: Vec<Routing>,
     /// The table to run it by.
-    pub table: StageTable,
+    pub(super) table: StageTable,
 }
 
 /// Shapes of layers: those of small presets, and published ones with fewer or narrower experts.
@@ -39,7 +39,7 @@ const SHAPES: [(&str, [usize; 5]); 6] = [
 ];
 
 /// `number` cases, which follow from the seed.
-pub fn cases(seed: u64, number: usize) -> Result<Vec<Case>, PipelineError> {
+pub(super) fn cases(seed: u64, number: usize) -> Result<Vec<Case>, PipelineError> {
     (0..number).map(|index| case(&mut Mix::keyed(seed, &[index as u64]))).collect()
 }
 
@@ -107,7 +107,7 @@ fn heated(routing: &Routing, experts: usize, hot: u32) -> Result<Routing, Pipeli
     Ok(Routing::new(experts, routing.top_k(), ids, routing.weights().to_vec())?)
 }
 
-pub(crate) fn counts(
+pub(super) fn counts(
     placement: &Placement,
     top_k: usize,
     routings: &[Routing],
@@ -118,27 +118,27 @@ pub(crate) fn counts(
 
 /// What is known about ranks of one number: what their work costs at memory speed, and how to start them.
 #[derive(Clone)]
-pub struct Model {
+pub(super) struct Model {
     /// The profile.
-    pub cost: CostModel,
+    pub(super) cost: CostModel,
     /// As in the profile's own lab.
-    pub options: RigOptions,
+    pub(super) options: RigOptions,
 }
 
 /// By number of ranks.
-pub type Models = BTreeMap<usize, Model>;
+pub(super) type Models = BTreeMap<usize, Model>;
 
 /// A case with all that pricing it takes.
-pub(crate) struct Question {
-    pub(crate) placement: Placement,
-    pub(crate) counts: LayerHistograms,
-    pub(crate) shape: LayerShape,
+pub(super) struct Question {
+    pub(super) placement: Placement,
+    pub(super) counts: LayerHistograms,
+    pub(super) shape: LayerShape,
     /// Of its ranks and its link.
-    pub(crate) cost: CostModel,
+    pub(super) cost: CostModel,
 }
 
 impl Question {
-    pub(crate) fn of(case: &Case, cost: &CostModel, dtype: DType) -> Result<Self, PipelineError> {
+    pub(super) fn of(case: &Case, cost: &CostModel, dtype: DType) -> Result<Self, PipelineError> {
         let placement = Placement::new(case.shape.experts, case.ranks)?;
         let counts = counts(&placement, case.shape.top_k, &case.routings)?;
         let shape = case.shape.layer(&placement, dtype);
@@ -146,14 +146,14 @@ impl Question {
         Ok(Question { placement, counts, shape, cost })
     }
 
-    pub(crate) fn workload(&self) -> Workload<'_> {
+    pub(super) fn workload(&self) -> Workload<'_> {
         Workload { placement: &self.placement, counts: &self.counts, shape: &self.shape }
     }
 }
 
 impl Case {
     /// Ranks with room for all these cases, which differ in routing and table alone.
-    pub(crate) fn lab(cases: &[&Case], options: &RigOptions) -> Result<LayerRig, PipelineError> {
+    pub(super) fn lab(cases: &[&Case], options: &RigOptions) -> Result<LayerRig, PipelineError> {
         let loads: Vec<_> = cases.iter().map(|case| case.routings.clone()).collect();
         let first = cases[0];
         LayerRig::start(
@@ -161,5 +161,41 @@ impl Case {
             &loads,
             &RigOptions { ranks: first.ranks, link: first.link, ..options.clone() },
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Never the seed that the recorded figures come from.
+    const SEED: u64 = 11;
+
+    #[test]
+    fn cases_follow_from_the_seed_alone() {
+        let words = |cases: Vec<Case>| -> Vec<String> { cases.into_iter().map(|case| case.what).collect() };
+        let (all, some) = (cases(SEED, 60).unwrap(), cases(SEED, 20).unwrap());
+        for (case, again) in all.iter().zip(&some) {
+            assert_eq!(case.what, again.what, "a case does not depend on how many there are");
+            assert_eq!((&case.table, &case.routings), (&again.table, &again.routings));
+        }
+        assert_ne!(words(cases(SEED + 1, 20).unwrap()), words(some));
+        for case in &all {
+            let placement = Placement::new(case.shape.experts, case.ranks).unwrap();
+            case.table.validate(&placement).unwrap();
+            assert_eq!(case.routings.len(), case.ranks);
+            assert!(case.ranks > 1 || case.link.is_none(), "one rank has no link: {}", case.what);
+            let hot = case.what.contains("hot expert");
+            let counts = counts(&placement, case.shape.top_k, &case.routings).unwrap();
+            let busiest = (0..case.shape.experts).map(|expert| counts.copies_of(expert)).max().unwrap();
+            let tokens: usize = case.routings.iter().map(|routing| routing.tokens()).sum();
+            assert!(!hot || busiest == tokens, "every token visits the hot expert: {}", case.what);
+        }
+        for (what, wanted) in
+            [("1 rank(s)", 5), ("2 rank(s)", 10), ("4 rank(s)", 5), ("hot", 5), ("zipf", 10)]
+        {
+            let number = all.iter().filter(|case| case.what.contains(what)).count();
+            assert!(number >= wanted, "{number} cases with {what}");
+        }
     }
 }

@@ -1,30 +1,30 @@
 //! Plans of the same layer against each other, run in turn: what the search's choice loses to the best plan there is,
 //! what uneven cuts gain, and how a wrong profile mends itself.
 
-use crate::cases::Question;
-use crate::{Case, LayerRig, Model};
+use super::cases::{Case, Model, Question};
 use epsmoe_base::{Layer, Rank};
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
     Correction, CostModel, Feedback, GemmKind, LayerHistograms, Placement, Policy, Schedule, Scheduler,
     SearchOptions, StageTable, predict_ns, search, sensible_orders,
 };
+use epsmoe_profile::LayerRig;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// How many times the time of one plan another one takes, in permille, pair by pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Ratio {
+pub(super) struct Ratio {
     /// The median of the pairs.
-    pub median: u64,
+    pub(super) median: u64,
     /// Where the median of all pairs there could be lies with 95 %, from the order of these.
-    pub interval: (u64, u64),
+    pub(super) interval: (u64, u64),
 }
 
 impl Ratio {
     /// Of two plans' times in the same rounds.
-    pub fn of(times: &[u64], others: &[u64]) -> Self {
+    pub(super) fn of(times: &[u64], others: &[u64]) -> Self {
         let pairs = times.iter().zip(others);
         let mut ratios: Vec<u64> = pairs.map(|(time, other)| time * 1000 / (*other).max(1)).collect();
         ratios.sort_unstable();
@@ -61,20 +61,20 @@ fn in_turn(
 
 /// How much slower the plan of the search is than the best one found by running many.
 #[derive(Clone, Debug, Serialize)]
-pub struct Regret {
+pub(super) struct Regret {
     /// The case in words.
-    pub what: String,
+    pub(super) what: String,
     /// The search's plan over the best of the five, in permille: 1000 when none is faster.
-    pub against_best: u64,
+    pub(super) against_best: u64,
     /// Stages of the search's plan.
-    pub stages: usize,
+    pub(super) stages: usize,
     /// Time of one stage over the search's plan: above 1000 the search's is faster.
-    pub over_one_stage: Ratio,
+    pub(super) over_one_stage: Ratio,
 }
 
 impl Regret {
     /// What choosing this plan costs, in permille of the best one's time.
-    pub fn regret(&self) -> u64 {
+    pub(super) fn regret(&self) -> u64 {
         self.against_best - 1000
     }
 }
@@ -83,7 +83,7 @@ impl Regret {
 const TOP: usize = 5;
 
 /// Runs all plans that people would try, then the fastest five in turn with the search's own and one stage.
-pub fn regret(case: &Case, model: &Model, pairs: usize) -> Result<Regret, PipelineError> {
+pub(super) fn regret(case: &Case, model: &Model, pairs: usize) -> Result<Regret, PipelineError> {
     let question = Question::of(case, &model.cost, model.options.dtype)?;
     let chosen = auto(&question, question.cost.clone())?.next_table(Layer(0), &question.counts, &[]);
     let one = StageTable::serial(&question.placement, GemmKind::Grouped);
@@ -156,22 +156,22 @@ fn sweep(placement: &Placement, counts: &LayerHistograms) -> Result<Vec<StageTab
 /// What cuts that follow the loads gain over as many experts in every stage, in permille of time: above 1000 the
 /// uneven cuts are faster.
 #[derive(Clone, Debug, Serialize)]
-pub struct Uneven {
+pub(super) struct Uneven {
     /// The case in words.
-    pub what: String,
+    pub(super) what: String,
     /// Stages of both plans.
-    pub stages: usize,
+    pub(super) stages: usize,
     /// The uneven cuts.
-    pub cuts: Vec<Vec<usize>>,
+    pub(super) cuts: Vec<Vec<usize>>,
     /// Time of equal over uneven cuts by the model.
-    pub predicted: u64,
+    pub(super) predicted: u64,
     /// As measured.
-    pub measured: Ratio,
+    pub(super) measured: Ratio,
 }
 
 /// Equal cuts against those of the search, with as many stages as the case has and all else alike. Nothing where there
 /// is no choice: one stage, or the search cuts equally.
-pub fn uneven(case: &Case, model: &Model, pairs: usize) -> Result<Option<Uneven>, PipelineError> {
+pub(super) fn uneven(case: &Case, model: &Model, pairs: usize) -> Result<Option<Uneven>, PipelineError> {
     let stages = case.table.stages();
     let question = Question::of(case, &model.cost, model.options.dtype)?;
     let workload = question.workload();
@@ -193,36 +193,36 @@ pub fn uneven(case: &Case, model: &Model, pairs: usize) -> Result<Option<Uneven>
 
 /// How the auto schedule got over a wrong profile.
 #[derive(Clone, Debug, Serialize)]
-pub struct Recovery {
+pub(super) struct Recovery {
     /// The case in words.
-    pub what: String,
+    pub(super) what: String,
     /// The layer after which its plan did not change any more.
-    pub settled: usize,
+    pub(super) settled: usize,
     /// What it took the machine for in the end, in permille of the wrong profile's times.
-    pub correction: Correction,
+    pub(super) correction: Correction,
     /// Time of the wrong profile's first plan over the right profile's, in permille.
-    pub before: Ratio,
+    pub(super) before: Ratio,
     /// Time of its last plan over the right profile's.
-    pub after: Ratio,
+    pub(super) after: Ratio,
     /// Whether all layers had the same bits.
-    pub same_bits: bool,
+    pub(super) same_bits: bool,
 }
 
 /// Layers in which the auto schedule has to find out that its profile is wrong.
-pub const LAYERS: usize = 50;
+pub(super) const LAYERS: usize = 50;
 
 /// Layers of a step: between steps the schedule looks back.
 const STEP: usize = 5;
 
 /// What the wrong profile says, in permille of the right one's times: links four times as fast, products half.
-pub const WRONG: Correction = Correction { link: 250, grouped: 2000, dense: 2000, rows: 1000 };
+pub(super) const WRONG: Correction = Correction { link: 250, grouped: 2000, dense: 2000, rows: 1000 };
 
 /// Lets the auto schedule of every rank begin with the wrong profile and run fifty layers; then runs its first and its
 /// last plan in turn with the right profile's.
 ///
 /// # Panics
 /// If two ranks plan differently.
-pub fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recovery, PipelineError> {
+pub(super) fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recovery, PipelineError> {
     let question = Question::of(case, &model.cost, model.options.dtype)?;
     let right = auto(&question, question.cost.clone())?.next_table(Layer(0), &question.counts, &[]);
     let wrong = question.cost.corrected(&WRONG);
@@ -264,4 +264,30 @@ pub fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recovery, Pi
         after: Ratio::of(&times[2], &times[0]),
         same_bits: bits.values().all(|different| different.len() == 1),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_are_of_pairs() {
+        let others: Vec<u64> = (1..=20).map(|round| round * 1000).collect();
+        let times: Vec<u64> = others.iter().map(|time| time * 11 / 10).collect();
+        let ratio = Ratio::of(&times, &others);
+        assert_eq!(
+            (ratio.median, ratio.interval),
+            (1100, (1100, 1100)),
+            "what slows both of a pair changes nothing"
+        );
+        // Of twenty pairs the median lies between the sixth and the fifteenth.
+        let rising: Vec<u64> = (0..20).map(|round| 1000 + round).collect();
+        let ratio = Ratio::of(&rising, &[1000; 20]);
+        assert_eq!((ratio.median, ratio.interval), (1009, (1005, 1014)));
+        assert_eq!(Ratio::of(&[3], &[2]), Ratio { median: 1500, interval: (1500, 1500) });
+        assert_eq!(Ratio::of(&[], &[]).median, 1000);
+        let over_one_stage = ratio;
+        let regret = |against_best| Regret { what: String::new(), against_best, stages: 1, over_one_stage };
+        assert_eq!([regret(1000).regret(), regret(1042).regret()], [0, 42]);
+    }
 }
