@@ -73,7 +73,7 @@ impl GenerationConfig {
             top_p: self.top_p.unwrap_or(greedy.top_p),
             min_p: self.min_p.unwrap_or(greedy.min_p),
             repetition_penalty,
-            seed,
+            ..greedy
         }
     }
 }

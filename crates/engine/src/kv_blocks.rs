@@ -19,6 +19,11 @@ impl BlockPool {
         Some(self.free.split_off(rest))
     }
 
+    /// Blocks that nobody has.
+    pub(crate) fn free(&self) -> usize {
+        self.free.len()
+    }
+
     pub(crate) fn give_back(&mut self, blocks: Vec<u32>) {
         self.free.extend(blocks);
     }

@@ -17,14 +17,18 @@ mod kv_blocks;
 mod request;
 mod sample;
 mod scheduler;
+mod service;
 mod text;
 
 pub use chat::{ChatTemplate, Message};
 pub use engine::{Engine, EngineOptions};
 pub use executor::{Executor, StepReport};
 pub use generation::GenerationConfig;
-pub use request::{Completion, Finish, Request};
+pub use request::{
+    Completion, Constraint, Event, Failure, Finish, Request, RequestId, TokenLogprobs, TokenMask,
+};
 pub use sample::Sampling;
+pub use service::{EngineHandle, EngineService, EngineStats, Rejected, ServiceOptions};
 pub use text::{Text, TextStream};
 
 use epsmoe_base::Fault;
@@ -39,6 +43,28 @@ pub enum EngineError {
     /// The request asks for something impossible.
     #[error("{0}")]
     Request(String),
+    /// One of the request's numbers is impossible.
+    #[error("{field} {problem}")]
+    Parameter {
+        /// Its name.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The request is longer than the model's context.
+    #[error(
+        "This model's maximum context length is {most} tokens. However, {} were asked for: {prompt} in the prompt \
+         and {new} to generate. Shorten either, or raise --max-model-len if the model allows it",
+        prompt.saturating_add(*new)
+    )]
+    ContextLength {
+        /// Most tokens of a sequence.
+        most: usize,
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Most new tokens.
+        new: usize,
+    },
     /// The tokenizer is missing, damaged, or cannot do what is asked.
     #[error("{0}")]
     Text(String),

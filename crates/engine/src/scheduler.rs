@@ -1,7 +1,7 @@
 //! What a group of ranks computes next.
 
 use crate::kv_blocks::{BlockPool, slot};
-use crate::{Completion, Request};
+use crate::{Completion, Request, RequestId};
 use epsmoe_model::Batch;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use std::time::Instant;
 /// A request on its way.
 pub(crate) struct Sequence {
     /// Its number, in order of submission.
-    pub(crate) number: u64,
+    pub(crate) number: RequestId,
     pub(crate) request: Request,
     /// The prompt, then what was generated.
     pub(crate) tokens: Vec<u32>,
@@ -19,6 +19,8 @@ pub(crate) struct Sequence {
     pub(crate) blocks: Vec<u32>,
     pub(crate) completion: Completion,
     pub(crate) submitted: Instant,
+    /// When its first step had ended.
+    pub(crate) started: Option<Instant>,
 }
 
 /// The sequences of one group of ranks that compute the same tokens.
@@ -63,7 +65,7 @@ impl Scheduler {
     }
 
     /// Takes a sequence out, wherever it is, and its blocks back.
-    pub(crate) fn remove(&mut self, number: u64) -> Option<Sequence> {
+    pub(crate) fn remove(&mut self, number: RequestId) -> Option<Sequence> {
         let is_it = |sequence: &Sequence| sequence.number == number;
         if let Some(at) = self.waiting.iter().position(is_it) {
             return self.waiting.remove(at);
@@ -108,7 +110,7 @@ impl Sequence {
         batch.slots.extend(positions.clone().map(|position| slot(&self.blocks, position)));
         batch.sequence_starts.push(batch.ids.len() as u32);
         batch.blocks.push(self.blocks.clone());
-        batch.sequences.push(self.number);
+        batch.sequences.push(self.number.0);
         let wanted = positions.clone().filter(|&position| self.wants_logits(position));
         let before = batch.logits.len();
         batch.logits.extend(wanted.map(|position| (first + position - positions.start) as u32));

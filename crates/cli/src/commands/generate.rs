@@ -85,8 +85,8 @@ fn request(args: &GenerateArgs, setup: &Setup) -> Result<Request> {
         max_tokens: args.max_tokens.unwrap_or(by_default),
         ignore_eos: args.sampling.ignore_eos,
         sampling: sampling(&args.sampling, setup),
-        prompt_logits: false,
         prompt,
+        ..Request::default()
     })
 }
 
@@ -111,7 +111,7 @@ fn sampling(args: &SamplingArgs, setup: &Setup) -> Sampling {
         top_p: args.top_p.unwrap_or(wanted.top_p),
         min_p: args.min_p.unwrap_or(wanted.min_p),
         repetition_penalty: args.repetition_penalty.unwrap_or(wanted.repetition_penalty),
-        seed: wanted.seed,
+        ..wanted
     }
 }
 
@@ -136,7 +136,7 @@ fn generate(
             say(stream.push(id)?)?;
         }
         if stream.stopped() {
-            engine.stop(number);
+            engine.abort(number);
         }
     }
     if let Some(stream) = stream {
@@ -163,7 +163,8 @@ impl<'a> Answer<'a> {
             ids: &completion.ids,
             text,
             finish_reason: match completion.finish {
-                Some(Finish::Stop) => "stop",
+                // Only a stop string calls a request off.
+                Some(Finish::Stop | Finish::StopToken(_) | Finish::Abort) => "stop",
                 Some(Finish::Length) | None => "length",
             },
             usage: Usage {

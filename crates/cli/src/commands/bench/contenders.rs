@@ -7,7 +7,7 @@ use crate::output;
 use crate::setup::{Setup, Started};
 use anyhow::{Result, bail};
 use epsmoe_base::Rank;
-use epsmoe_engine::{Engine, Experts, Parallel, Request, StepReport};
+use epsmoe_engine::{Engine, Experts, Parallel, StepReport};
 use epsmoe_fabric::{Pacing, Threads};
 use epsmoe_plan::{
     GemmKind, Policy, Schedule, ScheduleReport, Span, StageTable, Stages, Timeline, order_text,
@@ -135,10 +135,10 @@ pub(super) struct Contender {
 }
 
 /// Rounds in which every schedule takes its turn, the first of them to warm up; who begins moves on.
-pub(super) fn measure(args: &BenchArgs, prompts: &[Request], contenders: &mut [Contender]) -> Result<()> {
+pub(super) fn measure(args: &BenchArgs, prompts: &[Vec<u32>], contenders: &mut [Contender]) -> Result<()> {
     let progress = output::step_bar("measuring", args.num_iters * contenders.len());
     for contender in &mut *contenders {
-        contender.round(prompts)?;
+        contender.round(prompts, args.output_len)?;
         contender.forget();
     }
     let begun = Instant::now();
@@ -148,7 +148,7 @@ pub(super) fn measure(args: &BenchArgs, prompts: &[Request], contenders: &mut [C
         }
         let count = contenders.len();
         for turn in 0..count {
-            contenders[(round + turn) % count].round(prompts)?;
+            contenders[(round + turn) % count].round(prompts, args.output_len)?;
             progress.inc(1);
         }
     }
@@ -174,11 +174,12 @@ impl Contender {
     }
 
     /// Runs all prompts to their ends.
-    fn round(&mut self, prompts: &[Request]) -> Result<()> {
-        let tokens: usize = prompts.iter().map(|prompt| prompt.prompt.len() + prompt.max_tokens).sum();
+    fn round(&mut self, prompts: &[Vec<u32>], output_len: usize) -> Result<()> {
+        let tokens: usize = prompts.iter().map(|prompt| prompt.len() + output_len).sum();
+        let requests = prompts.iter().map(|prompt| super::request(prompt, output_len)).collect();
         self.timeline = Timeline::default();
         let (mut steps, begun) = (Vec::new(), Instant::now());
-        self.engine.run(prompts.to_vec(), |step| steps.push(step.clone()))?;
+        self.engine.run(requests, |step| steps.push(step.clone()))?;
         self.rates.push(tokens as f64 / begun.elapsed().as_secs_f64());
         for step in steps {
             self.layers.extend(layer_times(&step.timeline));

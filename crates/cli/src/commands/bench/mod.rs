@@ -163,7 +163,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         .map(|way| setup.engine_options(demand(args, setup.ranks, &way.parallel), way.parallel, &way.policy));
     let options = options.collect::<Result<Vec<_>>>()?;
     let most = options.iter().map(|options| options.max_model_len).min().unwrap_or(0);
-    prompts.iter().try_for_each(|prompt| prompt.check(setup.model.spec.vocab, most))?;
+    let check = |prompt: &Vec<u32>| request(prompt, args.output_len).check(setup.model.spec.vocab, most);
+    prompts.iter().try_for_each(check)?;
 
     let begun = Instant::now();
     let engines = setup.start_all(&options)?;
@@ -274,14 +275,18 @@ fn demand(args: &BenchArgs, ranks: usize, parallel: &Parallel) -> Demand {
 }
 
 /// The same random prompts in every round.
-fn prompts(args: &BenchArgs, setup: &Setup) -> Vec<Request> {
+fn prompts(args: &BenchArgs, setup: &Setup) -> Vec<Vec<u32>> {
     let vocabulary = setup.model.spec.vocab;
     let prompt = |index: usize| {
         let mut mix = Mix::keyed(setup.seed, &[PROMPTS, index as u64]);
-        let prompt = (0..args.input_len).map(|_| mix.below(vocabulary) as u32).collect();
-        Request { prompt, max_tokens: args.output_len, ignore_eos: true, ..Request::default() }
+        (0..args.input_len).map(|_| mix.below(vocabulary) as u32).collect()
     };
     (0..args.batch_size).map(prompt).collect()
+}
+
+/// A prompt, continued by as many tokens as are measured.
+fn request(prompt: &[u32], output_len: usize) -> Request {
+    Request { prompt: prompt.to_vec(), max_tokens: output_len, ignore_eos: true, ..Request::default() }
 }
 
 impl Report {
