@@ -16,7 +16,7 @@ use epsmoe_engine::{
     ChatTemplate, Engine, EngineOptions, Experts, GenerationConfig, Message, Parallel, RoutingLog,
     RoutingMode, Text,
 };
-use epsmoe_fabric::{Link, SingleRank, Threads, ThreadsOptions};
+use epsmoe_fabric::{Fabric, Link, PacedLink, ThreadsOptions};
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
 use epsmoe_plan::{
     CostModel, GemmKind, LayerHistograms, Placement, Policy, Schedule, SharedExpert, TokenHistograms,
@@ -163,8 +163,8 @@ impl Processor {
 /// A running engine.
 pub(crate) struct Started {
     pub(crate) engine: Engine,
-    /// The ends of its ranks, where they are threads.
-    pub(crate) fabrics: Vec<Arc<Threads>>,
+    /// What paces the rows of its ranks.
+    pub(crate) links: Vec<Arc<PacedLink>>,
 }
 
 /// Settled settings.
@@ -318,9 +318,9 @@ impl Setup {
             let gpu = CudaOptions::new(self.dtype);
             let faults = gpu.faults.clone();
             let backend = CudaBackend::new(Rank(0), device, &weights, gpu)?;
-            let ranks = vec![(Arc::new(backend), Arc::new(SingleRank))];
+            let ranks = vec![(Arc::new(backend), Fabric::single_rank())];
             let engine = Engine::start(Arc::clone(spec), &source, ranks, faults, options.clone(), |_| {})?;
-            Ok(Started { engine, fabrics: Vec::new() })
+            Ok(Started { engine, links: Vec::new() })
         };
         let engines = options.iter().map(engine).collect();
         bar.finish_and_clear();
@@ -343,15 +343,16 @@ impl Setup {
             let faults = host.faults.clone();
             let fabric =
                 ThreadsOptions { link: self.link, ..ThreadsOptions::new(self.timeout, faults.clone()) };
-            let fabrics: Vec<_> = Threads::world(self.ranks, fabric).into_iter().map(Arc::new).collect();
-            let ranks = fabrics.iter().enumerate().map(|(rank, fabric)| {
+            let fabrics = Fabric::threads(self.ranks, fabric);
+            let links = fabrics.iter().filter_map(|fabric| fabric.link.clone()).collect();
+            let ranks = fabrics.into_iter().enumerate().map(|(rank, fabric)| {
                 let kernels = kernels().map_err(|problem| anyhow!(problem))?;
                 let device = ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?;
-                Ok((Arc::new(device), Arc::clone(fabric)))
+                Ok((Arc::new(device), fabric))
             });
             let ranks = ranks.collect::<Result<Vec<_>>>()?;
             let engine = Engine::start(Arc::clone(spec), &weights, ranks, faults, options.clone(), |_| {})?;
-            Ok(Started { engine, fabrics })
+            Ok(Started { engine, links })
         };
         let engines = options.iter().map(engine).collect();
         bar.finish_and_clear();

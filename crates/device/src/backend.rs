@@ -1,6 +1,6 @@
 //! What every processor promises.
 
-use crate::op::Op;
+use crate::op::{Accesses, Op};
 use crate::{Buffer, DeviceError, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{DType, Deadline, Fault, Lane, Place, Rank};
 
@@ -14,6 +14,9 @@ use epsmoe_base::{DType, Deadline, Fault, Lane, Place, Rank};
 pub trait Backend: Send + Sync + 'static {
     /// A point in a lane: complete once everything enqueued on the lane before it is.
     type Event: Clone + Send + Sync + 'static;
+
+    /// A lane as work that is no operation sees it: see [`enqueue_external`](Backend::enqueue_external).
+    type Queue: Send + Sync + 'static;
 
     /// The rank this processor works for.
     fn rank(&self) -> Rank;
@@ -46,6 +49,20 @@ pub trait Backend: Send + Sync + 'static {
 
     /// Appends an operation to a lane.
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError>;
+
+    /// Appends work that is no operation, such as an exchange between ranks, to a lane. `accesses` is all it may touch,
+    /// through the queue it is handed; they are ordered against everything else as an operation's are.
+    ///
+    /// A host processor runs `work` on the lane's thread, when its turn comes; it may wait there, with a deadline. A GPU
+    /// runs it at once, on the calling thread, and it puts what it wants done into the queue.
+    fn enqueue_external(
+        &self,
+        lane: Lane,
+        place: Place,
+        name: &'static str,
+        accesses: &Accesses,
+        work: impl FnOnce(&Self::Queue) -> Result<(), Fault> + Send + 'static,
+    ) -> Result<(), DeviceError>;
 
     /// The point that the lane has been filled to.
     fn record(&self, lane: Lane) -> Self::Event;

@@ -1,7 +1,7 @@
 //! A processor: memory, weights, and lanes that run operations in order.
 //!
 //! Read in this order: [`Backend`] (what a processor promises), [`op`] (what it computes), [`hazard`] (how a
-//! missing event is found), [`host`] (lanes and memory of a CPU), then the two host processors:
+//! missing event is found), [`threaded`] (lanes and memory of a CPU), then the two host processors:
 //! [`reference`](mod@reference), slow and plain, the judge of every other, and [`cpu`], the fast one. [`cuda`] is a
 //! GPU.
 //!
@@ -14,6 +14,7 @@ pub mod cuda;
 mod error;
 pub mod hazard;
 pub mod op;
+mod queue;
 pub mod reference;
 pub mod threaded;
 mod weight;
@@ -21,4 +22,5 @@ mod weight;
 pub use backend::{Backend, Record};
 pub use buffer::{AllocationId, Buffer};
 pub use error::DeviceError;
+pub use queue::PeerQueue;
 pub use weight::{TensorBytes, Weight, WeightShape};

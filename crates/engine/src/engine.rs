@@ -69,10 +69,10 @@ pub struct Engine {
 impl Engine {
     /// Loads the model on every rank, one after the other so that shared weights are read once, and starts
     /// them.
-    pub fn start<B: Backend, F: Fabric<B>>(
+    pub fn start<B: Backend>(
         spec: Arc<ModelSpec>,
         source: &dyn WeightSource,
-        ranks: Vec<(Arc<B>, Arc<F>)>,
+        ranks: Vec<(Arc<B>, Fabric<B>)>,
         faults: FaultCell,
         options: EngineOptions,
         mut loaded: impl FnMut(Rank),

@@ -4,7 +4,6 @@ use crate::EngineError;
 use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank};
 use epsmoe_device::threaded::panic_text;
 use epsmoe_device::{Backend, DeviceError};
-use epsmoe_fabric::Fabric;
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{Span, Timeline};
@@ -37,10 +36,7 @@ pub struct Executor {
 
 impl Executor {
     /// Starts a thread for each rank's model.
-    pub fn start<B: Backend, F: Fabric<B>>(
-        models: Vec<Model<B, F>>,
-        faults: FaultCell,
-    ) -> Result<Self, EngineError> {
+    pub fn start<B: Backend>(models: Vec<Model<B>>, faults: FaultCell) -> Result<Self, EngineError> {
         let mut world = Executor { faults, workers: Vec::new(), threads: Vec::new() };
         for (rank, model) in models.into_iter().enumerate() {
             let (orders, inbox) = channel();
@@ -117,9 +113,9 @@ impl Drop for Executor {
 }
 
 /// A rank's life: batches in, outputs out, until nobody sends any more.
-fn serve<B: Backend, F: Fabric<B>>(
+fn serve<B: Backend>(
     rank: Rank,
-    model: &Model<B, F>,
+    model: &Model<B>,
     faults: &FaultCell,
     inbox: &Receiver<Batch>,
     outbox: &Sender<Answer>,
@@ -146,7 +142,7 @@ fn serve<B: Backend, F: Fabric<B>>(
     }
 }
 
-fn spans<B: Backend, F: Fabric<B>>(rank: Rank, model: &Model<B, F>) -> Vec<Span> {
+fn spans<B: Backend>(rank: Rank, model: &Model<B>) -> Vec<Span> {
     let span = |record: epsmoe_device::Record| Span {
         rank,
         layer: record.place.layer,

@@ -1,58 +1,80 @@
-//! Ranks talking to each other: what every fabric promises, and the fabric of ranks that are threads of one
-//! process.
+//! Ranks talking to each other, in two ways that a [`Fabric`] bundles:
 //!
-//! A fabric moves rows and bytes; it never computes. Sums over ranks are an exchange plus a fixed-order sum on
-//! the device, so that no bit depends on the fabric. It knows nothing of experts or layers: a
-//! [`Place`] is only a label for messages.
+//! * [`Control`]: small messages between hosts. Threads of one process today.
+//! * [`Transport`]: rows between the memories of devices, on a lane, with sub-groups. Copies inside one process today.
+//!
+//! Both move bytes and never compute. Sums over ranks are an exchange plus a fixed-order sum on the device, so that no
+//! bit depends on the fabric. Neither knows experts or layers: a [`Place`](epsmoe_base::Place) is only a label for
+//! messages.
 
+mod control;
 mod link;
 mod single_rank;
-mod threads;
+mod transport;
 
-pub use link::{Lateness, Link, Pacing};
+pub use control::Control;
+pub use link::{Lateness, Link, PacedLink, Pacing};
 pub use single_rank::SingleRank;
-pub use threads::{FaultInjection, InjectedFault, Threads, ThreadsOptions};
+pub use transport::{Exchange, FaultInjection, InjectedFault, ThreadsOptions, Transport};
 
-use epsmoe_base::{Fault, Lane, Place, Rank};
-use epsmoe_device::{Backend, Buffer, DeviceError};
+use control::ThreadControl;
+use epsmoe_base::Rank;
+use epsmoe_device::{Backend, PeerQueue};
+use std::sync::Arc;
+use transport::ThreadTransport;
 
-/// One all-to-all of rows, with counts known on both sides.
-#[derive(Clone, Debug)]
-pub struct Exchange {
-    /// What travels, for messages and timelines.
-    pub name: &'static str,
-    /// Rows for each rank, this one included `[R]`.
-    pub send: Vec<Buffer>,
-    /// Where the rows of each rank go `[R]`.
-    pub receive: Vec<Buffer>,
+/// One rank's end of a world: how it talks to the others. A cheap handle.
+pub struct Fabric<B: Backend> {
+    /// Messages between hosts.
+    pub control: Arc<dyn Control>,
+    /// Rows between devices, over all ranks.
+    pub transport: Arc<dyn Transport<B>>,
+    /// The link that the rank's rows are paced by, if their speed is emulated.
+    pub link: Option<Arc<PacedLink>>,
 }
 
-/// One rank's end of a fabric.
-///
-/// All ranks issue the same exchanges in the same order; each wait has a deadline, and a rank that is late,
-/// disagrees or died is named in the fault that stops the world.
-pub trait Fabric<B: Backend>: Send + Sync + 'static {
+impl<B: Backend> Fabric<B> {
+    /// The fabric of a world of one rank.
+    pub fn single_rank() -> Self {
+        Fabric {
+            control: Arc::new(SingleRank::default()),
+            transport: Arc::new(SingleRank::default()),
+            link: None,
+        }
+    }
+
+    /// The ends of a world of `size` ranks that are threads of this process, in rank order.
+    pub fn threads(size: usize, options: ThreadsOptions) -> Vec<Self>
+    where
+        B::Queue: PeerQueue,
+    {
+        let controls = ThreadControl::world(size, options.timeout, &options.faults);
+        let transports = ThreadTransport::<B>::world(size, options);
+        let end = |(control, transport): (ThreadControl, ThreadTransport<B>)| Fabric {
+            link: transport.link(),
+            control: Arc::new(control),
+            transport: Arc::new(transport),
+        };
+        controls.into_iter().zip(transports).map(end).collect()
+    }
+
     /// This rank.
-    fn rank(&self) -> Rank;
+    pub fn rank(&self) -> Rank {
+        self.control.rank()
+    }
 
     /// Number of ranks.
-    fn size(&self) -> usize;
+    pub fn size(&self) -> usize {
+        self.control.size()
+    }
+}
 
-    /// Enqueues an exchange of rows on a lane. It is complete when everything has arrived here *and* what was
-    /// sent may be overwritten.
-    fn all_to_all_v(
-        &self,
-        device: &B,
-        lane: Lane,
-        place: Place,
-        exchange: Exchange,
-    ) -> Result<(), DeviceError>;
-
-    /// Gives `message` to every rank and returns everybody's, in rank order. Blocks the caller.
-    fn all_gather(&self, name: &'static str, place: Place, message: Vec<u8>) -> Result<Vec<Vec<u8>>, Fault>;
-
-    /// Returns once every rank has come here.
-    fn barrier(&self, place: Place) -> Result<(), Fault> {
-        self.all_gather("barrier", place, Vec::new()).map(|_| ())
+impl<B: Backend> Clone for Fabric<B> {
+    fn clone(&self) -> Self {
+        Fabric {
+            control: Arc::clone(&self.control),
+            transport: Arc::clone(&self.transport),
+            link: self.link.clone(),
+        }
     }
 }

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A link's speed.
@@ -137,8 +138,13 @@ impl Lateness {
 
 /// One rank's link while it runs.
 #[derive(Debug)]
-pub(crate) struct PacedLink {
+pub struct PacedLink {
     link: Link,
+    state: Mutex<LinkState>,
+}
+
+#[derive(Debug)]
+struct LinkState {
     free_at: Instant,
     /// When the lane last woke up from an exchange.
     woke: Instant,
@@ -148,11 +154,15 @@ pub(crate) struct PacedLink {
 impl PacedLink {
     pub(crate) fn new(link: Link) -> Self {
         let now = Instant::now();
-        PacedLink { link, free_at: now, woke: now, pacing: Pacing::default() }
+        PacedLink {
+            link,
+            state: Mutex::new(LinkState { free_at: now, woke: now, pacing: Pacing::default() }),
+        }
     }
 
-    pub(crate) fn take_pacing(&mut self) -> Pacing {
-        std::mem::take(&mut self.pacing)
+    /// How well this rank kept to its link's times since this was last asked.
+    pub fn take_pacing(&self) -> Pacing {
+        std::mem::take(&mut self.state().pacing)
     }
 
     /// When an exchange that the lane comes to at `now` could have begun: when the link was free, if only waking up kept
@@ -160,25 +170,32 @@ impl PacedLink {
     pub(crate) fn begin(&self, now: Instant) -> Instant {
         /// From waking up to the next exchange, if nothing is waited for in between.
         const AT_ONCE: Duration = Duration::from_micros(20);
-        if now.saturating_duration_since(self.woke) < AT_ONCE { self.free_at.min(now) } else { now }
+        let state = self.state();
+        if now.saturating_duration_since(state.woke) < AT_ONCE { state.free_at.min(now) } else { now }
     }
 
     /// When an exchange of `bytes` that could start at `ready` is over; books the link until then.
-    pub(crate) fn book(&mut self, ready: Instant, bytes: u64) -> Instant {
-        self.free_at = ready.max(self.free_at) + self.link.time(bytes);
-        self.free_at
+    pub(crate) fn book(&self, ready: Instant, bytes: u64) -> Instant {
+        let mut state = self.state();
+        state.free_at = ready.max(state.free_at) + self.link.time(bytes);
+        state.free_at
     }
 
     /// Notes an exchange whose rows were there at `copied`, which should have been over at `due` and was at
     /// `now`.
-    pub(crate) fn note(&mut self, due: Instant, copied: Instant, now: Instant) {
-        self.woke = now;
-        self.pacing.exchanges += 1;
+    pub(crate) fn note(&self, due: Instant, copied: Instant, now: Instant) {
+        let mut state = self.state();
+        state.woke = now;
+        state.pacing.exchanges += 1;
         if copied > due {
-            self.pacing.unresolved += 1;
+            state.pacing.unresolved += 1;
             return;
         }
-        self.pacing.late.note(now.saturating_duration_since(due));
+        state.pacing.late.note(now.saturating_duration_since(due));
+    }
+
+    fn state(&self) -> MutexGuard<'_, LinkState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -217,8 +234,8 @@ mod tests {
 
     #[test]
     fn waking_up_late_delays_nothing_that_follows_at_once() {
-        let mut link = PacedLink::new("1GB/s,0us".parse().unwrap());
-        let start = link.free_at;
+        let link = PacedLink::new("1GB/s,0us".parse().unwrap());
+        let start = link.state().free_at;
         let after = |microseconds| start + Duration::from_micros(microseconds);
         let due = link.book(start, 100_000);
         assert_eq!(due, after(100));
@@ -230,8 +247,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_shown_is_counted_apart() {
-        let mut link = PacedLink::new("1GB/s,10us".parse().unwrap());
-        let due = link.free_at;
+        let link = PacedLink::new("1GB/s,10us".parse().unwrap());
+        let due = link.state().free_at;
         let after = |microseconds| due + Duration::from_micros(microseconds);
         link.note(due, due, after(3));
         link.note(due, after(1), after(2));
@@ -245,8 +262,8 @@ mod tests {
 
     #[test]
     fn exchanges_queue_on_a_busy_link() {
-        let mut link = PacedLink::new("1GB/s,10us".parse().unwrap());
-        let start = link.free_at;
+        let link = PacedLink::new("1GB/s,10us".parse().unwrap());
+        let start = link.state().free_at;
         let first = link.book(start, 1_000_000);
         assert_eq!(first - start, Duration::from_micros(1010));
         let second = link.book(start + Duration::from_micros(100), 1_000_000);

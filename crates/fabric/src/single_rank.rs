@@ -1,21 +1,39 @@
 //! A world of one rank.
 
-use crate::{Exchange, Fabric};
-use epsmoe_base::{DType, Fault, Lane, Place, Rank};
+use crate::transport::{check_parts, check_subgroup};
+use crate::{Control, Exchange, Transport};
+use epsmoe_base::{DType, Fault, FaultCell, Lane, Place, Rank};
 use epsmoe_device::op::Copy;
 use epsmoe_device::{Backend, Buffer, DeviceError};
+use std::sync::Arc;
 
-/// The fabric of a rank that is alone: what it sends comes back to it, by a copy on its own device.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct SingleRank;
+/// Control and transport of a rank without others: what it sends comes back to it, by a copy on its own device.
+#[derive(Clone, Debug, Default)]
+pub struct SingleRank {
+    faults: FaultCell,
+}
 
-impl<B: Backend> Fabric<B> for SingleRank {
+impl Control for SingleRank {
     fn rank(&self) -> Rank {
         Rank(0)
     }
 
     fn size(&self) -> usize {
         1
+    }
+
+    fn exchange(&self, _what: &'static str, _place: Place, message: Vec<u8>) -> Result<Vec<Vec<u8>>, Fault> {
+        Ok(vec![message])
+    }
+
+    fn faults(&self) -> &FaultCell {
+        &self.faults
+    }
+}
+
+impl<B: Backend> Transport<B> for SingleRank {
+    fn ranks(&self) -> &[Rank] {
+        &[Rank(0)]
     }
 
     fn all_to_all_v(
@@ -25,19 +43,14 @@ impl<B: Backend> Fabric<B> for SingleRank {
         place: Place,
         exchange: Exchange,
     ) -> Result<(), DeviceError> {
-        let ([x], [out]) = (exchange.send.as_slice(), exchange.receive.as_slice()) else {
-            return Err(DeviceError::Shape(format!("{}: a world of one rank has one part", exchange.name)));
-        };
-        device.enqueue(lane, place, Copy { x: bits(x), out: bits(out) })
+        check_parts(&exchange, 1)?;
+        let (x, out) = (bits(&exchange.send[0]), bits(&exchange.receive[0]));
+        device.enqueue(lane, place, Copy { x, out })
     }
 
-    fn all_gather(
-        &self,
-        _name: &'static str,
-        _place: Place,
-        message: Vec<u8>,
-    ) -> Result<Vec<Vec<u8>>, Fault> {
-        Ok(vec![message])
+    fn subgroup(&self, ranks: &[Rank]) -> Result<Arc<dyn Transport<B>>, DeviceError> {
+        check_subgroup(&[Rank(0)], Rank(0), ranks)?;
+        Ok(Arc::new(self.clone()))
     }
 }
 

@@ -9,7 +9,7 @@ use epsmoe_device::op::{Embed, HostToDevice};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
 use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, WeightShape};
-use epsmoe_fabric::{Exchange, Fabric, FaultInjection, InjectedFault, SingleRank, Threads, ThreadsOptions};
+use epsmoe_fabric::{Exchange, Fabric, FaultInjection, InjectedFault, ThreadsOptions};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
@@ -23,12 +23,12 @@ const SHORT: Duration = Duration::from_millis(400);
 const SLACK: Duration = Duration::from_secs(5);
 
 /// One rank of a world.
-struct Node<F> {
+struct Node {
     device: Reference,
-    fabric: F,
+    fabric: Fabric<Reference>,
 }
 
-impl<F: Fabric<Reference>> Node<F> {
+impl Node {
     fn rank(&self) -> usize {
         self.fabric.rank().0
     }
@@ -45,11 +45,11 @@ impl<F: Fabric<Reference>> Node<F> {
 
     /// A message about a layer to everybody, and everybody's.
     fn gather(&self, name: &'static str, layer: usize, message: Vec<u8>) -> Result<Vec<Vec<u8>>, Fault> {
-        self.fabric.all_gather(name, Place::layer(Layer(layer)), message)
+        self.fabric.control.exchange(name, Place::layer(Layer(layer)), message)
     }
 
     fn barrier(&self) -> Result<(), Fault> {
-        self.fabric.barrier(Place::default())
+        self.fabric.control.barrier(Place::default())
     }
 
     /// Puts one number in each element of a buffer of any format.
@@ -86,24 +86,23 @@ fn options(timeout: Duration) -> ThreadsOptions {
 }
 
 /// A world of threads, with lanes that pause at random.
-fn threads(size: usize, seed: u64, options: ThreadsOptions) -> Vec<Node<Threads>> {
+fn threads(size: usize, seed: u64, options: ThreadsOptions) -> Vec<Node> {
     let weights = Arc::<WeightStore<_>>::default();
     let faults = options.faults.clone();
-    let node = |fabric: Threads| {
-        let rank = Fabric::<Reference>::rank(&fabric);
+    let node = |fabric: Fabric<Reference>| {
+        let rank = fabric.rank();
         let host = ThreadedOptions { faults: faults.clone(), ..reference::options(DType::BF16, seed) };
         let device = Reference::new(rank, PlainKernels, Arc::clone(&weights), host).expect("lane threads");
         Node { device, fabric }
     };
-    Threads::world(size, options).into_iter().map(node).collect()
+    Fabric::threads(size, options).into_iter().map(node).collect()
 }
 
 /// Runs `body` on a thread per rank and gives the answers in rank order; fails the test rather than hang.
-fn on_all_ranks<F, T, B>(world: Vec<Node<F>>, body: B) -> Vec<T>
+fn on_all_ranks<T, B>(world: Vec<Node>, body: B) -> Vec<T>
 where
-    F: Fabric<Reference>,
     T: Send + 'static,
-    B: Fn(&Node<F>) -> T + Send + Sync + 'static,
+    B: Fn(&Node) -> T + Send + Sync + 'static,
 {
     let (done, answers) = mpsc::channel();
     let (body, size) = (Arc::new(body), world.len());
@@ -164,11 +163,7 @@ impl Planned {
     }
 
     /// Consecutive parts of a buffer with margins, one for each rank.
-    fn parts<F: Fabric<Reference>>(
-        &self,
-        node: &Node<F>,
-        rows: impl Fn(usize) -> usize,
-    ) -> (Buffer, Vec<Buffer>) {
+    fn parts(&self, node: &Node, rows: impl Fn(usize) -> usize) -> (Buffer, Vec<Buffer>) {
         let ends: Vec<Range<usize>> = (0..node.size())
             .scan(0, |end, rank| {
                 let start = *end;
@@ -196,7 +191,7 @@ impl Planned {
     }
 
     /// Fills the send parts and enqueues the exchange; what arrives is checked once the lanes are done.
-    fn start<F: Fabric<Reference>>(&self, node: &Node<F>) -> Buffer {
+    fn start(&self, node: &Node) -> Buffer {
         let me = node.rank();
         let (_, send) = self.parts(node, |rank| self.rows(me, rank));
         let (all, receive) = self.parts(node, |rank| self.rows(rank, me));
@@ -205,11 +200,14 @@ impl Planned {
         }
         node.device.lane_wait(self.lane, &node.device.record(Lane::Compute));
         let exchange = Exchange { name: self.name, send, receive };
-        node.fabric.all_to_all_v(&node.device, self.lane, self.place, exchange).expect("parts for all ranks");
+        node.fabric
+            .transport
+            .all_to_all_v(&node.device, self.lane, self.place, exchange)
+            .expect("parts for all ranks");
         all
     }
 
-    fn check<F: Fabric<Reference>>(&self, node: &Node<F>, all: &Buffer, context: &str) {
+    fn check(&self, node: &Node, all: &Buffer, context: &str) {
         let (me, (left, right)) = (node.rank(), self.margin);
         let mut want = Vec::new();
         for source in 0..node.size() {
@@ -225,11 +223,7 @@ impl Planned {
 
 /// Random scripts of exchanges in worlds of up to `most` ranks, all in flight at once, on the lanes that `lane`
 /// draws.
-fn exchanges<F: Fabric<Reference>>(
-    most: usize,
-    world: impl Fn(usize, u64) -> Vec<Node<F>>,
-    lane: fn(&mut Mix) -> Lane,
-) {
+fn exchanges(most: usize, world: impl Fn(usize, u64) -> Vec<Node>, lane: fn(&mut Mix) -> Lane) {
     let seed = test_seed();
     for case in 0..36 {
         let mut mix = Mix::keyed(seed, &[case]);
@@ -249,7 +243,7 @@ fn exchanges<F: Fabric<Reference>>(
     }
 }
 
-fn slow_threads(size: usize, seed: u64) -> Vec<Node<Threads>> {
+fn slow_threads(size: usize, seed: u64) -> Vec<Node> {
     threads(size, seed, ThreadsOptions { delay: Some(seed), ..options(PATIENT) })
 }
 
@@ -273,7 +267,7 @@ fn a_rank_alone_gets_its_own_rows() {
     let alone = |_, seed| {
         let device =
             Reference::new(Rank(0), PlainKernels, Arc::default(), reference::options(DType::BF16, seed));
-        vec![Node { device: device.expect("lane threads"), fabric: SingleRank }]
+        vec![Node { device: device.expect("lane threads"), fabric: Fabric::single_rank() }]
     };
     exchanges(1, alone, |mix| Lane::ALL[mix.below(2)]);
 }
@@ -339,6 +333,7 @@ fn what_was_sent_may_be_overwritten_once_the_exchange_is_complete() {
                 };
                 let exchange = Exchange { name: "turn", send: row(&send), receive: row(&receive) };
                 node.fabric
+                    .transport
                     .all_to_all_v(device, Lane::Transfer, Place::default(), exchange)
                     .expect("three parts");
                 receive
@@ -358,14 +353,15 @@ fn parts_for_all_ranks_or_a_refusal() {
         let part = node.device.allocate("rows", DType::F32, 1, 1).expect("memory");
         let exchange =
             Exchange { name: "dispatch", send: vec![part.clone()], receive: vec![part.clone(), part] };
-        let refusal = node.fabric.all_to_all_v(&node.device, Lane::Transfer, Place::default(), exchange);
-        let want = "dispatch: 1 parts sent and 2 received in a world of 2 ranks";
+        let refusal =
+            node.fabric.transport.all_to_all_v(&node.device, Lane::Transfer, Place::default(), exchange);
+        let want = "dispatch: 1 parts sent and 2 received among 2 ranks";
         assert!(matches!(refusal, Err(DeviceError::Shape(message)) if message == want));
     });
 }
 
 /// What a rank does in a world where something goes wrong.
-type Script = fn(&Node<Threads>) -> Result<(), Fault>;
+type Script = fn(&Node) -> Result<(), Fault>;
 
 /// Runs `script` on every rank of a world with `injection`. All must end in time, with one fault: that of
 /// `texts` which belongs to the rank that saw it first, whoever that was.
@@ -387,13 +383,7 @@ fn fails(size: usize, injection: Option<FaultInjection>, script: Script, kind: F
 }
 
 /// One exchange of a row to every rank, two rows to the next one.
-fn turn(
-    node: &Node<Threads>,
-    name: &'static str,
-    stage: usize,
-    width: usize,
-    dtype: DType,
-) -> Result<(), Fault> {
+fn turn(node: &Node, name: &'static str, stage: usize, width: usize, dtype: DType) -> Result<(), Fault> {
     let (size, me) = (node.size(), node.rank());
     let rows = |source: usize, destination: usize| 1 + usize::from((source + 1) % size == destination);
     let part = |rows| node.device.allocate("rows", dtype, rows, width).expect("memory");
@@ -403,12 +393,12 @@ fn turn(
         receive: (0..size).map(|rank| part(rows(rank, me))).collect(),
     };
     let place = Place::layer(Layer(4)).stage(Stage(stage));
-    node.fabric.all_to_all_v(&node.device, Lane::Transfer, place, exchange).expect("parts for all");
+    node.fabric.transport.all_to_all_v(&node.device, Lane::Transfer, place, exchange).expect("parts for all");
     node.finish()
 }
 
 /// Five exchanges, one a stage.
-fn five_turns(node: &Node<Threads>) -> Result<(), Fault> {
+fn five_turns(node: &Node) -> Result<(), Fault> {
     (0..5).try_for_each(|stage| turn(node, "dispatch", stage, 3, DType::F32))
 }
 
@@ -596,7 +586,7 @@ fn a_rank_that_never_comes_is_named() {
 }
 
 /// Asks the device, which has nothing to do, until it says why the world stopped.
-fn until_stopped(node: &Node<Threads>) -> Fault {
+fn until_stopped(node: &Node) -> Fault {
     loop {
         if let Err(fault) = node.finish() {
             return fault;

@@ -23,14 +23,14 @@ use crate::forward::compute;
 use epsmoe_base::{DType, Lane, Place, Rank};
 use epsmoe_device::op::{HostToDevice, Reduce};
 use epsmoe_device::{Backend, Buffer, DeviceError};
-use epsmoe_fabric::{Exchange, Fabric};
+use epsmoe_fabric::{Exchange, Fabric, Transport};
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Consecutive ranks that split work, as one of them sees it. A group of one rank exchanges nothing.
-pub(crate) struct Group<B, F> {
+pub(crate) struct Group<B: Backend> {
     device: Arc<B>,
-    fabric: Arc<F>,
+    transport: Arc<dyn Transport<B>>,
     rank: Rank,
     ranks: Range<usize>,
     /// Tokens of all ranks of the group, and this rank's parts of them `[tokens, H]`.
@@ -59,11 +59,11 @@ impl Shares {
     }
 }
 
-impl<B: Backend, F: Fabric<B>> Group<B, F> {
+impl<B: Backend> Group<B> {
     /// Reserves what the group's exchanges need: its ranks have at most `together` tokens, this one `kept`.
     pub(crate) fn new(
         device: Arc<B>,
-        fabric: Arc<F>,
+        fabric: &Fabric<B>,
         ranks: Range<usize>,
         hidden: usize,
         together: usize,
@@ -73,6 +73,7 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
         let parts = ranks.len() * kept;
         let values = |name, rows| device.allocate(name, device.dtype(), rows, hidden);
         let indices = |name, rows| device.allocate(name, DType::U32, rows, 1);
+        let members: Vec<Rank> = ranks.clone().map(Rank).collect();
         Ok(Group {
             gathered: values("gathered", together)?,
             computed: values("computed", together)?,
@@ -80,9 +81,9 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
             starts: indices("part_starts", kept + 1)?,
             index: indices("part_index", parts)?,
             rank: fabric.rank(),
+            transport: fabric.transport.subgroup(&members)?,
             ranks,
             device,
-            fabric,
         })
     }
 
@@ -149,12 +150,7 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
             return Ok(x.clone());
         }
         let gathered = self.gathered.rows(0..shares.total())?;
-        self.exchange(
-            place,
-            "all-gather",
-            |rank| x.rows(0..if self.ranks.contains(&rank) { x.rows } else { 0 }),
-            |rank| gathered.rows(shares.of(rank)),
-        )?;
+        self.exchange(place, "all-gather", |_| Ok(x.clone()), |rank| gathered.rows(shares.of(rank)))?;
         Ok(gathered)
     }
 
@@ -172,9 +168,8 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
             "reduce-scatter",
             |rank| computed.rows(shares.of(rank)),
             |rank| {
-                let member = rank.clamp(self.ranks.start, self.ranks.end) - self.ranks.start;
-                let after = if self.ranks.contains(&rank) { member + 1 } else { member };
-                self.received.rows(member * kept..after * kept)
+                let member = rank - self.ranks.start;
+                self.received.rows(member * kept..(member + 1) * kept)
             },
         )?;
         let (x, index) = (self.received.rows(0..parts)?, self.index.rows(0..parts)?);
@@ -183,8 +178,8 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
         compute(&*self.device, place, sum)
     }
 
-    /// One exchange on the transfer lane, after everything on the compute lane and before what follows there.
-    /// Every rank of the world takes part, those outside the group with empty parts.
+    /// One exchange of the group on the transfer lane, after everything on the compute lane and before what follows
+    /// there.
     fn exchange(
         &self,
         place: Place,
@@ -192,11 +187,11 @@ impl<B: Backend, F: Fabric<B>> Group<B, F> {
         send: impl Fn(usize) -> Result<Buffer, DeviceError>,
         receive: impl Fn(usize) -> Result<Buffer, DeviceError>,
     ) -> Result<(), DeviceError> {
-        let world = 0..self.fabric.size();
-        let send = world.clone().map(send).collect::<Result<_, _>>()?;
-        let receive = world.map(receive).collect::<Result<_, _>>()?;
+        let send = self.ranks().map(send).collect::<Result<_, _>>()?;
+        let receive = self.ranks().map(receive).collect::<Result<_, _>>()?;
+        let exchange = Exchange { name, send, receive };
         self.device.lane_wait(Lane::Transfer, &self.device.record(Lane::Compute));
-        self.fabric.all_to_all_v(&self.device, Lane::Transfer, place, Exchange { name, send, receive })?;
+        self.transport.all_to_all_v(&self.device, Lane::Transfer, place, exchange)?;
         self.device.lane_wait(Lane::Compute, &self.device.record(Lane::Transfer));
         Ok(())
     }
@@ -209,7 +204,7 @@ mod tests {
     use epsmoe_device::op::Add;
     use epsmoe_device::reference::{PlainKernels, Reference, options};
     use epsmoe_device::threaded::{ThreadedBackend, WeightStore};
-    use epsmoe_fabric::{Threads, ThreadsOptions};
+    use epsmoe_fabric::ThreadsOptions;
     use std::time::Duration;
 
     const TIMEOUT: Duration = Duration::from_secs(20);
@@ -220,7 +215,7 @@ mod tests {
     fn sums(size: usize, kept: [usize; 4], parts: [f32; 4]) -> Vec<Vec<f32>> {
         let store = Arc::new(WeightStore::default());
         let faults = FaultCell::default();
-        let ends = Threads::world(4, ThreadsOptions::new(TIMEOUT, faults.clone()));
+        let ends = Fabric::threads(4, ThreadsOptions::new(TIMEOUT, faults.clone()));
         std::thread::scope(|scope| {
             let ranks = ends.into_iter().enumerate().map(|(rank, fabric)| {
                 let mut options = options(DType::F32, rank as u64);
@@ -228,7 +223,7 @@ mod tests {
                 let device =
                     ThreadedBackend::new(Rank(rank), PlainKernels, Arc::clone(&store), options).unwrap();
                 let part = parts[rank];
-                scope.spawn(move || rank_sums(Arc::new(device), Arc::new(fabric), size, &kept, part))
+                scope.spawn(move || rank_sums(Arc::new(device), &fabric, size, &kept, part))
             });
             let ranks: Vec<_> = ranks.collect();
             ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
@@ -237,7 +232,7 @@ mod tests {
 
     fn rank_sums(
         device: Arc<Reference>,
-        fabric: Arc<Threads>,
+        fabric: &Fabric<Reference>,
         size: usize,
         kept: &[usize],
         part: f32,

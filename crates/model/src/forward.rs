@@ -10,7 +10,7 @@ use crate::{Experts, LayerPart, MlpSpec, ModelError, ModelSpec, Parallel, Part, 
 use epsmoe_base::{DType, Deadline, Lane, Layer, Place, hash_bytes};
 use epsmoe_device::op::{Add, ArgMax, Embed, Gather, Gemm, HostToDevice, Norm, Op, RopeTable};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
-use epsmoe_fabric::{Fabric, SingleRank};
+use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{
     ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, RoutingLog,
 };
@@ -92,17 +92,17 @@ pub struct StepOutput {
 }
 
 /// The model of one rank: its weights, its cache and its buffers.
-pub struct Model<B: Backend, F: Fabric<B>> {
+pub struct Model<B: Backend> {
     spec: Arc<ModelSpec>,
     device: Arc<B>,
-    fabric: Arc<F>,
+    fabric: Fabric<B>,
     layout: Layout,
     /// A hash of everything that ranks must have in common.
     identity: u64,
     /// The ranks that split attention, and those that split MLPs.
-    attention: Group<B, F>,
-    mlp: Group<B, F>,
-    experts: ExpertLayers<B, F>,
+    attention: Group<B>,
+    mlp: Group<B>,
+    experts: ExpertLayers<B>,
     options: ModelOptions,
     embedding: Weight,
     frequencies: Weight,
@@ -113,13 +113,13 @@ pub struct Model<B: Backend, F: Fabric<B>> {
 }
 
 /// What runs the MoE layers of one rank.
-enum ExpertLayers<B: Backend, F: Fabric<B>> {
+enum ExpertLayers<B: Backend> {
     /// The model has none.
     None,
     /// Whole experts, over all ranks.
-    Spread(ExpertPipeline<B, F>),
+    Spread(ExpertPipeline<B>),
     /// A part of every expert, on this rank for itself.
-    Split(ExpertPipeline<B, SingleRank>),
+    Split(ExpertPipeline<B>),
 }
 
 struct LayerWeights {
@@ -161,13 +161,13 @@ struct StepBuffers {
     tokens: Buffer,
 }
 
-impl<B: Backend, F: Fabric<B>> Model<B, F> {
+impl<B: Backend> Model<B> {
     /// Loads what this rank holds, and reserves all memory it will use.
     pub fn load(
         spec: Arc<ModelSpec>,
         source: &dyn WeightSource,
         device: Arc<B>,
-        fabric: Arc<F>,
+        fabric: Fabric<B>,
         options: ModelOptions,
     ) -> Result<Self, ModelError> {
         let layout = options.parallel.layout(&spec, fabric.rank(), fabric.size())?;
@@ -188,8 +188,7 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
         let frequencies = loader.vector("inverse frequencies", &spec.rope.inverse_frequencies)?;
         let tokens = options.max_tokens;
         let group = |ranks, together| {
-            let (device, fabric) = (Arc::clone(&device), Arc::clone(&fabric));
-            Group::new(device, fabric, ranks, spec.hidden, together, layout.most_kept(tokens))
+            Group::new(Arc::clone(&device), &fabric, ranks, spec.hidden, together, layout.most_kept(tokens))
         };
         let labelled = !matches!(options.routing, RoutingMode::FromRouter);
         let identity = format!("{spec:?} {} {:?} {labelled}", device.dtype(), options.parallel);
@@ -248,7 +247,8 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
     fn begin(&self, batch: &Batch) -> Result<Step, ModelError> {
         let (buffers, tokens, sequences) = (&self.buffers, batch.ids.len(), batch.blocks.len());
         let labelled = !matches!(self.options.routing, RoutingMode::FromRouter);
-        let layout_of_step = StepLayout::call(&*self.fabric, &self.layout, self.identity, batch, labelled)?;
+        let layout_of_step =
+            StepLayout::call(&*self.fabric.control, &self.layout, self.identity, batch, labelled)?;
         let (attention, mlp) =
             (self.attention.shares(&layout_of_step.kept), self.mlp.shares(&layout_of_step.kept));
         self.attention.begin(&attention)?;
@@ -333,9 +333,9 @@ impl<B: Backend, F: Fabric<B>> Model<B, F> {
     }
 
     /// An MoE layer whose routing is made, recorded or replayed.
-    fn mixture<G: Fabric<B>>(
+    fn mixture(
         &self,
-        pipeline: &ExpertPipeline<B, G>,
+        pipeline: &ExpertPipeline<B>,
         moe: &MoeLayer,
         step: &Step,
         x: &Buffer,
@@ -467,14 +467,14 @@ impl StepBuffers {
     }
 }
 
-impl<B: Backend, F: Fabric<B>> ExpertLayers<B, F> {
+impl<B: Backend> ExpertLayers<B> {
     fn new(
         spec: &ModelSpec,
         layout: &Layout,
         options: &ModelOptions,
         identity: u64,
         device: &Arc<B>,
-        fabric: &Arc<F>,
+        fabric: &Fabric<B>,
     ) -> Result<Self, ModelError> {
         let Some(moe) = spec.layers.iter().find_map(|layer| layer.mlp.moe()) else {
             return Ok(ExpertLayers::None);
@@ -500,13 +500,13 @@ impl<B: Backend, F: Fabric<B>> ExpertLayers<B, F> {
         };
         let device = Arc::clone(device);
         Ok(match layout.experts() {
-            Experts::Ep => ExpertLayers::Spread(ExpertPipeline::new(device, Arc::clone(fabric), pipeline)?),
+            Experts::Ep => ExpertLayers::Spread(ExpertPipeline::new(device, fabric.clone(), pipeline)?),
             Experts::Tp => {
                 // Experts that never travel leave stages nothing to run beside.
                 let policy = Policy { gemm: pipeline.policy.gemm, ..Policy::default() };
                 let policy = Policy { schedule: Schedule::Serial, ..policy };
                 let pipeline = PipelineOptions { policy, ..pipeline };
-                ExpertLayers::Split(ExpertPipeline::new(device, Arc::new(SingleRank), pipeline)?)
+                ExpertLayers::Split(ExpertPipeline::new(device, Fabric::single_rank(), pipeline)?)
             }
         })
     }

@@ -4,8 +4,8 @@ use crate::Batch;
 use crate::collectives::Shares;
 use crate::parallel::Layout;
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
-use epsmoe_device::{Backend, Buffer};
-use epsmoe_fabric::Fabric;
+use epsmoe_device::Buffer;
+use epsmoe_fabric::Control;
 use epsmoe_pipeline::{TokenId, disagreement};
 use std::ops::Range;
 
@@ -36,8 +36,8 @@ impl StepLayout {
     /// What this rank knows by itself, or, where ranks work on each other's tokens, what all ranks tell each
     /// other: the only blocking exchange besides the rendezvous of expert pipelines. `identity` is a hash of
     /// everything ranks must have in common.
-    pub(crate) fn call<B: Backend, F: Fabric<B>>(
-        fabric: &F,
+    pub(crate) fn call(
+        control: &dyn Control,
         layout: &Layout,
         identity: u64,
         batch: &Batch,
@@ -49,12 +49,12 @@ impl StepLayout {
             tokens: batch.ids.len(),
             labels: if labelled { batch.labels() } else { Vec::new() },
         };
-        let me = fabric.rank();
+        let me = control.rank();
         let all = if layout.shares_tokens() {
-            gather(fabric, layout, me, mine)?
+            gather(control, layout, me, mine)?
         } else {
             let others = Announcement { identity, ..Announcement::default() };
-            let mut all = vec![others; fabric.size()];
+            let mut all = vec![others; control.size()];
             all[me.0] = mine;
             all
         };
@@ -84,14 +84,14 @@ struct Announcement {
 }
 
 /// Everybody's announcement, in rank order; ranks that contradict this one are named.
-fn gather<B: Backend, F: Fabric<B>>(
-    fabric: &F,
+fn gather(
+    control: &dyn Control,
     layout: &Layout,
     me: Rank,
     mine: Announcement,
 ) -> Result<Vec<Announcement>, Fault> {
     let place = Place::default();
-    let messages = fabric.all_gather("step", place, mine.encode())?;
+    let messages = control.exchange("step", place, mine.encode())?;
     let mut all = Vec::with_capacity(messages.len());
     for (rank, message) in messages.iter().enumerate() {
         let theirs = Announcement::decode(message).filter(|theirs| theirs.identity == mine.identity);

@@ -6,12 +6,11 @@ use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::Place;
 use epsmoe_device::op::{Epilogue, ExpertGemm, Gather, Reduce, SortByExpert};
 use epsmoe_device::{Backend, Buffer};
-use epsmoe_fabric::Fabric;
 use epsmoe_plan::{Capacity, GemmKind, LayerBytes, StageTable};
 use std::ops::Range;
 use std::time::Instant;
 
-impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+impl<B: Backend> ExpertPipeline<B> {
     /// Whether nobody else has a part in the layers, and nobody asked for stages or for dense products.
     pub(crate) fn is_alone(&self) -> bool {
         self.fabric.size() == 1 && self.options.policy.leaves_one_grouped_stage()

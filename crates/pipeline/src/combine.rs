@@ -7,10 +7,9 @@ use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Place, Stage};
 use epsmoe_device::op::{HostToDevice, Reduce};
 use epsmoe_device::{Backend, Buffer};
-use epsmoe_fabric::Fabric;
 use epsmoe_plan::HomeMap;
 
-impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+impl<B: Backend> ExpertPipeline<B> {
     /// The sums that one stage completed, from every rank to every rank.
     pub(crate) fn combine(
         &self,

@@ -7,7 +7,7 @@ use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Lane, Place, Rank, Stage};
 use epsmoe_device::op::{Gather, HostToDevice};
 use epsmoe_device::{Backend, Buffer, DeviceError};
-use epsmoe_fabric::{Exchange, Fabric};
+use epsmoe_fabric::Exchange;
 use epsmoe_plan::{HomeMap, Routing, SendMap, TokenHistograms};
 
 /// What a rank sends, known before the rendezvous: the send order does not depend on the cuts.
@@ -16,7 +16,7 @@ pub(crate) struct Outgoing {
     pub(crate) home: HomeMap,
 }
 
-impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+impl<B: Backend> ExpertPipeline<B> {
     /// Gathers the rows of all destinations, in send order, and their metadata records. Nothing may leave before it is
     /// packed: the transfer lane has to wait.
     pub(crate) fn pack(
@@ -88,6 +88,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
         let ranks = || self.options.placement.all_ranks();
         let (send, receive) =
             (ranks().map(send).collect::<Result<_, _>>()?, ranks().map(receive).collect::<Result<_, _>>()?);
-        Ok(self.fabric.all_to_all_v(&self.device, Lane::Transfer, place, Exchange { name, send, receive })?)
+        let exchange = Exchange { name, send, receive };
+        Ok(self.fabric.transport.all_to_all_v(&self.device, Lane::Transfer, place, exchange)?)
     }
 }

@@ -7,11 +7,10 @@ use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Place, Stage};
 use epsmoe_device::op::{Epilogue, Gather, Gemm, GemmPart, HostToDevice, Reduce};
 use epsmoe_device::{Backend, Weight};
-use epsmoe_fabric::Fabric;
 use epsmoe_plan::{ArrivalMaps, GemmKind};
 use std::ops::Range;
 
-impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+impl<B: Backend> ExpertPipeline<B> {
     /// Waits for the metadata records, on the host, and turns them into the index arrays of this rank's stages.
     pub(crate) fn receive_metadata(
         &self,

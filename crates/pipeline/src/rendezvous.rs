@@ -5,7 +5,6 @@ use crate::run::MoeLayer;
 use crate::{ExpertPipeline, HostTimes, PipelineError};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
 use epsmoe_device::Backend;
-use epsmoe_fabric::Fabric;
 use epsmoe_plan::{Feedback, LayerHistograms, StageTable, TokenHistograms, Traffic};
 use std::time::Instant;
 
@@ -16,7 +15,7 @@ pub(crate) struct Plan {
     pub(crate) traffic: Traffic,
 }
 
-impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+impl<B: Backend> ExpertPipeline<B> {
     /// Gathers every rank's counts and plans the layer. Each message leads with a digest of everything the
     /// plan depends on besides the counts; ranks that disagree would plan different layers, so they stop
     /// here, by name.
@@ -81,7 +80,7 @@ impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
     ) -> Result<Vec<Vec<u8>>, PipelineError> {
         let (place, digest) = (Place::layer(layer.layer), digest.to_le_bytes());
         let message = [digest.as_slice(), news].concat();
-        let messages = self.fabric.all_gather("rendezvous", place, message)?;
+        let messages = self.fabric.control.exchange("rendezvous", place, message)?;
         times.met = Some(Instant::now());
         let stripped = messages.into_iter().enumerate().map(|(rank, message)| {
             let news = message.strip_prefix(digest.as_slice()).map(<[u8]>::to_vec);

@@ -101,9 +101,9 @@ pub struct HostTimes {
 }
 
 /// The MoE layers of one rank.
-pub struct ExpertPipeline<B: Backend, F: Fabric<B>> {
+pub struct ExpertPipeline<B: Backend> {
     pub(crate) device: Arc<B>,
-    pub(crate) fabric: Arc<F>,
+    pub(crate) fabric: Fabric<B>,
     pub(crate) options: PipelineOptions,
     pub(crate) buffers: LayerBuffers,
     /// A hash of what all ranks must have in common.
@@ -112,9 +112,9 @@ pub struct ExpertPipeline<B: Backend, F: Fabric<B>> {
     pub(crate) scheduler: Option<RefCell<Scheduler>>,
 }
 
-impl<B: Backend, F: Fabric<B>> ExpertPipeline<B, F> {
+impl<B: Backend> ExpertPipeline<B> {
     /// Reserves the buffers that every MoE layer of this rank shares.
-    pub fn new(device: Arc<B>, fabric: Arc<F>, options: PipelineOptions) -> Result<Self, PipelineError> {
+    pub fn new(device: Arc<B>, fabric: Fabric<B>, options: PipelineOptions) -> Result<Self, PipelineError> {
         let PipelineSizes { layer, capacity, .. } = options.sizes;
         let least = Capacity::worst_case(1, &options.placement, layer.top_k);
         if !capacity.holds(&least) {

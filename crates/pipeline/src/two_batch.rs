@@ -22,7 +22,6 @@ use crate::run::MoeLayer;
 use crate::{ExpertPipeline, LayerReport, PipelineError};
 use epsmoe_base::{Lane, Stage};
 use epsmoe_device::{Backend, Buffer};
-use epsmoe_fabric::Fabric;
 use epsmoe_plan::{Capacity, LayerBytes, LayerSizes, Routing, SharedExpert, halves};
 use std::ops::Range;
 use std::time::Instant;
@@ -30,7 +29,7 @@ use std::time::Instant;
 const A: Stage = Stage(0);
 const B: Stage = Stage(1);
 
-impl<D: Backend, F: Fabric<D>> ExpertPipeline<D, F> {
+impl<D: Backend> ExpertPipeline<D> {
     /// Runs the tokens in `range` as two micro-batches. If some rank could not hold both, all halve their tokens.
     pub(crate) fn run_micro_batches(
         &self,

@@ -6,7 +6,7 @@ use epsmoe_device::cpu::{Cpu, CpuKernels};
 use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::threaded::{ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
-use epsmoe_fabric::{Fabric, Link, Threads, ThreadsOptions};
+use epsmoe_fabric::{Fabric, Link, ThreadsOptions};
 use epsmoe_pipeline::{
     ExpertPipeline, HostTimes, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
 };
@@ -150,7 +150,7 @@ impl LayerRig {
             ThreadsOptions { link: options.link, ..ThreadsOptions::new(options.timeout, faults.clone()) };
         let (answer, answers) = channel();
         let mut jobs = Vec::new();
-        for (rank, fabric) in Threads::world(options.ranks, fabric).into_iter().enumerate() {
+        for (rank, fabric) in Fabric::threads(options.ranks, fabric).into_iter().enumerate() {
             let host =
                 ThreadedOptions { faults: faults.clone(), epoch, ..ThreadedOptions::new(options.dtype) };
             let kernels = CpuKernels::new(options.threads, options.isa).map_err(DeviceError::Unsupported)?;
@@ -278,14 +278,14 @@ struct Bench {
 impl Bench {
     fn serve(
         &self,
-        fabric: Threads,
+        fabric: Fabric<Cpu>,
         options: PipelineOptions,
         todo: &Receiver<Job>,
         answers: &mpsc::Sender<Answer>,
     ) -> Result<(), PipelineError> {
-        let (device, shape, fabric) = (&self.device, &self.shape, Arc::new(fabric));
+        let (device, shape) = (&self.device, &self.shape);
         let timeout = options.timeout;
-        let pipeline = ExpertPipeline::new(Arc::clone(device), Arc::clone(&fabric), options)?;
+        let pipeline = ExpertPipeline::new(Arc::clone(device), fabric.clone(), options)?;
         let layers: Vec<MoeLayer> =
             (0..self.layers).map(|layer| self.load(layer)).collect::<Result<_, _>>()?;
         let x = device.allocate("x", device.dtype(), self.tokens, shape.hidden)?;
@@ -321,11 +321,10 @@ impl Bench {
     }
 
     /// Returns at the same moment on all ranks, as well as sleeping does.
-    fn together(&self, fabric: &Threads) -> Result<(), Fault> {
+    fn together(&self, fabric: &Fabric<Cpu>) -> Result<(), Fault> {
         const AHEAD: Duration = Duration::from_micros(150);
         let soon = (self.epoch.elapsed() + AHEAD).as_nanos() as u64;
-        let messages =
-            Fabric::<Cpu>::all_gather(fabric, "start", Place::default(), soon.to_le_bytes().into())?;
+        let messages = fabric.control.exchange("start", Place::default(), soon.to_le_bytes().into())?;
         let times =
             messages.iter().filter_map(|message| Some(u64::from_le_bytes(message[..].try_into().ok()?)));
         let start = Duration::from_nanos(times.max().unwrap_or(0));

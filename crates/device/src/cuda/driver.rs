@@ -359,7 +359,7 @@ impl Drop for EventPool {
 }
 
 /// A recorded point of a stream; goes back to its pool when dropped.
-pub(super) struct Event {
+pub struct Event {
     handle: sys::CUevent,
     pool: Arc<EventPool>,
 }

@@ -1,5 +1,6 @@
 //! From an operation to a kernel and its arguments.
 
+use super::Memory;
 use super::driver::{Copy2d, CudaError, End, Event, EventPool, Function, Stream};
 use super::hopper::{self, HopperArgs};
 use super::kernels::{
@@ -15,7 +16,7 @@ use crate::op::{
 };
 use crate::op::{HostToDevice, RopeStyle, Score};
 use crate::{Buffer, DeviceError, Weight};
-use epsmoe_base::DType;
+use epsmoe_base::{DType, Fault};
 use std::sync::Arc;
 
 /// Threads of a block that goes element by element; `THREADS` in `common.cuh`.
@@ -125,6 +126,8 @@ pub(super) enum Refusal {
     Arguments(DeviceError),
     /// The GPU is at fault, now or in earlier work.
     Gpu(CudaError),
+    /// Work that is no operation stopped the world.
+    World(Fault),
 }
 
 impl From<DeviceError> for Refusal {
@@ -149,8 +152,7 @@ pub(super) struct Launch<'a> {
     pub(super) stream: &'a Stream,
     /// Where products of this lane draw their tiles from.
     pub(super) tickets: u64,
-    /// Address and size of every allocation.
-    pub(super) regions: &'a [(u64, usize)],
+    pub(super) memory: &'a Memory,
     pub(super) report: Report,
     /// Multiprocessors that products may fill.
     pub(super) multiprocessors: u32,
@@ -763,19 +765,13 @@ impl Launch<'_> {
 
     /// A buffer as a kernel sees it.
     fn rows(&self, buffer: &Buffer) -> Result<Rows, DeviceError> {
-        let foreign =
-            || DeviceError::Shape(format!("{buffer:?} is not of this GPU's memory. This is a bug."));
-        let &(start, bytes) = self.regions.get(buffer.allocation.0 as usize).ok_or_else(foreign)?;
-        if buffer.byte_range().end > bytes {
-            return Err(foreign());
-        }
         let narrow = |size: usize| {
             u32::try_from(size).map_err(|_| {
                 DeviceError::Shape(format!("{buffer:?} has more rows or columns than a kernel counts"))
             })
         };
         Ok(Rows {
-            start: start + (buffer.offset * buffer.dtype.bytes()) as u64,
+            start: self.memory.address(buffer)?,
             stride: buffer.stride as u64,
             rows: narrow(buffer.rows)?,
             width: narrow(buffer.width)?,

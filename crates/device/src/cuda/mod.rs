@@ -15,16 +15,18 @@ mod launch;
 mod memory;
 mod nvrtc;
 mod probe;
+mod queue;
 mod report;
 mod staging;
 mod weights;
 
 pub use kernels::{CACHE_VARIABLE, KernelUse, Warmed, check_kernels, warm_kernels};
 pub use probe::{Capabilities, Figure, Known, Probes, Table, probe};
+pub use queue::{CudaQueue, CudaRows};
 
 use crate::hazard::{Agent, Clock, Hazards};
 use crate::op::{Accesses, Op};
-use crate::threaded::Fill;
+use crate::threaded::{Fill, panic_text};
 use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -38,6 +40,7 @@ use memory::Pool;
 use report::ReportPage;
 use staging::Staging;
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use weights::WeightStore;
@@ -188,8 +191,8 @@ pub struct CudaBackend {
     options: CudaOptions,
     // The order of the fields is the order of their end: lanes and memory before the GPU's context.
     order: Mutex<Order>,
-    memory: Mutex<Memory>,
-    streams: [Stream; Lane::ALL.len()],
+    memory: Arc<Mutex<Memory>>,
+    queues: [CudaQueue; Lane::ALL.len()],
     /// For each lane, what its products draw their tiles from; zero between two of them.
     tickets: [DeviceMemory; Lane::ALL.len()],
     reads: Mutex<Stream>,
@@ -237,6 +240,19 @@ struct Memory {
     regions: Vec<(u64, usize)>,
 }
 
+impl Memory {
+    /// Address of a buffer's first element.
+    fn address(&self, buffer: &Buffer) -> Result<u64, DeviceError> {
+        let region = self.regions.get(buffer.allocation.0 as usize);
+        match region.filter(|(_, bytes)| buffer.byte_range().end <= *bytes) {
+            Some((start, _)) => Ok(start + (buffer.offset * buffer.dtype.bytes()) as u64),
+            None => {
+                Err(DeviceError::Shape(format!("{buffer:?} is not of this GPU's memory. This is a bug.")))
+            }
+        }
+    }
+}
+
 /// A point in a lane of a GPU.
 #[derive(Clone)]
 pub struct CudaEvent {
@@ -268,11 +284,15 @@ impl CudaBackend {
             timed: Vec::new(),
             anchor,
         };
+        let memory = Memory { pool: Pool::new(context, Some(options.fill)), regions: Vec::new() };
+        let memory = Arc::new(Mutex::new(memory));
+        let queue = || CudaQueue::new(context, &events, &memory);
+        let queues = [queue()?, queue()?];
         Ok(CudaBackend {
             rank,
             order: Mutex::new(order),
-            memory: Mutex::new(Memory { pool: Pool::new(context, Some(options.fill)), regions: Vec::new() }),
-            streams: [Stream::new(context)?, Stream::new(context)?],
+            memory,
+            queues,
             tickets,
             report: ReportPage::new(context, &reads)?,
             reads: Mutex::new(reads),
@@ -294,7 +314,7 @@ impl CudaBackend {
     }
 
     fn stream(&self, lane: Lane) -> &Stream {
-        &self.streams[lane.index()]
+        &self.queues[lane.index()].stream
     }
 
     fn raise(&self, kind: FaultKind, place: Place, message: String) -> Fault {
@@ -319,23 +339,67 @@ impl CudaBackend {
         Err(self.raise(FaultKind::Invalid, place, format!("{name}: {}", complaint.describe(subject))))
     }
 
-    /// Enqueues an operation that is ordered, timed if asked for.
-    fn launch(&self, order: &mut Order, lane: Lane, place: Place, op: &Op) -> Result<(), Refusal> {
+    /// Enqueues what `fill` puts into the lane's stream, if it is ordered; timed if asked for. `subject` is what
+    /// complaints about it are about.
+    fn append(
+        &self,
+        lane: Lane,
+        place: Place,
+        name: &'static str,
+        accesses: &Accesses,
+        subject: Option<Buffer>,
+        fill: impl FnOnce(&mut Order) -> Result<(), Refusal>,
+    ) -> Result<(), DeviceError> {
+        let mut order = self.order();
+        // A stopped world takes work in and does nothing, as a host lane does.
+        if self.options.faults.get().is_some() {
+            return Ok(());
+        }
+        if let Err(race) = order.hazards.advance(Agent::Lane(lane), name, place, accesses) {
+            self.raise(FaultKind::Race, place, race.to_string());
+            return Ok(());
+        }
+        order.serial = order.serial.wrapping_add(1);
+        let count = order.hazards.record(lane).of(lane);
+        let pending = Pending { serial: order.serial, count, name, place, subject };
+        order.pending[lane.index()].push_back(pending);
+        match self.timed(&mut order, lane, place, name, fill) {
+            Ok(()) => Ok(()),
+            Err(Refusal::Arguments(error)) => Err(error),
+            Err(Refusal::Gpu(error)) => Err(self.gpu_failed(&order, &error).into()),
+            Err(Refusal::World(fault)) => Err(self.options.faults.raise(fault).into()),
+        }
+    }
+
+    fn timed(
+        &self,
+        order: &mut Order,
+        lane: Lane,
+        place: Place,
+        name: &'static str,
+        fill: impl FnOnce(&mut Order) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
         self.device.context.bind()?;
-        let stream = self.stream(lane);
-        let start = match self.options.records {
-            true => Some(self.timed_events.record(stream)?),
-            false => None,
-        };
+        if !self.options.records {
+            return fill(order);
+        }
+        let start = self.timed_events.record(self.stream(lane))?;
+        fill(order)?;
+        let end = Arc::new(self.timed_events.record(self.stream(lane))?);
+        order.timed.push(Timed { lane, place, name, start, end });
+        Ok(())
+    }
+
+    fn launch(&self, order: &mut Order, lane: Lane, op: &Op) -> Result<(), Refusal> {
         let regions = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let mut launch = Launch {
             kernels: &self.device.kernels,
             weights: &self.weights.0,
             staging: &mut order.staging,
             events: &self.events,
-            stream,
+            stream: self.stream(lane),
             tickets: self.tickets[lane.index()].start,
-            regions: &regions.regions,
+            memory: &regions,
             report: self.report.for_operation(order.serial),
             multiprocessors: self
                 .device
@@ -343,13 +407,7 @@ impl CudaBackend {
                 .saturating_sub(self.options.reserved_multiprocessors)
                 .max(1),
         };
-        launch.run(op)?;
-        drop(regions);
-        if let Some(start) = start {
-            let end = Arc::new(self.timed_events.record(stream)?);
-            order.timed.push(Timed { lane, place, name: op.name(), start, end });
-        }
-        Ok(())
+        launch.run(op)
     }
 
     fn read<T: bytemuck::Pod>(&self, buffer: &Buffer) -> Result<Vec<T>, Fault> {
@@ -362,16 +420,10 @@ impl CudaBackend {
         if values.is_empty() {
             return Ok(values);
         }
-        let (region, bytes) = {
-            let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-            memory.regions.get(buffer.allocation.0 as usize).copied().unwrap_or_default()
-        };
-        assert!(
-            buffer.byte_range().end <= bytes && buffer.dtype.bytes() == size_of::<T>(),
-            "{buffer:?} is not of this GPU's memory. This is a bug."
-        );
+        assert_eq!(buffer.dtype.bytes(), size_of::<T>(), "{buffer:?} is of another format. This is a bug.");
+        let start = self.memory.lock().unwrap_or_else(PoisonError::into_inner).address(buffer);
         let copy = Copy2d {
-            from: End::Device(region + (buffer.offset * size_of::<T>()) as u64),
+            from: End::Device(start.unwrap_or_else(|error| panic!("{error}"))),
             from_pitch: buffer.stride * size_of::<T>(),
             to: End::Host(values.as_mut_ptr().cast()),
             to_pitch: buffer.width * size_of::<T>(),
@@ -394,8 +446,8 @@ impl Drop for CudaBackend {
     fn drop(&mut self) {
         // Work in flight uses memory that is about to be given back. A failed GPU has nothing in flight.
         if self.device.context.bind().is_ok() {
-            for stream in &self.streams {
-                let _ = stream.synchronize();
+            for queue in &self.queues {
+                let _ = queue.stream.synchronize();
             }
         }
     }
@@ -403,6 +455,7 @@ impl Drop for CudaBackend {
 
 impl Backend for CudaBackend {
     type Event = CudaEvent;
+    type Queue = CudaQueue;
 
     fn rank(&self) -> Rank {
         self.rank
@@ -457,25 +510,27 @@ impl Backend for CudaBackend {
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
         let op = op.into();
         op.check()?;
-        let mut order = self.order();
-        // A stopped world takes work in and does nothing, as a host lane does.
-        if self.options.faults.get().is_some() {
-            return Ok(());
-        }
-        if let Err(race) = order.hazards.advance(Agent::Lane(lane), op.name(), place, &op.accesses()) {
-            self.raise(FaultKind::Race, place, race.to_string());
-            return Ok(());
-        }
-        order.serial = order.serial.wrapping_add(1);
         let subject = if let Op::Attention(op) = &op { Some(op.keys.clone()) } else { None };
-        let count = order.hazards.record(lane).of(lane);
-        let pending = Pending { serial: order.serial, count, name: op.name(), place, subject };
-        order.pending[lane.index()].push_back(pending);
-        match self.launch(&mut order, lane, place, &op) {
-            Ok(()) => Ok(()),
-            Err(Refusal::Arguments(error)) => Err(error),
-            Err(Refusal::Gpu(error)) => Err(self.gpu_failed(&order, &error).into()),
-        }
+        self.append(lane, place, op.name(), &op.accesses(), subject, |order| self.launch(order, lane, &op))
+    }
+
+    fn enqueue_external(
+        &self,
+        lane: Lane,
+        place: Place,
+        name: &'static str,
+        accesses: &Accesses,
+        work: impl FnOnce(&CudaQueue) -> Result<(), Fault> + Send + 'static,
+    ) -> Result<(), DeviceError> {
+        self.append(lane, place, name, accesses, None, |_| {
+            match catch_unwind(AssertUnwindSafe(|| work(&self.queues[lane.index()]))) {
+                Ok(done) => done.map_err(Refusal::World),
+                Err(panic) => {
+                    let message = format!("{name} panicked: {}", panic_text(panic.as_ref()));
+                    Err(Refusal::World(self.raise(FaultKind::Panic, place, message)))
+                }
+            }
+        })
     }
 
     fn record(&self, lane: Lane) -> CudaEvent {

@@ -2,7 +2,7 @@
 
 use super::element::Plain;
 use super::pages::{Piece, Slabs};
-use crate::{AllocationId, Buffer, DeviceError};
+use crate::{AllocationId, Buffer, DeviceError, PeerQueue};
 use epsmoe_base::{Bytes, DType};
 use half::bf16;
 use std::marker::PhantomData;
@@ -98,22 +98,6 @@ impl Memory {
         }
     }
 
-    /// Copies the rows of `from`, in another rank's memory, to `to` in this one.
-    ///
-    /// # Safety
-    /// As [`view`](Memory::view) for `from` and [`view_mut`](Memory::view_mut) for `to`; the rank that owns `from`
-    /// leaves it alone until the copy is done.
-    pub unsafe fn copy_from(&self, to: &Buffer, source: &Memory, from: &Buffer) {
-        match to.dtype.bytes() {
-            // SAFETY: the caller's promise.
-            2 => unsafe { copy::<bf16>(self, to, source, from) },
-            // SAFETY: the caller's promise.
-            _ if to.dtype == DType::U32 => unsafe { copy::<u32>(self, to, source, from) },
-            // SAFETY: the caller's promise.
-            _ => unsafe { copy::<f32>(self, to, source, from) },
-        }
-    }
-
     /// Address of a buffer's first element. Panics, inside the lane that runs the work, if the handle is not of
     /// this memory: handles are made by `allocate` and narrowed by checked methods, so that is a bug.
     fn locate<T: Plain>(&self, buffer: &Buffer) -> *const T {
@@ -131,7 +115,37 @@ impl Memory {
     }
 }
 
-/// See [`Memory::copy_from`], whose promises are handed on.
+impl PeerQueue for Memory {
+    type PeerRows = (Memory, Buffer);
+    /// Work runs on the lane itself: what came before is done.
+    type Mark = ();
+
+    fn share(&self, rows: &Buffer) -> Result<(Memory, Buffer), DeviceError> {
+        Ok((self.clone(), rows.clone()))
+    }
+
+    fn mark(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn after(&self, (): &()) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    unsafe fn copy_from(&self, (source, from): &(Memory, Buffer), to: &Buffer) -> Result<(), DeviceError> {
+        match to.dtype.bytes() {
+            // SAFETY: the caller's promise.
+            2 => unsafe { copy::<bf16>(self, to, source, from) },
+            // SAFETY: the caller's promise.
+            _ if to.dtype == DType::U32 => unsafe { copy::<u32>(self, to, source, from) },
+            // SAFETY: the caller's promise.
+            _ => unsafe { copy::<f32>(self, to, source, from) },
+        }
+        Ok(())
+    }
+}
+
+/// See [`PeerQueue::copy_from`], whose promises are handed on.
 unsafe fn copy<T: Plain>(memory: &Memory, to: &Buffer, source: &Memory, from: &Buffer) {
     // SAFETY: the caller's promise.
     let (mut to, from) = unsafe { (memory.view_mut::<T>(to), source.view::<T>(from)) };

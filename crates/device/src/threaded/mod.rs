@@ -143,29 +143,6 @@ impl<K: Kernels> ThreadedBackend<K> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner).waits
     }
 
-    /// Appends any work to a lane; `accesses` is all it may touch, through the memory it is handed.
-    pub fn enqueue_work(
-        &self,
-        lane: Lane,
-        place: Place,
-        name: &'static str,
-        accesses: &Accesses,
-        work: impl FnOnce(&Memory) -> Result<(), Fault> + Send + 'static,
-    ) {
-        let work: Work = Box::new(work);
-        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
-        let checked = order.hazards.advance(Agent::Lane(lane), name, place, accesses);
-        let work: Work = match checked {
-            Ok(()) => work,
-            // The lane is told so that it keeps its count; the world stops before anything runs unordered.
-            Err(race) => {
-                let fault = self.raise(FaultKind::Race, place, race.to_string());
-                Box::new(move |_| Err(fault))
-            }
-        };
-        self.lanes.push(lane, place, name, work);
-    }
-
     fn raise(&self, kind: FaultKind, place: Place, message: String) -> Fault {
         self.options.faults.raise(Fault { kind, rank: self.rank, place, message })
     }
@@ -185,6 +162,7 @@ impl<K: Kernels> ThreadedBackend<K> {
 
 impl<K: Kernels> Backend for ThreadedBackend<K> {
     type Event = Clock;
+    type Queue = Memory;
 
     fn rank(&self) -> Rank {
         self.rank
@@ -227,12 +205,32 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
         let (name, accesses) = (op.name(), op.accesses());
         let (kernels, weights) = (Arc::clone(&self.kernels), Arc::clone(&self.weights));
         let rank = self.rank;
-        self.enqueue_work(lane, place, name, &accesses, move |memory| {
+        self.enqueue_external(lane, place, name, &accesses, move |memory| {
             run(&*kernels, &weights, memory, &op).map_err(|message| {
                 let message = format!("{name}: {message}");
                 Fault { kind: FaultKind::Invalid, rank, place, message }
             })
-        });
+        })
+    }
+
+    fn enqueue_external(
+        &self,
+        lane: Lane,
+        place: Place,
+        name: &'static str,
+        accesses: &Accesses,
+        work: impl FnOnce(&Memory) -> Result<(), Fault> + Send + 'static,
+    ) -> Result<(), DeviceError> {
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        let work: Work = match order.hazards.advance(Agent::Lane(lane), name, place, accesses) {
+            Ok(()) => Box::new(work),
+            // The lane is told so that it keeps its count; the world stops before anything runs unordered.
+            Err(race) => {
+                let fault = self.raise(FaultKind::Race, place, race.to_string());
+                Box::new(move |_| Err(fault))
+            }
+        };
+        self.lanes.push(lane, place, name, work);
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
 use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
-use epsmoe_fabric::{FaultInjection, Threads, ThreadsOptions};
+use epsmoe_fabric::{Fabric, FaultInjection, ThreadsOptions};
 use epsmoe_pipeline::{
     ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
 };
@@ -180,7 +180,7 @@ pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
     };
     let weights = Arc::<WeightStore<_>>::default();
     let (done, answers) = mpsc::channel();
-    for (rank, fabric) in Threads::world(case.placement.ranks(), fabric).into_iter().enumerate() {
+    for (rank, fabric) in Fabric::threads(case.placement.ranks(), fabric).into_iter().enumerate() {
         let skipped = setup.skipped.filter(|&(who, _)| who == rank).map(|(_, wait)| wait);
         let host = ThreadedOptions {
             faults: faults.clone(),
@@ -213,10 +213,15 @@ pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
     all.into_iter().map(|(_, answer)| answer).collect()
 }
 
-fn run_rank(case: &Case, setup: &Setup, device: Reference, fabric: Threads) -> Result<Got, PipelineError> {
+fn run_rank(
+    case: &Case,
+    setup: &Setup,
+    device: Reference,
+    fabric: Fabric<Reference>,
+) -> Result<Got, PipelineError> {
     let rank = device.rank();
     let (device, tokens) = (Arc::new(device), case.tokens[rank.0]);
-    let pipeline = ExpertPipeline::new(Arc::clone(&device), Arc::new(fabric), options(case, setup, rank))?;
+    let pipeline = ExpertPipeline::new(Arc::clone(&device), fabric, options(case, setup, rank))?;
     let layers: Vec<MoeLayer> = (0..case.layers).map(|layer| load(case, &device, Layer(layer))).collect();
     let mut x = device.allocate("x", case.dtype, tokens, case.hidden)?;
     let mut y = device.allocate("y", case.dtype, tokens, case.hidden)?;

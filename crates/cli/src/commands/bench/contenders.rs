@@ -8,7 +8,7 @@ use crate::setup::{Setup, Started};
 use anyhow::{Result, bail};
 use epsmoe_base::Rank;
 use epsmoe_engine::{Engine, Experts, Parallel, StepReport};
-use epsmoe_fabric::{Pacing, Threads};
+use epsmoe_fabric::{PacedLink, Pacing};
 use epsmoe_plan::{
     GemmKind, Policy, Schedule, ScheduleReport, Span, StageTable, Stages, Timeline, order_text,
 };
@@ -121,7 +121,7 @@ fn auto(setup: &Setup) -> Option<Policy> {
 pub(super) struct Contender {
     pub(super) way: Way,
     pub(super) engine: Engine,
-    fabrics: Vec<Arc<Threads>>,
+    links: Vec<Arc<PacedLink>>,
     pub(super) rates: Vec<f64>,
     layers: Vec<LayerTime>,
     smallest_transfer_ms: Option<f64>,
@@ -158,11 +158,11 @@ pub(super) fn measure(args: &BenchArgs, prompts: &[Vec<u32>], contenders: &mut [
 
 impl Contender {
     pub(super) fn new(way: Way, started: Started) -> Self {
-        let Started { engine, fabrics } = started;
+        let Started { engine, links } = started;
         Contender {
             way,
             engine,
-            fabrics,
+            links,
             rates: Vec::new(),
             layers: Vec::new(),
             smallest_transfer_ms: None,
@@ -191,8 +191,8 @@ impl Contender {
             }
             self.timeline.spans.extend(step.timeline.spans);
         }
-        for pacing in self.fabrics.iter().filter_map(|fabric| fabric.take_pacing()) {
-            self.pacing.add(&pacing);
+        for link in &self.links {
+            self.pacing.add(&link.take_pacing());
         }
         Ok(())
     }

@@ -1,0 +1,106 @@
+//! Messages between threads of one process.
+
+use super::Control;
+use crate::transport::{lock, sleep};
+use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Place, Rank};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+#[derive(Clone)]
+struct Message {
+    what: &'static str,
+    place: Place,
+    bytes: Vec<u8>,
+}
+
+/// One exchange while it is under way.
+struct Round {
+    /// What each rank has said so far.
+    messages: Vec<Option<Message>>,
+    /// Ranks that have read all messages.
+    readers: usize,
+}
+
+struct Shared {
+    size: usize,
+    timeout: Duration,
+    faults: FaultCell,
+    /// By their number.
+    rounds: Mutex<HashMap<u64, Round>>,
+    said: Condvar,
+}
+
+/// One rank's end.
+pub(crate) struct ThreadControl {
+    rank: Rank,
+    shared: Arc<Shared>,
+    round: AtomicU64,
+}
+
+impl ThreadControl {
+    /// The ends of all ranks, in rank order.
+    pub(crate) fn world(size: usize, timeout: Duration, faults: &FaultCell) -> Vec<Self> {
+        let shared = Arc::new(Shared {
+            size,
+            timeout,
+            faults: faults.clone(),
+            rounds: Mutex::default(),
+            said: Condvar::new(),
+        });
+        let end =
+            |rank| ThreadControl { rank: Rank(rank), shared: Arc::clone(&shared), round: AtomicU64::new(0) };
+        (0..size).map(end).collect()
+    }
+}
+
+impl Control for ThreadControl {
+    fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.shared.size
+    }
+
+    fn exchange(&self, what: &'static str, place: Place, message: Vec<u8>) -> Result<Vec<Vec<u8>>, Fault> {
+        let shared = &*self.shared;
+        let number = self.round.fetch_add(1, Ordering::Relaxed);
+        let raise = |kind, message| Err(shared.faults.raise(Fault { kind, rank: self.rank, place, message }));
+        let deadline = Deadline::after(shared.timeout);
+        let mut rounds = lock(&shared.rounds);
+        let round = || Round { messages: vec![None; shared.size], readers: 0 };
+        rounds.entry(number).or_insert_with(round).messages[self.rank.0] =
+            Some(Message { what, place, bytes: message });
+        shared.said.notify_all();
+        loop {
+            shared.faults.check()?;
+            let round = rounds.entry(number).or_insert_with(round);
+            let Some(silent) = round.messages.iter().position(Option::is_none) else {
+                let all: Vec<Message> = round.messages.iter().flatten().cloned().collect();
+                round.readers += 1;
+                if round.readers == shared.size {
+                    rounds.remove(&number);
+                }
+                let due = |message: &Message| (message.what, message.place) == (what, place);
+                if let Some(rank) = all.iter().position(|message| !due(message)) {
+                    let Message { what: other, place: there, .. } = &all[rank];
+                    let message = format!("{} came to {other} ({there}) where {what} was due", Rank(rank));
+                    return raise(FaultKind::Mismatch, message);
+                }
+                return Ok(all.into_iter().map(|message| message.bytes).collect());
+            };
+            if deadline.passed() {
+                let message =
+                    format!("{} did not come to {what} within {:?}", Rank(silent), deadline.allowed());
+                return raise(FaultKind::Deadline, message);
+            }
+            rounds = sleep(&shared.said, rounds);
+        }
+    }
+
+    fn faults(&self) -> &FaultCell {
+        &self.shared.faults
+    }
+}

@@ -1,0 +1,70 @@
+//! Rows between the memories of ranks.
+
+mod threads;
+
+pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
+pub(crate) use threads::{ThreadTransport, lock, sleep};
+
+use epsmoe_base::{Lane, Place, Rank};
+use epsmoe_device::{Backend, Buffer, DeviceError};
+use std::sync::Arc;
+
+/// One all-to-all of rows, with counts known on both sides.
+#[derive(Clone, Debug)]
+pub struct Exchange {
+    /// What travels, for messages and timelines.
+    pub name: &'static str,
+    /// Rows for each rank of the transport, this one included, in the order of [`Transport::ranks`].
+    pub send: Vec<Buffer>,
+    /// Where the rows of each rank go, likewise.
+    pub receive: Vec<Buffer>,
+}
+
+/// One rank's end of the exchanges of rows among some ranks: all of the world, or a sub-group.
+///
+/// All its ranks enqueue the same exchanges in the same order; exchanges of different transports are ordered by their
+/// lanes alone. Each wait has a deadline, and a rank that is late, disagrees or died is named, by its number in the
+/// world, in the fault that stops the world.
+pub trait Transport<B: Backend>: Send + Sync + 'static {
+    /// The ranks, by their numbers in the world, ascending.
+    fn ranks(&self) -> &[Rank];
+
+    /// Enqueues an exchange of rows on a lane. It is complete when everything has arrived here *and* what was
+    /// sent may be overwritten.
+    fn all_to_all_v(
+        &self,
+        device: &B,
+        lane: Lane,
+        place: Place,
+        exchange: Exchange,
+    ) -> Result<(), DeviceError>;
+
+    /// The transport of some of the ranks, in ascending order, this one among them. All ranks of this transport call it
+    /// in the same order, each with the ranks of its own group.
+    fn subgroup(&self, ranks: &[Rank]) -> Result<Arc<dyn Transport<B>>, DeviceError>;
+}
+
+/// Refuses a sub-group that `me` cannot be in.
+pub(crate) fn check_subgroup(all: &[Rank], me: Rank, ranks: &[Rank]) -> Result<(), DeviceError> {
+    let ascending = ranks.is_sorted_by(|first, second| first < second);
+    if ascending && ranks.contains(&me) && ranks.iter().all(|rank| all.contains(rank)) {
+        return Ok(());
+    }
+    Err(DeviceError::Shape(format!(
+        "{ranks:?} is no group of {me} among {all:?}: its ranks must ascend and hold {me}. This is a bug."
+    )))
+}
+
+/// Refuses an exchange without a part for each of `size` ranks.
+pub(crate) fn check_parts(exchange: &Exchange, size: usize) -> Result<(), DeviceError> {
+    if exchange.send.len() == size && exchange.receive.len() == size {
+        return Ok(());
+    }
+    Err(DeviceError::Shape(format!(
+        "{}: {} parts sent and {} received among {}",
+        exchange.name,
+        exchange.send.len(),
+        exchange.receive.len(),
+        epsmoe_base::count(size, "rank")
+    )))
+}

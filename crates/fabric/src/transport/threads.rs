@@ -1,0 +1,388 @@
+//! Ranks as threads of one process. Rows are copied once, from the sender's memory to the receiver's, by the
+//! receiver's lane.
+//!
+//! An exchange as it runs on a lane: every part to send is posted under the number of the exchange; then, for each
+//! source in rank order, the posted part is awaited and copied; then the exchange waits until every receiver has taken
+//! what was posted. The marks that travel with both say from when on a queue that runs apart from its host, such as a
+//! GPU's stream, may read the rows, and from when on they may be overwritten.
+
+use super::{check_parts, check_subgroup};
+use crate::{Exchange, Link, PacedLink, Transport};
+use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank, count};
+use epsmoe_device::op::Accesses;
+use epsmoe_device::{Backend, Buffer, DeviceError, PeerQueue};
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How a world of threads behaves.
+#[derive(Clone, Debug)]
+pub struct ThreadsOptions {
+    /// How long a rank waits for another.
+    pub timeout: Duration,
+    /// The world's fault cell.
+    pub faults: FaultCell,
+    /// How fast rows travel; as fast as memory when absent.
+    pub link: Option<Link>,
+    /// Seed of random delays before each exchange, for tests.
+    pub delay: Option<u64>,
+    /// One thing that goes wrong, for tests.
+    pub injection: Option<FaultInjection>,
+}
+
+impl ThreadsOptions {
+    /// A world at memory speed in which nothing goes wrong on purpose.
+    pub fn new(timeout: Duration, faults: FaultCell) -> Self {
+        ThreadsOptions { timeout, faults, link: None, delay: None, injection: None }
+    }
+}
+
+/// A rank that misbehaves at one of its exchanges, counted from zero.
+#[derive(Clone, Copy, Debug)]
+pub struct FaultInjection {
+    /// Who.
+    pub rank: Rank,
+    /// At which exchange.
+    pub exchange: u64,
+    /// What it does.
+    pub act: InjectedFault,
+}
+
+/// What a misbehaving rank does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InjectedFault {
+    /// Never gets to the exchange.
+    Stall,
+    /// Panics.
+    Panic,
+    /// Sends one row less than announced to the first rank that it owes one.
+    SendOneRowLess,
+}
+
+/// A part on its way: which exchange, from which position of the group to which.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Route {
+    exchange: u64,
+    source: usize,
+    destination: usize,
+}
+
+/// A posted part: the receiver copies it from where it lies.
+struct PostedSend<Q: PeerQueue> {
+    name: &'static str,
+    place: Place,
+    rows: Buffer,
+    peer_rows: Q::PeerRows,
+    /// Everything that the rows depend on.
+    ready: Q::Mark,
+    posted: Instant,
+    /// Set once the receiver's copy is enqueued: the end of the copy.
+    taken: Arc<OnceLock<Q::Mark>>,
+}
+
+/// What the ranks of one transport share.
+struct Group<Q: PeerQueue> {
+    ranks: Vec<Rank>,
+    options: Arc<ThreadsOptions>,
+    posted: Mutex<HashMap<Route, PostedSend<Q>>>,
+    /// Something was posted or taken.
+    changed: Condvar,
+    /// By their ranks, and how many groups of the same ranks came before.
+    subgroups: Mutex<HashMap<(Vec<Rank>, usize), Arc<Group<Q>>>>,
+}
+
+impl<Q: PeerQueue> Group<Q> {
+    fn new(ranks: Vec<Rank>, options: Arc<ThreadsOptions>) -> Arc<Self> {
+        let (posted, subgroups) = (Mutex::default(), Mutex::default());
+        Arc::new(Group { ranks, options, posted, changed: Condvar::new(), subgroups })
+    }
+}
+
+/// What all transports of one rank share.
+struct End {
+    rank: Rank,
+    link: Option<Arc<PacedLink>>,
+    /// Exchanges so far, which fault injection counts by.
+    exchanges: AtomicU64,
+}
+
+/// One rank's end.
+pub(crate) struct ThreadTransport<B: Backend<Queue: PeerQueue>> {
+    end: Arc<End>,
+    group: Arc<Group<B::Queue>>,
+    /// Exchanges of this transport so far.
+    exchanges: AtomicU64,
+    /// Sub-groups so far.
+    subgroups: Mutex<HashMap<Vec<Rank>, usize>>,
+    device: PhantomData<fn(&B)>,
+}
+
+impl<B: Backend<Queue: PeerQueue>> ThreadTransport<B> {
+    /// The ends of a world of `size` ranks, in rank order.
+    pub(crate) fn world(size: usize, options: ThreadsOptions) -> Vec<Self> {
+        let link = options.link;
+        let group = Group::new((0..size).map(Rank).collect(), Arc::new(options));
+        let end = |rank| {
+            let link = link.map(|link| Arc::new(PacedLink::new(link)));
+            let end = End { rank: Rank(rank), link, exchanges: AtomicU64::new(0) };
+            Self::new(Arc::new(end), Arc::clone(&group))
+        };
+        (0..size).map(end).collect()
+    }
+
+    fn new(end: Arc<End>, group: Arc<Group<B::Queue>>) -> Self {
+        let (exchanges, subgroups) = (AtomicU64::new(0), Mutex::default());
+        ThreadTransport { end, group, exchanges, subgroups, device: PhantomData }
+    }
+
+    pub(crate) fn link(&self) -> Option<Arc<PacedLink>> {
+        self.end.link.clone()
+    }
+}
+
+impl<B: Backend<Queue: PeerQueue>> Transport<B> for ThreadTransport<B> {
+    fn ranks(&self) -> &[Rank] {
+        &self.group.ranks
+    }
+
+    fn all_to_all_v(
+        &self,
+        device: &B,
+        lane: Lane,
+        place: Place,
+        mut exchange: Exchange,
+    ) -> Result<(), DeviceError> {
+        let (group, rank) = (&self.group, self.end.rank);
+        check_parts(&exchange, group.ranks.len())?;
+        let count = self.end.exchanges.fetch_add(1, Ordering::Relaxed);
+        let number = self.exchanges.fetch_add(1, Ordering::Relaxed);
+        let injection = group.options.injection;
+        let injection = injection.filter(|injection| (injection.rank, injection.exchange) == (rank, count));
+        if injection.is_some_and(|injection| injection.act == InjectedFault::SendOneRowLess) {
+            shorten(&mut exchange.send)?;
+        }
+        let name = exchange.name;
+        let reads = exchange.send.iter().fold(Accesses::new(), Accesses::read);
+        let accesses = exchange.receive.iter().fold(reads, Accesses::write);
+        let running = RunningExchange {
+            me: group.ranks.iter().position(|member| *member == rank).unwrap_or(0),
+            end: Arc::clone(&self.end),
+            group: Arc::clone(group),
+            number,
+            place,
+            exchange,
+        };
+        let delay = group.options.delay.map(|seed| Mix::keyed(seed, &[rank.0 as u64, count]));
+        let act = injection.map(|injection| injection.act);
+        device.enqueue_external(lane, place, name, &accesses, move |queue| {
+            running.misbehave(delay, act)?;
+            running.run(queue)
+        })
+    }
+
+    fn subgroup(&self, ranks: &[Rank]) -> Result<Arc<dyn Transport<B>>, DeviceError> {
+        check_subgroup(&self.group.ranks, self.end.rank, ranks)?;
+        let mut mine = lock(&self.subgroups);
+        let earlier = mine.entry(ranks.to_vec()).or_default();
+        let mut all = lock(&self.group.subgroups);
+        let group = all
+            .entry((ranks.to_vec(), *earlier))
+            .or_insert_with(|| Group::new(ranks.to_vec(), Arc::clone(&self.group.options)));
+        *earlier += 1;
+        Ok(Arc::new(Self::new(Arc::clone(&self.end), Arc::clone(group))))
+    }
+}
+
+/// One exchange as it runs on a lane.
+struct RunningExchange<Q: PeerQueue> {
+    /// Position of this rank in the group.
+    me: usize,
+    end: Arc<End>,
+    group: Arc<Group<Q>>,
+    number: u64,
+    place: Place,
+    exchange: Exchange,
+}
+
+impl<Q: PeerQueue> RunningExchange<Q> {
+    /// What tests ask for.
+    fn misbehave(&self, delay: Option<Mix>, act: Option<InjectedFault>) -> Result<(), Fault> {
+        if let Some(mut delay) = delay {
+            std::thread::sleep(Duration::from_micros(delay.below(1000) as u64));
+        }
+        match act {
+            Some(InjectedFault::Stall) => loop {
+                self.group.options.faults.check()?;
+                std::thread::sleep(FaultCell::POLL);
+            },
+            Some(InjectedFault::Panic) => {
+                panic!("{} panics on purpose at {}", self.end.rank, self.exchange.name)
+            }
+            Some(InjectedFault::SendOneRowLess) | None => Ok(()),
+        }
+    }
+
+    fn run(&self, queue: &Q) -> Result<(), Fault> {
+        let deadline = Deadline::after(self.group.options.timeout);
+        let now = Instant::now();
+        let mut ready = self.end.link.as_ref().map_or(now, |link| link.begin(now));
+        let taken = self.send(queue, ready)?;
+        for source in 0..self.group.ranks.len() {
+            ready = ready.max(self.receive(queue, source, deadline)?);
+        }
+        self.await_taken(queue, &taken, deadline)?;
+        self.pace(ready);
+        Ok(())
+    }
+
+    /// Sleeps until the link would have carried the exchange that could start at `ready`.
+    fn pace(&self, ready: Instant) {
+        let Some(link) = &self.end.link else { return };
+        let others = |parts: &[Buffer]| -> u64 {
+            let others = parts.iter().enumerate().filter(|(rank, _)| *rank != self.me);
+            others.map(|(_, part)| (part.rows * part.width * part.dtype.bytes()) as u64).sum()
+        };
+        let bytes = others(&self.exchange.send).max(others(&self.exchange.receive));
+        if bytes == 0 {
+            return;
+        }
+        let (due, copied) = (link.book(ready, bytes), Instant::now());
+        std::thread::sleep(due.saturating_duration_since(copied));
+        link.note(due, copied, Instant::now());
+    }
+
+    /// Posts every part; gives what tells when each is taken.
+    fn send(&self, queue: &Q, posted: Instant) -> Result<Vec<Arc<OnceLock<Q::Mark>>>, Fault> {
+        let ready = self.of_queue(queue.mark())?;
+        let mut taken = Vec::with_capacity(self.exchange.send.len());
+        let mut all = lock(&self.group.posted);
+        for (destination, rows) in self.exchange.send.iter().enumerate() {
+            let part = PostedSend {
+                name: self.exchange.name,
+                place: self.place,
+                rows: rows.clone(),
+                peer_rows: self.of_queue(queue.share(rows))?,
+                ready: ready.clone(),
+                posted,
+                taken: Arc::default(),
+            };
+            taken.push(Arc::clone(&part.taken));
+            all.insert(Route { exchange: self.number, source: self.me, destination }, part);
+        }
+        self.group.changed.notify_all();
+        Ok(taken)
+    }
+
+    /// Copies what `source` sent; returns when it was sent.
+    fn receive(&self, queue: &Q, source: usize, deadline: Deadline) -> Result<Instant, Fault> {
+        let (name, sender) = (self.exchange.name, self.group.ranks[source]);
+        let route = Route { exchange: self.number, source, destination: self.me };
+        let part = self.until(
+            deadline,
+            |posted| posted.remove(&route),
+            || format!("{sender} did not send {name} within {:?}", deadline.allowed()),
+        )?;
+        let room = &self.exchange.receive[source];
+        if (part.name, part.place) != (name, self.place) {
+            let PostedSend { name: other, place, .. } = part;
+            return Err(self.mismatch(format!("{sender} sent {other} ({place}) where {name} was due")));
+        }
+        let rows = &part.rows;
+        if (rows.rows, rows.width, rows.dtype) != (room.rows, room.width, room.dtype) {
+            return Err(self.mismatch(format!(
+                "{sender} sent {} of {name} ({} wide, {}) where {} ({} wide, {}) were announced",
+                count(rows.rows, "row"),
+                rows.width,
+                rows.dtype,
+                count(room.rows, "row"),
+                room.width,
+                room.dtype
+            )));
+        }
+        self.of_queue(queue.after(&part.ready))?;
+        // SAFETY: the room is a declared write of this exchange, and equally large. The rows are a declared read of the
+        // sender's exchange, which is not complete before `taken` says so, below.
+        self.of_queue(unsafe { queue.copy_from(&part.peer_rows, room) })?;
+        let end = self.of_queue(queue.mark())?;
+        // Each part is taken by one receiver, once.
+        let _ = part.taken.set(end);
+        // Taking the lock orders the notice after a sender's look at the mark.
+        drop(lock(&self.group.posted));
+        self.group.changed.notify_all();
+        Ok(part.posted)
+    }
+
+    /// What was sent may be overwritten once everybody has taken it.
+    fn await_taken(
+        &self,
+        queue: &Q,
+        taken: &[Arc<OnceLock<Q::Mark>>],
+        deadline: Deadline,
+    ) -> Result<(), Fault> {
+        for (destination, taken) in taken.iter().enumerate() {
+            let end = self.until(
+                deadline,
+                |_| taken.get(),
+                || {
+                    let (receiver, name) = (self.group.ranks[destination], self.exchange.name);
+                    format!("{receiver} did not take {name} within {:?}", deadline.allowed())
+                },
+            )?;
+            self.of_queue(queue.after(end))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until `ready` gives something, the world has failed, or the deadline has passed.
+    fn until<T>(
+        &self,
+        deadline: Deadline,
+        mut ready: impl FnMut(&mut HashMap<Route, PostedSend<Q>>) -> Option<T>,
+        late: impl Fn() -> String,
+    ) -> Result<T, Fault> {
+        let mut posted = lock(&self.group.posted);
+        loop {
+            if let Some(value) = ready(&mut posted) {
+                return Ok(value);
+            }
+            self.group.options.faults.check()?;
+            if deadline.passed() {
+                return Err(self.raise(FaultKind::Deadline, late()));
+            }
+            posted = sleep(&self.group.changed, posted);
+        }
+    }
+
+    /// What the queue refused stops the world.
+    fn of_queue<T>(&self, result: Result<T, DeviceError>) -> Result<T, Fault> {
+        result.map_err(|error| match error {
+            DeviceError::Fault(fault) => fault,
+            error => self.raise(FaultKind::Invalid, format!("{}: {error}", self.exchange.name)),
+        })
+    }
+
+    fn mismatch(&self, message: String) -> Fault {
+        self.raise(FaultKind::Mismatch, message)
+    }
+
+    fn raise(&self, kind: FaultKind, message: String) -> Fault {
+        self.group.options.faults.raise(Fault { kind, rank: self.end.rank, place: self.place, message })
+    }
+}
+
+fn shorten(send: &mut [Buffer]) -> Result<(), DeviceError> {
+    if let Some(part) = send.iter_mut().find(|part| part.rows > 0) {
+        *part = part.rows(0..part.rows - 1)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn sleep<'a, T>(signal: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    signal.wait_timeout(guard, FaultCell::POLL).unwrap_or_else(PoisonError::into_inner).0
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
