@@ -21,7 +21,6 @@
 //! | `search`    | which table is best, and why? ([`search()`]; `cuts` places its boundaries) |
 //! | `scheduler` | which table now, and was the prediction right? ([`Scheduler`]) |
 //! | `synthetic_routing` | how many tokens go where before a router has spoken? ([`SyntheticRouting`]) |
-//! | `advise`    | which parallel strategy for a model on a machine? ([`advise()`]) |
 //! | `error`     | why was something refused? |
 //!
 //! One MoE layer walks through them like this:
@@ -51,7 +50,6 @@
 //! Whatever ranks must agree on is decided in integers, so that every rank computes the same answer from
 //! the same numbers.
 
-mod advise;
 mod cost;
 mod cuts;
 mod error;
@@ -73,7 +71,6 @@ mod timeline;
 mod token_histograms;
 pub mod traffic;
 
-pub use advise::{Advice, AttentionSizes, GpuBytes, Load, ModelSizes, Row, Running, Strategy, advise};
 pub use cost::{
     Correction, CostError, CostModel, GemmCost, HostCost, LinkCost, Payload, Product, RowsCost, ShareCost,
 };

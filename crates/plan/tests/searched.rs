@@ -4,9 +4,6 @@
 #[allow(dead_code, reason = "each test uses a part of it")]
 mod costs;
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-mod models;
-
 use costs::{Layer, for_random_cases, random_cost};
 use epsmoe_base::{DType, Stage};
 use epsmoe_plan::*;
@@ -350,11 +347,6 @@ fn cuts_for_takes_microseconds() {
     };
     let (layer, cost) = large();
     time(&layer, &cost, "64 x 512");
-    let start = Instant::now();
-    let machine = Machine::built_in("8x8xH100").unwrap();
-    let load = Load { batch: 256, sequence: 1024, zipf_permille: 0, seed: 1, stages: 4 };
-    let advice = advise(&models::wide(), &machine, &load).unwrap();
-    println!("{advice}whole plan for 64 x 512: {:?}", start.elapsed());
     let cost = Machine::built_in("8xH800").unwrap().cost();
     for (name, experts, top_k, hidden, inner) in
         [("dsv2", 160, 6, 5120, 1536), ("dsv3", 256, 8, 7168, 2048), ("qwen3-30b", 128, 8, 2048, 768)]

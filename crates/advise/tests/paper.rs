@@ -1,10 +1,24 @@
 //! The planner against the tables of EPS-MoE (arXiv 2410.12247): signs, not sizes; see `docs/paper-check.md`.
 
-#[allow(dead_code, reason = "each test uses a part of it")]
-mod models;
+use epsmoe_advise::*;
+use epsmoe_model::{ModelSpec, preset};
+use epsmoe_plan::Machine;
 
-use epsmoe_plan::*;
-use models::{dbrx, deepseek_v2, mixtral};
+fn deepseek_v2() -> ModelSpec {
+    preset("deepseek-v2").expect("is built in")
+}
+
+fn mixtral() -> ModelSpec {
+    preset("mixtral-8x7b").expect("is built in")
+}
+
+fn dbrx() -> ModelSpec {
+    preset("dbrx").expect("is built in")
+}
+
+fn ask(model: &ModelSpec, machine: &Machine, load: &Load) -> Advice {
+    advise(&model.architecture.to_string(), model, machine, load).expect("a legal model")
+}
 
 fn load(batch: usize, sequence: usize, stages: usize) -> Load {
     Load { batch, sequence, zipf_permille: 0, seed: 1, stages }
@@ -76,10 +90,10 @@ const DBRX: [Cell; 11] = [
     (64, 2048, 3.32, None, -26.1, -30.5),
 ];
 
-fn table_3(model: &ModelSizes, machine: &Machine, cells: &[Cell]) -> Vec<Compared> {
+fn table_3(model: &ModelSpec, machine: &Machine, cells: &[Cell]) -> Vec<Compared> {
     let mut all = Vec::new();
     for &(batch, sequence, base_s, ep, one, two) in cells {
-        let advice = advise(model, machine, &load(batch, sequence, 2)).expect("a legal model");
+        let advice = ask(model, machine, &load(batch, sequence, 2));
         let ms = |strategy, running| prefill_ms(&advice, strategy, running);
         let base = ms(Strategy::TpTp, Running::Serial);
         let (serial, kernel, staged) = (
@@ -87,7 +101,7 @@ fn table_3(model: &ModelSizes, machine: &Machine, cells: &[Cell]) -> Vec<Compare
             ms(Strategy::TpEp, Running::Kernel),
             ms(Strategy::TpEp, Running::Staged),
         );
-        let cell = format!("{} B{batch} S{sequence}", model.name);
+        let cell = format!("{} B{batch} S{sequence}", model.architecture);
         eprintln!("{cell}: base {:.0} ms in the paper, {base:.0} ms here", base_s * 1000.0);
         let mut compare = |step: &str, paper, model| {
             all.push(Compared { what: format!("{cell}: {step}"), paper, model });
@@ -129,7 +143,7 @@ fn signs_of_table_2() {
     for (sequence, one, five, twenty) in TABLE_2 {
         // The batch is not given: 8192 tokens a GPU.
         let batch = 65_536 / sequence;
-        let of = |stages| advise(&model, &machine, &load(batch, sequence, stages)).unwrap();
+        let of = |stages| ask(&model, &machine, &load(batch, sequence, stages));
         let (five_stages, twenty_stages) = (of(5), of(20));
         let ms = |advice, running| prefill_ms(advice, Strategy::DpEp, running);
         let serial = ms(&five_stages, Running::Serial);
@@ -162,7 +176,7 @@ fn where_staging_starts_and_stops_to_pay() {
     let (model, machine) = (deepseek_v2(), then("8xH800"));
     let mut stages = Vec::new();
     for tokens in [64, 256, 512, 1024, 1700, 2048, 4096, 8192, 16384] {
-        let advice = advise(&model, &machine, &load(8, tokens, 2)).unwrap();
+        let advice = ask(&model, &machine, &load(8, tokens, 2));
         let of = |running| row(&advice, Strategy::DpEp, running);
         let (auto, kernel) = (of(Running::Auto), of(Running::Kernel));
         eprintln!(
@@ -186,8 +200,8 @@ fn where_staging_starts_and_stops_to_pay() {
 
 #[test]
 fn wide_experts_on_fast_links_take_one_stage() {
-    let stages = |model: &ModelSizes, machine: &Machine, strategy, batch, sequence| {
-        let advice = advise(model, machine, &load(batch, sequence, 2)).unwrap();
+    let stages = |model: &ModelSpec, machine: &Machine, strategy, batch, sequence| {
+        let advice = ask(model, machine, &load(batch, sequence, 2));
         row(&advice, strategy, Running::Auto).stages
     };
     for (batch, sequence) in [(16, 512), (16, 2048), (64, 2048)] {
@@ -211,14 +225,14 @@ fn wide_experts_on_fast_links_take_one_stage() {
 fn attention_decides_the_strategy() {
     // MLA repeats its latents under TP and pays collectives: DP+EP. With fewer sequences than GPUs, DP leaves GPUs
     // idle: TP+EP.
-    let best = |model: &ModelSizes, machine: &str, batch, sequence| {
-        let advice = advise(model, &Machine::built_in(machine).unwrap(), &load(batch, sequence, 4)).unwrap();
+    let best = |model: &ModelSpec, machine: &str, batch, sequence| {
+        let advice = ask(model, &Machine::built_in(machine).unwrap(), &load(batch, sequence, 4));
         eprintln!("{advice}");
         advice.rows[advice.best.expect("fits")].strategy
     };
     assert_eq!(best(&deepseek_v2(), "8xH200", 64, 1024), Strategy::DpEp);
     assert_eq!(best(&mixtral(), "4xH800", 1, 8192), Strategy::TpEp);
-    let advice = advise(&deepseek_v2(), &Machine::built_in("4xH800").unwrap(), &load(8, 1024, 4)).unwrap();
+    let advice = ask(&deepseek_v2(), &Machine::built_in("4xH800").unwrap(), &load(8, 1024, 4));
     assert!(
         advice.best.is_none() && advice.why.starts_with("nothing fits: the smallest plan needs "),
         "{advice}"

@@ -1,0 +1,114 @@
+//! The experts of one MoE layer under every schedule.
+
+use crate::{AdviseError, Advisor, ELEMENT, Experts, MARGIN, Running, Strategy, text};
+use epsmoe_base::Rank;
+use epsmoe_plan::{
+    Capacity, Choice, CostModel, GemmKind, HostCost, LayerBytes, LayerHistograms, LayerShape, LayerSizes,
+    LinkCost, Piecewise, Placement, SearchOptions, SharedExpert, StageTable, SyntheticRouting, Traffic,
+    Workload, predict_ns, search,
+};
+
+impl Advisor<'_> {
+    /// Inner width of all shared experts together; 0 without.
+    fn shared_inner(&self) -> usize {
+        self.moe.shared.map_or(0, |shared| shared.inner)
+    }
+
+    fn law(&self) -> SyntheticRouting {
+        let (gate, load) = (&self.moe.gate, self.load);
+        SyntheticRouting {
+            top_k: gate.top_k,
+            groups: gate.groups.map(|limit| (limit.groups, limit.kept)),
+            zipf_permille: load.zipf_permille,
+            seed: load.seed,
+        }
+    }
+
+    fn shape(&self, inner: usize, shared_inner: usize, local_experts: usize) -> LayerShape {
+        let (hidden, top_k) = (self.model.hidden, self.moe.gate.top_k);
+        LayerShape {
+            sizes: LayerSizes { hidden, inner, top_k, local_experts, activation_bytes: ELEMENT },
+            shared_inner,
+        }
+    }
+
+    /// Every expert on one GPU: one search or table for each schedule.
+    pub(crate) fn parallel(&self, strategy: Strategy) -> Result<Vec<(Running, Experts)>, AdviseError> {
+        let (moe, load, ranks) = (self.moe, self.load, self.machine.ranks);
+        let placement = Placement::new(moe.experts, ranks)?;
+        let share = |all: usize, rank: usize| all / ranks + usize::from(rank < all % ranks);
+        let of_rank = |rank| match strategy.attention_split() {
+            // Tokens are scattered, wherever their sequences end.
+            true => share(load.tokens(), rank),
+            false => share(load.batch, rank) * load.sequence,
+        };
+        let tokens: Vec<usize> = (0..ranks).map(of_rank).collect();
+        let counts = self.law().counts(&placement, &tokens)?;
+        let shape = self.shape(moe.inner, self.shared_inner(), placement.max_local());
+        let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
+        let serial = StageTable::serial(&placement, GemmKind::Grouped);
+        let serial_ns = predict_ns(&serial, 0, &workload, &self.cost);
+        let mut all = vec![(Running::Serial, self.measured(&workload, &serial, serial_ns, None))];
+        let most = SearchOptions::default().max_stages;
+        for (running, min_stages, max_stages) in
+            [(Running::Kernel, 1, 1), (Running::Staged, load.stages, load.stages), (Running::Auto, 1, most)]
+        {
+            let options =
+                SearchOptions { min_stages, max_stages, margin: MARGIN, ..SearchOptions::default() };
+            let Choice { table, predicted, .. } = &search(&workload, &self.cost, &options);
+            let text = (running == Running::Auto).then(|| text::short(table, ranks));
+            all.push((running, self.measured(&workload, table, predicted.layer_ns, text)));
+        }
+        Ok(all)
+    }
+
+    fn measured(
+        &self,
+        workload: &Workload<'_>,
+        table: &StageTable,
+        ns: u64,
+        explanation: Option<String>,
+    ) -> Experts {
+        let traffic = Traffic::of(workload.placement, workload.counts, table);
+        let ranks = || workload.placement.all_ranks();
+        let row_bytes = (self.model.hidden * ELEMENT) as u64;
+        let rows =
+            |from: Rank, to: Rank| if from == to { 0 } else { traffic.send_rows(from, to).len() as u64 };
+        let moved = |rank: Rank| {
+            let (out, back): (u64, u64) =
+                (ranks().map(|other| rows(rank, other)).sum(), ranks().map(|other| rows(other, rank)).sum());
+            2 * out.max(back) * row_bytes
+        };
+        let buffers = |rank| LayerBytes::of(&workload.shape.sizes, &Capacity::needed(&traffic, rank)).total();
+        Experts {
+            stages: table.stages(),
+            ns,
+            moved: ranks().map(moved).max().unwrap_or(0),
+            buffers: ranks().map(buffers).max().unwrap_or(0),
+            explanation,
+        }
+    }
+
+    /// Every expert split over all GPUs: each sees all tokens, and nobody waits for anybody inside the layer.
+    pub(crate) fn split(&self) -> Result<Vec<(Running, Experts)>, AdviseError> {
+        let (moe, load, ranks) = (self.moe, self.load, self.machine.ranks);
+        let placement = Placement::new(moe.experts, 1)?;
+        let counts: LayerHistograms = self.law().counts(&placement, &[load.tokens()])?;
+        let shape = self.shape(moe.inner.div_ceil(ranks), self.shared_inner().div_ceil(ranks), moe.experts);
+        let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
+        let none = || Piecewise::flat(0);
+        let cost = CostModel {
+            link: LinkCost { exchange_ns: 0, node_ranks: 0, near: none(), far: none(), copy: none() },
+            host: HostCost::default(),
+            ..self.cost.clone()
+        };
+        let of = |kind| {
+            let table = StageTable { shared: SharedExpert::Alone, ..StageTable::serial(&placement, kind) };
+            let ns = predict_ns(&table, 0, &workload, &cost);
+            self.measured(&workload, &table, ns, None)
+        };
+        let (grouped, dense) = (of(GemmKind::Grouped), of(GemmKind::Dense));
+        let better = if dense.ns < grouped.ns { dense } else { of(GemmKind::Grouped) };
+        Ok(vec![(Running::Serial, grouped), (Running::Kernel, better)])
+    }
+}
