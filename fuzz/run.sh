@@ -16,7 +16,7 @@ for name in "$fixtures"/*/; do
 done
 mkdir -p corpus/tokenizer corpus/safetensors_header
 cp "$fixtures/mixtral/tokenizer.json" corpus/tokenizer/mixtral
-cp ../crates/engine/tests/templates/*.jinja corpus/chat_template
+cp ../crates/text/tests/templates/*.jinja corpus/chat_template
 # A header of 56 bytes, and the four bytes that it describes.
 printf '\070\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}\0\0\0\0' > corpus/safetensors_header/one
 

@@ -1,12 +1,13 @@
 //! What is done with bytes that nobody has to trust: a file of a checkpoint is read, and what came of it is used.
 //! Nothing may panic, overflow, or take forever, and an error names the file.
 //!
-//! The fuzz targets call these functions, and so does a test (`crates/engine/tests/untrusted.rs`).
+//! The fuzz targets call these functions, and so does a test (`crates/cli/tests/untrusted`).
 
 use epsmoe_base::DType;
-use epsmoe_engine::{ChatTemplate, GenerationConfig, Message, Text};
 use epsmoe_model::checkpoint::{Header, Index};
 use epsmoe_model::config;
+use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, Tokenizer};
+use serde_json::json;
 use std::fmt::Display;
 use std::io::{Error, ErrorKind};
 use std::path::Path;
@@ -50,13 +51,12 @@ pub fn safetensors_header(bytes: &[u8]) {
 
 /// `tokenizer.json`.
 pub fn tokenizer(bytes: &[u8]) {
-    let Some(text) = read(Text::parse(bytes, path())) else { return };
-    for add_special in [false, true] {
-        if let Ok(ids) = text.encode("Héllo <s> wörld\u{1f642}\n\t 1234", add_special) {
-            // Either may fail, but neither may panic.
-            let _ = text.decode(&ids);
-            ids.iter().for_each(|&id| drop(text.token(id)));
-        }
+    let Some(tokenizer) = read(Tokenizer::parse(bytes, path())) else { return };
+    let text = "Héllo <s> wörld\u{1f642}\n\t 1234";
+    for ids in [tokenizer.encode(text), tokenizer.encode_special(text)].into_iter().flatten() {
+        // Either may fail, but neither may panic.
+        let _ = tokenizer.decode(&ids, true);
+        ids.iter().for_each(|&id| drop(tokenizer.token(id)));
     }
 }
 
@@ -76,17 +76,21 @@ pub fn chat_template(bytes: &[u8]) {
 }
 
 fn converse(template: &ChatTemplate) {
-    let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+    let message = |role: &str, content: &str| json!({ "role": role, "content": content });
     let messages =
         [message("system", "Be."), message("user", "Hi\n"), message("assistant", ""), message("user", "é?")];
     for messages in [&messages[..0], &messages[1..2], &messages] {
-        read(template.render(messages, true));
+        read(template.render(&RenderRequest {
+            messages,
+            add_generation_prompt: true,
+            ..RenderRequest::default()
+        }));
     }
 }
 
 /// `generation_config.json`.
 pub fn generation_config(bytes: &[u8]) {
     let Some(config) = read(GenerationConfig::parse(bytes, path())) else { return };
-    config.sampling(1);
+    config.sampling();
     config.eos();
 }

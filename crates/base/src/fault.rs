@@ -1,6 +1,7 @@
 //! How a world of ranks fails: the first cause wins, everyone stops, and every wait ends.
 
 use crate::{Layer, Rank, Stage};
+use std::any::Any;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -113,6 +114,12 @@ impl Deadline {
     pub fn allowed(&self) -> Duration {
         self.allowed
     }
+}
+
+/// What a panic said.
+pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
 #[cfg(test)]

@@ -1,5 +1,4 @@
-//! The words every room of epsmoe shares, and how files and texts that nobody has to trust are read and shown. No
-//! device, no decisions.
+//! The words every room of epsmoe shares. No I/O but the environment, no device, no decisions.
 //!
 //! # The alphabet
 //!
@@ -22,15 +21,12 @@
 mod dtype;
 pub mod env;
 mod fault;
-pub mod files;
 mod ids;
-pub mod json;
 mod random;
-pub mod text;
 mod units;
 
 pub use dtype::{DType, Tolerance};
-pub use fault::{Deadline, Fault, FaultCell, FaultKind, Place};
+pub use fault::{Deadline, Fault, FaultCell, FaultKind, Place, panic_text};
 pub use ids::{Expert, Lane, Layer, Rank, Stage};
 pub use random::{Mix, hash_bytes};
 pub use units::{Bytes, count};

@@ -12,16 +12,15 @@ use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
-use epsmoe_engine::{
-    ChatTemplate, Engine, EngineOptions, Experts, GenerationConfig, Message, Parallel, RoutingLog,
-    RoutingMode, Text,
-};
+use epsmoe_engine::{Engine, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode};
 use epsmoe_fabric::{Fabric, Link, PacedLink, ThreadsOptions};
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
 use epsmoe_plan::{
     CostModel, GemmKind, LayerHistograms, Placement, Policy, Schedule, SharedExpert, TokenHistograms,
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
+use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, Tokenizer};
+use serde_json::json;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -63,8 +62,8 @@ impl OpenModel {
     }
 
     /// The model's tokenizer; nothing where there is none.
-    pub(crate) fn text(&self) -> Result<Option<Text>> {
-        Ok(self.folder.as_deref().map(Text::open).transpose()?.flatten())
+    pub(crate) fn tokenizer(&self) -> Result<Option<Tokenizer>> {
+        Ok(self.folder.as_deref().map(Tokenizer::open).transpose()?.flatten())
     }
 
     /// Token ids of a prompt.
@@ -87,16 +86,18 @@ pub(crate) fn encode(
     chat: Option<Chat>,
 ) -> Result<Vec<u32>> {
     let folder = folder.with_context(|| format!("{model} has no tokenizer: give the prompt as --ids"))?;
-    let text = Text::open(folder)?
+    let tokenizer = Tokenizer::open(folder)?
         .with_context(|| format!("{} has no tokenizer.json: give the prompt as --ids", folder.display()))?;
-    let Some(chat) = chat else { return Ok(text.encode(prompt, true)?) };
+    let Some(chat) = chat else { return Ok(tokenizer.encode_special(prompt)?) };
     let template = ChatTemplate::open(folder)?.with_context(|| {
         format!("{} has no chat template: leave out --chat and write the whole prompt", folder.display())
     })?;
-    let message = |role: &str, content: &str| Message { role: role.into(), content: content.into() };
+    let message = |role: &str, content: &str| json!({ "role": role, "content": content });
     let system = chat.system.map(|system| message("system", system));
-    let messages: Vec<Message> = system.into_iter().chain([message("user", prompt)]).collect();
-    Ok(text.encode(&template.render(&messages, true)?, false)?)
+    let messages: Vec<_> = system.into_iter().chain([message("user", prompt)]).collect();
+    let request =
+        RenderRequest { messages: &messages, add_generation_prompt: true, ..RenderRequest::default() };
+    Ok(tokenizer.encode(&template.render(&request)?)?)
 }
 
 /// What a model is, without its weights.

@@ -1,8 +1,7 @@
 //! The ranks of a world and their threads. All ranks take every step together.
 
 use crate::EngineError;
-use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank};
-use epsmoe_device::threaded::panic_text;
+use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank, panic_text};
 use epsmoe_device::{Backend, DeviceError};
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
 use epsmoe_pipeline::PipelineError;

@@ -2,34 +2,25 @@
 //!
 //! Start at [`Engine::step`]: each step gives every rank a batch, runs them together, and turns the logits into
 //! tokens. Around it: `request` (what is asked and answered), `pages` (who owns which cache block), `batch`
-//! (what a rank computes next), `world` (the ranks and their threads), `sample` (a token from logits),
-//! `text` (tokens to and from text), `chat` (conversations become prompts), `generation` (how a checkpoint wants
-//! to be sampled), `files` (their small files).
+//! (what a rank computes next), `world` (the ranks and their threads), `sample` (a token from logits).
 //!
-//! This room knows no wire format and no architecture.
+//! This room knows no text, no wire format and no architecture.
 
-mod chat;
 mod engine;
 mod executor;
-mod files;
-mod generation;
 mod kv_blocks;
 mod request;
 mod sample;
 mod scheduler;
 mod service;
-mod text;
 
-pub use chat::{ChatTemplate, Message};
 pub use engine::{Engine, EngineOptions};
 pub use executor::{Executor, StepReport};
-pub use generation::GenerationConfig;
 pub use request::{
     Completion, Constraint, Event, Failure, Finish, Request, RequestId, TokenLogprobs, TokenMask,
 };
 pub use sample::Sampling;
 pub use service::{EngineHandle, EngineService, EngineStats, Rejected, ServiceOptions};
-pub use text::{Text, TextStream};
 
 use epsmoe_base::Fault;
 pub use epsmoe_model::{Experts, Parallel, RoutingMode};
@@ -65,9 +56,6 @@ pub enum EngineError {
         /// Most new tokens.
         new: usize,
     },
-    /// The tokenizer is missing, damaged, or cannot do what is asked.
-    #[error("{0}")]
-    Text(String),
     /// The model could not be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),

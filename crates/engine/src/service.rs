@@ -3,8 +3,7 @@
 
 use crate::engine::Limits;
 use crate::{Engine, EngineError, Event, Failure, Request, RequestId, StepReport};
-use epsmoe_base::{Fault, FaultKind, Place, Rank};
-use epsmoe_device::threaded::panic_text;
+use epsmoe_base::{Fault, FaultKind, Place, Rank, panic_text};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};

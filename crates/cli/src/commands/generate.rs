@@ -5,7 +5,8 @@ use crate::output;
 use crate::setup::{Chat, Demand, OpenModel, Setup};
 use anyhow::{Context, Result, bail};
 use epsmoe_base::count;
-use epsmoe_engine::{Completion, Engine, Finish, Request, Sampling, TextStream};
+use epsmoe_engine::{Completion, Engine, Finish, Request, Sampling};
+use epsmoe_text::DecodeStream;
 use serde::Serialize;
 use std::time::Duration;
 
@@ -47,8 +48,8 @@ struct Times {
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let setup = Setup::new(&args.run)?;
     let model = &setup.model;
-    let text = model.text()?;
-    if text.is_none() && !args.sampling.stop.is_empty() {
+    let tokenizer = model.tokenizer()?;
+    if tokenizer.is_none() && !args.sampling.stop.is_empty() {
         bail!("{} has no tokenizer, so the text of --stop cannot be found: leave it out", model.name);
     }
     let request = request(args, &setup)?;
@@ -58,7 +59,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     request.check(model.spec.vocab, options.max_model_len)?;
 
     let (mut engine, load) = setup.start(options)?;
-    let mut stream = text.as_ref().map(|text| TextStream::new(text, args.sampling.stop.clone()));
+    let mut stream =
+        tokenizer.as_ref().map(|tokenizer| DecodeStream::new(tokenizer, args.sampling.stop.clone()));
     let prompt_tokens = request.prompt.len();
     let (completion, text) = generate(&mut engine, request, stream.as_mut(), !args.json)?;
     setup.write_routing(&engine)?;
@@ -102,7 +104,7 @@ fn prompt_ids(model: &OpenModel, args: &PromptArgs) -> Result<Vec<u32>> {
 
 /// What was typed goes before what the checkpoint wants. Whoever says which tokens may be drawn wants to draw.
 fn sampling(args: &SamplingArgs, setup: &Setup) -> Sampling {
-    let wanted = setup.model.generation.sampling(setup.seed);
+    let wanted = setup.model.generation.sampling();
     let draws = args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
     let temperature = if draws && wanted.temperature == 0.0 { 1.0 } else { wanted.temperature };
     Sampling {
@@ -111,7 +113,8 @@ fn sampling(args: &SamplingArgs, setup: &Setup) -> Sampling {
         top_p: args.top_p.unwrap_or(wanted.top_p),
         min_p: args.min_p.unwrap_or(wanted.min_p),
         repetition_penalty: args.repetition_penalty.unwrap_or(wanted.repetition_penalty),
-        ..wanted
+        seed: setup.seed,
+        ..Sampling::default()
     }
 }
 
@@ -119,7 +122,7 @@ fn sampling(args: &SamplingArgs, setup: &Setup) -> Sampling {
 fn generate(
     engine: &mut Engine,
     request: Request,
-    mut stream: Option<&mut TextStream>,
+    mut stream: Option<&mut DecodeStream>,
     aloud: bool,
 ) -> Result<(Completion, String)> {
     let number = engine.submit(request)?;

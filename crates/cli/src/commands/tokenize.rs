@@ -4,7 +4,7 @@ use crate::args::TokenizeArgs;
 use crate::output;
 use crate::setup::{self, Chat};
 use anyhow::Result;
-use epsmoe_engine::Text;
+use epsmoe_text::Tokenizer;
 use serde_json::json;
 
 /// Prints the tokens of a text, one a line, or as JSON.
@@ -12,8 +12,8 @@ pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
     let folder = setup::folder(&args.model)?;
     let chat = args.chat.then_some(Chat { system: args.system.as_deref() });
     let ids = setup::encode(folder.as_deref(), &args.model.model, &args.prompt, chat)?;
-    let text = folder.as_deref().map(Text::open).transpose()?.flatten();
-    let token = |id: u32| text.as_ref().and_then(|text| text.token(id)).unwrap_or_default();
+    let tokenizer = folder.as_deref().map(Tokenizer::open).transpose()?.flatten();
+    let token = |id: u32| tokenizer.as_ref().and_then(|tokenizer| tokenizer.token(id)).unwrap_or_default();
     if args.json {
         let tokens: Vec<String> = ids.iter().map(|&id| token(id)).collect();
         return output::show_line(json!({ "count": ids.len(), "ids": ids, "tokens": tokens }));

@@ -25,14 +25,14 @@ pub use probe::{Capabilities, Figure, Known, Probes, Table, probe};
 pub use queue::{CudaQueue, CudaRows};
 
 use crate::hazard::{Agent, Clock, Hazards};
-use crate::op::{Accesses, Op, Origin};
-use crate::threaded::{Fill, panic_text};
+use crate::op::{Accesses, Op};
+use crate::threaded::Fill;
 use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
 use driver::{Context, Copy2d, CudaError, DeviceMemory, End, Event, EventPool, Stream};
-use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
+use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank, panic_text};
 use half::bf16;
 use kernels::Kernels;
 use launch::{Launch, Refusal};
@@ -222,13 +222,8 @@ struct Pending {
     count: u64,
     name: &'static str,
     place: Place,
-    subject: Option<Subject>,
-}
-
-/// What complaints of an operation are about, and who wrote it, if that is who is to be named.
-struct Subject {
-    buffer: Buffer,
-    origin: Option<Origin>,
+    /// What complaints of the operation are about.
+    subject: Option<Buffer>,
 }
 
 struct Timed {
@@ -341,9 +336,7 @@ impl CudaBackend {
         let (name, place) =
             pending.map_or(("an operation", Place::default()), |pending| (pending.name, pending.place));
         let subject = pending.and_then(|pending| pending.subject.as_ref());
-        let place = subject.and_then(|subject| subject.origin).map_or(place, |origin| origin.place);
-        let message = format!("{name}: {}", complaint.describe(subject));
-        Err(self.raise(FaultKind::Invalid, place, message))
+        Err(self.raise(FaultKind::Invalid, place, format!("{name}: {}", complaint.describe(subject))))
     }
 
     /// Enqueues what `fill` puts into the lane's stream, if it is ordered; timed if asked for. `subject` is what
@@ -354,7 +347,7 @@ impl CudaBackend {
         place: Place,
         name: &'static str,
         accesses: &Accesses,
-        subject: Option<Subject>,
+        subject: Option<Buffer>,
         fill: impl FnOnce(&mut Order) -> Result<(), Refusal>,
     ) -> Result<(), DeviceError> {
         let mut order = self.order();
@@ -517,13 +510,7 @@ impl Backend for CudaBackend {
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
         let op = op.into();
         op.check()?;
-        let subject = match &op {
-            Op::Attention(op) => Some(&op.keys),
-            Op::Norm(op) => Some(&op.x),
-            Op::ArgMax(op) => Some(&op.logits),
-            _ => None,
-        };
-        let subject = subject.map(|buffer| Subject { buffer: buffer.clone(), origin: op.origin() });
+        let subject = if let Op::Attention(op) = &op { Some(op.keys.clone()) } else { None };
         self.append(lane, place, op.name(), &op.accesses(), subject, |order| self.launch(order, lane, &op))
     }
 

@@ -11,8 +11,7 @@ mod rows;
 
 pub use attention::{Attention, KvWrite};
 pub use gemm::{Epilogue, Gemm, GemmPart};
-pub(crate) use norm::not_finite;
-pub use norm::{Norm, NormKind, Origin};
+pub use norm::{Norm, NormKind};
 pub use permute::{ExpertGemm, SortByExpert};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
@@ -74,13 +73,6 @@ ops! {
     Copy => "copy",
     Clamp => "clamp",
     GateRows => "gate",
-}
-
-impl Op {
-    /// Who is to be named for numbers that the operation finds in its input, if not the operation.
-    pub(crate) fn origin(&self) -> Option<Origin> {
-        if let Op::Norm(norm) = self { norm.origin } else { None }
-    }
 }
 
 /// One piece of memory an operation touches.

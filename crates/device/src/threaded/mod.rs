@@ -12,7 +12,6 @@ mod rows;
 mod weights;
 
 pub use element::{Element, Plain};
-pub use lanes::panic_text;
 pub use memory::{Fill, Memory, View, ViewMut};
 pub(crate) use pages::{LINE_BYTES, Pages, Piece, Slabs};
 pub use rows::AttentionViews;
@@ -204,11 +203,11 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
         op.check()?;
         let (name, accesses) = (op.name(), op.accesses());
         let (kernels, weights) = (Arc::clone(&self.kernels), Arc::clone(&self.weights));
-        let (rank, blamed) = (self.rank, op.origin().map_or(place, |origin| origin.place));
+        let rank = self.rank;
         self.enqueue_external(lane, place, name, &accesses, move |memory| {
             run(&*kernels, &weights, memory, &op).map_err(|message| {
                 let message = format!("{name}: {message}");
-                Fault { kind: FaultKind::Invalid, rank, place: blamed, message }
+                Fault { kind: FaultKind::Invalid, rank, place, message }
             })
         })
     }

@@ -1,13 +1,13 @@
 //! Small files of a checkpoint folder, which nobody has to trust.
 
-use crate::EngineError;
+use crate::TextError;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::Path;
 
 /// A whole file of at most `limit` bytes; nothing if there is none.
-pub(crate) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, EngineError> {
-    let refuse = |problem: String| Err(EngineError::Text(format!("{}: {problem}", path.display())));
+pub(crate) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, TextError> {
+    let refuse = |problem: String| Err(TextError::file(path, problem));
     let metadata = match std::fs::metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -27,9 +27,9 @@ pub(crate) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, EngineErr
 }
 
 /// The same as text.
-pub(crate) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, EngineError> {
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<Option<String>, TextError> {
     let Some(bytes) = read(path, limit)? else { return Ok(None) };
-    String::from_utf8(bytes).map(Some).map_err(|_| {
-        EngineError::Text(format!("{}: this is not UTF-8 text; fetch the file again", path.display()))
-    })
+    String::from_utf8(bytes)
+        .map(Some)
+        .map_err(|_| TextError::file(path, "this is not UTF-8 text; fetch the file again"))
 }

@@ -5,12 +5,13 @@
 //! else's program: it sees nothing but the conversation, cannot include files, and runs on fuel, which every
 //! step and every byte costs.
 
-use crate::{EngineError, files};
+use crate::{TextError, files};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, Output, State, context};
+use minijinja::value::{Kwargs, Serde, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, Output, State, Value as Jinja, context};
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::error::Error as _;
 use std::io;
@@ -23,13 +24,20 @@ const LIMIT: u64 = 16 << 20;
 /// Steps, or 64 times as many bytes, that a template may take: a thousand times what published ones do.
 const FUEL: u64 = 4_000_000;
 
-/// One message of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, …
-    pub role: String,
-    /// What is said.
-    pub content: String,
+/// What a prompt is made of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RenderRequest<'a> {
+    /// The conversation: objects with a `role` and, as the role wants it, `content` (a string, or a list of parts),
+    /// `tool_calls`, `tool_call_id`, `name`, `reasoning_content`, and whatever else the template looks at.
+    pub messages: &'a [Value],
+    /// Descriptions of tools that the assistant may call.
+    pub tools: Option<&'a [Value]>,
+    /// Documents that the assistant may refer to.
+    pub documents: Option<&'a [Value]>,
+    /// Further variables of the template, like `enable_thinking`; they go before the texts of special tokens.
+    pub kwargs: Option<&'a Map<String, Value>>,
+    /// Whether the assistant's next message is begun.
+    pub add_generation_prompt: bool,
 }
 
 /// A checkpoint's chat template.
@@ -47,7 +55,7 @@ pub struct ChatTemplate {
 struct TokenizerConfig {
     chat_template: Option<Templates>,
     #[serde(flatten)]
-    rest: BTreeMap<String, serde_json::Value>,
+    rest: BTreeMap<String, Value>,
 }
 
 #[derive(Deserialize)]
@@ -66,7 +74,7 @@ struct NamedTemplate {
 impl ChatTemplate {
     /// The template of a checkpoint folder: `chat_template.jinja`, or the one in `tokenizer_config.json`; nothing
     /// if there is neither.
-    pub fn open(folder: &Path) -> Result<Option<Self>, EngineError> {
+    pub fn open(folder: &Path) -> Result<Option<Self>, TextError> {
         let (config, template) = (folder.join(TOKENIZER), folder.join(TEMPLATE));
         let text = files::read(&config, LIMIT)?;
         let source = files::read_text(&template, LIMIT)?;
@@ -78,10 +86,9 @@ impl ChatTemplate {
     pub fn parse(
         (config, config_path): (&[u8], &Path),
         template: Option<(String, &Path)>,
-    ) -> Result<Option<Self>, EngineError> {
+    ) -> Result<Option<Self>, TextError> {
         let config: TokenizerConfig = serde_json::from_slice(config).map_err(|error| {
-            let file = config_path.display();
-            EngineError::Text(format!("{file}: cannot be read ({error}); fetch the file again"))
+            TextError::file(config_path, format!("cannot be read ({error}); fetch the file again"))
         })?;
         let inside = config.chat_template.and_then(Templates::default_one);
         let template = template.or_else(|| Some((inside?, config_path)));
@@ -93,18 +100,20 @@ impl ChatTemplate {
         }))
     }
 
-    /// The prompt of a conversation; with `open_answer`, the assistant's next message is begun.
-    pub fn render(&self, messages: &[Message], open_answer: bool) -> Result<String, EngineError> {
-        let refuse = |error: Error| EngineError::Text(format!("{}: {}", self.file, described(&error)));
+    /// The prompt of a conversation.
+    pub fn render(&self, request: &RenderRequest) -> Result<String, TextError> {
+        let refuse = |error: Error| TextError::File { file: self.file.clone(), problem: described(&error) };
         let environment = environment();
         let template = environment.template_from_str(&self.source).map_err(refuse)?;
         let conversation = context! {
-            messages => Value::from(Serde(messages)),
-            add_generation_prompt => open_answer,
-            tools => (),
-            documents => (),
+            messages => Jinja::from(Serde(request.messages)),
+            add_generation_prompt => request.add_generation_prompt,
+            tools => Jinja::from(Serde(&request.tools)),
+            documents => Jinja::from(Serde(&request.documents)),
         };
-        template.render(context! { ..conversation, ..Value::from(Serde(&self.tokens)) }).map_err(refuse)
+        let tokens = Jinja::from(Serde(&self.tokens));
+        let kwargs = request.kwargs.map(|kwargs| Jinja::from(Serde(kwargs))).unwrap_or_default();
+        template.render(context! { ..conversation, ..kwargs, ..tokens }).map_err(refuse)
     }
 }
 
@@ -121,7 +130,7 @@ impl Templates {
 }
 
 /// The text of a special token, written plainly or with its properties.
-fn token_text(value: &serde_json::Value) -> Option<String> {
+fn token_text(value: &Value) -> Option<String> {
     let text = value.as_str().or_else(|| value.get("content")?.as_str());
     text.map(str::to_owned)
 }
@@ -163,7 +172,7 @@ fn environment() -> Environment<'static> {
 }
 
 /// Python writes its constants with a capital.
-fn format_as_python(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+fn format_as_python(out: &mut Output, state: &mut State, value: &Jinja) -> Result<(), Error> {
     let constant = match value.kind() {
         ValueKind::None => "None",
         ValueKind::Bool if value.is_true() => "True",
@@ -173,7 +182,7 @@ fn format_as_python(out: &mut Output, state: &mut State, value: &Value) -> Resul
     out.write_str(constant).map_err(Error::from)
 }
 
-fn raise_exception(message: String) -> Result<Value, Error> {
+fn raise_exception(message: String) -> Result<Jinja, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, format!("the template refuses this conversation: {message}")))
 }
 
@@ -183,7 +192,7 @@ fn strftime_now(format: String) -> Result<String, Error> {
 }
 
 /// JSON as Python's `json.dumps` writes it: with a space after commas and colons, or indented.
-fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+fn to_json(value: &Jinja, options: Kwargs) -> Result<Jinja, Error> {
     /// More than anybody indents.
     const MOST_INDENT: usize = 16;
     let indent: Option<usize> = options.get("indent")?;
@@ -195,10 +204,10 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
             written(value, PrettyFormatter::with_indent(&[b' '; MOST_INDENT][..indent.min(MOST_INDENT)]))
         }
     }?;
-    Ok(Value::from_safe_string(if ensure_ascii == Some(true) { ascii(&json) } else { json }))
+    Ok(Jinja::from_safe_string(if ensure_ascii == Some(true) { ascii(&json) } else { json }))
 }
 
-fn written(value: &Value, formatter: impl Formatter) -> Result<String, Error> {
+fn written(value: &Jinja, formatter: impl Formatter) -> Result<String, Error> {
     let mut bytes = Vec::new();
     let failed = |error: String| Error::new(ErrorKind::BadSerialization, error);
     value
@@ -257,19 +266,24 @@ fn described(error: &Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn template(source: &str) -> ChatTemplate {
         let tokens = BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]);
         ChatTemplate { source: plain_blocks(source), file: "test".into(), tokens }
     }
 
-    fn message(role: &str, content: &str) -> Message {
-        Message { role: role.into(), content: content.into() }
+    fn message(role: &str, content: &str) -> Value {
+        json!({ "role": role, "content": content })
+    }
+
+    fn request(messages: &[Value]) -> RenderRequest<'_> {
+        RenderRequest { messages, add_generation_prompt: true, ..RenderRequest::default() }
     }
 
     fn render(source: &str) -> Result<String, String> {
         let messages = [message("user", "Hi"), message("assistant", "Hello"), message("user", "1 < 2 & 'ü'")];
-        template(source).render(&messages, true).map_err(|error| error.to_string())
+        template(source).render(&request(&messages)).map_err(|error| error.to_string())
     }
 
     /// A folder with one file.
@@ -283,13 +297,13 @@ mod tests {
     fn published_checkpoints_say_how() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/mixtral");
         let template = ChatTemplate::open(&folder).unwrap().unwrap();
-        let prompt = template.render(&[message("user", "Hi")], true).unwrap();
+        let prompt = template.render(&request(&[message("user", "Hi")])).unwrap();
         assert_eq!(prompt, "<s><|user|>Hi<|assistant|>");
     }
 
     #[test]
     fn templates_are_found_where_they_may_be() {
-        let render = |template: Option<ChatTemplate>| template.unwrap().render(&[], false).unwrap();
+        let render = |template: Option<ChatTemplate>| template.unwrap().render(&request(&[])).unwrap();
         let text = r#"{"chat_template": "{{ bos_token }}!", "bos_token": {"content": "<b>"}, "x": 1}"#;
         assert_eq!(render(opened(TOKENIZER, text).unwrap()), "<b>!");
         let named = r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#;
@@ -336,7 +350,7 @@ mod tests {
         let check = |source: &str, want: &str| {
             let mut template = template(source);
             template.tokens.insert("eos_token".into(), "</s>".into());
-            assert_eq!(template.render(&messages, true).unwrap(), want);
+            assert_eq!(template.render(&request(&messages)).unwrap(), want);
         };
         check(
             include_str!("../tests/templates/thinking.jinja"),
