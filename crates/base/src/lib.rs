@@ -1,4 +1,5 @@
-//! The words every room of epsmoe shares. No I/O but the environment, no device, no decisions.
+//! The words every room of epsmoe shares, and how files and texts that nobody has to trust are read and shown. No
+//! device, no decisions.
 //!
 //! # The alphabet
 //!
@@ -21,8 +22,11 @@
 mod dtype;
 pub mod env;
 mod fault;
+pub mod files;
 mod ids;
+pub mod json;
 mod random;
+pub mod text;
 mod units;
 
 pub use dtype::{DType, Tolerance};

@@ -56,6 +56,7 @@ enum Cause : u32 {
     EXPERT = 10,       // first is not below second
     ROWS_DESCEND = 11, // rows of expert first end at second, but start at third
     ROWS_END = 12,     // first is not below second
+    NOT_FINITE = 13,   // row first holds a NaN or an infinity
 };
 
 // Where a kernel says what is wrong: the first thread to claim the report writes it, for the host to read.
@@ -103,6 +104,9 @@ __device__ __forceinline__ f32 block_sum(f32 value) {
     for (u32 warp = 0; warp < THREADS / 32; ++warp) total += sums[warp];
     return total;
 }
+
+// Neither a NaN nor an infinity: zero times either is a NaN.
+__device__ __forceinline__ bool finite(f32 x) { return x * 0.0f == 0.0f; }
 
 __device__ __forceinline__ f32 sigmoid(f32 x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ f32 silu(f32 x) { return x / (1.0f + expf(-x)); }

@@ -1,7 +1,8 @@
-// out[m] = round((x[m] - mean) / sqrt(variance + eps) * weight), one block a row; the mean counts as 0 for RMS.
+// out[m] = round((x[m] - mean) / sqrt(variance + eps) * weight), one block a row; the mean counts as 0 for RMS. A row
+// whose squares have no finite sum is not finite itself.
 #include "common.cuh"
 
-struct Args { Rows x, out; u64 weight; f32 eps; u32 centred; };
+struct Args { Rows x, out; u64 weight; f32 eps; u32 centred; Report report; };
 
 #define FOR_RUNS_OF_ROW(width, n, count)                                                                     \
     for (u32 n = threadIdx.x * RUN; n < (width); n += THREADS * RUN)                                         \
@@ -31,7 +32,9 @@ template <typename X, typename Y> __device__ void norm(const Args& args) {
             squares += distance * distance;
         }
     }
-    const f32 factor = 1.0f / sqrtf(block_sum(squares) / f32(width) + args.eps);
+    const f32 variance = block_sum(squares) / f32(width);
+    if (threadIdx.x == 0 && !finite(variance)) complain(args.report, NOT_FINITE, blockIdx.x, 0);
+    const f32 factor = 1.0f / sqrtf(variance + args.eps);
     FOR_RUNS_OF_ROW(width, n, count) {
         Run run = read(x + n, count);
         const Run scales = read(weight + n, count);

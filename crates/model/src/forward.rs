@@ -7,8 +7,8 @@ use crate::mlp::{MlpWeights, ResidualWeights};
 use crate::parallel::Layout;
 use crate::step::{Step, StepLayout};
 use crate::{Experts, LayerPart, MlpSpec, ModelError, ModelSpec, Parallel, Part, WeightSource};
-use epsmoe_base::{DType, Deadline, Lane, Layer, Place, hash_bytes};
-use epsmoe_device::op::{Add, ArgMax, Embed, Gather, Gemm, HostToDevice, Norm, Op, RopeTable};
+use epsmoe_base::{DType, Deadline, Fault, FaultKind, Lane, Layer, Place, hash_bytes};
+use epsmoe_device::op::{Add, ArgMax, Embed, Gather, Gemm, HostToDevice, Norm, Op, Origin, RopeTable};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{
@@ -294,10 +294,11 @@ impl<B: Backend> Model<B> {
         let (place, buffers, tokens) = (Place::layer(layer), &self.buffers, 0..hidden.rows);
         let (normed, mixed) = (buffers.normed.rows(tokens.clone())?, buffers.mixed.rows(tokens.clone())?);
         let early = buffers.early.rows(tokens)?;
+        let before = made_before(layer.0);
         if weights.residual.is_some() {
-            self.norm(place, hidden, &weights.mlp_norm, &early)?;
+            self.norm(place, hidden, before, &weights.mlp_norm, &early)?;
         }
-        self.norm(place, hidden, &weights.input_norm, &normed)?;
+        self.norm(place, hidden, before, &weights.input_norm, &normed)?;
         let context = Context {
             device: &*self.device,
             place,
@@ -308,16 +309,17 @@ impl<B: Backend> Model<B> {
         let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
         self.attention.across(place, &step.attention, &normed, &mixed, attention)?;
         self.add(place, &mixed, hidden)?;
+        let attended = Origin { place, part: "attention" };
         let input = match &weights.residual {
             Some(residual) => {
-                self.norm(place, hidden, &residual.norm, &normed)?;
+                self.norm(place, hidden, attended, &residual.norm, &normed)?;
                 let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, x, out);
                 self.mlp.across(place, &step.mlp, &normed, &mixed, dense)?;
                 self.add(place, &mixed, hidden)?;
                 early
             }
             None => {
-                self.norm(place, hidden, &weights.mlp_norm, &normed)?;
+                self.norm(place, hidden, attended, &weights.mlp_norm, &normed)?;
                 normed
             }
         };
@@ -375,7 +377,7 @@ impl<B: Backend> Model<B> {
         let index = self.upload(&kept, &buffers.wanted.rows(rows.clone())?)?;
         let (last, normed) = (buffers.mixed.rows(rows.clone())?, buffers.normed.rows(rows)?);
         self.compute(place, Gather { x: hidden.clone(), index, out: last.clone() })?;
-        self.norm(place, &last, &self.final_norm, &normed)?;
+        self.norm(place, &last, made_before(self.layers.len()), &self.final_norm, &normed)?;
         let wanted_of = |rank| before(step.attention.of(rank).end) - before(step.attention.of(rank).start);
         let wanted_of: Vec<usize> = (0..self.fabric.size()).map(wanted_of).collect();
         let last = self.attention.all_gather(place, &self.attention.shares(&wanted_of), &normed)?;
@@ -392,7 +394,9 @@ impl<B: Backend> Model<B> {
                     output.tokens.extend(self.device.read_u32(&tokens)?);
                 } else {
                     self.finish()?;
-                    output.logits.extend(self.device.read_f32(&out)?);
+                    let logits = self.device.read_f32(&out)?;
+                    self.check_logits(&logits)?;
+                    output.logits.extend(logits);
                 }
             }
         }
@@ -411,9 +415,33 @@ impl<B: Backend> Model<B> {
         self.compute(place, Gemm::linear(inner, &mlp.down, out.clone()))
     }
 
-    fn norm(&self, place: Place, x: &Buffer, weight: &Weight, out: &Buffer) -> Result<(), DeviceError> {
-        let (kind, eps) = (self.spec.norm.kind, self.spec.norm.eps);
-        self.compute(place, Norm { kind, x: x.clone(), weight: weight.clone(), eps, out: out.clone() })
+    /// The norm of the residual stream, which `origin` added to last.
+    fn norm(
+        &self,
+        place: Place,
+        x: &Buffer,
+        origin: Origin,
+        weight: &Weight,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let (kind, eps, origin) = (self.spec.norm.kind, self.spec.norm.eps, Some(origin));
+        self.compute(
+            place,
+            Norm { kind, x: x.clone(), weight: weight.clone(), eps, out: out.clone(), origin },
+        )
+    }
+
+    /// What [`ArgMax`] refuses where it runs, nothing refuses where logits come to the host.
+    fn check_logits(&self, logits: &[f32]) -> Result<(), Fault> {
+        let spoiled =
+            logits.iter().fold(false, |any, logit| any | logit.is_nan() | (*logit == f32::INFINITY));
+        if !spoiled {
+            return Ok(());
+        }
+        let message = "the output projection made logits that are NaN or infinite: its weights are damaged, or too \
+                       large for the format they are computed in (--dtype)";
+        let place = Place::default();
+        Err(Fault { kind: FaultKind::Invalid, rank: self.fabric.rank(), place, message: message.into() })
     }
 
     fn add(&self, place: Place, x: &Buffer, out: &Buffer) -> Result<(), DeviceError> {
@@ -427,6 +455,14 @@ impl<B: Backend> Model<B> {
 
     fn compute(&self, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
         compute(&*self.device, place, op)
+    }
+}
+
+/// What layer `layer` finds in the residual stream.
+fn made_before(layer: usize) -> Origin {
+    match layer.checked_sub(1) {
+        Some(before) => Origin { place: Place::layer(Layer(before)), part: "the MLP" },
+        None => Origin { place: Place::default(), part: "the embedding" },
     }
 }
 

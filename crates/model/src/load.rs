@@ -1,8 +1,8 @@
 //! Parts of a model become weights of a device: read once, each rank only what it holds.
 
 use crate::parallel::{Layout, Share};
-use crate::{LayerPart, Map, ModelError, ModelSpec, Part, Tensor, WeightSource, Window};
-use epsmoe_base::Layer;
+use crate::{LayerPart, Map, ModelError, ModelSpec, Part, Source, Tensor, WeightSource, Window};
+use epsmoe_base::{DType, Layer};
 use epsmoe_device::{Backend, Weight, WeightShape};
 use epsmoe_pipeline::Mlp;
 use std::ops::Range;
@@ -58,7 +58,7 @@ impl<B: Backend> Loader<'_, B> {
     /// Numbers computed from the configuration rather than stored.
     pub(crate) fn vector(&self, name: &str, values: &[f32]) -> Result<Weight, ModelError> {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let tensor = Tensor { dtype: epsmoe_base::DType::F32, shape: vec![values.len()], bytes };
+        let tensor = Tensor { dtype: DType::F32, shape: vec![values.len()], bytes };
         self.held(name, WeightShape::Vector { n: values.len() }, || Ok(vec![tensor]))
     }
 
@@ -86,8 +86,28 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.device.load(name, shape, &bytes)?)
     }
 
+    /// Reads a part, all of whose numbers are finite. A router's bias alone may hold infinities: they put experts out
+    /// of reach.
     fn read(&self, part: Part, window: &Window) -> Result<Tensor, ModelError> {
-        self.source.read(&self.spec.locate(part), window)
+        let located = self.spec.locate(part);
+        let tensor = self.source.read(&located, window)?;
+        let infinite = matches!(part, Part::Layer(_, LayerPart::RouterBias));
+        let Some(at) = first_not_finite(&tensor, infinite) else { return Ok(tensor) };
+        let there = |source: &&Source| self.source.find(&source.name).is_ok_and(|found| found.is_some());
+        let source = located.sources.iter().find(there).unwrap_or(&located.sources[0]);
+        let first = |range: &Option<Range<usize>>| range.as_ref().map_or(0, |range| range.start);
+        let width = tensor.shape.get(1).copied().unwrap_or(1);
+        let (row, column) = (first(&window.rows) + at / width, first(&window.columns) + at % width);
+        let (row, column) = if source.transposed { (column, row) } else { (row, column) };
+        Err(ModelError::Weights {
+            file: self.source.place(&source.name),
+            problem: format!(
+                "tensor `{}` holds a NaN or an infinity, in row {}, column {column}: the file is damaged, or its \
+                 training had failed; fetch it again, or use another checkpoint",
+                source.name,
+                source.first_row + row
+            ),
+        })
     }
 
     /// Rows and columns of a matrix.
@@ -113,5 +133,65 @@ impl<B: Backend> Loader<'_, B> {
             range.as_ref().map_or_else(String::new, |range| format!(" {what} {range:?}"))
         };
         format!("{part:?}{}{}", range("rows", &window.rows), range("columns", &window.columns))
+    }
+}
+
+/// Where the first NaN, or the first infinity unless they are allowed, is among a tensor's elements.
+fn first_not_finite(tensor: &Tensor, infinite: bool) -> Option<usize> {
+    /// Elements looked at together: few enough to stay in the caches that reading left them in.
+    const PIECE: usize = 4096;
+    fn first<T: Copy, const SIZE: usize>(
+        bytes: &[u8],
+        number: impl Fn([u8; SIZE]) -> T,
+        refused: impl Fn(T) -> bool,
+    ) -> Option<usize> {
+        let (elements, _) = bytes.as_chunks::<SIZE>();
+        let any = |piece: &[[u8; SIZE]]| piece.iter().fold(false, |any, &x| any | refused(number(x)));
+        let piece = elements.chunks(PIECE).position(any)?;
+        let within = elements[piece * PIECE..].iter().position(|&x| refused(number(x)))?;
+        Some(piece * PIECE + within)
+    }
+    // Without its sign, what is above the largest finite number is infinite, and what is above that is a NaN.
+    let short = |infinity: u16| move |bits: u16| bits & 0x7fff >= infinity + u16::from(infinite);
+    let long = |bits: u32| bits & 0x7fff_ffff >= f32::INFINITY.to_bits() + u32::from(infinite);
+    match tensor.dtype {
+        DType::BF16 => first(&tensor.bytes, u16::from_le_bytes, short(0x7f80)),
+        DType::F16 => first(&tensor.bytes, u16::from_le_bytes, short(0x7c00)),
+        DType::F32 => first(&tensor.bytes, u32::from_le_bytes, long),
+        DType::U32 => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+
+    #[test]
+    fn the_first_number_that_is_none() {
+        let bytes = |values: &[f32], dtype| -> Vec<u8> {
+            let of = |&value: &f32| match dtype {
+                DType::BF16 => bf16::from_f32(value).to_le_bytes().to_vec(),
+                DType::F16 => f16::from_f32(value).to_le_bytes().to_vec(),
+                _ => value.to_le_bytes().to_vec(),
+            };
+            values.iter().flat_map(of).collect()
+        };
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let tensor =
+                |values: &[f32]| Tensor { dtype, shape: vec![values.len()], bytes: bytes(values, dtype) };
+            let largest = if dtype == DType::F16 { 65504.0 } else { 3.3e38 };
+            let mut values = vec![-largest; 10_000];
+            assert_eq!(first_not_finite(&tensor(&values), false), None);
+            for infinity in [f32::INFINITY, f32::NEG_INFINITY] {
+                values[9_000] = infinity;
+                assert_eq!(first_not_finite(&tensor(&values), false), Some(9_000), "{dtype}");
+                assert_eq!(first_not_finite(&tensor(&values), true), None, "{dtype}");
+            }
+            for (at, nan) in [(9_999, f32::NAN), (4_097, -f32::NAN), (0, f32::NAN)] {
+                values[at] = nan;
+                assert_eq!(first_not_finite(&tensor(&values), true), Some(at), "{dtype}");
+            }
+        }
     }
 }

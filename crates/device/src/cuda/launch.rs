@@ -173,7 +173,10 @@ impl Launch<'_> {
                 if is_empty(&op.logits) {
                     return Ok(());
                 }
-                let arguments = [self.rows(&op.logits)?, self.rows(&op.tokens)?];
+                #[repr(C)]
+                #[derive(Clone, Copy)]
+                struct Args([Rows; 2], Report);
+                let arguments = Args([self.rows(&op.logits)?, self.rows(&op.tokens)?], self.report);
                 let kernel = self.kernels.get("argmax", DType::F32, DType::F32)?;
                 self.start(&kernel.function, (op.logits.rows as u32, 1), 0, arguments)
             }
@@ -279,6 +282,7 @@ impl Launch<'_> {
             weight: u64,
             eps: f32,
             centred: u32,
+            report: Report,
         }
         if is_empty(&op.out) {
             return Ok(());
@@ -289,6 +293,7 @@ impl Launch<'_> {
             weight: self.weights.get(&op.weight)?.start,
             eps: op.eps,
             centred: u32::from(op.kind == NormKind::Layer),
+            report: self.report,
         };
         let kernel = self.kernels.get("norm", op.x.dtype, op.out.dtype)?;
         self.start(&kernel.function, (op.out.rows as u32, 1), 0, arguments)

@@ -25,7 +25,7 @@ pub use probe::{Capabilities, Figure, Known, Probes, Table, probe};
 pub use queue::{CudaQueue, CudaRows};
 
 use crate::hazard::{Agent, Clock, Hazards};
-use crate::op::{Accesses, Op};
+use crate::op::{Accesses, Op, Origin};
 use crate::threaded::Fill;
 use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
 use cudarc::driver::sys::CUdevice_attribute::{
@@ -222,8 +222,13 @@ struct Pending {
     count: u64,
     name: &'static str,
     place: Place,
-    /// What complaints of the operation are about.
-    subject: Option<Buffer>,
+    subject: Option<Subject>,
+}
+
+/// What complaints of an operation are about, and who wrote it, if that is who is to be named.
+struct Subject {
+    buffer: Buffer,
+    origin: Option<Origin>,
 }
 
 struct Timed {
@@ -336,7 +341,9 @@ impl CudaBackend {
         let (name, place) =
             pending.map_or(("an operation", Place::default()), |pending| (pending.name, pending.place));
         let subject = pending.and_then(|pending| pending.subject.as_ref());
-        Err(self.raise(FaultKind::Invalid, place, format!("{name}: {}", complaint.describe(subject))))
+        let place = subject.and_then(|subject| subject.origin).map_or(place, |origin| origin.place);
+        let message = format!("{name}: {}", complaint.describe(subject));
+        Err(self.raise(FaultKind::Invalid, place, message))
     }
 
     /// Enqueues what `fill` puts into the lane's stream, if it is ordered; timed if asked for. `subject` is what
@@ -347,7 +354,7 @@ impl CudaBackend {
         place: Place,
         name: &'static str,
         accesses: &Accesses,
-        subject: Option<Buffer>,
+        subject: Option<Subject>,
         fill: impl FnOnce(&mut Order) -> Result<(), Refusal>,
     ) -> Result<(), DeviceError> {
         let mut order = self.order();
@@ -510,7 +517,13 @@ impl Backend for CudaBackend {
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
         let op = op.into();
         op.check()?;
-        let subject = if let Op::Attention(op) = &op { Some(op.keys.clone()) } else { None };
+        let subject = match &op {
+            Op::Attention(op) => Some(&op.keys),
+            Op::Norm(op) => Some(&op.x),
+            Op::ArgMax(op) => Some(&op.logits),
+            _ => None,
+        };
+        let subject = subject.map(|buffer| Subject { buffer: buffer.clone(), origin: op.origin() });
         self.append(lane, place, op.name(), &op.accesses(), subject, |order| self.launch(order, lane, &op))
     }
 

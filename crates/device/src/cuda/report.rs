@@ -1,8 +1,9 @@
 //! What kernels say is wrong with the numbers they were given: one page of host memory, written by the first
 //! thread that finds something and read while waiting.
 
+use super::Subject;
 use super::driver::{Context, CudaError, DeviceMemory, PinnedMemory, Stream};
-use crate::Buffer;
+use crate::op::not_finite;
 use std::sync::Arc;
 
 const WORDS: usize = 6;
@@ -62,8 +63,8 @@ impl ReportPage {
 }
 
 impl Complaint {
-    /// In words; `subject` is the buffer that the operation's complaints are about, if any.
-    pub(super) fn describe(&self, subject: Option<&Buffer>) -> String {
+    /// In words; `subject` is what the operation's complaints are about, if anything.
+    pub(super) fn describe(&self, subject: Option<&Subject>) -> String {
         let [first, second, third] = self.numbers;
         let below = |what: &str| format!("{what} {first} is not below {second}");
         match self.cause {
@@ -76,12 +77,17 @@ impl Complaint {
             7 => format!("sequence {first} spans tokens {second}..{third}"),
             8 => below("cache block"),
             9 => {
-                let cache = subject.map_or_else(|| "the cache".into(), |buffer| format!("{buffer:?}"));
+                let cache =
+                    subject.map_or_else(|| "the cache".into(), |subject| format!("{:?}", subject.buffer));
                 format!("cache block {first} of sequence {second} is outside {cache}")
             }
             10 => below("expert"),
             11 => format!("rows of expert {first} end at {second}, but start at {third}"),
             12 => below("end of an expert's rows"),
+            13 => subject.map_or_else(
+                || format!("row {first} holds a NaN or an infinity"),
+                |subject| not_finite(first as usize, &subject.buffer, subject.origin),
+            ),
             cause => format!("cause {cause} with {first}, {second} and {third}. This is a bug."),
         }
     }

@@ -11,7 +11,8 @@ mod rows;
 
 pub use attention::{Attention, KvWrite};
 pub use gemm::{Epilogue, Gemm, GemmPart};
-pub use norm::{Norm, NormKind};
+pub(crate) use norm::not_finite;
+pub use norm::{Norm, NormKind, Origin};
 pub use permute::{ExpertGemm, SortByExpert};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
@@ -73,6 +74,13 @@ ops! {
     Copy => "copy",
     Clamp => "clamp",
     GateRows => "gate",
+}
+
+impl Op {
+    /// Who is to be named for numbers that the operation finds in its input, if not the operation.
+    pub(crate) fn origin(&self) -> Option<Origin> {
+        if let Op::Norm(norm) = self { norm.origin } else { None }
+    }
 }
 
 /// One piece of memory an operation touches.

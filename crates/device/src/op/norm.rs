@@ -2,6 +2,7 @@
 
 use super::{Accesses, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
+use epsmoe_base::Place;
 
 /// Which norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +15,9 @@ pub enum NormKind {
 
 /// `out[m] = norm(x[m]) ⊙ weight`, computed in float32 and rounded once. (Published code rounds before it applies
 /// the weight as well, which in bfloat16 makes up a quarter of a model's error.)
+///
+/// A row whose squares have no finite sum holds a NaN, an infinity, or a number that cannot be squared. It stops the
+/// world: so a norm of the residual stream finds what the layer before it made.
 #[derive(Clone, Debug)]
 pub struct Norm {
     /// Which norm.
@@ -26,6 +30,27 @@ pub struct Norm {
     pub eps: f32,
     /// Output `[M, W]`, another buffer than the input.
     pub out: Buffer,
+    /// What last wrote the input; named, instead of the norm itself, where a row is not finite.
+    pub origin: Option<Origin>,
+}
+
+/// Who wrote a buffer: a part of a model, and where in the model it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The layer, for the fault's place.
+    pub place: Place,
+    /// The part, for its message.
+    pub part: &'static str,
+}
+
+/// What to say of a row that is not finite.
+pub(crate) fn not_finite(row: usize, buffer: &Buffer, origin: Option<Origin>) -> String {
+    let origin = origin.map_or_else(String::new, |origin| format!(", made by {},", origin.part));
+    format!(
+        "row {row} of {}{origin} is not finite (a NaN, an infinity, or numbers whose squares are): the weights are \
+         damaged, or too large for the format they are computed in (--dtype)",
+        buffer.name
+    )
 }
 
 impl Norm {

@@ -54,7 +54,8 @@ pub enum GroupScore {
     TopTwoSum,
 }
 
-/// `tokens[m]` is the column of the largest of `logits[m]`, the lowest of equal ones.
+/// `tokens[m]` is the column of the largest of `logits[m]`, the lowest of equal ones. A row that holds a NaN, or
+/// whose largest is infinite, stops the world.
 #[derive(Clone, Debug)]
 pub struct ArgMax {
     /// Logits `[M, V]`, float32.

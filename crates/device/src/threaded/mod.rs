@@ -203,11 +203,11 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
         op.check()?;
         let (name, accesses) = (op.name(), op.accesses());
         let (kernels, weights) = (Arc::clone(&self.kernels), Arc::clone(&self.weights));
-        let rank = self.rank;
+        let (rank, blamed) = (self.rank, op.origin().map_or(place, |origin| origin.place));
         self.enqueue_external(lane, place, name, &accesses, move |memory| {
             run(&*kernels, &weights, memory, &op).map_err(|message| {
                 let message = format!("{name}: {message}");
-                Fault { kind: FaultKind::Invalid, rank, place, message }
+                Fault { kind: FaultKind::Invalid, rank, place: blamed, message }
             })
         })
     }

@@ -2,11 +2,14 @@
 
 use super::element::{Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
+use crate::Buffer;
 use crate::op::{
     Add, ArgMax, Attention, Clamp, Copy, Embed, GateRows, Gather, GroupLimit, GroupScore, HostToDevice,
-    KvWrite, Norm, NormKind, Reduce, RopeStyle, RopeTable, Rotate, Route, Score, SortByExpert, TopKRouter,
+    KvWrite, Norm, NormKind, Origin, Reduce, RopeStyle, RopeTable, Rotate, Route, Score, SortByExpert,
+    TopKRouter, not_finite,
 };
 use std::cmp::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering as AtomicOrdering};
 
 /// Bytes of a task: few enough that it is short, enough that claiming it costs nothing beside it.
 const BLOCK: usize = 32 << 10;
@@ -55,12 +58,12 @@ impl<T: Plain> AttentionViews<'_, T> {
 // Every view below is of a buffer that the operation declares in its `accesses`, and the hazard check passed
 // before the work was enqueued: that is the contract of `Memory::view` and `Memory::view_mut`.
 impl<'a, K: Kernels> Rows<'a, K> {
-    fn view<T: Plain>(&self, buffer: &crate::Buffer) -> View<'a, T> {
+    fn view<T: Plain>(&self, buffer: &Buffer) -> View<'a, T> {
         // SAFETY: declared and checked, as said above; the view ends with the operation.
         unsafe { self.memory.view(buffer) }
     }
 
-    fn view_mut<T: Plain>(&self, buffer: &crate::Buffer) -> ViewMut<'a, T> {
+    fn view_mut<T: Plain>(&self, buffer: &Buffer) -> ViewMut<'a, T> {
         // SAFETY: declared and checked, as said above; each operation takes one view of what it writes.
         unsafe { self.memory.view_mut(buffer) }
     }
@@ -115,6 +118,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
     pub(super) fn norm<X: Element, Y: Element>(&self, op: &Norm) -> Result<(), String> {
         let weight = self.weights.vector(&op.weight)?;
         let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
+        let refused = FirstRow::default();
         self.for_rows(&out, |m, out| {
             let x = x.row(m);
             let mean = match op.kind {
@@ -122,12 +126,13 @@ impl<'a, K: Kernels> Rows<'a, K> {
                 NormKind::Layer => sum(x, |value| value) / x.len() as f32,
             };
             let variance = sum(x, |value| (value - mean) * (value - mean)) / x.len() as f32;
+            refused.note(m, !variance.is_finite());
             let factor = 1.0 / (variance + op.eps).sqrt();
             for ((out, &x), &weight) in out.iter_mut().zip(x).zip(&*weight) {
                 *out = Y::from_f32((x.to_f32() - mean) * factor * weight);
             }
         });
-        Ok(())
+        refused.check(&op.x, op.origin)
     }
 
     pub(super) fn angles(&self, op: &RopeTable) -> Result<(), String> {
@@ -217,12 +222,16 @@ impl<'a, K: Kernels> Rows<'a, K> {
 
     pub(super) fn argmax(&self, op: &ArgMax) -> Result<(), String> {
         let (logits, mut tokens) = (self.view::<f32>(&op.logits), self.view_mut::<u32>(&op.tokens));
+        let refused = FirstRow::default();
         for m in 0..logits.rows {
             let row = logits.row(m);
             let ahead = |best: usize, (n, logit): (usize, &f32)| if *logit > row[best] { n } else { best };
-            tokens.row(m)[0] = row.iter().enumerate().fold(0, ahead) as u32;
+            let best = row.iter().enumerate().fold(0, ahead);
+            let nan = row.iter().fold(false, |nan, logit| nan | logit.is_nan());
+            refused.note(m, nan || !row[best].is_finite());
+            tokens.row(m)[0] = best as u32;
         }
-        Ok(())
+        refused.check(&op.logits, None)
     }
 
     pub(super) fn permute(&self, op: &SortByExpert) -> Result<(), String> {
@@ -343,6 +352,31 @@ impl<'a, K: Kernels> Rows<'a, K> {
             row.iter_mut().for_each(|x| *x = T::from_f32(x.to_f32() * factor));
         });
         Ok(())
+    }
+}
+
+/// The first row of an operation's input that is not finite, found by all threads.
+struct FirstRow(AtomicUsize);
+
+impl Default for FirstRow {
+    fn default() -> Self {
+        FirstRow(AtomicUsize::new(usize::MAX))
+    }
+}
+
+impl FirstRow {
+    fn note(&self, row: usize, refused: bool) {
+        if refused {
+            self.0.fetch_min(row, AtomicOrdering::Relaxed);
+        }
+    }
+
+    /// Threads are done by now.
+    fn check(self, buffer: &Buffer, origin: Option<Origin>) -> Result<(), String> {
+        match self.0.into_inner() {
+            usize::MAX => Ok(()),
+            row => Err(not_finite(row, buffer, origin)),
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Arguments that do not fit are refused at the door; indices that point outside stop the world. Both say what
 //! disagrees with what.
 
-use crate::bench::Bench;
-use epsmoe_base::{DType, FaultKind};
+use crate::bench::{Bench, Sheet};
+use epsmoe_base::{DType, FaultKind, Layer, Place};
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
 
@@ -10,7 +10,8 @@ use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
 pub(crate) fn suite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
     at_the_door(&fresh());
     weights(&fresh());
-    while_running(fresh);
+    while_running(&fresh);
+    not_finite(fresh);
 }
 
 fn f32s<B: Backend>(bench: &Bench<B>, name: &'static str, rows: usize, width: usize) -> Buffer {
@@ -98,6 +99,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         weight: weight.clone(),
         eps: 1e-5,
         out: out.clone(),
+        origin: None,
     };
     let rotate = |head_width, start, angles: &Buffer| Rotate {
         x: x.clone(),
@@ -317,6 +319,51 @@ fn weights<B: Backend>(bench: &Bench<B>) {
     assert!(bench.device.find("w").is_none());
     let held = bench.device.load("w", WeightShape::Vector { n: 12 }, &[tensor]).expect("24 bytes");
     assert_eq!(bench.device.find("w").map(|weight| weight.id), Some(held.id));
+}
+
+/// One number of a row makes the world stop, wherever it stands, in the words of who made the row.
+fn not_finite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
+    const WIDTH: usize = 700;
+    let place = |layer| Place::layer(Layer(layer));
+    let run =
+        |bench: &Bench<B>, op: Op| bench.try_run(op).expect("it fits").map_err(|fault| fault.to_string());
+    let norm = |bench: &Bench<B>, kind, x: &Sheet, origin| {
+        let weight = bench.vector(&bench.random_of(DType::F32, 1, WIDTH, 1.0));
+        let (x, out) = (bench.put(x).view, f32s(bench, "out", x.rows, WIDTH));
+        Op::from(Norm { kind, x, weight, eps: 1e-5, out, origin })
+    };
+    let argmax = |bench: &Bench<B>, logits: &Sheet| {
+        let tokens = u32s(bench, "tokens", logits.rows, 1);
+        Op::from(ArgMax { logits: bench.put(logits).view, tokens })
+    };
+    let mend = "is not finite (a NaN, an infinity, or numbers whose squares are): the weights are damaged, or too \
+                large for the format they are computed in (--dtype)";
+    for number in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 2e19] {
+        for at in [0, 255, WIDTH - 1] {
+            let spoiled = |bench: &Bench<B>| {
+                let mut sheet = bench.random(3, WIDTH, 1.0);
+                sheet.values[WIDTH + at] = number;
+                sheet
+            };
+            for kind in [NormKind::Rms, NormKind::Layer] {
+                let (by_itself, named) = (fresh(), fresh());
+                let origin = Origin { place: place(6), part: "attention" };
+                let op = norm(&by_itself, kind, &spoiled(&by_itself), None);
+                assert_eq!(run(&by_itself, op), Err(format!("rank 0, layer 7: norm: row 1 of room {mend}")));
+                let op = norm(&named, kind, &spoiled(&named), Some(origin));
+                let want = format!("rank 0, layer 6: norm: row 1 of room, made by attention, {mend}");
+                assert_eq!(run(&named, op), Err(want));
+            }
+            let bench = fresh();
+            let op = argmax(&bench, &spoiled(&bench));
+            let want = format!("rank 0, layer 7: argmax: row 1 of room {mend}");
+            let fine = number == f32::NEG_INFINITY || number.is_finite();
+            assert_eq!(run(&bench, op), if fine { Ok(()) } else { Err(want) }, "{number} at {at}");
+        }
+    }
+    let (bench, lowest) = (fresh(), f32::NEG_INFINITY);
+    let op = argmax(&bench, &Sheet { rows: 1, width: 3, values: vec![lowest; 3] });
+    assert_eq!(run(&bench, op), Err(format!("rank 0, layer 7: argmax: row 0 of room {mend}")));
 }
 
 /// What only the numbers show, each on a processor of its own: the first fault is the last.

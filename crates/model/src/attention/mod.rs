@@ -125,7 +125,7 @@ impl<B: Backend> Context<'_, B> {
 
     fn norm(&self, x: &Buffer, weight: &Weight, eps: f32, out: &Buffer) -> Result<(), DeviceError> {
         let (x, weight, out) = (x.clone(), weight.clone(), out.clone());
-        self.compute(op::Norm { kind: NormKind::Rms, x, weight, eps, out })
+        self.compute(op::Norm { kind: NormKind::Rms, x, weight, eps, out, origin: None })
     }
 
     /// Turns the elements from `start` on of every head.

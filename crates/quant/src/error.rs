@@ -1,0 +1,16 @@
+//! What can be wrong with a coded tensor or a GGUF file.
+
+/// Why a tensor or a file could not be read: what is wrong and how to mend it, without the file's name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct QuantError(String);
+
+impl QuantError {
+    /// An error of these words.
+    pub fn new(problem: impl Into<String>) -> Self {
+        QuantError(problem.into())
+    }
+}
+
+/// What mends bytes that disagree with each other.
+pub(crate) const DAMAGED: &str = "the file is damaged or incomplete: fetch it again";

@@ -1,0 +1,23 @@
+//! How weights are coded.
+//!
+//! A checkpoint keeps a matrix `[N, K]` as plain numbers, or as codes of four or eight bits with scales. This crate
+//! tells which ([`CodedTensor::detect`]), and decodes any part of it ([`CodedTensor::decode`]); it knows neither
+//! models nor devices.
+//!
+//! Three things are kept apart: what a code means ([`Element`]), which block of the matrix shares a scale
+//! ([`Blocks`]), and where in the file the code is ([`Order`]). FP8, MXFP4, NVFP4, INT4 and INT8, AWQ and GPTQ are
+//! combinations of them. GGUF's blocks ([`GgmlType`]) have scales within.
+
+mod coding;
+mod decode;
+pub mod element;
+mod error;
+mod ggml;
+mod stored;
+mod transposed;
+
+pub use coding::{Blocks, CodedTensor, Coding, Element, Hints, Order};
+pub use decode::Value;
+pub use error::QuantError;
+pub use ggml::GgmlType;
+pub use stored::{Rows, StoredTensor, StoredTensors, StoredType};

@@ -1,0 +1,143 @@
+//! Codings whose tensors are `[K, N]`: AWQ and GPTQ.
+
+use crate::coding::{ACT_ORDER, Blocks, CodedTensor, Order};
+use crate::decode::{Value, floats};
+use crate::{Rows, StoredTensors};
+use std::ops::Range;
+
+/// Columns that are decoded together, a multiple of a word's eight.
+const STRIP: usize = 64;
+
+/// The nibble in which AWQ keeps each of a word's eight rows n.
+const AWQ_NIBBLE: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
+
+/// Some columns k of some rows n, as the tensors have them.
+struct Strip {
+    blocks: Blocks,
+    columns: Range<usize>,
+    rows: Range<usize>,
+    /// Codes of eight, rows of words along n.
+    words: Vec<u32>,
+    /// One for each group and row n.
+    scales: Vec<f32>,
+    /// Eight rows n in a word, for each group.
+    zeros: Vec<u32>,
+}
+
+impl CodedTensor {
+    pub(crate) fn transposed<S: StoredTensors, T: Value>(
+        &self,
+        source: &S,
+        blocks: Blocks,
+        rows: Rows,
+        columns: Range<usize>,
+        out: &mut [T],
+    ) -> Result<(), S::Error> {
+        self.refuse_act_order(source, blocks, &columns)?;
+        let mut at = columns.start;
+        while at < columns.end {
+            let strip = at..columns.end.min((at / STRIP + 1) * STRIP);
+            let strip = self.strip(source, blocks, rows.span(), strip)?;
+            let mut values = [0.0; STRIP];
+            for (i, out) in out.chunks_exact_mut(columns.len()).enumerate() {
+                let values = &mut values[..strip.columns.len()];
+                strip.row(rows.at(i), values).map_err(|column| self.zero_scale(rows.at(i), column))?;
+                let first = strip.columns.start - columns.start;
+                self.store(values, rows.at(i), strip.columns.start, &mut out[first..first + values.len()])?;
+            }
+            at = strip.columns.end;
+        }
+        Ok(())
+    }
+
+    fn strip<S: StoredTensors>(
+        &self,
+        source: &S,
+        blocks: Blocks,
+        rows: Range<usize>,
+        columns: Range<usize>,
+    ) -> Result<Strip, S::Error> {
+        let packed = eighths(&rows);
+        let groups = columns.start / blocks.columns..(columns.end - 1) / blocks.columns + 1;
+        let groups = Rows::range(groups);
+        let (down, across) = match blocks.order {
+            Order::Awq => (columns.clone(), packed.clone()),
+            _ => (eighths(&columns), rows.clone()),
+        };
+        let mut bytes = Vec::new();
+        self.codes.read(source, Rows::range(down), across, &mut bytes)?;
+        let words = as_words(&bytes);
+        self.part(&self.zeros).read(source, groups, packed, &mut bytes)?;
+        let zeros = as_words(&bytes);
+        let scales = self.part(&self.scales);
+        scales.read(source, groups, rows.clone(), &mut bytes)?;
+        Ok(Strip { blocks, columns, rows, words, scales: floats(scales.dtype, &bytes), zeros })
+    }
+
+    /// GPTQ's table of groups must say what is assumed of it: column k is in group k / `blocks.columns`.
+    fn refuse_act_order<S: StoredTensors>(
+        &self,
+        source: &S,
+        blocks: Blocks,
+        columns: &Range<usize>,
+    ) -> Result<(), S::Error> {
+        let Some(groups) = &self.groups else { return Ok(()) };
+        let mut bytes = Vec::new();
+        groups.read(source, Rows::range(0..1), columns.clone(), &mut bytes)?;
+        let mut groups = as_words(&bytes).into_iter().zip(columns.clone());
+        let in_order = groups.all(|(group, k)| group as usize == k / blocks.columns);
+        if in_order { Ok(()) } else { Err(self.error(ACT_ORDER).into()) }
+    }
+}
+
+impl Strip {
+    /// The weights of a row. Where a scale is zero and a weight would not be, the column is the error.
+    fn row(&self, n: usize, values: &mut [f32]) -> Result<(), usize> {
+        let first_group = self.columns.start / self.blocks.columns;
+        for (value, k) in values.iter_mut().zip(self.columns.clone()) {
+            let group = k / self.blocks.columns - first_group;
+            let code = self.code(n, k) - self.zero(n, group);
+            let scale = self.scales[group * self.rows.len() + n - self.rows.start];
+            if scale == 0.0 && code != 0.0 {
+                return Err(k);
+            }
+            *value = code * scale;
+        }
+        Ok(())
+    }
+
+    fn code(&self, n: usize, k: usize) -> f32 {
+        let (word, nibble) = match self.blocks.order {
+            Order::Awq => {
+                let packed = eighths(&self.rows);
+                let down = k - self.columns.start;
+                (self.words[down * packed.len() + n / 8 - packed.start], AWQ_NIBBLE[n % 8])
+            }
+            _ => {
+                let down = k / 8 - self.columns.start / 8;
+                (self.words[down * self.rows.len() + n - self.rows.start], k % 8)
+            }
+        };
+        (word >> (4 * nibble) & 15) as f32
+    }
+
+    fn zero(&self, n: usize, group: usize) -> f32 {
+        let packed = eighths(&self.rows);
+        let word = self.zeros[group * packed.len() + n / 8 - packed.start];
+        let (nibble, offset) = match self.blocks.order {
+            Order::Gptq { zero_offset } => (n % 8, zero_offset),
+            _ => (AWQ_NIBBLE[n % 8], 0),
+        };
+        (word >> (4 * nibble) & 15) as f32 + f32::from(offset)
+    }
+}
+
+/// The words that hold some numbers, eight a word.
+fn eighths(range: &Range<usize>) -> Range<usize> {
+    range.start / 8..range.end.div_ceil(8)
+}
+
+fn as_words(bytes: &[u8]) -> Vec<u32> {
+    let (words, _) = bytes.as_chunks();
+    words.iter().map(|&word| u32::from_le_bytes(word)).collect()
+}
