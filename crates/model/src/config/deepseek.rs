@@ -1,0 +1,146 @@
+//! DeepSeek-V2 and DeepSeek-V3: latent attention, shared experts, groups of experts.
+
+use super::draft::{Defaults, Draft, divides};
+use super::keys::{Checked, FACTOR, HEAD_WIDTH, Keys, LAYERS, MEND, WIDTH, wrong};
+use crate::Architecture;
+use crate::spec::*;
+use epsmoe_device::op::{GroupLimit, GroupScore, NormKind, RopeStyle, Score};
+
+const DEEPSEEK_V2: Defaults = Defaults {
+    vocab: 102_400,
+    hidden: 4096,
+    inner: 11_008,
+    layers: 32,
+    heads: 32,
+    kv_heads: None,
+    experts: 64,
+    top_k: 6,
+    positions: 2048,
+    eps: 1e-6,
+    theta: 1e4,
+    bos: Some(0),
+    eos: Some(1),
+};
+
+pub(super) fn deepseek_v2(keys: &Keys) -> Checked<ModelSpec> {
+    let draft = Draft::new(keys, &DEEPSEEK_V2)?;
+    keys.only("scoring_func", &["softmax"])?;
+    if keys.get("num_experts_per_tok").is_none() {
+        return wrong(format!("`num_experts_per_tok` is missing; {MEND}"));
+    }
+    let mut moe = deepseek_experts(&draft, DeepseekDefaults { inner: 1407, shared: 2, scale: 1.0 })?;
+    moe.gate.normalise = moe.gate.top_k > 1 && keys.flag("norm_topk_prob")?.unwrap_or(false);
+    if moe.gate.normalise {
+        moe.gate.scale = 1.0; // The published router does one or the other.
+    }
+    moe.gate.groups = match keys.word("topk_method")?.unwrap_or("greedy") {
+        "greedy" => None,
+        "group_limited_greedy" => groups(keys, (1, 1), &moe, GroupScore::Max)?,
+        other => {
+            return wrong(format!(
+                "`topk_method` is \"{other}\"; supported are greedy and group_limited_greedy"
+            ));
+        }
+    };
+    let layers = deepseek_layers(&draft, &moe, 0)?;
+    deepseek(&draft, Architecture::DeepseekV2, RopeStyle::Interleaved, layers)
+}
+
+const DEEPSEEK_V3: Defaults = Defaults {
+    vocab: 129_280,
+    hidden: 7168,
+    inner: 18_432,
+    layers: 61,
+    heads: 128,
+    experts: 256,
+    top_k: 8,
+    positions: 4096,
+    ..DEEPSEEK_V2
+};
+
+pub(super) fn deepseek_v3(keys: &Keys) -> Checked<ModelSpec> {
+    let draft = Draft::new(keys, &DEEPSEEK_V3)?;
+    keys.only("scoring_func", &["sigmoid"])?;
+    keys.only("topk_method", &["noaux_tc"])?;
+    let mut moe = deepseek_experts(&draft, DeepseekDefaults { inner: 2048, shared: 1, scale: 2.5 })?;
+    moe.correction_bias = true;
+    moe.gate.score = Score::Sigmoid;
+    moe.gate.normalise = keys.flag("norm_topk_prob")?.unwrap_or(true);
+    moe.gate.groups = groups(keys, (8, 4), &moe, GroupScore::TopTwoSum)?;
+    let interleaved = keys.flag("rope_interleave")?.unwrap_or(true);
+    let style = if interleaved { RopeStyle::Interleaved } else { RopeStyle::HalfSplit };
+    let layers = deepseek_layers(&draft, &moe, 3)?;
+    deepseek(&draft, Architecture::DeepseekV3, style, layers)
+}
+
+struct DeepseekDefaults {
+    inner: usize,
+    shared: usize,
+    scale: f64,
+}
+
+fn deepseek_experts(draft: &Draft, defaults: DeepseekDefaults) -> Checked<MoeSpec> {
+    let keys = draft.keys;
+    let inner = keys.whole("moe_intermediate_size", WIDTH)?.unwrap_or(defaults.inner);
+    let mut moe = draft.moe(inner)?;
+    let default_shared = if keys.is_null("n_shared_experts") { 0 } else { defaults.shared };
+    let shared = keys.whole("n_shared_experts", 0..=64)?.unwrap_or(default_shared);
+    moe.shared = (shared > 0).then_some(SharedSpec { inner: shared * inner, gated: false });
+    moe.gate.scale = keys.number("routed_scaling_factor", FACTOR)?.unwrap_or(defaults.scale) as f32;
+    Ok(moe)
+}
+
+/// The restriction to the best groups of experts; none where there is one group.
+fn groups(
+    keys: &Keys,
+    (default_groups, default_kept): (usize, usize),
+    moe: &MoeSpec,
+    by: GroupScore,
+) -> Checked<Option<GroupLimit>> {
+    let groups = keys.whole("n_group", 1..=moe.experts)?.unwrap_or(default_groups);
+    let kept = keys.whole("topk_group", 1..=groups)?.unwrap_or(default_kept.min(groups));
+    divides(("`n_group`", groups), ("the number of experts", moe.experts))?;
+    let size = moe.experts / groups;
+    if moe.gate.top_k > kept * size {
+        return wrong(format!(
+            "`num_experts_per_tok` is {}, but {kept} groups of {size} experts are kept; {MEND}",
+            moe.gate.top_k
+        ));
+    }
+    if by == GroupScore::TopTwoSum && size < 2 && groups > 1 {
+        return wrong(format!("`n_group` is {groups}, but groups must have two experts or more; {MEND}"));
+    }
+    Ok((groups > 1).then_some(GroupLimit { groups, kept, by }))
+}
+
+fn deepseek_layers(draft: &Draft, moe: &MoeSpec, default_dense: usize) -> Checked<Vec<LayerSpec>> {
+    let dense = draft.keys.whole("first_k_dense_replace", 0..=*LAYERS.end())?.unwrap_or(default_dense);
+    let every = draft.keys.whole("moe_layer_freq", LAYERS)?.unwrap_or(1);
+    Ok(draft.layers(moe, |layer| layer >= dense && layer.is_multiple_of(every)))
+}
+
+fn deepseek(
+    draft: &Draft,
+    architecture: Architecture,
+    style: RopeStyle,
+    layers: Vec<LayerSpec>,
+) -> Checked<ModelSpec> {
+    let keys = draft.keys;
+    let nope = keys.whole("qk_nope_head_dim", HEAD_WIDTH)?.unwrap_or(128);
+    let rope_dim = keys.whole("qk_rope_head_dim", HEAD_WIDTH)?.unwrap_or(64);
+    let rope = draft.rope(rope_dim, style, draft.theta()?)?;
+    let default_q_lora = (!keys.is_null("q_lora_rank")).then_some(1536);
+    let attention = MlaSpec {
+        heads: draft.heads,
+        q_lora: keys.whole("q_lora_rank", WIDTH)?.or(default_q_lora),
+        kv_lora: keys.whole("kv_lora_rank", WIDTH)?.unwrap_or(512),
+        nope,
+        rope: rope_dim,
+        value: keys.whole("v_head_dim", HEAD_WIDTH)?.unwrap_or(128),
+        inner_eps: 1e-6, // Whatever `rms_norm_eps` says.
+        bias: keys.flag("attention_bias")?.unwrap_or(false),
+        scale: (((nope + rope_dim) as f64).powf(-0.5) * rope.score_factor) as f32,
+    };
+    let attention = AttentionSpec::Mla(attention);
+    draft.complete((architecture, TensorNames::Common), NormKind::Rms, attention, rope, layers)
+}

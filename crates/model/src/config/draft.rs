@@ -1,0 +1,207 @@
+//! What architectures share: sizes, defaults, and the parts that every configuration has.
+
+use super::keys::*;
+use super::rope::Rope;
+use crate::Architecture;
+use crate::spec::*;
+use epsmoe_base::DType;
+use epsmoe_device::op::{NormKind, RopeStyle, Score, TopKRouter};
+use serde_json::Value;
+
+/// What a config may leave out.
+pub(super) struct Defaults {
+    pub(super) vocab: usize,
+    pub(super) hidden: usize,
+    pub(super) inner: usize,
+    pub(super) layers: usize,
+    pub(super) heads: usize,
+    /// As many as heads when absent.
+    pub(super) kv_heads: Option<usize>,
+    pub(super) experts: usize,
+    pub(super) top_k: usize,
+    pub(super) positions: usize,
+    pub(super) eps: f64,
+    pub(super) theta: f64,
+    pub(super) bos: Option<u32>,
+    pub(super) eos: Option<u32>,
+}
+
+/// A model being read: the keys, what they may leave out, and the sizes that every architecture has.
+pub(super) struct Draft<'a> {
+    pub(super) keys: &'a Keys<'a>,
+    pub(super) defaults: &'a Defaults,
+    pub(super) hidden: usize,
+    /// Inner width of a dense MLP.
+    pub(super) inner: usize,
+    pub(super) layers: usize,
+    pub(super) heads: usize,
+    pub(super) positions: usize,
+}
+
+impl<'a> Draft<'a> {
+    pub(super) fn new(keys: &'a Keys<'a>, defaults: &'a Defaults) -> Checked<Self> {
+        Ok(Draft {
+            keys,
+            defaults,
+            hidden: keys.whole("hidden_size", WIDTH)?.unwrap_or(defaults.hidden),
+            inner: keys.whole("intermediate_size", WIDTH)?.unwrap_or(defaults.inner),
+            layers: keys.whole("num_hidden_layers", LAYERS)?.unwrap_or(defaults.layers),
+            heads: keys.whole("num_attention_heads", HEADS)?.unwrap_or(defaults.heads),
+            positions: keys.whole("max_position_embeddings", POSITIONS)?.unwrap_or(defaults.positions),
+        })
+    }
+
+    /// A model of RMS norms and half-split rotary embedding over whole heads.
+    pub(super) fn grouped_model(
+        &self,
+        (architecture, naming): (Architecture, TensorNames),
+        attention: GqaSpec,
+        layers: Vec<LayerSpec>,
+    ) -> Checked<ModelSpec> {
+        let rope = self.rope(attention.head_dim, RopeStyle::HalfSplit, self.theta()?)?;
+        self.complete((architecture, naming), NormKind::Rms, AttentionSpec::Gqa(attention), rope, layers)
+    }
+
+    /// The parts that differ, with those that every config has.
+    pub(super) fn complete(
+        &self,
+        (architecture, naming): (Architecture, TensorNames),
+        norm: NormKind,
+        attention: AttentionSpec,
+        rope: Rope,
+        layers: Vec<LayerSpec>,
+    ) -> Checked<ModelSpec> {
+        let (keys, defaults) = (self.keys, self.defaults);
+        let vocab = keys.whole("vocab_size", VOCABULARY)?.unwrap_or(defaults.vocab);
+        let eps = keys.number("rms_norm_eps", EPSILON)?.unwrap_or(defaults.eps) as f32;
+        Ok(ModelSpec {
+            architecture,
+            naming,
+            vocab,
+            hidden: self.hidden,
+            max_positions: rope.positions,
+            norm: NormSpec { kind: norm, eps },
+            attention,
+            rope: rope.spec,
+            layers,
+            tie_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
+            dtype: dtype(keys),
+            bos: special(keys, "bos_token_id", vocab, defaults.bos).first().copied(),
+            eos: special(keys, "eos_token_id", vocab, defaults.eos),
+        })
+    }
+
+    /// Key and value heads where the key is at the top.
+    pub(super) fn kv_heads(&self) -> Checked<usize> {
+        const KEY: &str = "num_key_value_heads";
+        let default = if self.keys.is_null(KEY) { None } else { self.defaults.kv_heads };
+        Ok(self.keys.whole(KEY, HEADS)?.or(default).unwrap_or(self.heads))
+    }
+
+    /// Grouped-query attention with neither bias, norm, clip nor window.
+    pub(super) fn grouped(&self, kv_heads: usize) -> Checked<GqaSpec> {
+        divides(("the number of key and value heads", kv_heads), ("the number of heads", self.heads))?;
+        let head_dim = match self.keys.whole("head_dim", HEAD_WIDTH)? {
+            Some(given) => given,
+            None => {
+                divides(("the number of heads", self.heads), ("the hidden size", self.hidden))?;
+                self.hidden / self.heads
+            }
+        };
+        Ok(GqaSpec {
+            heads: self.heads,
+            kv_heads,
+            head_dim,
+            qkv_bias: false,
+            output_bias: false,
+            qk_norm: None,
+            clip_qkv: None,
+            sliding_window: None,
+            scale: (head_dim as f64).powf(-0.5) as f32,
+        })
+    }
+
+    /// Experts of some width behind the commonest gate: softmax over all, the best taken, their weights
+    /// divided by their sum.
+    pub(super) fn moe(&self, inner: usize) -> Checked<MoeSpec> {
+        let experts = self.keys.whole("num_experts", EXPERTS)?.unwrap_or(self.defaults.experts);
+        let top_k = top_k(self.keys, "num_experts_per_tok", self.defaults.top_k, experts)?;
+        Ok(softmax_moe(experts, inner, top_k))
+    }
+
+    /// Layers without residual MLPs, dense where they are no mixture.
+    pub(super) fn layers(&self, moe: &MoeSpec, is_moe: impl Fn(usize) -> bool) -> Vec<LayerSpec> {
+        let inner = self.inner;
+        let mlp = |index| if is_moe(index) { MlpSpec::Moe(moe.clone()) } else { MlpSpec::Dense { inner } };
+        (0..self.layers).map(|index| LayerSpec { mlp: mlp(index), residual_mlp: None }).collect()
+    }
+}
+
+/// The format that weights are computed in, if the file names one: its words are those of several libraries.
+pub(super) fn known_dtype(keys: &Keys) -> Option<DType> {
+    let word = keys.get("dtype")?.1.as_str()?.to_ascii_lowercase();
+    match word.strip_prefix("torch.").unwrap_or(&word) {
+        "bfloat16" | "bf16" => Some(DType::BF16),
+        "float16" | "fp16" | "f16" | "half" => Some(DType::F16),
+        "float32" | "fp32" | "f32" | "float" => Some(DType::F32),
+        _ => None,
+    }
+}
+
+/// The same, float32 where there is none; other words only inform.
+fn dtype(keys: &Keys) -> DType {
+    known_dtype(keys).unwrap_or_else(|| {
+        if let Some((name, value)) = keys.get("dtype").filter(|(_, value)| value.as_str() != Some("auto")) {
+            let value = shown(value);
+            keys.remark(format!(
+                "`{name}` is {value}, which is ignored: the stored weights say what they are"
+            ));
+        }
+        DType::F32
+    })
+}
+
+/// One token id or a list of them. Ids that can never come are left out: they only inform.
+fn special(keys: &Keys, key: &'static str, vocab: usize, default: Option<u32>) -> Vec<u32> {
+    let Some((_, value)) = keys.get(key) else {
+        return default.filter(|&id| !keys.is_null(key) && (id as usize) < vocab).into_iter().collect();
+    };
+    let given = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+    let id = |value: &Value| whole(value).filter(|&id| id < vocab).map(|id| id as u32);
+    if let Some(odd) = given.iter().find(|value| id(value).is_none()) {
+        let last = vocab - 1;
+        keys.remark(format!("`{key}` has {}, which is ignored: token ids go from 0 to {last}", shown(odd)));
+    }
+    given.iter().filter_map(id).collect()
+}
+
+pub(super) fn divides(small: (&str, usize), large: (&str, usize)) -> Checked<()> {
+    if large.1.is_multiple_of(small.1) {
+        return Ok(());
+    }
+    wrong(format!("{} ({}) is no multiple of {} ({}); {MEND}", large.0, large.1, small.0, small.1))
+}
+
+pub(super) fn clip(keys: &Keys) -> Checked<Option<f32>> {
+    Ok(keys.number("clip_qkv", FACTOR)?.map(|clip| clip as f32))
+}
+
+pub(super) fn top_k(keys: &Keys, key: &'static str, default: usize, experts: usize) -> Checked<usize> {
+    match keys.whole(key, 1..=experts)? {
+        Some(top_k) => Ok(top_k),
+        None if default <= experts => Ok(default),
+        None => wrong(format!(
+            "`{key}` is absent and its default, {default}, is more than the {experts} experts; {MEND}"
+        )),
+    }
+}
+
+pub(super) fn softmax_moe(experts: usize, inner: usize, top_k: usize) -> MoeSpec {
+    let gate = TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
+    MoeSpec { experts, inner, gate, correction_bias: false, shared: None }
+}
+
+pub(super) fn normalised_if_asked(keys: &Keys, mut moe: MoeSpec) -> Checked<MoeSpec> {
+    moe.gate.normalise = keys.flag("norm_topk_prob")?.unwrap_or(false);
+    Ok(moe)
+}

@@ -1,0 +1,130 @@
+//! A Hugging Face config.json becomes a [`ModelSpec`]: old and new key styles, every number checked. What would change
+//! results and is not supported is refused; what only informs is read, or passed over with a remark.
+//!
+//! `keys` reads values, `draft` has what architectures share, `rope` the rotary embedding; beside them one file for each
+//! family of architectures.
+
+mod arctic;
+mod dbrx;
+mod deepseek;
+mod draft;
+mod keys;
+mod mixtral;
+mod olmoe;
+mod qwen;
+mod rope;
+
+use crate::checkpoint::read_small;
+use crate::spec::ModelSpec;
+use crate::{Architecture, ModelError};
+use epsmoe_base::json;
+use keys::{ACTIVATIONS, Checked, Keys, MOST_EXPERTS_IN_ALL, Remarks, Wrong, quoted, shown, wrong};
+use serde_json::Value;
+use std::path::Path;
+
+/// The file's name in a model's folder.
+pub const FILE: &str = "config.json";
+/// Bytes that the file may have.
+pub const FILE_LIMIT: u64 = 16 << 20;
+
+/// A configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// The model.
+    pub spec: ModelSpec,
+    /// Whether the file says which format the weights are in; [`ModelSpec::dtype`] is float32 if it does not.
+    pub says_dtype: bool,
+    /// What was passed over, a sentence each.
+    pub remarks: Vec<String>,
+}
+
+impl Config {
+    /// Reads the config.json of a model's folder.
+    pub fn read(folder: &Path) -> Result<Config, ModelError> {
+        let path = folder.join(FILE);
+        let text = read_small(&path, FILE_LIMIT)?;
+        Config::parse(&text, &path.display().to_string())
+    }
+
+    /// Reads the text of a config.json; `file` is its name in messages.
+    pub fn parse(text: &[u8], file: &str) -> Result<Config, ModelError> {
+        let named = |problem| ModelError::Config { file: file.to_owned(), problem };
+        let mut config = build(text).map_err(|Wrong(problem)| named(problem))?;
+        config.remarks.iter_mut().for_each(|remark| *remark = format!("{file}: {remark}"));
+        Ok(config)
+    }
+}
+
+/// The model of a folder's config.json.
+pub fn read(folder: &Path) -> Result<ModelSpec, ModelError> {
+    Config::read(folder).map(|config| config.spec)
+}
+
+/// The model of a config.json's text; `file` is its name in messages.
+pub fn parse(text: &[u8], file: &str) -> Result<ModelSpec, ModelError> {
+    Config::parse(text, file).map(|config| config.spec)
+}
+
+fn build(text: &[u8]) -> Checked<Config> {
+    let value: Value = serde_json::from_slice(&json::from_python(text))
+        .map_err(|error| Wrong(format!("this is not valid JSON ({error}); fetch the file again")))?;
+    let Value::Object(map) = value else {
+        return wrong("this is not a JSON object; fetch the file again");
+    };
+    let remarks = Remarks::default();
+    let keys = Keys { map: Some(&map), section: "", remarks: &remarks };
+    let architecture = architecture(&keys)?;
+    refuse_unsupported(&keys)?;
+    let spec = match architecture {
+        Architecture::Mixtral => mixtral::mixtral(&keys),
+        Architecture::DeepseekV2 => deepseek::deepseek_v2(&keys),
+        Architecture::DeepseekV3 => deepseek::deepseek_v3(&keys),
+        Architecture::Dbrx => dbrx::dbrx(&keys),
+        Architecture::Qwen2Moe => qwen::qwen2(&keys),
+        Architecture::Qwen3Moe => qwen::qwen3(&keys),
+        Architecture::Olmoe => olmoe::olmoe(&keys),
+        Architecture::Arctic => arctic::arctic(&keys),
+    }?;
+    let experts: usize = spec.layers.iter().filter_map(|layer| layer.mlp.moe()).map(|moe| moe.experts).sum();
+    if experts > MOST_EXPERTS_IN_ALL {
+        return wrong(format!(
+            "all layers together have {experts} experts, of at most {MOST_EXPERTS_IN_ALL}"
+        ));
+    }
+    let says_dtype = draft::known_dtype(&keys).is_some();
+    Ok(Config { spec, says_dtype, remarks: remarks.into_inner() })
+}
+
+fn architecture(keys: &Keys) -> Checked<Architecture> {
+    let classes: Vec<&str> = match keys.get("architectures") {
+        Some((_, Value::Array(classes))) => classes.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    };
+    let names = if classes.is_empty() { vec![keys.word("model_type")?.unwrap_or("none")] } else { classes };
+    let known = |name: &&str| {
+        Architecture::ALL.into_iter().find(|known| [known.names().0, known.names().1].contains(name))
+    };
+    names.iter().find_map(known).map_or_else(
+        || {
+            let all = Architecture::ALL.map(|known| known.to_string()).join(", ");
+            wrong(format!("architecture `{}` is not supported; supported are {all}", quoted(names[0])))
+        },
+        Ok,
+    )
+}
+
+/// What would change results if it were passed over.
+fn refuse_unsupported(keys: &Keys) -> Checked<()> {
+    keys.only("hidden_act", &ACTIVATIONS)?;
+    rope::refuse_partial_rotation(keys)?;
+    for key in ["use_sliding_window", "mlp_bias"] {
+        if keys.flag(key)?.unwrap_or(false) {
+            return wrong(format!("`{key}` is true, which is not supported"));
+        }
+    }
+    let other = keys.list("layer_types")?.iter().find(|kind| kind.as_str() != Some("full_attention"));
+    other.map_or(Ok(()), |kind| {
+        let kind = shown(kind);
+        wrong(format!("`layer_types` has {kind}; only \"full_attention\" in every layer is supported"))
+    })
+}
