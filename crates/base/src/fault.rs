@@ -1,29 +1,41 @@
 //! How a world of ranks fails: the first cause wins, everyone stops, and every wait ends.
 
-use crate::{Layer, Rank, Stage};
+use crate::{Layer, Phase, Rank, Stage};
 use std::any::Any;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Where in a model a piece of work belongs; unset parts are not about one layer or stage.
+/// Where in a model a piece of work belongs; unset parts are not about one layer or stage, or not said.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Place {
     /// The transformer layer.
     pub layer: Option<Layer>,
     /// The stage of the layer's expert pipeline.
     pub stage: Option<Stage>,
+    /// What the work is for. An operation whose place does not say has a phase of its own.
+    pub phase: Option<Phase>,
 }
 
 impl Place {
     /// Work of one layer.
     pub fn layer(layer: Layer) -> Self {
-        Place { layer: Some(layer), stage: None }
+        Place { layer: Some(layer), ..Place::default() }
     }
 
     /// The same layer, one stage of it.
     pub fn stage(self, stage: Stage) -> Self {
         Place { stage: Some(stage), ..self }
+    }
+
+    /// The same layer and stage, one phase of them.
+    pub fn phase(self, phase: Phase) -> Self {
+        Place { phase: Some(phase), ..self }
+    }
+
+    /// The same place, of this phase unless it has one.
+    pub fn or_phase(self, phase: Phase) -> Self {
+        Place { phase: self.phase.or(Some(phase)), ..self }
     }
 }
 

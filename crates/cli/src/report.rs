@@ -239,7 +239,7 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_base::Layer;
+    use epsmoe_base::{Layer, Phase};
 
     #[test]
     fn a_page_shows_rows_and_lanes_and_escapes_names() {
@@ -248,6 +248,7 @@ mod tests {
             layer: Some(Layer(1)),
             stage: Some(Stage(0)),
             lane,
+            phase: Phase::Other,
             name: name.into(),
             start_ns,
             end_ns,

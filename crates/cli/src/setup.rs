@@ -284,6 +284,7 @@ impl Setup {
             parallel,
             routing: self.routing.clone(),
             timeout: self.timeout,
+            record_spans: false,
         })
     }
 

@@ -165,7 +165,7 @@ impl Layer {
             device.enqueue(lane, place, Embed { ids, table, out: x.clone() }).map_err(text)?;
         }
         device.wait(&device.record(lane), Deadline::after(Duration::from_secs(60))).map_err(text)?;
-        device.take_records();
+        device.set_recording(true);
         Ok(Layer { gates, downs, hidden: x, inner: inner_rows, out, device })
     }
 

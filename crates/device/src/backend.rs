@@ -79,7 +79,10 @@ pub trait Backend: Send + Sync + 'static {
     /// Copies indices out, as [`read_f32`](Backend::read_f32).
     fn read_u32(&self, buffer: &Buffer) -> Result<Vec<u32>, Fault>;
 
-    /// What ran since the last call, in order of completion.
+    /// Whether what runs from now on is timed and recorded; it is not until somebody asks, because it costs time.
+    fn set_recording(&self, on: bool);
+
+    /// What ran while recording since the last call, in order of completion.
     fn take_records(&self) -> Vec<Record>;
 }
 
@@ -88,7 +91,7 @@ pub trait Backend: Send + Sync + 'static {
 pub struct Record {
     /// The lane it ran on.
     pub lane: Lane,
-    /// Where in the model it belongs.
+    /// Where in the model it belongs; its phase is that of the operation where the caller did not say.
     pub place: Place,
     /// The operation.
     pub name: &'static str,

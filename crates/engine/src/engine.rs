@@ -30,6 +30,9 @@ pub struct EngineOptions {
     pub routing: RoutingMode,
     /// How long any wait may take.
     pub timeout: Duration,
+    /// Whether what ran when is recorded, for [`StepReport::timeline`]; the auto schedule over several ranks records
+    /// anyway.
+    pub record_spans: bool,
 }
 
 impl EngineOptions {
@@ -82,6 +85,7 @@ impl Engine {
         let mut models = Vec::with_capacity(ranks.len());
         for (device, fabric) in ranks {
             let rank = fabric.rank();
+            device.set_recording(options.record_spans);
             models.push(Model::load(Arc::clone(&spec), source, device, fabric, model_options.clone())?);
             loaded(rank);
         }

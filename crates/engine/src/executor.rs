@@ -1,7 +1,7 @@
 //! The ranks of a world and their threads. All ranks take every step together.
 
 use crate::EngineError;
-use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank, panic_text};
+use epsmoe_base::{Fault, FaultCell, FaultKind, Phase, Place, Rank, panic_text};
 use epsmoe_device::{Backend, DeviceError};
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
 use epsmoe_pipeline::PipelineError;
@@ -147,6 +147,7 @@ fn spans<B: Backend>(rank: Rank, model: &Model<B>) -> Vec<Span> {
         layer: record.place.layer,
         stage: record.place.stage,
         lane: record.lane,
+        phase: record.place.phase.unwrap_or(Phase::Other),
         name: record.name.into(),
         start_ns: record.start_ns,
         end_ns: record.end_ns,

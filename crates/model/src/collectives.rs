@@ -20,7 +20,7 @@
 //! works row by row, so it happens before the next all-gather, once for every token instead of once a rank.
 
 use crate::forward::compute;
-use epsmoe_base::{DType, Lane, Place, Rank};
+use epsmoe_base::{DType, Lane, Phase, Place, Rank};
 use epsmoe_device::op::{HostToDevice, Reduce};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_fabric::{Exchange, Fabric, Transport};
@@ -150,7 +150,12 @@ impl<B: Backend> Group<B> {
             return Ok(x.clone());
         }
         let gathered = self.gathered.rows(0..shares.total())?;
-        self.exchange(place, "all-gather", |_| Ok(x.clone()), |rank| gathered.rows(shares.of(rank)))?;
+        self.exchange(
+            place.phase(Phase::AllGather),
+            "all-gather",
+            |_| Ok(x.clone()),
+            |rank| gathered.rows(shares.of(rank)),
+        )?;
         Ok(gathered)
     }
 
@@ -163,6 +168,7 @@ impl<B: Backend> Group<B> {
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let (kept, parts) = (out.rows, self.ranks.len() * out.rows);
+        let place = place.phase(Phase::ReduceScatter);
         self.exchange(
             place,
             "reduce-scatter",

@@ -7,7 +7,7 @@ use crate::mlp::{MlpWeights, ResidualWeights};
 use crate::parallel::Layout;
 use crate::step::{Step, StepLayout};
 use crate::{Experts, LayerPart, MlpSpec, ModelError, ModelSpec, Parallel, Part, WeightSource};
-use epsmoe_base::{DType, Deadline, Fault, FaultKind, Lane, Layer, Place, hash_bytes};
+use epsmoe_base::{DType, Deadline, Fault, FaultKind, Lane, Layer, Phase, Place, hash_bytes};
 use epsmoe_device::op::{Add, ArgMax, Embed, Gather, Gemm, HostToDevice, Norm, Op, Origin, RopeTable};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
@@ -376,7 +376,8 @@ impl<B: Backend> Model<B> {
         let rows = 0..kept.len();
         let index = self.upload(&kept, &buffers.wanted.rows(rows.clone())?)?;
         let (last, normed) = (buffers.mixed.rows(rows.clone())?, buffers.normed.rows(rows)?);
-        self.compute(place, Gather { x: hidden.clone(), index, out: last.clone() })?;
+        let gather = Gather { x: hidden.clone(), index, out: last.clone() };
+        self.compute(place.phase(Phase::LmHead), gather)?;
         self.norm(place, &last, made_before(self.layers.len()), &self.final_norm, &normed)?;
         let wanted_of = |rank| before(step.attention.of(rank).end) - before(step.attention.of(rank).start);
         let wanted_of: Vec<usize> = (0..self.fabric.size()).map(wanted_of).collect();
@@ -386,7 +387,8 @@ impl<B: Backend> Model<B> {
             for start in (0..last.rows).step_by(buffers.logits.rows.max(1)) {
                 let rows = start..last.rows.min(start + buffers.logits.rows);
                 let out = buffers.logits.rows(0..rows.len())?;
-                self.compute(place, Gemm::linear(last.rows(rows)?, &self.head, out.clone()))?;
+                let head = Gemm::linear(last.rows(rows)?, &self.head, out.clone());
+                self.compute(place.phase(Phase::LmHead), head)?;
                 if batch.greedy {
                     let tokens = buffers.tokens.rows(0..out.rows)?;
                     self.compute(place, ArgMax { logits: out, tokens: tokens.clone() })?;
@@ -411,6 +413,7 @@ impl<B: Backend> Model<B> {
 
     fn dense(&self, place: Place, mlp: &Mlp, x: &Buffer, out: &Buffer) -> Result<(), DeviceError> {
         let inner = self.buffers.inner.rows(0..x.rows)?.columns(0..mlp.inner())?;
+        let place = place.phase(Phase::Mlp);
         self.compute(place, Gemm::gated(x.clone(), &mlp.gate_up, inner.clone()))?;
         self.compute(place, Gemm::linear(inner, &mlp.down, out.clone()))
     }

@@ -3,7 +3,7 @@
 
 use crate::run::{LayerReport, MoeLayer};
 use crate::{ExpertPipeline, PipelineError};
-use epsmoe_base::Place;
+use epsmoe_base::{Phase, Place};
 use epsmoe_device::op::{Epilogue, ExpertGemm, Gather, Reduce, SortByExpert};
 use epsmoe_device::{Backend, Buffer};
 use epsmoe_plan::{Capacity, GemmKind, LayerBytes, StageTable};
@@ -60,7 +60,8 @@ impl<B: Backend> ExpertPipeline<B> {
         )?;
         let (expanded, inner) = (buffers.expanded.rows(copies.clone())?, buffers.inner.rows(copies.clone())?);
         let outputs = buffers.outputs.rows(copies)?;
-        self.compute(place, Gather { x: x.clone(), index: expand, out: expanded.clone() })?;
+        let gather = Gather { x: x.clone(), index: expand, out: expanded.clone() };
+        self.compute(place.phase(Phase::Expand), gather)?;
         let product = |x, weight: fn(&crate::Mlp) -> &epsmoe_device::Weight, epilogue, out| ExpertGemm {
             x,
             starts: starts.clone(),
@@ -68,21 +69,24 @@ impl<B: Backend> ExpertPipeline<B> {
             epilogue,
             out,
         };
-        self.compute(place, product(expanded, |mlp| &mlp.gate_up, Epilogue::SwiGlu, inner.clone()))?;
-        self.compute(place, product(inner, |mlp| &mlp.down, Epilogue::Store, outputs.clone()))?;
+        let gate_up = product(expanded, |mlp| &mlp.gate_up, Epilogue::SwiGlu, inner.clone());
+        self.compute(place.phase(Phase::GateUp), gate_up)?;
+        let down = product(inner, |mlp| &mlp.down, Epilogue::Store, outputs.clone());
+        self.compute(place.phase(Phase::Down), down)?;
         // The sums are rounded before the shared expert's output is added, as they are when they come home.
         let sums = buffers.sums.rows(tokens.clone())?;
         let (starts, every) =
             (buffers.token_copies.rows(0..x.rows + 1)?, buffers.every_token.rows(0..x.rows + 1)?);
         let weights = Some(factors);
         self.compute(
-            place,
+            place.phase(Phase::Reduce),
             Reduce { x: outputs, starts, index: reduce, weights, addend: None, out: sums.clone() },
         )?;
         self.run_shared_if(true, layer, x)?;
         let addend = layer.shared.as_ref().map(|_| buffers.shared_out.rows(tokens.clone())).transpose()?;
         let index = every.rows(tokens)?;
-        self.compute(place, Reduce { x: sums, starts: every, index, weights: None, addend, out: y.clone() })
+        let home = Reduce { x: sums, starts: every, index, weights: None, addend, out: y.clone() };
+        self.compute(place.phase(Phase::SumAtHome), home)
     }
 
     fn bytes_alone(&self, tokens: &Range<usize>) -> u64 {

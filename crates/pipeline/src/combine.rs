@@ -4,7 +4,7 @@ use crate::buffers::LayerBuffers;
 use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
-use epsmoe_base::{Place, Stage};
+use epsmoe_base::{Phase, Place, Stage};
 use epsmoe_device::op::{HostToDevice, Reduce};
 use epsmoe_device::{Backend, Buffer};
 use epsmoe_plan::HomeMap;
@@ -20,7 +20,7 @@ impl<B: Backend> ExpertPipeline<B> {
     ) -> Result<(), PipelineError> {
         let me = self.fabric.rank();
         self.exchange(
-            Place::layer(layer.layer).stage(stage),
+            Place::layer(layer.layer).stage(stage).phase(Phase::Combine),
             "combine",
             |rank| buffers.sums.rows(plan.traffic.combine_range(me, stage, rank)),
             |rank| buffers.home_rows.rows(plan.traffic.home_range(me, rank, stage)),
@@ -35,7 +35,7 @@ impl<B: Backend> ExpertPipeline<B> {
         home: HomeMap,
         y: &Buffer,
     ) -> Result<(), PipelineError> {
-        let (place, sums) = (Place::layer(layer.layer), 0..home.index.len());
+        let (place, sums) = (Place::layer(layer.layer).phase(Phase::SumAtHome), 0..home.index.len());
         let starts = buffers.home_starts.rows(0..y.rows + 1)?;
         let index = buffers.home_index.rows(sums.clone())?;
         self.compute(place, HostToDevice { words: home.offsets.into(), out: starts.clone() })?;

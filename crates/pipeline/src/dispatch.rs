@@ -4,7 +4,7 @@ use crate::buffers::LayerBuffers;
 use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
-use epsmoe_base::{Lane, Place, Rank, Stage};
+use epsmoe_base::{Lane, Phase, Place, Rank, Stage};
 use epsmoe_device::op::{Gather, HostToDevice};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_fabric::Exchange;
@@ -26,7 +26,7 @@ impl<B: Backend> ExpertPipeline<B> {
         routing: &Routing,
         x: &Buffer,
     ) -> Result<Outgoing, PipelineError> {
-        let place = Place::layer(layer.layer);
+        let place = Place::layer(layer.layer).phase(Phase::Pack);
         let counts = TokenHistograms::of(&self.options.placement, routing);
         let send = SendMap::of(&self.options.placement, routing, &counts);
         let home = HomeMap::of(&send, &counts);
@@ -52,7 +52,7 @@ impl<B: Backend> ExpertPipeline<B> {
     ) -> Result<B::Event, PipelineError> {
         let me = self.fabric.rank();
         self.exchange(
-            Place::layer(layer.layer),
+            Place::layer(layer.layer).phase(Phase::Metadata),
             "metadata",
             |rank| buffers.send_records.rows(plan.traffic.send_rows(me, rank)),
             |rank| buffers.received_records.rows(plan.traffic.record_rows(me, rank)),
@@ -70,7 +70,7 @@ impl<B: Backend> ExpertPipeline<B> {
     ) -> Result<(), PipelineError> {
         let me = self.fabric.rank();
         self.exchange(
-            Place::layer(layer.layer).stage(stage),
+            Place::layer(layer.layer).stage(stage).phase(Phase::Dispatch),
             "dispatch",
             |rank| buffers.send_rows.rows(plan.traffic.send_range(me, rank, stage)),
             |rank| buffers.received_rows.rows(plan.traffic.receive_range(me, stage, rank)),

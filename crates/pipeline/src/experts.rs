@@ -4,7 +4,7 @@ use crate::buffers::LayerBuffers;
 use crate::rendezvous::Plan;
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
-use epsmoe_base::{Place, Stage};
+use epsmoe_base::{Phase, Place, Stage};
 use epsmoe_device::op::{Epilogue, Gather, Gemm, GemmPart, HostToDevice, Reduce};
 use epsmoe_device::{Backend, Weight};
 use epsmoe_plan::{ArrivalMaps, GemmKind};
@@ -35,7 +35,10 @@ impl<B: Backend> ExpertPipeline<B> {
             (weights, buffers.reduce_weights.rows(copies)?),
         ];
         for (words, out) in uploads {
-            self.compute(Place::layer(layer.layer), HostToDevice { words: words.into(), out })?;
+            self.compute(
+                Place::layer(layer.layer).phase(Phase::Maps),
+                HostToDevice { words: words.into(), out },
+            )?;
         }
         Ok(())
     }
@@ -57,7 +60,7 @@ impl<B: Backend> ExpertPipeline<B> {
             index: buffers.expand_index.rows(copies.clone())?,
             out: buffers.expanded.rows(0..copies.len())?,
         };
-        self.compute(place, expand)?;
+        self.compute(place.phase(Phase::Expand), expand)?;
         let experts = plan.table.experts_of(me, stage);
         let (mut gate_up, mut down) = (Vec::new(), Vec::new());
         for (expert, mlp) in experts.clone().zip(&layer.experts[experts]) {
@@ -72,9 +75,9 @@ impl<B: Backend> ExpertPipeline<B> {
             down.push(part(inner, &mlp.down, buffers.outputs.rows(of_expert)?));
         }
         let kind = plan.table.gemm[stage.0];
-        self.products(place, kind, gate_up, Epilogue::SwiGlu)?;
-        self.products(place, kind, down, Epilogue::Store)?;
-        self.reduce(place, buffers, copies.end, traffic.combine_stage(me, stage))
+        self.products(place.phase(Phase::GateUp), kind, gate_up, Epilogue::SwiGlu)?;
+        self.products(place.phase(Phase::Down), kind, down, Epilogue::Store)?;
+        self.reduce(place.phase(Phase::Reduce), buffers, copies.end, traffic.combine_stage(me, stage))
     }
 
     /// The products of a stage's experts: all in one operation, or one after the other.

@@ -2,7 +2,7 @@
 
 use crate::PipelineError;
 use crate::buffers::{LayerBuffers, PipelineSizes};
-use epsmoe_base::{Deadline, Lane, Layer, Place, Stage, hash_bytes};
+use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, Stage, hash_bytes};
 use epsmoe_device::op::{GateRows, Gemm, HostToDevice, Op, Route, TopKRouter};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
@@ -130,6 +130,10 @@ impl<B: Backend> ExpertPipeline<B> {
         let settings = hash_bytes(format!("{placement:?} {policy} {sizes:?} {identity}").as_bytes());
         let shape = LayerShape { sizes: layer, shared_inner: sizes.shared_inner };
         let scheduler = policy.scheduler(placement, shape, device.dtype())?.map(RefCell::new);
+        if scheduler.is_some() && fabric.size() > 1 {
+            // It learns from the spans of layers.
+            device.set_recording(true);
+        }
         Ok(ExpertPipeline { device, fabric, options, buffers, settings, scheduler })
     }
 
@@ -281,7 +285,8 @@ impl<B: Backend> ExpertPipeline<B> {
         let logits = self.buffers.router_logits.rows(tokens.clone())?;
         let experts = self.buffers.router_experts.rows(tokens.clone())?;
         let weights = self.buffers.router_weights.rows(tokens)?;
-        self.compute(place, Gemm::linear(x.clone(), &layer.router, logits.clone()))?;
+        let router = Gemm::linear(x.clone(), &layer.router, logits.clone());
+        self.compute(place.phase(Phase::RouterLogits), router)?;
         let route = Route {
             logits,
             gate: layer.gate,
@@ -296,13 +301,15 @@ impl<B: Backend> ExpertPipeline<B> {
     /// The expert that every token visits, on the compute lane, if its turn is now.
     pub(crate) fn run_shared_if(&self, now: bool, layer: &MoeLayer, x: &Buffer) -> Result<(), PipelineError> {
         let Some(shared) = layer.shared.as_ref().filter(|_| now) else { return Ok(()) };
-        let (place, tokens, buffers) = (Place::layer(layer.layer), 0..x.rows, &self.buffers);
+        let (tokens, buffers) = (0..x.rows, &self.buffers);
+        let place = Place::layer(layer.layer).phase(Phase::Shared);
         let (inner, out) =
             (buffers.shared_inner.rows(tokens.clone())?, buffers.shared_out.rows(tokens.clone())?);
         self.compute(place, Gemm::gated(x.clone(), &shared.mlp.gate_up, inner.clone()))?;
         self.compute(place, Gemm::linear(inner, &shared.mlp.down, out.clone()))?;
         if let Some(weight) = &shared.gate {
             let gate = buffers.shared_gate.rows(tokens)?;
+            let place = place.phase(Phase::SharedGate);
             self.compute(place, Gemm::linear(x.clone(), weight, gate.clone()))?;
             self.compute(place, GateRows { gate, x: out })?;
         }

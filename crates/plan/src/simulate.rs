@@ -29,7 +29,7 @@ use crate::{
     CostModel, GemmKind, LayerHistograms, LayerSizes, Payload, Placement, ShareCost, SharedExpert, Span,
     StageTable, Timeline, Traffic, Transfer, Work, record_words,
 };
-use epsmoe_base::{Lane, Rank, Stage};
+use epsmoe_base::{Lane, Phase, Rank, Stage};
 use std::ops::Range;
 
 /// Widths of a layer that decide what it costs.
@@ -304,7 +304,7 @@ impl Builder<'_> {
 
     /// Index arrays on their way to the device: so many words.
     fn upload(&mut self, after: Option<usize>, words: impl Fn(&Self, Rank) -> usize) -> usize {
-        self.rows("upload", None, [after, None], Work::HostToDevice, |this, rank| {
+        self.rows("host_to_device", None, [after, None], Work::HostToDevice, |this, rank| {
             4 * words(this, rank) as u64
         })
     }
@@ -869,6 +869,7 @@ fn report(program: &Program, times: &Times, stages: usize) -> Simulation {
             layer: None,
             stage: step.stage,
             lane,
+            phase: Phase::Other,
             name: step.name.into(),
             start_ns: times.start[at],
             end_ns: times.end[at],

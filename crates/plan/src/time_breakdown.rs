@@ -102,7 +102,7 @@ fn shared(intervals: &[(u64, u64)], with: &Range<u64>) -> u64 {
 mod tests {
     use super::*;
     use crate::Span;
-    use epsmoe_base::{Layer, Stage};
+    use epsmoe_base::{Layer, Phase, Stage};
 
     fn span(lane: Lane, name: &'static str, stage: Option<usize>, times: Range<u64>) -> Span {
         Span {
@@ -110,6 +110,7 @@ mod tests {
             layer: Some(Layer(0)),
             stage: stage.map(Stage),
             lane,
+            phase: Phase::Other,
             name: name.into(),
             start_ns: times.start,
             end_ns: times.end,

@@ -1,6 +1,6 @@
 //! What happened when, on which lane of which rank.
 
-use epsmoe_base::{Lane, Layer, Rank, Stage};
+use epsmoe_base::{Lane, Layer, Phase, Rank, Stage};
 use serde::Serialize;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,7 +18,9 @@ pub struct Span {
     pub stage: Option<Stage>,
     /// The lane it ran on.
     pub lane: Lane,
-    /// What it was: `dispatch`, `gate/up`, `rendezvous`, …
+    /// What it was for.
+    pub phase: Phase,
+    /// The operation, for people: `gemm`, `dispatch`, …
     pub name: Cow<'static, str>,
     /// When it began, in nanoseconds from a start that all ranks share.
     pub start_ns: u64,
@@ -176,7 +178,8 @@ mod tests {
 
     fn span(lane: Lane, name: &'static str, start_ns: u64, end_ns: u64) -> Span {
         let (layer, stage) = (Some(Layer(1)), (lane == Lane::Transfer).then_some(Stage(0)));
-        Span { rank: Rank(2), layer, stage, lane, name: name.into(), start_ns, end_ns }
+        let (rank, phase) = (Rank(2), Phase::Other);
+        Span { rank, layer, stage, lane, phase, name: name.into(), start_ns, end_ns }
     }
 
     /// The picture in the docs.

@@ -1,6 +1,8 @@
 //! Ranks that run one MoE layer again and again: given sizes, given routing, given table.
 
-use epsmoe_base::{DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, hash_bytes};
+use epsmoe_base::{
+    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Phase, Place, Rank, hash_bytes,
+};
 use epsmoe_device::cpu::gemm::{Isa, PackedMatrix};
 use epsmoe_device::cpu::{Cpu, CpuKernels};
 use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
@@ -293,6 +295,7 @@ impl Bench {
         self.fill(&x)?;
         let finish = || device.wait(&device.record(Lane::Compute), Deadline::after(2 * timeout));
         finish()?;
+        device.set_recording(true);
         while let Ok(job) = todo.recv() {
             let rows = 0..job.routing.tokens();
             let (x, y) = (x.rows(rows.clone())?, y.rows(rows)?);
@@ -307,6 +310,7 @@ impl Bench {
                 layer: record.place.layer,
                 stage: record.place.stage,
                 lane: record.lane,
+                phase: record.place.phase.unwrap_or(Phase::Other),
                 name: record.name.into(),
                 start_ns: record.start_ns,
                 end_ns: record.end_ns,

@@ -67,22 +67,22 @@ sources! {
     "copy": ["copy"] in ANY, 256 threads;
     "add": ["add"] in ANY, 256 threads;
     "clamp": ["clamp"] in SAME, 256 threads;
-    "gate": ["gate"] in SAME, 256 threads;
+    "gate_rows": ["gate_rows"] in SAME, 256 threads;
     "gather": ["gather"] in ANY, 256 threads;
-    "store": ["store"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
+    "kv_write": ["kv_write"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
     "embed": ["embed"] in [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, F32), (F16, BF16)], 256 threads;
     "norm": ["norm"] in ANY, 256 threads;
-    "angles": ["angles"] in [(F32, F32)], 256 threads;
+    "rope_table": ["rope_table"] in [(F32, F32)], 256 threads;
     "rotate": ["rotate"] in SAME, 256 threads;
     "reduce": ["reduce"] in ANY, 256 threads;
     "route": ["route"] in [(F32, F32)], 32 threads;
     "argmax": ["argmax"] in [(F32, F32)], 256 threads;
-    "permute": ["permute"] in [(F32, F32)], 1024 threads;
-    "list": ["list_parts", "list_blocks"] in [(F32, F32)], 32 threads;
+    "sort_by_expert": ["sort_by_expert"] in [(F32, F32)], 1024 threads;
+    "expert_parts": ["list_parts", "list_blocks"] in [(F32, F32)], 32 threads;
     "probe": ["spin", "mark"] in [(DType::U32, DType::U32)], 256 threads;
     "attention": ["attention"] in SAME, 128 threads;
-    "attention_grouped": ["attention64", "attention128"] in [(BF16, BF16)], 128 threads;
-    "attention_latent": ["latent"] in [(BF16, BF16)], 256 threads on "sm_90a";
+    "attention_gqa": ["attention64", "attention128"] in [(BF16, BF16)], 128 threads;
+    "attention_mla": ["attention_mla"] in [(BF16, BF16)], 256 threads on "sm_90a";
     "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
     "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
         256 threads;
@@ -132,9 +132,9 @@ const fn grouped_tile(operation: &'static str, width: u32) -> AttentionTile {
 pub(super) const ATTENTION_64: AttentionTile = grouped_tile("attention64", 64);
 pub(super) const ATTENTION_128: AttentionTile = grouped_tile("attention128", 128);
 /// One key head of up to 576 elements whose leading ones, up to 512, are the values; Hopper only.
-pub(super) const LATENT: AttentionTile =
-    AttentionTile { operation: "latent", rows: 64, shared_bytes: 28 * 8192 + 2064 };
-pub(super) const LATENT_WIDTHS: (usize, usize) = (576, 512);
+pub(super) const ATTENTION_MLA: AttentionTile =
+    AttentionTile { operation: "attention_mla", rows: 64, shared_bytes: 28 * 8192 + 2064 };
+pub(super) const MLA_WIDTHS: (usize, usize) = (576, 512);
 
 /// What one kernel takes of a multiprocessor, as its compiler says.
 #[derive(Clone, Debug, PartialEq, Eq)]

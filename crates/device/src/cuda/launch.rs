@@ -4,7 +4,7 @@ use super::Memory;
 use super::driver::{Copy2d, CudaError, End, Event, EventPool, Function, Stream};
 use super::hopper::{self, HopperArgs};
 use super::kernels::{
-    ATTENTION_64, ATTENTION_128, AttentionTile, GemmTile, Kernels, LARGE, LATENT, LATENT_WIDTHS, MIDDLE,
+    ATTENTION_64, ATTENTION_128, ATTENTION_MLA, AttentionTile, GemmTile, Kernels, LARGE, MIDDLE, MLA_WIDTHS,
     PLAIN, SMALL, SQUARE,
 };
 use super::report::Report;
@@ -162,10 +162,10 @@ impl Launch<'_> {
     /// Enqueues an operation that passed its own check.
     pub(super) fn run(&mut self, op: &Op) -> Result<(), Refusal> {
         match op {
-            Op::HostToDevice(op) => self.upload(op),
+            Op::HostToDevice(op) => self.host_to_device(op),
             Op::Gemm(op) => self.gemm(op),
             Op::Norm(op) => self.norm(op),
-            Op::RopeTable(op) => self.angles(op),
+            Op::RopeTable(op) => self.rope_table(op),
             Op::Rotate(op) => self.rotate(op),
             Op::Attention(op) => self.attention(op),
             Op::Route(op) => self.route(op),
@@ -180,7 +180,7 @@ impl Launch<'_> {
                 let kernel = self.kernels.get("argmax", DType::F32, DType::F32)?;
                 self.start(&kernel.function, (op.logits.rows as u32, 1), 0, arguments)
             }
-            Op::SortByExpert(op) => self.permute(op),
+            Op::SortByExpert(op) => self.sort_by_expert(op),
             Op::ExpertGemm(op) => self.expert_gemm(op),
             Op::Reduce(op) => self.reduce(op),
             Op::Embed(op) => {
@@ -198,7 +198,7 @@ impl Launch<'_> {
             Op::KvWrite(op) => {
                 let views = [self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?];
                 let arguments = Indexed { views, report: self.report };
-                self.runs("store", op.x.dtype, op.cache.dtype, &op.x, arguments)
+                self.runs("kv_write", op.x.dtype, op.cache.dtype, &op.x, arguments)
             }
             Op::Gather(op) => {
                 let views = [self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?];
@@ -222,12 +222,12 @@ impl Launch<'_> {
             }
             Op::GateRows(op) => {
                 let arguments = [self.rows(&op.gate)?, self.rows(&op.x)?];
-                self.runs("gate", op.x.dtype, op.x.dtype, &op.x, arguments)
+                self.runs("gate_rows", op.x.dtype, op.x.dtype, &op.x, arguments)
             }
         }
     }
 
-    fn upload(&mut self, op: &HostToDevice) -> Result<(), Refusal> {
+    fn host_to_device(&mut self, op: &HostToDevice) -> Result<(), Refusal> {
         let width = op.out.width;
         if op.words.is_empty() {
             return Ok(());
@@ -241,7 +241,9 @@ impl Launch<'_> {
             (width, op.out.stride, longest / width * width)
         };
         if piece == 0 {
-            return Err(DeviceError::Shape(format!("upload: the rows of {:?} are too long", op.out)).into());
+            return Err(
+                DeviceError::Shape(format!("host_to_device: the rows of {:?} are too long", op.out)).into()
+            );
         }
         for (index, words) in op.words.chunks(piece).enumerate() {
             let staged = self.stage(bytemuck::cast_slice(words))?;
@@ -299,7 +301,7 @@ impl Launch<'_> {
         self.start(&kernel.function, (op.out.rows as u32, 1), 0, arguments)
     }
 
-    fn angles(&mut self, op: &RopeTable) -> Result<(), Refusal> {
+    fn rope_table(&mut self, op: &RopeTable) -> Result<(), Refusal> {
         #[repr(C)]
         #[derive(Clone, Copy)]
         struct Args {
@@ -316,7 +318,7 @@ impl Launch<'_> {
             scale: op.scale,
             padding: 0,
         };
-        self.elements("angles", DType::F32, DType::F32, &op.out, arguments)
+        self.elements("rope_table", DType::F32, DType::F32, &op.out, arguments)
     }
 
     fn rotate(&mut self, op: &Rotate) -> Result<(), Refusal> {
@@ -462,7 +464,7 @@ impl Launch<'_> {
         self.start(&kernel.function, (grid(tiles)?, op.kv_heads as u32), shared, arguments)
     }
 
-    fn permute(&mut self, op: &SortByExpert) -> Result<(), Refusal> {
+    fn sort_by_expert(&mut self, op: &SortByExpert) -> Result<(), Refusal> {
         #[repr(C)]
         #[derive(Clone, Copy)]
         struct Args {
@@ -479,7 +481,7 @@ impl Launch<'_> {
             self.rows(factors)?,
         ];
         let views = [experts, weights, starts, tokens, copies, factors];
-        let kernel = self.kernels.get("permute", DType::F32, DType::F32)?;
+        let kernel = self.kernels.get("sort_by_expert", DType::F32, DType::F32)?;
         self.start(&kernel.function, (starts.rows - 1, 1), 0, Args { views, report: self.report })
     }
 
@@ -811,7 +813,7 @@ fn attention_tile_for(op: &Attention, hopper: bool) -> Option<AttentionTile> {
         _ if op.q.dtype != DType::BF16 || op.scale <= 0.0 => None,
         0..=64 => Some(ATTENTION_64),
         65..=128 => Some(ATTENTION_128),
-        _ => (hopper && latent && keys <= LATENT_WIDTHS.0 && values <= LATENT_WIDTHS.1).then_some(LATENT),
+        _ => (hopper && latent && keys <= MLA_WIDTHS.0 && values <= MLA_WIDTHS.1).then_some(ATTENTION_MLA),
     }
 }
 

@@ -41,6 +41,7 @@ use report::ReportPage;
 use staging::Staging;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use weights::WeightStore;
@@ -165,8 +166,6 @@ pub struct CudaOptions {
     pub epoch: Instant,
     /// What fresh memory holds.
     pub fill: Fill,
-    /// Whether operations are timed for [`Backend::take_records`].
-    pub records: bool,
     /// Multiprocessors that products leave to transfers.
     pub reserved_multiprocessors: u32,
 }
@@ -179,7 +178,6 @@ impl CudaOptions {
             faults: FaultCell::default(),
             epoch: Instant::now(),
             fill: Fill::Zero,
-            records: true,
             reserved_multiprocessors: 0,
         }
     }
@@ -198,9 +196,17 @@ pub struct CudaBackend {
     reads: Mutex<Stream>,
     events: Arc<EventPool>,
     timed_events: Arc<EventPool>,
+    recording: AtomicBool,
     report: ReportPage,
     weights: CudaWeights,
     device: Arc<CudaDevice>,
+}
+
+/// A timed point of an idle stream and where it lies, in nanoseconds since `epoch`.
+fn anchor(events: &Arc<EventPool>, idle: &Stream, epoch: Instant) -> Result<(Arc<Event>, u64), CudaError> {
+    let point = Arc::new(events.record(idle)?);
+    idle.synchronize()?;
+    Ok((point, epoch.elapsed().as_nanos() as u64))
 }
 
 /// Guards enqueueing: the order of checks is the order of the lanes.
@@ -277,10 +283,8 @@ impl CudaBackend {
         let context = &device.context;
         let reads = Stream::new(context)?;
         let (events, timed_events) = (EventPool::new(context, false), EventPool::new(context, true));
-        let anchor = Arc::new(timed_events.record(&reads)?);
         let tickets = [hopper::tickets(context, &reads)?, hopper::tickets(context, &reads)?];
-        reads.synchronize()?;
-        let anchor = (anchor, options.epoch.elapsed().as_nanos() as u64);
+        let anchor = anchor(&timed_events, &reads, options.epoch)?;
         let order = Order {
             hazards: Hazards::default(),
             staging: Staging::new(context)?,
@@ -303,6 +307,7 @@ impl CudaBackend {
             reads: Mutex::new(reads),
             events,
             timed_events,
+            recording: AtomicBool::new(false),
             weights: weights.clone(),
             device: Arc::clone(device),
             options,
@@ -387,7 +392,7 @@ impl CudaBackend {
         fill: impl FnOnce(&mut Order) -> Result<(), Refusal>,
     ) -> Result<(), Refusal> {
         self.device.context.bind()?;
-        if !self.options.records {
+        if !self.recording.load(Ordering::Relaxed) {
             return fill(order);
         }
         let start = self.timed_events.record(self.stream(lane))?;
@@ -517,6 +522,7 @@ impl Backend for CudaBackend {
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
         let op = op.into();
         op.check()?;
+        let place = place.or_phase(op.phase());
         let subject = match &op {
             Op::Attention(op) => Some(&op.keys),
             Op::Norm(op) => Some(&op.x),
@@ -622,6 +628,18 @@ impl Backend for CudaBackend {
 
     fn read_u32(&self, buffer: &Buffer) -> Result<Vec<u32>, Fault> {
         self.read::<u32>(buffer)
+    }
+
+    fn set_recording(&self, on: bool) {
+        if on && !self.recording.load(Ordering::Relaxed) {
+            // Times are told from the anchor; the nearer it is, the finer they are.
+            let reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
+            let bound = self.device.context.bind();
+            if let Ok(anchor) = bound.and_then(|()| anchor(&self.timed_events, &reads, self.options.epoch)) {
+                self.order().anchor = anchor;
+            }
+        }
+        self.recording.store(on, Ordering::Relaxed);
     }
 
     /// Operations that are not done yet are left for the next call.

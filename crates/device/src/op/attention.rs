@@ -17,9 +17,9 @@ pub struct KvWrite {
 
 impl KvWrite {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        same_rows("store", &[&self.x, &self.slots])?;
-        expect("store", "slots", &self.slots, DType::U32, 1)?;
-        expect("store", "cache", &self.cache, self.x.dtype, self.x.width)
+        same_rows("kv_write", &[&self.x, &self.slots])?;
+        expect("kv_write", "slots", &self.slots, DType::U32, 1)?;
+        expect("kv_write", "cache", &self.cache, self.x.dtype, self.x.width)
     }
 
     pub(super) fn accesses(&self) -> Accesses {

@@ -1,6 +1,6 @@
 //! Every matrix product: a linear layer, one expert, the experts of a stage, the heads of a projection.
 
-use super::{Accesses, same_rows};
+use super::{Accesses, expect, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
@@ -109,6 +109,62 @@ impl GemmPart {
             )));
         }
         Ok(())
+    }
+}
+
+/// `out[m] = x[m] · weights[e]ᵀ` for `starts[e] ≤ m < starts[e + 1]`: the products of all experts over rows that are
+/// sorted by expert. The bits are those of a [`Gemm`] with one part per expert.
+#[derive(Clone, Debug)]
+pub struct ExpertGemm {
+    /// Input `[M, K]`.
+    pub x: Buffer,
+    /// Where the rows of each expert start, and the end `[E + 1, 1]`, uint32: ascending, at most M.
+    pub starts: Buffer,
+    /// One weight per expert `[E]`, all of one shape, which agrees with the epilogue.
+    pub weights: Vec<Weight>,
+    /// What happens before storing.
+    pub epilogue: Epilogue,
+    /// Output `[M, N]`, in the input's format or float32.
+    pub out: Buffer,
+}
+
+impl ExpertGemm {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        let ExpertGemm { x, starts, weights, epilogue, out } = self;
+        same_rows("gemm", &[x, out])?;
+        expect("gemm", "starts", starts, DType::U32, 1)?;
+        let shape = weights.first().map(|weight| weight.shape);
+        let (n, k) = match (shape, epilogue) {
+            (Some(WeightShape::Matrix { n, k }), Epilogue::Store) => (n, k),
+            (Some(WeightShape::GateUp { inner, k }), Epilogue::SwiGlu) => (inner, k),
+            (shape, epilogue) => {
+                return Err(DeviceError::Shape(format!("gemm: weights {shape:?} with {epilogue:?}")));
+            }
+        };
+        if let Some(other) = weights.iter().find(|weight| Some(weight.shape) != shape) {
+            return Err(DeviceError::Shape(format!(
+                "gemm: weights differ: {} is {:?}, {} is {:?}",
+                weights[0].name, weights[0].shape, other.name, other.shape
+            )));
+        }
+        let formats = out.dtype == x.dtype || out.dtype == DType::F32;
+        if x.width != k || out.width != n || !formats {
+            return Err(DeviceError::Shape(format!(
+                "gemm: {x:?} · {} [{n}, {k}]ᵀ does not give {out:?}",
+                weights[0].name
+            )));
+        }
+        if starts.rows != weights.len() + 1 {
+            return Err(DeviceError::Shape(format!(
+                "gemm: {starts:?} does not delimit the rows of {} experts",
+                weights.len()
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.x).read(&self.starts).write(&self.out)
     }
 }
 

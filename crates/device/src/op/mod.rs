@@ -4,26 +4,26 @@
 mod attention;
 mod gemm;
 mod norm;
-mod permute;
 mod rope;
 mod route;
 mod rows;
+mod sort_by_expert;
 
 pub use attention::{Attention, KvWrite};
-pub use gemm::{Epilogue, Gemm, GemmPart};
+pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
 pub(crate) use norm::not_finite;
 pub use norm::{Norm, NormKind, Origin};
-pub use permute::{ExpertGemm, SortByExpert};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
 pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, HostToDevice, Reduce};
+pub use sort_by_expert::SortByExpert;
 
 use crate::{AllocationId, Buffer, DeviceError};
-use epsmoe_base::DType;
+use epsmoe_base::{DType, Phase};
 use std::ops::Range;
 
 macro_rules! ops {
-    ($($op:ident => $name:literal),* $(,)?) => {
+    ($($op:ident => $name:literal, $phase:ident;)*) => {
         /// Any operation.
         #[derive(Clone, Debug)]
         pub enum Op {
@@ -34,6 +34,11 @@ macro_rules! ops {
             /// The operation's name in messages and timelines.
             pub fn name(&self) -> &'static str {
                 match self { $(Op::$op(_) => $name,)* }
+            }
+
+            /// What the operation is for, where its place does not say.
+            pub fn phase(&self) -> Phase {
+                match self { $(Op::$op(_) => Phase::$phase,)* }
             }
 
             /// Checks the shapes once, at the door; kernels trust them after.
@@ -56,24 +61,24 @@ macro_rules! ops {
 }
 
 ops! {
-    HostToDevice => "upload",
-    Embed => "embed",
-    Norm => "norm",
-    Gemm => "gemm",
-    ExpertGemm => "gemm",
-    RopeTable => "angles",
-    Rotate => "rotate",
-    KvWrite => "store",
-    Attention => "attention",
-    Route => "route",
-    ArgMax => "argmax",
-    SortByExpert => "permute",
-    Gather => "gather",
-    Reduce => "reduce",
-    Add => "add",
-    Copy => "copy",
-    Clamp => "clamp",
-    GateRows => "gate",
+    HostToDevice => "host_to_device", Input;
+    Embed => "embed", Embed;
+    Norm => "norm", Norm;
+    Gemm => "gemm", Projection;
+    ExpertGemm => "gemm", GateUp;
+    RopeTable => "rope_table", Rope;
+    Rotate => "rotate", Rope;
+    KvWrite => "kv_write", KvWrite;
+    Attention => "attention", Attention;
+    Route => "route", Route;
+    ArgMax => "argmax", Sample;
+    SortByExpert => "sort_by_expert", Maps;
+    Gather => "gather", Other;
+    Reduce => "reduce", Other;
+    Add => "add", Residual;
+    Copy => "copy", Other;
+    Clamp => "clamp", Projection;
+    GateRows => "gate_rows", SharedGate;
 }
 
 impl Op {

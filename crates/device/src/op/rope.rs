@@ -19,12 +19,12 @@ pub struct RopeTable {
 
 impl RopeTable {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        same_rows("angles", &[&self.positions, &self.out])?;
-        expect("angles", "positions", &self.positions, DType::U32, 1)?;
+        same_rows("rope_table", &[&self.positions, &self.out])?;
+        expect("rope_table", "positions", &self.positions, DType::U32, 1)?;
         let WeightShape::Vector { n } = self.frequencies.shape else {
-            return Err(DeviceError::Shape(format!("angles: {} is no vector", self.frequencies.name)));
+            return Err(DeviceError::Shape(format!("rope_table: {} is no vector", self.frequencies.name)));
         };
-        expect("angles", "output", &self.out, DType::F32, 2 * n)
+        expect("rope_table", "output", &self.out, DType::F32, 2 * n)
     }
 
     pub(super) fn accesses(&self) -> Accesses {

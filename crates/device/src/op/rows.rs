@@ -19,7 +19,7 @@ impl HostToDevice {
         let words_wide = matches!(self.out.dtype, DType::U32 | DType::F32);
         if !words_wide || self.words.len() != self.out.rows * self.out.width {
             return Err(DeviceError::Shape(format!(
-                "upload: {} words into {:?}",
+                "host_to_device: {} words into {:?}",
                 self.words.len(),
                 self.out
             )));
@@ -204,8 +204,8 @@ pub struct GateRows {
 
 impl GateRows {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        same_rows("gate", &[&self.gate, &self.x])?;
-        expect("gate", "gate", &self.gate, DType::F32, 1)
+        same_rows("gate_rows", &[&self.gate, &self.x])?;
+        expect("gate_rows", "gate", &self.gate, DType::F32, 1)
     }
 
     pub(super) fn accesses(&self) -> Accesses {

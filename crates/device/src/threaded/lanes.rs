@@ -6,6 +6,7 @@ use crate::Record;
 use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank, panic_text};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -50,6 +51,7 @@ struct Shared {
     memory: Memory,
     faults: FaultCell,
     epoch: Instant,
+    recording: AtomicBool,
     queues: [(Mutex<Queue>, Condvar); Lane::ALL.len()],
     progress: Mutex<Progress>,
     moved: Condvar,
@@ -76,6 +78,7 @@ impl Lanes {
             memory,
             faults,
             epoch,
+            recording: AtomicBool::new(false),
             queues: Default::default(),
             progress: Mutex::default(),
             moved: Condvar::new(),
@@ -118,6 +121,10 @@ impl Lanes {
             }
             progress = self.shared.sleep(progress, late, until(late));
         }
+    }
+
+    pub(super) fn set_recording(&self, on: bool) {
+        self.shared.recording.store(on, Ordering::Relaxed);
     }
 
     pub(super) fn take_records(&self) -> Vec<Record> {
@@ -184,7 +191,7 @@ impl Shared {
 
     fn work(&self, lane: Lane, place: Place, name: &'static str, work: Work) {
         lock(&self.progress).running[lane.index()] = Some((name, place));
-        let start_ns = self.now();
+        let start_ns = self.recording.load(Ordering::Relaxed).then(|| self.now());
         if self.faults.get().is_none() {
             match catch_unwind(AssertUnwindSafe(|| work(&self.memory))) {
                 Ok(Ok(())) => {}
@@ -197,11 +204,13 @@ impl Shared {
                 }
             }
         }
-        let end_ns = self.now();
+        let end_ns = start_ns.map(|_| self.now());
         let mut progress = lock(&self.progress);
         progress.completed[lane.index()] += 1;
         progress.running[lane.index()] = None;
-        progress.records.push(Record { lane, place, name, start_ns, end_ns });
+        if let (Some(start_ns), Some(end_ns)) = (start_ns, end_ns) {
+            progress.records.push(Record { lane, place, name, start_ns, end_ns });
+        }
         let awaited = progress.completed[lane.index()] >= progress.awaited[lane.index()];
         if awaited {
             // All sleepers look again, and say anew what they wait for.

@@ -201,6 +201,7 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
         let op = op.into();
         op.check()?;
+        let place = place.or_phase(op.phase());
         let (name, accesses) = (op.name(), op.accesses());
         let (kernels, weights) = (Arc::clone(&self.kernels), Arc::clone(&self.weights));
         let (rank, blamed) = (self.rank, op.origin().map_or(place, |origin| origin.place));
@@ -267,6 +268,10 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
         self.read::<u32>(buffer)
     }
 
+    fn set_recording(&self, on: bool) {
+        self.lanes.set_recording(on);
+    }
+
     fn take_records(&self) -> Vec<Record> {
         self.lanes.take_records()
     }
@@ -299,11 +304,11 @@ fn run<K: Kernels>(
         };
     }
     match op {
-        Op::HostToDevice(op) => rows.upload(op),
-        Op::RopeTable(op) => rows.angles(op),
+        Op::HostToDevice(op) => rows.host_to_device(op),
+        Op::RopeTable(op) => rows.rope_table(op),
         Op::Route(op) => rows.route(op),
         Op::ArgMax(op) => rows.argmax(op),
-        Op::SortByExpert(op) => rows.permute(op),
+        Op::SortByExpert(op) => rows.sort_by_expert(op),
         Op::Gemm(op) => {
             let products: Vec<_> = op.parts.iter().map(Product::of).collect();
             gemm(kernels, weights, memory, &products, op.epilogue, op.bias.as_ref())
@@ -314,7 +319,7 @@ fn run<K: Kernels>(
         Op::Embed(op) => typed!(op.out.dtype, embed, op),
         Op::Norm(op) => typed!(op.x.dtype, op.out.dtype, norm, op),
         Op::Rotate(op) => typed!(op.x.dtype, rotate, op),
-        Op::KvWrite(op) => typed!(op.x.dtype, store, op),
+        Op::KvWrite(op) => typed!(op.x.dtype, kv_write, op),
         Op::Attention(op) => typed!(op.q.dtype, attention, op),
         Op::Gather(op) => typed!(op.x.dtype, gather, op),
         Op::Reduce(op) => typed!(op.x.dtype, op.out.dtype, reduce, op),

@@ -89,7 +89,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         });
     }
 
-    pub(super) fn upload(&self, op: &HostToDevice) -> Result<(), String> {
+    pub(super) fn host_to_device(&self, op: &HostToDevice) -> Result<(), String> {
         let write = |mut out: ViewMut<'_, u32>| {
             for (m, words) in op.words.chunks_exact(out.width.max(1)).enumerate() {
                 out.row(m).copy_from_slice(words);
@@ -135,7 +135,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         refused.check(&op.x, op.origin)
     }
 
-    pub(super) fn angles(&self, op: &RopeTable) -> Result<(), String> {
+    pub(super) fn rope_table(&self, op: &RopeTable) -> Result<(), String> {
         let frequencies = self.weights.vector(&op.frequencies)?;
         let (positions, mut out) = (self.view::<u32>(&op.positions), self.view_mut::<f32>(&op.out));
         for t in 0..out.rows {
@@ -170,7 +170,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
-    pub(super) fn store<T: Element>(&self, op: &KvWrite) -> Result<(), String> {
+    pub(super) fn kv_write<T: Element>(&self, op: &KvWrite) -> Result<(), String> {
         let (x, slots, cache) =
             (self.view::<T>(&op.x), self.view::<u32>(&op.slots), self.view_mut::<T>(&op.cache));
         all_in_range("cache slot", &slots, cache.rows)?;
@@ -234,7 +234,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         refused.check(&op.logits, None)
     }
 
-    pub(super) fn permute(&self, op: &SortByExpert) -> Result<(), String> {
+    pub(super) fn sort_by_expert(&self, op: &SortByExpert) -> Result<(), String> {
         let (experts, weights) = (self.view::<u32>(&op.experts), self.view::<f32>(&op.weights));
         let (mut starts, mut tokens) = (self.view_mut::<u32>(&op.starts), self.view_mut::<u32>(&op.tokens));
         let (mut copies, mut factors) = (self.view_mut::<u32>(&op.copies), self.view_mut::<f32>(&op.factors));

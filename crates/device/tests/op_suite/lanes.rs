@@ -1,7 +1,7 @@
 //! Two lanes: events order them, a missing event stops the world, and what ran is told with its times.
 
 use crate::bench::Bench;
-use epsmoe_base::{DType, Deadline, FaultKind, Lane, Place};
+use epsmoe_base::{DType, Deadline, FaultKind, Lane, Phase, Place};
 use epsmoe_device::Backend;
 use epsmoe_device::op::{Copy, HostToDevice};
 use std::time::Duration;
@@ -22,17 +22,21 @@ fn events_order<B: Backend>(bench: &Bench<B>) {
     const ROUNDS: usize = 20;
     let floats = |name| bench.device.allocate(name, DType::F32, ROWS, WIDTH).expect("memory");
     let (source, kept) = (floats("source"), floats("kept"));
-    let enqueue = |lane, op: epsmoe_device::op::Op| {
-        bench.device.enqueue(lane, Place::default(), op).expect("it fits");
+    let enqueue = |lane, place, op: epsmoe_device::op::Op| {
+        bench.device.enqueue(lane, place, op).expect("it fits");
     };
+    assert!(bench.device.take_records().is_empty(), "nobody has asked for records yet");
+    bench.device.set_recording(true);
     let mut copied = bench.device.record(Lane::Transfer);
     for round in 0..ROUNDS {
         bench.device.lane_wait(Lane::Compute, &copied);
         let words = vec![(round as f32).to_bits(); ROWS * WIDTH].into();
-        enqueue(Lane::Compute, HostToDevice { words, out: source.clone() }.into());
+        let fill = HostToDevice { words, out: source.clone() };
+        enqueue(Lane::Compute, Place::default(), fill.into());
         let filled = bench.device.record(Lane::Compute);
         bench.device.lane_wait(Lane::Transfer, &filled);
-        enqueue(Lane::Transfer, Copy { x: source.clone(), out: kept.clone() }.into());
+        let copy = Copy { x: source.clone(), out: kept.clone() };
+        enqueue(Lane::Transfer, Place::default().phase(Phase::Dispatch), copy.into());
         copied = bench.device.record(Lane::Transfer);
         if round % 7 == 6 {
             bench.device.wait(&copied, soon()).expect("no fault");
@@ -43,11 +47,15 @@ fn events_order<B: Backend>(bench: &Bench<B>) {
     bench.device.wait(&copied, soon()).expect("no fault");
     let records = bench.device.take_records();
     let of = |lane, name| records.iter().filter(move |record| (record.lane, record.name) == (lane, name));
-    assert_eq!(of(Lane::Compute, "upload").count(), ROUNDS);
+    assert_eq!(of(Lane::Compute, "host_to_device").count(), ROUNDS);
     assert_eq!(of(Lane::Transfer, "copy").count(), ROUNDS);
     assert!(records.iter().all(|record| record.start_ns <= record.end_ns), "{records:?}");
+    let phases =
+        |lane, phase| records.iter().filter(move |at| (at.lane, at.place.phase) == (lane, Some(phase)));
+    assert_eq!(phases(Lane::Compute, Phase::Input).count(), ROUNDS, "the operation's own");
+    assert_eq!(phases(Lane::Transfer, Phase::Dispatch).count(), ROUNDS, "the caller's");
     // Times of two lanes are told to about a microsecond.
-    for (upload, copy) in of(Lane::Compute, "upload").zip(of(Lane::Transfer, "copy")) {
+    for (upload, copy) in of(Lane::Compute, "host_to_device").zip(of(Lane::Transfer, "copy")) {
         assert!(upload.end_ns <= copy.start_ns + 2_000, "{upload:?} before {copy:?}");
     }
 }

@@ -56,7 +56,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     };
     let groups = |groups, kept| Some(GroupLimit { groups, kept, by: GroupScore::Max });
     let (starts, index) = (u32s(bench, "starts", 4, 1), u32s(bench, "index", 6, 1));
-    let permute = |experts: &Buffer| SortByExpert {
+    let sort = |experts: &Buffer| SortByExpert {
         experts: experts.clone(),
         weights: column.clone(),
         starts: starts.clone(),
@@ -118,11 +118,11 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     let cases: Vec<(Op, &str)> = vec![
         (
             HostToDevice { words: [1, 2].into(), out: ids.clone() }.into(),
-            "upload: 2 words into ids[3, 1] uint32",
+            "host_to_device: 2 words into ids[3, 1] uint32",
         ),
         (
             HostToDevice { words: [0; 12].into(), out: half.clone() }.into(),
-            "upload: 12 words into half[3, 4] bfloat16",
+            "host_to_device: 12 words into half[3, 4] bfloat16",
         ),
         (
             Embed { ids: ids.clone(), table: table.clone(), out: more.clone() }.into(),
@@ -175,14 +175,14 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             parts(vec![part(&map, 0..3)], Some(&long), store).into(),
             "gemm: bias long is Vector { n: 5 }, the output y[3, 4] float32",
         ),
-        (angles(&map).into(), "angles: map is no vector"),
-        (angles(&scale).into(), "angles: output is narrow[3, 2] float32, but must be float32 of width 8"),
+        (angles(&map).into(), "rope_table: map is no vector"),
+        (angles(&scale).into(), "rope_table: output is narrow[3, 2] float32, but must be float32 of width 8"),
         (rotate(4, 3, &narrow).into(), "rotate: x[3, 4] float32 in heads of 4 cannot turn elements 3..5"),
         (rotate(3, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 3 cannot turn elements 0..2"),
         (rotate(0, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 0 cannot turn elements 0..2"),
         (
             KvWrite { x: x.clone(), slots: ids.clone(), cache: narrow.clone() }.into(),
-            "store: cache is narrow[3, 2] float32, but must be float32 of width 4",
+            "kv_write: cache is narrow[3, 2] float32, but must be float32 of width 4",
         ),
         (
             Attention { kv_heads: 0, ..attention.clone() }.into(),
@@ -252,8 +252,8 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             "reduce: index[6, 1] uint32 and column[3, 1] float32 must have equally many rows",
         ),
         (
-            permute(&ids).into(),
-            "permute: ids[3, 1] uint32 does not make the copies index[6, 1] uint32 of the experts that starts[4, 1] \
+            sort(&ids).into(),
+            "sort_by_expert: ids[3, 1] uint32 does not make the copies index[6, 1] uint32 of the experts that starts[4, 1] \
              uint32 delimits",
         ),
         (expert_gemm(&starts, vec![]).into(), "gemm: weights None with Store"),
@@ -277,7 +277,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         (Clamp { x: x.clone(), limit: f32::NAN }.into(), "clamp: the limit NaN is not a magnitude"),
         (
             GateRows { gate: narrow.clone(), x: x.clone() }.into(),
-            "gate: gate is narrow[3, 2] float32, but must be float32 of width 1",
+            "gate_rows: gate is narrow[3, 2] float32, but must be float32 of width 1",
         ),
     ];
     for (op, want) in cases {
@@ -402,7 +402,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         }
         .into()
     }
-    fn permute<B: Backend>(bench: &Bench<B>, experts: &[u32]) -> Op {
+    fn sort<B: Backend>(bench: &Bench<B>, experts: &[u32]) -> Op {
         SortByExpert {
             experts: bench.put_words(experts, 1).view,
             weights: f32s(bench, "weights", experts.len(), 1),
@@ -426,14 +426,14 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
     }
     type Case<'a, B> = (&'a str, &'a dyn Fn(&Bench<B>) -> Op);
     let cases: [Case<'_, B>; 14] = [
-        ("permute: expert 3 is not below 3", &|bench| permute(bench, &[0, 3])),
+        ("sort_by_expert: expert 3 is not below 3", &|bench| sort(bench, &[0, 3])),
         ("gemm: rows of expert 1 end at 1, but start at 2", &|bench| expert_gemm(bench, &[0, 2, 1])),
         ("gemm: end of an expert's rows 4 is not below 4", &|bench| expert_gemm(bench, &[0, 4])),
         ("embed: token id 9 is not below 9", &|bench| {
             let table = weight(bench, "table", WeightShape::Table { rows: 9, width: 4 });
             Embed { ids: bench.put_words(&[8, 9], 1).view, table, out: f32s(bench, "out", 2, 4) }.into()
         }),
-        ("store: cache slot 8 is not below 8", &|bench| {
+        ("kv_write: cache slot 8 is not below 8", &|bench| {
             let (x, cache) = (bench.put(&bench.random(2, 4, 1.0)).view, f32s(bench, "cache", 8, 4));
             KvWrite { x, slots: bench.put_words(&[7, 8], 1).view, cache }.into()
         }),

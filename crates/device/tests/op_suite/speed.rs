@@ -267,6 +267,7 @@ impl Stock {
 impl Trial {
     /// What ran in each of `repeats` turns; one more warms up.
     fn records(&self, repeats: usize) -> Vec<Vec<Record>> {
+        self.backend.set_recording(true);
         self.backend.take_records();
         let turns: Vec<_> = self.turns.iter().cycle().take(repeats + 1).collect();
         turns.iter().copied().flatten().for_each(|op| enqueue(&self.backend, op.clone()));
@@ -391,6 +392,7 @@ fn measure_attention(
         window: None,
         out: backend.allocate("out", DType::BF16, tokens, heads * value_width).expect("memory"),
     };
+    backend.set_recording(true);
     for _ in 0..REPEATS {
         backend.enqueue(lane, place, attention.clone()).expect("it fits");
     }

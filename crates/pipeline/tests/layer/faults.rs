@@ -15,7 +15,7 @@ fn four_stages() -> Policy {
 /// Lane waits of one layer of four stages: one before the metadata, one for each dispatch and each combine,
 /// and one for the sums that came home.
 const WAITS: [&str; 10] = [
-    "{layer}: metadata on the transfer lane reads send_records while upload ({layer}) on the compute lane writes it, \
+    "{layer}: metadata on the transfer lane reads send_records while host_to_device ({layer}) on the compute lane writes it, \
      and no event orders them",
     "{layer}, stage 0: gather on the compute lane reads received_rows while dispatch ({layer}, stage 0) on the \
      transfer lane writes it, and no event orders them",

@@ -12,7 +12,7 @@ use crate::setup::{Demand, Setup};
 use anyhow::Result;
 use contenders::{Contender, measure, rows, side_by_side, ways};
 use epsmoe_base::{Bytes, Mix, count};
-use epsmoe_engine::{Parallel, Request};
+use epsmoe_engine::{EngineOptions, Parallel, Request};
 use epsmoe_fabric::Pacing;
 use epsmoe_plan::{Correction, LayerSample, Schedule, TimeBreakdown};
 use serde::Serialize;
@@ -161,7 +161,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let options = ways
         .iter()
         .map(|way| setup.engine_options(demand(args, setup.ranks, &way.parallel), way.parallel, &way.policy));
-    let options = options.collect::<Result<Vec<_>>>()?;
+    let recorded = |options| EngineOptions { record_spans: true, ..options };
+    let options = options.map(|options| options.map(recorded)).collect::<Result<Vec<_>>>()?;
     let most = options.iter().map(|options| options.max_model_len).min().unwrap_or(0);
     let check = |prompt: &Vec<u32>| request(prompt, args.output_len).check(setup.model.spec.vocab, most);
     prompts.iter().try_for_each(check)?;

@@ -123,7 +123,7 @@ pub(super) fn quantile(values: impl Iterator<Item = f64>, share: f64) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_base::Stage;
+    use epsmoe_base::{Phase, Stage};
 
     fn span(rank: usize, lane: Lane, name: &'static str, stage: Option<usize>, start: u64, end: u64) -> Span {
         Span {
@@ -131,6 +131,7 @@ mod tests {
             layer: Some(Layer(1)),
             stage: stage.map(Stage),
             lane,
+            phase: Phase::Other,
             name: name.into(),
             start_ns: start * 1_000_000,
             end_ns: end * 1_000_000,

@@ -95,7 +95,7 @@ struct Room {
     f32 greatest[2][HEIGHT]; // of the scores of each half of the positions
 };
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 1) latent_bf16_bf16(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_mla_bf16_bf16(const __grid_constant__ Args args) {
     extern __shared__ __align__(1024) unsigned char shared[];
     Room& room = *reinterpret_cast<Room*>(shared);
     Sight<HEIGHT>& sight = room.sight;

@@ -26,7 +26,7 @@ __device__ __forceinline__ u32 warps_before(u32 value, u32& total) {
     return before;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) permute_f32_f32(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32) sort_by_expert_f32_f32(const __grid_constant__ Args args) {
     const u32 expert = blockIdx.x, experts = args.starts.rows - 1, k = args.experts.width;
     const u32 pairs = args.experts.rows * k, lane = threadIdx.x % 32;
     const u32 stretch = (pairs + WARPS * 32 - 1) / (WARPS * 32) * 32;

@@ -3,7 +3,7 @@
 
 struct Args { Rows positions, out; u64 frequencies; f32 scale; u32 padding; };
 
-template <typename X, typename Y> __device__ void angles(const Args& args) {
+template <typename X, typename Y> __device__ void rope_table(const Args& args) {
     const f32* frequencies = reinterpret_cast<const f32*>(args.frequencies);
     const u32 half = args.out.width / 2;
     FOR_ELEMENTS(args.out, t, n) {
@@ -12,4 +12,4 @@ template <typename X, typename Y> __device__ void angles(const Args& args) {
     }
 }
 
-KERNEL(angles, Args, f32, f32)
+KERNEL(rope_table, Args, f32, f32)

@@ -3,7 +3,7 @@
 
 struct Args { Rows x, slots, cache; Report report; };
 
-template <typename X, typename Y> __device__ void store(const Args& args) {
+template <typename X, typename Y> __device__ void kv_write(const Args& args) {
     FOR_RUNS(args.x, t, n, count) {
         u32 slot = at<u32>(args.slots, t);
         if (slot >= args.cache.rows) {
@@ -14,6 +14,6 @@ template <typename X, typename Y> __device__ void store(const Args& args) {
     }
 }
 
-KERNEL(store, Args, f32, f32)
-KERNEL(store, Args, f32, bf16)
-KERNEL(store, Args, bf16, bf16)
+KERNEL(kv_write, Args, f32, f32)
+KERNEL(kv_write, Args, f32, bf16)
+KERNEL(kv_write, Args, bf16, bf16)

@@ -3,7 +3,7 @@
 
 struct Args { Rows gate, x; };
 
-template <typename X, typename Y> __device__ void gate(const Args& args) {
+template <typename X, typename Y> __device__ void gate_rows(const Args& args) {
     FOR_RUNS(args.x, m, n, count) {
         X* x = row<X>(args.x, m) + n;
         const f32 factor = sigmoid(at<f32>(args.gate, m));
@@ -13,5 +13,5 @@ template <typename X, typename Y> __device__ void gate(const Args& args) {
     }
 }
 
-KERNEL(gate, Args, f32, f32)
-KERNEL(gate, Args, bf16, bf16)
+KERNEL(gate_rows, Args, f32, f32)
+KERNEL(gate_rows, Args, bf16, bf16)
