@@ -13,6 +13,7 @@ mod decode;
 pub mod element;
 mod error;
 mod ggml;
+pub mod gguf;
 mod stored;
 mod transposed;
 

@@ -4,9 +4,10 @@
     pip install numpy
     python crates/quant/tests/oracle.py
 
-Writes crates/quant/tests/golden/NAME.safetensors. Each holds one matrix, or several on top of each other, as some checkpoint would
+Writes crates/quant/tests/golden/NAME.safetensors and blocks.gguf. Each of the first holds one matrix, or several on top of each other, as some checkpoint would
 keep it, and beside it `expected` F32: the same weights as float32. Its metadata says under which name a plain checkpoint would keep the
-tensor, and what its configuration hints at. Nothing here is fast, and nothing is shared with what it judges.
+tensor, and what its configuration hints at. blocks.gguf holds a tensor of each format, and beside
+each NAME its weights, NAME.expected. Nothing here is fast, and nothing is shared with what it judges.
 """
 
 import json
@@ -216,6 +217,140 @@ def gptq(name, rng, shape, group, version):
     save(name, "x.weight", tensors, expected, {"group": group, "gptq_v2": version == 2})
 
 
+# --- GGUF --------------------------------------------------------------------------------------------------------------------------
+# Each takes a block of bytes and the number of a weight in it.
+
+def half_at(b, at):
+    return float(np.frombuffer(bytes(b[at:at + 2]), np.float16)[0])
+
+
+def low_then_high(b, at, i):
+    """Nibble i of 32: low nibbles of sixteen bytes, then their high nibbles."""
+    return b[at + i] & 15 if i < 16 else b[at + i - 16] >> 4
+
+
+def fifth(b, at, i):
+    return int.from_bytes(b[at:at + 4], "little") >> i & 1
+
+
+def scale_and_min(s, j):
+    """Six bits each from twelve bytes."""
+    if j < 4:
+        return s[j] & 63, s[j + 4] & 63
+    return s[j + 4] & 15 | s[j - 4] >> 6 << 4, s[j + 4] >> 4 | s[j] >> 6 << 4
+
+
+def minus(a, b):
+    return f32(f32(a) - f32(b))
+
+
+def q4_0(b, i):
+    return half_at(b, 0) * (low_then_high(b, 2, i) - 8)
+
+
+def q4_1(b, i):
+    return minus(half_at(b, 0) * low_then_high(b, 4, i), -half_at(b, 2))
+
+
+def q5_0(b, i):
+    return half_at(b, 0) * ((low_then_high(b, 6, i) | fifth(b, 2, i) << 4) - 16)
+
+
+def q5_1(b, i):
+    return minus(half_at(b, 0) * (low_then_high(b, 8, i) | fifth(b, 4, i) << 4), -half_at(b, 2))
+
+
+def q8_0(b, i):
+    return half_at(b, 0) * int(np.int8(np.uint8(b[2 + i])))
+
+
+def q2_k(b, i):
+    scale, q = b[i // 16], b[16 + i // 128 * 32 + i % 32] >> (i % 128 // 32 * 2) & 3
+    return minus(half_at(b, 80) * (scale & 15) * q, half_at(b, 82) * (scale >> 4))
+
+
+def q3_k(b, i):
+    j = i // 16
+    scale = b[96 + j % 8] >> (0 if j < 8 else 4) & 15 | (b[104 + j % 4] >> (2 * (j // 4)) & 3) << 4
+    q = b[32 + i // 128 * 32 + i % 32] >> (i % 128 // 32 * 2) & 3 | (b[i % 32] >> (i // 32) & 1) << 2
+    return f32(half_at(b, 108) * (scale - 32) * (q - 4))
+
+
+def q4_k(b, i):
+    scale, least = scale_and_min(b[4:16], i // 32)
+    q = b[16 + i // 64 * 32 + i % 32] >> (i % 64 // 32 * 4) & 15
+    return minus(half_at(b, 0) * scale * q, half_at(b, 2) * least)
+
+
+def q5_k(b, i):
+    scale, least = scale_and_min(b[4:16], i // 32)
+    q = b[48 + i // 64 * 32 + i % 32] >> (i % 64 // 32 * 4) & 15 | (b[16 + i % 32] >> (i // 32) & 1) << 4
+    return minus(half_at(b, 0) * scale * q, half_at(b, 2) * least)
+
+
+def q6_k(b, i):
+    part, row, at = i // 128, i % 128 // 32, i % 32
+    low = b[64 * part + 32 * (row % 2) + at] >> (4 if row >= 2 else 0) & 15
+    high = b[128 + 32 * part + at] >> (2 * row) & 3
+    return f32(half_at(b, 208) * int(np.int8(np.uint8(b[192 + i // 16]))) * ((low | high << 4) - 32))
+
+
+IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+
+
+def iq4_nl(b, i):
+    return half_at(b, 0) * IQ4[low_then_high(b, 2, i)]
+
+
+def iq4_xs(b, i):
+    j = i // 32
+    scale = b[4 + j // 2] >> (4 * (j % 2)) & 15 | (int.from_bytes(b[2:4], "little") >> (2 * j) & 3) << 4
+    return f32(half_at(b, 0) * (scale - 32) * IQ4[low_then_high(b, 8 + 16 * j, i % 32)])
+
+
+def gguf_mxfp4(b, i):
+    return e2m1(low_then_high(b, 1, i)) * e8m0(b[0])
+
+
+# Number, weights of a block, bytes of a block, where its half-precision scales are.
+BLOCKS = {q4_0: (2, 32, 18, [0]), q4_1: (3, 32, 20, [0, 2]), q5_0: (6, 32, 22, [0]), q5_1: (7, 32, 24, [0, 2]), q8_0: (8, 32, 34, [0]),
+          q2_k: (10, 256, 84, [80, 82]), q3_k: (11, 256, 110, [108]), q4_k: (12, 256, 144, [0, 2]), q5_k: (13, 256, 176, [0, 2]),
+          q6_k: (14, 256, 210, [208]), iq4_nl: (20, 32, 18, [0]), iq4_xs: (23, 256, 136, [0]), gguf_mxfp4: (39, 32, 17, [])}
+
+
+def save_gguf(name, tensors):
+    """Tensors: name → (number of the format, shape slowest first, bytes)."""
+    def text(value):
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1) + text("general.architecture") + struct.pack("<I", 8) + text("golden")
+    data = b""
+    for key, (number, shape, values) in tensors.items():
+        header += text(key) + struct.pack("<I", len(shape)) + b"".join(struct.pack("<Q", width) for width in reversed(shape))
+        header += struct.pack("<IQ", number, len(data))
+        data += values + b"\0" * (-len(values) % 32)
+    (GOLDEN / f"{name}.gguf").write_bytes(header + b"\0" * (-len(header) % 32) + data)
+
+
+def gguf_blocks(rng):
+    tensors = {}
+    for decode, (number, weights, size, halves) in BLOCKS.items():
+        rows, columns = (3, 96) if weights == 32 else (2, 512)
+        blocks = rng.integers(0, 256, (rows, columns // weights, size)).astype(np.uint8)
+        for at in halves:
+            blocks[..., at:at + 2] = rng.uniform(-0.1, 0.1, blocks.shape[:2]).astype(np.float16)[..., None].view(np.uint8)
+        if decode is gguf_mxfp4:
+            blocks[..., 0] = rng.integers(110, 135, blocks.shape[:2])
+        expected = np.zeros((rows, columns), f32)
+        for row, column in np.ndindex(rows, columns):
+            block = [int(byte) for byte in blocks[row, column // weights]]
+            expected[row, column] = decode(bytes(block), column % weights)
+        key = decode.__name__.removeprefix("gguf_")
+        tensors[key] = (number, (rows, columns), blocks.tobytes())
+        tensors[f"{key}.expected"] = (0, (rows, columns), expected.tobytes())
+    save_gguf("blocks", tensors)
+
+
 def main():
     GOLDEN.mkdir(exist_ok=True)
     rng = np.random.default_rng(17)
@@ -246,6 +381,7 @@ def main():
     gptq("gptq", rng, (24, 128), 32, 1)
     gptq("gptq_partial_group", rng, (16, 160), 128, 1)
     gptq("gptq_v2", rng, (24, 128), 64, 2)
+    gguf_blocks(rng)
 
 
 main()

@@ -1,5 +1,8 @@
 //! Stored tensors in memory.
 
+#[allow(dead_code, reason = "not every test makes such files")]
+pub(crate) mod gguf;
+
 use epsmoe_quant::{QuantError, StoredTensor, StoredTensors, StoredType};
 use std::collections::BTreeMap;
 
