@@ -9,6 +9,7 @@
 //! combinations of them. GGUF's blocks ([`GgmlType`]) have scales within.
 
 mod coding;
+mod config;
 mod decode;
 pub mod element;
 mod error;
@@ -18,6 +19,7 @@ mod stored;
 mod transposed;
 
 pub use coding::{Blocks, CodedTensor, Coding, Element, Hints, Order};
+pub use config::{Activations, Method, QuantConfig};
 pub use decode::Value;
 pub use error::QuantError;
 pub use ggml::GgmlType;
