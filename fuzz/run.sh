@@ -17,10 +17,14 @@ done
 mkdir -p corpus/tokenizer corpus/safetensors_header
 cp "$fixtures/mixtral/tokenizer.json" corpus/tokenizer/mixtral
 cp ../crates/text/tests/templates/*.jinja corpus/chat_template
+mkdir -p corpus/gguf corpus/quantised corpus/quantisation_config
+cp ../crates/quant/tests/golden/*.gguf corpus/gguf
+cp ../crates/quant/tests/golden/*.safetensors corpus/quantised
 # A header of 56 bytes, and the four bytes that it describes.
 printf '\070\0\0\0\0\0\0\0{"a":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}\0\0\0\0' > corpus/safetensors_header/one
 
-for target in tokenizer chat_template tokenizer_config config safetensors_header weights_index generation_config; do
+for target in tokenizer chat_template tokenizer_config config safetensors_header weights_index generation_config \
+    gguf quantised quantisation_config; do
     # In a process of its own that is started again after a finding: finding one must not end the run.
     cargo +nightly fuzz run "$target" "corpus/$target" -- -fork=1 -ignore_crashes=1 -ignore_timeouts=1 -ignore_ooms=1 \
         -rss_limit_mb=2048 -timeout=10 -max_total_time="$1"

@@ -3,6 +3,10 @@
 //!
 //! The fuzz targets call these functions, and so does a test (`crates/cli/tests/untrusted`).
 
+mod quant;
+
+pub use quant::{gguf, quantisation_config, quantised};
+
 use epsmoe_base::DType;
 use epsmoe_model::checkpoint::{Header, Index};
 use epsmoe_model::config;

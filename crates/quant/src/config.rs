@@ -4,6 +4,7 @@
 //! not read. What is read here: which method it was, what shapes of tensors cannot tell ([`Hints`]), what is to be done
 //! with activations, and whatever makes weights mean something else than these codings do, which is refused.
 
+use crate::error::shown;
 use crate::{Hints, QuantError};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -95,8 +96,9 @@ impl QuantConfig {
             other => {
                 let methods: Vec<String> = Method::ALL.iter().map(Method::to_string).collect();
                 Err(QuantError::new(format!(
-                    "its `quant_method` is {other}, which is not read; use a version of the model made with one of {}, or \
+                    "its `quant_method` is {}, which is not read; use a version of the model made with one of {}, or \
                      an unquantised one",
+                    shown(other),
                     methods.join(", ")
                 )))
             }

@@ -1,5 +1,7 @@
 //! What can be wrong with a coded tensor or a GGUF file.
 
+use epsmoe_base::text::{printable, shortened};
+
 /// Why a tensor or a file could not be read: what is wrong and how to mend it, without the file's name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -8,8 +10,13 @@ pub struct QuantError(String);
 impl QuantError {
     /// An error of these words.
     pub fn new(problem: impl Into<String>) -> Self {
-        QuantError(problem.into())
+        QuantError(printable(&problem.into()).into_owned())
     }
+}
+
+/// A name from a file, of bearable length.
+pub(crate) fn shown(name: &str) -> String {
+    shortened(name, 200).into()
 }
 
 /// What mends bytes that disagree with each other.

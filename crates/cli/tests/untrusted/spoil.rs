@@ -155,3 +155,35 @@ fn safetensors_layout() {
     });
     spoil_all("header", &[header.to_string().into_bytes()], file);
 }
+
+/// Files with this ending among those that hold every coding.
+fn coded(ending: &str) -> Vec<Vec<u8>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../quant/tests/golden");
+    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == ending));
+    paths.sort();
+    paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
+}
+
+#[test]
+fn quantised() {
+    spoil_all("coded tensor", &coded("safetensors"), readers::quantised);
+}
+
+#[test]
+fn gguf() {
+    spoil_all("GGUF file", &coded("gguf"), readers::gguf);
+}
+
+#[test]
+fn quantisation_config() {
+    let section = json!({
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": { "format": "dense" },
+        "config_groups": { "group_0": { "weights": { "num_bits": 4, "strategy": "group", "group_size": 32 } } },
+    });
+    let fp8 =
+        json!({ "quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic" });
+    let gptq = json!({ "quant_method": "gptq", "bits": 4, "group_size": -1, "dynamic": {}, "checkpoint_format": "gptq" });
+    let sections = [section, fp8, gptq].map(|section| section.to_string().into_bytes());
+    spoil_all("quantization_config", &sections, readers::quantisation_config);
+}

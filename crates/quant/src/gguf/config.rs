@@ -5,6 +5,7 @@
 
 use super::Gguf;
 use crate::QuantError;
+use crate::error::shown;
 use serde_json::{Map, Value, json};
 
 /// Architectures that are translated.
@@ -31,7 +32,8 @@ impl Gguf {
             "gpt-oss" => draft.gpt_oss(),
             other => {
                 return Err(QuantError::new(format!(
-                    "architecture `{other}` is not supported in GGUF; supported are {SUPPORTED}"
+                    "architecture `{}` is not supported in GGUF; supported are {SUPPORTED}",
+                    shown(other)
                 )));
             }
         }?;

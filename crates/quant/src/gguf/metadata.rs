@@ -6,7 +6,7 @@ use crate::QuantError;
 use std::collections::BTreeMap;
 
 const MOST_KEYS: u64 = 1 << 16;
-const LONGEST_KEY: usize = 1 << 16;
+const LONGEST_KEY: usize = 256;
 
 /// Items of all lists together. The largest vocabularies have a quarter of a million tokens.
 const MOST_ITEMS: u64 = 1 << 22;

@@ -6,7 +6,7 @@ use crate::{GgmlType, QuantError, StoredTensor, StoredType};
 use std::collections::BTreeMap;
 
 const MOST_TENSORS: u64 = 1 << 20;
-const LONGEST_NAME: usize = 1 << 10;
+const LONGEST_NAME: usize = 256;
 const MOST_DIMENSIONS: u32 = 4;
 
 /// Formats that exist but are not read, for messages.
