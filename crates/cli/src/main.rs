@@ -20,7 +20,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let matches = args::command().get_matches_from(args::spelled_out(std::env::args_os()));
+    let program = args::command();
+    let typed = args::spelled_out(std::env::args_os()).collect();
+    let typed = match args::with_config_file(&program, typed) {
+        Ok(typed) => typed,
+        Err(problem) => {
+            output::report(&problem);
+            return ExitCode::FAILURE;
+        }
+    };
+    let matches = program.get_matches_from(typed);
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let bug = output::remember_panics();
     match catch_unwind(AssertUnwindSafe(|| run(&cli.command))) {
@@ -40,6 +49,7 @@ fn main() -> ExitCode {
 fn run(command: &Command) -> anyhow::Result<()> {
     match command {
         Command::Generate(args) => commands::generate::run(args),
+        Command::Serve(args) => commands::serve::run(args),
         Command::Logits(args) => commands::logits::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
         Command::Bench(args) => commands::bench::run(args),

@@ -66,6 +66,11 @@ impl OpenModel {
         Ok(self.folder.as_deref().map(Tokenizer::open).transpose()?.flatten())
     }
 
+    /// The model's chat template; nothing where there is none.
+    pub(crate) fn template(&self) -> Result<Option<ChatTemplate>> {
+        Ok(self.folder.as_deref().map(ChatTemplate::open).transpose()?.flatten())
+    }
+
     /// Token ids of a prompt.
     pub(crate) fn encode(&self, prompt: &str, chat: Option<Chat>) -> Result<Vec<u32>> {
         encode(self.folder.as_deref(), &self.name, prompt, chat)

@@ -100,6 +100,11 @@ impl ChatTemplate {
         }))
     }
 
+    /// The template itself.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
     /// The prompt of a conversation.
     pub fn render(&self, request: &RenderRequest) -> Result<String, TextError> {
         let refuse = |error: Error| TextError::File { file: self.file.clone(), problem: described(&error) };

@@ -11,6 +11,7 @@ mod chat_template;
 mod files;
 mod generation_config;
 mod stream;
+mod token_bytes;
 mod tokenizer;
 
 pub use chat_template::{ChatTemplate, RenderRequest};

@@ -6,6 +6,7 @@ use crate::{TextError, Tokenizer};
 pub struct DecodeStream {
     tokenizer: Tokenizer,
     stop: Vec<String>,
+    skip_special: bool,
     ids: Vec<u32>,
     /// Tokens `..settled` have given their text; those of `context..settled` are decoded again with what
     /// follows, because a token's text depends on what is before it.
@@ -13,21 +14,23 @@ pub struct DecodeStream {
     context: usize,
     /// Text that may be the beginning of a stop string.
     held: String,
-    stopped: bool,
+    /// Which stop string has come.
+    stopped: Option<usize>,
 }
 
 impl DecodeStream {
-    /// A stream that ends where one of the `stop` strings begins.
-    pub fn new(tokenizer: &Tokenizer, stop: Vec<String>) -> Self {
+    /// A stream that ends where one of the `stop` strings begins, with or without special tokens.
+    pub fn new(tokenizer: &Tokenizer, stop: Vec<String>, skip_special: bool) -> Self {
         let stop = stop.into_iter().filter(|stop| !stop.is_empty()).collect();
         DecodeStream {
             tokenizer: tokenizer.clone(),
             stop,
+            skip_special,
             ids: Vec::new(),
             settled: 0,
             context: 0,
             held: String::new(),
-            stopped: false,
+            stopped: None,
         }
     }
 
@@ -53,24 +56,31 @@ impl DecodeStream {
 
     /// Whether a stop string has come.
     pub fn stopped(&self) -> bool {
-        self.stopped
+        self.stopped.is_some()
+    }
+
+    /// The stop string that has come.
+    pub fn stopped_by(&self) -> Option<&str> {
+        self.stopped.map(|which| self.stop[which].as_str())
     }
 
     /// Text of the tokens that have given none yet.
     fn unsettled(&self) -> Result<String, TextError> {
-        let before = self.tokenizer.decode(&self.ids[self.context..self.settled], true)?;
-        let with = self.tokenizer.decode(&self.ids[self.context..], true)?;
+        let before = self.tokenizer.decode(&self.ids[self.context..self.settled], self.skip_special)?;
+        let with = self.tokenizer.decode(&self.ids[self.context..], self.skip_special)?;
         Ok(with.strip_prefix(&before).unwrap_or_default().to_owned())
     }
 
     /// Adds text to what is held, and lets go what can belong to no stop string.
     fn release(&mut self, text: &str) -> String {
-        if self.stopped {
+        if self.stopped() {
             return String::new();
         }
         self.held.push_str(text);
-        if let Some(at) = self.stop.iter().filter_map(|stop| self.held.find(stop)).min() {
-            self.stopped = true;
+        let found =
+            self.stop.iter().enumerate().filter_map(|(which, stop)| Some((self.held.find(stop)?, which)));
+        if let Some((at, which)) = found.min() {
+            self.stopped = Some(which);
             let mut before = std::mem::take(&mut self.held);
             before.truncate(at);
             return before;
@@ -100,7 +110,8 @@ mod tests {
     /// What a stream hands out token by token, and at the end.
     fn streamed(whole: &str, stop: &[&str]) -> (Vec<String>, bool) {
         let tokenizer = tokenizer();
-        let mut stream = DecodeStream::new(&tokenizer, stop.iter().map(|stop| stop.to_string()).collect());
+        let mut stream =
+            DecodeStream::new(&tokenizer, stop.iter().map(|stop| stop.to_string()).collect(), true);
         let mut pieces = Vec::new();
         for id in tokenizer.encode(whole).unwrap() {
             pieces.push(stream.push(id).unwrap());
@@ -115,7 +126,7 @@ mod tests {
         assert_eq!((pieces.concat().as_str(), stopped), ("a🙂b", false));
         assert!(pieces.iter().all(|piece| !piece.contains(char::REPLACEMENT_CHARACTER)), "{pieces:?}");
         let tokenizer = tokenizer();
-        let mut cut = DecodeStream::new(&tokenizer, Vec::new());
+        let mut cut = DecodeStream::new(&tokenizer, Vec::new(), true);
         cut.push(tokenizer.encode("🙂").unwrap()[0]).unwrap();
         assert_eq!(cut.finish().unwrap(), "\u{fffd}");
     }

@@ -1,5 +1,6 @@
 //! Tokens to and from text.
 
+use crate::token_bytes::Spelling;
 use crate::{TextError, files};
 use epsmoe_base::panic_text;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -58,6 +59,20 @@ impl Tokenizer {
         self.0.id_to_token(id)
     }
 
+    /// The bytes that a token stands for, if the vocabulary has it; of a special token, its name.
+    pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
+        if let Some(added) = self.0.get_added_tokens_decoder().get(&id) {
+            return Some(added.content.clone().into_bytes());
+        }
+        let spelling = Spelling::of(self.0.get_decoder());
+        self.0.id_to_token(id).map(|written| spelling.bytes(&written))
+    }
+
+    /// Whether a token is no text, but a sign between texts.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.0.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+    }
+
     /// How many tokens there are, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.0.get_vocab_size(true)
@@ -86,6 +101,15 @@ mod tests {
         }
         assert_eq!(tokenizer.encode("<s>").unwrap(), [0]);
         assert_eq!(tokenizer.token(0).as_deref(), Some("<s>"));
+        assert_eq!(tokenizer.token_bytes(0).unwrap(), b"<s>");
+        assert!(tokenizer.is_special(0) && !tokenizer.is_special(100));
+        let bytes: Vec<u8> = tokenizer
+            .encode("a 🙂")
+            .unwrap()
+            .iter()
+            .flat_map(|&id| tokenizer.token_bytes(id).unwrap())
+            .collect();
+        assert_eq!(bytes, "a 🙂".as_bytes());
     }
 
     #[test]

@@ -1,22 +1,26 @@
 //! What was typed. No flag means anything here; `setup` and the commands say what it means.
 //!
 //! One file for each group of commands: `run` (what every command that runs a model takes), `generate` (prompts and
-//! sampling), `bench`, `plan` (predictions and profiles), `tools` (everything else); `values` has the words that flags
+//! sampling), `serve` and `config_file` (flags that stand in a file), `bench`, `plan` (predictions and profiles), `tools` (everything else); `values` has the words that flags
 //! take.
 
 mod bench;
+mod config_file;
 mod generate;
 mod plan;
 mod run;
+mod serve;
 mod tools;
 mod values;
 
 pub(crate) use bench::BenchArgs;
+pub(crate) use config_file::with_config_file;
 pub(crate) use generate::{GenerateArgs, LogitsArgs, PromptArgs, SamplingArgs, TokenizeArgs};
 pub(crate) use plan::{PlanArgs, ProfileArgs};
 pub(crate) use run::{ModelArgs, RunArgs};
+pub(crate) use serve::{LogFormat, MetricsCompat, ServeArgs};
 pub(crate) use tools::{CompletionsArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
-pub(crate) use values::{ContenderSpec, DeviceKind, Dtype, Gemm, ScheduleKind, SharedExpertPlace};
+pub(crate) use values::{ContenderSpec, DeviceKind, Dtype, Gemm, Parsers, ScheduleKind, SharedExpertPlace};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
@@ -26,6 +30,7 @@ Examples:
   epsmoe bench                                       schedules side by side, no download needed
   epsmoe generate --model ./Qwen3-30B-A3B --chat --prompt 'Why is the sky blue?'
   epsmoe generate --model preset:mixtral-mini --ids 5,6,7 --max-tokens 8 --json
+  epsmoe serve ./Qwen3-30B-A3B                       an OpenAI-compatible server
   epsmoe logits --model ./model --ids 5,6,7 --out logits.safetensors -dp 2 -ep --stages 4
   epsmoe doctor                                      what works on this machine
 
@@ -46,6 +51,9 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Continue a prompt
     Generate(Box<GenerateArgs>),
+    /// Serve a model to OpenAI's clients
+    #[command(mut_arg("model", |model| model.long(None).index(1).value_name("MODEL")))]
+    Serve(Box<ServeArgs>),
     /// Write the logits of every token of a prompt to a file
     Logits(Box<LogitsArgs>),
     /// Show the tokens of a text

@@ -145,6 +145,42 @@ impl FromStr for ShardSize {
     }
 }
 
+/// An origin, or a JSON list of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Origins(pub(crate) Vec<String>);
+
+impl FromStr for Origins {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if !text.trim_start().starts_with('[') {
+            return Ok(Origins(vec![text.to_owned()]));
+        }
+        let list = serde_json::from_str(text);
+        list.map(Origins).map_err(|error| format!("write [\"http://localhost:3000\"]: {error}"))
+    }
+}
+
+/// `auto`, `none`, or a parser by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parsers<T> {
+    Auto,
+    None,
+    Named(T),
+}
+
+impl<T: FromStr> FromStr for Parsers<T> {
+    type Err = T::Err;
+
+    fn from_str(text: &str) -> Result<Self, T::Err> {
+        match text {
+            "auto" => Ok(Parsers::Auto),
+            "none" => Ok(Parsers::None),
+            name => name.parse().map(Parsers::Named),
+        }
+    }
+}
+
 pub(crate) fn bounded(least: usize, most: usize) -> impl Fn(&str) -> Result<usize, String> + Clone {
     move |text| {
         let number = text.parse().ok().filter(|number| (least..=most).contains(number));

@@ -60,7 +60,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
 
     let (mut engine, load) = setup.start(options)?;
     let mut stream =
-        tokenizer.as_ref().map(|tokenizer| DecodeStream::new(tokenizer, args.sampling.stop.clone()));
+        tokenizer.as_ref().map(|tokenizer| DecodeStream::new(tokenizer, args.sampling.stop.clone(), true));
     let prompt_tokens = request.prompt.len();
     let (completion, text) = generate(&mut engine, request, stream.as_mut(), !args.json)?;
     setup.write_routing(&engine)?;

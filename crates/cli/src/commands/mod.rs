@@ -8,5 +8,6 @@ pub(crate) mod kernels;
 pub(crate) mod logits;
 pub(crate) mod plan;
 pub(crate) mod profile;
+pub(crate) mod serve;
 pub(crate) mod synth;
 pub(crate) mod tokenize;

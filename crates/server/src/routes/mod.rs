@@ -1,0 +1,65 @@
+//! One file for each group of routes.
+
+pub(crate) mod chat;
+pub(crate) mod completions;
+pub(crate) mod health;
+pub(crate) mod metrics;
+pub(crate) mod models;
+pub(crate) mod tokenize;
+
+use crate::guide::Grammar;
+use crate::openai::sampling::{ResponseFormat, SamplingFields, StructuredOutputs};
+use crate::openai::{ApiError, sampling::StreamOptions};
+use crate::sse::UsageWanted;
+
+/// Which usage a stream tells.
+fn usage_wanted(options: Option<StreamOptions>) -> UsageWanted {
+    let options = options.unwrap_or_default();
+    let each = options.continuous_usage_stats.unwrap_or(false);
+    UsageWanted { last: options.include_usage.unwrap_or(false), each }
+}
+
+/// What the answer must look like, and the field that says so.
+fn grammar(fields: &SamplingFields) -> Result<Option<(Grammar, &'static str)>, ApiError> {
+    let of_format = match &fields.response_format {
+        None | Some(ResponseFormat::Text) => None,
+        Some(ResponseFormat::JsonObject) => Some(Grammar::object()),
+        Some(ResponseFormat::JsonSchema { json_schema }) => {
+            Some(Grammar::Json(json_schema.schema.clone().into()))
+        }
+    };
+    let of_outputs = fields.structured_outputs.as_ref().map(structured).transpose()?;
+    match (of_format, of_outputs) {
+        (Some(_), Some(_)) => {
+            Err(ApiError::field("structured_outputs", "response_format says it too: give one of the two"))
+        }
+        (Some(grammar), None) => Ok(Some((grammar, "response_format"))),
+        (None, Some(grammar)) => Ok(Some((grammar, "structured_outputs"))),
+        (None, None) => Ok(None),
+    }
+}
+
+fn structured(outputs: &StructuredOutputs) -> Result<Grammar, ApiError> {
+    let StructuredOutputs { json, regex, choice, grammar, json_object } = outputs.clone();
+    let schema = json.map(|json| match json {
+        // Some clients send the schema as text.
+        serde_json::Value::String(text) => serde_json::from_str(&text).unwrap_or_default(),
+        json => json,
+    });
+    let all = [
+        schema.map(Grammar::Json),
+        regex.map(Grammar::Regex),
+        choice.map(Grammar::Choice),
+        grammar.map(Grammar::Lark),
+        (json_object == Some(true)).then(Grammar::object),
+    ];
+    let mut given = all.into_iter().flatten();
+    let problem = "give exactly one of json, regex, choice, grammar and json_object";
+    match (given.next(), given.next()) {
+        (Some(Grammar::Choice(texts)), None) if texts.is_empty() => {
+            Err(ApiError::field("structured_outputs", "choice: the list is empty"))
+        }
+        (Some(grammar), None) => Ok(grammar),
+        _ => Err(ApiError::field("structured_outputs", problem)),
+    }
+}

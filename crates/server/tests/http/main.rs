@@ -1,0 +1,12 @@
+//! A server over a checkpoint, as clients see it.
+
+#![expect(clippy::unwrap_used, reason = "what panics in a test has failed")]
+
+mod answers;
+mod chat;
+mod connections;
+mod endings;
+mod errors;
+mod guided;
+mod routes;
+mod support;
