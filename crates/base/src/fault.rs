@@ -104,25 +104,50 @@ impl FaultCell {
     }
 }
 
-/// A point in time after which a wait gives up.
-#[derive(Clone, Copy, Debug)]
+/// How long a wait may take, in time that the process was able to run: whoever waits looks now and then whether it has
+/// [`passed`](Deadline::passed), and only so much of the time between two looks counts as a running process may let go
+/// by. While a process is stopped (Ctrl-Z), or its machine sleeps, no deadline comes nearer.
+#[derive(Clone, Debug)]
 pub struct Deadline {
-    start: Instant,
     allowed: Duration,
+    /// When to give up, in time that counts.
+    limit: Duration,
+    counted: Duration,
+    looked: Instant,
 }
 
 impl Deadline {
+    /// The most that counts of the time between two looks.
+    const LONGEST_LOOK: Duration = FaultCell::POLL.saturating_mul(20);
+
     /// A deadline `allowed` from now.
     pub fn after(allowed: Duration) -> Self {
-        Deadline { start: Instant::now(), allowed }
+        Deadline { allowed, limit: allowed, counted: Duration::ZERO, looked: Instant::now() }
     }
 
-    /// Whether the wait must give up.
-    pub fn passed(&self) -> bool {
-        self.start.elapsed() >= self.allowed
+    /// For a wait on work that keeps deadlines of its own, `allowed` each: twice as long, so that the work gives up
+    /// first and says what it was waiting for.
+    pub fn behind(allowed: Duration) -> Self {
+        Deadline { limit: allowed.saturating_mul(2), ..Deadline::after(allowed) }
     }
 
-    /// How long the wait was allowed to take.
+    /// Whether the wait must give up. Asked every [`FaultCell::POLL`] or so.
+    pub fn passed(&mut self) -> bool {
+        self.passed_at(Instant::now())
+    }
+
+    fn passed_at(&mut self, now: Instant) -> bool {
+        self.counted += now.saturating_duration_since(self.looked).min(Self::LONGEST_LOOK);
+        self.looked = now;
+        self.counted >= self.limit
+    }
+
+    /// Begins anew: what is waited for has come nearer.
+    pub fn restart(&mut self) {
+        (self.counted, self.looked) = (Duration::ZERO, Instant::now());
+    }
+
+    /// How long was allowed, for messages.
     pub fn allowed(&self) -> Duration {
         self.allowed
     }
@@ -163,5 +188,34 @@ mod tests {
     fn deadlines_pass() {
         assert!(Deadline::after(Duration::ZERO).passed());
         assert!(!Deadline::after(Duration::from_secs(60)).passed());
+    }
+
+    #[test]
+    fn only_time_that_the_process_ran_counts() {
+        let (mut deadline, begun) = (Deadline::after(Duration::from_secs(1)), Instant::now());
+        let mut now = begun;
+        let mut look = |after| {
+            now += after;
+            deadline.passed_at(now)
+        };
+        assert!((0..150).all(|_| !look(FaultCell::POLL)), "750 ms of polling");
+        assert!(!look(Duration::from_secs(3600)), "the process was stopped for an hour");
+        let polls = (0..).take_while(|_| !look(FaultCell::POLL)).count();
+        assert!(
+            (25..=50).contains(&polls),
+            "250 ms were left, and at most 100 ms of the hour count: {polls}"
+        );
+    }
+
+    #[test]
+    fn a_wait_behind_others_gives_them_time_to_say_what_is_late() {
+        let allowed = Duration::from_secs(1);
+        let mut deadline = Deadline::behind(allowed);
+        let mut look = |ms| deadline.passed_at(deadline.looked + Duration::from_millis(ms));
+        assert!((0..19).all(|_| !look(100)));
+        assert!(look(100));
+        assert_eq!(deadline.allowed(), allowed);
+        deadline.restart();
+        assert!(!deadline.passed());
     }
 }

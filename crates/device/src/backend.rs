@@ -70,7 +70,8 @@ pub trait Backend: Send + Sync + 'static {
     /// Lets nothing enqueued on `lane` from now on start before `event` is complete.
     fn lane_wait(&self, lane: Lane, event: &Self::Event);
 
-    /// Blocks the caller until `event` is complete, the world has stopped, or the deadline has passed.
+    /// Blocks the caller until `event` is complete, the world has stopped, or the deadline has passed: for each piece of
+    /// work before the event where the processor tells when one ends, else for all of them.
     fn wait(&self, event: &Self::Event, deadline: Deadline) -> Result<(), Fault>;
 
     /// Copies numbers out, row by row; only what a waited-for event ordered before may be read.

@@ -585,6 +585,48 @@ fn a_rank_that_never_comes_is_named() {
     );
 }
 
+#[test]
+fn a_link_that_is_too_slow_is_a_deadline_not_a_hang() {
+    // Eleven days for an exchange.
+    let link = Some("1GB/s,1000000000ms".parse().expect("a link"));
+    let options = ThreadsOptions { link, ..options(SHORT) };
+    let begin = Instant::now();
+    let answers = on_all_ranks(threads(2, 0, options), |node| turn(node, "dispatch", 1, 3, DType::F32));
+    assert!(begin.elapsed() < SHORT + SLACK, "{:?}", begin.elapsed());
+    let fault = answers[0].clone().expect_err("no exchange can end in time");
+    assert_eq!(answers[1], Err(fault.clone()));
+    let want = |rank| format!("rank {rank}, layer 4, stage 1: dispatch did not cross the link within 400ms");
+    assert!([want(0), want(1)].contains(&fault.to_string()), "{fault}");
+    assert_eq!(fault.kind, FaultKind::Deadline);
+}
+
+/// What leaves and what comes travels at once, and a rank's own rows do not travel: they do not add up.
+#[test]
+fn a_paced_exchange_takes_as_long_as_its_larger_direction() {
+    const ROW: usize = 250;
+    let link = Some("100kB/s".parse().expect("a link"));
+    let attempt = || {
+        let begin = Instant::now();
+        on_all_ranks(threads(2, 0, ThreadsOptions { link, ..options(PATIENT) }), |node| {
+            let part = |rows| node.device.allocate("rows", DType::F32, rows, ROW).expect("memory");
+            // 10 rows to the other, 10 rows from it, 20 of one's own.
+            let parts = || [10, 20].map(|rows| part(rows)).to_vec();
+            let ordered = |mut parts: Vec<Buffer>| {
+                parts.rotate_left(1 - node.rank());
+                parts
+            };
+            let exchange = Exchange { name: "turn", send: ordered(parts()), receive: ordered(parts()) };
+            let place = Place::default();
+            node.fabric.transport.all_to_all_v(&node.device, Lane::Transfer, place, exchange).expect("parts");
+            node.finish().unwrap();
+        });
+        begin.elapsed()
+    };
+    // A loaded machine may take longer at times, never shorter.
+    let took = (0..5).map(|_| attempt()).min().unwrap_or_default();
+    assert!((100..180).contains(&took.as_millis()), "10 rows of 1000 bytes at 100 kB/s took {took:?}");
+}
+
 /// Asks the device, which has nothing to do, until it says why the world stopped.
 fn until_stopped(node: &Node) -> Fault {
     loop {

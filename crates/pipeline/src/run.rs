@@ -69,8 +69,7 @@ pub struct PipelineOptions {
     pub sizes: PipelineSizes,
     /// A hash of the model and whatever else all ranks must have in common.
     pub identity: u64,
-    /// How long ranks wait for each other. The host waits twice as long for its own lanes, so that the exchange
-    /// notices a late rank first: it knows which one.
+    /// How long ranks wait for each other, and the host for its lanes.
     pub timeout: Duration,
 }
 
@@ -321,7 +320,7 @@ impl<B: Backend> ExpertPipeline<B> {
     }
 
     pub(crate) fn wait(&self, event: &B::Event) -> Result<(), PipelineError> {
-        Ok(self.device.wait(event, Deadline::after(2 * self.options.timeout))?)
+        Ok(self.device.wait(event, Deadline::behind(self.options.timeout))?)
     }
 
     fn layer_bytes(&self, traffic: &Traffic) -> u64 {

@@ -293,7 +293,7 @@ impl Bench {
         let x = device.allocate("x", device.dtype(), self.tokens, shape.hidden)?;
         let y = device.allocate("y", device.dtype(), self.tokens, shape.hidden)?;
         self.fill(&x)?;
-        let finish = || device.wait(&device.record(Lane::Compute), Deadline::after(2 * timeout));
+        let finish = || device.wait(&device.record(Lane::Compute), Deadline::behind(timeout));
         finish()?;
         device.set_recording(true);
         while let Ok(job) = todo.recv() {

@@ -570,7 +570,7 @@ impl Backend for CudaBackend {
         }
     }
 
-    fn wait(&self, event: &CudaEvent, deadline: Deadline) -> Result<(), Fault> {
+    fn wait(&self, event: &CudaEvent, mut deadline: Deadline) -> Result<(), Fault> {
         /// Waits shorter than this are spun through.
         const SPIN: Duration = Duration::from_micros(200);
         const NAP: Duration = Duration::from_micros(50);
@@ -597,8 +597,14 @@ impl Backend for CudaBackend {
                     let pending = order.pending[lane.index()].front()?;
                     (pending.count <= event.clock.of(lane)).then_some((lane, pending.name, pending.place))
                 });
-                let (lane, name, place) = late.unwrap_or((Lane::Compute, "nothing", Place::default()));
-                let message = format!("the {lane} was still at {name} after {:?}", deadline.allowed());
+                let allowed = deadline.allowed();
+                let (place, message) = match late {
+                    Some((lane, name, place)) => (
+                        place,
+                        format!("{name} on the {lane}, or what follows it, did not end within {allowed:?}"),
+                    ),
+                    None => (Place::default(), format!("the GPU did not go on within {allowed:?}")),
+                };
                 return Err(self.raise(FaultKind::Deadline, place, message));
             }
             if asked.elapsed() < SPIN {

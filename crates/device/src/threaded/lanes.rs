@@ -31,6 +31,8 @@ struct Progress {
     /// the short operations on its way would cost more than they do.
     awaited: [u64; Lane::ALL.len()],
     running: [Option<(&'static str, Place)>; Lane::ALL.len()],
+    /// The lane that each lane waits for.
+    waits_for: [Option<Lane>; Lane::ALL.len()],
     records: Vec<Record>,
 }
 
@@ -40,12 +42,27 @@ impl Default for Progress {
             completed: [0; Lane::ALL.len()],
             awaited: [u64::MAX; Lane::ALL.len()],
             running: [None; Lane::ALL.len()],
+            waits_for: [None; Lane::ALL.len()],
             records: Vec::new(),
         }
     }
 }
 
-/// What both lanes of a rank and the host share.
+impl Progress {
+    /// What keeps a lane that is late, perhaps through another that it waits for.
+    fn describe(&self, late: Lane, allowed: Duration) -> (Place, String) {
+        let mut lane = late;
+        for _ in Lane::ALL {
+            lane = self.waits_for[lane.index()].unwrap_or(lane);
+        }
+        match self.running[lane.index()] {
+            Some((name, place)) => (place, format!("{name} on the {lane} did not end within {allowed:?}")),
+            None => (Place::default(), format!("the {lane} did not go on within {allowed:?}")),
+        }
+    }
+}
+
+/// What the lanes of a rank and the host share.
 struct Shared {
     rank: Rank,
     memory: Memory,
@@ -104,9 +121,10 @@ impl Lanes {
         self.shared.push(lane, Item::Wait { lane: other, until });
     }
 
-    /// Blocks until each lane has completed that many pieces of work.
-    pub(super) fn wait(&self, until: impl Fn(Lane) -> u64, deadline: Deadline) -> Result<(), Fault> {
+    /// Blocks until each lane has completed that many pieces of work. The deadline is for each of them.
+    pub(super) fn wait(&self, until: impl Fn(Lane) -> u64, mut deadline: Deadline) -> Result<(), Fault> {
         let mut progress = lock(&self.shared.progress);
+        let mut completed = progress.completed;
         loop {
             self.shared.faults.check()?;
             let Some(late) =
@@ -114,9 +132,12 @@ impl Lanes {
             else {
                 return Ok(());
             };
+            if progress.completed != completed {
+                completed = progress.completed;
+                deadline.restart();
+            }
             if deadline.passed() {
-                let (name, place) = progress.running[late.index()].unwrap_or(("nothing", Place::default()));
-                let message = format!("the {late} was still at {name} after {:?}", deadline.allowed());
+                let (place, message) = progress.describe(late, deadline.allowed());
                 return Err(self.shared.raise(FaultKind::Deadline, place, message));
             }
             progress = self.shared.sleep(progress, late, until(late));
@@ -155,7 +176,7 @@ impl Shared {
     fn run(&self, lane: Lane, mut jitter: Option<Mix>) {
         while let Some(item) = self.next(lane) {
             match item {
-                Item::Wait { lane: other, until } => self.await_lane(other, until),
+                Item::Wait { lane: other, until } => self.await_lane(lane, other, until),
                 Item::Run { place, name, work } => {
                     if let Some(mix) = &mut jitter {
                         pause(mix);
@@ -182,11 +203,13 @@ impl Shared {
 
     /// Ends when the other lane has come so far or the world has failed; the other lane's own waits have
     /// deadlines, so one of the two happens.
-    fn await_lane(&self, other: Lane, until: u64) {
+    fn await_lane(&self, lane: Lane, other: Lane, until: u64) {
         let mut progress = lock(&self.progress);
         while progress.completed[other.index()] < until && self.faults.get().is_none() {
+            progress.waits_for[lane.index()] = Some(other);
             progress = self.sleep(progress, other, until);
         }
+        progress.waits_for[lane.index()] = None;
     }
 
     fn work(&self, lane: Lane, place: Place, name: &'static str, work: Work) {
@@ -253,4 +276,57 @@ fn pause(mix: &mut Mix) {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Fill;
+    use super::*;
+    use epsmoe_base::{Layer, Stage};
+
+    fn lanes(faults: &FaultCell) -> Lanes {
+        Lanes::start(Rank(3), Memory::new(Fill::Zero), faults.clone(), Instant::now(), None).expect("threads")
+    }
+
+    /// Work that ends with the world.
+    fn endless(faults: &FaultCell) -> Work {
+        let faults = faults.clone();
+        Box::new(move |_| {
+            loop {
+                faults.check()?;
+                std::thread::sleep(FaultCell::POLL);
+            }
+        })
+    }
+
+    #[test]
+    fn a_late_lane_is_reported_by_the_work_that_keeps_it() {
+        let faults = FaultCell::default();
+        let lanes = lanes(&faults);
+        let place = Place::layer(Layer(5)).stage(Stage(2));
+        lanes.push(Lane::Transfer, place, "dispatch", endless(&faults));
+        lanes.push_wait(Lane::Compute, Lane::Transfer, 1);
+        lanes.push(Lane::Compute, Place::default(), "gather", Box::new(|_| Ok(())));
+        let waited =
+            lanes.wait(|lane| u64::from(lane == Lane::Compute), Deadline::behind(Duration::from_millis(100)));
+        assert_eq!(
+            waited.unwrap_err().to_string(),
+            "rank 3, layer 5, stage 2: dispatch on the transfer lane did not end within 100ms"
+        );
+    }
+
+    #[test]
+    fn a_deadline_is_for_each_piece_of_work() {
+        let faults = FaultCell::default();
+        let lanes = lanes(&faults);
+        let slow = || -> Work {
+            Box::new(|_| {
+                std::thread::sleep(Duration::from_millis(100));
+                Ok(())
+            })
+        };
+        (0..5).for_each(|_| lanes.push(Lane::Compute, Place::default(), "gemm", slow()));
+        let all = |lane| if lane == Lane::Compute { 5 } else { 0 };
+        assert_eq!(lanes.wait(all, Deadline::after(Duration::from_millis(400))), Ok(()));
+    }
 }

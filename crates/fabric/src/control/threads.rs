@@ -68,7 +68,7 @@ impl Control for ThreadControl {
         let shared = &*self.shared;
         let number = self.round.fetch_add(1, Ordering::Relaxed);
         let raise = |kind, message| Err(shared.faults.raise(Fault { kind, rank: self.rank, place, message }));
-        let deadline = Deadline::after(shared.timeout);
+        let mut deadline = Deadline::after(shared.timeout);
         let mut rounds = lock(&shared.rounds);
         let round = || Round { messages: vec![None; shared.size], readers: 0 };
         rounds.entry(number).or_insert_with(round).messages[self.rank.0] =

@@ -20,6 +20,18 @@ pub struct Exchange {
     pub receive: Vec<Buffer>,
 }
 
+impl Exchange {
+    /// What the link of the rank at position `me` is occupied with: the larger of what leaves for other ranks and what
+    /// comes from them. A link carries both directions at once; rows of a rank's own do not take it.
+    pub(crate) fn link_bytes(&self, me: usize) -> u64 {
+        let others = |parts: &[Buffer]| -> u64 {
+            let others = parts.iter().enumerate().filter(|(position, _)| *position != me);
+            others.map(|(_, part)| (part.rows * part.width * part.dtype.bytes()) as u64).sum()
+        };
+        others(&self.send).max(others(&self.receive))
+    }
+}
+
 /// One rank's end of the exchanges of rows among some ranks: all of the world, or a sub-group.
 ///
 /// All its ranks enqueue the same exchanges in the same order; exchanges of different transports are ordered by their
@@ -67,4 +79,26 @@ pub(crate) fn check_parts(exchange: &Exchange, size: usize) -> Result<(), Device
         exchange.receive.len(),
         epsmoe_base::count(size, "rank")
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use epsmoe_base::DType;
+    use epsmoe_device::AllocationId;
+
+    #[test]
+    fn a_link_carries_the_larger_direction_and_none_of_a_ranks_own_rows() {
+        let part = |rows| {
+            let allocation = AllocationId(0);
+            Buffer { allocation, name: "rows", dtype: DType::BF16, offset: 0, rows, width: 5, stride: 8 }
+        };
+        let parts = |rows: [usize; 3]| rows.map(part).to_vec();
+        let exchange = Exchange { name: "dispatch", send: parts([3, 100, 4]), receive: parts([2, 100, 1]) };
+        assert_eq!(exchange.link_bytes(1), (3 + 4) * 5 * 2, "more leaves than comes");
+        let back = Exchange { send: exchange.receive, receive: exchange.send, ..exchange };
+        assert_eq!(back.link_bytes(1), (3 + 4) * 5 * 2, "more comes than leaves");
+        let own = Exchange { name: "dispatch", send: parts([0, 9, 0]), receive: parts([0, 9, 0]) };
+        assert_eq!(own.link_bytes(1), 0);
+    }
 }

@@ -225,32 +225,37 @@ impl<Q: PeerQueue> RunningExchange<Q> {
     }
 
     fn run(&self, queue: &Q) -> Result<(), Fault> {
-        let deadline = Deadline::after(self.group.options.timeout);
+        let mut deadline = Deadline::after(self.group.options.timeout);
         let now = Instant::now();
         let mut ready = self.end.link.as_ref().map_or(now, |link| link.begin(now));
         let taken = self.send(queue, ready)?;
         for source in 0..self.group.ranks.len() {
-            ready = ready.max(self.receive(queue, source, deadline)?);
+            ready = ready.max(self.receive(queue, source, &mut deadline)?);
         }
-        self.await_taken(queue, &taken, deadline)?;
-        self.pace(ready);
-        Ok(())
+        self.await_taken(queue, &taken, &mut deadline)?;
+        self.pace(ready, &mut deadline)
     }
 
-    /// Sleeps until the link would have carried the exchange that could start at `ready`.
-    fn pace(&self, ready: Instant) {
-        let Some(link) = &self.end.link else { return };
-        let others = |parts: &[Buffer]| -> u64 {
-            let others = parts.iter().enumerate().filter(|(rank, _)| *rank != self.me);
-            others.map(|(_, part)| (part.rows * part.width * part.dtype.bytes()) as u64).sum()
-        };
-        let bytes = others(&self.exchange.send).max(others(&self.exchange.receive));
+    /// Sleeps until the link would have carried the exchange that could start at `ready`. No sleep is longer than
+    /// [`FaultCell::POLL`]: a link may be so slow that the world stops first.
+    fn pace(&self, ready: Instant, deadline: &mut Deadline) -> Result<(), Fault> {
+        let Some(link) = &self.end.link else { return Ok(()) };
+        let bytes = self.exchange.link_bytes(self.me);
         if bytes == 0 {
-            return;
+            return Ok(());
         }
         let (due, copied) = (link.book(ready, bytes), Instant::now());
-        std::thread::sleep(due.saturating_duration_since(copied));
-        link.note(due, copied, Instant::now());
+        let mut now = copied;
+        while now < due {
+            self.group.options.faults.check()?;
+            if deadline.passed() {
+                return Err(self.late(format!("{} did not cross the link", self.exchange.name), deadline));
+            }
+            std::thread::sleep(due.saturating_duration_since(now).min(FaultCell::POLL));
+            now = Instant::now();
+        }
+        link.note(due, copied, now);
+        Ok(())
     }
 
     /// Posts every part; gives what tells when each is taken.
@@ -276,14 +281,11 @@ impl<Q: PeerQueue> RunningExchange<Q> {
     }
 
     /// Copies what `source` sent; returns when it was sent.
-    fn receive(&self, queue: &Q, source: usize, deadline: Deadline) -> Result<Instant, Fault> {
+    fn receive(&self, queue: &Q, source: usize, deadline: &mut Deadline) -> Result<Instant, Fault> {
         let (name, sender) = (self.exchange.name, self.group.ranks[source]);
         let route = Route { exchange: self.number, source, destination: self.me };
-        let part = self.until(
-            deadline,
-            |posted| posted.remove(&route),
-            || format!("{sender} did not send {name} within {:?}", deadline.allowed()),
-        )?;
+        let part =
+            self.until(deadline, |posted| posted.remove(&route), || format!("{sender} did not send {name}"))?;
         let room = &self.exchange.receive[source];
         if (part.name, part.place) != (name, self.place) {
             let PostedSend { name: other, place, .. } = part;
@@ -319,7 +321,7 @@ impl<Q: PeerQueue> RunningExchange<Q> {
         &self,
         queue: &Q,
         taken: &[Arc<OnceLock<Q::Mark>>],
-        deadline: Deadline,
+        deadline: &mut Deadline,
     ) -> Result<(), Fault> {
         for (destination, taken) in taken.iter().enumerate() {
             let end = self.until(
@@ -327,7 +329,7 @@ impl<Q: PeerQueue> RunningExchange<Q> {
                 |_| taken.get(),
                 || {
                     let (receiver, name) = (self.group.ranks[destination], self.exchange.name);
-                    format!("{receiver} did not take {name} within {:?}", deadline.allowed())
+                    format!("{receiver} did not take {name}")
                 },
             )?;
             self.of_queue(queue.after(end))?;
@@ -338,7 +340,7 @@ impl<Q: PeerQueue> RunningExchange<Q> {
     /// Waits until `ready` gives something, the world has failed, or the deadline has passed.
     fn until<T>(
         &self,
-        deadline: Deadline,
+        deadline: &mut Deadline,
         mut ready: impl FnMut(&mut HashMap<Route, PostedSend<Q>>) -> Option<T>,
         late: impl Fn() -> String,
     ) -> Result<T, Fault> {
@@ -349,7 +351,7 @@ impl<Q: PeerQueue> RunningExchange<Q> {
             }
             self.group.options.faults.check()?;
             if deadline.passed() {
-                return Err(self.raise(FaultKind::Deadline, late()));
+                return Err(self.late(late(), deadline));
             }
             posted = sleep(&self.group.changed, posted);
         }
@@ -361,6 +363,10 @@ impl<Q: PeerQueue> RunningExchange<Q> {
             DeviceError::Fault(fault) => fault,
             error => self.raise(FaultKind::Invalid, format!("{}: {error}", self.exchange.name)),
         })
+    }
+
+    fn late(&self, what: String, deadline: &Deadline) -> Fault {
+        self.raise(FaultKind::Deadline, format!("{what} within {:?}", deadline.allowed()))
     }
 
     fn mismatch(&self, message: String) -> Fault {
