@@ -109,7 +109,7 @@ impl Hazards {
         name: &'static str,
         place: Place,
         accesses: &Accesses,
-    ) -> Result<(), Race> {
+    ) -> Result<(), Box<Race>> {
         let me = agent.index();
         // Enqueueing orders everything the host knows before the work.
         let host = self.clocks[Agent::Host.index()];
@@ -119,7 +119,7 @@ impl Hazards {
         for access in accesses.iter() {
             let past = self.past.entry(access.allocation).or_default();
             if let Some(other) = past.iter().find(|other| conflicts(other, access, me, &clock)) {
-                return Err(race(other, access, agent, name));
+                return Err(Box::new(race(other, access, agent, name)));
             }
             past.retain(|other| !(other.agent == me && covers(access, &other.access)));
             past.push(Past { access: access.clone(), agent: me, tick: clock.0[me], name, place });
@@ -191,7 +191,7 @@ mod tests {
             .unwrap()
     }
 
-    fn touch(hazards: &mut Hazards, agent: Agent, accesses: Accesses) -> Result<(), Race> {
+    fn touch(hazards: &mut Hazards, agent: Agent, accesses: Accesses) -> Result<(), Box<Race>> {
         hazards.advance(agent, "op", Place::default(), &accesses)
     }
 

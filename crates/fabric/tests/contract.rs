@@ -610,7 +610,7 @@ fn a_paced_exchange_takes_as_long_as_its_larger_direction() {
         on_all_ranks(threads(2, 0, ThreadsOptions { link, ..options(PATIENT) }), |node| {
             let part = |rows| node.device.allocate("rows", DType::F32, rows, ROW).expect("memory");
             // 10 rows to the other, 10 rows from it, 20 of one's own.
-            let parts = || [10, 20].map(|rows| part(rows)).to_vec();
+            let parts = || [10, 20].map(part).to_vec();
             let ordered = |mut parts: Vec<Buffer>| {
                 parts.rotate_left(1 - node.rank());
                 parts

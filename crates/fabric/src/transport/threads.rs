@@ -82,6 +82,9 @@ struct PostedSend<Q: PeerQueue> {
     taken: Arc<OnceLock<Q::Mark>>,
 }
 
+/// By their ranks, and how many groups of the same ranks came before.
+type Subgroups<Q> = HashMap<(Vec<Rank>, usize), Arc<Group<Q>>>;
+
 /// What the ranks of one transport share.
 struct Group<Q: PeerQueue> {
     ranks: Vec<Rank>,
@@ -89,8 +92,7 @@ struct Group<Q: PeerQueue> {
     posted: Mutex<HashMap<Route, PostedSend<Q>>>,
     /// Something was posted or taken.
     changed: Condvar,
-    /// By their ranks, and how many groups of the same ranks came before.
-    subgroups: Mutex<HashMap<(Vec<Rank>, usize), Arc<Group<Q>>>>,
+    subgroups: Mutex<Subgroups<Q>>,
 }
 
 impl<Q: PeerQueue> Group<Q> {
