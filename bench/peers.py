@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""epsmoe and llama.cpp on the same shapes, in turns: prefill and decode of one sequence on all threads.
+"""epsmoe, llama.cpp and ik_llama.cpp on the same shapes, in turns: prefill, and decode of one and of eight sequences.
 
-llamacpp.py --llama-bench LLAMA_BENCH --epsmoe EPSMOE [--gguf DIR] [--rounds N] [--json FILE] [PRESET ...]
+peers.py --epsmoe EPSMOE [--llama-cpp DIR] [--ik-llama-cpp DIR] [--gguf DIR] [--rounds N] [--json FILE] [PRESET ...]
 
-Writes each preset's shapes as a GGUF of random weights into DIR, unless they are there, and lets both programs take
-turns on them. Needs the packages `gguf` and `numpy`, and llama.cpp's `llama-bench`, built for this processor.
+Writes each preset's shapes as a GGUF of random weights into the folder of --gguf, unless they are there, and lets the
+programs take turns on them. Needs the packages `gguf` and `numpy`, and the folders of `llama-bench` and
+`llama-batched-bench` of one or both peers, built for this processor. Of ik_llama.cpp weights are repacked when they are
+loaded and lie in huge pages, which is what makes it fast; llama.cpp has no such switches. ik_llama.cpp's
+`llama-batched-bench` gives every sequence token 0, and so all of them the same experts: let it draw tokens at random, as
+llama.cpp's does, or its decode of eight sequences reads an eighth of the experts.
 """
 import argparse
 import json
@@ -17,11 +21,14 @@ import tempfile
 PRESETS = pathlib.Path(__file__).resolve().parent.parent / "crates" / "model" / "presets"
 DEFAULT = ["llamacpp-qwen3moe-mini", "llamacpp-deepseek2-mini", "llamacpp-deepseek2-lite4"]
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-PROMPT, NEW = 512, 64
+PROMPT, NEW, SEQUENCES = 512, 64, 8
+PHASES = [f"prefill of {PROMPT}", f"decode of {NEW}", f"decode of {SEQUENCES} x {NEW}"]
+FLAGS = {"llama.cpp": [], "ik_llama.cpp": ["-rtr", "1", "-thp", "1"]}
 
 
-def write_gguf(config, dtype, path):
-    """The configuration's shapes with random weights, as llama.cpp's own converter lays them out."""
+def write_gguf(config, dtype, path, whole=False):
+    """The configuration's shapes with random weights, as llama.cpp's own converter lays them out. Latent attention's map to
+    keys and values is cut in two there; `whole` leaves it in one, as ik_llama.cpp wants it."""
     import gguf
     import numpy
 
@@ -60,13 +67,14 @@ def write_gguf(config, dtype, path):
         rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
         nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
         shared, dense = config["n_shared_experts"], config["first_k_dense_replace"]
-        writer.add_head_count_kv(1)
+        writer.add_head_count_kv(heads if whole else 1)
         writer.add_q_lora_rank(config["q_lora_rank"])
         writer.add_kv_lora_rank(rank)
-        writer.add_key_length(rank + rope)
-        writer.add_value_length(rank)
-        writer.add_key_length_mla(nope + rope)
-        writer.add_value_length_mla(value)
+        writer.add_key_length(nope + rope if whole else rank + rope)
+        writer.add_value_length(value if whole else rank)
+        if not whole:
+            writer.add_key_length_mla(nope + rope)
+            writer.add_value_length_mla(value)
         writer.add_rope_dimension_count(rope)
         writer.add_leading_dense_block_count(dense)
         writer.add_expert_shared_count(shared)
@@ -93,8 +101,11 @@ def write_gguf(config, dtype, path):
             matrix(at + "attn_q_b", heads * (nope + rope), config["q_lora_rank"])
             matrix(at + "attn_kv_a_mqa", rank + rope, hidden)
             plain(at + "attn_kv_a_norm", rank)
-            matrix(at + "attn_k_b", heads, rank, nope)
-            matrix(at + "attn_v_b", heads, value, rank)
+            if whole:
+                matrix(at + "attn_kv_b", heads * (nope + value), rank)
+            else:
+                matrix(at + "attn_k_b", heads, rank, nope)
+                matrix(at + "attn_v_b", heads, value, rank)
             matrix(at + "attn_output", hidden, heads * value)
         else:
             matrix(at + "attn_q", heads * width, hidden)
@@ -123,69 +134,95 @@ def write_gguf(config, dtype, path):
     os.replace(partial, path)
 
 
-def run(command):
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(command, errors=subprocess.PIPE):
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr}")
+        raise SystemExit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr or done.stdout}")
     return done.stdout
 
 
-def time_llama(program, model, threads):
-    """Tokens a second of prefill and of decode: the median of the program's repeats."""
-    answer = json.loads(run([program, "-m", model, "-t", str(threads), "-p", str(PROMPT), "-n", str(NEW), "-r", "3", "-o", "json"]))
-    rate = {bool(row["n_prompt"]): statistics.median(row["samples_ts"]) for row in answer}
-    return rate[True], rate[False]
+def time_llama(folder, model, threads, flags):
+    """Tokens a second of prefill, and of decode of one and of eight sequences: the median of the programs' repeats."""
+    common = ["-m", model, "-t", str(threads)]
+    command = [folder / "llama-bench", *common, *flags, "-p", str(PROMPT), "-n", str(NEW), "-r", "3", "-o", "json"]
+    rate = {bool(row["n_prompt"]): statistics.median(row["samples_ts"]) for row in json.loads(run(command))}
+    # The other program has switches where llama-bench wants 0 or 1, and may print its table where errors go.
+    switches = [flag for flag in flags if flag != "1"]
+    command = [folder / "llama-batched-bench", *common, *switches, "-c", "2048", "-npp", "1", "-ntg", str(NEW), "-npl",
+               ",".join([str(SEQUENCES)] * 3)]
+    lines = run(command, errors=subprocess.STDOUT).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    eight = statistics.median(float(row[rows[0].index("S_TG t/s")]) for row in rows[2:])
+    return [rate[True], rate[False], eight]
 
 
 def time_epsmoe(program, preset, dtype, threads):
     """Likewise. A prompt of one token is what a sequence that is generated from nothing begins with."""
 
-    def rate(prompt, new, steps_tokens):
+    def rate(sequences, prompt, new, steps_tokens):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "bench.json")
             run([program, "bench", "--model", f"preset:{preset}", "--dtype", dtype, "--data-parallel-size", "1",
-                 "--threads", str(threads), "--contender", "auto", "--batch-size", "1", "--input-len", str(prompt),
+                 "--threads", str(threads), "--contender", "auto", "--batch-size", str(sequences), "--input-len", str(prompt),
                  "--output-len", str(new), "--num-iters", "3", "--json", out])
             with open(out) as file:
                 counted = json.load(file)["rows"][0]["tokens_per_second"]
         # The program counts prompt and new tokens; a prompt's last token makes the first new one.
         return counted * steps_tokens / (prompt + new)
 
-    return rate(PROMPT, 1, PROMPT), rate(1, NEW, NEW)
+    return [rate(1, PROMPT, 1, PROMPT), rate(1, 1, NEW, NEW), rate(SEQUENCES, 1, NEW, NEW)]
+
+
+def summary(turns):
+    """Medians of each program, and the ratio of the same turns."""
+    keys = sorted({(turn["preset"], turn["dtype"], turn["threads"]) for turn in turns})
+    for preset, dtype, threads in keys:
+        ours = [turn for turn in turns if (turn["preset"], turn["dtype"], turn["threads"]) == (preset, dtype, threads)]
+        print(f"{preset} {dtype}, {threads} threads, {len(ours)} turns, tokens/s")
+        for at, phase in enumerate(PHASES):
+            median = lambda name: statistics.median(turn["rates"][name][at] for turn in ours)
+            text = f"  {phase:24} epsmoe {median('epsmoe'):8.1f}"
+            for peer in ours[0]["rates"]:
+                if peer != "epsmoe":
+                    ratios = [turn["rates"]["epsmoe"][at] / turn["rates"][peer][at] for turn in ours]
+                    text += f" | {peer} {median(peer):8.1f}, ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            print(text, flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", metavar="PRESET", help="default: " + " ".join(DEFAULT))
-    parser.add_argument("--llama-bench", required=True)
+    parser.add_argument("--llama-cpp", type=pathlib.Path, metavar="DIR", help="programs of llama.cpp")
+    parser.add_argument("--ik-llama-cpp", type=pathlib.Path, metavar="DIR", help="programs of ik_llama.cpp")
     parser.add_argument("--epsmoe", required=True)
     parser.add_argument("--gguf", type=pathlib.Path, default=pathlib.Path("gguf"), help="folder of the GGUF files")
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: bfloat16")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--threads", type=int, action="append", help="default: all cores")
+    parser.add_argument("--json", type=pathlib.Path, help="turns are added to those already there")
     options = parser.parse_args()
     options.gguf.mkdir(parents=True, exist_ok=True)
-    results = []
+    peers = {"llama.cpp": options.llama_cpp, "ik_llama.cpp": options.ik_llama_cpp}
+    turns = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     for preset in options.presets or DEFAULT:
         config = json.loads((PRESETS / f"{preset}.json").read_text())
         for dtype in options.dtype or ["bfloat16"]:
-            model = options.gguf / f"{preset}-{dtype}.gguf"
-            if not model.exists():
-                write_gguf(config, dtype, model)
-            turns = {"epsmoe": [], "llama.cpp": []}
+            models = {}
+            for name in (name for name, program in peers.items() if program):
+                whole = name == "ik_llama.cpp" and "kv_lora_rank" in config
+                models[name] = options.gguf / f"{preset}-{dtype}{'-whole' if whole else ''}.gguf"
+                if not models[name].exists():
+                    write_gguf(config, dtype, models[name], whole)
             for _ in range(options.rounds):
-                turns["epsmoe"].append(time_epsmoe(options.epsmoe, preset, dtype, options.threads))
-                turns["llama.cpp"].append(time_llama(options.llama_bench, model, options.threads))
-            results.append({"preset": preset, "dtype": dtype, "load": os.getloadavg(), "turns": turns})
-            print(f"{preset} {dtype}: {len(turns['epsmoe'])} turns each, {options.threads} threads")
-            for at, phase in enumerate((f"prefill of {PROMPT}", f"decode of {NEW}")):
-                ours, theirs = ([turn[at] for turn in turns[name]] for name in turns)
-                ratios = [ours / theirs for ours, theirs in zip(ours, theirs)]
-                print(f"  {phase}: epsmoe {statistics.median(ours):.1f}, llama.cpp {statistics.median(theirs):.1f} tokens/s, "
-                      f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+                for threads in options.threads or [os.cpu_count()]:
+                    rates = {"epsmoe": time_epsmoe(options.epsmoe, preset, dtype, threads)}
+                    for name, model in models.items():
+                        rates[name] = time_llama(peers[name], model, threads, FLAGS[name])
+                    turn = {"preset": preset, "dtype": dtype, "threads": threads, "load": os.getloadavg(), "rates": rates}
+                    turns.append(turn)
+                    if options.json:
+                        options.json.write_text(json.dumps(turns, indent=1) + "\n")
+    summary(turns)
 
 
 if __name__ == "__main__":
