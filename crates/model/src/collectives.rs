@@ -1,25 +1,24 @@
 //! Work that several ranks split: each computes a part of every token of all of them, and the parts are added.
 //!
 //! A fabric only moves rows. A sum over ranks is an exchange, after which each rank has all parts of the tokens
-//! it keeps, and one [`Reduce`] on its device, in float32 and in rank order: no bit depends on the fabric.
+//! of its shard, and one [`Reduce`] on its device, in float32 and in rank order: no bit depends on the fabric.
 //!
-//! Worked example: ranks 0 and 1 keep tokens a, b and c, and split a map f into f₀ + f₁.
+//! Worked example: ranks 0 and 1 have tokens a, b and c in their shards, and split a map f into f₀ + f₁.
 //!
 //! ```text
 //!                     rank 0                      rank 1
-//! kept                a b                         c
+//! shard               a b                         c
 //! all-gather          a b c                       a b c
 //! computed            f₀(a) f₀(b) f₀(c)           f₁(a) f₁(b) f₁(c)
 //! reduce-scatter:
 //!   received          f₀(a) f₀(b) | f₁(a) f₁(b)   f₀(c) | f₁(c)
 //!   starts, index     [0 2 4], [0 2  1 3]         [0 2], [0 1]
-//!   kept              f₀(a)+f₁(a) f₀(b)+f₁(b)     f₀(c)+f₁(c)
+//!   shard             f₀(a)+f₁(a) f₀(b)+f₁(b)     f₀(c)+f₁(c)
 //! ```
 //!
 //! An all-reduce is the same two exchanges the other way round: what follows a reduce-scatter (residual, norm)
 //! works row by row, so it happens before the next all-gather, once for every token instead of once a rank.
 
-use crate::forward::compute;
 use epsmoe_base::{DType, Lane, Phase, Place, Rank};
 use epsmoe_device::op::{HostToDevice, Reduce};
 use epsmoe_device::{Backend, Buffer, DeviceError};
@@ -36,7 +35,7 @@ pub(crate) struct Group<B: Backend> {
     /// Tokens of all ranks of the group, and this rank's parts of them `[tokens, H]`.
     gathered: Buffer,
     computed: Buffer,
-    /// Parts of the tokens that this rank keeps, from each rank of the group `[ranks · kept, H]`.
+    /// Parts of the tokens of this rank's shard, from each rank of the group `[ranks · shard, H]`.
     received: Buffer,
     /// Which of them make each sum.
     starts: Buffer,
@@ -60,17 +59,17 @@ impl Shares {
 }
 
 impl<B: Backend> Group<B> {
-    /// Reserves what the group's exchanges need: its ranks have at most `together` tokens, this one `kept`.
+    /// Reserves what the group's exchanges need: its ranks have at most `together` tokens, this one's shard `shard`.
     pub(crate) fn new(
         device: Arc<B>,
         fabric: &Fabric<B>,
         ranks: Range<usize>,
         hidden: usize,
         together: usize,
-        kept: usize,
+        shard: usize,
     ) -> Result<Self, DeviceError> {
-        let (together, kept) = if ranks.len() == 1 { (0, 0) } else { (together, kept) };
-        let parts = ranks.len() * kept;
+        let (together, shard) = if ranks.len() == 1 { (0, 0) } else { (together, shard) };
+        let parts = ranks.len() * shard;
         let values = |name, rows| device.allocate(name, device.dtype(), rows, hidden);
         let indices = |name, rows| device.allocate(name, DType::U32, rows, 1);
         let members: Vec<Rank> = ranks.clone().map(Rank).collect();
@@ -78,7 +77,7 @@ impl<B: Backend> Group<B> {
             gathered: values("gathered", together)?,
             computed: values("computed", together)?,
             received: values("received_parts", parts)?,
-            starts: indices("part_starts", kept + 1)?,
+            starts: indices("part_starts", shard + 1)?,
             index: indices("part_index", parts)?,
             rank: fabric.rank(),
             transport: fabric.transport.subgroup(&members)?,
@@ -92,39 +91,44 @@ impl<B: Backend> Group<B> {
         self.ranks.clone()
     }
 
-    /// Where tokens lie when each rank of the world has `kept` of them.
-    pub(crate) fn shares(&self, kept: &[usize]) -> Shares {
+    /// Where tokens lie when each rank of the world has as many as `shards` says.
+    pub(crate) fn shares(&self, shards: &[usize]) -> Shares {
         let mut end = 0;
-        let rows = kept.iter().enumerate().map(|(rank, &kept)| {
+        let rows = shards.iter().enumerate().map(|(rank, &shard)| {
             let start = end;
-            end += if self.ranks.contains(&rank) { kept } else { 0 };
+            end += if self.ranks.contains(&rank) { shard } else { 0 };
             start..end
         });
         Shares(rows.collect())
     }
 
-    /// Brings the order of this step's sums to the device.
+    /// Brings the order of the sums to the device, for the exchanges that follow.
     pub(crate) fn begin(&self, shares: &Shares) -> Result<(), DeviceError> {
-        let (size, kept) = (self.ranks.len(), shares.of(self.rank.0).len());
+        let (size, shard) = (self.ranks.len(), shares.of(self.rank.0).len());
         if size == 1 {
             return Ok(());
         }
-        let starts: Vec<u32> = (0..=kept).map(|token| (token * size) as u32).collect();
-        let parts = |token| (0..size).map(move |member| (member * kept + token) as u32);
-        let index: Vec<u32> = (0..kept).flat_map(parts).collect();
+        let starts: Vec<u32> = (0..=shard).map(|token| (token * size) as u32).collect();
+        let parts = |token| (0..size).map(move |member| (member * shard + token) as u32);
+        let index: Vec<u32> = (0..shard).flat_map(parts).collect();
         for (words, buffer) in [(starts, &self.starts), (index, &self.index)] {
             let out = buffer.rows(0..words.len())?;
-            compute(&*self.device, Place::default(), HostToDevice { words: words.into(), out })?;
+            self.device.enqueue(
+                Lane::Compute,
+                Place::default(),
+                HostToDevice { words: words.into(), out },
+            )?;
         }
         Ok(())
     }
 
-    /// `out = Σ over the group's ranks of their part(x)`, for the rows `x` and `out` that this rank keeps. `part`
-    /// reads the rows of the whole group and writes as many. Ranks add in rank order.
-    pub(crate) fn across<T, E: From<DeviceError>>(
+    /// `out = Σ over the group's ranks of their part(x)`, for the rows `x` and `out` of this rank's shard. `part` reads
+    /// the rows of the whole group, which lie as the first of `shares` says, and writes rows that lie as the second
+    /// says: those that [`begin`](Group::begin) was told of last. Ranks add in rank order.
+    pub(crate) fn gather_compute_scatter<T, E: From<DeviceError>>(
         &self,
         place: Place,
-        shares: &Shares,
+        [read, written]: [&Shares; 2],
         x: &Buffer,
         out: &Buffer,
         part: impl FnOnce(&Buffer, &Buffer) -> Result<T, E>,
@@ -132,10 +136,10 @@ impl<B: Backend> Group<B> {
         if self.ranks.len() == 1 {
             return part(x, out);
         }
-        let gathered = self.all_gather(place, shares, x)?;
-        let computed = self.computed.rows(0..gathered.rows)?;
+        let gathered = self.all_gather(place, read, x)?;
+        let computed = self.computed.rows(0..written.total())?;
         let value = part(&gathered, &computed)?;
-        self.reduce_scatter(place, shares, &computed, out)?;
+        self.reduce_scatter(place, written, &computed, out)?;
         Ok(value)
     }
 
@@ -159,7 +163,7 @@ impl<B: Backend> Group<B> {
         Ok(gathered)
     }
 
-    /// `out = Σ over the group's ranks of their computed rows`, of the tokens that this rank keeps.
+    /// `out = Σ over the group's ranks of their computed rows`, of this rank's shard.
     fn reduce_scatter(
         &self,
         place: Place,
@@ -167,7 +171,7 @@ impl<B: Backend> Group<B> {
         computed: &Buffer,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let (kept, parts) = (out.rows, self.ranks.len() * out.rows);
+        let (shard, parts) = (out.rows, self.ranks.len() * out.rows);
         let place = place.phase(Phase::ReduceScatter);
         self.exchange(
             place,
@@ -175,13 +179,13 @@ impl<B: Backend> Group<B> {
             |rank| computed.rows(shares.of(rank)),
             |rank| {
                 let member = rank - self.ranks.start;
-                self.received.rows(member * kept..(member + 1) * kept)
+                self.received.rows(member * shard..(member + 1) * shard)
             },
         )?;
         let (x, index) = (self.received.rows(0..parts)?, self.index.rows(0..parts)?);
-        let starts = self.starts.rows(0..kept + 1)?;
+        let starts = self.starts.rows(0..shard + 1)?;
         let sum = Reduce { x, starts, index, weights: None, addend: None, out: out.clone() };
-        compute(&*self.device, place, sum)
+        self.device.enqueue(Lane::Compute, place, sum)
     }
 
     /// One exchange of the group on the transfer lane, after everything on the compute lane and before what follows
@@ -216,9 +220,9 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_secs(20);
     const HIDDEN: usize = 2;
 
-    /// What four ranks, in groups of `size`, get for the map `x + part` of each rank: rank r keeps `kept[r]` rows
+    /// What four ranks, in groups of `size`, get for the map `x + part` of each rank: rank r has `shard[r]` rows
     /// and adds `parts[r]`.
-    fn sums(size: usize, kept: [usize; 4], parts: [f32; 4]) -> Vec<Vec<f32>> {
+    fn sums(size: usize, shard: [usize; 4], parts: [f32; 4]) -> Vec<Vec<f32>> {
         let store = Arc::new(WeightStore::default());
         let faults = FaultCell::default();
         let ends = Fabric::threads(4, ThreadsOptions::new(TIMEOUT, faults.clone()));
@@ -229,7 +233,7 @@ mod tests {
                 let device =
                     ThreadedBackend::new(Rank(rank), PlainKernels, Arc::clone(&store), options).unwrap();
                 let part = parts[rank];
-                scope.spawn(move || rank_sums(Arc::new(device), &fabric, size, &kept, part))
+                scope.spawn(move || rank_sums(Arc::new(device), &fabric, size, &shard, part))
             });
             let ranks: Vec<_> = ranks.collect();
             ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
@@ -240,26 +244,34 @@ mod tests {
         device: Arc<Reference>,
         fabric: &Fabric<Reference>,
         size: usize,
-        kept: &[usize],
+        shard: &[usize],
         part: f32,
     ) -> Vec<f32> {
         let rank = device.rank().0;
-        let (first, mine) = (rank / size * size, kept[rank]);
+        let (first, mine) = (rank / size * size, shard[rank]);
         let group = Group::new(Arc::clone(&device), fabric, first..first + size, HIDDEN, 8, 4).unwrap();
-        let shares = group.shares(kept);
+        let shares = group.shares(shard);
         group.begin(&shares).unwrap();
         let values = |name, rows| device.allocate(name, DType::F32, rows, HIDDEN).unwrap();
         let (x, out) = (values("x", mine), values("out", mine));
         let upload = |out: &Buffer, value: &dyn Fn(usize) -> f32| {
             let words = (0..out.rows * HIDDEN).map(|at| value(at).to_bits()).collect();
-            compute(&*device, Place::default(), HostToDevice { words, out: out.clone() }).unwrap();
+            device
+                .enqueue(Lane::Compute, Place::default(), HostToDevice { words, out: out.clone() })
+                .unwrap();
         };
         upload(&x, &|at| (100 * rank + at) as f32);
         group
-            .across(Place::default(), &shares, &x, &out, |x, out| -> Result<(), DeviceError> {
-                upload(out, &|_| part);
-                compute(&*device, Place::default(), Add { x: x.clone(), out: out.clone() })
-            })
+            .gather_compute_scatter(
+                Place::default(),
+                [&shares; 2],
+                &x,
+                &out,
+                |x, out| -> Result<(), DeviceError> {
+                    upload(out, &|_| part);
+                    device.enqueue(Lane::Compute, Place::default(), Add { x: x.clone(), out: out.clone() })
+                },
+            )
             .unwrap();
         device.wait(&device.record(Lane::Compute), Deadline::after(TIMEOUT)).unwrap();
         device.read_f32(&out).unwrap()
@@ -268,8 +280,8 @@ mod tests {
     #[test]
     fn uneven_and_empty_shares_come_back_to_their_ranks() {
         let got = sums(2, [2, 1, 0, 3], [0.25, 0.5, 1.0, 2.0]);
-        let want = |rank: usize, kept: usize, parts: f32| -> Vec<f32> {
-            (0..kept * HIDDEN).map(|at| 2.0 * (100 * rank + at) as f32 + parts).collect()
+        let want = |rank: usize, shard: usize, parts: f32| -> Vec<f32> {
+            (0..shard * HIDDEN).map(|at| 2.0 * (100 * rank + at) as f32 + parts).collect()
         };
         assert_eq!(got, [want(0, 2, 0.75), want(1, 1, 0.75), want(2, 0, 3.0), want(3, 3, 3.0)]);
     }

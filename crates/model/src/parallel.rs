@@ -2,7 +2,7 @@
 //!
 //! R ranks are `data` groups of `tensor` ranks each; rank = group · tensor + place in the group. A group has
 //! tokens of its own, and its ranks split the attention heads. Between attention and MLPs every token lives on
-//! one rank of its group: a rank *keeps* a consecutive share of the group's tokens, and with it their residual
+//! one rank of its group: a rank's *token shard* is a consecutive share of the group's tokens, with their residual
 //! stream, norms and routing.
 //!
 //! | name  | attention                  | MLPs and experts                          |
@@ -12,8 +12,8 @@
 //! | DP+TP | whole on every rank        | every inner width split over all ranks    |
 //! | TP+TP | heads split over the group | every inner width split over all ranks    |
 //!
-//! Where experts are spread, dense MLPs and shared experts are whole on every rank and compute the tokens that
-//! the rank keeps. Where inner widths are split, theirs are too. Whatever is split is computed for the tokens of
+//! Where experts are spread, dense MLPs and shared experts are whole on every rank and compute the tokens of its
+//! shard. Where inner widths are split, theirs are too. Whatever is split is computed for the tokens of
 //! all ranks that split it, and the partial sums are added in rank order ([`collectives`](crate::collectives)):
 //! so a token's bits depend on the strategy and the sizes, never on the batch or the schedule.
 
@@ -162,15 +162,15 @@ impl Layout {
         }
     }
 
-    /// Most tokens that a rank keeps of a group's `tokens`.
-    pub(crate) fn most_kept(&self, tokens: usize) -> usize {
+    /// Most tokens of a shard of a group's `tokens`.
+    pub(crate) fn most_in_shard(&self, tokens: usize) -> usize {
         self.in_group().most(tokens)
     }
 
     /// Most tokens that the rank's MLPs see when every group has at most `tokens`.
     pub(crate) fn most_in_mlp(&self, tokens: usize) -> usize {
         match self.experts {
-            Experts::Ep => self.most_kept(tokens),
+            Experts::Ep => self.most_in_shard(tokens),
             Experts::Tp => self.ranks / self.tensor * tokens,
         }
     }

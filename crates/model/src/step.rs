@@ -10,25 +10,48 @@ use epsmoe_pipeline::{TokenId, disagreement};
 use std::ops::Range;
 
 /// The views that every layer of one step shares. Attention sees all tokens of the group; between attention and
-/// MLPs this rank keeps a share of them.
+/// MLPs this rank has a shard of them.
 pub(crate) struct Step {
-    pub(crate) positions: Buffer,
+    /// Cache slot of each token, and the cache blocks of each sequence.
     pub(crate) slots: Buffer,
-    pub(crate) sequence_starts: Buffer,
     pub(crate) blocks: Buffer,
-    pub(crate) angles: Buffer,
-    /// Which of the group's tokens this rank keeps.
-    pub(crate) kept: Range<usize>,
-    /// Where the tokens of the ranks that split attention, and MLPs, lie.
-    pub(crate) attention: Shares,
-    pub(crate) mlp: Shares,
+    /// The tokens of every layer, and those of the last layer, if they are fewer.
+    pub(crate) all: LayerTokens,
+    pub(crate) last: Option<LayerTokens>,
+    /// Where the tokens whose logits are wanted lie in the group, and which of the shard they are.
+    pub(crate) wanted: Shares,
+    pub(crate) index: Vec<u32>,
     /// The tokens that this rank's routers see, if routing is recorded or replayed.
     pub(crate) routed: Vec<TokenId>,
 }
 
-/// How many tokens each rank of the world keeps, and, if routing is recorded or replayed, which.
+/// The tokens that a layer computes, once it has stored the keys and values of all.
+pub(crate) struct LayerTokens {
+    /// Which of the shard; all, when absent.
+    pub(crate) index: Option<Buffer>,
+    pub(crate) queries: Queries,
+    /// Where the tokens of the ranks that split attention, and MLPs, lie.
+    pub(crate) attention: Shares,
+    pub(crate) mlp: Shares,
+}
+
+/// What attention needs to know of the tokens that look: Q of the group's tokens.
+pub(crate) struct Queries {
+    /// Which they are `[Q, 1]`; all, when absent.
+    pub(crate) index: Option<Buffer>,
+    /// `[Q, 1]`.
+    pub(crate) positions: Buffer,
+    /// `[B + 1, 1]`.
+    pub(crate) sequence_starts: Buffer,
+    /// `[Q, rope.dim]`.
+    pub(crate) angles: Buffer,
+}
+
+/// How many tokens each rank of the world has in its shard, of how many of them logits are wanted, and, if routing is
+/// recorded or replayed, which they are. Of ranks whose tokens do not matter here, none.
 pub(crate) struct StepLayout {
-    pub(crate) kept: Vec<usize>,
+    pub(crate) shards: Vec<usize>,
+    pub(crate) wanted: Vec<usize>,
     labels: Vec<Vec<TokenId>>,
 }
 
@@ -36,7 +59,7 @@ impl StepLayout {
     /// What this rank knows by itself, or, where ranks work on each other's tokens, what all ranks tell each
     /// other: the only blocking exchange besides the rendezvous of expert pipelines. `identity` is a hash of
     /// everything ranks must have in common.
-    pub(crate) fn call(
+    pub(crate) fn agree(
         control: &dyn Control,
         layout: &Layout,
         identity: u64,
@@ -47,6 +70,7 @@ impl StepLayout {
             identity,
             batch: batch.fingerprint(),
             tokens: batch.ids.len(),
+            wanted: batch.wanted_in(&layout.in_group().of(batch.ids.len())).len(),
             labels: if labelled { batch.labels() } else { Vec::new() },
         };
         let me = control.rank();
@@ -58,16 +82,20 @@ impl StepLayout {
             all[me.0] = mine;
             all
         };
-        let kept = |(rank, of_rank): (usize, &Announcement)| layout.in_group_of(rank).of(of_rank.tokens);
-        let kept: Vec<Range<usize>> = all.iter().enumerate().map(kept).collect();
+        let shard = |(rank, of_rank): (usize, &Announcement)| layout.in_group_of(rank).of(of_rank.tokens);
+        let shards: Vec<Range<usize>> = all.iter().enumerate().map(shard).collect();
         let labels = all
             .iter()
-            .zip(&kept)
-            .map(|(of_rank, kept)| of_rank.labels.get(kept.clone()).unwrap_or_default().to_vec());
-        Ok(StepLayout { labels: labels.collect(), kept: kept.iter().map(|kept| kept.len()).collect() })
+            .zip(&shards)
+            .map(|(of_rank, shard)| of_rank.labels.get(shard.clone()).unwrap_or_default().to_vec());
+        Ok(StepLayout {
+            labels: labels.collect(),
+            wanted: all.iter().map(|of_rank| of_rank.wanted).collect(),
+            shards: shards.iter().map(|shard| shard.len()).collect(),
+        })
     }
 
-    /// The tokens that some ranks keep, one after the other.
+    /// The tokens in the shards of some ranks, one after the other.
     pub(crate) fn labels(&self, ranks: Range<usize>) -> Vec<TokenId> {
         self.labels[ranks].concat()
     }
@@ -80,6 +108,8 @@ struct Announcement {
     /// A hash of the batch, equal on all ranks of a group.
     batch: u64,
     tokens: usize,
+    /// Tokens of its shard whose logits are wanted.
+    wanted: usize,
     labels: Vec<TokenId>,
 }
 
@@ -107,10 +137,10 @@ fn gather(
 }
 
 impl Announcement {
-    /// Identity, batch, tokens, then sequence, and token over position, of each label: 64-bit words.
+    /// Identity, batch, tokens, wanted, then sequence, and token over position, of each label: 64-bit words.
     fn encode(&self) -> Vec<u8> {
         let label = |id: &TokenId| [id.sequence, u64::from(id.token) << 32 | u64::from(id.position)];
-        let words = [self.identity, self.batch, self.tokens as u64];
+        let words = [self.identity, self.batch, self.tokens as u64, self.wanted as u64];
         let words = words.into_iter().chain(self.labels.iter().flat_map(label));
         words.flat_map(u64::to_le_bytes).collect()
     }
@@ -118,7 +148,8 @@ impl Announcement {
     fn decode(bytes: &[u8]) -> Option<Self> {
         let (words, _) = bytes.as_chunks::<8>();
         let words: Vec<u64> = words.iter().map(|&word| u64::from_le_bytes(word)).collect();
-        let (&[identity, batch, tokens], labels) = words.split_first_chunk()?;
+        let (&[identity, batch, tokens, wanted], labels) = words.split_first_chunk()?;
+        let (tokens, wanted) = (usize::try_from(tokens).ok()?, usize::try_from(wanted).ok()?);
         let (labels, _) = labels.as_chunks::<2>();
         let label = |&[sequence, token]: &[u64; 2]| TokenId {
             sequence,
@@ -126,7 +157,7 @@ impl Announcement {
             token: (token >> 32) as u32,
         };
         let labels = labels.iter().map(label).collect();
-        Some(Announcement { identity, batch, tokens: usize::try_from(tokens).ok()?, labels })
+        Some(Announcement { identity, batch, tokens, wanted, labels })
     }
 }
 
@@ -139,6 +170,12 @@ impl Batch {
             .chain(&self.blocks)
             .flat_map(|part| [part.len() as u32].into_iter().chain(part.iter().copied()));
         hash_bytes(&words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
+    }
+
+    /// The wanted tokens among `tokens`.
+    pub(crate) fn wanted_in(&self, tokens: &Range<usize>) -> &[u32] {
+        let before = |end: usize| self.logits.partition_point(|&token| (token as usize) < end);
+        &self.logits[before(tokens.start)..before(tokens.end)]
     }
 
     /// Who the tokens are.
@@ -163,9 +200,9 @@ mod tests {
     fn announcements_come_back() {
         let id = |sequence, position, token| TokenId { sequence, position, token };
         let labels = vec![id(7, 3, u32::MAX), id(u64::MAX, u32::MAX, 1)];
-        let announcement = Announcement { identity: 1, batch: 2, tokens: 3, labels };
+        let announcement = Announcement { identity: 1, batch: 2, tokens: 3, wanted: 4, labels };
         assert_eq!(Announcement::decode(&announcement.encode()), Some(announcement));
-        assert_eq!(Announcement::decode(&[0; 16]), None);
+        assert_eq!(Announcement::decode(&[0; 24]), None);
     }
 
     #[test]

@@ -71,7 +71,7 @@ impl OwnHeads {
     }
 
     /// The elements of `own` among those of the `projected` heads.
-    fn kept(&self, own: &Range<usize>, projected: &Range<usize>) -> Range<usize> {
+    fn among(&self, own: &Range<usize>, projected: &Range<usize>) -> Range<usize> {
         self.elements(&(own.start - projected.start..own.end - projected.start))
     }
 }
@@ -79,6 +79,8 @@ impl OwnHeads {
 /// What is computed in between, for all tokens of a step.
 #[derive(Clone)]
 pub(super) struct Workspace {
+    /// Rows of the input whose queries are computed.
+    input: Buffer,
     query: Buffer,
     key: Buffer,
     value: Buffer,
@@ -91,6 +93,7 @@ impl Workspace {
     pub(super) fn allocate<B: Backend>(
         device: &B,
         own: &OwnHeads,
+        hidden: usize,
         tokens: usize,
     ) -> Result<Self, DeviceError> {
         let reserve =
@@ -98,6 +101,7 @@ impl Workspace {
         let (queries, keys) = own.projected();
         let normed = |heads: &Range<usize>| if own.spec.qk_norm.is_some() { heads.len() } else { 0 };
         Ok(Workspace {
+            input: device.allocate("query_input", device.dtype(), tokens, hidden)?,
             query: reserve("query", queries.len())?,
             key: reserve("key", keys.len())?,
             value: reserve("value", own.kv.len())?,
@@ -146,31 +150,32 @@ impl Gqa {
         x: &Buffer,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let (own, spec, tokens) = (&self.own, &self.own.spec, 0..x.rows);
-        let mut query = self.workspace.query.rows(tokens.clone())?;
+        let (own, spec, tokens, queries) = (&self.own, &self.own.spec, 0..x.rows, 0..out.rows);
+        let input = cx.queries_of(x, &self.workspace.input)?;
+        let mut query = self.workspace.query.rows(queries.clone())?;
         let mut key = self.workspace.key.rows(tokens.clone())?;
         let value = self.workspace.value.rows(tokens.clone())?;
-        cx.linear(x, &self.query, &query)?;
+        cx.linear(&input, &self.query, &query)?;
         cx.linear(x, &self.key, &key)?;
         cx.linear(x, &self.value, &value)?;
         if let Some([query_norm, key_norm]) = &self.norms {
             query =
-                self.norm_heads(cx, &query, query_norm, self.workspace.normed_query.rows(tokens.clone())?)?;
-            key = self.norm_heads(cx, &key, key_norm, self.workspace.normed_key.rows(tokens.clone())?)?;
+                self.norm_heads(cx, &query, query_norm, self.workspace.normed_query.rows(queries.clone())?)?;
+            key = self.norm_heads(cx, &key, key_norm, self.workspace.normed_key.rows(tokens)?)?;
         }
-        let (queries, keys) = own.projected();
-        let query = query.columns(own.kept(&own.query, &queries))?;
-        let key = key.columns(own.kept(&own.kv, &keys))?;
+        let (projected_queries, projected_keys) = own.projected();
+        let query = query.columns(own.among(&own.query, &projected_queries))?;
+        let key = key.columns(own.among(&own.kv, &projected_keys))?;
         if let Some(limit) = spec.clip_qkv {
             for x in [&query, &key, &value] {
                 cx.compute(Clamp { x: x.clone(), limit })?;
             }
         }
-        cx.rotate(&query, spec.head_dim, 0)?;
-        cx.rotate(&key, spec.head_dim, 0)?;
+        cx.rotate(cx.queries, &query, spec.head_dim, 0)?;
+        cx.rotate(&cx.step.all.queries, &key, spec.head_dim, 0)?;
         cx.store(&key, &self.cached_keys)?;
         cx.store(&value, &self.cached_values)?;
-        let context = self.workspace.context.rows(tokens)?;
+        let context = self.workspace.context.rows(queries)?;
         let (heads, kv_heads) = (own.query.len(), own.kv.len());
         let heads = Heads { heads, kv_heads, scale: spec.scale, window: spec.sliding_window };
         cx.attend(heads, &query, &self.cached_keys, &self.cached_values, &context)?;

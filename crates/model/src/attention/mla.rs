@@ -43,6 +43,8 @@ struct Head {
 /// What is computed in between, for all tokens of a step.
 #[derive(Clone)]
 pub(super) struct Workspace {
+    /// Rows of the input whose queries are computed.
+    input: Buffer,
     /// What is normed next is not rounded before: float32.
     query_latent: Buffer,
     query_normed: Buffer,
@@ -61,12 +63,14 @@ impl Workspace {
     pub(super) fn allocate<B: Backend>(
         device: &B,
         spec: &MlaSpec,
+        hidden: usize,
         tokens: usize,
     ) -> Result<Self, DeviceError> {
         let reserve = |name, width| device.allocate(name, device.dtype(), tokens, width);
         let floats = |name, width| device.allocate(name, DType::F32, tokens, width);
         let (query_latent, row) = (spec.q_lora.unwrap_or(0), spec.kv_lora + spec.rope);
         Ok(Workspace {
+            input: reserve("query_input", hidden)?,
             query_latent: floats("query_latent", query_latent)?,
             query_normed: reserve("query_normed", query_latent)?,
             query: reserve("query", spec.heads * (spec.nope + spec.rope))?,
@@ -78,16 +82,18 @@ impl Workspace {
         })
     }
 
-    fn first(&self, tokens: usize) -> Result<Workspace, DeviceError> {
+    /// For that many tokens, of which some have queries.
+    fn first(&self, tokens: usize, queries: usize) -> Result<Workspace, DeviceError> {
         Ok(Workspace {
-            query_latent: self.query_latent.rows(0..tokens)?,
-            query_normed: self.query_normed.rows(0..tokens)?,
-            query: self.query.rows(0..tokens)?,
+            input: self.input.clone(),
+            query_latent: self.query_latent.rows(0..queries)?,
+            query_normed: self.query_normed.rows(0..queries)?,
+            query: self.query.rows(0..queries)?,
             kv: self.kv.rows(0..tokens)?,
             row: self.row.rows(0..tokens)?,
-            absorbed: self.absorbed.rows(0..tokens)?,
-            attended: self.attended.rows(0..tokens)?,
-            context: self.context.rows(0..tokens)?,
+            absorbed: self.absorbed.rows(0..queries)?,
+            attended: self.attended.rows(0..queries)?,
+            context: self.context.rows(0..queries)?,
         })
     }
 }
@@ -130,8 +136,8 @@ impl Mla {
         x: &Buffer,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let workspace = self.workspace.first(x.rows)?;
-        self.project_queries(cx, x, &workspace)?;
+        let workspace = self.workspace.first(x.rows, out.rows)?;
+        self.project_queries(cx, &cx.queries_of(x, &workspace.input)?, &workspace)?;
         self.cache_rows(cx, x, &workspace)?;
         self.absorb_queries(cx, &workspace)?;
         let MlaSpec { heads, kv_lora, scale, value, .. } = self.spec;
@@ -175,7 +181,7 @@ impl Mla {
         let (normed, key) = (workspace.row.columns(0..latent)?, workspace.row.columns(latent..width)?);
         cx.norm(&workspace.kv.columns(0..latent)?, &self.kv_norm, self.spec.inner_eps, &normed)?;
         cx.compute(Copy { x: workspace.kv.columns(latent..width)?, out: key })?;
-        cx.rotate(&workspace.row, width, latent)?;
+        cx.rotate(&cx.step.all.queries, &workspace.row, width, latent)?;
         cx.store(&workspace.row, &self.cache)
     }
 
@@ -195,7 +201,7 @@ impl Mla {
         let rotated = workspace.query.reshape(nope + rope)?.columns(nope..nope + rope)?;
         let behind = workspace.absorbed.reshape(width)?.columns(kv_lora..width)?;
         cx.compute(Copy { x: rotated, out: behind })?;
-        cx.rotate(&workspace.absorbed, width, kv_lora)
+        cx.rotate(cx.queries, &workspace.absorbed, width, kv_lora)
     }
 
     /// One product per head, all in one operation.

@@ -4,12 +4,12 @@
 mod gqa;
 mod mla;
 
-use crate::forward::{ModelOptions, compute};
+use crate::forward::ModelOptions;
 use crate::load::Loader;
-use crate::step::Step;
+use crate::step::{Queries, Step};
 use crate::{AttentionSpec, LayerPart, MlaSpec, ModelError, Window};
-use epsmoe_base::{Layer, Place};
-use epsmoe_device::op::{self, Gemm, KvWrite, NormKind, Op, RopeStyle, Rotate};
+use epsmoe_base::{Lane, Layer, Place};
+use epsmoe_device::op::{self, Gather, Gemm, KvWrite, NormKind, Op, RopeStyle, Rotate};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use gqa::Gqa;
 use mla::Mla;
@@ -35,14 +35,16 @@ impl Attention {
         match &loader.spec.attention {
             AttentionSpec::Gqa(spec) => {
                 let own = gqa::OwnHeads::of(spec, loader.layout.in_group());
-                let workspace = gqa::Workspace::allocate(loader.device, &own, options.max_tokens)?;
+                let workspace =
+                    gqa::Workspace::allocate(loader.device, &own, loader.spec.hidden, options.max_tokens)?;
                 let load = |layer| Gqa::load(loader, layer, &own, &workspace, slots).map(Attention::Gqa);
                 layers.map(load).collect()
             }
             AttentionSpec::Mla(spec) => {
                 let heads = loader.layout.in_group().of(spec.heads);
                 let own = MlaSpec { heads: heads.len(), ..*spec };
-                let workspace = mla::Workspace::allocate(loader.device, &own, options.max_tokens)?;
+                let workspace =
+                    mla::Workspace::allocate(loader.device, &own, loader.spec.hidden, options.max_tokens)?;
                 let load = |layer| {
                     Mla::load(loader, layer, own, heads.clone(), &workspace, slots).map(Attention::Mla)
                 };
@@ -51,7 +53,8 @@ impl Attention {
         }
     }
 
-    /// `out = attention(x)` for `x` and `out` `[T, H]`: of this rank's heads, to be added over its group.
+    /// `out = attention(x)` for `x` `[T, H]` and `out` `[Q, H]`, one row for each query: of this rank's heads, to be
+    /// added over its group.
     pub(crate) fn run<B: Backend>(
         &self,
         context: &Context<'_, B>,
@@ -104,6 +107,8 @@ pub(crate) struct Context<'a, B> {
     pub(crate) device: &'a B,
     pub(crate) place: Place,
     pub(crate) step: &'a Step,
+    /// The tokens that attention is computed for; all of the step store keys and values.
+    pub(crate) queries: &'a Queries,
     pub(crate) rope: RopeStyle,
     /// Epsilon of the model's norms.
     pub(crate) eps: f32,
@@ -128,9 +133,23 @@ impl<B: Backend> Context<'_, B> {
         self.compute(op::Norm { kind: NormKind::Rms, x, weight, eps, out, origin: None })
     }
 
-    /// Turns the elements from `start` on of every head.
-    fn rotate(&self, x: &Buffer, head_width: usize, start: usize) -> Result<(), DeviceError> {
-        let angles = self.step.angles.clone();
+    /// The rows of `x` whose queries are computed, in `room` if they are not all.
+    fn queries_of(&self, x: &Buffer, room: &Buffer) -> Result<Buffer, DeviceError> {
+        let Some(index) = &self.queries.index else { return Ok(x.clone()) };
+        let out = room.rows(0..index.rows)?;
+        self.compute(Gather { x: x.clone(), index: index.clone(), out: out.clone() })?;
+        Ok(out)
+    }
+
+    /// Turns the elements from `start` on of every head of these tokens.
+    fn rotate(
+        &self,
+        tokens: &Queries,
+        x: &Buffer,
+        head_width: usize,
+        start: usize,
+    ) -> Result<(), DeviceError> {
+        let angles = tokens.angles.clone();
         self.compute(Rotate { x: x.clone(), head_width, start, style: self.rope, angles })
     }
 
@@ -151,8 +170,8 @@ impl<B: Backend> Context<'_, B> {
             q: q.clone(),
             keys: keys.clone(),
             values: values.clone(),
-            sequence_starts: self.step.sequence_starts.clone(),
-            positions: self.step.positions.clone(),
+            sequence_starts: self.queries.sequence_starts.clone(),
+            positions: self.queries.positions.clone(),
             blocks: self.step.blocks.clone(),
             block_size: BLOCK_SIZE,
             heads,
@@ -164,7 +183,7 @@ impl<B: Backend> Context<'_, B> {
     }
 
     fn compute(&self, op: impl Into<Op>) -> Result<(), DeviceError> {
-        compute(self.device, self.place, op)
+        self.device.enqueue(Lane::Compute, self.place, op)
     }
 }
 

@@ -1,0 +1,99 @@
+//! Room for one step.
+
+use super::ModelOptions;
+use crate::parallel::Layout;
+use crate::{MlpSpec, ModelSpec};
+use epsmoe_base::DType;
+use epsmoe_device::{Backend, Buffer, DeviceError};
+
+/// Logits are computed for this many tokens at a time.
+const LOGIT_ROWS: usize = 256;
+
+/// Room for one step: T tokens of the group, N of them in this rank's shard.
+pub(super) struct StepBuffers {
+    /// `[N, 1]`.
+    pub(super) ids: Buffer,
+    /// `[T, 1]`.
+    pub(super) slots: Buffer,
+    /// `[B, most blocks of a sequence]`.
+    pub(super) blocks: Buffer,
+    /// What attention computes for: all tokens, and in the last layer those whose logits are wanted.
+    pub(super) queries: QueryBuffers,
+    pub(super) wanted_queries: QueryBuffers,
+    /// Tokens whose logits are wanted, within the shard `[N, 1]`.
+    pub(super) wanted: Buffer,
+    /// The residual stream of the shard, what is left of it for the logits, and what attention or an MLP adds to it,
+    /// `[N, H]`: in float32, as every layer's rounding would stay in it.
+    pub(super) stream: Buffer,
+    pub(super) wanted_stream: Buffer,
+    pub(super) delta: Buffer,
+    /// The stream normed `[N, H]`.
+    pub(super) normed: Buffer,
+    /// The layer's input normed, for experts that read what was there before attention.
+    pub(super) pre_attention: Buffer,
+    /// Of a dense MLP, for all tokens of the ranks that split it.
+    pub(super) inner: Buffer,
+    /// `[LOGIT_ROWS, V]`, and the largest of each row `[LOGIT_ROWS, 1]`.
+    pub(super) logits: Buffer,
+    pub(super) tokens: Buffer,
+}
+
+/// Room for [`Queries`](crate::step::Queries) of at most T tokens.
+pub(super) struct QueryBuffers {
+    pub(super) index: Buffer,
+    pub(super) positions: Buffer,
+    pub(super) sequence_starts: Buffer,
+    pub(super) angles: Buffer,
+}
+
+impl StepBuffers {
+    pub(super) fn allocate<B: Backend>(
+        device: &B,
+        spec: &ModelSpec,
+        options: &ModelOptions,
+        layout: &Layout,
+    ) -> Result<Self, DeviceError> {
+        let (tokens, sequences) = (options.max_tokens, options.max_sequences);
+        let shard = layout.most_in_shard(tokens);
+        let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
+        let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
+        let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
+        let queries = || -> Result<QueryBuffers, DeviceError> {
+            Ok(QueryBuffers {
+                index: indices("query_index", tokens, 1)?,
+                positions: indices("positions", tokens, 1)?,
+                sequence_starts: indices("sequence_starts", sequences + 1, 1)?,
+                angles: floats("angles", tokens, spec.rope.dim)?,
+            })
+        };
+        let residual = spec.layers.iter().any(|layer| layer.residual_mlp.is_some());
+        Ok(StepBuffers {
+            ids: indices("ids", shard, 1)?,
+            slots: indices("slots", tokens, 1)?,
+            blocks: indices("blocks", sequences, options.max_blocks)?,
+            queries: queries()?,
+            wanted_queries: queries()?,
+            wanted: indices("wanted", shard, 1)?,
+            stream: floats("stream", shard, spec.hidden)?,
+            wanted_stream: floats("wanted_stream", shard, spec.hidden)?,
+            delta: floats("delta", shard, spec.hidden)?,
+            normed: values("normed", shard, spec.hidden)?,
+            pre_attention: values("pre_attention", shard, if residual { spec.hidden } else { 0 })?,
+            inner: values("inner", layout.most_in_mlp(tokens), layout.inner().most(widest_dense(spec)))?,
+            logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
+            tokens: indices("tokens", tokens.min(LOGIT_ROWS), 1)?,
+        })
+    }
+}
+
+/// The widest dense MLP of any layer.
+fn widest_dense(spec: &ModelSpec) -> usize {
+    let widths = spec.layers.iter().flat_map(|layer| {
+        let dense = match layer.mlp {
+            MlpSpec::Dense { inner } => Some(inner),
+            MlpSpec::Moe(_) => None,
+        };
+        dense.into_iter().chain(layer.residual_mlp)
+    });
+    widths.max().unwrap_or(0)
+}

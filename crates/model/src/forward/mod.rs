@@ -1,0 +1,336 @@
+//! Token ids become logits. START HERE to follow a token: [`Model::forward`].
+
+mod buffers;
+mod experts;
+mod input;
+mod logits;
+
+use crate::attention::{Attention, Context};
+use crate::collectives::Group;
+use crate::load::Loader;
+use crate::mlp::{MlpWeights, ResidualWeights};
+use crate::parallel::Layout;
+use crate::step::{LayerTokens, Step};
+use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
+use buffers::StepBuffers;
+use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, hash_bytes};
+use epsmoe_device::op::{Add, Gather, Gemm, HostToDevice, Norm, Op, Origin};
+use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use epsmoe_fabric::Fabric;
+use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
+use epsmoe_plan::{Capacity, Policy, ScheduleReport, Span};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What one group of ranks computes in one step: new tokens of some sequences, packed one after the other.
+/// Every rank of the group is given the same.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// Token ids `[T]`.
+    pub ids: Vec<u32>,
+    /// Position of each token in its sequence `[T]`.
+    pub positions: Vec<u32>,
+    /// Cache slot of each token `[T]`.
+    pub slots: Vec<u32>,
+    /// First token of each sequence, and T, `[B + 1]`.
+    pub sequence_starts: Vec<u32>,
+    /// Cache blocks of each sequence, in order `[B]`.
+    pub blocks: Vec<Vec<u32>>,
+    /// Number of each sequence, by which a routing log knows it `[B]`.
+    pub sequences: Vec<u64>,
+    /// Tokens whose logits are wanted, ascending.
+    pub logits: Vec<u32>,
+    /// Whether of these logits only the largest of each token is wanted: the most likely next token.
+    pub greedy: bool,
+}
+
+/// How a model is run; equal on all ranks.
+#[derive(Clone, Debug)]
+pub struct ModelOptions {
+    /// Most tokens of one group of ranks in one step.
+    pub max_tokens: usize,
+    /// Most sequences of one group in one step.
+    pub max_sequences: usize,
+    /// Cache blocks of one rank.
+    pub cache_blocks: usize,
+    /// Most cache blocks of one sequence.
+    pub max_blocks: usize,
+    /// How MoE layers are scheduled.
+    pub policy: Policy,
+    /// Room for the tokens of an MoE layer; the worst case when absent. Layers that do not fit run in chunks.
+    pub capacity: Option<Capacity>,
+    /// How the model is spread over ranks.
+    pub parallel: Parallel,
+    /// What decides where tokens go.
+    pub routing: RoutingMode,
+    /// How long any wait may take.
+    pub timeout: Duration,
+}
+
+/// What decides which experts a token goes to.
+#[derive(Clone, Debug, Default)]
+pub enum RoutingMode {
+    /// The model's gates.
+    #[default]
+    FromRouter,
+    /// The gates, and every step tells what they chose.
+    Record,
+    /// What another run recorded.
+    Replay(Arc<RoutingLog>),
+}
+
+/// What a step gave.
+#[derive(Clone, Debug, Default)]
+pub struct StepOutput {
+    /// Logits of the wanted tokens, row by row `[wanted, V]`, unless the step is greedy; on the first rank of each
+    /// group.
+    pub logits: Vec<f32>,
+    /// The most likely token after each of them `[wanted]`, if the step is greedy; on the first rank of each group.
+    pub tokens: Vec<u32>,
+    /// What each MoE layer did.
+    pub layers: Vec<LayerReport>,
+    /// Where the tokens went that this rank routed, if that was to be recorded.
+    pub routing: RoutingLog,
+    /// How the auto schedule planned the layers so far.
+    pub schedule: Option<ScheduleReport>,
+}
+
+/// The model of one rank: its weights, its cache and its buffers.
+pub struct Model<B: Backend> {
+    spec: Arc<ModelSpec>,
+    device: Arc<B>,
+    fabric: Fabric<B>,
+    layout: Layout,
+    /// A hash of everything that ranks must have in common.
+    identity: u64,
+    /// The ranks that split attention, and those that split MLPs.
+    attention: Group<B>,
+    mlp: Group<B>,
+    experts: Option<ExpertPipeline<B>>,
+    options: ModelOptions,
+    embedding: Weight,
+    frequencies: Weight,
+    layers: Vec<LayerWeights>,
+    final_norm: Weight,
+    head: Weight,
+    buffers: StepBuffers,
+}
+
+struct LayerWeights {
+    input_norm: Weight,
+    attention: Attention,
+    mlp_norm: Weight,
+    mlp: MlpWeights,
+    residual: Option<ResidualWeights>,
+}
+
+impl<B: Backend> Model<B> {
+    /// Loads what this rank holds, and reserves all memory it will use.
+    pub fn load(
+        spec: Arc<ModelSpec>,
+        source: &dyn WeightSource,
+        device: Arc<B>,
+        fabric: Fabric<B>,
+        options: ModelOptions,
+    ) -> Result<Self, ModelError> {
+        let layout = options.parallel.layout(&spec, fabric.rank(), fabric.size())?;
+        let loader = Loader { spec: &spec, source, device: &*device, layout };
+        let layers = Attention::load(&loader, &options)?.into_iter().enumerate().map(|(layer, attention)| {
+            let layer = Layer(layer);
+            Ok(LayerWeights {
+                input_norm: loader.layer(layer, LayerPart::InputNorm)?,
+                attention,
+                mlp_norm: loader.layer(layer, LayerPart::PostAttentionNorm)?,
+                mlp: MlpWeights::load(&loader, layer)?,
+                residual: ResidualWeights::load(&loader, layer)?,
+            })
+        });
+        let layers = layers.collect::<Result<_, ModelError>>()?;
+        let (embedding, final_norm) = (loader.part(Part::Embedding)?, loader.part(Part::FinalNorm)?);
+        let head = loader.part(Part::LmHead)?;
+        let frequencies = loader.vector("inverse frequencies", &spec.rope.inverse_frequencies)?;
+        let tokens = options.max_tokens;
+        let group = |ranks, together| {
+            Group::new(
+                Arc::clone(&device),
+                &fabric,
+                ranks,
+                spec.hidden,
+                together,
+                layout.most_in_shard(tokens),
+            )
+        };
+        let labelled = !matches!(options.routing, RoutingMode::FromRouter);
+        let identity = format!("{spec:?} {} {:?} {labelled}", device.dtype(), options.parallel);
+        let identity = hash_bytes(identity.as_bytes());
+        Ok(Model {
+            attention: group(layout.attention_ranks(), tokens)?,
+            mlp: group(layout.mlp_ranks(), layout.most_in_mlp(tokens))?,
+            experts: experts::pipeline(&spec, &layout, &options, identity, &device, &fabric)?,
+            buffers: StepBuffers::allocate(&*device, &spec, &options, &layout)?,
+            identity,
+            embedding,
+            frequencies,
+            layers,
+            final_norm,
+            head,
+            layout,
+            options,
+            fabric,
+            device,
+            spec,
+        })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Its processor.
+    pub fn device(&self) -> &B {
+        &self.device
+    }
+
+    /// Runs one step. Every rank of the world calls it, with its group's batch, which may be empty.
+    pub fn forward(&self, batch: &Batch) -> Result<StepOutput, ModelError> {
+        let mut output = StepOutput::default();
+        let step = self.begin(batch)?;
+        let mut stream = self.buffers.stream.rows(0..step.all.attention.of(self.fabric.rank().0).len())?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            stream = self.run_layer(Layer(index), layer, &step, &stream, &mut output)?;
+        }
+        self.choose(&step, &stream, batch, &mut output)?;
+        Ok(output)
+    }
+
+    /// After a step: what this rank's operations took, for the auto schedule to learn from.
+    pub fn observe(&self, spans: &[Span]) -> Option<ScheduleReport> {
+        self.experts.as_ref()?.observe(spans)
+    }
+
+    /// The residual stream through one layer; see [`LayerSpec`](crate::LayerSpec) for the equations. What ranks split
+    /// is computed for the tokens of all of them, the rest for this rank's shard. Every token leaves its keys and values
+    /// in the cache. What follows is computed for all tokens, but in the last layer only for those whose logits are
+    /// wanted, and only they are in the stream that comes out.
+    fn run_layer(
+        &self,
+        layer: Layer,
+        weights: &LayerWeights,
+        step: &Step,
+        stream: &Buffer,
+        output: &mut StepOutput,
+    ) -> Result<Buffer, ModelError> {
+        let (place, before, tokens) =
+            (Place::layer(layer), made_before(layer.0), self.tokens_of(layer, step)?);
+        let normed = self.buffers.normed.rows(0..stream.rows)?;
+        self.norm(place, stream, before, &weights.input_norm, &normed)?;
+        let stream = match &tokens.index {
+            Some(index) => {
+                let out = self.buffers.wanted_stream.rows(0..index.rows)?;
+                self.compute(place, Gather { x: stream.clone(), index: index.clone(), out: out.clone() })?;
+                out
+            }
+            None => stream.clone(),
+        };
+        let delta = self.buffers.delta.rows(0..stream.rows)?;
+        let pre_attention = self.buffers.pre_attention.rows(0..stream.rows)?;
+        if weights.residual.is_some() {
+            self.norm(place, &stream, before, &weights.mlp_norm, &pre_attention)?;
+        }
+        let context = Context {
+            device: &*self.device,
+            place,
+            step,
+            queries: &tokens.queries,
+            rope: self.spec.rope.style,
+            eps: self.spec.norm.eps,
+        };
+        let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
+        let shares = [&step.all.attention, &tokens.attention];
+        self.attention.gather_compute_scatter(place, shares, &normed, &delta, attention)?;
+        self.add(place, &delta, &stream)?;
+        let (attended, normed) = (Origin { place, part: "attention" }, normed.rows(0..stream.rows)?);
+        let shares = [&tokens.mlp; 2];
+        let input = match &weights.residual {
+            Some(residual) => {
+                self.norm(place, &stream, attended, &residual.norm, &normed)?;
+                let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, x, out);
+                self.mlp.gather_compute_scatter(place, shares, &normed, &delta, dense)?;
+                self.add(place, &delta, &stream)?;
+                pre_attention
+            }
+            None => {
+                self.norm(place, &stream, attended, &weights.mlp_norm, &normed)?;
+                normed
+            }
+        };
+        self.mlp.gather_compute_scatter(place, shares, &input, &delta, |x, out| match &weights.mlp {
+            MlpWeights::Dense(mlp) => self.dense(place, mlp, x, out).map_err(ModelError::from),
+            MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
+        })?;
+        self.add(place, &delta, &stream)?;
+        Ok(stream)
+    }
+
+    /// The tokens that a layer computes. The last layer's sums over ranks have an order of their own.
+    fn tokens_of<'a>(&self, layer: Layer, step: &'a Step) -> Result<&'a LayerTokens, DeviceError> {
+        let last = step.last.as_ref().filter(|_| layer.0 + 1 == self.layers.len());
+        let tokens = last.unwrap_or(&step.all);
+        if layer.0 == 0 || last.is_some() {
+            self.attention.begin(&tokens.attention)?;
+            self.mlp.begin(&tokens.mlp)?;
+        }
+        Ok(tokens)
+    }
+
+    /// Waits for everything enqueued.
+    fn finish(&self) -> Result<(), ModelError> {
+        let event = self.device.record(Lane::Compute);
+        Ok(self.device.wait(&event, Deadline::behind(self.options.timeout))?)
+    }
+
+    fn dense(&self, place: Place, mlp: &Mlp, x: &Buffer, out: &Buffer) -> Result<(), DeviceError> {
+        let inner = self.buffers.inner.rows(0..x.rows)?.columns(0..mlp.inner())?;
+        let place = place.phase(Phase::Mlp);
+        self.compute(place, Gemm::gated(x.clone(), &mlp.gate_up, inner.clone()))?;
+        self.compute(place, Gemm::linear(inner, &mlp.down, out.clone()))
+    }
+
+    /// The norm of the residual stream, which `origin` added to last.
+    fn norm(
+        &self,
+        place: Place,
+        x: &Buffer,
+        origin: Origin,
+        weight: &Weight,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let (kind, eps, origin) = (self.spec.norm.kind, self.spec.norm.eps, Some(origin));
+        self.compute(
+            place,
+            Norm { kind, x: x.clone(), weight: weight.clone(), eps, out: out.clone(), origin },
+        )
+    }
+
+    fn add(&self, place: Place, x: &Buffer, out: &Buffer) -> Result<(), DeviceError> {
+        self.compute(place, Add { x: x.clone(), out: out.clone() })
+    }
+
+    fn upload(&self, words: &[u32], out: &Buffer) -> Result<Buffer, DeviceError> {
+        self.compute(Place::default(), HostToDevice { words: words.into(), out: out.clone() })?;
+        Ok(out.clone())
+    }
+
+    fn compute(&self, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {
+        self.device.enqueue(Lane::Compute, place, op)
+    }
+}
+
+/// What layer `layer` finds in the residual stream.
+fn made_before(layer: usize) -> Origin {
+    match layer.checked_sub(1) {
+        Some(before) => Origin { place: Place::layer(Layer(before)), part: "the MLP" },
+        None => Origin { place: Place::default(), part: "the embedding" },
+    }
+}
