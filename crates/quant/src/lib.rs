@@ -1,8 +1,8 @@
 //! How weights are coded.
 //!
 //! A checkpoint keeps a matrix `[N, K]` as plain numbers, or as codes of four or eight bits with scales. This crate
-//! tells which ([`CodedTensor::detect`]), and decodes any part of it ([`CodedTensor::decode`]); it knows neither
-//! models nor devices.
+//! tells which ([`CodedTensor::detect`]), decodes any part of it ([`CodedTensor::decode`]), and codes plain numbers
+//! ([`Target::encode`]); it knows neither models nor devices.
 //!
 //! Three things are kept apart: what a code means ([`Element`]), which block of the matrix shares a scale
 //! ([`Blocks`]), and where in the file the code is ([`Order`]). FP8, MXFP4, NVFP4, INT4 and INT8, AWQ and GPTQ are
@@ -12,6 +12,7 @@ mod coding;
 mod config;
 mod decode;
 pub mod element;
+mod encode;
 mod error;
 mod ggml;
 pub mod gguf;
@@ -21,6 +22,7 @@ mod transposed;
 pub use coding::{Blocks, CodedTensor, Coding, Element, Hints, Order};
 pub use config::{Activations, Method, QuantConfig};
 pub use decode::Value;
+pub use encode::{CodingError, Encoded, Target};
 pub use error::QuantError;
 pub use ggml::GgmlType;
 pub use stored::{Rows, StoredTensor, StoredTensors, StoredType};
