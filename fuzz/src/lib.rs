@@ -10,7 +10,7 @@ pub use quant::{gguf, quantisation_config, quantised};
 use epsmoe_base::DType;
 use epsmoe_model::checkpoint::{Header, Index};
 use epsmoe_model::config;
-use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, Tokenizer};
+use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, SpecialTokens, Tokenizer};
 use serde_json::json;
 use std::fmt::Display;
 use std::io::{Error, ErrorKind};
@@ -55,7 +55,7 @@ pub fn safetensors_header(bytes: &[u8]) {
 
 /// `tokenizer.json`.
 pub fn tokenizer(bytes: &[u8]) {
-    let Some(tokenizer) = read(Tokenizer::parse(bytes, path())) else { return };
+    let Some(tokenizer) = read(Tokenizer::parse(bytes, path(), &SpecialTokens::default())) else { return };
     let text = "Héllo <s> wörld\u{1f642}\n\t 1234";
     for ids in [tokenizer.encode(text), tokenizer.encode_special(text)].into_iter().flatten() {
         // Either may fail, but neither may panic.

@@ -19,7 +19,7 @@ use epsmoe_plan::{
     CostModel, GemmKind, LayerHistograms, Placement, Policy, Schedule, SharedExpert, TokenHistograms,
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
-use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, Tokenizer};
+use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, SpecialTokens, Tokenizer};
 use serde_json::json;
 use std::fs::File;
 use std::io::BufReader;
@@ -64,6 +64,11 @@ impl OpenModel {
     /// The model's tokenizer; nothing where there is none.
     pub(crate) fn tokenizer(&self) -> Result<Option<Tokenizer>> {
         Ok(self.folder.as_deref().map(Tokenizer::open).transpose()?.flatten())
+    }
+
+    /// The model's special tokens; none where there are none.
+    pub(crate) fn special_tokens(&self) -> Result<SpecialTokens> {
+        Ok(self.folder.as_deref().map(SpecialTokens::open).transpose()?.unwrap_or_default())
     }
 
     /// The model's chat template; nothing where there is none.

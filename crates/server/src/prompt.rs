@@ -52,6 +52,8 @@ impl<'a> Conversation<'a> {
             documents: documents.as_deref(),
             kwargs: Some(&self.kwargs),
             add_generation_prompt: self.add_generation_prompt,
+            continue_final_message: false,
+            max_bytes: most_bytes(app),
         });
         let text = text.map_err(|error| ApiError::field("messages", error.to_string()))?;
         if self.continue_final_message { self.left_open(text, &messages) } else { Ok(text) }
@@ -84,12 +86,17 @@ pub(crate) fn encode(app: &App, text: &str, special: bool, param: &str) -> Resul
     ids.map_err(|error| ApiError::field(param, error.to_string()))
 }
 
-/// Refuses a text that cannot fit, before all of it is taken apart.
-fn check_length(app: &App, text: &str, param: &str) -> Result<(), ApiError> {
+/// More bytes than a text has that fits.
+fn most_bytes(app: &App) -> usize {
     /// Some tokens are longer, but no text consists of those.
     const BYTES_OF_A_TOKEN: usize = 32;
+    app.model.max_model_len.saturating_mul(BYTES_OF_A_TOKEN)
+}
+
+/// Refuses a text that cannot fit, before all of it is taken apart.
+fn check_length(app: &App, text: &str, param: &str) -> Result<(), ApiError> {
     let most = app.model.max_model_len;
-    if text.len() > most.saturating_mul(BYTES_OF_A_TOKEN) {
+    if text.len() > most_bytes(app) {
         let asked = format!("your prompt has {} bytes, which are more tokens than that", text.len());
         return Err(ApiError::context_length(most, param, asked));
     }

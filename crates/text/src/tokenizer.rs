@@ -1,11 +1,13 @@
 //! Tokens to and from text.
 
 use crate::token_bytes::Spelling;
-use crate::{TextError, files};
+use crate::{SpecialTokens, TextError, files};
 use epsmoe_base::panic_text;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use tokenizers::{AddedToken, ModelWrapper};
 
 const FILE: &str = "tokenizer.json";
 
@@ -14,21 +16,43 @@ const LIMIT: u64 = 256 << 20;
 
 /// A checkpoint's tokenizer. Clones share it.
 #[derive(Clone)]
-pub struct Tokenizer(Arc<tokenizers::Tokenizer>);
+pub struct Tokenizer(Arc<Inner>);
+
+struct Inner {
+    tokenizer: tokenizers::Tokenizer,
+    eos: Option<u32>,
+}
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a checkpoint folder; nothing if there is none.
+    /// Reads `tokenizer.json` of a checkpoint folder, with the special tokens of its other files; nothing if there is
+    /// none.
     pub fn open(folder: &Path) -> Result<Option<Self>, TextError> {
         let path = folder.join(FILE);
-        files::read(&path, LIMIT)?.map(|bytes| Tokenizer::parse(&bytes, &path)).transpose()
+        let Some(text) = files::read(&path, LIMIT)? else { return Ok(None) };
+        Tokenizer::parse(&text, &path, &SpecialTokens::open(folder)?).map(Some)
     }
 
     /// Reads the text of the tokenizer.json at `path`.
-    pub fn parse(text: &[u8], path: &Path) -> Result<Self, TextError> {
-        let tokenizer = guarded(|| tokenizers::Tokenizer::from_bytes(text)).map_err(|problem| {
+    pub fn parse(text: &[u8], path: &Path, special: &SpecialTokens) -> Result<Self, TextError> {
+        let tokenizer = guarded(|| -> Result<_, tokenizers::Error> {
+            let mut tokenizer = tokenizers::Tokenizer::from_bytes(text)?;
+            // What belongs to training: it would cut prompts, fill them up, or make their tokens random.
+            tokenizer.with_truncation(None)?.with_padding(None);
+            if let ModelWrapper::BPE(model) = tokenizer.get_model()
+                && model.dropout.is_some()
+            {
+                let mut model = model.clone();
+                model.dropout = None;
+                tokenizer.with_model(model);
+            }
+            add_tokens(&mut tokenizer, special)?;
+            Ok(tokenizer)
+        });
+        let tokenizer = tokenizer.map_err(|problem| {
             TextError::file(path, format!("cannot be read as a tokenizer ({problem}): fetch the file again"))
         })?;
-        Ok(Tokenizer(Arc::new(tokenizer)))
+        let eos = special.get("eos_token").and_then(|eos| tokenizer.token_to_id(eos));
+        Ok(Tokenizer(Arc::new(Inner { tokenizer, eos })))
     }
 
     /// Token ids of a text, where special tokens are found by their names.
@@ -42,7 +66,7 @@ impl Tokenizer {
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = guarded(|| self.0.encode_fast(text, special)).map_err(|problem| {
+        let encoding = guarded(|| self.0.tokenizer.encode_fast(text, special)).map_err(|problem| {
             TextError::Tokenizer(format!("cannot turn the text into tokens: {problem}"))
         })?;
         Ok(encoding.get_ids().to_vec())
@@ -50,33 +74,73 @@ impl Tokenizer {
 
     /// The text of token ids, with or without special tokens.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        guarded(|| self.0.decode(ids, skip_special))
+        guarded(|| self.0.tokenizer.decode(ids, skip_special))
             .map_err(|problem| TextError::Tokenizer(format!("cannot turn tokens into text: {problem}")))
     }
 
     /// How the vocabulary writes a token, if it has it.
     pub fn token(&self, id: u32) -> Option<String> {
-        self.0.id_to_token(id)
+        self.0.tokenizer.id_to_token(id)
+    }
+
+    /// The token that ends a text, as `eos_token` of the checkpoint's files names it.
+    pub fn eos(&self) -> Option<u32> {
+        self.0.eos
     }
 
     /// The bytes that a token stands for, if the vocabulary has it; of a special token, its name.
     pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
-        if let Some(added) = self.0.get_added_tokens_decoder().get(&id) {
+        if let Some(added) = self.0.tokenizer.get_added_tokens_decoder().get(&id) {
             return Some(added.content.clone().into_bytes());
         }
-        let spelling = Spelling::of(self.0.get_decoder());
-        self.0.id_to_token(id).map(|written| spelling.bytes(&written))
+        let spelling = Spelling::of(self.0.tokenizer.get_decoder());
+        self.0.tokenizer.id_to_token(id).map(|written| spelling.bytes(&written))
     }
 
     /// Whether a token is no text, but a sign between texts.
     pub fn is_special(&self, id: u32) -> bool {
-        self.0.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+        self.0.tokenizer.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
     }
 
     /// How many tokens there are, added ones included.
     pub fn vocab_size(&self) -> usize {
-        self.0.get_vocab_size(true)
+        self.0.tokenizer.get_vocab_size(true)
     }
+}
+
+/// Adds the tokens that only the other files know, or know better.
+fn add_tokens(
+    tokenizer: &mut tokenizers::Tokenizer,
+    special: &SpecialTokens,
+) -> Result<(), tokenizers::Error> {
+    let known = tokenizer.get_added_tokens_decoder();
+    let known: HashMap<&str, &AddedToken> =
+        known.values().map(|token| (token.content.as_str(), token)).collect();
+    let missing: Vec<AddedToken> = special
+        .added()
+        .iter()
+        .map(|token| {
+            AddedToken::from(token.content.as_str(), token.special)
+                .single_word(token.single_word)
+                .lstrip(token.lstrip)
+                .rstrip(token.rstrip)
+                .normalized(token.normalized)
+        })
+        .zip(special.added())
+        .filter(|(token, given)| match known.get(token.content.as_str()) {
+            // A mere name changes nothing about a token that the tokenizer describes.
+            Some(known) => given.described && !same(known, token),
+            None => true,
+        })
+        .map(|(token, _)| token)
+        .collect();
+    tokenizer.add_tokens(missing)?;
+    Ok(())
+}
+
+fn same(one: &AddedToken, other: &AddedToken) -> bool {
+    let flags = |it: &AddedToken| (it.single_word, it.lstrip, it.rstrip, it.normalized, it.special);
+    flags(one) == flags(other)
 }
 
 /// What the library says, its panics included: a strange tokenizer.json must not end the program.
@@ -90,6 +154,7 @@ fn guarded<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, Str
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn text_goes_to_tokens_and_back() {
@@ -110,6 +175,58 @@ mod tests {
             .flat_map(|&id| tokenizer.token_bytes(id).unwrap())
             .collect();
         assert_eq!(bytes, "a 🙂".as_bytes());
+    }
+
+    /// A fixture's folder with changed files.
+    fn changed(
+        change: impl FnOnce(&mut serde_json::Value),
+        files: &[(&str, serde_json::Value)],
+    ) -> Tokenizer {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/mixtral");
+        let mut tokenizer = serde_json::from_slice(&std::fs::read(fixture.join(FILE)).unwrap()).unwrap();
+        change(&mut tokenizer);
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(FILE), tokenizer.to_string()).unwrap();
+        for (name, value) in files {
+            std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+        }
+        Tokenizer::open(folder.path()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn options_of_training_are_off() {
+        let plain = changed(|_| {}, &[]).encode_special("one two three four").unwrap();
+        let trained = changed(
+            |tokenizer| {
+                tokenizer["truncation"] =
+                    json!({ "direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0 });
+                tokenizer["padding"] = json!({
+                    "strategy": { "Fixed": 10_000_000_000_u64 }, "direction": "Right",
+                    "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>",
+                });
+                tokenizer["model"]["dropout"] = json!(0.9);
+            },
+            &[],
+        );
+        assert_eq!(trained.encode_special("one two three four").unwrap(), plain);
+    }
+
+    #[test]
+    fn special_tokens_come_from_all_files() {
+        let bare = |tokenizer: &mut serde_json::Value| tokenizer["added_tokens"] = json!([]);
+        let config = ("tokenizer_config.json", json!({ "eos_token": "</s>" }));
+        let map = ("special_tokens_map.json", json!({ "bos_token": { "content": "<s>" } }));
+        let tokenizer = changed(bare, &[config, map]);
+        assert_eq!(tokenizer.eos(), Some(1));
+        assert_eq!(tokenizer.encode("<s></s>").unwrap(), [0, 1]);
+        assert_eq!(tokenizer.decode(&[0, 43, 76, 1], true).unwrap(), "Hi");
+        let decoder = json!({ "added_tokens_decoder": { "2": { "content": "<|user|>", "special": true } } });
+        let plain =
+            |tokenizer: &mut serde_json::Value| tokenizer["added_tokens"][2]["special"] = json!(false);
+        assert_eq!(changed(plain, &[]).decode(&[2, 43, 76], true).unwrap(), "<|user|>Hi");
+        let tokenizer = changed(plain, &[("tokenizer_config.json", decoder)]);
+        assert_eq!(tokenizer.decode(&[2, 43, 76], true).unwrap(), "Hi");
+        assert_eq!(tokenizer.eos(), None);
     }
 
     #[test]

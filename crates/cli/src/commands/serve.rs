@@ -66,7 +66,7 @@ fn address(args: &ServeArgs) -> Address {
 fn template(args: &ServeArgs, setup: &Setup) -> Result<Option<ChatTemplate>> {
     let Some(file) = &args.chat_template else { return setup.model.template() };
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    Ok(ChatTemplate::parse((b"{}", file), Some((text, file)))?)
+    Ok(Some(ChatTemplate::from_source(text, file, &setup.model.special_tokens()?)?))
 }
 
 fn server_options(args: &ServeArgs, setup: &Setup, template: Option<&ChatTemplate>) -> ServerOptions {

@@ -1,0 +1,226 @@
+//! Jinja as transformers sets it up, on a library that is Jinja in most things.
+//!
+//! Nothing here bounds what a hostile template does: it runs on fuel, which every step and every byte costs, but a value
+//! that holds itself, or a tree of a million levels, is beyond that. So all of this runs in a process of its own, see
+//! `worker`.
+
+use super::arguments::wrong;
+use super::{filters, json, methods};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Rest, Serde, Value, ValueKind};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, functions};
+use minijinja_contrib::globals;
+use serde::{Deserialize, Serialize};
+use serde_json::Map;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::io;
+
+/// Steps, or 64 times as many bytes, that a template may take beside one for each byte of the conversation: a thousand
+/// times what published ones do.
+const FUEL: u64 = 4_000_000;
+
+/// The one template of an environment.
+const NAME: &str = "chat";
+
+/// What a template sees.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(super) struct Context<'a> {
+    pub(super) messages: &'a [serde_json::Value],
+    pub(super) tools: Option<&'a [serde_json::Value]>,
+    pub(super) documents: Option<&'a [serde_json::Value]>,
+    pub(super) add_generation_prompt: bool,
+    pub(super) kwargs: Option<&'a Map<String, serde_json::Value>>,
+}
+
+/// The same on its way from one process to another.
+#[derive(Deserialize)]
+pub(super) struct OwnedContext {
+    messages: serde_json::Value,
+    tools: serde_json::Value,
+    documents: serde_json::Value,
+    add_generation_prompt: bool,
+    kwargs: Option<Map<String, serde_json::Value>>,
+}
+
+/// Why there is no prompt.
+#[derive(Debug, PartialEq)]
+pub(super) enum Problem {
+    /// The template refuses the conversation, in its own words.
+    Refused(String),
+    /// It fails.
+    Failed(String),
+    /// It writes more than was allowed.
+    TooLong,
+}
+
+/// A template that was understood, and the texts of special tokens.
+pub(super) struct Program {
+    environment: Environment<'static>,
+    tokens: BTreeMap<String, serde_json::Value>,
+}
+
+impl Program {
+    /// Reads a template.
+    pub(super) fn new(source: &str, tokens: BTreeMap<String, serde_json::Value>) -> Result<Self, Problem> {
+        let mut environment = environment();
+        environment.add_template_owned(NAME, adapted(source)).map_err(|error| problem(&error))?;
+        Ok(Program { environment, tokens })
+    }
+
+    /// The prompt of a conversation of `size` bytes, if it has at most `limit` bytes.
+    pub(super) fn render(
+        &mut self,
+        context: OwnedContext,
+        size: usize,
+        limit: usize,
+    ) -> Result<String, Problem> {
+        let OwnedContext { messages, tools, documents, add_generation_prompt, kwargs } = context;
+        self.environment.set_fuel(Some(FUEL + size as u64));
+        let template = self.environment.get_template(NAME).map_err(|error| problem(&error))?;
+        let mut variables = self.tokens.clone();
+        variables.extend(kwargs.into_iter().flatten());
+        variables.insert("messages".into(), messages);
+        variables.insert("tools".into(), tools);
+        variables.insert("documents".into(), documents);
+        variables.insert("add_generation_prompt".into(), add_generation_prompt.into());
+        let mut prompt = Limited { text: Vec::new(), limit, exceeded: false };
+        let rendered = template.render_captured_to(Value::from(Serde(&variables)), &mut prompt).map(drop);
+        match rendered {
+            _ if prompt.exceeded => Err(Problem::TooLong),
+            Err(error) => Err(problem(&error)),
+            Ok(()) => String::from_utf8(prompt.text).map_err(|error| Problem::Failed(error.to_string())),
+        }
+    }
+}
+
+/// Text up to a length.
+struct Limited {
+    text: Vec<u8>,
+    limit: usize,
+    exceeded: bool,
+}
+
+impl io::Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > self.limit - self.text.len() {
+            self.exceeded = true;
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The source with ends of lines as Jinja2 reads them, and without what means nothing for a prompt: `{% generation %}`
+/// marks the assistant's part for training, and becomes a block with a scope of its own.
+fn adapted(source: &str) -> String {
+    const MARKS: [(&str, &str); 2] = [("generation", "with"), ("endgeneration", "endwith")];
+    let source = source.replace("\r\n", "\n").replace('\r', "\n");
+    let mut plain = String::with_capacity(source.len());
+    let mut rest = source.as_str();
+    while let Some(start) = rest.find("{%") {
+        let (text, tag) = rest.split_at(start);
+        plain.push_str(text);
+        let end = tag.find("%}").unwrap_or(tag.len());
+        let inside = tag[2..end.max(2)].trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
+        match MARKS.iter().find(|(mark, _)| *mark == inside) {
+            Some((mark, meaning)) => plain.push_str(&tag[..end].replacen(mark, meaning, 1)),
+            None => plain.push_str(&tag[..end]),
+        }
+        rest = &tag[end..];
+    }
+    plain.push_str(rest);
+    plain
+}
+
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_syntax(
+        SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().unwrap_or_default(),
+    );
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(methods::call);
+    environment.set_formatter(print);
+    filters::add(&mut environment);
+    environment.add_test("iterable", is_iterable);
+    environment.add_test("sequence", is_sequence);
+    environment
+        .add_test("callable", |value: &Value| value.is_undefined() || value.kind() == ValueKind::Plain);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_function("namespace", namespace);
+    environment.add_function("cycler", globals::cycler);
+    environment.add_function("joiner", globals::joiner);
+    environment
+}
+
+/// Prints as Python does; the library does so too, but for constants and floats.
+fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    let text: Cow<str> = match value.kind() {
+        ValueKind::None => "None".into(),
+        ValueKind::Bool if value.is_true() => "True".into(),
+        ValueKind::Bool => "False".into(),
+        ValueKind::Number if !value.is_integer() => json::float(f64::try_from(value.clone())?).into(),
+        _ => return minijinja::escape_formatter(out, state, value),
+    };
+    out.write_str(&text).map_err(Error::from)
+}
+
+/// Python cannot iterate over `None`; an undefined value has no items.
+fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+/// What has a length and items: texts and dictionaries too.
+fn is_sequence(value: &Value) -> bool {
+    value.is_undefined() || matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
+}
+
+const REFUSAL: &str = "the template refuses this conversation: ";
+
+fn raise_exception(message: Value) -> Result<Value, Error> {
+    Err(wrong(format!("{REFUSAL}{message}")))
+}
+
+fn strftime_now(format: String) -> Result<String, Error> {
+    jiff::fmt::strtime::format(&format, &jiff::ZonedDateTime::now())
+        .map_err(|error| wrong(format!("strftime_now: {error}")))
+}
+
+/// A namespace of a dictionary, keywords, or both.
+fn namespace(values: Rest<Value>, named: Kwargs) -> Result<Value, Error> {
+    let mut all: Vec<(Value, Value)> = Vec::new();
+    for value in values.iter().chain([&Value::from(named)]) {
+        let object = value.as_object().ok_or_else(|| wrong("namespace takes dictionaries and keywords"))?;
+        all.extend(object.try_iter_pairs().into_iter().flatten());
+    }
+    functions::namespace(Some(Value::from_pairs(all).into()))
+}
+
+/// What went wrong in a template, and in which line of it.
+fn problem(error: &Error) -> Problem {
+    let line = error.line().map(|line| format!(" (line {line})")).unwrap_or_default();
+    match (error.kind(), error.detail()) {
+        (ErrorKind::InvalidOperation, Some(detail)) if detail.starts_with(REFUSAL) => {
+            Problem::Refused(format!("{detail}{line}"))
+        }
+        (ErrorKind::OutOfFuel, _) => Problem::Failed(format!(
+            "the template does more than a chat template needs and was stopped; do not trust this model{line}"
+        )),
+        (kind, detail) => {
+            let what = match (kind, detail) {
+                (ErrorKind::InvalidOperation, Some(detail)) => detail.to_owned(),
+                (kind, Some(detail)) => format!("{kind}: {detail}"),
+                (kind, None) => kind.to_string(),
+            };
+            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            Problem::Failed(format!("{what}{line}{cause}"))
+        }
+    }
+}
