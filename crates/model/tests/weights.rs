@@ -365,7 +365,201 @@ fn shapes_that_overflow() {
 fn files_that_are_no_files() {
     let folder = TempDir::new().unwrap();
     symlink("/dev/zero", folder.path().join("model.safetensors")).unwrap();
-    refused(&folder, "/model.safetensors: this is not a plain file; give a folder of plain files");
+    let message = Checkpoint::open(folder.path()).unwrap_err().to_string();
+    assert!(message.ends_with("/model.safetensors: this is not a plain file"), "{message}");
+    // What points to nothing is named, not passed over.
+    let folder = TempDir::new().unwrap();
+    symlink("/nowhere/blob", folder.path().join("model.safetensors")).unwrap();
+    let message = Checkpoint::open(folder.path()).unwrap_err().to_string();
+    assert!(message.contains("/model.safetensors: No such file"), "{message}");
+    refused(
+        &with_file(
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
+        ),
+        "/model.safetensors: this is a pointer to the weights, not the weights: fetch them with `git lfs pull`",
+    );
+}
+
+/// A file of one tensor.
+fn one(name: &str) -> Vec<u8> {
+    let header = format!(r#"{{"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#);
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0; 4]].concat()
+}
+
+/// A folder of files with one tensor each.
+fn shards(files: &[(&str, &str)]) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    for (file, tensor) in files {
+        fs::write(folder.path().join(file), one(tensor)).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn shards_without_an_index() {
+    let names = |files: &[(&str, &str)]| -> Vec<String> {
+        let checkpoint = Checkpoint::open(shards(files).path()).unwrap();
+        let mut names: Vec<String> = checkpoint.names().map(str::to_owned).collect();
+        names.sort();
+        names
+    };
+    // Files of anything else beside them are none of the model's.
+    let beside = ("expected.safetensors", "b");
+    assert_eq!(names(&[("model-00001-of-00001.safetensors", "a"), beside]), ["a"]);
+    assert_eq!(
+        names(&[
+            ("model-00002-of-00002.safetensors", "a"),
+            beside,
+            ("model-00001-of-00002.safetensors", "c")
+        ]),
+        ["a", "c"]
+    );
+    assert_eq!(names(&[("whatever.safetensors", "a")]), ["a"]);
+    assert_eq!(names(&[("model.safetensors", "a"), ("model-00001-of-00001.safetensors", "b")]), ["a"]);
+    refused(
+        &shards(&[("model-00001-of-00003.safetensors", "a"), ("model-00003-of-00003.safetensors", "b")]),
+        ": shard 2 of 3 is missing: of `model` there are 2, and no model.safetensors.index.json; fetch what is missing",
+    );
+    refused(
+        &shards(&[("a-00001-of-00001.safetensors", "a"), ("b-00001-of-00001.safetensors", "b")]),
+        ": there are shards of `a` and of `b`, but no model.safetensors.index.json: fetch it",
+    );
+    refused(
+        &shards(&[("a.safetensors", "a"), ("b.safetensors", "b")]),
+        ": there are 2 safetensors files, but neither model.safetensors nor model.safetensors.index.json that says \
+         which are the model's: fetch it",
+    );
+    let twice =
+        shards(&[("model-00001-of-00002.safetensors", "a"), ("model-00002-of-00002.safetensors", "a")]);
+    let message = Checkpoint::open(twice.path()).unwrap_err().to_string();
+    assert!(
+        message.contains("00002.safetensors: tensor `a` is in ") && message.contains("too; fetch both"),
+        "{message}"
+    );
+}
+
+#[test]
+fn weights_of_other_formats_are_named() {
+    refused(
+        &with_file("mixtral.Q4_K_M.gguf", b"GGUF"),
+        ": there is neither model.safetensors nor model.safetensors.index.json; `mixtral.Q4_K_M.gguf` is a GGUF file, \
+         which is not read: give the folder of the safetensors version of this model",
+    );
+    refused(
+        &with_file("pytorch_model.bin", b"PK"),
+        ": there is neither model.safetensors nor model.safetensors.index.json; `pytorch_model.bin` is not read: \
+         convert it to safetensors first",
+    );
+    let folder = with_file("mixtral.gguf", b"GGUF");
+    let message = config::read(folder.path()).unwrap_err().to_string();
+    assert!(
+        message.contains(": there is no config.json; `mixtral.gguf` is a GGUF file, which is not"),
+        "{message}"
+    );
+}
+
+/// A fixture in one file, with other tensors.
+fn spoilt(name: &str, spoil: impl FnOnce(&mut Stored)) -> (ModelSpec, Checkpoint, TempDir) {
+    let (spec, checkpoint) = open(name);
+    let mut stored = Stored::new();
+    for name in checkpoint.names() {
+        let found = checkpoint.find(name).unwrap().unwrap();
+        let mut bytes = vec![0; found.dtype.bytes() * found.shape.iter().product::<usize>()];
+        checkpoint.fill(name, 0, &mut bytes).unwrap();
+        stored.insert(name.to_owned(), (found.dtype, found.shape.to_vec(), bytes));
+    }
+    spoil(&mut stored);
+    let folder = TempDir::new().unwrap();
+    write(&folder.path().join("model.safetensors"), &stored);
+    (spec, Checkpoint::open(folder.path()).unwrap(), folder)
+}
+
+#[test]
+fn tensors_that_are_not_used_are_named_in_a_line() {
+    for name in FIXTURES {
+        let (spec, checkpoint) = open(name);
+        let said = checkpoint.check(&spec).unwrap();
+        let beyond = checkpoint.names().any(|name| name.contains(&format!("layers.{}.", spec.layers.len())));
+        assert_eq!(said.is_some(), beyond, "{name}: {said:?}");
+        assert!(said.is_none_or(|said| said.contains("layers after the last, from 3 on")));
+    }
+    let vector = || (DType::BF16, vec![2], vec![0; 4]);
+    let said = |name: &str, extra: &[&str]| {
+        let spoil =
+            |stored: &mut Stored| stored.extend(extra.iter().map(|name| ((*name).to_owned(), vector())));
+        let (spec, checkpoint, folder) = spoilt(name, spoil);
+        let said = checkpoint.check(&spec).unwrap().unwrap_or_default();
+        said.replace(&folder.path().display().to_string(), "DIR")
+    };
+    assert_eq!(
+        said("qwen3_moe", &["lm_head.weight"]),
+        "DIR: 1 tensor of the weights is not used by this model: `lm_head.weight`"
+    );
+    assert_eq!(
+        said(
+            "mixtral",
+            &["model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_proj.bias", "a.b"]
+        ),
+        "DIR: 3 tensors of the weights are not used by this model: `a.b`, `model.layers.*.self_attn.q_proj.bias` (2)"
+    );
+    assert!(
+        said("mixtral", &["a", "b", "c", "d", "e", "f"]).ends_with("`a`, `b`, `c`, `d` and 2 more kinds")
+    );
+    assert_eq!(said("mixtral", &["model.layers.1.self_attn.rotary_emb.inv_freq"]), "");
+    let evil = said("mixtral", &["\u{1b}[2J", &"x".repeat(100_000)]);
+    assert!(evil.contains("`\\u{1b}[2J`") && !evil.contains('\u{1b}') && evil.len() < 600, "{evil}");
+}
+
+#[test]
+fn a_model_is_looked_for_before_it_is_read() {
+    let checked = |spoil: &dyn Fn(&mut Stored)| {
+        let (spec, checkpoint, folder) = spoilt("mixtral", spoil);
+        let refused = checkpoint.check(&spec).unwrap_err().to_string();
+        refused.replace(&folder.path().display().to_string(), "DIR")
+    };
+    let expert = "model.layers.1.block_sparse_moe.experts.3.w2.weight";
+    let missing = checked(&|stored| drop(stored.remove(expert)));
+    assert!(missing.starts_with(&format!("DIR: there is no tensor `{expert}` nor ")), "{missing}");
+    let quantised = checked(&|stored| {
+        let tensor = stored.remove(expert).unwrap();
+        stored.insert(expert.replace(".weight", ".qweight"), tensor);
+    });
+    assert_eq!(
+        quantised,
+        format!(
+            "DIR/model.safetensors: tensor `{expert}` is stored quantised, as `{}`; only BF16, F16 and F32 weights are \
+             read: use an unquantised version of the model",
+            expert.replace(".weight", ".qweight")
+        )
+    );
+    let other = checked(&|stored| stored.get_mut("model.norm.weight").unwrap().1 = [vec![64], vec![1; 69]].concat());
+    assert!(other.contains("`model.norm.weight` has shape [64, 1, 1, 1, 1, 1, 1, 1] and 62 more"), "{other}");
+    let (spec, checkpoint) = open("mixtral_f16");
+    assert_eq!(checkpoint.dtype(&spec), Some(DType::F16));
+}
+
+#[test]
+fn names_from_files_do_no_harm_in_messages() {
+    let (escape, long) = ("\\u001b[31m", "y".repeat(1 << 20));
+    for name in [escape, &long] {
+        let header = format!(
+            r#"{{"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[4,8]}},"a":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}}}"#
+        );
+        let index = format!(r#"{{"weight_map":{{"a":"{name}/.."}}}}"#);
+        for folder in [
+            crafted(&header, 8),
+            crafted(&format!(r#"{{"a":{{"dtype":"{name}"}}}}"#), 0),
+            with_file("model.safetensors.index.json", index.as_bytes()),
+        ] {
+            let message = Checkpoint::open(folder.path()).unwrap_err().to_string();
+            assert!(
+                !message.contains('\u{1b}') && message.len() < 1000,
+                "{}",
+                &message[..1000.min(message.len())]
+            );
+        }
+    }
 }
 
 #[track_caller]
@@ -397,6 +591,17 @@ fn indices() {
         r#"{"a":"one.safetensors","b":"one.safetensors"}"#,
         "/one.safetensors: there is no tensor `b`, which model.safetensors.index.json puts here; fetch both again",
     );
+    // What an index leaves out counts all the same.
+    let folder = shards(&[("one.safetensors", "a")]);
+    let index = folder.path().join("model.safetensors.index.json");
+    fs::write(index, r#"{"metadata":{"total_size":NaN},"weight_map":{}}"#).unwrap();
+    assert_eq!(Checkpoint::open(folder.path()).unwrap().names().count(), 0);
+    let header = r#"{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"b":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}"#;
+    let folder = crafted(header, 0);
+    fs::rename(folder.path().join("model.safetensors"), folder.path().join("one.safetensors")).unwrap();
+    let index = folder.path().join("model.safetensors.index.json");
+    fs::write(index, r#"{"weight_map":{"a":"one.safetensors"}}"#).unwrap();
+    assert_eq!(Checkpoint::open(folder.path()).unwrap().names().count(), 2);
     index_refused(
         "7",
         "/model.safetensors.index.json: no index (invalid type: integer `7`, expected a map at line 1 column 15); \

@@ -14,12 +14,13 @@ mod olmoe;
 mod qwen;
 mod rope;
 
-use crate::checkpoint::read_small;
+use crate::checkpoint::{other_weights, read_small};
 use crate::spec::ModelSpec;
 use crate::{Architecture, ModelError};
 use epsmoe_base::json;
 use keys::{ACTIVATIONS, Checked, Keys, MOST_EXPERTS_IN_ALL, Remarks, Wrong, quoted, shown, wrong};
 use serde_json::Value;
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// The file's name in a model's folder.
@@ -42,7 +43,7 @@ impl Config {
     /// Reads the config.json of a model's folder.
     pub fn read(folder: &Path) -> Result<Config, ModelError> {
         let path = folder.join(FILE);
-        let text = read_small(&path, FILE_LIMIT)?;
+        let text = read_small(&path, FILE_LIMIT).map_err(|error| without_config(folder, error))?;
         Config::parse(&text, &path.display().to_string())
     }
 
@@ -52,6 +53,18 @@ impl Config {
         let mut config = build(text).map_err(|Wrong(problem)| named(problem))?;
         config.remarks.iter_mut().for_each(|remark| *remark = format!("{file}: {remark}"));
         Ok(config)
+    }
+}
+
+/// What a folder without a config.json has instead.
+fn without_config(folder: &Path, error: ModelError) -> ModelError {
+    match &error {
+        ModelError::Read { source, .. } if source.kind() == ErrorKind::NotFound => other_weights(folder)
+            .map_or(error, |other| ModelError::Config {
+                file: folder.display().to_string(),
+                problem: format!("there is no {FILE}; {other}"),
+            }),
+        _ => error,
     }
 }
 

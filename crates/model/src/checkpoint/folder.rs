@@ -1,0 +1,279 @@
+//! The files of a checkpoint's folder.
+
+use super::header::HEADER_LIMIT;
+use super::{Header, Index, Stored, WeightSource, damaged, missing, open, read_small, shown, unused};
+use crate::names::Located;
+use crate::{ModelError, ModelSpec, Part};
+use epsmoe_base::DType;
+use safetensors::tensor::Dtype;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A folder of safetensors files, one or many with an index.
+#[derive(Debug)]
+pub struct Checkpoint {
+    folder: String,
+    shards: Vec<Shard>,
+    tensors: HashMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    name: String,
+    file: File,
+}
+
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    /// First byte in the file.
+    start: u64,
+    dtype: Dtype,
+    shape: Vec<usize>,
+}
+
+impl Checkpoint {
+    /// Reads the headers of a folder's files, not their tensors.
+    pub fn open(folder: &Path) -> Result<Self, ModelError> {
+        let mut checkpoint =
+            Checkpoint { folder: folder.display().to_string(), shards: Vec::new(), tensors: HashMap::new() };
+        if is_there(folder, SINGLE) {
+            checkpoint.add_shard(folder, SINGLE, |_| true)?;
+        } else if is_there(folder, INDEX) {
+            checkpoint.add_indexed(folder)?;
+        } else {
+            for shard in shards_without_index(folder)? {
+                checkpoint.add_shard(folder, &shard, |_| true)?;
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    /// The files of an index. Tensors that it does not list count too, as the files have them.
+    fn add_indexed(&mut self, folder: &Path) -> Result<(), ModelError> {
+        let path = folder.join(INDEX);
+        let index = Index::parse(&read_small(&path, HEADER_LIMIT)?, &path)?;
+        for shard in index.shards() {
+            if !is_there(folder, shard) {
+                let problem = format!("the file is missing, but {INDEX} puts tensors there; fetch it");
+                return Err(damaged(&folder.join(shard), &problem));
+            }
+        }
+        for shard in index.shards() {
+            self.add_shard(folder, shard, |name| index.weight_map.get(name).is_none_or(|of| of == shard))?;
+        }
+        for (name, shard) in &index.weight_map {
+            if !self.tensors.contains_key(name) {
+                let name = shown(name);
+                let problem =
+                    format!("there is no tensor `{name}`, which {INDEX} puts here; fetch both again");
+                return Err(damaged(&folder.join(shard), &problem));
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for every part of a model: each must be there, in the right shape and in a format that is read. A sentence
+    /// about the tensors that the model does not use, if there are any.
+    pub fn check(&self, spec: &ModelSpec) -> Result<Option<String>, ModelError> {
+        let mut used = HashSet::new();
+        for part in spec.parts() {
+            let located = spec.locate(part);
+            let Some((source, _)) = self.stored(&located)? else { return Err(self.absent(&located)) };
+            used.extend(self.tensors.get_key_value(&source.name).map(|(name, _)| name.as_str()));
+        }
+        let unused = self.names().filter(|name| !used.contains(name));
+        Ok(unused::sentence(unused, spec).map(|sentence| format!("{}: {sentence}", self.folder)))
+    }
+
+    /// The format that the embeddings are stored in, if it is one that is read.
+    pub fn dtype(&self, spec: &ModelSpec) -> Option<DType> {
+        let sources = spec.locate(Part::Embedding).sources;
+        sources.iter().find_map(|source| Some(self.find(&source.name).ok()??.dtype))
+    }
+
+    /// Why a part is not there: perhaps it is, in another format.
+    fn absent(&self, part: &Located) -> ModelError {
+        const QUANTISED: [&str; 5] =
+            ["qweight", "weight_packed", "weight_quantized", "blocks", "quant_blocks"];
+        let coded = part.sources.iter().find_map(|source| {
+            let stem = source.name.strip_suffix("weight").unwrap_or(&source.name);
+            let joined = if stem.ends_with('.') { stem.to_owned() } else { format!("{stem}_") };
+            QUANTISED
+                .iter()
+                .map(|ending| format!("{joined}{ending}"))
+                .find(|name| self.tensors.contains_key(name))
+        });
+        match coded {
+            None => missing(part, self.folder.clone()),
+            Some(name) => ModelError::Weights {
+                file: self.place(&name),
+                problem: format!(
+                    "tensor `{}` is stored quantised, as `{}`; only BF16, F16 and F32 weights are read: use an \
+                     unquantised version of the model",
+                    part.sources[0].name,
+                    shown(&name)
+                ),
+            },
+        }
+    }
+
+    /// Names of all tensors, in no order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    fn add_shard(
+        &mut self,
+        folder: &Path,
+        name: &str,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<(), ModelError> {
+        let path = folder.join(name);
+        let (file, length) = open(&path)?;
+        let header = Header::read(&path, length, |into, at| file.read_exact_at(into, at))?;
+        let shard = self.shards.len();
+        for (tensor, info) in header.tensors.0.into_iter().filter(|(tensor, _)| wanted(tensor)) {
+            let start = header.end + info.data_offsets.0 as u64;
+            let entry = Entry { shard, start, dtype: info.dtype, shape: info.shape };
+            if let Some(before) = self.tensors.get(&tensor) {
+                let (tensor, before) = (shown(&tensor), &self.shards[before.shard].name);
+                let problem =
+                    format!("tensor `{tensor}` is in {before} too; fetch both again, or remove one");
+                return Err(damaged(&path, &problem));
+            }
+            self.tensors.insert(tensor, entry);
+        }
+        self.shards.push(Shard { name: path.display().to_string(), file });
+        Ok(())
+    }
+}
+
+impl WeightSource for Checkpoint {
+    fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError> {
+        let Some(entry) = self.tensors.get(name) else { return Ok(None) };
+        let dtype = match entry.dtype {
+            Dtype::BF16 => DType::BF16,
+            Dtype::F16 => DType::F16,
+            Dtype::F32 => DType::F32,
+            other => {
+                return Err(ModelError::Weights {
+                    file: self.place(name),
+                    problem: format!(
+                        "tensor `{}` is {other:?}; only BF16, F16 and F32 weights are read: use an \
+                         unquantised version of the model",
+                        shown(name)
+                    ),
+                });
+            }
+        };
+        Ok(Some(Stored { dtype, shape: &entry.shape }))
+    }
+
+    fn fill(&self, name: &str, first: usize, into: &mut [u8]) -> Result<(), ModelError> {
+        let entry = &self.tensors[name];
+        let shard = &self.shards[entry.shard];
+        let at = entry.start + (first * entry.dtype.bitsize() / 8) as u64;
+        shard
+            .file
+            .read_exact_at(into, at)
+            .map_err(|source| ModelError::Read { file: (&shard.name).into(), source })
+    }
+
+    fn place(&self, name: &str) -> String {
+        self.tensors
+            .get(name)
+            .map_or_else(|| self.folder.clone(), |entry| self.shards[entry.shard].name.clone())
+    }
+}
+
+/// Whether a folder has a file of this name, even one that points to nothing: opening it says so.
+fn is_there(folder: &Path, name: &str) -> bool {
+    folder.join(name).symlink_metadata().is_ok()
+}
+
+/// Names of a folder's files with this ending, in order.
+fn files_with_ending(folder: &Path, ending: &str) -> Vec<String> {
+    let entries = folder.read_dir().into_iter().flatten().filter_map(Result::ok);
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| name.ends_with(ending)).collect();
+    names.sort_unstable();
+    names
+}
+
+/// The weights of a folder without an index: all of `NAME-00001-of-00005.safetensors`, or its only safetensors file.
+fn shards_without_index(folder: &Path) -> Result<Vec<String>, ModelError> {
+    let files = files_with_ending(folder, ".safetensors");
+    let mut sets: BTreeMap<(&str, usize), Vec<usize>> = BTreeMap::new();
+    for (name, number, of) in files.iter().filter_map(|file| numbered(file)) {
+        sets.entry((name, of)).or_default().push(number);
+    }
+    let only = |files: &[String]| -> Option<Vec<String>> { (files.len() == 1).then(|| files.to_vec()) };
+    if let Some(((name, of), numbers)) = sets.pop_first() {
+        if let Some(((other, _), _)) = sets.first_key_value() {
+            let (name, other) = (shown(name), shown(other));
+            let problem = format!("there are shards of `{name}` and of `{other}`, but no {INDEX}: fetch it");
+            return Err(damaged(folder, &problem));
+        }
+        if let Some(absent) = (1..=of).find(|number| !numbers.contains(number)) {
+            let problem = format!(
+                "shard {absent} of {of} is missing: of `{}` there {} {}, and no {INDEX}; fetch what is missing",
+                shown(name),
+                if numbers.len() == 1 { "is" } else { "are" },
+                numbers.len()
+            );
+            return Err(damaged(folder, &problem));
+        }
+        return Ok(files.iter().filter(|file| numbered(file).is_some()).cloned().collect());
+    }
+    only(&files).ok_or_else(|| damaged(folder, &no_weights(folder, &files)))
+}
+
+/// The parts of `NAME-00002-of-00005.safetensors`.
+fn numbered(file: &str) -> Option<(&str, usize, usize)> {
+    let (rest, of) = file.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+    let (name, number) = rest.rsplit_once('-')?;
+    let digits = |text: &str| -> Option<usize> {
+        text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+    };
+    let (number, of) = (digits(number)?, digits(of)?);
+    // More files than any folder has are no shards.
+    ((1..=of).contains(&number) && of <= 100_000).then_some((name, number, of))
+}
+
+/// What a folder without readable weights has instead.
+fn no_weights(folder: &Path, safetensors: &[String]) -> String {
+    let Some(other) = other_weights(folder) else {
+        return match safetensors {
+            [] => format!(
+                "there is neither {SINGLE} nor {INDEX}; give a folder with safetensors weights, and convert other \
+                 formats to safetensors first"
+            ),
+            several => format!(
+                "there are {} safetensors files, but neither {SINGLE} nor {INDEX} that says which are the model's: \
+                 fetch it",
+                several.len()
+            ),
+        };
+    };
+    format!("there is neither {SINGLE} nor {INDEX}; {other}")
+}
+
+/// Weights of other formats in a folder, and what to do about them.
+pub(crate) fn other_weights(folder: &Path) -> Option<String> {
+    let found = |ending: &str| files_with_ending(folder, ending).into_iter().next().map(|name| shown(&name));
+    if let Some(name) = found(".gguf") {
+        return Some(format!(
+            "`{name}` is a GGUF file, which is not read: give the folder of the safetensors version of this model"
+        ));
+    }
+    let other = [".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".h5"]
+        .iter()
+        .find_map(|ending| found(ending))?;
+    Some(format!("`{other}` is not read: convert it to safetensors first"))
+}

@@ -1,0 +1,232 @@
+//! Reading weights: exactly the bytes that are asked for, from files that nobody has to trust. `folder` finds the files
+//! of a checkpoint, `header` reads what is in them, `unused` says which of their tensors a model leaves alone.
+
+mod folder;
+mod header;
+mod unused;
+
+pub use folder::Checkpoint;
+pub(crate) use folder::other_weights;
+pub use header::{Header, Index};
+
+use crate::ModelError;
+use crate::names::{Located, Source};
+use epsmoe_base::DType;
+use epsmoe_base::files::{open_plain, read_plain};
+use epsmoe_base::text::{printable, shortened};
+use epsmoe_device::{TensorBytes, WeightShape};
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+
+/// Where weights come from.
+pub trait WeightSource: Send + Sync {
+    /// A stored tensor, if there is one of this name.
+    fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError>;
+
+    /// Copies stored elements from number `first` on, as many as fit. The tensor exists and is long enough.
+    fn fill(&self, name: &str, first: usize, into: &mut [u8]) -> Result<(), ModelError>;
+
+    /// What to call the place of a tensor in messages.
+    fn place(&self, name: &str) -> String;
+
+    /// Where a part of a model is, of all places where it may be; nothing if it is in none. Its shape must be the part's.
+    fn stored<'a>(&'a self, part: &'a Located) -> Result<Option<(&'a Source, Stored<'a>)>, ModelError> {
+        for source in &part.sources {
+            if let Some(stored) = self.find(&source.name)? {
+                check_shape(source, stored, || self.place(&source.name))?;
+                return Ok(Some((source, stored)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Reads a part of a model, or a window of it.
+    fn read(&self, part: &Located, window: &Window) -> Result<Tensor, ModelError> {
+        let Some((source, stored)) = self.stored(part)? else {
+            return Err(missing(part, self.place("")));
+        };
+        let block = Block::new(source, part.shape, window);
+        let mut bytes = vec![0; block.rows.len() * block.columns.len() * stored.dtype.bytes()];
+        block.read(stored.dtype, &mut bytes, |first, into| self.fill(&source.name, first, into))?;
+        let tensor =
+            Tensor { dtype: stored.dtype, shape: vec![block.rows.len(), block.columns.len()], bytes };
+        let tensor = if source.transposed { tensor.transposed() } else { tensor };
+        Ok(match part.shape {
+            WeightShape::Vector { .. } => Tensor { shape: vec![tensor.shape[0]], ..tensor },
+            _ => tensor,
+        })
+    }
+}
+
+/// The part of a tensor to read; everything by default.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Window {
+    /// Rows; elements of a vector.
+    pub rows: Option<Range<usize>>,
+    /// Columns.
+    pub columns: Option<Range<usize>>,
+}
+
+impl Window {
+    /// Everything.
+    pub fn whole() -> Self {
+        Window::default()
+    }
+
+    /// Some rows, whole.
+    pub fn rows(rows: Range<usize>) -> Self {
+        Window { rows: Some(rows), columns: None }
+    }
+
+    /// Some columns of every row.
+    pub fn columns(columns: Range<usize>) -> Self {
+        Window { rows: None, columns: Some(columns) }
+    }
+}
+
+/// A tensor as it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored<'a> {
+    /// Format of its elements.
+    pub dtype: DType,
+    /// Its shape.
+    pub shape: &'a [usize],
+}
+
+/// A tensor in memory, row-major and little-endian.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// Format of the elements.
+    pub dtype: DType,
+    /// One or two dimensions.
+    pub shape: Vec<usize>,
+    /// The elements.
+    pub bytes: Vec<u8>,
+}
+
+impl Tensor {
+    /// For a backend to load.
+    pub fn as_bytes(&self) -> TensorBytes<'_> {
+        TensorBytes { dtype: self.dtype, bytes: &self.bytes }
+    }
+
+    /// Rows become columns, of a tensor of two dimensions.
+    pub fn transposed(self) -> Tensor {
+        let (rows, columns) = (self.shape[0], self.shape[1]);
+        let bytes = match self.dtype.bytes() {
+            2 => transpose::<2>(&self.bytes, rows, columns),
+            _ => transpose::<4>(&self.bytes, rows, columns),
+        };
+        Tensor { shape: vec![columns, rows], bytes, ..self }
+    }
+}
+
+fn transpose<const SIZE: usize>(bytes: &[u8], rows: usize, columns: usize) -> Vec<u8> {
+    /// Columns at a time, so that what they write stays in the cache while rows pass.
+    const TILE: usize = 32;
+    let (from, _) = bytes.as_chunks::<SIZE>();
+    let mut to = vec![[0; SIZE]; from.len()];
+    for tile in (0..columns).step_by(TILE) {
+        for row in 0..rows {
+            for column in tile..columns.min(tile + TILE) {
+                to[column * rows + row] = from[row * columns + column];
+            }
+        }
+    }
+    to.into_flattened()
+}
+
+/// A rectangle of a stored tensor seen as rows.
+struct Block {
+    rows: Range<usize>,
+    columns: Range<usize>,
+    row_width: usize,
+}
+
+impl Block {
+    fn new(source: &Source, shape: WeightShape, window: &Window) -> Block {
+        let (_, dimensions) = shape.sources();
+        let (n, k) = (dimensions[0], dimensions.get(1).copied().unwrap_or(1));
+        let rows = window.rows.clone().unwrap_or(0..n);
+        let columns = window.columns.clone().unwrap_or(0..k);
+        let inside =
+            rows.start <= rows.end && rows.end <= n && columns.start <= columns.end && columns.end <= k;
+        assert!(
+            inside,
+            "rows {rows:?}, columns {columns:?} of `{}` {dimensions:?}: this is a bug",
+            source.name
+        );
+        let (rows, columns, row_width) =
+            if source.transposed { (columns, rows, n) } else { (rows, columns, k) };
+        Block { rows: rows.start + source.first_row..rows.end + source.first_row, columns, row_width }
+    }
+
+    /// Whole rows lie one after the other and are read at once, pieces of rows one by one.
+    fn read<F>(&self, dtype: DType, bytes: &mut [u8], fill: F) -> Result<(), ModelError>
+    where
+        F: Fn(usize, &mut [u8]) -> Result<(), ModelError>,
+    {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        if self.columns.len() == self.row_width {
+            return fill(self.rows.start * self.row_width, bytes);
+        }
+        let piece = self.columns.len() * dtype.bytes();
+        let mut pieces = self.rows.clone().zip(bytes.chunks_exact_mut(piece));
+        pieces.try_for_each(|(row, into)| fill(row * self.row_width + self.columns.start, into))
+    }
+}
+
+fn missing(part: &Located, file: String) -> ModelError {
+    let names: Vec<String> = part.sources.iter().map(|source| format!("`{}`", source.name)).collect();
+    let problem = format!(
+        "there is no tensor {}; the weights are incomplete or of another model than config.json: fetch both again",
+        names.join(" nor ")
+    );
+    ModelError::Weights { file, problem }
+}
+
+/// Refuses a tensor of another shape than the model's.
+fn check_shape(source: &Source, stored: Stored<'_>, file: impl FnOnce() -> String) -> Result<(), ModelError> {
+    if stored.shape == source.shape {
+        return Ok(());
+    }
+    let problem = format!(
+        "tensor `{}` has shape {}, but config.json makes it {:?}; the two belong to different models: use the \
+         config.json that came with these weights",
+        source.name,
+        shown_shape(stored.shape),
+        source.shape
+    );
+    Err(ModelError::Weights { file: file(), problem })
+}
+
+/// A name from a file, for messages: of bearable length, and nothing that a terminal obeys.
+fn shown(name: &str) -> String {
+    printable(&shortened(name, 200)).into_owned()
+}
+
+/// A shape from a file, for messages.
+fn shown_shape(shape: &[usize]) -> String {
+    const MOST: usize = 8;
+    match shape.get(..MOST) {
+        Some(first) if shape.len() > MOST => format!("{first:?} and {} more", shape.len() - MOST),
+        _ => format!("{shape:?}"),
+    }
+}
+
+fn damaged(path: &Path, problem: &str) -> ModelError {
+    ModelError::Weights { file: path.display().to_string(), problem: problem.to_owned() }
+}
+
+/// Opens a plain file and tells its length.
+fn open(path: &Path) -> Result<(File, u64), ModelError> {
+    open_plain(path).map_err(|source| ModelError::Read { file: path.into(), source })
+}
+
+/// A whole plain file of at most `limit` bytes.
+pub(crate) fn read_small(path: &Path, limit: u64) -> Result<Vec<u8>, ModelError> {
+    read_plain(path, limit).map_err(|source| ModelError::Read { file: path.into(), source })
+}
