@@ -1,6 +1,6 @@
 //! Weights that tell how much of them has been read.
 
-use epsmoe_model::{ModelError, Stored, WeightSource};
+use epsmoe_model::{Hints, ModelError, Stored, WeightSource};
 use indicatif::ProgressBar;
 
 /// A source whose bytes move a bar.
@@ -18,6 +18,10 @@ impl WeightSource for LayerSample<'_> {
         self.source.fill(name, first, into)?;
         self.bar.inc(into.len() as u64);
         Ok(())
+    }
+
+    fn hints(&self) -> Result<Hints, ModelError> {
+        self.source.hints()
     }
 
     fn place(&self, name: &str) -> String {

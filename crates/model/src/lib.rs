@@ -8,7 +8,8 @@ pub mod presets;
 mod spec;
 pub mod synthetic;
 
-pub use checkpoint::{Checkpoint, Stored, Tensor, WeightSource, Window};
+pub use checkpoint::{Checkpoint, Kept, Stored, Tensor, WeightSource, Window};
+pub use epsmoe_quant::Hints;
 pub use error::ModelError;
 pub use names::{LayerPart, Located, Map, Part, Source};
 pub use presets::{PRESETS, preset, preset_text};

@@ -4,8 +4,9 @@
 use crate::checkpoint::{Stored, WeightSource};
 use crate::names::{LayerPart, Part};
 use crate::{ModelError, ModelSpec};
-use epsmoe_base::{DType, Mix, hash_bytes};
+use epsmoe_base::{Mix, hash_bytes};
 use epsmoe_device::WeightShape;
+use epsmoe_quant::StoredType;
 use half::bf16;
 use std::collections::HashMap;
 
@@ -61,7 +62,7 @@ impl Synthetic {
 impl WeightSource for Synthetic {
     fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError> {
         let tensor = self.by_name.get(name).map(|&index| &self.tensors[index]);
-        Ok(tensor.map(|tensor| Stored { dtype: DType::BF16, shape: &tensor.shape }))
+        Ok(tensor.map(|tensor| Stored { dtype: StoredType::BF16, shape: &tensor.shape }))
     }
 
     fn fill(&self, name: &str, first: usize, into: &mut [u8]) -> Result<(), ModelError> {

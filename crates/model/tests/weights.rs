@@ -465,9 +465,10 @@ fn spoilt(name: &str, spoil: impl FnOnce(&mut Stored)) -> (ModelSpec, Checkpoint
     let mut stored = Stored::new();
     for name in checkpoint.names() {
         let found = checkpoint.find(name).unwrap().unwrap();
-        let mut bytes = vec![0; found.dtype.bytes() * found.shape.iter().product::<usize>()];
+        let dtype = found.dtype.plain().unwrap();
+        let mut bytes = vec![0; dtype.bytes() * found.shape.iter().product::<usize>()];
         checkpoint.fill(name, 0, &mut bytes).unwrap();
-        stored.insert(name.to_owned(), (found.dtype, found.shape.to_vec(), bytes));
+        stored.insert(name.to_owned(), (dtype, found.shape.to_vec(), bytes));
     }
     spoil(&mut stored);
     let folder = TempDir::new().unwrap();
@@ -528,12 +529,14 @@ fn a_model_is_looked_for_before_it_is_read() {
     assert_eq!(
         quantised,
         format!(
-            "DIR/model.safetensors: tensor `{expert}` is stored quantised, as `{}`; only BF16, F16 and F32 weights are \
-             read: use an unquantised version of the model",
+            "DIR: tensor `{expert}`: `{}` is BF16 of shape [64, 112], where weights [64, 112] need I32 of shape \
+             [112, 8]; config.json and weights are of different models, or the file is damaged or incomplete: fetch it \
+             again",
             expert.replace(".weight", ".qweight")
         )
     );
-    let other = checked(&|stored| stored.get_mut("model.norm.weight").unwrap().1 = [vec![64], vec![1; 69]].concat());
+    let other =
+        checked(&|stored| stored.get_mut("model.norm.weight").unwrap().1 = [vec![64], vec![1; 69]].concat());
     assert!(other.contains("`model.norm.weight` has shape [64, 1, 1, 1, 1, 1, 1, 1] and 62 more"), "{other}");
     let (spec, checkpoint) = open("mixtral_f16");
     assert_eq!(checkpoint.dtype(&spec), Some(DType::F16));
@@ -659,8 +662,8 @@ fn formats_that_are_not_read() {
     let message = checkpoint.read(&spec.locate(Part::FinalNorm), &Window::whole()).unwrap_err().to_string();
     assert!(
         message.ends_with(
-            "tensor `model.norm.weight` is F8_E4M3; only BF16, F16 and F32 weights are read: use an unquantised \
-             version of the model"
+            "tensor `model.norm.weight` is F8_E4M3, which holds no weights; the weights are damaged or of another \
+             model than config.json: fetch both again"
         ),
         "{message}"
     );

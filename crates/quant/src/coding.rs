@@ -126,7 +126,8 @@ pub struct CodedTensor {
     pub(crate) zeros: Option<StoredMatrix>,
     pub(crate) global: Option<Global>,
     pub(crate) groups: Option<StoredMatrix>,
-    activation_scale: Option<String>,
+    /// Tensors that belong to it and are not needed to decode it.
+    beside: Vec<String>,
 }
 
 /// A scale of the whole tensor.
@@ -150,7 +151,16 @@ impl CodedTensor {
         let matrices = shape[..shape.len() - 2].iter().product();
         let stem = name.strip_suffix(".weight").unwrap_or(name);
         let detector = Detector { name, stem, shape: [matrices, n, k], full: shape, hints, find: &find };
-        detector.detect()
+        let coded = detector.detect()?;
+        Ok(coded.map(|coded| CodedTensor { beside: detector.beside(), ..coded }))
+    }
+
+    /// Names of the tensors that it is made of, and of those that belong to it.
+    pub fn tensors(&self) -> impl Iterator<Item = &str> {
+        let global = self.global.as_ref().map(|global| &global.scale);
+        let parts = [self.scales.as_ref(), self.zeros.as_ref(), global, self.groups.as_ref()];
+        let parts = [Some(&self.codes)].into_iter().chain(parts).flatten().map(|part| part.name.as_str());
+        parts.chain(self.beside.iter().map(String::as_str))
     }
 
     /// How its weights are coded.
@@ -160,7 +170,8 @@ impl CodedTensor {
 
     /// Name of the tensor that holds the fixed scale of what is multiplied with it, if there is one.
     pub fn activation_scale(&self) -> Option<&str> {
-        self.activation_scale.as_deref()
+        let fixed = |name: &&String| ACTIVATION_SCALES.iter().any(|ending| name.ends_with(ending));
+        self.beside.iter().find(fixed).map(String::as_str)
     }
 }
 
@@ -296,7 +307,7 @@ impl Detector<'_> {
         let scales = self.floats(scales, grid[1])?;
         let zeros = zeros.map(|zeros| self.zeros(zeros, element, grid)).transpose()?;
         let coded = self.coded(blocks, codes, scales);
-        Ok(CodedTensor { zeros, scale_rows, activation_scale: self.activation(), ..coded })
+        Ok(CodedTensor { zeros, scale_rows, ..coded })
     }
 
     /// Zeros of rows of integers: signed bytes like the scales, or words that hold neighbours along N.
@@ -341,7 +352,7 @@ impl Detector<'_> {
             _ => None,
         };
         let blocks = Blocks { element: Element::E2M1, rows: 1, columns, order: Order::Rows, zeros: false };
-        Ok(CodedTensor { global, activation_scale: self.activation(), ..self.coded(blocks, codes, scales) })
+        Ok(CodedTensor { global, ..self.coded(blocks, codes, scales) })
     }
 
     /// `[.., N, K / 32, 16]` bytes and `[.., N, K / 32]` scales.
@@ -402,7 +413,7 @@ impl Detector<'_> {
             zeros: None,
             global: None,
             groups: None,
-            activation_scale: None,
+            beside: Vec::new(),
         })
     }
 
@@ -417,13 +428,15 @@ impl Detector<'_> {
             zeros: None,
             global: None,
             groups: None,
-            activation_scale: None,
+            beside: Vec::new(),
         }
     }
 
-    fn activation(&self) -> Option<String> {
-        let names = [format!("{}.input_scale", self.stem), format!("{}.activation_scale", self.stem)];
-        names.into_iter().find(|name| (self.find)(name).is_some())
+    fn beside(&self) -> Vec<String> {
+        let endings =
+            ACTIVATION_SCALES.into_iter().chain(["weight_shape", "k_scale", "v_scale", "output_scale"]);
+        let names = endings.map(|ending| format!("{}.{ending}", self.stem));
+        names.filter(|name| (self.find)(name).is_some()).collect()
     }
 
     /// A tensor of one of some formats whose shape is that of the matrices on top of each other, then `inner`.
@@ -481,6 +494,9 @@ impl Detector<'_> {
 
 pub(crate) const ACT_ORDER: &str = "its columns are quantised in an order of their own (act-order), which is not \
                                     read; use a version quantised without it, or an unquantised one";
+
+/// What follows a module's name in that of the fixed scale of its input.
+const ACTIVATION_SCALES: [&str; 2] = ["input_scale", "activation_scale"];
 
 /// How long blocks are if `count` of them cover `length`: one for all, one for each, as told, or where nothing is told
 /// the power of two that fits.

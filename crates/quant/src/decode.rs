@@ -29,6 +29,13 @@ impl Value for bf16 {
     }
 }
 
+/// Bytes of a bfloat16.
+impl Value for [u8; 2] {
+    fn nearest(value: f32) -> Self {
+        bf16::from_f32(value).to_le_bytes()
+    }
+}
+
 impl CodedTensor {
     /// Decodes some columns of some rows, counted over all matrices, into `out`, row after row. Reads the codes of
     /// no other rows, and of the other columns only what lies in the same block or word.

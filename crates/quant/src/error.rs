@@ -10,7 +10,7 @@ pub struct QuantError(String);
 impl QuantError {
     /// An error of these words.
     pub fn new(problem: impl Into<String>) -> Self {
-        QuantError(printable(&problem.into()).into_owned())
+        QuantError(printable(&shortened(&problem.into(), 2000)).into_owned())
     }
 }
 

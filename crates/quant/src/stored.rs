@@ -1,6 +1,7 @@
 //! Tensors as files hold them, and rectangles of them.
 
 use crate::{GgmlType, QuantError};
+use epsmoe_base::DType;
 use std::fmt;
 use std::ops::Range;
 
@@ -29,15 +30,16 @@ pub enum StoredType {
     I64,
     /// Blocks of a GGUF file.
     Ggml(GgmlType),
+    /// Another format, by its name. Nothing is read of it.
+    Other(&'static str),
 }
 
 impl StoredType {
     /// Elements of a block, and bytes of one. Only GGUF's blocks have more than one element.
     pub fn block(self) -> (usize, usize) {
         match self {
-            StoredType::E4M3 | StoredType::E5M2 | StoredType::E8M0 | StoredType::I8 | StoredType::U8 => {
-                (1, 1)
-            }
+            StoredType::E4M3 | StoredType::E5M2 | StoredType::E8M0 => (1, 1),
+            StoredType::I8 | StoredType::U8 | StoredType::Other(_) => (1, 1),
             StoredType::F16 | StoredType::BF16 => (1, 2),
             StoredType::F32 | StoredType::I32 => (1, 4),
             StoredType::I64 => (1, 8),
@@ -53,7 +55,17 @@ impl StoredType {
 
     /// Whether it holds weights as they are.
     pub fn is_plain(self) -> bool {
-        matches!(self, StoredType::F32 | StoredType::F16 | StoredType::BF16)
+        self.plain().is_some()
+    }
+
+    /// The format, if it holds weights as they are.
+    pub fn plain(self) -> Option<DType> {
+        match self {
+            StoredType::F32 => Some(DType::F32),
+            StoredType::F16 => Some(DType::F16),
+            StoredType::BF16 => Some(DType::BF16),
+            _ => None,
+        }
     }
 }
 
@@ -70,6 +82,7 @@ impl fmt::Display for StoredType {
             StoredType::U8 => "U8",
             StoredType::I32 => "I32",
             StoredType::I64 => "I64",
+            StoredType::Other(name) => name,
             StoredType::Ggml(format) => return fmt::Display::fmt(format, f),
         })
     }

@@ -1,17 +1,19 @@
 //! The files of a checkpoint's folder.
 
 use super::header::HEADER_LIMIT;
-use super::{Header, Index, Stored, WeightSource, damaged, missing, open, read_small, shown, unused};
-use crate::names::Located;
-use crate::{ModelError, ModelSpec, Part};
-use epsmoe_base::DType;
+use super::{Header, Index, Kept, Stored, WeightSource, damaged, missing, open, read_small, shown, unused};
+use crate::{ModelError, ModelSpec, Part, config};
+use epsmoe_base::{DType, json};
+use epsmoe_quant::{Hints, QuantConfig, QuantError, StoredType};
 use safetensors::tensor::Dtype;
+use serde_json::Value;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 const SINGLE: &str = "model.safetensors";
+const QUANTISATION: &str = "quantization_config";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// A folder of safetensors files, one or many with an index.
@@ -20,6 +22,7 @@ pub struct Checkpoint {
     folder: String,
     shards: Vec<Shard>,
     tensors: HashMap<String, Entry>,
+    quantisation: Result<Option<QuantConfig>, QuantError>,
 }
 
 #[derive(Debug)]
@@ -33,15 +36,19 @@ struct Entry {
     shard: usize,
     /// First byte in the file.
     start: u64,
-    dtype: Dtype,
+    dtype: StoredType,
     shape: Vec<usize>,
 }
 
 impl Checkpoint {
     /// Reads the headers of a folder's files, not their tensors.
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
-        let mut checkpoint =
-            Checkpoint { folder: folder.display().to_string(), shards: Vec::new(), tensors: HashMap::new() };
+        let mut checkpoint = Checkpoint {
+            folder: folder.display().to_string(),
+            shards: Vec::new(),
+            tensors: HashMap::new(),
+            quantisation: quantisation(folder),
+        };
         if is_there(folder, SINGLE) {
             checkpoint.add_shard(folder, SINGLE, |_| true)?;
         } else if is_there(folder, INDEX) {
@@ -84,8 +91,14 @@ impl Checkpoint {
         let mut used = HashSet::new();
         for part in spec.parts() {
             let located = spec.locate(part);
-            let Some((source, _)) = self.stored(&located)? else { return Err(self.absent(&located)) };
-            used.extend(self.tensors.get_key_value(&source.name).map(|(name, _)| name.as_str()));
+            let Some((source, kept)) = self.kept(&located)? else {
+                return Err(missing(&located, self.folder.clone()));
+            };
+            let name = |name: &str| self.tensors.get_key_value(name).map(|(name, _)| name.as_str());
+            match kept {
+                Kept::Plain(_) => used.extend(name(&source.name)),
+                Kept::Coded(coded) => used.extend(coded.tensors().filter_map(name)),
+            }
         }
         let unused = self.names().filter(|name| !used.contains(name));
         Ok(unused::sentence(unused, spec).map(|sentence| format!("{}: {sentence}", self.folder)))
@@ -93,34 +106,7 @@ impl Checkpoint {
 
     /// The format that the embeddings are stored in, if it is one that is read.
     pub fn dtype(&self, spec: &ModelSpec) -> Option<DType> {
-        let sources = spec.locate(Part::Embedding).sources;
-        sources.iter().find_map(|source| Some(self.find(&source.name).ok()??.dtype))
-    }
-
-    /// Why a part is not there: perhaps it is, in another format.
-    fn absent(&self, part: &Located) -> ModelError {
-        const QUANTISED: [&str; 5] =
-            ["qweight", "weight_packed", "weight_quantized", "blocks", "quant_blocks"];
-        let coded = part.sources.iter().find_map(|source| {
-            let stem = source.name.strip_suffix("weight").unwrap_or(&source.name);
-            let joined = if stem.ends_with('.') { stem.to_owned() } else { format!("{stem}_") };
-            QUANTISED
-                .iter()
-                .map(|ending| format!("{joined}{ending}"))
-                .find(|name| self.tensors.contains_key(name))
-        });
-        match coded {
-            None => missing(part, self.folder.clone()),
-            Some(name) => ModelError::Weights {
-                file: self.place(&name),
-                problem: format!(
-                    "tensor `{}` is stored quantised, as `{}`; only BF16, F16 and F32 weights are read: use an \
-                     unquantised version of the model",
-                    part.sources[0].name,
-                    shown(&name)
-                ),
-            },
-        }
+        Some(self.kept(&spec.locate(Part::Embedding)).ok()??.1.dtype())
     }
 
     /// Names of all tensors, in no order.
@@ -140,7 +126,7 @@ impl Checkpoint {
         let shard = self.shards.len();
         for (tensor, info) in header.tensors.0.into_iter().filter(|(tensor, _)| wanted(tensor)) {
             let start = header.end + info.data_offsets.0 as u64;
-            let entry = Entry { shard, start, dtype: info.dtype, shape: info.shape };
+            let entry = Entry { shard, start, dtype: stored_type(info.dtype), shape: info.shape };
             if let Some(before) = self.tensors.get(&tensor) {
                 let (tensor, before) = (shown(&tensor), &self.shards[before.shard].name);
                 let problem =
@@ -156,39 +142,61 @@ impl Checkpoint {
 
 impl WeightSource for Checkpoint {
     fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError> {
-        let Some(entry) = self.tensors.get(name) else { return Ok(None) };
-        let dtype = match entry.dtype {
-            Dtype::BF16 => DType::BF16,
-            Dtype::F16 => DType::F16,
-            Dtype::F32 => DType::F32,
-            other => {
-                return Err(ModelError::Weights {
-                    file: self.place(name),
-                    problem: format!(
-                        "tensor `{}` is {other:?}; only BF16, F16 and F32 weights are read: use an \
-                         unquantised version of the model",
-                        shown(name)
-                    ),
-                });
-            }
-        };
-        Ok(Some(Stored { dtype, shape: &entry.shape }))
+        Ok(self.tensors.get(name).map(|entry| Stored { dtype: entry.dtype, shape: &entry.shape }))
     }
 
     fn fill(&self, name: &str, first: usize, into: &mut [u8]) -> Result<(), ModelError> {
         let entry = &self.tensors[name];
         let shard = &self.shards[entry.shard];
-        let at = entry.start + (first * entry.dtype.bitsize() / 8) as u64;
+        let at = entry.start + (first * entry.dtype.block().1) as u64;
         shard
             .file
             .read_exact_at(into, at)
             .map_err(|source| ModelError::Read { file: (&shard.name).into(), source })
     }
 
+    fn hints(&self) -> Result<Hints, ModelError> {
+        match &self.quantisation {
+            Ok(config) => Ok(config.map_or_else(Hints::default, |config| config.hints)),
+            Err(error) => Err(ModelError::Config {
+                file: Path::new(&self.folder).join(config::FILE).display().to_string(),
+                problem: format!("`{QUANTISATION}`: {error}"),
+            }),
+        }
+    }
+
     fn place(&self, name: &str) -> String {
         self.tensors
             .get(name)
             .map_or_else(|| self.folder.clone(), |entry| self.shards[entry.shard].name.clone())
+    }
+}
+
+/// What a folder's config.json says about how its weights are coded. A file that cannot be read says nothing here:
+/// whoever reads the model from it tells why.
+fn quantisation(folder: &Path) -> Result<Option<QuantConfig>, QuantError> {
+    let Ok(text) = read_small(&folder.join(config::FILE), config::FILE_LIMIT) else { return Ok(None) };
+    let Ok(value) = serde_json::from_slice::<Value>(&json::from_python(&text)) else { return Ok(None) };
+    let section = [&value, &value["text_config"]].into_iter().find_map(|of| of.get(QUANTISATION));
+    section.filter(|section| section.is_object()).map(QuantConfig::parse).transpose()
+}
+
+/// A format of safetensors.
+fn stored_type(dtype: Dtype) -> StoredType {
+    match dtype {
+        Dtype::F32 => StoredType::F32,
+        Dtype::F16 => StoredType::F16,
+        Dtype::BF16 => StoredType::BF16,
+        Dtype::F8_E4M3 => StoredType::E4M3,
+        Dtype::F8_E5M2 => StoredType::E5M2,
+        Dtype::F8_E8M0 => StoredType::E8M0,
+        Dtype::I8 => StoredType::I8,
+        Dtype::U8 => StoredType::U8,
+        Dtype::I32 => StoredType::I32,
+        Dtype::I64 => StoredType::I64,
+        Dtype::F64 => StoredType::Other("F64"),
+        Dtype::BOOL => StoredType::Other("BOOL"),
+        _ => StoredType::Other("of a format of its own"),
     }
 }
 

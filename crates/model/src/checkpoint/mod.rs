@@ -1,5 +1,6 @@
 //! Reading weights: exactly the bytes that are asked for, from files that nobody has to trust. `folder` finds the files
-//! of a checkpoint, `header` reads what is in them, `unused` says which of their tensors a model leaves alone.
+//! of a checkpoint, `header` reads what is in them, `unused` says which of their tensors a model leaves alone. Tensors that
+//! are coded become bfloat16 on the way (`epsmoe-quant` knows how).
 
 mod folder;
 mod header;
@@ -15,6 +16,7 @@ use epsmoe_base::DType;
 use epsmoe_base::files::{open_plain, read_plain};
 use epsmoe_base::text::{printable, shortened};
 use epsmoe_device::{TensorBytes, WeightShape};
+use epsmoe_quant::{CodedTensor, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType};
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -24,38 +26,129 @@ pub trait WeightSource: Send + Sync {
     /// A stored tensor, if there is one of this name.
     fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError>;
 
-    /// Copies stored elements from number `first` on, as many as fit. The tensor exists and is long enough.
+    /// Copies stored elements, or blocks where the format has blocks, from number `first` on, as many as fit. The tensor
+    /// exists and is long enough.
     fn fill(&self, name: &str, first: usize, into: &mut [u8]) -> Result<(), ModelError>;
+
+    /// What the configuration of a quantised checkpoint says that its tensors cannot.
+    fn hints(&self) -> Result<Hints, ModelError> {
+        Ok(Hints::default())
+    }
 
     /// What to call the place of a tensor in messages.
     fn place(&self, name: &str) -> String;
 
     /// Where a part of a model is, of all places where it may be; nothing if it is in none. Its shape must be the part's.
-    fn stored<'a>(&'a self, part: &'a Located) -> Result<Option<(&'a Source, Stored<'a>)>, ModelError> {
+    fn kept<'a>(&self, part: &'a Located) -> Result<Option<(&'a Source, Kept)>, ModelError> {
         for source in &part.sources {
-            if let Some(stored) = self.find(&source.name)? {
-                check_shape(source, stored, || self.place(&source.name))?;
-                return Ok(Some((source, stored)));
+            let stored = self.find(&source.name)?;
+            if let Some(coded) = self.coded(source)? {
+                return Ok(Some((source, Kept::Coded(coded))));
             }
+            let Some(stored) = stored else { continue };
+            check_shape(source, stored, || self.place(&source.name))?;
+            let Some(dtype) = stored.dtype.plain() else {
+                return Err(unread(source, stored.dtype, self.place(&source.name)));
+            };
+            return Ok(Some((source, Kept::Plain(dtype))));
         }
         Ok(None)
     }
 
+    /// How a tensor is coded, if it is there and not plain.
+    fn coded(&self, source: &Source) -> Result<Option<CodedTensor>, ModelError> {
+        let raw = Raw(self);
+        let find = |name: &str| raw.find(name);
+        let detect = |hints: &Hints| CodedTensor::detect(&source.name, &source.shape, hints, find);
+        // Without a coded tensor, a configuration that cannot be read does no harm.
+        if detect(&Hints::default()) == Ok(None) {
+            return Ok(None);
+        }
+        detect(&self.hints()?).map_err(|error| Failed::from(error).of(|| self.place(&source.name)))
+    }
+
     /// Reads a part of a model, or a window of it.
     fn read(&self, part: &Located, window: &Window) -> Result<Tensor, ModelError> {
-        let Some((source, stored)) = self.stored(part)? else {
+        let Some((source, kept)) = self.kept(part)? else {
             return Err(missing(part, self.place("")));
         };
         let block = Block::new(source, part.shape, window);
-        let mut bytes = vec![0; block.rows.len() * block.columns.len() * stored.dtype.bytes()];
-        block.read(stored.dtype, &mut bytes, |first, into| self.fill(&source.name, first, into))?;
-        let tensor =
-            Tensor { dtype: stored.dtype, shape: vec![block.rows.len(), block.columns.len()], bytes };
+        let (dtype, shape) = (kept.dtype(), vec![block.rows.len(), block.columns.len()]);
+        let mut bytes = vec![0; block.rows.len() * block.columns.len() * dtype.bytes()];
+        match kept {
+            Kept::Plain(_) => {
+                block.read(dtype, &mut bytes, |first, into| self.fill(&source.name, first, into))?;
+            }
+            Kept::Coded(coded) => {
+                let (weights, _) = bytes.as_chunks_mut::<2>();
+                let decoded = coded.decode(&Raw(self), Rows::range(block.rows), block.columns, weights);
+                decoded.map_err(|error| error.of(|| self.place(&source.name)))?;
+            }
+        }
+        let tensor = Tensor { dtype, shape, bytes };
         let tensor = if source.transposed { tensor.transposed() } else { tensor };
         Ok(match part.shape {
             WeightShape::Vector { .. } => Tensor { shape: vec![tensor.shape[0]], ..tensor },
             _ => tensor,
         })
+    }
+}
+
+/// Stored tensors as their codings want to read them.
+struct Raw<'a, S: ?Sized>(&'a S);
+
+/// What reading codes ends in where it fails.
+enum Failed {
+    Reading(ModelError),
+    Decoding(QuantError),
+}
+
+impl From<QuantError> for Failed {
+    fn from(error: QuantError) -> Self {
+        Failed::Decoding(error)
+    }
+}
+
+impl Failed {
+    /// The error of a tensor of a file.
+    fn of(self, file: impl FnOnce() -> String) -> ModelError {
+        match self {
+            Failed::Reading(error) => error,
+            Failed::Decoding(error) => ModelError::Weights { file: file(), problem: error.to_string() },
+        }
+    }
+}
+
+impl<S: WeightSource + ?Sized> StoredTensors for Raw<'_, S> {
+    type Error = Failed;
+
+    fn find(&self, name: &str) -> Option<StoredTensor> {
+        let stored = self.0.find(name).ok()??;
+        Some(StoredTensor { dtype: stored.dtype, shape: stored.shape.to_vec() })
+    }
+
+    fn fill(&self, name: &str, first: u64, into: &mut [u8]) -> Result<(), Failed> {
+        let stored = self.0.find(name).map_err(Failed::Reading)?;
+        let (_, block) = stored.map_or((1, 1), |stored| stored.dtype.block());
+        self.0.fill(name, first as usize / block, into).map_err(Failed::Reading)
+    }
+}
+
+/// How a part of a model is kept.
+pub enum Kept {
+    /// As it is.
+    Plain(DType),
+    /// In codes.
+    Coded(CodedTensor),
+}
+
+impl Kept {
+    /// The format that it has in memory.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Kept::Plain(dtype) => *dtype,
+            Kept::Coded(_) => DType::BF16,
+        }
     }
 }
 
@@ -89,7 +182,7 @@ impl Window {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stored<'a> {
     /// Format of its elements.
-    pub dtype: DType,
+    pub dtype: StoredType,
     /// Its shape.
     pub shape: &'a [usize],
 }
@@ -184,6 +277,15 @@ fn missing(part: &Located, file: String) -> ModelError {
     let problem = format!(
         "there is no tensor {}; the weights are incomplete or of another model than config.json: fetch both again",
         names.join(" nor ")
+    );
+    ModelError::Weights { file, problem }
+}
+
+fn unread(source: &Source, dtype: StoredType, file: String) -> ModelError {
+    let problem = format!(
+        "tensor `{}` is {dtype}, which holds no weights; the weights are damaged or of another model than config.json: \
+         fetch both again",
+        source.name
     );
     ModelError::Weights { file, problem }
 }
