@@ -91,9 +91,32 @@ fn parse(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
         return Err(ApiError::bad_request("the body is empty: send a JSON object"));
     }
     match serde_json::from_slice(bytes) {
-        Ok(Value::Object(object)) => Ok(object),
+        Ok(Value::Object(mut object)) => {
+            object.values_mut().for_each(|value| whole_numbers(value, NUMBERS_WITHIN));
+            Ok(object)
+        }
         Ok(_) => Err(ApiError::bad_request("the body is no JSON object")),
         Err(error) => Err(ApiError::bad_request(format!("the body is not valid JSON: {error}"))),
+    }
+}
+
+/// Lists of lists of numbers are the deepest numbers that a field of ours has; what is in objects is the client's.
+const NUMBERS_WITHIN: usize = 2;
+
+/// To JSON `5.0` is a whole number as good as `5`.
+fn whole_numbers(value: &mut Value, within: usize) {
+    match value {
+        Value::Number(number) if number.is_f64() => {
+            let whole =
+                number.as_f64().filter(|number| number.fract() == 0.0 && number.abs() < 2f64.powi(53));
+            if let Some(whole) = whole {
+                *value = (whole as i64).into();
+            }
+        }
+        Value::Array(list) if within > 0 => {
+            list.iter_mut().for_each(|value| whole_numbers(value, within - 1))
+        }
+        _ => {}
     }
 }
 
@@ -133,6 +156,13 @@ mod tests {
     fn null_is_absent_and_unknown_fields_are_ignored() {
         let fields: Fields = object(r#"{"list": [1], "number": null, "other": {}}"#).read().unwrap();
         assert_eq!(fields.number, None);
+    }
+
+    #[test]
+    fn whole_numbers_may_have_a_point() {
+        let fields: Fields = object(r#"{"list": [1.0, 2], "number": 3.0}"#).read().unwrap();
+        assert_eq!(fields.number, Some(3.0));
+        assert!(object(r#"{"list": [1.5]}"#).read::<Fields>().is_err());
     }
 
     #[test]

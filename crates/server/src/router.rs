@@ -1,9 +1,9 @@
 //! All routes, and what every request passes on its way to one: first id, log and panics, then other origins, the declared
 //! size, the key.
 
-use crate::app::Shared;
-use crate::openai::{ApiError, ErrorBody};
-use crate::options::ServerOptions;
+use crate::app::{App, Shared};
+use crate::openai::chat::ChatChunk;
+use crate::openai::{ApiError, ErrorBody, TokenId};
 use crate::{access_log, auth, body, routes};
 use axum::Router;
 use axum::body::{Body, HttpBody};
@@ -18,8 +18,9 @@ use std::time::Duration;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, Any as AnyOrigin, CorsLayer};
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
-use utoipa::OpenApi;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -30,7 +31,7 @@ const LINGER: Duration = Duration::from_secs(5);
 #[derive(OpenApi)]
 #[openapi(
     info(title = "epsmoe", description = "An OpenAI-compatible server of Mixture-of-Experts models"),
-    components(schemas(ErrorBody)),
+    components(schemas(ErrorBody, ChatChunk)),
     tags(
         (name = "generation", description = "Answers"),
         (name = "models", description = "What is served"),
@@ -52,7 +53,7 @@ pub(crate) fn router(app: Shared) -> Router {
         .merge(routes::health::router())
         .merge(routes::metrics::router());
     let (routes, mut api) = open.merge(protected).split_for_parts();
-    describe(&mut api, &app.options);
+    describe(&mut api, &app);
     let cors = cors(&app.options.allowed_origins);
     let router = routes
         .merge(utoipa_swagger_ui::SwaggerUi::new("/docs").url("/openapi.json", api))
@@ -72,16 +73,20 @@ pub(crate) fn router(app: Shared) -> Router {
 }
 
 /// What the description of the routes cannot know by itself.
-fn describe(api: &mut utoipa::openapi::OpenApi, options: &ServerOptions) {
+fn describe(api: &mut utoipa::openapi::OpenApi, app: &App) {
     api.info.version = env!("CARGO_PKG_VERSION").to_owned();
     // Names of models may have slashes, which is said in the router's way, not in OpenAPI's.
     let paths = &mut api.paths.paths;
     if let Some(item) = paths.shift_remove("/v1/models/{*model}") {
         paths.insert("/v1/models/{model}".to_owned(), item);
     }
-    if !options.api_keys.is_empty() {
+    let components = api.components.get_or_insert_default();
+    if let Some(RefOr::T(Schema::Object(id))) = components.schemas.get_mut(TokenId::name().as_ref()) {
+        id.maximum = Some((app.model.vocab - 1).into());
+    }
+    if !app.options.api_keys.is_empty() {
         let scheme = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
-        api.components.get_or_insert_default().add_security_scheme("key", scheme);
+        components.add_security_scheme("key", scheme);
         api.security = Some(vec![utoipa::openapi::SecurityRequirement::new("key", [""; 0])]);
     }
 }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::Duration;
+use utoipa::ToSchema;
 
 /// Silence after which a comment is sent, so that nobody on the way takes the connection for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -25,6 +26,14 @@ pub(crate) trait Chunks: Send + 'static {
 
     /// Puts the usage so far on a chunk.
     fn mark(chunk: &mut Self::Chunk, usage: Usage);
+}
+
+/// One event of a stream, as the description of the API has it.
+#[derive(ToSchema)]
+#[allow(dead_code, reason = "only its description is used")]
+pub(crate) struct StreamEvent {
+    /// A chunk as JSON, an error object, or `[DONE]`.
+    data: String,
 }
 
 /// Which usage a stream tells.

@@ -9,17 +9,19 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+/// The command whose flags may stand in a file.
+const COMMAND: &str = "serve";
+
 /// Largest file, in bytes.
 const LIMIT: u64 = 1 << 20;
 
 /// Adds the flags of a configuration file, if the command line names one. What was typed and what a variable says go
 /// before the file.
 pub(crate) fn with_config_file(program: &Command, mut args: Vec<OsString>) -> Result<Vec<OsString>, String> {
-    let named = args.get(1).and_then(|name| program.find_subcommand(name.to_str()?));
-    let Some(command) = named.filter(|command| command.get_arguments().any(|arg| arg.get_id() == "config"))
-    else {
-        return Ok(args);
-    };
+    // Other commands have a --config that is a model's.
+    let command =
+        program.find_subcommand(COMMAND).filter(|_| args.get(1).is_some_and(|name| name == COMMAND));
+    let Some(command) = command else { return Ok(args) };
     let typed: Vec<&str> = args.iter().skip(2).filter_map(|arg| arg.to_str()).collect();
     let Some(file) = value_of(&typed, "config") else { return Ok(args) };
     let problem = |problem: String| format!("--config {file}: {problem}");

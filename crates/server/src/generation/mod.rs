@@ -29,6 +29,8 @@ pub(crate) struct Generation {
     choices_of_prompt: usize,
     open: usize,
     events: UnboundedReceiver<Told>,
+    /// Whether an error is the answer, which no answer of these counts beside.
+    failed: bool,
 }
 
 /// What the engine told about a choice, and when.
@@ -75,6 +77,7 @@ impl Generation {
             choices_of_prompt: job.n,
             open: 0,
             events,
+            failed: false,
         };
         let guide: Option<Guide> = job.guide.take();
         for prompt in 0..job.prompts.len() {
@@ -87,7 +90,7 @@ impl Generation {
                     let _ = sender.send(Told { choice, at: Instant::now(), event });
                 };
                 let submitted = Instant::now();
-                let id = app.model.engine.submit(request, tell)?;
+                let id = app.model.engine.submit(request, tell).inspect_err(|_| generation.failed = true)?;
                 generation.choices.push(Choice::new(app, &job, prompt, id, submitted));
                 generation.open += 1;
             }
@@ -100,7 +103,7 @@ impl Generation {
         while self.open > 0 {
             let told = self.events.recv().await;
             let told = told.ok_or_else(|| ApiError::internal("the engine has ended without a word"))?;
-            if let Some(step) = self.take_in(told)? {
+            if let Some(step) = self.take_in(told).inspect_err(|_| self.failed = true)? {
                 return Ok(Some(step));
             }
         }
@@ -169,7 +172,9 @@ impl Drop for Generation {
         let now = Instant::now();
         for choice in self.choices.iter_mut().filter(|choice| !choice.is_closed()) {
             self.app.model.engine.abort(choice.id);
-            self.app.metrics.finished("abort", choice.tokens, &choice.times, now);
+            if !self.failed {
+                self.app.metrics.finished("abort", choice.tokens, &choice.times, now);
+            }
         }
     }
 }

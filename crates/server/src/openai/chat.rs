@@ -4,12 +4,12 @@ use super::completions::{MAX_LOGPROBS, StopReason, check_logprobs};
 use super::logprobs::ChatLogprobs;
 use super::sampling::{SamplingFields, at_least};
 use super::tools::{Tool, ToolCall, ToolCallDelta, ToolChoice};
-use super::{ApiError, OneOrMany, Usage, one_or_many};
+use super::{ApiError, Condition, OneOrMany, Usage, either, merged, one_or_many, streamed};
 use crate::body::JsonObject;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use utoipa::openapi::schema::{AnyOf, Object};
-use utoipa::openapi::{RefOr, Schema};
+use utoipa::openapi::schema::AnyOf;
+use utoipa::openapi::{RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 /// A request for the next message of a conversation.
@@ -111,7 +111,14 @@ impl ChatFields {
 
 impl PartialSchema for ChatRequest {
     fn schema() -> RefOr<Schema> {
-        merged(ChatFields::schema(), SamplingFields::schema())
+        let fields = merged(ChatFields::schema(), SamplingFields::schema());
+        let calls = [
+            Condition::absent_or("tool_choice", &["none".into(), "auto".into()]),
+            Condition::is_there("tools", Type::Array),
+        ];
+        let alternatives =
+            [Condition::absent_or("top_logprobs", &[0.into()]), Condition::is_true("logprobs")];
+        either(fields, [streamed(), calls, alternatives])
     }
 }
 
@@ -120,16 +127,6 @@ impl ToSchema for ChatRequest {
         ChatFields::schemas(schemas);
         SamplingFields::schemas(schemas);
     }
-}
-
-/// An object with the properties of both.
-pub(crate) fn merged(first: RefOr<Schema>, second: RefOr<Schema>) -> RefOr<Schema> {
-    let (RefOr::T(Schema::Object(mut all)), RefOr::T(Schema::Object(more))) = (first, second) else {
-        return Object::new().into();
-    };
-    all.properties.extend(more.properties);
-    all.required.extend(more.required);
-    all.into()
 }
 
 /// A message of a conversation.
@@ -179,11 +176,6 @@ impl TryFrom<OpenMessage> for Message {
         if message.content.is_none() && message.role != "assistant" {
             return Err(format!("a message of `{}` has no content", message.role));
         }
-        for call in message.tool_calls.iter().flatten() {
-            if !matches!(serde_json::from_str(&call.function.arguments), Ok(Value::Object(_))) {
-                return Err(format!("arguments of the call of `{}` are no JSON object", call.function.name));
-            }
-        }
         Ok(Message(message))
     }
 }
@@ -222,8 +214,14 @@ impl Message {
     }
 }
 
+/// Arguments are an object, unless they were cut.
 fn call_for_template(call: &ToolCall) -> Value {
-    let arguments: Value = serde_json::from_str(&call.function.arguments).unwrap_or_default();
+    let text = call.function.arguments.as_str();
+    let arguments = match serde_json::from_str(text) {
+        Ok(object @ Value::Object(_)) => object,
+        _ if text.trim().is_empty() => Map::new().into(),
+        _ => text.into(),
+    };
     let function = json!({ "name": call.function.name, "arguments": arguments });
     json!({ "id": call.id, "type": "function", "function": function })
 }
@@ -248,6 +246,7 @@ impl PartialSchema for Message {
 impl ToSchema for Message {
     fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
         OpenMessage::schemas(schemas);
+        ContentPart::schemas(schemas);
     }
 }
 

@@ -2,14 +2,14 @@
 
 use super::logprobs::CompletionLogprobs;
 use super::sampling::{SamplingFields, at_least};
-use super::{ApiError, Usage};
+use super::{ApiError, TokenId, Usage, either, merged, streamed};
 use crate::body::JsonObject;
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
-use utoipa::openapi::schema::{AnyOf, Array, ArrayBuilder};
-use utoipa::openapi::{RefOr, Schema};
+use utoipa::openapi::schema::{AnyOf, ArrayBuilder};
+use utoipa::openapi::{ObjectBuilder, Ref, RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 /// Most prompts of one request.
@@ -78,7 +78,7 @@ pub(crate) fn check_logprobs(field: &str, count: Option<i64>) -> Result<(), ApiE
 
 impl PartialSchema for CompletionRequest {
     fn schema() -> RefOr<Schema> {
-        super::chat::merged(CompletionFields::schema(), SamplingFields::schema())
+        either(merged(CompletionFields::schema(), SamplingFields::schema()), [streamed()])
     }
 }
 
@@ -161,16 +161,17 @@ impl<'de> Visitor<'de> for ElementVisitor {
 impl PartialSchema for Prompts {
     fn schema() -> RefOr<Schema> {
         let list = |items: RefOr<Schema>| ArrayBuilder::new().items(items).min_items(Some(1));
-        AnyOf::builder()
-            .item(String::schema())
-            .item(list(String::schema()))
-            .item(list(u32::schema()))
-            .item(list(Array::new(u32::schema()).into()))
-            .into()
+        let text = || RefOr::from(ObjectBuilder::new().schema_type(Type::String).min_length(Some(1)));
+        let ids = || list(Ref::from_schema_name(TokenId::name()).into());
+        AnyOf::builder().item(text()).item(list(text())).item(ids()).item(list(ids().into())).into()
     }
 }
 
-impl ToSchema for Prompts {}
+impl ToSchema for Prompts {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        schemas.push((TokenId::name().into(), TokenId::schema()));
+    }
+}
 
 /// An answer, or a chunk of a stream.
 #[derive(Debug, Serialize, ToSchema)]

@@ -1,12 +1,14 @@
 //! Fields that both ways to generate have: how much, how tokens are chosen, where to end, what comes back.
 
 use super::one_or_many::optional_schema;
-use super::{ApiError, OneOrMany};
+use super::{ApiError, OneOrMany, TokenId};
 use crate::body::JsonObject;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
+use utoipa::openapi::schema::SchemaType;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 
 /// Most choices of one prompt.
 const MAX_CHOICES: i64 = 128;
@@ -51,7 +53,7 @@ pub(crate) struct SamplingFields {
     #[schema(exclusive_minimum = 0, maximum = 1000)]
     pub(crate) repetition_penalty: Option<f64>,
     /// Added to the logits of tokens, by their ids: -100 bans, 100 forces.
-    #[schema(value_type = Option<BTreeMap<String, f64>>)]
+    #[schema(schema_with = bias_schema)]
     pub(crate) logit_bias: Option<BTreeMap<String, f64>>,
     /// The same request with the same seed has the same answer, whatever else is being served.
     pub(crate) seed: Option<i64>,
@@ -59,6 +61,7 @@ pub(crate) struct SamplingFields {
     #[schema(schema_with = optional_schema::<String>)]
     pub(crate) stop: Option<OneOrMany>,
     /// The answer ends with any of these tokens.
+    #[schema(value_type = Option<Vec<TokenId>>)]
     pub(crate) stop_token_ids: Option<Vec<u32>>,
     /// Whether a stop text is left at the end of the answer.
     pub(crate) include_stop_str_in_output: Option<bool>,
@@ -120,6 +123,7 @@ pub(crate) struct StructuredOutputs {
     #[schema(value_type = Option<Object>)]
     pub(crate) json: Option<Value>,
     /// A regular expression that the whole answer matches.
+    #[schema(format = "regex")]
     pub(crate) regex: Option<String>,
     /// Texts of which the answer is one.
     #[schema(min_items = 1)]
@@ -242,6 +246,16 @@ impl SamplingFields {
         let texts = self.stop.clone().map(OneOrMany::into_vec).unwrap_or_default();
         texts.into_iter().filter(|text| !text.is_empty()).collect()
     }
+}
+
+/// Keys of digits, and numbers or null.
+fn bias_schema() -> RefOr<Schema> {
+    let digits = ObjectBuilder::new().schema_type(Type::String).pattern(Some("^(0|[1-9][0-9]{0,8})$"));
+    ObjectBuilder::new()
+        .schema_type(SchemaType::from_iter([Type::Object, Type::Null]))
+        .property_names(Some(digits))
+        .additional_properties(Some(ObjectBuilder::new().schema_type(Type::Number)))
+        .into()
 }
 
 /// Refuses a number below the least.

@@ -1,5 +1,6 @@
 //! Text to tokens and back, without generating.
 
+use super::TokenId;
 use super::chat::Message;
 use super::tools::Tool;
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,7 @@ pub(crate) struct TokenizeResponse {
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct DetokenizeRequest {
     pub(crate) model: Option<String>,
+    #[schema(value_type = Vec<TokenId>)]
     pub(crate) tokens: Vec<u32>,
 }
 

@@ -26,6 +26,7 @@ pub(crate) enum FunctionWord {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct FunctionDefinition {
+    #[schema(min_length = 1)]
     pub(crate) name: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) description: Option<String>,
@@ -133,7 +134,11 @@ impl PartialSchema for ToolChoice {
     }
 }
 
-impl ToSchema for ToolChoice {}
+impl ToSchema for ToolChoice {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        NamedToolChoice::schemas(schemas);
+    }
+}
 
 #[cfg(test)]
 mod tests {

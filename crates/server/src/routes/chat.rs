@@ -16,7 +16,7 @@ use crate::openai::tools::{
 use crate::openai::{ApiError, ErrorBody, Usage, new_id, now};
 use crate::parsers::{self, Parser, Piece};
 use crate::prompt::{Conversation, aside, encode};
-use crate::sse::{self, Chunks};
+use crate::sse::{self, Chunks, StreamEvent};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
@@ -39,7 +39,7 @@ pub(crate) fn router() -> OpenApiRouter<Shared> {
     responses(
         (status = 200, description = "the answers; with `stream` as events, each a `ChatChunk`", content(
             (ChatResponse = "application/json"),
-            (ChatChunk = "text/event-stream")
+            (StreamEvent = "text/event-stream")
         )),
         (status = 400, body = ErrorBody, description = "the request is wrong"),
         (status = 401, body = ErrorBody, description = "no key"),

@@ -9,7 +9,7 @@ use crate::openai::completions::{CompletionChoice, CompletionRequest, Completion
 use crate::openai::logprobs::CompletionLogprobs;
 use crate::openai::{ApiError, ErrorBody, Usage, new_id, now};
 use crate::prompt::{aside, decode, encode_prompt};
-use crate::sse::{self, Chunks};
+use crate::sse::{self, Chunks, StreamEvent};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
@@ -30,7 +30,7 @@ pub(crate) fn router() -> OpenApiRouter<Shared> {
     responses(
         (status = 200, description = "the answers; with `stream` as events, each a chunk of the same shape", content(
             (CompletionResponse = "application/json"),
-            (String = "text/event-stream")
+            (StreamEvent = "text/event-stream")
         )),
         (status = 400, body = ErrorBody, description = "the request is wrong"),
         (status = 401, body = ErrorBody, description = "no key"),

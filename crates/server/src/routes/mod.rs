@@ -28,7 +28,7 @@ fn grammar(fields: &SamplingFields) -> Result<Option<(Grammar, &'static str)>, A
             Some(Grammar::Json(json_schema.schema.clone().into()))
         }
     };
-    let of_outputs = fields.structured_outputs.as_ref().map(structured).transpose()?;
+    let of_outputs = fields.structured_outputs.as_ref().map(structured).transpose()?.flatten();
     match (of_format, of_outputs) {
         (Some(_), Some(_)) => {
             Err(ApiError::field("structured_outputs", "response_format says it too: give one of the two"))
@@ -39,7 +39,7 @@ fn grammar(fields: &SamplingFields) -> Result<Option<(Grammar, &'static str)>, A
     }
 }
 
-fn structured(outputs: &StructuredOutputs) -> Result<Grammar, ApiError> {
+fn structured(outputs: &StructuredOutputs) -> Result<Option<Grammar>, ApiError> {
     let StructuredOutputs { json, regex, choice, grammar, json_object } = outputs.clone();
     let schema = json.map(|json| match json {
         // Some clients send the schema as text.
@@ -54,12 +54,12 @@ fn structured(outputs: &StructuredOutputs) -> Result<Grammar, ApiError> {
         (json_object == Some(true)).then(Grammar::object),
     ];
     let mut given = all.into_iter().flatten();
-    let problem = "give exactly one of json, regex, choice, grammar and json_object";
+    let problem = "give only one of json, regex, choice, grammar and json_object";
     match (given.next(), given.next()) {
         (Some(Grammar::Choice(texts)), None) if texts.is_empty() => {
             Err(ApiError::field("structured_outputs", "choice: the list is empty"))
         }
-        (Some(grammar), None) => Ok(grammar),
+        (grammar, None) => Ok(grammar),
         _ => Err(ApiError::field("structured_outputs", problem)),
     }
 }
