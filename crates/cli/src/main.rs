@@ -2,9 +2,10 @@
 //!
 //! In reading order: `args` (what was typed), `setup` (what it means: a model, a world of ranks, engines), one file
 //! per command in `commands`. Beside them: `locate` (where a model is), `watch` (how far loading is), `tensors` (writing
-//! safetensors), `output` (what goes to the terminal and to files), `machine` (what this computer is).
+//! safetensors), `output` (what goes to the terminal and to files), `machine` (what this computer is), `client` (asking a server).
 
 mod args;
+mod client;
 mod commands;
 mod locate;
 mod machine;
@@ -14,7 +15,7 @@ mod setup;
 mod tensors;
 mod watch;
 
-use args::{Cli, Command};
+use args::{BenchCommand, Cli, Command};
 use clap::FromArgMatches;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -52,7 +53,11 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Serve(args) => commands::serve::run(args),
         Command::Logits(args) => commands::logits::run(args),
         Command::Tokenize(args) => commands::tokenize::run(args),
-        Command::Bench(args) => commands::bench::run(args),
+        Command::Chat(args) => commands::chat::run(args),
+        Command::Bench(args) => match &args.command {
+            Some(BenchCommand::Serve(args)) => commands::bench_serve::run(args),
+            None => commands::bench::run(args),
+        },
         Command::Plan(args) => commands::plan::run(args),
         Command::Profile(args) => commands::profile::run(args),
         Command::Synth(args) => commands::synth::run(args),

@@ -51,7 +51,8 @@ pub(crate) fn router(app: Shared) -> Router {
         .route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
     let open = OpenApiRouter::with_openapi(ApiDescription::openapi())
         .merge(routes::health::router())
-        .merge(routes::metrics::router());
+        .merge(routes::metrics::router())
+        .merge(routes::page::router());
     let (routes, mut api) = open.merge(protected).split_for_parts();
     describe(&mut api, &app);
     let cors = cors(&app.options.allowed_origins);

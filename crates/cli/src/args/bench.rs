@@ -1,13 +1,22 @@
 //! `epsmoe bench`.
 
-use super::RunArgs;
 use super::values::{ContenderSpec, bounded, seconds};
-use clap::Args;
+use super::{BenchServeArgs, RunArgs};
 use clap::builder::BoolishValueParser;
+use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
+/// What `epsmoe bench` measures besides schedules.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Measure how a server answers a load: throughput, and times to tokens
+    Serve(Box<BenchServeArgs>),
+}
+
 #[derive(Args, Debug)]
-#[command(after_help = "\
+#[command(
+    args_conflicts_with_subcommands = true,
+    after_help = "\
 Without --schedule and --stages, the serial schedule is compared with 2, 4, 8, … stages; either flag narrows that.
 The schedules take turns, so that a busy machine is fair to all; figures are medians.
 
@@ -15,8 +24,12 @@ Examples:
   epsmoe bench
   epsmoe bench --ablation --max-seconds 60
   epsmoe bench --stages 4 --json bench.json --trace trace.json
-  epsmoe bench --model preset:qwen3-moe-mini -dp 4 --batch-size 16 --input-len 256")]
+  epsmoe bench --model preset:qwen3-moe-mini -dp 4 --batch-size 16 --input-len 256"
+)]
 pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<BenchCommand>,
+
     /// Prompts in a round, over all ranks
     #[arg(long, value_name = "NUMBER", default_value = "8", value_parser = bounded(1, 1 << 16))]
     pub(crate) batch_size: usize,

@@ -1,10 +1,11 @@
 //! What was typed. No flag means anything here; `setup` and the commands say what it means.
 //!
 //! One file for each group of commands: `run` (what every command that runs a model takes), `generate` (prompts and
-//! sampling), `serve` and `config_file` (flags that stand in a file), `bench`, `plan` (predictions and profiles), `tools` (everything else); `values` has the words that flags
+//! sampling), `serve` and `config_file` (flags that stand in a file), `client` (of a server), `bench`, `plan` (predictions and profiles), `tools` (everything else); `values` has the words that flags
 //! take.
 
 mod bench;
+mod client;
 mod config_file;
 mod generate;
 mod plan;
@@ -13,7 +14,8 @@ mod serve;
 mod tools;
 mod values;
 
-pub(crate) use bench::BenchArgs;
+pub(crate) use bench::{BenchArgs, BenchCommand};
+pub(crate) use client::{BenchServeArgs, ChatArgs, Dataset, Goal, GoalFigure, ServerArgs};
 pub(crate) use config_file::with_config_file;
 pub(crate) use generate::{GenerateArgs, LogitsArgs, PromptArgs, SamplingArgs, TokenizeArgs};
 pub(crate) use plan::{PlanArgs, ProfileArgs};
@@ -54,6 +56,8 @@ pub(crate) enum Command {
     /// Serve a model to OpenAI's clients
     #[command(mut_arg("model", |model| model.long(None).index(1).value_name("MODEL")))]
     Serve(Box<ServeArgs>),
+    /// Talk to a server
+    Chat(ChatArgs),
     /// Write the logits of every token of a prompt to a file
     Logits(Box<LogitsArgs>),
     /// Show the tokens of a text

@@ -1,6 +1,8 @@
 //! One command a file.
 
 pub(crate) mod bench;
+pub(crate) mod bench_serve;
+pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod generate;

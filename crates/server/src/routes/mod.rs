@@ -5,6 +5,7 @@ pub(crate) mod completions;
 pub(crate) mod health;
 pub(crate) mod metrics;
 pub(crate) mod models;
+pub(crate) mod page;
 pub(crate) mod tokenize;
 
 use crate::guide::Grammar;

@@ -19,6 +19,7 @@ use serde::Serialize;
 use std::fmt;
 use std::time::{Duration, Instant};
 use times::median_layer;
+pub(crate) use times::quantile;
 
 /// Tokens of prompts come from a stream of their own under the seed.
 const PROMPTS: u64 = 0x70726f6d707473;

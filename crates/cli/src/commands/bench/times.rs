@@ -112,7 +112,7 @@ fn ms(ns: u64) -> f64 {
 }
 
 /// The value below which a share of the values lies, between the nearest two; nothing of nothing.
-pub(super) fn quantile(values: impl Iterator<Item = f64>, share: f64) -> Option<f64> {
+pub(crate) fn quantile(values: impl Iterator<Item = f64>, share: f64) -> Option<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_unstable_by(f64::total_cmp);
     let at = share * values.len().checked_sub(1)? as f64;

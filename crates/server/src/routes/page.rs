@@ -1,0 +1,191 @@
+//! A page for people who would rather look, and what it asks every second.
+
+use crate::app::Shared;
+use crate::openai::{ApiError, ErrorBody, now};
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY};
+use axum::response::{Html, IntoResponse};
+use epsmoe_base::{Lane, Layer, Phase};
+use epsmoe_engine::{EngineStats, StepReport};
+use epsmoe_plan::Span;
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+/// The whole page: one file, which asks nobody but this server.
+const PAGE: &str = include_str!("../page/index.html");
+
+/// What the page may do: run its own script, and ask where it came from.
+const POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; \
+                      img-src data:; base-uri 'none'; form-action 'none'";
+
+/// Describing a step costs it some time: nobody gets the engine to do it more often.
+const BETWEEN_LAYERS: Duration = Duration::from_secs(2);
+
+/// How long a step is waited for.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// Most spans of a layer that are told.
+const MOST_SPANS: usize = 4096;
+
+#[derive(Debug, Deserialize, IntoParams)]
+struct StatusQuery {
+    /// Whether the spans of an MoE layer are wanted too
+    #[serde(default)]
+    layer: bool,
+}
+
+/// How the server is now.
+#[derive(Debug, Serialize, ToSchema)]
+struct Status {
+    model: String,
+    version: &'static str,
+    max_model_len: usize,
+    uptime_seconds: u64,
+    /// Whether a request can be served
+    ready: bool,
+    /// Why not, where the ranks have stopped: it names rank, layer and stage
+    fault: Option<String>,
+    running: u64,
+    waiting: u64,
+    kv_blocks_used: u64,
+    kv_blocks_total: u64,
+    prefix_queries: u64,
+    prefix_hits: u64,
+    preemptions: u64,
+    steps: u64,
+    prompt_tokens: u64,
+    generation_tokens: u64,
+    /// The last MoE layer of a recent step
+    layer: Option<LayerStatus>,
+}
+
+/// When each operation of an MoE layer ran, on every rank.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct LayerStatus {
+    layer: usize,
+    spans: Vec<SpanStatus>,
+}
+
+#[derive(Clone, Debug, Serialize, ToSchema)]
+struct SpanStatus {
+    rank: usize,
+    /// `compute` or `transfer`
+    lane: String,
+    stage: Option<usize>,
+    /// What for: `dispatch`, `gate/up`, …
+    phase: String,
+    /// Microseconds from the layer's first start
+    start: f64,
+    end: f64,
+}
+
+/// The last layer that was described, and when.
+#[derive(Debug, Default)]
+pub(crate) struct LastLayer(Option<(Instant, Option<LayerStatus>)>);
+
+pub(crate) fn router() -> OpenApiRouter<Shared> {
+    OpenApiRouter::new().route("/", axum::routing::get(page)).routes(routes!(status))
+}
+
+async fn page() -> impl IntoResponse {
+    ([(CONTENT_SECURITY_POLICY, POLICY), (CACHE_CONTROL, "no-cache")], Html(PAGE))
+}
+
+/// How the server is now
+#[utoipa::path(
+    get,
+    path = "/status",
+    tag = "server",
+    params(StatusQuery),
+    responses((status = 200, description = "how it is", body = Status), (status = 400, body = ErrorBody, description = "what is wrong with the request"))
+)]
+async fn status(
+    State(app): State<Shared>,
+    query: Result<Query<StatusQuery>, QueryRejection>,
+) -> Result<Json<Status>, ApiError> {
+    let Query(query) = query.map_err(|_| ApiError::field("layer", "must be true or false"))?;
+    let EngineStats {
+        running,
+        waiting,
+        kv_blocks_used,
+        kv_blocks_total,
+        prefix_queries,
+        prefix_hits,
+        preemptions,
+        steps,
+        prompt_tokens,
+        generation_tokens,
+    } = app.model.engine.stats();
+    let layer = if query.layer { layer(app.clone()).await } else { None };
+    Ok(Json(Status {
+        model: app.options.served_names[0].clone(),
+        version: env!("CARGO_PKG_VERSION"),
+        max_model_len: app.model.max_model_len,
+        uptime_seconds: now().saturating_sub(app.started),
+        ready: app.ready().is_ok(),
+        fault: app.model.engine.fault().map(|fault| fault.to_string()),
+        running,
+        waiting,
+        kv_blocks_used,
+        kv_blocks_total,
+        prefix_queries,
+        prefix_hits,
+        preemptions,
+        steps,
+        prompt_tokens,
+        generation_tokens,
+        layer,
+    }))
+}
+
+/// The layer of a step that is under way, or the one that was described last.
+async fn layer(app: Shared) -> Option<LayerStatus> {
+    let described = tokio::task::spawn_blocking(move || {
+        let mut last = app.last_layer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let due = last.0.as_ref().is_none_or(|(at, _)| at.elapsed() >= BETWEEN_LAYERS);
+        if due && app.model.engine.stats().running > 0 {
+            let before = last.0.take().and_then(|(_, layer)| layer);
+            let now = app.model.engine.step_report(PATIENCE).and_then(|report| last_moe_layer(&report));
+            last.0 = Some((Instant::now(), now.or(before)));
+        }
+        last.0.as_ref().and_then(|(_, layer)| layer.clone())
+    });
+    described.await.ok().flatten()
+}
+
+/// The spans of the last layer in which experts computed.
+fn last_moe_layer(report: &StepReport) -> Option<LayerStatus> {
+    let spans = &report.timeline.spans;
+    let of_experts = spans.iter().filter(|span| span.phase == Phase::GateUp);
+    let layer = of_experts.filter_map(|span| span.layer).max_by_key(|layer| layer.0)?;
+    let in_layer = |span: &&Span| span.layer == Some(layer) && is_of_experts(span.phase);
+    let first = spans.iter().filter(in_layer).map(|span| span.start_ns).min()?;
+    let micros = |at: u64| at.saturating_sub(first) as f64 / 1e3;
+    let spans = spans.iter().filter(in_layer).take(MOST_SPANS).map(|span| SpanStatus {
+        rank: span.rank.0,
+        lane: lane(span.lane).to_owned(),
+        stage: span.stage.map(|stage| stage.0),
+        phase: span.phase.to_string(),
+        start: micros(span.start_ns),
+        end: micros(span.end_ns),
+    });
+    let Layer(layer) = layer;
+    Some(LayerStatus { layer, spans: spans.collect() })
+}
+
+/// Whether a phase is one of an MoE layer, from the router to the sums of the tokens.
+fn is_of_experts(phase: Phase) -> bool {
+    (Phase::RouterLogits..=Phase::SharedGate).contains(&phase)
+}
+
+fn lane(lane: Lane) -> &'static str {
+    match lane {
+        Lane::Compute => "compute",
+        Lane::Transfer => "transfer",
+    }
+}
