@@ -1,5 +1,6 @@
 //! The bytes that a token stands for. Decoding gives text, in which a part of a character is lost; the vocabulary has it.
 
+use serde_json::json;
 use tokenizers::decoders::DecoderWrapper;
 
 /// How a vocabulary writes bytes.
@@ -30,12 +31,9 @@ impl Spelling {
     pub(crate) fn bytes(self, written: &str) -> Vec<u8> {
         match self {
             Spelling::ByteLevel => {
-                // A character that stands for no byte stands for itself.
-                let bytes = |letter| match byte_of(letter) {
-                    Some(byte) => vec![byte],
-                    None => letter.to_string().into_bytes(),
-                };
-                written.chars().flat_map(bytes).collect()
+                // A token with a character that stands for no byte stands for itself, as decoding has it.
+                let bytes: Option<Vec<u8>> = written.chars().map(byte_of).collect();
+                bytes.unwrap_or_else(|| written.as_bytes().to_vec())
             }
             Spelling::SentencePiece => match fallback_byte(written) {
                 Some(byte) => vec![byte],
@@ -59,9 +57,58 @@ fn byte_of(letter: char) -> Option<u8> {
 }
 
 /// The byte of `<0x0A>`.
-fn fallback_byte(written: &str) -> Option<u8> {
+pub(crate) fn fallback_byte(written: &str) -> Option<u8> {
     let hex = written.strip_prefix("<0x")?.strip_suffix('>')?;
     (hex.len() == 2).then(|| u8::from_str_radix(hex, 16).ok())?
+}
+
+/// How the texts of tokens make up a whole text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Decoding {
+    /// Bytes one after the other; what is no UTF-8 becomes U+FFFD.
+    Bytes,
+    /// Texts one after the other. The first one loses spaces: at most one, or all.
+    Texts {
+        /// Whether `<0x0A>` is a byte; a run of bytes that is no UTF-8 becomes as many U+FFFD.
+        bytes: bool,
+        first: First,
+    },
+    /// In a way that only the library knows.
+    Other,
+}
+
+/// The spaces that the first token of a text loses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum First {
+    None,
+    One,
+    All,
+}
+
+impl Decoding {
+    pub(crate) fn of(decoder: Option<&DecoderWrapper>) -> Self {
+        let spaces = json!({ "type": "Replace", "pattern": { "String": "▁" }, "content": " " });
+        let (byte_fallback, fuse) = (json!({ "type": "ByteFallback" }), json!({ "type": "Fuse" }));
+        let strip = json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 });
+        let described = serde_json::to_value(decoder).unwrap_or_default();
+        let parts = described["decoders"].as_array().map(Vec::as_slice).unwrap_or_default();
+        match (described["type"].as_str(), parts) {
+            (Some("ByteLevel"), _) => Decoding::Bytes,
+            (Some("Metaspace"), _) if described["replacement"] == "▁" => {
+                let never = described["prepend_scheme"] == "never";
+                Decoding::Texts { bytes: false, first: if never { First::None } else { First::All } }
+            }
+            (Some("Sequence"), [a, b, c]) if *a == spaces && *b == byte_fallback && *c == fuse => {
+                Decoding::Texts { bytes: true, first: First::None }
+            }
+            (Some("Sequence"), [a, b, c, d])
+                if *a == spaces && *b == byte_fallback && *c == fuse && *d == strip =>
+            {
+                Decoding::Texts { bytes: true, first: First::One }
+            }
+            _ => Decoding::Other,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -72,6 +119,7 @@ mod tests {
     fn bytes_of_tokens() {
         assert_eq!(Spelling::ByteLevel.bytes("ĠaĊ"), b" a\n");
         assert_eq!(Spelling::ByteLevel.bytes("ðŁĻĤ"), "🙂".as_bytes());
+        assert_eq!(Spelling::ByteLevel.bytes("a → b"), "a → b".as_bytes());
         assert_eq!(Spelling::SentencePiece.bytes("▁the"), b" the");
         assert_eq!(Spelling::SentencePiece.bytes("<0xF0>"), [0xF0]);
         assert_eq!(Spelling::SentencePiece.bytes("<0xZZ>"), b"<0xZZ>");

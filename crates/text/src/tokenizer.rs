@@ -1,9 +1,9 @@
 //! Tokens to and from text.
 
-use crate::token_bytes::Spelling;
+use crate::token_bytes::{Decoding, Spelling};
 use crate::{SpecialTokens, TextError, files};
 use epsmoe_base::panic_text;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -21,6 +21,9 @@ pub struct Tokenizer(Arc<Inner>);
 struct Inner {
     tokenizer: tokenizers::Tokenizer,
     eos: Option<u32>,
+    special: HashSet<u32>,
+    spelling: Spelling,
+    decoding: Decoding,
 }
 
 impl Tokenizer {
@@ -52,7 +55,11 @@ impl Tokenizer {
             TextError::file(path, format!("cannot be read as a tokenizer ({problem}): fetch the file again"))
         })?;
         let eos = special.get("eos_token").and_then(|eos| tokenizer.token_to_id(eos));
-        Ok(Tokenizer(Arc::new(Inner { tokenizer, eos })))
+        let added = tokenizer.get_added_tokens_decoder();
+        let special = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+        let (spelling, decoding) =
+            (Spelling::of(tokenizer.get_decoder()), Decoding::of(tokenizer.get_decoder()));
+        Ok(Tokenizer(Arc::new(Inner { tokenizer, eos, special, spelling, decoding })))
     }
 
     /// Token ids of a text, where special tokens are found by their names.
@@ -88,18 +95,23 @@ impl Tokenizer {
         self.0.eos
     }
 
-    /// The bytes that a token stands for, if the vocabulary has it; of a special token, its name.
+    /// The bytes that a token stands for, if the vocabulary has it; of an added token, its name.
     pub fn token_bytes(&self, id: u32) -> Option<Vec<u8>> {
-        if let Some(added) = self.0.tokenizer.get_added_tokens_decoder().get(&id) {
-            return Some(added.content.clone().into_bytes());
-        }
-        let spelling = Spelling::of(self.0.tokenizer.get_decoder());
-        self.0.tokenizer.id_to_token(id).map(|written| spelling.bytes(&written))
+        let added = self.0.tokenizer.get_added_vocabulary().simple_id_to_token(id);
+        added.map(String::into_bytes).or_else(|| Some(self.0.spelling.bytes(&self.token(id)?)))
     }
 
     /// Whether a token is no text, but a sign between texts.
     pub fn is_special(&self, id: u32) -> bool {
-        self.0.tokenizer.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+        self.0.special.contains(&id)
+    }
+
+    pub(crate) fn spelling(&self) -> Spelling {
+        self.0.spelling
+    }
+
+    pub(crate) fn decoding(&self) -> Decoding {
+        self.0.decoding
     }
 
     /// How many tokens there are, added ones included.
