@@ -59,8 +59,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     request.check(model.spec.vocab, options.max_model_len)?;
 
     let (mut engine, load) = setup.start(options)?;
-    let mut stream =
-        tokenizer.as_ref().map(|tokenizer| DecodeStream::new(tokenizer, args.sampling.stop.clone(), true));
+    let stop = &args.sampling.stop;
+    let mut stream = tokenizer
+        .as_ref()
+        .map(|tokenizer| DecodeStream::new(tokenizer, stop.clone(), true).after(&request.prompt));
     let prompt_tokens = request.prompt.len();
     let (completion, text) = generate(&mut engine, request, stream.as_mut(), !args.json)?;
     setup.write_routing(&engine)?;

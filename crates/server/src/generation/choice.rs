@@ -45,7 +45,8 @@ impl Choice {
     pub(super) fn new(app: &App, job: &Job, prompt: usize, id: RequestId, submitted: Instant) -> Self {
         let text = match &app.model.tokenizer {
             Some(tokenizer) => {
-                let stream = DecodeStream::new(tokenizer, job.stop.clone(), job.skip_special);
+                let stream = DecodeStream::new(tokenizer, job.stop.clone(), job.skip_special)
+                    .after(&job.prompts[prompt]);
                 Text::Decoded(Box::new(stream))
             }
             None => Text::Ids,
