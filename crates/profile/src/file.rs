@@ -154,7 +154,7 @@ pub fn with_link(cost: &CostModel, link: Link) -> CostModel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Effort, RigOptions, RigShape, measure};
+    use crate::{Effort, Kept, RigOptions, RigShape, measure};
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -174,7 +174,7 @@ mod tests {
         let shape = RigShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
         let effort =
             Effort { most: Duration::from_secs(30), shapes: vec![shape], rows: vec![1, 8], repeats: 1 };
-        let cost = measure(&fingerprint, &options, &effort, &mut |_, _| {}).unwrap();
+        let cost = measure(&fingerprint, &options, &effort, &mut Kept::default(), &mut |_, _| {}).unwrap();
         assert!(cost.grouped.flops_per_second != 1_000_000_000, "nothing was measured");
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/profile.toml");

@@ -1,7 +1,7 @@
 //! Which layers to run for a whole cost model, in bounded time.
 
 use crate::samples::delays;
-use crate::{Fingerprint, LayerRig, LayerRun, RigOptions, RigShape, samples};
+use crate::{Fingerprint, Kept, LayerRig, LayerRun, RigOptions, RigShape, samples};
 use epsmoe_base::{Mix, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
@@ -60,7 +60,7 @@ pub enum MeasureError {
     /// Some layers were never run: what they would have told is nowhere else.
     #[error(
         "--max-seconds {} is too short to profile {}: it was enough for {measured} of {layers} layers; about \
-         {needed} seconds are needed, an estimate by the pace until then: try `--max-seconds {needed}`",
+         {needed} seconds are left, an estimate by the pace until then: try `--max-seconds {needed}`; {kept}",
         given.as_secs_f64(),
         epsmoe_base::count(*ranks, "rank")
     )]
@@ -75,6 +75,8 @@ pub enum MeasureError {
         layers: usize,
         /// Seconds that should do.
         needed: u64,
+        /// What became of the runs.
+        kept: String,
     },
 }
 
@@ -86,6 +88,8 @@ struct Experiment {
     counts: LayerHistograms,
     table: StageTable,
     runs: Vec<LayerRun>,
+    /// Whether it has run in this process before.
+    warm: bool,
 }
 
 /// The cost model of this machine, for ranks like those of `options`, at memory speed.
@@ -93,10 +97,14 @@ struct Experiment {
 /// Where the ranks have more threads than the machine has cores, nobody can tell from a span how long its work had a
 /// core. What compute lanes cost then comes from as many ranks of the same threads as have cores of their own, and only
 /// the rest from all of them.
+///
+/// Begins with the runs that are kept from before. Where the time is too short for at least one of every layer, all there
+/// are by then are kept, and the next attempt goes on from them.
 pub fn measure(
     fingerprint: &Fingerprint,
     options: &RigOptions,
     effort: &Effort,
+    kept: &mut Kept,
     progress: &mut Progress<'_>,
 ) -> Result<CostModel, MeasureError> {
     let options = RigOptions { link: None, ..options.clone() };
@@ -113,20 +121,34 @@ pub fn measure(
     let mut measured = Vec::new();
     for (number, world) in worlds.iter().enumerate() {
         let mut part = |done: usize, of: usize| progress(number * of + done, worlds.len() * of);
-        let (experiments, pace) = run_all(world, effort, most, &mut part)?;
+        let (experiments, pace) = run_all(world, effort, most, kept, &mut part)?;
         let with_runs = experiments.iter().filter(|experiment| !experiment.runs.is_empty()).count();
-        if with_runs < experiments.len() {
+        let layers = experiments.len();
+        measured.push((world, experiments));
+        if with_runs < layers {
+            for (world, experiments) in measured {
+                for (number, experiment) in experiments.into_iter().enumerate() {
+                    kept.put(world.ranks, number, experiment.runs);
+                }
+            }
+            let kept = match kept.store() {
+                Ok(path) => {
+                    format!("what was measured is kept in {}, and goes on from there", path.display())
+                }
+                Err(error) => format!("what was measured could not be kept: {error}"),
+            };
             return Err(MeasureError::TooShort {
+                kept,
                 given: effort.most,
                 ranks: options.ranks,
                 measured: with_runs,
-                layers: experiments.len(),
+                layers,
                 needed: seconds_needed(pace.two_passes(), worlds.len()),
             });
         }
-        measured.push((world, experiments));
     }
     let late = paced(fingerprint, &options, effort)?;
+    kept.remove();
     let mut cost = blank(fingerprint, &options);
     // What a lane needs to wake up is known after the first look, and then belongs to nothing else.
     for _ in 0..2 {
@@ -171,11 +193,12 @@ impl Pace {
 }
 
 /// All layers of these ranks with their runs. None begins after `most`, or a fifth later in the first two passes; but
-/// the first one always does, so that there is a pace.
+/// the first one always does, so that there is a pace, and something more to keep each time.
 fn run_all(
     options: &RigOptions,
     effort: &Effort,
     most: Duration,
+    kept: &mut Kept,
     progress: &mut Progress<'_>,
 ) -> Result<(Vec<Experiment>, Pace), PipelineError> {
     let begun = Instant::now();
@@ -195,25 +218,34 @@ fn run_all(
             lab.run(&first.routings, &first.table)?;
         }
     }
-    let total = experiments.len() * (effort.repeats + 1);
+    for (number, experiment) in experiments.iter_mut().enumerate() {
+        experiment.runs = kept.take(options.ranks, number);
+    }
+    let without_runs = experiments.iter().filter(|experiment| experiment.runs.is_empty());
+    let pass = without_runs.map(Experiment::work).sum();
+    let total = experiments.len() * effort.repeats;
     let (start, mut ran) = (begun.elapsed(), 0);
     // Pass after pass over all of them: what disturbs the machine for a while disturbs a few runs of each.
-    for pass in 0..=effort.repeats {
+    for pass in 0..effort.repeats {
         for (number, experiment) in experiments.iter_mut().enumerate() {
-            let most = if pass > 1 { most } else { most * 6 / 5 };
+            let most = if pass > 0 { most } else { most * 6 / 5 };
+            if experiment.runs.len() > pass {
+                continue;
+            }
             if begun.elapsed() > most && ran > 0 {
                 break;
             }
             let Some((_, lab)) = labs.iter_mut().find(|lab| lab.0 == experiment.shape) else { continue };
-            let run = lab.run(&experiment.routings, &experiment.table)?;
-            ran += experiment.work();
-            if pass > 0 {
-                experiment.runs.push(run);
+            if !experiment.warm {
+                lab.run(&experiment.routings, &experiment.table)?;
+                ran += experiment.work();
+                experiment.warm = true;
             }
-            progress(pass * (total / (effort.repeats + 1)) + number + 1, total);
+            experiment.runs.push(lab.run(&experiment.routings, &experiment.table)?);
+            ran += experiment.work();
+            progress(pass * (total / effort.repeats) + number + 1, total);
         }
     }
-    let pass = experiments.iter().map(Experiment::work).sum();
     Ok((experiments, Pace { start, running: begun.elapsed() - start, ran, pass }))
 }
 
@@ -264,6 +296,7 @@ fn of_shape(
             counts: counts.clone(),
             table,
             runs: Vec::new(),
+            warm: false,
         }));
     }
     Ok(experiments)
@@ -349,9 +382,9 @@ mod tests {
     use epsmoe_device::cpu::gemm::Isa;
     use std::sync::Arc;
 
-    /// What was never run has no price, so there is no profile.
+    /// What was never run has no price, so there is no profile; but each attempt goes on from the one before.
     #[test]
-    fn too_short_a_time_is_refused() {
+    fn too_short_a_time_is_refused_until_it_adds_up() {
         let fingerprint = Fingerprint::of_cpu(2, 1, Isa::Scalar, DType::F32);
         let options = RigOptions {
             ranks: 2,
@@ -365,12 +398,26 @@ mod tests {
         let shape = RigShape { hidden: 64, inner: 64, experts: 4, top_k: 2, shared_inner: 64 };
         let effort =
             Effort { most: Duration::from_millis(1), shapes: vec![shape], rows: vec![1, 8], repeats: 1 };
-        let refused = measure(&fingerprint, &options, &effort, &mut |_, _| {}).unwrap_err().to_string();
-        for words in
-            ["--max-seconds 0.001 is too short", "2 ranks", "0 of 8 layers", "try `--max-seconds 10`"]
-        {
-            assert!(refused.contains(words), "{words} in: {refused}");
-        }
+        let folder = tempfile::tempdir().unwrap();
+        let profile = folder.path().join("new/profile.toml");
+        let attempt = |layers| {
+            let mut kept = Kept::beside(&profile, &fingerprint, layers);
+            measure(&fingerprint, &options, &effort, &mut kept, &mut |_, _| {})
+        };
+        let refused = |layers, measured: usize| {
+            let refused = attempt(layers).unwrap_err().to_string();
+            let of_all = format!("{measured} of 8 layers");
+            let words = ["--max-seconds 0.001 is too short", "2 ranks", &of_all, "try `--max-seconds 10`"];
+            for words in words.into_iter().chain(["is kept in", "new/profile.runs"]) {
+                assert!(refused.contains(words), "{words} in: {refused}");
+            }
+        };
+        (1..=3).for_each(|measured| refused("these layers", measured));
+        // Runs of other layers are none.
+        (1..=7).for_each(|measured| refused("others", measured));
+        let cost = attempt("others").unwrap();
+        assert!(cost.grouped.flops_per_second != 1_000_000_000, "nothing was measured");
+        assert!(!folder.path().join("new/profile.runs").exists());
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::{machine, output};
 use anyhow::{Result, bail};
 use epsmoe_base::DType;
 use epsmoe_device::cpu::gemm::Isa;
-use epsmoe_profile::{Effort, Fingerprint, RigOptions, default_path, measure, store};
+use epsmoe_profile::{Effort, Fingerprint, Kept, RigOptions, default_path, measure, store};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
@@ -56,7 +56,9 @@ fn profile(args: &ProfileArgs, ranks: usize) -> Result<Value> {
     let (begun, load_before) = (Instant::now(), load_text());
     let bar = output::step_bar(format!("profiling {}", epsmoe_base::count(ranks, "rank")), 1);
     let effort = Effort::full(Duration::from_secs_f64(args.max_seconds));
-    let cost = measure(&fingerprint, &options, &effort, &mut |done, of| {
+    let (dtype, Effort { shapes, rows, .. }) = (options.dtype, &effort);
+    let mut kept = Kept::beside(&path, &fingerprint, &format!("{dtype}, {shapes:?}, {rows:?}"));
+    let cost = measure(&fingerprint, &options, &effort, &mut kept, &mut |done, of| {
         bar.set_length(of as u64);
         bar.set_position(done as u64);
     });
