@@ -47,7 +47,8 @@ pub(crate) struct PlanArgs {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 The cost model goes to a file under $XDG_CACHE_HOME/epsmoe/profiles, named after the machine, the kernels and the \
-number format, or to --out; none is written where --max-seconds is too short to measure everything once.
+number format, or to --out; none is written where --max-seconds is too short to measure everything once, but what was \
+measured is kept beside it, and the same command goes on from there.
 
 Examples:
   epsmoe profile -dp 2
