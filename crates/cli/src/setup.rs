@@ -290,6 +290,8 @@ impl Setup {
             max_batched_tokens: self.batched_tokens.unwrap_or(step),
             max_sequences,
             max_model_len,
+            kv_blocks: None,
+            prefix_caching: false,
             policy: policy.clone(),
             parallel,
             routing: self.routing.clone(),

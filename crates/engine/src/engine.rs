@@ -1,15 +1,20 @@
 //! START HERE: [`Engine::step`].
 
-use crate::kv_blocks::blocks_for;
-use crate::scheduler::{ScheduledChunk, Scheduler, Sequence};
-use crate::{Completion, EngineError, EngineStats, Event, Executor, Finish, Request, RequestId, StepReport};
+use crate::kv_blocks::{blocks_for, slot};
+use crate::sampler::{Sampler, Workspace, logprobs};
+use crate::scheduler::{Job, ScheduledChunk, Scheduler, SchedulerLimits, Sequence};
+use crate::{
+    Completion, EngineError, EngineStats, Event, Executor, Failure, Finish, Request, RequestId, StepReport,
+    ThreadExecutor, TokenLogprobs,
+};
 use epsmoe_base::{FaultCell, Rank};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
-use epsmoe_model::{Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
+use epsmoe_model::{BLOCK_SIZE, Batch, Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
 use epsmoe_pipeline::RoutingLog;
 use epsmoe_plan::{Policy, ScheduleReport};
-use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +27,10 @@ pub struct EngineOptions {
     pub max_sequences: usize,
     /// Longest sequence, prompt and new tokens together.
     pub max_model_len: usize,
+    /// Cache blocks of each rank; when absent, as many as `max_sequences` of the longest sequences need.
+    pub kv_blocks: Option<usize>,
+    /// Whether sequences that begin alike share what was computed of them.
+    pub prefix_caching: bool,
     /// How MoE layers are scheduled.
     pub policy: Policy,
     /// How the model is spread over ranks.
@@ -30,8 +39,7 @@ pub struct EngineOptions {
     pub routing: RoutingMode,
     /// How long any wait may take.
     pub timeout: Duration,
-    /// Whether what ran when is recorded, for [`StepReport::timeline`]; the auto schedule over several ranks records
-    /// anyway.
+    /// Whether what ran when is told, in [`StepReport::timeline`].
     pub record_spans: bool,
 }
 
@@ -42,7 +50,7 @@ impl EngineOptions {
         ModelOptions {
             max_tokens: self.max_batched_tokens,
             max_sequences: self.max_sequences,
-            cache_blocks: max_blocks * self.max_sequences,
+            cache_blocks: self.kv_blocks.unwrap_or(max_blocks.saturating_mul(self.max_sequences)),
             max_blocks,
             policy: self.policy.clone(),
             capacity: None,
@@ -53,20 +61,58 @@ impl EngineOptions {
     }
 }
 
-/// Requests in, completions out.
+/// What a request must fit into.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    vocab: usize,
+    max_model_len: usize,
+    /// Tokens that the cache of a group holds.
+    cache: usize,
+}
+
+impl Limits {
+    /// Refuses what can never run.
+    pub(crate) fn check(&self, request: &Request) -> Result<(), EngineError> {
+        request.check(self.vocab, self.max_model_len)?;
+        // The last new token is not computed.
+        let tokens = request.prompt.len() + request.max_tokens.saturating_sub(1);
+        if tokens > self.cache {
+            return Err(EngineError::CacheTooSmall { tokens, cache: self.cache });
+        }
+        Ok(())
+    }
+}
+
+/// Whole logits of the prompts in one step take at most these bytes, unless one row alone takes more.
+const PROMPT_LOGITS_BYTES: usize = 256 << 20;
+
+/// From this many logits on, tokens are chosen by several threads.
+const PARALLEL_LOGITS: usize = 1 << 20;
+
+/// Requests in, tokens out.
 pub struct Engine {
     spec: Arc<ModelSpec>,
     options: EngineOptions,
-    executor: Executor,
-    /// Of each group of ranks that compute the same tokens.
-    queues: Vec<Scheduler>,
-    submitted: u64,
-    finished: BTreeMap<RequestId, Completion>,
-    /// What happened to requests since somebody last asked.
+    limits: Limits,
+    executor: Box<dyn Executor>,
+    /// Ranks that compute the same tokens.
+    group_size: usize,
+    scheduler: Scheduler,
+    requests: HashMap<RequestId, Box<Live>>,
+    /// What each group of ranks is computing.
+    in_flight: Option<Vec<Launched>>,
     events: Vec<(RequestId, Event)>,
-    stats: EngineStats,
+    next: u64,
+    recorded: bool,
+    counts: EngineStats,
     routing: RoutingLog,
-    schedule: Option<ScheduleReport>,
+    workspaces: Vec<Workspace>,
+}
+
+/// A batch, and the chunks that it is made of.
+struct Launched {
+    batch: Arc<Batch>,
+    chunks: Vec<ScheduledChunk>,
 }
 
 impl Engine {
@@ -81,146 +127,226 @@ impl Engine {
         mut loaded: impl FnMut(Rank),
     ) -> Result<Self, EngineError> {
         let model_options = options.model();
-        let groups = options.parallel.groups(ranks.len())?;
+        options.parallel.groups(ranks.len())?;
         let mut models = Vec::with_capacity(ranks.len());
         for (device, fabric) in ranks {
             let rank = fabric.rank();
-            device.set_recording(options.record_spans);
             models.push(Model::load(Arc::clone(&spec), source, device, fabric, model_options.clone())?);
             loaded(rank);
         }
-        let queues = (0..groups).map(|_| Scheduler::new(model_options.cache_blocks)).collect();
-        let executor = Executor::start(models, faults)?;
-        let capacity = model_options.cache_blocks as u64 * groups as u64;
+        let executor = ThreadExecutor::start(models, faults)?;
+        Engine::over(spec, Box::new(executor), options)
+    }
+
+    /// An engine over ranks that are running, with caches as large as the options say.
+    pub fn over(
+        spec: Arc<ModelSpec>,
+        executor: Box<dyn Executor>,
+        options: EngineOptions,
+    ) -> Result<Self, EngineError> {
+        let groups = options.parallel.groups(executor.ranks())?;
+        let kv_blocks = options.model().cache_blocks;
+        let scheduler = Scheduler::new(SchedulerLimits {
+            groups,
+            max_batched_tokens: options.max_batched_tokens.max(1),
+            max_sequences: options.max_sequences.max(1),
+            max_prompt_rows: (PROMPT_LOGITS_BYTES / (spec.vocab.max(1) * size_of::<f32>())).max(1),
+            kv_blocks,
+            // A routing log has every token of every sequence.
+            prefix_caching: options.prefix_caching && matches!(options.routing, RoutingMode::FromRouter),
+        });
+        let (vocab, max_model_len) = (spec.vocab, options.max_model_len);
         Ok(Engine {
+            limits: Limits { vocab, max_model_len, cache: kv_blocks.saturating_mul(BLOCK_SIZE) },
+            group_size: executor.ranks() / groups,
+            recorded: options.record_spans,
             spec,
             options,
             executor,
-            queues,
-            submitted: 0,
-            finished: BTreeMap::new(),
+            scheduler,
+            requests: HashMap::new(),
+            in_flight: None,
             events: Vec::new(),
-            stats: EngineStats { kv_blocks_total: capacity, ..EngineStats::default() },
+            next: 0,
+            counts: EngineStats::default(),
             routing: RoutingLog::default(),
-            schedule: None,
+            workspaces: Vec::new(),
         })
     }
 
-    /// Puts a request in the queue of the group with the least to do; returns its number.
+    /// Takes a request in; returns its number. What happens to it is told by [`take_events`](Self::take_events).
     pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
-        self.limits().check(&request)?;
-        let id = RequestId(self.submitted);
+        self.limits.check(&request)?;
+        let id = RequestId(self.next);
         self.enqueue(id, request, Instant::now());
         Ok(id)
     }
 
     /// What a request must fit into.
     pub(crate) fn limits(&self) -> Limits {
-        Limits { vocab: self.spec.vocab, max_model_len: self.options.max_model_len }
+        self.limits
     }
 
     /// Most requests that run at once.
-    pub(crate) fn seats(&self) -> usize {
-        self.options.max_sequences * self.queues.len()
+    pub fn max_running(&self) -> usize {
+        self.options.max_sequences * self.executor.ranks() / self.group_size
     }
 
-    /// Puts a request that was checked in the queue of the group with the least to do. Numbers must be new.
-    pub(crate) fn enqueue(&mut self, id: RequestId, request: Request, submitted: Instant) {
-        self.submitted = self.submitted.max(id.0 + 1);
-        let sequence = Sequence {
-            number: id,
-            tokens: request.prompt.clone(),
-            request,
-            cached: 0,
-            blocks: Vec::new(),
-            completion: Completion::default(),
-            submitted,
-            started: None,
+    /// Tokens that the caches of all groups of ranks hold.
+    pub fn cache_tokens(&self) -> usize {
+        let (_, blocks) = self.scheduler.blocks();
+        blocks * BLOCK_SIZE
+    }
+
+    /// Takes in a request that was checked, under a number that is new.
+    pub(crate) fn enqueue(&mut self, id: RequestId, mut request: Request, submitted: Instant) {
+        self.next = self.next.max(id.0 + 1);
+        let live = Box::new(Live::new(&mut request, &self.spec.eos, submitted));
+        let job = Job {
+            prompt_rows: live.prompt_logits || live.prompt_logprobs.is_some(),
+            prompt: request.prompt,
+            max_tokens: request.max_tokens,
+            salt: request.cache_salt,
         };
-        let idlest = self.queues.iter_mut().min_by_key(|queue| queue.load());
-        if let Some(queue) = idlest {
-            queue.waiting.push_back(sequence);
-        }
+        self.requests.insert(id, live);
+        self.scheduler.add(id, job);
     }
 
     /// Whether there is nothing left to do.
     pub fn is_idle(&self) -> bool {
-        self.queues.iter().all(Scheduler::is_idle)
+        self.scheduler.is_idle() && self.in_flight.is_none()
     }
 
-    /// One step of every rank: a batch for each group, the model, a token for every sequence that has come to
-    /// its end, from the logits of its group's first rank. Groups without work take part, for their experts.
+    /// One step of every rank: a batch for each group, the model, a token for every sequence that has come to its
+    /// end. Groups without work take part, for their experts.
     pub fn step(&mut self) -> Result<StepReport, EngineError> {
-        let group_size = self.executor.size() / self.queues.len();
-        let mut batches = Vec::with_capacity(self.executor.size());
-        let mut pieces = Vec::with_capacity(self.queues.len());
-        for queue in &mut self.queues {
-            queue.admit(self.options.max_sequences);
-            let (batch, of_group) = queue.next_batch(self.options.max_batched_tokens);
-            batches.extend(std::iter::repeat_n(batch, group_size));
-            pieces.push(of_group);
+        self.launch()?;
+        self.finish()
+    }
+
+    /// Starts a step. Until it is waited for, requests may be taken in and called off, and events be looked at.
+    pub(crate) fn launch(&mut self) -> Result<(), EngineError> {
+        let scheduled = self.scheduler.schedule();
+        let launched: Vec<Launched> = scheduled
+            .into_iter()
+            .enumerate()
+            .map(|(group, chunks)| Launched { batch: Arc::new(self.batch(group, &chunks)), chunks })
+            .collect();
+        let batches = launched
+            .iter()
+            .flat_map(|launched| std::iter::repeat_n(Arc::clone(&launched.batch), self.group_size));
+        self.executor.launch(batches.collect(), self.recorded)?;
+        self.counts.steps += 1;
+        let now = Instant::now();
+        for chunk in launched.iter().flat_map(|launched| &launched.chunks) {
+            if let Some(live) = self.requests.get_mut(&chunk.id) {
+                live.started.get_or_insert(now);
+                if chunk.next_token {
+                    live.problem = live.sampler.prepare().err();
+                }
+            }
         }
-        self.stats.steps += 1;
-        let mut report = self.executor.step(batches)?;
+        self.in_flight = Some(launched);
+        Ok(())
+    }
+
+    /// Waits for the step that was started, and takes in what it gave.
+    pub(crate) fn finish(&mut self) -> Result<StepReport, EngineError> {
+        let Some(launched) = self.in_flight.take() else { return Ok(StepReport::default()) };
+        let mut report = self.executor.finish()?;
         for output in &mut report.outputs {
             self.routing.merge(std::mem::take(&mut output.routing));
         }
-        if let Some(output) = report.outputs.first_mut() {
-            self.schedule = output.schedule.take();
+        let mut parts = Vec::new();
+        for (group, launched) in launched.iter().enumerate() {
+            let Some(output) = report.outputs.get(group * self.group_size) else { continue };
+            let (places, whole) = (&*launched.batch.logits, &*launched.batch.whole);
+            let mut rows = Rows { places, whole, tokens: &output.tokens, logits: &output.logits };
+            let ends = launched.batch.sequence_starts.iter().skip(1);
+            for (chunk, &end) in launched.chunks.iter().zip(ends) {
+                let rows = rows.split(end, self.spec.vocab);
+                // A request that was called off meanwhile is not there any more.
+                let found = self.scheduler.running(group, chunk.id).zip(self.requests.remove(&chunk.id));
+                parts.extend(found.map(|(sequence, live)| Part {
+                    group,
+                    chunk,
+                    sequence,
+                    live,
+                    rows,
+                    outcome: Outcome::default(),
+                }));
+            }
         }
-        let first_ranks = report.outputs.iter().step_by(group_size);
-        for ((queue, output), pieces) in self.queues.iter_mut().zip(first_ranks).zip(&pieces) {
-            // A step gives one or the other.
-            let logits = output.logits.chunks_exact(self.spec.vocab).map(Row::Logits);
-            let mut rows = logits.chain(output.tokens.iter().copied().map(Row::MostLikely));
-            for piece in pieces {
-                let sequence = &mut queue.running[piece.sequence];
-                let rows = rows.by_ref().take(piece.logits);
-                sequence.advance(piece, rows, &self.spec.eos, &mut self.events, &mut self.stats);
-            }
-            for sequence in queue.running.extract_if(.., |sequence| sequence.completion.finish.is_some()) {
-                self.events.extend(
-                    sequence.completion.finish.map(|finish| (sequence.number, Event::Finished(finish))),
-                );
-                queue.blocks.give_back(sequence.blocks);
-                self.finished.insert(sequence.number, sequence.completion);
-            }
+        advance(&mut parts, self.spec.vocab, &mut self.workspaces);
+        let done: Vec<_> =
+            parts.into_iter().map(|part| (part.group, part.chunk.id, part.live, part.outcome)).collect();
+        for (group, id, live, outcome) in done {
+            self.take_in(group, id, live, outcome);
         }
         Ok(report)
     }
 
-    /// New tokens of a request so far.
-    pub fn tokens(&self, number: RequestId) -> &[u32] {
-        let mut running = self.queues.iter().flat_map(|queue| &queue.running);
-        let running = running.find(|sequence| sequence.number == number).map(|sequence| &sequence.completion);
-        running.or_else(|| self.finished.get(&number)).map_or(&[], |completion| &completion.ids)
-    }
-
-    /// Ends a request where it is: its text has come to a stop, or nobody wants it any more.
-    pub fn abort(&mut self, number: RequestId) {
-        for queue in &mut self.queues {
-            if let Some(mut sequence) = queue.remove(number) {
-                sequence.completion.finish = Some(Finish::Abort);
-                self.finished.insert(number, sequence.completion);
-                self.events.push((number, Event::Finished(Finish::Abort)));
+    /// What became of a request in a step.
+    fn take_in(&mut self, group: usize, id: RequestId, live: Box<Live>, outcome: Outcome) {
+        let Outcome { events, token, end } = outcome;
+        for event in events {
+            match event {
+                Event::Prompt { .. } => self.counts.prompt_tokens += live.prompt as u64,
+                Event::Token { .. } => self.counts.generation_tokens += 1,
+                _ => {}
+            }
+            self.events.push((id, event));
+        }
+        match end {
+            Some(end) => {
+                let problem = |problem| format!("step {}, {id}: {problem}", self.counts.steps);
+                let event = match end {
+                    Ok(finish) => Event::Finished(finish),
+                    Err(why) => Event::Failed(Failure::Request(problem(why))),
+                };
+                self.events.push((id, event));
+                self.scheduler.remove(id);
+            }
+            None => {
+                self.requests.insert(id, live);
+                if let Some(token) = token {
+                    self.scheduler.push(group, id, token);
+                }
             }
         }
     }
 
+    /// Ends a request where it is; its place and its blocks are free at once.
+    pub fn abort(&mut self, id: RequestId) {
+        if self.requests.remove(&id).is_some() {
+            self.scheduler.remove(id);
+            self.events.push((id, Event::Finished(Finish::Abort)));
+        }
+    }
+
     /// What happened to requests since the last call, in order.
-    pub(crate) fn take_events(&mut self) -> Vec<(RequestId, Event)> {
-        self.finished.clear();
+    pub fn take_events(&mut self) -> Vec<(RequestId, Event)> {
         std::mem::take(&mut self.events)
+    }
+
+    /// Whether the next steps tell what ran when, whatever the options say.
+    pub(crate) fn record(&mut self, recorded: bool) {
+        self.recorded = recorded || self.options.record_spans;
     }
 
     /// Counts so far, and what there is now.
     pub fn stats(&self) -> EngineStats {
-        let sum = |of: fn(&Scheduler) -> usize| self.queues.iter().map(of).sum::<usize>() as u64;
+        let ((running, waiting), (used, total)) = (self.scheduler.sequences(), self.scheduler.blocks());
+        let counts = self.scheduler.counts();
         EngineStats {
-            running: sum(|queue| queue.running.len()),
-            waiting: sum(|queue| queue.waiting.len()),
-            kv_blocks_used: self.stats.kv_blocks_total - sum(|queue| queue.blocks.free()),
-            ..self.stats
+            running: running as u64,
+            waiting: waiting as u64,
+            kv_blocks_used: used as u64,
+            kv_blocks_total: total as u64,
+            prefix_queries: counts.prefix_queries,
+            prefix_hits: counts.prefix_hits,
+            preemptions: counts.preemptions,
+            ..self.counts
         }
     }
 
@@ -231,13 +357,8 @@ impl Engine {
     }
 
     /// How the auto schedule planned the MoE layers so far, as the first rank saw it.
-    pub fn schedule(&self) -> Option<&ScheduleReport> {
-        self.schedule.as_ref()
-    }
-
-    /// The answer of a request that has ended.
-    pub fn take(&mut self, number: RequestId) -> Option<Completion> {
-        self.finished.remove(&number)
+    pub fn schedule(&self) -> Option<ScheduleReport> {
+        self.executor.schedule()
     }
 
     /// Runs requests to their ends; answers come in the order of the requests. `each` sees every step.
@@ -246,107 +367,260 @@ impl Engine {
         requests: Vec<Request>,
         mut each: impl FnMut(&StepReport),
     ) -> Result<Vec<Completion>, EngineError> {
-        let numbers = requests.into_iter().map(|request| self.submit(request));
-        let numbers = numbers.collect::<Result<Vec<_>, _>>()?;
+        let begun = Instant::now();
+        let ids = requests.into_iter().map(|request| self.submit(request));
+        let ids = ids.collect::<Result<Vec<_>, _>>()?;
+        let mut answers: HashMap<RequestId, Completion> = HashMap::new();
         while !self.is_idle() {
             each(&self.step()?);
-            self.events.clear();
-        }
-        Ok(numbers.into_iter().filter_map(|number| self.take(number)).collect())
-    }
-}
-
-/// What a request must fit into.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Limits {
-    pub(crate) vocab: usize,
-    pub(crate) max_model_len: usize,
-}
-
-impl Limits {
-    /// Refuses what cannot be run, by name.
-    pub(crate) fn check(&self, request: &Request) -> Result<(), EngineError> {
-        request.check(self.vocab, self.max_model_len)?;
-        let Request { sampling, .. } = request;
-        let refused = [
-            ("min_tokens", request.min_tokens > 0),
-            ("logprobs", request.logprobs.is_some()),
-            ("prompt_logprobs", request.prompt_logprobs.is_some()),
-            ("constraint", request.constraint.is_some()),
-            ("presence_penalty", sampling.presence_penalty != 0.0),
-            ("frequency_penalty", sampling.frequency_penalty != 0.0),
-            ("logit_bias", !sampling.logit_bias.is_empty()),
-        ];
-        match refused.into_iter().find(|(_, asked)| *asked) {
-            Some((field, _)) => {
-                Err(EngineError::Parameter { field, problem: "is not supported yet: leave it out".into() })
+            for (id, event) in self.take_events() {
+                answers.entry(id).or_default().hear(event, begun.elapsed())?;
             }
-            None => Ok(()),
         }
+        Ok(ids.into_iter().filter_map(|id| answers.remove(&id)).collect())
+    }
+
+    /// Whether every block belongs to whoever has it, and every request is scheduled.
+    #[cfg(test)]
+    pub(crate) fn check(&self) {
+        self.scheduler.check();
+        let (running, waiting) = self.scheduler.sequences();
+        assert_eq!(running + waiting, self.requests.len());
+    }
+
+    /// The batch of a group of ranks.
+    fn batch(&self, group: usize, chunks: &[ScheduledChunk]) -> Batch {
+        let mut batch = Batch { sequence_starts: vec![0], ..Batch::default() };
+        for chunk in chunks {
+            let found = self.scheduler.running(group, chunk.id).zip(self.requests.get(&chunk.id));
+            let Some((sequence, live)) = found else { continue };
+            let (first, positions) = (batch.ids.len(), chunk.positions.clone());
+            batch.ids.extend(&sequence.tokens()[positions.clone()]);
+            batch.positions.extend(positions.clone().map(|position| position as u32));
+            batch.slots.extend(positions.clone().map(|position| slot(sequence.blocks(), position)));
+            batch.sequence_starts.push(batch.ids.len() as u32);
+            batch.blocks.push(sequence.blocks().to_vec());
+            batch.sequences.push(chunk.id.0);
+            let at = |position: usize| (first + position - positions.start) as u32;
+            let last = positions.end - 1;
+            let next = chunk.next_token && !chunk.prompt_rows.contains(&last);
+            batch.logits.extend(chunk.prompt_rows.clone().map(at));
+            batch.whole.extend(chunk.prompt_rows.clone().map(|_| true));
+            if next {
+                batch.logits.push(at(last));
+                batch.whole.push(live.wants_logits());
+            }
+        }
+        batch
     }
 }
 
-/// What a step computed of a token that may be followed by a new one.
-enum Row<'a> {
-    /// Logits `[V]`.
-    Logits(&'a [f32]),
-    /// The token of the largest of them.
-    MostLikely(u32),
+/// What came back of the tokens of a batch whose logits were computed, or of some of them.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    /// Their places in the batch.
+    places: &'a [u32],
+    /// Whether all logits of each came back.
+    whole: &'a [bool],
+    /// The most likely next token of each.
+    tokens: &'a [u32],
+    /// Logits of those that are whole `[…, V]`.
+    logits: &'a [f32],
 }
 
-impl Sequence {
-    /// Takes in what a step computed of it: cached positions, prompt logits, and maybe a new token.
-    fn advance<'a>(
+impl Rows<'_> {
+    /// Takes the rows of tokens before place `end` of the batch off.
+    fn split(&mut self, end: u32, vocab: usize) -> Self {
+        let count = self.places.partition_point(|&place| place < end);
+        let (places, places_left) = self.places.split_at(count);
+        let (whole, whole_left) = self.whole.split_at(count);
+        let (tokens, tokens_left) = self.tokens.split_at(count.min(self.tokens.len()));
+        let logits = whole.iter().filter(|&&whole| whole).count() * vocab;
+        let (logits, logits_left) = self.logits.split_at(logits.min(self.logits.len()));
+        *self = Rows { places: places_left, whole: whole_left, tokens: tokens_left, logits: logits_left };
+        Rows { places, whole, tokens, logits }
+    }
+}
+
+/// A chunk that was computed, with everything that makes a token of it.
+struct Part<'a> {
+    group: usize,
+    chunk: &'a ScheduledChunk,
+    sequence: &'a Sequence,
+    live: Box<Live>,
+    rows: Rows<'a>,
+    outcome: Outcome,
+}
+
+/// What a step made of a request.
+#[derive(Default)]
+struct Outcome {
+    events: Vec<Event>,
+    token: Option<u32>,
+    /// How it ended, or what is wrong with it.
+    end: Option<Result<Finish, String>>,
+}
+
+/// Chooses tokens and looks up logprobs; where that is much work, several threads share it.
+fn advance(parts: &mut [Part<'_>], vocab: usize, workspaces: &mut Vec<Workspace>) {
+    let run = |parts: &mut [Part<'_>], workspace: &mut Workspace| {
+        for part in parts {
+            part.outcome = part.live.advance(part.chunk, part.sequence, &part.rows, vocab, workspace);
+        }
+    };
+    let logits: usize = parts.iter().map(|part| part.rows.logits.len()).sum();
+    let threads = if logits < PARALLEL_LOGITS {
+        1
+    } else {
+        std::thread::available_parallelism().map_or(1, NonZero::get).min(parts.len())
+    };
+    workspaces.resize_with(threads.max(1), Workspace::default);
+    if threads <= 1 {
+        return run(parts, &mut workspaces[0]);
+    }
+    let share = parts.len().div_ceil(threads);
+    std::thread::scope(|scope| {
+        for (parts, workspace) in parts.chunks_mut(share).zip(workspaces) {
+            scope.spawn(move || run(parts, workspace));
+        }
+    });
+}
+
+/// What an engine knows of a request beside its schedule.
+struct Live {
+    sampler: Sampler,
+    /// Tokens of the prompt.
+    prompt: usize,
+    max_tokens: usize,
+    /// New tokens so far.
+    made: usize,
+    /// Tokens that end the text; none if the request goes on after them.
+    eos: Vec<u32>,
+    stop_token_ids: Vec<u32>,
+    logprobs: Option<usize>,
+    prompt_logprobs: Option<usize>,
+    prompt_logits: bool,
+    /// Of the prompt's tokens so far.
+    of_prompt: Vec<Option<TokenLogprobs>>,
+    /// Whether the end of the prompt was told.
+    prompt_told: bool,
+    /// What the constraint could not do.
+    problem: Option<String>,
+    submitted: Instant,
+    started: Option<Instant>,
+}
+
+impl Live {
+    fn new(request: &mut Request, eos: &[u32], submitted: Instant) -> Self {
+        let eos = if request.ignore_eos { Vec::new() } else { eos.to_vec() };
+        Live {
+            sampler: Sampler::new(request, [eos.as_slice(), &request.stop_token_ids].concat()),
+            prompt: request.prompt.len(),
+            max_tokens: request.max_tokens,
+            made: 0,
+            eos,
+            stop_token_ids: std::mem::take(&mut request.stop_token_ids),
+            logprobs: request.logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+            prompt_logits: request.prompt_logits,
+            of_prompt: Vec::new(),
+            prompt_told: false,
+            problem: None,
+            submitted,
+            started: None,
+        }
+    }
+
+    /// Whether its next token takes more than the most likely one.
+    fn wants_logits(&self) -> bool {
+        !self.sampler.is_greedy() || self.logprobs.is_some()
+    }
+
+    /// Takes in what a step computed of it: prompt logits, and maybe a new token.
+    fn advance(
         &mut self,
-        piece: &ScheduledChunk,
-        rows: impl Iterator<Item = Row<'a>>,
-        eos: &[u32],
-        events: &mut Vec<(RequestId, Event)>,
-        stats: &mut EngineStats,
-    ) {
-        let started = *self.started.get_or_insert_with(Instant::now);
-        self.cached = piece.positions.end;
-        let mut last = None;
-        for row in rows {
-            if let Row::Logits(logits) = row
-                && self.request.prompt_logits
-                && self.completion.ids.is_empty()
-            {
-                self.completion.prompt_logits.extend_from_slice(logits);
-                events.push((self.number, Event::PromptLogits(logits.to_vec())));
+        chunk: &ScheduledChunk,
+        sequence: &Sequence,
+        rows: &Rows<'_>,
+        vocab: usize,
+        workspace: &mut Workspace,
+    ) -> Outcome {
+        let mut outcome = Outcome::default();
+        let of_prompt = &rows.logits[..chunk.prompt_rows.len() * vocab];
+        if let Some(alternatives) = self.prompt_logprobs {
+            if self.of_prompt.is_empty() {
+                self.of_prompt.push(None);
             }
-            last = Some(row);
-        }
-        if self.cached < self.tokens.len() {
-            return;
-        }
-        if self.completion.ids.is_empty() {
-            stats.prompt_tokens += self.request.prompt.len() as u64;
-            let queued = started - self.submitted;
-            events.push((self.number, Event::Prompt { cached_tokens: 0, queued, logprobs: None }));
-        }
-        if let Some(row) = last.filter(|_| self.request.max_tokens > 0) {
-            let id = match row {
-                Row::Logits(logits) => self.request.sampling.choose(logits, &self.tokens),
-                Row::MostLikely(id) => id,
-            };
-            self.tokens.push(id);
-            self.completion.ids.push(id);
-            stats.generation_tokens += 1;
-            events.push((self.number, Event::Token { id, logprobs: None }));
-            if self.completion.ids.len() == 1 {
-                self.completion.time_to_first_token = self.submitted.elapsed();
-            }
-            if eos.contains(&id) && !self.request.ignore_eos {
-                self.completion.finish = Some(Finish::Stop);
-            }
-            if self.request.stop_token_ids.contains(&id) {
-                self.completion.finish.get_or_insert(Finish::StopToken(id));
+            for (position, logits) in chunk.prompt_rows.clone().zip(of_prompt.chunks_exact(vocab)) {
+                if position + 1 < self.prompt {
+                    let id = sequence.tokens()[position + 1];
+                    self.of_prompt.push(Some(logprobs(logits, id, alternatives, workspace)));
+                }
             }
         }
-        if self.completion.ids.len() == self.request.max_tokens {
-            self.completion.finish.get_or_insert(Finish::Length);
+        if self.prompt_logits && !of_prompt.is_empty() {
+            outcome.events.push(Event::PromptLogits(of_prompt.to_vec()));
         }
-        self.completion.total_time = self.submitted.elapsed();
+        if chunk.positions.end >= self.prompt && !self.prompt_told {
+            self.prompt_told = true;
+            outcome.events.push(Event::Prompt {
+                cached_tokens: sequence.cached(),
+                queued: self.started.map_or(Duration::ZERO, |started| started - self.submitted),
+                logprobs: self.prompt_logprobs.map(|_| std::mem::take(&mut self.of_prompt)),
+            });
+        }
+        if chunk.next_token {
+            match self.next_token(chunk.positions.end, rows, vocab, workspace) {
+                Ok((id, logprobs, finish)) => {
+                    outcome.token = Some(id);
+                    outcome.events.push(Event::Token { id, logprobs });
+                    outcome.end = finish.map(Ok);
+                }
+                Err(problem) => outcome.end = Some(Err(problem)),
+            }
+        } else if self.max_tokens == 0 && chunk.positions.end == self.prompt {
+            outcome.end = Some(Ok(Finish::Length));
+        }
+        outcome
+    }
+
+    /// The token at `position`, from the last of the rows, and whether it is the last one.
+    fn next_token(
+        &mut self,
+        position: usize,
+        rows: &Rows<'_>,
+        vocab: usize,
+        workspace: &mut Workspace,
+    ) -> Result<(u32, Option<TokenLogprobs>, Option<Finish>), String> {
+        if let Some(problem) = self.problem.take() {
+            return Err(problem);
+        }
+        let (Some(&whole), Some(&most_likely)) = (rows.whole.last(), rows.tokens.last()) else {
+            return Err("the ranks gave no token. This is a bug".into());
+        };
+        let logits = whole.then(|| &rows.logits[rows.logits.len() - vocab..]);
+        let id = match logits {
+            Some(logits) if !self.sampler.is_greedy() => self.sampler.choose(logits, position, workspace)?,
+            _ => most_likely,
+        };
+        let wanted = logits.zip(self.logprobs);
+        let logprobs = wanted.map(|(logits, alternatives)| logprobs(logits, id, alternatives, workspace));
+        self.made += 1;
+        Ok((id, logprobs, self.end_with(id)?))
+    }
+
+    /// Whether the answer ends with this token.
+    fn end_with(&mut self, id: u32) -> Result<Option<Finish>, String> {
+        if self.eos.contains(&id) {
+            return Ok(Some(Finish::Stop));
+        }
+        if self.stop_token_ids.contains(&id) {
+            return Ok(Some(Finish::StopToken(id)));
+        }
+        self.sampler.accept(id)?;
+        if self.sampler.is_complete() {
+            return Ok(Some(Finish::Stop));
+        }
+        Ok((self.made == self.max_tokens).then_some(Finish::Length))
     }
 }

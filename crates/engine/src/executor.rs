@@ -1,12 +1,13 @@
-//! The ranks of a world and their threads. All ranks take every step together.
+//! What runs steps: the ranks of a world, all of which take every step together.
 
 use crate::EngineError;
 use epsmoe_base::{Fault, FaultCell, FaultKind, Phase, Place, Rank, panic_text};
 use epsmoe_device::{Backend, DeviceError};
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
 use epsmoe_pipeline::PipelineError;
-use epsmoe_plan::{Span, Timeline};
+use epsmoe_plan::{ScheduleReport, Span, Timeline};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 
@@ -15,71 +16,70 @@ use std::thread::JoinHandle;
 pub struct StepReport {
     /// By rank.
     pub outputs: Vec<StepOutput>,
-    /// What ran when, on every rank.
+    /// What ran when, on every rank; empty unless the step was recorded.
     pub timeline: Timeline,
 }
 
-type Answer = Result<(StepOutput, Vec<Span>), Fault>;
+/// Runs steps. The next step may be prepared while one runs: starting one and waiting for it are apart.
+pub trait Executor: Send {
+    /// Number of ranks.
+    fn ranks(&self) -> usize;
 
-struct Worker {
-    orders: Sender<Batch>,
-    answers: Receiver<Answer>,
+    /// Starts a step with a batch for each rank; `recorded` asks for its timeline.
+    fn launch(&mut self, batches: Vec<Arc<Batch>>, recorded: bool) -> Result<(), Fault>;
+
+    /// Waits for the step that was started first of those not waited for yet.
+    fn finish(&mut self) -> Result<StepReport, Fault>;
+
+    /// How the auto schedule planned the MoE layers so far, as the first rank sees it.
+    fn schedule(&self) -> Option<ScheduleReport>;
 }
 
-/// Running ranks; dropping it lets them finish and joins them.
-pub struct Executor {
+/// Ranks that are threads of this process; dropping it lets them finish and joins them.
+pub struct ThreadExecutor {
     faults: FaultCell,
     workers: Vec<Worker>,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl Executor {
+struct Worker {
+    orders: Sender<Order>,
+    answers: Receiver<Result<Answer, Fault>>,
+}
+
+/// What a rank is told to do.
+enum Order {
+    Step { batch: Arc<Batch>, recorded: bool },
+    Schedule(Sender<Option<ScheduleReport>>),
+}
+
+/// What a rank says after a step.
+struct Answer {
+    output: StepOutput,
+    spans: Vec<Span>,
+}
+
+impl ThreadExecutor {
     /// Starts a thread for each rank's model.
     pub fn start<B: Backend>(models: Vec<Model<B>>, faults: FaultCell) -> Result<Self, EngineError> {
-        let mut world = Executor { faults, workers: Vec::new(), threads: Vec::new() };
+        let mut executor = ThreadExecutor { faults, workers: Vec::new(), threads: Vec::new() };
         for (rank, model) in models.into_iter().enumerate() {
             let (orders, inbox) = channel();
             let (outbox, answers) = channel();
-            let faults = world.faults.clone();
+            let faults = executor.faults.clone();
             let work = move || serve(Rank(rank), &model, &faults, &inbox, &outbox);
             let thread =
                 std::thread::Builder::new().name(format!("rank{rank}")).spawn(work).map_err(|error| {
                     EngineError::Request(format!("cannot start the thread of {}: {error}", Rank(rank)))
                 })?;
-            world.workers.push(Worker { orders, answers });
-            world.threads.push(thread);
+            executor.workers.push(Worker { orders, answers });
+            executor.threads.push(thread);
         }
-        Ok(world)
-    }
-
-    /// Number of ranks.
-    pub fn size(&self) -> usize {
-        self.workers.len()
-    }
-
-    /// Runs one batch per rank. After a fault, every further step fails with it.
-    pub fn step(&self, batches: Vec<Batch>) -> Result<StepReport, Fault> {
-        self.faults.check()?;
-        for (worker, batch) in self.workers.iter().zip(batches) {
-            // A rank that is gone is noticed when its answer is missing.
-            let _ = worker.orders.send(batch);
-        }
-        let mut report = StepReport::default();
-        let mut failed = false;
-        for (rank, worker) in self.workers.iter().enumerate() {
-            match self.answer(Rank(rank), worker) {
-                Ok((output, spans)) => {
-                    report.outputs.push(output);
-                    report.timeline.spans.extend(spans);
-                }
-                Err(_) => failed = true,
-            }
-        }
-        if failed { Err(self.first_fault()) } else { Ok(report) }
+        Ok(executor)
     }
 
     /// A rank's answer always comes: each of its waits has a deadline, and its panics are caught.
-    fn answer(&self, rank: Rank, worker: &Worker) -> Answer {
+    fn answer(&self, rank: Rank, worker: &Worker) -> Result<Answer, Fault> {
         loop {
             match worker.answers.recv_timeout(FaultCell::POLL) {
                 Ok(answer) => return answer,
@@ -101,7 +101,44 @@ impl Executor {
     }
 }
 
-impl Drop for Executor {
+impl Executor for ThreadExecutor {
+    fn ranks(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// After a fault, every further step fails with it.
+    fn launch(&mut self, batches: Vec<Arc<Batch>>, recorded: bool) -> Result<(), Fault> {
+        self.faults.check()?;
+        for (worker, batch) in self.workers.iter().zip(batches) {
+            // A rank that is gone is noticed when its answer is missing.
+            let _ = worker.orders.send(Order::Step { batch, recorded });
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepReport, Fault> {
+        let mut report = StepReport::default();
+        let mut failed = false;
+        for (rank, worker) in self.workers.iter().enumerate() {
+            match self.answer(Rank(rank), worker) {
+                Ok(Answer { output, spans }) => {
+                    report.outputs.push(output);
+                    report.timeline.spans.extend(spans);
+                }
+                Err(_) => failed = true,
+            }
+        }
+        if failed { Err(self.first_fault()) } else { Ok(report) }
+    }
+
+    fn schedule(&self) -> Option<ScheduleReport> {
+        let (answer, inbox) = channel();
+        self.workers.first()?.orders.send(Order::Schedule(answer)).ok()?;
+        inbox.recv().ok()?
+    }
+}
+
+impl Drop for ThreadExecutor {
     fn drop(&mut self) {
         self.workers.clear();
         for thread in self.threads.drain(..) {
@@ -111,36 +148,64 @@ impl Drop for Executor {
     }
 }
 
-/// A rank's life: batches in, outputs out, until nobody sends any more.
+/// A rank's life: batches in, outputs out, until nobody sends any more. It learns from a step after it has answered.
 fn serve<B: Backend>(
     rank: Rank,
     model: &Model<B>,
     faults: &FaultCell,
-    inbox: &Receiver<Batch>,
-    outbox: &Sender<Answer>,
+    inbox: &Receiver<Order>,
+    outbox: &Sender<Result<Answer, Fault>>,
 ) {
-    while let Ok(batch) = inbox.recv() {
-        let raise = |kind, message| {
-            let place = Place::default();
-            Err(faults.raise(Fault { kind, rank, place, message }))
-        };
-        let answer = match catch_unwind(AssertUnwindSafe(|| model.forward(&batch))) {
-            Ok(Ok(mut output)) => {
-                let spans = spans(rank, model);
-                output.schedule = model.observe(&spans);
-                Ok((output, spans))
+    while let Ok(order) = inbox.recv() {
+        let (batch, recorded) = match order {
+            Order::Step { batch, recorded } => (batch, recorded),
+            Order::Schedule(asker) => {
+                // Whoever asked may have gone.
+                let _ = asker.send(model.schedule());
+                continue;
             }
-            Ok(Err(ModelError::Pipeline(PipelineError::Fault(fault)))) => Err(faults.raise(fault)),
-            Ok(Err(ModelError::Device(DeviceError::Fault(fault)))) => Err(faults.raise(fault)),
-            Ok(Err(error)) => raise(FaultKind::Invalid, error.to_string()),
-            Err(panic) => raise(FaultKind::Panic, format!("panicked: {}", panic_text(panic.as_ref()))),
         };
-        if outbox.send(answer).is_err() {
+        model.device().set_recording(recorded || model.observes());
+        let answer = forward(rank, model, faults, &batch);
+        let spans = spans(rank, model);
+        let told = if recorded { spans.clone() } else { Vec::new() };
+        let failed = answer.is_err();
+        if outbox.send(answer.map(|output| Answer { output, spans: told })).is_err() {
             return;
+        }
+        if !failed {
+            let learned = catch_unwind(AssertUnwindSafe(|| model.observe(&spans)));
+            if let Err(panic) = learned {
+                raise(rank, faults, FaultKind::Panic, format!("panicked: {}", panic_text(panic.as_ref())));
+            }
         }
     }
 }
 
+/// One step of one rank. Whatever goes wrong becomes the world's fault.
+fn forward<B: Backend>(
+    rank: Rank,
+    model: &Model<B>,
+    faults: &FaultCell,
+    batch: &Batch,
+) -> Result<StepOutput, Fault> {
+    match catch_unwind(AssertUnwindSafe(|| model.forward(batch))) {
+        Ok(Ok(output)) => Ok(output),
+        Ok(Err(ModelError::Pipeline(PipelineError::Fault(fault)))) => Err(faults.raise(fault)),
+        Ok(Err(ModelError::Device(DeviceError::Fault(fault)))) => Err(faults.raise(fault)),
+        Ok(Err(error)) => Err(raise(rank, faults, FaultKind::Invalid, error.to_string())),
+        Err(panic) => {
+            let message = format!("panicked: {}", panic_text(panic.as_ref()));
+            Err(raise(rank, faults, FaultKind::Panic, message))
+        }
+    }
+}
+
+fn raise(rank: Rank, faults: &FaultCell, kind: FaultKind, message: String) -> Fault {
+    faults.raise(Fault { kind, rank, place: Place::default(), message })
+}
+
+/// What ran since the last call, if that was recorded.
 fn spans<B: Backend>(rank: Rank, model: &Model<B>) -> Vec<Span> {
     let span = |record: epsmoe_device::Record| Span {
         rank,

@@ -1,8 +1,9 @@
 //! Requests become tokens.
 //!
-//! Start at [`Engine::step`]: each step gives every rank a batch, runs them together, and turns the logits into
-//! tokens. Around it: `request` (what is asked and answered), `pages` (who owns which cache block), `batch`
-//! (what a rank computes next), `world` (the ranks and their threads), `sample` (a token from logits).
+//! Start at [`Engine::step`]: each step gives every rank a batch, runs them together, and turns what comes back into
+//! tokens. Around it: `request` (what is asked and answered), `scheduler` (what is computed next, and who gives way),
+//! `kv_blocks` (who owns which block of the cache, and what lies in it), `executor` (the ranks), `sampler` (a token from
+//! logits). [`EngineService`] gives an engine a thread of its own, to which requests come at any time.
 //!
 //! This room knows no text, no wire format and no architecture.
 
@@ -10,16 +11,18 @@ mod engine;
 mod executor;
 mod kv_blocks;
 mod request;
-mod sample;
+mod sampler;
 mod scheduler;
 mod service;
+#[cfg(test)]
+mod tests;
 
 pub use engine::{Engine, EngineOptions};
-pub use executor::{Executor, StepReport};
+pub use executor::{Executor, StepReport, ThreadExecutor};
 pub use request::{
     Completion, Constraint, Event, Failure, Finish, Request, RequestId, TokenLogprobs, TokenMask,
 };
-pub use sample::Sampling;
+pub use sampler::Sampling;
 pub use service::{EngineHandle, EngineService, EngineStats, Rejected, ServiceOptions};
 
 use epsmoe_base::Fault;
@@ -55,6 +58,17 @@ pub enum EngineError {
         prompt: usize,
         /// Most new tokens.
         new: usize,
+    },
+    /// The request is longer than what the cache holds.
+    #[error(
+        "the request needs {tokens} tokens of the KV cache, which holds {cache}: shorten the prompt or generate \
+         fewer tokens, or give the cache more memory (--kv-cache-memory-bytes)"
+    )]
+    CacheTooSmall {
+        /// Tokens of the prompt, and new ones.
+        tokens: usize,
+        /// Tokens that the cache of a group of ranks holds.
+        cache: usize,
     },
     /// The model could not be loaded.
     #[error(transparent)]

@@ -129,13 +129,19 @@ pub enum Failure {
     Request(String),
 }
 
-/// A request's answer.
+/// A request's answer, as its events tell it.
 #[derive(Clone, Debug, Default)]
 pub struct Completion {
     /// New token ids.
     pub ids: Vec<u32>,
+    /// How likely they were, if wanted.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Why it ended; nothing while it runs.
     pub finish: Option<Finish>,
+    /// How many of the prompt's tokens were in the cache already.
+    pub cached_tokens: usize,
+    /// How likely the prompt's tokens were, if wanted.
+    pub prompt_logprobs: Vec<Option<TokenLogprobs>>,
     /// Logits of the prompt's tokens, row by row `[prompt, V]`, if wanted.
     pub prompt_logits: Vec<f32>,
     /// From submission to the first new token.
@@ -144,12 +150,32 @@ pub struct Completion {
     pub total_time: Duration,
 }
 
-impl Request {
-    /// Whether no logits are looked at but the largest ones.
-    pub(crate) fn wants_only_tokens(&self) -> bool {
-        self.sampling.is_greedy() && !self.prompt_logits
+impl Completion {
+    /// Takes in what happened to the request so long after its submission.
+    pub fn hear(&mut self, event: Event, since: Duration) -> Result<(), EngineError> {
+        match event {
+            Event::PromptLogits(logits) => self.prompt_logits.extend(logits),
+            Event::Prompt { cached_tokens, logprobs, .. } => {
+                self.cached_tokens = cached_tokens;
+                self.prompt_logprobs = logprobs.unwrap_or_default();
+            }
+            Event::Token { id, logprobs } => {
+                if self.ids.is_empty() {
+                    self.time_to_first_token = since;
+                }
+                self.ids.push(id);
+                self.logprobs.extend(logprobs);
+            }
+            Event::Finished(finish) => self.finish = Some(finish),
+            Event::Failed(Failure::Stopped(fault)) => return Err(EngineError::Fault(fault)),
+            Event::Failed(Failure::Request(problem)) => return Err(EngineError::Request(problem)),
+        }
+        self.total_time = since;
+        Ok(())
     }
+}
 
+impl Request {
     /// Refuses what cannot be run by a model of `vocab` tokens with contexts of `max_model_len`.
     pub fn check(&self, vocab: usize, max_model_len: usize) -> Result<(), EngineError> {
         let refuse = |field, problem| Err(EngineError::Parameter { field, problem });

@@ -1,124 +1,636 @@
-//! What a group of ranks computes next.
+//! What is computed next: which requests run, how far each gets in a step, and who gives way when the cache is full.
+//! No clock, no device, no logits: the same calls give the same schedule. START HERE: [`Scheduler::schedule`].
+//!
+//! The rules, for every group of ranks that compute the same tokens:
+//!
+//! 1. Sequences that only lack their newest token (decode) go first, oldest first. One that needs a block when none is
+//!    free takes it from the youngest of its group: that one waits again, and is computed anew.
+//! 2. Then prompts that have been begun (prefill), oldest first, in chunks as large as the step has room for.
+//! 3. Then those that wait are let in, oldest first and none before its turn, by the group with the least left to
+//!    compute, if its cache has room for all tokens that they have so far.
+//!
+//! The oldest sequence can always go on, because no request may need more blocks than a group has.
 
-use crate::kv_blocks::{BlockPool, slot};
-use crate::{Completion, Request, RequestId};
-use epsmoe_model::Batch;
-use std::collections::VecDeque;
+use crate::RequestId;
+use crate::kv_blocks::{BlockKey, BlockKeys, KvBlocks};
+use epsmoe_model::BLOCK_SIZE;
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::time::Instant;
 
-/// A request on its way.
+/// What a scheduler has to keep to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SchedulerLimits {
+    /// Groups of ranks.
+    pub(crate) groups: usize,
+    /// Most tokens of a group in one step.
+    pub(crate) max_batched_tokens: usize,
+    /// Most sequences that run in a group.
+    pub(crate) max_sequences: usize,
+    /// Most rows of prompt logits of a group in one step.
+    pub(crate) max_prompt_rows: usize,
+    /// Cache blocks of a group.
+    pub(crate) kv_blocks: usize,
+    /// Whether sequences that begin alike share blocks.
+    pub(crate) prefix_caching: bool,
+}
+
+/// What is to be scheduled.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Job {
+    pub(crate) prompt: Vec<u32>,
+    /// Most new tokens.
+    pub(crate) max_tokens: usize,
+    /// Whether the logits of every prompt token are wanted.
+    pub(crate) prompt_rows: bool,
+    /// Only sequences of the same salt share blocks.
+    pub(crate) salt: Option<u64>,
+}
+
+/// A request on its way, as far as scheduling goes.
 pub(crate) struct Sequence {
-    /// Its number, in order of submission.
-    pub(crate) number: RequestId,
-    pub(crate) request: Request,
+    id: RequestId,
     /// The prompt, then what was generated.
-    pub(crate) tokens: Vec<u32>,
-    /// How many of them are in the cache.
-    pub(crate) cached: usize,
-    pub(crate) blocks: Vec<u32>,
-    pub(crate) completion: Completion,
-    pub(crate) submitted: Instant,
-    /// When its first step had ended.
-    pub(crate) started: Option<Instant>,
+    tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    prompt: usize,
+    /// New tokens that may still come.
+    remaining: usize,
+    /// First position of the prompt whose logits are still wanted; the prompt's length if none are.
+    wanted: usize,
+    /// How many tokens are in the cache, or will be after the step that is running.
+    computed: usize,
+    /// How many were found there when it was let in for the first time.
+    cached: Option<usize>,
+    blocks: Vec<u32>,
+    /// What lies in its first blocks, as far as anybody asked, and what stands before the first one.
+    keys: Vec<BlockKey>,
+    root: BlockKey,
 }
 
-/// The sequences of one group of ranks that compute the same tokens.
-pub(crate) struct Scheduler {
-    pub(crate) waiting: VecDeque<Sequence>,
-    pub(crate) running: Vec<Sequence>,
-    pub(crate) blocks: BlockPool,
-}
-
-/// A piece of a running sequence in a batch.
+/// A piece of a sequence in a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ScheduledChunk {
-    /// Which of the running sequences.
-    pub(crate) sequence: usize,
+    pub(crate) id: RequestId,
     /// Positions computed.
     pub(crate) positions: Range<usize>,
-    /// Rows of logits, or tokens, that come back.
-    pub(crate) logits: usize,
+    /// Those of them whose logits are wanted because they belong to the prompt.
+    pub(crate) prompt_rows: Range<usize>,
+    /// Whether a new token follows the last of them.
+    pub(crate) next_token: bool,
+}
+
+/// What a scheduler did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SchedulerCounts {
+    /// Times that a sequence had to give way.
+    pub(crate) preemptions: u64,
+    /// Prompt tokens that were looked for in the cache, and those that were found.
+    pub(crate) prefix_queries: u64,
+    pub(crate) prefix_hits: u64,
+}
+
+/// The requests of an engine.
+pub(crate) struct Scheduler {
+    limits: SchedulerLimits,
+    keys: BlockKeys,
+    /// By age: numbers ascend.
+    waiting: BTreeMap<RequestId, Sequence>,
+    groups: Vec<Group>,
+    counts: SchedulerCounts,
+}
+
+/// The sequences that one group of ranks runs.
+struct Group {
+    running: BTreeMap<RequestId, Sequence>,
+    kv: KvBlocks,
+    /// If sequences share blocks.
+    keys: Option<BlockKeys>,
+}
+
+/// What a group is going to compute, and what else it could.
+struct Step {
+    chunks: Vec<ScheduledChunk>,
+    tokens_left: usize,
+    prompt_rows_left: usize,
 }
 
 impl Scheduler {
-    pub(crate) fn new(blocks: usize) -> Self {
-        Scheduler { waiting: VecDeque::new(), running: Vec::new(), blocks: BlockPool::new(blocks) }
+    pub(crate) fn new(limits: SchedulerLimits) -> Self {
+        let keys = BlockKeys::default();
+        let group = |_| Group {
+            running: BTreeMap::new(),
+            kv: KvBlocks::new(limits.kv_blocks),
+            keys: limits.prefix_caching.then(|| keys.clone()),
+        };
+        let groups = (0..limits.groups).map(group).collect();
+        Scheduler { groups, limits, keys, waiting: BTreeMap::new(), counts: SchedulerCounts::default() }
     }
 
-    /// Tokens this group has still to compute, as far as they are known.
-    pub(crate) fn load(&self) -> usize {
-        let all = self.waiting.iter().chain(&self.running);
-        all.map(|sequence| sequence.tokens.len() + sequence.request.max_tokens - sequence.cached).sum()
+    /// Lets a request wait for its turn. It must fit into the blocks of a group.
+    pub(crate) fn add(&mut self, id: RequestId, job: Job) {
+        let prompt = job.prompt.len();
+        let sequence = Sequence {
+            id,
+            tokens: job.prompt,
+            prompt,
+            remaining: job.max_tokens,
+            wanted: if job.prompt_rows { 0 } else { prompt },
+            computed: 0,
+            cached: None,
+            blocks: Vec::new(),
+            keys: Vec::new(),
+            root: self.keys.root(job.salt),
+        };
+        self.waiting.insert(id, sequence);
     }
 
-    pub(crate) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
-    }
-
-    /// Lets waiting sequences in while there is room for all they may grow to.
-    pub(crate) fn admit(&mut self, max_sequences: usize) {
-        while self.running.len() < max_sequences {
-            let Some(next) = self.waiting.front() else { return };
-            let Some(blocks) = self.blocks.take(next.tokens.len() + next.request.max_tokens) else { return };
-            self.running.extend(self.waiting.pop_front().map(|sequence| Sequence { blocks, ..sequence }));
-        }
-    }
-
-    /// Takes a sequence out, wherever it is, and its blocks back.
-    pub(crate) fn remove(&mut self, number: RequestId) -> Option<Sequence> {
-        let is_it = |sequence: &Sequence| sequence.number == number;
-        if let Some(at) = self.waiting.iter().position(is_it) {
-            return self.waiting.remove(at);
-        }
-        let at = self.running.iter().position(is_it)?;
-        let mut sequence = self.running.remove(at);
-        self.blocks.give_back(std::mem::take(&mut sequence.blocks));
-        Some(sequence)
-    }
-
-    /// The next batch of at most `budget` tokens: every sequence that only has its newest token to compute, then
-    /// as much of the prompts as fits.
-    pub(crate) fn next_batch(&self, budget: usize) -> (Batch, Vec<ScheduledChunk>) {
-        let mut order: Vec<usize> = (0..self.running.len()).collect();
-        order.sort_by_key(|&index| self.running[index].pending().len() > 1);
-        let greedy = self.running.iter().all(|sequence| sequence.request.wants_only_tokens());
-        let (mut batch, mut pieces) =
-            (Batch { sequence_starts: vec![0], greedy, ..Batch::default() }, Vec::new());
-        for index in order {
-            let sequence = &self.running[index];
-            let pending = sequence.pending();
-            let taken = pending.len().min(budget - batch.ids.len());
-            if taken > 0 {
-                let positions = pending.start..pending.start + taken;
-                pieces.push(sequence.append_to(&mut batch, index, positions));
+    /// Forgets a request, wherever it is; its blocks are free at once.
+    pub(crate) fn remove(&mut self, id: RequestId) {
+        self.waiting.remove(&id);
+        for group in &mut self.groups {
+            if let Some(mut sequence) = group.running.remove(&id) {
+                group.kv.release(&mut sequence.blocks);
             }
         }
-        (batch, pieces)
+    }
+
+    /// Takes in the token that follows those that a running sequence has.
+    pub(crate) fn push(&mut self, group: usize, id: RequestId, token: u32) {
+        if let Some(sequence) = self.groups[group].running.get_mut(&id) {
+            sequence.tokens.push(token);
+            sequence.remaining = sequence.remaining.saturating_sub(1);
+        }
+    }
+
+    /// A sequence that a group runs.
+    pub(crate) fn running(&self, group: usize, id: RequestId) -> Option<&Sequence> {
+        self.groups[group].running.get(&id)
+    }
+
+    /// Whether nobody runs or waits.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.groups.iter().all(|group| group.running.is_empty())
+    }
+
+    /// Sequences that run, and those that wait for the first time or again.
+    pub(crate) fn sequences(&self) -> (usize, usize) {
+        (self.groups.iter().map(|group| group.running.len()).sum(), self.waiting.len())
+    }
+
+    /// Blocks that sequences have, and all there are.
+    pub(crate) fn blocks(&self) -> (usize, usize) {
+        let sum = |of: fn(&KvBlocks) -> usize| self.groups.iter().map(|group| of(&group.kv)).sum::<usize>();
+        (sum(KvBlocks::total) - sum(KvBlocks::free), sum(KvBlocks::total))
+    }
+
+    pub(crate) fn counts(&self) -> SchedulerCounts {
+        self.counts
+    }
+
+    /// The next step: what each group computes, one chunk after the other. It counts as computed from now on.
+    pub(crate) fn schedule(&mut self) -> Vec<Vec<ScheduledChunk>> {
+        let limits = self.limits;
+        let mut steps = Vec::with_capacity(self.groups.len());
+        for group in &mut self.groups {
+            let mut step = Step {
+                chunks: Vec::new(),
+                tokens_left: limits.max_batched_tokens,
+                prompt_rows_left: limits.max_prompt_rows,
+            };
+            for sequence in group.decode(&mut step) {
+                self.counts.preemptions += 1;
+                self.waiting.insert(sequence.id, sequence);
+            }
+            group.prefill(&mut step);
+            steps.push(step);
+        }
+        while let Some(mut next) = self.waiting.first_entry() {
+            let Some((group, found)) = place(limits, &self.groups, &steps, next.get_mut(), &self.keys) else {
+                break;
+            };
+            let sequence = next.remove();
+            if sequence.cached.is_none() && limits.prefix_caching {
+                self.counts.prefix_queries += sequence.prompt as u64;
+                self.counts.prefix_hits += (found.len() * BLOCK_SIZE) as u64;
+            }
+            self.groups[group].admit(sequence, &found, &mut steps[group]);
+        }
+        steps.into_iter().map(|step| step.chunks).collect()
+    }
+
+    /// Whether every block belongs to whoever has it.
+    #[cfg(test)]
+    pub(crate) fn check(&self) {
+        for group in &self.groups {
+            group.kv.check(group.running.values().map(|sequence| &sequence.blocks));
+        }
+        assert!(self.waiting.values().all(|sequence| sequence.blocks.is_empty()));
+        if let ([group], Some(first)) = (&*self.groups, self.waiting.keys().next()) {
+            assert!(group.running.keys().all(|id| id < first), "somebody was overtaken");
+        }
+    }
+}
+
+/// Where a waiting sequence is let in, and the cached blocks that it begins with there: the group with the least to
+/// compute, of those that can take it.
+fn place(
+    limits: SchedulerLimits,
+    groups: &[Group],
+    steps: &[Step],
+    sequence: &mut Sequence,
+    keys: &BlockKeys,
+) -> Option<(usize, Vec<u32>)> {
+    let reusable = if limits.prefix_caching { sequence.reusable() } else { 0 };
+    sequence.extend_keys(keys, reusable);
+    let places = groups.iter().zip(steps).enumerate().filter_map(|(index, (group, step))| {
+        let found = group.kv.find(&sequence.keys[..reusable]);
+        let open = group.running.len() < limits.max_sequences && step.tokens_left > 0;
+        // Those that run will soon need more: what would be taken back at once is not given away.
+        let spare = group.running.len().min(limits.kv_blocks / 100);
+        let fits = open && group.kv.fits(&found, sequence.tokens.len(), spare);
+        let in_step = limits.max_batched_tokens - step.tokens_left;
+        let load = in_step + group.load() + sequence.tokens.len() - found.len() * BLOCK_SIZE;
+        fits.then_some((load, index, found))
+    });
+    let (_, group, found) = places.min_by_key(|(load, index, _)| (*load, *index))?;
+    Some((group, found))
+}
+
+impl Group {
+    /// Tokens that it has still to compute after this step, as far as that is known.
+    fn load(&self) -> usize {
+        self.running.values().map(|sequence| sequence.pending() + sequence.remaining).sum()
+    }
+
+    /// Numbers of the running sequences that lack their newest token only, or that lack more.
+    fn lacking(&self, more: bool) -> Vec<RequestId> {
+        let lacking = self.running.values().filter(|sequence| match sequence.pending() {
+            0 => false,
+            pending => (pending > 1) == more,
+        });
+        lacking.map(|sequence| sequence.id).collect()
+    }
+
+    /// Gives every sequence its newest token; returns those that had to give way.
+    fn decode(&mut self, step: &mut Step) -> Vec<Sequence> {
+        let mut preempted = Vec::new();
+        for id in self.lacking(false) {
+            while let Some(sequence) = self.running.get_mut(&id) {
+                if self.kv.grow(&mut sequence.blocks, sequence.tokens.len()).is_ok() {
+                    self.take(id, step);
+                    break;
+                }
+                let youngest = self.running.pop_last();
+                preempted.extend(youngest.map(|(_, mut sequence)| {
+                    self.kv.release(&mut sequence.blocks);
+                    sequence
+                }));
+            }
+        }
+        preempted
+    }
+
+    /// Goes on with prompts that have been begun.
+    fn prefill(&mut self, step: &mut Step) {
+        self.lacking(true).into_iter().for_each(|id| self.take(id, step));
+    }
+
+    /// Lets a sequence in, with blocks for all tokens that it has.
+    fn admit(&mut self, mut sequence: Sequence, found: &[u32], step: &mut Step) {
+        let id = sequence.id;
+        self.kv.share(&mut sequence.blocks, found);
+        sequence.computed = found.len() * BLOCK_SIZE;
+        sequence.cached.get_or_insert(sequence.computed);
+        let grown = self.kv.grow(&mut sequence.blocks, sequence.tokens.len());
+        debug_assert!(grown.is_ok(), "{id} was let in without room");
+        self.running.insert(id, sequence);
+        self.take(id, step);
+    }
+
+    /// Puts as much of a sequence into the step as there is room for. Blocks that are full then are there for others
+    /// at once: also in this step, keys and values are written before they are read.
+    fn take(&mut self, id: RequestId, step: &mut Step) {
+        let Some(sequence) = self.running.get_mut(&id) else { return };
+        let start = sequence.computed;
+        let mut end = start + sequence.pending().min(step.tokens_left);
+        let first_row = sequence.wanted.max(start);
+        let rows_end = end.min(sequence.prompt).max(first_row);
+        if rows_end - first_row > step.prompt_rows_left {
+            end = first_row + step.prompt_rows_left;
+        }
+        if end <= start {
+            return;
+        }
+        let prompt_rows = first_row..rows_end.min(end).max(first_row);
+        step.tokens_left -= end - start;
+        step.prompt_rows_left -= prompt_rows.len();
+        sequence.computed = end;
+        sequence.wanted = prompt_rows.end;
+        let next_token = end == sequence.tokens.len() && sequence.remaining > 0;
+        step.chunks.push(ScheduledChunk { id, positions: start..end, prompt_rows, next_token });
+        if let Some(keys) = &self.keys {
+            sequence.extend_keys(keys, end / BLOCK_SIZE);
+            for block in start / BLOCK_SIZE..end / BLOCK_SIZE {
+                self.kv.publish(sequence.blocks[block], sequence.keys[block]);
+            }
+        }
     }
 }
 
 impl Sequence {
-    /// Positions that are not cached yet.
-    fn pending(&self) -> Range<usize> {
-        self.cached..self.tokens.len()
+    /// The prompt, then what was generated.
+    pub(crate) fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
-    fn append_to(&self, batch: &mut Batch, sequence: usize, positions: Range<usize>) -> ScheduledChunk {
-        let first = batch.ids.len();
-        batch.ids.extend(&self.tokens[positions.clone()]);
-        batch.positions.extend(positions.clone().map(|position| position as u32));
-        batch.slots.extend(positions.clone().map(|position| slot(&self.blocks, position)));
-        batch.sequence_starts.push(batch.ids.len() as u32);
-        batch.blocks.push(self.blocks.clone());
-        batch.sequences.push(self.number.0);
-        let wanted = positions.clone().filter(|&position| self.wants_logits(position));
-        let before = batch.logits.len();
-        batch.logits.extend(wanted.map(|position| (first + position - positions.start) as u32));
-        ScheduledChunk { sequence, logits: batch.logits.len() - before, positions }
+    /// Its cache blocks, in order.
+    pub(crate) fn blocks(&self) -> &[u32] {
+        &self.blocks
     }
 
-    fn wants_logits(&self, position: usize) -> bool {
-        let next_token = position + 1 == self.tokens.len() && self.request.max_tokens > 0;
-        next_token || (self.request.prompt_logits && position < self.request.prompt.len())
+    /// Tokens that were found in the cache when it was let in for the first time.
+    pub(crate) fn cached(&self) -> usize {
+        self.cached.unwrap_or(0)
+    }
+
+    /// Tokens that are not computed yet.
+    fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Full blocks that need not be computed if they are in the cache. The last token must be, for its logits.
+    fn reusable(&self) -> usize {
+        let wanted = if self.wanted < self.prompt { self.wanted } else { usize::MAX };
+        wanted.min(self.tokens.len() - 1) / BLOCK_SIZE
+    }
+
+    /// Makes sure that the keys of its first `blocks` blocks are there.
+    fn extend_keys(&mut self, keys: &BlockKeys, blocks: usize) {
+        while self.keys.len() < blocks {
+            let start = self.keys.len() * BLOCK_SIZE;
+            let before = self.keys.last().copied().unwrap_or(self.root);
+            self.keys.push(keys.next(before, &self.tokens[start..start + BLOCK_SIZE]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fmt::Write;
+
+    const LIMITS: SchedulerLimits = SchedulerLimits {
+        groups: 1,
+        max_batched_tokens: 100,
+        max_sequences: 4,
+        max_prompt_rows: 1000,
+        kv_blocks: 8,
+        prefix_caching: true,
+    };
+
+    /// Plays a script: `add ID prompt NEW`, where the prompt is runs of a token like `7x100,8x5`, then maybe `rows` or
+    /// `salt=N`; `remove ID`; `step`, which every sequence answers with a token if it wants one. Each step becomes a
+    /// line: the chunks of each group, those that wait, and the blocks in use.
+    fn play(limits: SchedulerLimits, script: &str) -> String {
+        let mut scheduler = Scheduler::new(limits);
+        let mut told = String::new();
+        for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            let words: Vec<&str> = line.split(' ').collect();
+            let id = || RequestId(words[1].parse().unwrap());
+            match words[0] {
+                "add" => {
+                    let runs = words[2].split(',').map(|run| run.split_once('x').unwrap());
+                    let prompt = runs.flat_map(|(token, count)| {
+                        std::iter::repeat_n(token.parse().unwrap(), count.parse().unwrap())
+                    });
+                    let job = Job {
+                        prompt: prompt.collect(),
+                        max_tokens: words[3].parse().unwrap(),
+                        prompt_rows: words[4..].contains(&"rows"),
+                        salt: words[4..].iter().find_map(|word| word.strip_prefix("salt=")?.parse().ok()),
+                    };
+                    scheduler.add(id(), job);
+                }
+                "remove" => scheduler.remove(id()),
+                _ => step(&mut scheduler, &mut told),
+            }
+            scheduler.check();
+        }
+        told
+    }
+
+    fn step(scheduler: &mut Scheduler, told: &mut String) {
+        for (group, chunks) in scheduler.schedule().into_iter().enumerate() {
+            let separator = if group == 0 { "" } else { " | " };
+            told.push_str(separator);
+            for (index, chunk) in chunks.iter().enumerate() {
+                let (id, positions) = (chunk.id.0, &chunk.positions);
+                let separator = if index == 0 { "" } else { " " };
+                write!(told, "{separator}{id}:{}..{}", positions.start, positions.end).unwrap();
+                if !chunk.prompt_rows.is_empty() {
+                    write!(told, " rows {}..{}", chunk.prompt_rows.start, chunk.prompt_rows.end).unwrap();
+                }
+                if chunk.next_token {
+                    scheduler.push(group, chunk.id, 1000 + id as u32);
+                }
+                let ended = scheduler.running(group, chunk.id).unwrap();
+                if ended.remaining == 0 && ended.pending() <= 1 {
+                    scheduler.remove(chunk.id);
+                }
+            }
+        }
+        let waiting: Vec<u64> = scheduler.waiting.keys().map(|id| id.0).collect();
+        writeln!(told, "; {waiting:?} wait, {} blocks", scheduler.blocks().0).unwrap();
+    }
+
+    #[track_caller]
+    fn check(limits: SchedulerLimits, script: &str, want: &str) {
+        let want: String = want.lines().skip(1).map(|line| format!("{}\n", line.trim())).collect();
+        let got = play(limits, script);
+        assert!(
+            got == want.trim_end_matches('\n').to_owned() + "\n" || got == want,
+            "got:\n{got}\nwant:\n{want}"
+        );
+    }
+
+    #[test]
+    fn newest_tokens_come_before_prompts() {
+        check(
+            LIMITS,
+            "add 0 1x5 9
+             step
+             add 1 2x150 9
+             step
+             step
+             step",
+            "
+            0:0..5; [] wait, 1 blocks
+            0:5..6 1:0..99; [] wait, 4 blocks
+            0:6..7 1:99..150; [] wait, 4 blocks
+            0:7..8 1:150..151; [] wait, 4 blocks",
+        );
+    }
+
+    #[test]
+    fn a_prompt_in_work_comes_before_a_new_one_but_after_newest_tokens_of_younger_ones() {
+        check(
+            LIMITS,
+            "add 0 1x150 9
+             add 1 2x3 9
+             step
+             step
+             step",
+            "
+            0:0..100; [1] wait, 3 blocks
+            0:100..150 1:0..3; [] wait, 4 blocks
+            0:150..151 1:3..4; [] wait, 4 blocks",
+        );
+    }
+
+    #[test]
+    fn groups_share_the_work() {
+        check(
+            SchedulerLimits { groups: 2, ..LIMITS },
+            "add 0 1x50 2
+             add 1 2x30 2
+             add 2 3x30 2
+             add 3 4x50 2
+             step",
+            "
+            0:0..50 3:0..50 | 1:0..30 2:0..30; [] wait, 4 blocks",
+        );
+    }
+
+    #[test]
+    fn no_more_run_than_may_and_nobody_is_overtaken() {
+        check(
+            SchedulerLimits { max_sequences: 2, ..LIMITS },
+            "add 0 1x5 2
+             add 1 1x5 1
+             add 2 1x5 1
+             step
+             step
+             step",
+            "
+            0:0..5 1:0..5; [2] wait, 1 blocks
+            0:5..6 2:0..5; [] wait, 0 blocks
+            ; [] wait, 0 blocks",
+        );
+        check(
+            LIMITS,
+            "add 0 1x300 2
+             add 1 2x300 2
+             add 2 3x5 2
+             step",
+            "
+            0:0..100; [1, 2] wait, 5 blocks",
+        );
+    }
+
+    #[test]
+    fn the_youngest_gives_way_and_comes_back() {
+        check(
+            SchedulerLimits { kv_blocks: 4, prefix_caching: false, max_batched_tokens: 200, ..LIMITS },
+            "add 0 1x63 70
+             add 1 2x63 70
+             add 2 3x10 2
+             step
+             step
+             add 3 4x1 1
+             step
+             step",
+            "
+            0:0..63 1:0..63 2:0..10; [] wait, 3 blocks
+            0:63..64 1:63..64 2:10..11; [] wait, 2 blocks
+            0:64..65 1:64..65; [3] wait, 4 blocks
+            0:65..66 1:65..66; [3] wait, 4 blocks",
+        );
+        check(
+            SchedulerLimits { kv_blocks: 3, prefix_caching: false, max_batched_tokens: 200, ..LIMITS },
+            "add 0 1x64 70
+             add 1 2x64 70
+             step
+             step
+             remove 0
+             step",
+            "
+            0:0..64 1:0..64; [] wait, 2 blocks
+            0:64..65; [1] wait, 2 blocks
+            1:0..65; [] wait, 2 blocks",
+        );
+    }
+
+    #[test]
+    fn one_that_gives_way_finds_its_own_blocks_again() {
+        check(
+            SchedulerLimits { kv_blocks: 4, max_batched_tokens: 200, ..LIMITS },
+            "add 0 1x64 70
+             add 1 2x127 70
+             step
+             step
+             remove 0
+             step
+             step",
+            "
+            0:0..64 1:0..127; [] wait, 3 blocks
+            0:64..65 1:127..128; [] wait, 4 blocks
+            1:128..129; [] wait, 3 blocks
+            1:129..130; [] wait, 3 blocks",
+        );
+        check(
+            SchedulerLimits { kv_blocks: 4, max_batched_tokens: 200, ..LIMITS },
+            "add 0 1x128 70
+             add 1 2x128 70
+             step
+             step
+             remove 0
+             step",
+            "
+            0:0..128 1:0..72; [] wait, 4 blocks
+            0:128..129; [1] wait, 3 blocks
+            1:64..128; [] wait, 2 blocks",
+        );
+    }
+
+    #[test]
+    fn what_begins_alike_is_computed_once() {
+        check(
+            LIMITS,
+            "add 0 1x70,2x10 2
+             add 1 1x70,3x10 2
+             add 2 1x64 2
+             add 3 1x65 2 salt=5
+             step",
+            "
+            0:0..80 1:64..80 2:0..4; [3] wait, 4 blocks",
+        );
+        check(
+            SchedulerLimits { max_batched_tokens: 1000, ..LIMITS },
+            "add 0 1x70,2x10 2
+             add 1 1x70,3x10 2
+             add 2 1x64 2
+             add 3 1x65 2 salt=5
+             step",
+            "
+            0:0..80 1:64..80 2:0..64 3:0..65; [] wait, 6 blocks",
+        );
+    }
+
+    #[test]
+    fn rows_of_a_prompt_are_computed_once_and_never_skipped() {
+        check(
+            SchedulerLimits { max_prompt_rows: 40, ..LIMITS },
+            "add 0 1x70 2
+             step
+             add 1 1x70 2 rows
+             step
+             step
+             step",
+            "
+            0:0..70; [] wait, 2 blocks
+            0:70..71 1:0..40 rows 0..40; [] wait, 2 blocks
+            1:40..70 rows 40..70; [] wait, 2 blocks
+            1:70..71; [] wait, 0 blocks",
+        );
     }
 }

@@ -75,14 +75,20 @@ impl EngineService {
         let (commands, inbox) = channel();
         let shared = Arc::new(Shared {
             limits: engine.limits(),
-            most_open: engine.seats().saturating_add(options.max_queued_requests),
+            most_open: engine.max_running().saturating_add(options.max_queued_requests),
             open: AtomicUsize::new(0),
             next: AtomicU64::new(0),
             door: RwLock::new(Door::Open),
             stats: Mutex::new(engine.stats()),
             thread: Mutex::new(None),
         });
-        let service = Service { engine, shared: Arc::clone(&shared), sinks: HashMap::new(), closing: None };
+        let service = Service {
+            engine,
+            shared: Arc::clone(&shared),
+            sinks: HashMap::new(),
+            askers: Vec::new(),
+            closing: None,
+        };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || service.run(&inbox));
         let thread = thread
             .map_err(|error| EngineError::Request(format!("cannot start the engine's thread: {error}")))?;
@@ -214,26 +220,29 @@ struct Service {
     engine: Engine,
     shared: Arc<Shared>,
     sinks: HashMap<RequestId, Sink>,
+    /// Those who want to see the next step.
+    askers: Vec<SyncSender<StepReport>>,
     /// When requests that are still open are aborted.
     closing: Option<Instant>,
 }
 
 impl Service {
-    /// Steps while there is work and sleeps otherwise, until it is to end or the ranks have stopped.
+    /// Steps while there is work and sleeps otherwise, until it is to end or the ranks have stopped. What a step gave
+    /// is handed out while the next one runs.
     fn run(mut self, inbox: &Receiver<Command>) {
-        let mut reports = Vec::new();
         loop {
             if self.engine.is_idle() {
+                self.tell();
                 if self.closing.is_some() {
                     return;
                 }
                 match inbox.recv() {
-                    Ok(command) => self.obey(command, &mut reports),
+                    Ok(command) => self.obey(command),
                     Err(_) => return,
                 }
             }
             while let Ok(command) = inbox.try_recv() {
-                self.obey(command, &mut reports);
+                self.obey(command);
             }
             if self.closing.is_some_and(|at| Instant::now() >= at) {
                 self.sinks
@@ -243,40 +252,46 @@ impl Service {
                     .into_iter()
                     .for_each(|id| self.engine.abort(id));
             }
-            if !self.engine.is_idle() {
-                match self.step() {
-                    Ok(report) => reports.drain(..).for_each(|asker: SyncSender<StepReport>| {
-                        // Whoever asked may have gone.
-                        let _ = asker.try_send(report.clone());
-                    }),
-                    Err(fault) => return self.stop(fault, inbox),
-                }
+            if self.engine.is_idle() {
+                continue;
             }
-            self.tell();
+            self.engine.record(!self.askers.is_empty());
+            let step = self.guarded(Engine::launch).and_then(|()| {
+                self.tell();
+                self.guarded(Engine::finish)
+            });
+            match step {
+                Ok(report) => self.askers.drain(..).for_each(|asker| {
+                    // Whoever asked may have gone.
+                    let _ = asker.try_send(report.clone());
+                }),
+                Err(fault) => return self.stop(fault, inbox),
+            }
         }
     }
 
-    fn obey(&mut self, command: Command, reports: &mut Vec<SyncSender<StepReport>>) {
+    fn obey(&mut self, command: Command) {
         match command {
             Command::Submit { id, request, submitted, sink } => {
                 self.sinks.insert(id, sink);
                 self.engine.enqueue(id, *request, submitted);
             }
             Command::Abort(id) => self.engine.abort(id),
-            Command::Report(asker) => reports.push(asker),
+            Command::Report(asker) => self.askers.push(asker),
             Command::Close(at) => self.closing = Some(self.closing.map_or(at, |earlier| earlier.min(at))),
         }
     }
 
-    fn step(&mut self) -> Result<StepReport, Fault> {
-        let invalid = |kind, message| Fault { kind, rank: Rank(0), place: Place::default(), message };
-        match catch_unwind(AssertUnwindSafe(|| self.engine.step())) {
-            Ok(Ok(report)) => Ok(report),
+    /// Calls the engine; whatever goes wrong becomes a fault.
+    fn guarded<T>(&mut self, call: impl FnOnce(&mut Engine) -> Result<T, EngineError>) -> Result<T, Fault> {
+        let fault = |kind, message| Fault { kind, rank: Rank(0), place: Place::default(), message };
+        match catch_unwind(AssertUnwindSafe(|| call(&mut self.engine))) {
+            Ok(Ok(result)) => Ok(result),
             Ok(Err(EngineError::Fault(fault))) => Err(fault),
-            Ok(Err(error)) => Err(invalid(FaultKind::Invalid, error.to_string())),
+            Ok(Err(error)) => Err(fault(FaultKind::Invalid, error.to_string())),
             Err(panic) => {
                 let message = format!("the engine panicked: {}", panic_text(panic.as_ref()));
-                Err(invalid(FaultKind::Panic, message))
+                Err(fault(FaultKind::Panic, message))
             }
         }
     }

@@ -164,7 +164,8 @@ impl Announcement {
 impl Batch {
     /// A hash of everything that ranks which split attention must agree on.
     fn fingerprint(&self) -> u64 {
-        let parts = [&self.ids, &self.positions, &self.slots, &self.sequence_starts, &self.logits];
+        let whole = self.whole.iter().map(|&whole| u32::from(whole)).collect();
+        let parts = [&self.ids, &self.positions, &self.slots, &self.sequence_starts, &self.logits, &whole];
         let words = parts
             .into_iter()
             .chain(&self.blocks)

@@ -136,12 +136,21 @@ impl<B: Backend> ExpertPipeline<B> {
         Ok(ExpertPipeline { device, fabric, options, buffers, settings, scheduler })
     }
 
-    /// After a step: what its layers took, for the auto schedule to learn from, and how it planned them. `spans` are
-    /// this rank's.
-    pub fn observe(&self, spans: &[Span]) -> Option<ScheduleReport> {
-        let mut scheduler = self.scheduler.as_ref()?.borrow_mut();
-        scheduler.observe(self.fabric.rank(), spans);
-        Some(scheduler.report())
+    /// Whether [`observe`](Self::observe) looks at what it is given.
+    pub fn observes(&self) -> bool {
+        self.scheduler.is_some() && !self.is_alone()
+    }
+
+    /// After a step: what its layers took, for the auto schedule to learn from. `spans` are this rank's.
+    pub fn observe(&self, spans: &[Span]) {
+        if let Some(scheduler) = &self.scheduler {
+            scheduler.borrow_mut().observe(self.fabric.rank(), spans);
+        }
+    }
+
+    /// How the auto schedule planned the layers so far.
+    pub fn schedule(&self) -> Option<ScheduleReport> {
+        Some(self.scheduler.as_ref()?.borrow().report())
     }
 
     /// Where the shared expert of the next layer computes: known before the rendezvous.

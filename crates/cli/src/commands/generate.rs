@@ -3,12 +3,12 @@
 use crate::args::{GenerateArgs, PromptArgs, SamplingArgs};
 use crate::output;
 use crate::setup::{Chat, Demand, OpenModel, Setup};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use epsmoe_base::count;
-use epsmoe_engine::{Completion, Engine, Finish, Request, Sampling};
+use epsmoe_engine::{Completion, Engine, Event, Finish, Request, Sampling};
 use epsmoe_text::DecodeStream;
 use serde::Serialize;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// New tokens when neither the user nor the checkpoint says how many.
 const MAX_TOKENS: usize = 128;
@@ -127,27 +127,29 @@ fn generate(
     mut stream: Option<&mut DecodeStream>,
     aloud: bool,
 ) -> Result<(Completion, String)> {
-    let number = engine.submit(request)?;
-    let (mut seen, mut text) = (0, String::new());
+    let begun = Instant::now();
+    let id = engine.submit(request)?;
+    let (mut completion, mut text) = (Completion::default(), String::new());
     let mut say = |piece: String| {
         text.push_str(&piece);
         if aloud { output::show(&piece) } else { Ok(()) }
     };
     while !engine.is_idle() {
         engine.step()?;
-        let Some(stream) = &mut stream else { continue };
-        for &id in &engine.tokens(number)[seen..] {
-            seen += 1;
-            say(stream.push(id)?)?;
+        for (_, event) in engine.take_events() {
+            if let (Event::Token { id, .. }, Some(stream)) = (&event, &mut stream) {
+                say(stream.push(*id)?)?;
+            }
+            completion.hear(event, begun.elapsed())?;
         }
-        if stream.stopped() {
-            engine.abort(number);
+        if stream.as_ref().is_some_and(|stream| stream.stopped()) {
+            engine.abort(id);
+            completion.finish = Some(Finish::Stop);
         }
     }
     if let Some(stream) = stream {
         say(stream.finish()?)?;
     }
-    let completion = engine.take(number).context("the request has no answer. This is a bug")?;
     Ok((completion, text))
 }
 
@@ -168,9 +170,8 @@ impl<'a> Answer<'a> {
             ids: &completion.ids,
             text,
             finish_reason: match completion.finish {
-                // Only a stop string calls a request off.
-                Some(Finish::Stop | Finish::StopToken(_) | Finish::Abort) => "stop",
-                Some(Finish::Length) | None => "length",
+                Some(Finish::Stop | Finish::StopToken(_)) => "stop",
+                Some(Finish::Length | Finish::Abort) | None => "length",
             },
             usage: Usage {
                 prompt_tokens,

@@ -1,14 +1,15 @@
-//! The end of a step: logits, or the most likely tokens.
+//! The end of a step: the most likely tokens, and logits.
 
 use super::{Batch, Model, StepOutput, made_before};
 use crate::ModelError;
 use crate::step::Step;
-use epsmoe_base::{Fault, FaultKind, Phase, Place};
+use epsmoe_base::{Phase, Place};
 use epsmoe_device::op::{ArgMax, Gather, Gemm};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 
 impl<B: Backend> Model<B> {
-    /// Logits of the wanted tokens, or the largest of each, on the host of the group's first rank.
+    /// The most likely token after each wanted one, and the logits of those that want them all, on the host of the
+    /// group's first rank.
     pub(super) fn choose(
         &self,
         step: &Step,
@@ -24,19 +25,21 @@ impl<B: Backend> Model<B> {
         if self.layout.in_group().index == 0 {
             for start in (0..last.rows).step_by(buffers.logits.rows.max(1)) {
                 let rows = start..last.rows.min(start + buffers.logits.rows);
-                let out = buffers.logits.rows(0..rows.len())?;
-                let head = Gemm::linear(last.rows(rows)?, &self.head, out.clone());
+                let whole = &batch.whole[rows.clone()];
+                let logits = buffers.logits.rows(0..rows.len())?;
+                let head = Gemm::linear(last.rows(rows)?, &self.head, logits.clone());
                 self.compute(place.phase(Phase::LmHead), head)?;
-                if batch.greedy {
-                    let tokens = buffers.tokens.rows(0..out.rows)?;
-                    self.compute(place, ArgMax { logits: out, tokens: tokens.clone() })?;
-                    self.finish()?;
-                    output.tokens.extend(self.device.read_u32(&tokens)?);
-                } else {
-                    self.finish()?;
-                    let logits = self.device.read_f32(&out)?;
-                    self.check_logits(&logits)?;
-                    output.logits.extend(logits);
+                let tokens = buffers.tokens.rows(0..logits.rows)?;
+                self.compute(place, ArgMax { logits: logits.clone(), tokens: tokens.clone() })?;
+                self.finish()?;
+                output.tokens.extend(self.device.read_u32(&tokens)?);
+                let mut row = 0;
+                for run in whole.chunk_by(|one, next| one == next) {
+                    let rows = row..row + run.len();
+                    row = rows.end;
+                    if run[0] {
+                        output.logits.extend(self.device.read_f32(&logits.rows(rows)?)?);
+                    }
                 }
             }
         }
@@ -56,18 +59,5 @@ impl<B: Backend> Model<B> {
             Gather { x: stream.clone(), index, out: out.clone() },
         )?;
         Ok(out)
-    }
-
-    /// What [`ArgMax`] refuses where it runs, nothing refuses where logits come to the host.
-    fn check_logits(&self, logits: &[f32]) -> Result<(), Fault> {
-        let spoiled =
-            logits.iter().fold(false, |any, logit| any | logit.is_nan() | (*logit == f32::INFINITY));
-        if !spoiled {
-            return Ok(());
-        }
-        let message = "the output projection made logits that are NaN or infinite: its weights are damaged, or too \
-                       large for the format they are computed in (--dtype)";
-        let place = Place::default();
-        Err(Fault { kind: FaultKind::Invalid, rank: self.fabric.rank(), place, message: message.into() })
     }
 }

@@ -38,10 +38,10 @@ pub struct Batch {
     pub blocks: Vec<Vec<u32>>,
     /// Number of each sequence, by which a routing log knows it `[B]`.
     pub sequences: Vec<u64>,
-    /// Tokens whose logits are wanted, ascending.
+    /// Tokens whose logits are computed, ascending.
     pub logits: Vec<u32>,
-    /// Whether of these logits only the largest of each token is wanted: the most likely next token.
-    pub greedy: bool,
+    /// Of each of them, whether all its logits are wanted, or only the most likely next token.
+    pub whole: Vec<bool>,
 }
 
 /// How a model is run; equal on all ranks.
@@ -82,17 +82,14 @@ pub enum RoutingMode {
 /// What a step gave.
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
-    /// Logits of the wanted tokens, row by row `[wanted, V]`, unless the step is greedy; on the first rank of each
-    /// group.
-    pub logits: Vec<f32>,
-    /// The most likely token after each of them `[wanted]`, if the step is greedy; on the first rank of each group.
+    /// The most likely token after each of [`Batch::logits`]; on the first rank of each group.
     pub tokens: Vec<u32>,
+    /// Logits of those that want them all, row by row `[…, V]`; on the first rank of each group.
+    pub logits: Vec<f32>,
     /// What each MoE layer did.
     pub layers: Vec<LayerReport>,
     /// Where the tokens went that this rank routed, if that was to be recorded.
     pub routing: RoutingLog,
-    /// How the auto schedule planned the layers so far.
-    pub schedule: Option<ScheduleReport>,
 }
 
 /// The model of one rank: its weights, its cache and its buffers.
@@ -204,9 +201,21 @@ impl<B: Backend> Model<B> {
         Ok(output)
     }
 
+    /// Whether [`observe`](Self::observe) looks at what it is given.
+    pub fn observes(&self) -> bool {
+        self.experts.as_ref().is_some_and(ExpertPipeline::observes)
+    }
+
     /// After a step: what this rank's operations took, for the auto schedule to learn from.
-    pub fn observe(&self, spans: &[Span]) -> Option<ScheduleReport> {
-        self.experts.as_ref()?.observe(spans)
+    pub fn observe(&self, spans: &[Span]) {
+        if let Some(experts) = &self.experts {
+            experts.observe(spans);
+        }
+    }
+
+    /// How the auto schedule planned the MoE layers so far.
+    pub fn schedule(&self) -> Option<ScheduleReport> {
+        self.experts.as_ref()?.schedule()
     }
 
     /// The residual stream through one layer; see [`LayerSpec`](crate::LayerSpec) for the equations. What ranks split

@@ -101,6 +101,8 @@ impl Setup {
             max_batched_tokens: 256,
             max_sequences: self.max_sequences,
             max_model_len: self.max_model_len,
+            kv_blocks: None,
+            prefix_caching: true,
             policy: Policy::default(),
             parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },
             routing: RoutingMode::FromRouter,

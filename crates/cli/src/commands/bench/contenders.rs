@@ -9,9 +9,7 @@ use anyhow::{Result, bail};
 use epsmoe_base::Rank;
 use epsmoe_engine::{Engine, Experts, Parallel, StepReport};
 use epsmoe_fabric::{PacedLink, Pacing};
-use epsmoe_plan::{
-    GemmKind, Policy, Schedule, ScheduleReport, Span, StageTable, Stages, Timeline, order_text,
-};
+use epsmoe_plan::{GemmKind, Policy, Schedule, Span, StageTable, Stages, Timeline, order_text};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -237,7 +235,7 @@ impl Contender {
             },
             stages: match (&policy.stages, policy.schedule) {
                 (_, Schedule::Serial | Schedule::TwoBatch) => 1,
-                (_, Schedule::Auto) => self.engine.schedule().map_or(1, ScheduleReport::usual_stages),
+                (_, Schedule::Auto) => self.engine.schedule().map_or(1, |report| report.usual_stages()),
                 (Some(Stages::Count(count)), _) => *count,
                 (Some(Stages::Sizes(sizes)), _) => sizes.len(),
                 (None, _) => Policy::DEFAULT_STAGES,

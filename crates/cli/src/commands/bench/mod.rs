@@ -249,7 +249,7 @@ fn page(report: &Report, contenders: &[Contender]) -> Page {
         let only = if is_two_batch(row) { " (measured only: no cost model predicts it)" } else { "" };
         let parts = if is_two_batch(row) { Parts::MicroBatches } else { Parts::Stages };
         let median = median.map(|timeline| (label(row) + only, vec![Lanes { what: "", parts, timeline }]));
-        let plans = contender.engine.schedule().into_iter().flat_map(|report| &report.plans);
+        let plans = contender.engine.schedule().into_iter().flat_map(|report| report.plans);
         let held_against = plans.filter_map(|plan| {
             let LayerSample { predicted, measured, .. } = plan.watched.as_ref()?;
             let lanes = [(", predicted", predicted), (", measured", measured)];
