@@ -4,7 +4,7 @@ use crate::args::{LogFormat, MetricsCompat, Parsers, ServeArgs};
 use crate::output;
 use crate::setup::{Demand, Setup};
 use anyhow::{Context, Result, bail};
-use epsmoe_engine::{EngineService, ServiceOptions};
+use epsmoe_engine::{EngineOptions, EngineService, ServiceOptions};
 use epsmoe_server::{
     Address, Ended, Limits, MetricNames, Reasoning, ServedModel, Server, ServerOptions, Stop, ToolParser,
 };
@@ -24,6 +24,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let spec = &setup.model.spec;
     let demand = Demand { sequences: SEQUENCES, tokens: spec.max_positions, step: spec.max_positions };
     let options = setup.engine_options(demand, setup.parallel, &setup.policy)?;
+    let options = EngineOptions { prefix_caching: true, ..options };
     let max_model_len = options.max_model_len;
     let tokenizer = setup.model.tokenizer()?;
     let template = template(args, &setup)?;
