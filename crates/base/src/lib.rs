@@ -29,6 +29,7 @@ mod phase;
 mod random;
 pub mod text;
 mod units;
+mod wire;
 
 pub use dtype::{DType, Tolerance};
 pub use fault::{Deadline, Fault, FaultCell, FaultKind, Place, panic_text};
@@ -36,3 +37,4 @@ pub use ids::{Expert, Lane, Layer, Rank, Stage};
 pub use phase::Phase;
 pub use random::{Mix, hash_bytes};
 pub use units::{Bytes, count};
+pub use wire::WireFormat;

@@ -23,4 +23,4 @@ pub use backend::{Backend, Record};
 pub use buffer::{AllocationId, Buffer};
 pub use error::DeviceError;
 pub use queue::PeerQueue;
-pub use weight::{TensorBytes, Weight, WeightShape};
+pub use weight::{TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};

@@ -1,6 +1,7 @@
 //! Weights: loaded once, packed by the backend as it likes, then only named.
 
 use epsmoe_base::DType;
+use std::fmt;
 use std::sync::Arc;
 
 /// What a weight is for, which decides how a backend stores it.
@@ -53,13 +54,50 @@ impl WeightShape {
     }
 }
 
+/// How the numbers of a weight are held. What a checkpoint's tensor is coded in is another matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WeightFormat {
+    /// IEEE single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision: tables, which stay as the checkpoint has them.
+    F16,
+}
+
+impl WeightFormat {
+    /// The format of unscaled numbers of `dtype`; nothing if no weight is held in it.
+    pub fn plain(dtype: DType) -> Option<Self> {
+        match dtype {
+            DType::F32 => Some(WeightFormat::F32),
+            DType::BF16 => Some(WeightFormat::Bf16),
+            DType::F16 => Some(WeightFormat::F16),
+            DType::U32 => None,
+        }
+    }
+}
+
+/// Where a device holds a weight. Operations declare the slots that they read, and whoever brings another weight into
+/// one declares that it writes: the hazard check orders the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WeightSlot(pub u32);
+
+impl fmt::Display for WeightSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "weight slot {}", self.0)
+    }
+}
+
 /// A loaded weight: a cheap handle that a backend resolves.
 #[derive(Clone, Debug)]
 pub struct Weight {
-    /// Index into the backend's store.
-    pub id: u32,
+    /// Where it is held.
+    pub slot: WeightSlot,
     /// What it is for.
     pub shape: WeightShape,
+    /// How its numbers are held.
+    pub format: WeightFormat,
     /// Its tensor name, for messages.
     pub name: Arc<str>,
 }

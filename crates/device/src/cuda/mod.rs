@@ -202,6 +202,12 @@ pub struct CudaBackend {
     device: Arc<CudaDevice>,
 }
 
+/// One thing per lane.
+fn for_each_lane<T>(make: impl Fn() -> Result<T, CudaError>) -> Result<[T; Lane::ALL.len()], CudaError> {
+    let made = Lane::ALL.iter().map(|_| make()).collect::<Result<Vec<T>, CudaError>>()?;
+    Ok(made.try_into().unwrap_or_else(|_| unreachable!("as many were made as there are lanes")))
+}
+
 /// A timed point of an idle stream and where it lies, in nanoseconds since `epoch`.
 fn anchor(events: &Arc<EventPool>, idle: &Stream, epoch: Instant) -> Result<(Arc<Event>, u64), CudaError> {
     let point = Arc::new(events.record(idle)?);
@@ -283,7 +289,7 @@ impl CudaBackend {
         let context = &device.context;
         let reads = Stream::new(context)?;
         let (events, timed_events) = (EventPool::new(context, false), EventPool::new(context, true));
-        let tickets = [hopper::tickets(context, &reads)?, hopper::tickets(context, &reads)?];
+        let tickets = for_each_lane(|| hopper::tickets(context, &reads))?;
         let anchor = anchor(&timed_events, &reads, options.epoch)?;
         let order = Order {
             hazards: Hazards::default(),
@@ -295,8 +301,7 @@ impl CudaBackend {
         };
         let memory = Memory { pool: Pool::new(context, Some(options.fill)), regions: Vec::new() };
         let memory = Arc::new(Mutex::new(memory));
-        let queue = || CudaQueue::new(context, &events, &memory);
-        let queues = [queue()?, queue()?];
+        let queues = for_each_lane(|| CudaQueue::new(context, &events, &memory))?;
         Ok(CudaBackend {
             rank,
             order: Mutex::new(order),
@@ -368,7 +373,7 @@ impl CudaBackend {
             return Ok(());
         }
         if let Err(race) = order.hazards.advance(Agent::Lane(lane), name, place, accesses) {
-            self.raise(FaultKind::Race, place, race.to_string());
+            self.raise(FaultKind::Race, place, race.describe(|slot| self.weights.0.name(slot)));
             return Ok(());
         }
         order.serial = order.serial.wrapping_add(1);

@@ -3,8 +3,8 @@
 use super::driver::{Copy2d, CudaError, End, Matrix, Stream, TensorMap};
 use super::hopper;
 use super::memory::Pool;
-use crate::threaded::check_sources;
-use crate::{DeviceError, TensorBytes, Weight, WeightShape};
+use crate::threaded::{check_sources, held_format};
+use crate::{DeviceError, TensorBytes, Weight, WeightShape, WeightSlot};
 use epsmoe_base::{Bytes, DType};
 use half::bf16;
 use std::collections::HashMap;
@@ -46,9 +46,15 @@ impl WeightStore {
         self.inner.read().unwrap_or_else(PoisonError::into_inner).by_name.get(name).cloned()
     }
 
+    /// The name of the weight that a slot was loaded with.
+    pub(super) fn name(&self, slot: WeightSlot) -> Option<Arc<str>> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        inner.by_name.values().find(|weight| weight.slot == slot).map(|weight| Arc::clone(&weight.name))
+    }
+
     pub(super) fn get(&self, weight: &Weight) -> Result<Held, DeviceError> {
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        inner.held.get(weight.id as usize).copied().ok_or_else(|| {
+        inner.held.get(weight.slot.0 as usize).copied().ok_or_else(|| {
             DeviceError::Shape(format!("weight {} is not held as a {:?}", weight.name, weight.shape))
         })
     }
@@ -63,6 +69,7 @@ impl WeightStore {
         tensors: &[TensorBytes<'_>],
     ) -> Result<Weight, DeviceError> {
         check_sources(name, shape, tensors)?;
+        let format = held_format(name, shape, dtype, tensors)?;
         let (rows, width, kept) = match shape {
             WeightShape::Matrix { n, k } | WeightShape::GateUp { inner: n, k } => (n, k, dtype),
             WeightShape::Vector { n } => (1, n, DType::F32),
@@ -75,8 +82,8 @@ impl WeightStore {
             held.map = self.map(name, &held)?;
         }
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
-        let id = u32::try_from(inner.held.len()).map_err(|_| too_large(name, usize::MAX))?;
-        let weight = Weight { id, shape, name: name.into() };
+        let slot = u32::try_from(inner.held.len()).map_err(|_| too_large(name, usize::MAX))?;
+        let weight = Weight { slot: WeightSlot(slot), shape, format, name: name.into() };
         inner.held.push(held);
         inner.by_name.insert(weight.name.clone(), weight.clone());
         Ok(weight)

@@ -84,6 +84,7 @@ impl Gemm {
 
     pub(super) fn accesses(&self) -> Accesses {
         let reads = self.parts.iter().fold(Accesses::new(), |all, part| all.read(&part.x));
+        let reads = reads.read_weights(self.parts.iter().map(|part| &part.weight).chain(&self.bias));
         self.parts.iter().fold(reads, |all, part| all.write(&part.out))
     }
 }
@@ -164,7 +165,7 @@ impl ExpertGemm {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.x).read(&self.starts).write(&self.out)
+        Accesses::new().read(&self.x).read(&self.starts).read_weights(&self.weights).write(&self.out)
     }
 }
 

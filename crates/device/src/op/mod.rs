@@ -18,7 +18,7 @@ pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
 pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, HostToDevice, Reduce};
 pub use sort_by_expert::SortByExpert;
 
-use crate::{AllocationId, Buffer, DeviceError};
+use crate::{AllocationId, Buffer, DeviceError, Weight, WeightSlot};
 use epsmoe_base::{DType, Phase};
 use std::ops::Range;
 
@@ -103,7 +103,11 @@ pub struct Access {
 
 /// Everything an operation touches: what it declares is what the hazard check orders.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Accesses(Vec<Access>);
+pub struct Accesses {
+    memory: Vec<Access>,
+    slots_read: Vec<WeightSlot>,
+    slots_written: Vec<WeightSlot>,
+}
 
 impl Accesses {
     /// Nothing yet.
@@ -121,9 +125,31 @@ impl Accesses {
         self.add(buffer, true)
     }
 
-    /// The accesses, none of them empty.
+    /// Also reads the slots of `weights`.
+    pub fn read_weights<'a>(mut self, weights: impl IntoIterator<Item = &'a Weight>) -> Self {
+        self.slots_read.extend(weights.into_iter().map(|weight| weight.slot));
+        self
+    }
+
+    /// Also writes the slot that `weight` is held in.
+    pub fn write_weight(mut self, weight: &Weight) -> Self {
+        self.slots_written.push(weight.slot);
+        self
+    }
+
+    /// What is touched of buffers, nothing of it empty.
     pub fn iter(&self) -> impl Iterator<Item = &Access> {
-        self.0.iter()
+        self.memory.iter()
+    }
+
+    /// The slots of weights that are read.
+    pub fn slots_read(&self) -> &[WeightSlot] {
+        &self.slots_read
+    }
+
+    /// Those that are written.
+    pub fn slots_written(&self) -> &[WeightSlot] {
+        &self.slots_written
     }
 
     fn add(mut self, buffer: &Buffer, write: bool) -> Self {
@@ -132,7 +158,7 @@ impl Accesses {
             return self;
         }
         // Neighbouring views of one allocation (the columns of heads, the rows of experts) become one access.
-        if let Some(last) = self.0.last_mut()
+        if let Some(last) = self.memory.last_mut()
             && last.allocation == buffer.allocation
             && last.write == write
             && bytes.start <= last.bytes.end
@@ -141,7 +167,7 @@ impl Accesses {
             last.bytes = last.bytes.start.min(bytes.start)..last.bytes.end.max(bytes.end);
             return self;
         }
-        self.0.push(Access { allocation: buffer.allocation, name: buffer.name, bytes, write });
+        self.memory.push(Access { allocation: buffer.allocation, name: buffer.name, bytes, write });
         self
     }
 }

@@ -67,6 +67,6 @@ impl Norm {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.x).write(&self.out)
+        Accesses::new().read(&self.x).read_weights([&self.weight]).write(&self.out)
     }
 }

@@ -28,7 +28,7 @@ impl RopeTable {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.positions).write(&self.out)
+        Accesses::new().read(&self.positions).read_weights([&self.frequencies]).write(&self.out)
     }
 }
 

@@ -120,6 +120,7 @@ impl Route {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.logits).write(&self.experts).write(&self.weights)
+        let reads = Accesses::new().read(&self.logits).read_weights(&self.bias);
+        reads.write(&self.experts).write(&self.weights)
     }
 }

@@ -57,7 +57,7 @@ impl Embed {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.ids).write(&self.out)
+        Accesses::new().read(&self.ids).read_weights([&self.table]).write(&self.out)
     }
 }
 

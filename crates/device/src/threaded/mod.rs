@@ -15,8 +15,8 @@ pub use element::{Element, Plain};
 pub use memory::{Fill, Memory, View, ViewMut};
 pub(crate) use pages::{LINE_BYTES, Pages, Piece, Slabs};
 pub use rows::AttentionViews;
-pub(crate) use weights::check_sources;
 pub use weights::{Pack, WeightStore};
+pub(crate) use weights::{check_sources, held_format};
 
 use crate::hazard::{Agent, Clock, Hazards};
 use crate::op::{Accesses, Epilogue, ExpertGemm, GemmPart, Op};
@@ -226,7 +226,8 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
             Ok(()) => Box::new(work),
             // The lane is told so that it keeps its count; the world stops before anything runs unordered.
             Err(race) => {
-                let fault = self.raise(FaultKind::Race, place, race.to_string());
+                let message = race.describe(|slot| self.weights.name(slot));
+                let fault = self.raise(FaultKind::Race, place, message);
                 Box::new(move |_| Err(fault))
             }
         };

@@ -1,7 +1,7 @@
 //! The weights of a process: loaded once, shared by all its ranks.
 
 use super::{Element, Kernels, Pages, out_of_memory};
-use crate::{DeviceError, TensorBytes, Weight, WeightShape};
+use crate::{DeviceError, TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};
 use epsmoe_base::DType;
 use half::{bf16, f16};
 use std::collections::HashMap;
@@ -85,6 +85,7 @@ impl<M> WeightStore<M> {
         tensors: &[TensorBytes<'_>],
     ) -> Result<Weight, DeviceError> {
         check_sources(name, shape, tensors)?;
+        let format = held_format(name, shape, dtype, tensors)?;
         let held = match shape {
             WeightShape::Matrix { n, k } | WeightShape::GateUp { inner: n, k } => {
                 Held::Matrix(Arc::new(kernels.pack(&Pack { n, k, tensors, dtype })))
@@ -103,8 +104,8 @@ impl<M> WeightStore<M> {
             }
         };
         let mut inner = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        let id = u32::try_from(inner.held.len()).map_err(|_| out_of_memory(name, u64::MAX))?;
-        let weight = Weight { id, shape, name: name.into() };
+        let slot = u32::try_from(inner.held.len()).map_err(|_| out_of_memory(name, u64::MAX))?;
+        let weight = Weight { slot: WeightSlot(slot), shape, format, name: name.into() };
         inner.held.push(held);
         inner.by_name.insert(weight.name.clone(), weight.clone());
         Ok(weight)
@@ -131,11 +132,35 @@ impl<M> WeightStore<M> {
         })
     }
 
+    /// The name of the weight that a slot was loaded with.
+    pub(super) fn name(&self, slot: WeightSlot) -> Option<Arc<str>> {
+        let inner = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        inner.by_name.values().find(|weight| weight.slot == slot).map(|weight| Arc::clone(&weight.name))
+    }
+
     fn get<T>(&self, weight: &Weight, pick: impl Fn(&Held<M>) -> Option<T>) -> Result<T, String> {
         let inner = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let found = inner.held.get(weight.id as usize).and_then(pick);
+        let found = inner.held.get(weight.slot.0 as usize).and_then(pick);
         found.ok_or_else(|| format!("weight {} is not held as a {:?}", weight.name, weight.shape))
     }
+}
+
+/// How a processor that computes in `dtype` holds a weight: maps in the format of activations, vectors in float32, tables
+/// as the checkpoint has them.
+pub(crate) fn held_format(
+    name: &str,
+    shape: WeightShape,
+    dtype: DType,
+    tensors: &[TensorBytes<'_>],
+) -> Result<WeightFormat, DeviceError> {
+    let held = match shape {
+        WeightShape::Matrix { .. } | WeightShape::GateUp { .. } => dtype,
+        WeightShape::Vector { .. } => DType::F32,
+        WeightShape::Table { .. } => tensors[0].dtype,
+    };
+    WeightFormat::plain(held).ok_or_else(|| {
+        DeviceError::Shape(format!("{name}: no weight is held in {held}; store it as a float"))
+    })
 }
 
 /// Refuses tensors that are not those of [`WeightShape::sources`].

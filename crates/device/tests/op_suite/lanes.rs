@@ -3,12 +3,13 @@
 use crate::bench::Bench;
 use epsmoe_base::{DType, Deadline, FaultKind, Lane, Phase, Place};
 use epsmoe_device::Backend;
-use epsmoe_device::op::{Copy, HostToDevice};
+use epsmoe_device::op::{Accesses, Copy, Gemm, HostToDevice};
 use std::time::Duration;
 
 pub(crate) fn suite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
     events_order(&fresh());
     a_missing_event_is_found(&fresh());
+    a_weight_that_is_overwritten_too_early_is_found(&fresh());
 }
 
 fn soon() -> Deadline {
@@ -73,4 +74,35 @@ fn a_missing_event_is_found<B: Backend>(bench: &Bench<B>) {
     enqueue(Lane::Transfer, &y, &z);
     let fault = bench.device.wait(&bench.device.record(Lane::Transfer), soon()).expect_err("a race");
     assert_eq!(fault.kind, FaultKind::Race, "{fault}");
+}
+
+/// Somebody brings another weight into a slot while a product may still read it.
+fn a_weight_that_is_overwritten_too_early_is_found<B: Backend>(bench: &Bench<B>) {
+    let weight = bench.matrix(&bench.random(8, 8, 1.0));
+    let x = bench.put(&bench.random(3, 8, 1.0)).view;
+    let out = bench.device.allocate("out", x.dtype, 3, 8).expect("memory");
+    let place = Place::default();
+    let product = || Gemm::linear(x.clone(), &weight, out.clone());
+    let fetch = || {
+        bench.device.enqueue_external(
+            Lane::Transfer,
+            place,
+            "fetch",
+            &Accesses::new().write_weight(&weight),
+            |_| Ok(()),
+        )
+    };
+    bench.device.enqueue(Lane::Compute, place, product()).expect("it fits");
+    bench.device.lane_wait(Lane::Transfer, &bench.device.record(Lane::Compute));
+    fetch().expect("ordered");
+    bench.device.lane_wait(Lane::Compute, &bench.device.record(Lane::Transfer));
+    bench.device.enqueue(Lane::Compute, place, product()).expect("it fits");
+    bench.device.wait(&bench.device.record(Lane::Compute), soon()).expect("everything is ordered");
+    bench.device.enqueue(Lane::Compute, place, product()).expect("it fits");
+    let event = bench.device.record(Lane::Compute);
+    fetch().expect("the world stops instead");
+    let fault = bench.device.wait(&event, soon()).expect_err("nothing orders the fetch behind the product");
+    assert_eq!(fault.kind, FaultKind::Race);
+    let message = fault.message;
+    assert!(message.contains(&format!("({})", weight.name)) && message.contains("fetch"), "{message}");
 }

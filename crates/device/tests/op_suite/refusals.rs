@@ -318,7 +318,7 @@ fn weights<B: Backend>(bench: &Bench<B>) {
     }
     assert!(bench.device.find("w").is_none());
     let held = bench.device.load("w", WeightShape::Vector { n: 12 }, &[tensor]).expect("24 bytes");
-    assert_eq!(bench.device.find("w").map(|weight| weight.id), Some(held.id));
+    assert_eq!(bench.device.find("w").map(|weight| weight.slot), Some(held.slot));
 }
 
 /// One number of a row makes the world stop, wherever it stands, in the words of who made the row.
