@@ -147,7 +147,6 @@ fn grammars_that_cannot_be_followed_are_refused() {
             "response_format",
             json!({ "response_format": { "type": "json_schema", "json_schema": { "schema": { "type": "string", "pattern": "(" } } } }),
         ),
-        ("structured_outputs", json!({ "structured_outputs": {} })),
         ("structured_outputs", json!({ "structured_outputs": { "choice": [] } })),
         ("structured_outputs", json!({ "structured_outputs": { "regex": "(" } })),
         ("structured_outputs", json!({ "structured_outputs": { "regex": "a", "json": {} } })),
