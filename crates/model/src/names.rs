@@ -120,8 +120,13 @@ impl ModelSpec {
     /// Where checkpoints keep a part.
     pub fn locate(&self, part: Part) -> Located {
         let kept_as = if part == Part::LmHead && self.tie_embeddings { Part::Embedding } else { part };
-        let mut names = names(kept_as).to_vec();
-        names.sort_by_key(|(naming, _)| *naming != self.naming);
+        let names = if self.naming == TensorNames::Gguf {
+            gguf_names(kept_as).iter().map(|name| (TensorNames::Gguf, *name)).collect()
+        } else {
+            let mut names = names(kept_as).to_vec();
+            names.sort_by_key(|(naming, _)| *naming != self.naming);
+            names
+        };
         let sources = names.into_iter().map(|(naming, name)| self.source(kept_as, naming, name)).collect();
         Located { shape: self.shape(part), sources }
     }
@@ -191,16 +196,20 @@ impl ModelSpec {
             let (shape, first_row, transposed) = whole();
             return Source { name: name.to_owned(), shape, first_row, transposed };
         };
-        let blocks = if naming == TensorNames::Dbrx { "transformer.blocks" } else { "model.layers" };
+        let blocks = match naming {
+            TensorNames::Dbrx => "transformer.blocks",
+            TensorNames::Gguf => "blk",
+            _ => "model.layers",
+        };
+        let fused = naming == TensorNames::Dbrx || name == GGUF_FUSED;
         let name = match inside {
             LayerPart::Expert(expert, _) => name.replace("{e}", &expert.0.to_string()),
             _ => name.to_owned(),
         };
         let (shape, first_row, transposed) = match (naming, inside) {
-            (TensorNames::Dbrx, LayerPart::Query | LayerPart::Key | LayerPart::Value) => {
-                self.fused_heads(inside)
-            }
-            (TensorNames::Dbrx | TensorNames::Merged, LayerPart::Expert(expert, map)) => {
+            (_, LayerPart::Query | LayerPart::Key | LayerPart::Value) if fused => self.fused_heads(inside),
+            (TensorNames::Gguf, LayerPart::SharedExpertGate) => (vec![self.hidden], 0, false),
+            (TensorNames::Dbrx | TensorNames::Merged | TensorNames::Gguf, LayerPart::Expert(expert, map)) => {
                 self.stacked_expert(layer, expert, map, naming)
             }
             _ => whole(),
@@ -221,7 +230,7 @@ impl ModelSpec {
     }
 
     /// One tensor for all experts. DBRX: three of `[E·I, H]`, where down is stored transposed. Merged:
-    /// gate over up `[E, 2I, H]`, and down `[E, H, I]`.
+    /// gate over up `[E, 2I, H]`, and down `[E, H, I]`. GGUF: gate and up `[E, I, H]`, and down as merged.
     fn stacked_expert(
         &self,
         layer: Layer,
@@ -233,10 +242,63 @@ impl ModelSpec {
         let (e, hidden) = (expert.0, self.hidden);
         match (naming, map) {
             (TensorNames::Dbrx, _) => (vec![experts * inner, hidden], e * inner, map == Map::DownProj),
+            (TensorNames::Gguf, Map::GateProj | Map::UpProj) => {
+                (vec![experts, inner, hidden], e * inner, false)
+            }
             (_, Map::GateProj) => (vec![experts, 2 * inner, hidden], e * 2 * inner, false),
             (_, Map::UpProj) => (vec![experts, 2 * inner, hidden], e * 2 * inner + inner, false),
             (_, Map::DownProj) => (vec![experts, hidden, inner], e * hidden, false),
         }
+    }
+}
+
+/// GGUF's tensor of queries, keys and values.
+const GGUF_FUSED: &str = "attn_qkv.weight";
+
+/// What GGUF files call a part; inside a layer without the layer's prefix.
+fn gguf_names(part: Part) -> &'static [&'static str] {
+    use LayerPart::*;
+    use Map::*;
+    let part = match part {
+        Part::Embedding => return &["token_embd.weight"],
+        Part::FinalNorm => return &["output_norm.weight"],
+        Part::LmHead => return &["output.weight"],
+        Part::Layer(_, part) => part,
+    };
+    match part {
+        InputNorm => &["attn_norm.weight"],
+        PostAttentionNorm => &["ffn_norm.weight", "attn_output_norm.weight", "post_attention_norm.weight"],
+        ResidualNorm => &["ffn_norm_exps.weight"],
+        Query => &["attn_q.weight", GGUF_FUSED],
+        Key => &["attn_k.weight", GGUF_FUSED],
+        Value => &["attn_v.weight", GGUF_FUSED],
+        Output => &["attn_output.weight"],
+        QueryBias => &["attn_q.bias"],
+        KeyBias => &["attn_k.bias"],
+        ValueBias => &["attn_v.bias"],
+        OutputBias => &["attn_output.bias"],
+        QueryNorm => &["attn_q_norm.weight"],
+        KeyNorm => &["attn_k_norm.weight"],
+        QueryDown => &["attn_q_a.weight"],
+        QueryDownBias => &["attn_q_a.bias"],
+        QueryDownNorm => &["attn_q_a_norm.weight"],
+        QueryUp => &["attn_q_b.weight"],
+        KvDown => &["attn_kv_a_mqa.weight"],
+        KvDownBias => &["attn_kv_a_mqa.bias"],
+        KvDownNorm => &["attn_kv_a_norm.weight"],
+        KvUp => &["attn_kv_b.weight"],
+        Router => &["ffn_gate_inp.weight"],
+        RouterBias => &["exp_probs_b.bias"],
+        Expert(_, GateProj) => &["ffn_gate_exps.weight"],
+        Expert(_, UpProj) => &["ffn_up_exps.weight"],
+        Expert(_, DownProj) => &["ffn_down_exps.weight"],
+        Shared(GateProj) => &["ffn_gate_shexp.weight"],
+        Shared(UpProj) => &["ffn_up_shexp.weight"],
+        Shared(DownProj) => &["ffn_down_shexp.weight"],
+        SharedExpertGate => &["ffn_gate_inp_shexp.weight"],
+        Dense(GateProj) | Residual(GateProj) => &["ffn_gate.weight"],
+        Dense(UpProj) | Residual(UpProj) => &["ffn_up.weight"],
+        Dense(DownProj) | Residual(DownProj) => &["ffn_down.weight"],
     }
 }
 

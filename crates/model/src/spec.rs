@@ -106,6 +106,8 @@ pub enum TensorNames {
     Dbrx,
     /// All experts in one tensor of three dimensions, as newer libraries keep them in memory.
     Merged,
+    /// `blk.3.ffn_gate_exps.weight`: GGUF, whose files know no other names.
+    Gguf,
 }
 
 /// A norm over the hidden width.

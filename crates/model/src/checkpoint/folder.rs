@@ -1,17 +1,20 @@
 //! The files of a checkpoint's folder.
 
 use super::header::HEADER_LIMIT;
-use super::{Header, Index, Kept, Stored, WeightSource, damaged, missing, open, read_small, shown, unused};
+use super::{
+    GgufFiles, Header, Index, Kept, Stored, WeightSource, damaged, missing, open, read_small, shown, unused,
+};
 use crate::{ModelError, ModelSpec, Part, config};
 use epsmoe_base::{DType, json};
-use epsmoe_quant::{Hints, QuantConfig, QuantError, StoredType};
+use epsmoe_quant::{Hints, QuantConfig, QuantError, StoredTensor, StoredType};
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+const SAFETENSORS: &str = ".safetensors";
 const SINGLE: &str = "model.safetensors";
 const QUANTISATION: &str = "quantization_config";
 const INDEX: &str = "model.safetensors.index.json";
@@ -49,7 +52,10 @@ impl Checkpoint {
             tensors: HashMap::new(),
             quantisation: quantisation(folder),
         };
-        if is_there(folder, SINGLE) {
+        if !folder.is_dir() || (!is_there(folder, INDEX) && files_with_ending(folder, SAFETENSORS).is_empty())
+        {
+            checkpoint.add_gguf(folder)?;
+        } else if is_there(folder, SINGLE) {
             checkpoint.add_shard(folder, SINGLE, |_| true)?;
         } else if is_there(folder, INDEX) {
             checkpoint.add_indexed(folder)?;
@@ -59,6 +65,20 @@ impl Checkpoint {
             }
         }
         Ok(checkpoint)
+    }
+
+    /// The GGUF files at a path, which has no other weights.
+    fn add_gguf(&mut self, path: &Path) -> Result<(), ModelError> {
+        let Some(files) = GgufFiles::open(path)? else {
+            return Err(damaged(path, &no_weights(path, &[])));
+        };
+        for (name, tensor) in files.header.tensors {
+            let (shard, StoredTensor { dtype, shape }) = (files.file_of[&name], tensor.tensor);
+            self.tensors.insert(name, Entry { shard, start: tensor.start, dtype, shape });
+        }
+        let shard = |(path, file): (PathBuf, File)| Shard { name: path.display().to_string(), file };
+        self.shards = files.files.into_iter().map(shard).collect();
+        Ok(())
     }
 
     /// The files of an index. Tensors that it does not list count too, as the files have them.
@@ -206,7 +226,7 @@ fn is_there(folder: &Path, name: &str) -> bool {
 }
 
 /// Names of a folder's files with this ending, in order.
-fn files_with_ending(folder: &Path, ending: &str) -> Vec<String> {
+pub(super) fn files_with_ending(folder: &Path, ending: &str) -> Vec<String> {
     let entries = folder.read_dir().into_iter().flatten().filter_map(Result::ok);
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
     let mut names: Vec<String> = names.filter(|name| name.ends_with(ending)).collect();
@@ -216,9 +236,9 @@ fn files_with_ending(folder: &Path, ending: &str) -> Vec<String> {
 
 /// The weights of a folder without an index: all of `NAME-00001-of-00005.safetensors`, or its only safetensors file.
 fn shards_without_index(folder: &Path) -> Result<Vec<String>, ModelError> {
-    let files = files_with_ending(folder, ".safetensors");
+    let files = files_with_ending(folder, SAFETENSORS);
     let mut sets: BTreeMap<(&str, usize), Vec<usize>> = BTreeMap::new();
-    for (name, number, of) in files.iter().filter_map(|file| numbered(file)) {
+    for (name, number, of) in files.iter().filter_map(|file| numbered(file, SAFETENSORS)) {
         sets.entry((name, of)).or_default().push(number);
     }
     let only = |files: &[String]| -> Option<Vec<String>> { (files.len() == 1).then(|| files.to_vec()) };
@@ -237,14 +257,14 @@ fn shards_without_index(folder: &Path) -> Result<Vec<String>, ModelError> {
             );
             return Err(damaged(folder, &problem));
         }
-        return Ok(files.iter().filter(|file| numbered(file).is_some()).cloned().collect());
+        return Ok(files.iter().filter(|file| numbered(file, SAFETENSORS).is_some()).cloned().collect());
     }
     only(&files).ok_or_else(|| damaged(folder, &no_weights(folder, &files)))
 }
 
 /// The parts of `NAME-00002-of-00005.safetensors`.
-fn numbered(file: &str) -> Option<(&str, usize, usize)> {
-    let (rest, of) = file.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+pub(super) fn numbered<'a>(file: &'a str, ending: &str) -> Option<(&'a str, usize, usize)> {
+    let (rest, of) = file.strip_suffix(ending)?.rsplit_once("-of-")?;
     let (name, number) = rest.rsplit_once('-')?;
     let digits = |text: &str| -> Option<usize> {
         text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
@@ -275,11 +295,6 @@ fn no_weights(folder: &Path, safetensors: &[String]) -> String {
 /// Weights of other formats in a folder, and what to do about them.
 pub(crate) fn other_weights(folder: &Path) -> Option<String> {
     let found = |ending: &str| files_with_ending(folder, ending).into_iter().next().map(|name| shown(&name));
-    if let Some(name) = found(".gguf") {
-        return Some(format!(
-            "`{name}` is a GGUF file, which is not read: give the folder of the safetensors version of this model"
-        ));
-    }
     let other = [".bin", ".pt", ".pth", ".ckpt", ".npz", ".msgpack", ".h5"]
         .iter()
         .find_map(|ending| found(ending))?;

@@ -3,11 +3,13 @@
 //! are coded become bfloat16 on the way (`epsmoe-quant` knows how).
 
 mod folder;
+mod gguf;
 mod header;
 mod unused;
 
 pub use folder::Checkpoint;
 pub(crate) use folder::other_weights;
+pub(crate) use gguf::GgufFiles;
 pub use header::{Header, Index};
 
 use crate::ModelError;

@@ -58,7 +58,10 @@ impl<'a> Draft<'a> {
         attention: GqaSpec,
         layers: Vec<LayerSpec>,
     ) -> Checked<ModelSpec> {
-        let rope = self.rope(attention.head_dim, RopeStyle::HalfSplit, self.theta()?)?;
+        // GGUF keeps rows of some models in pairs that turn together, and then says so.
+        let interleaved = self.keys.flag("rope_interleave")?.unwrap_or(false);
+        let style = if interleaved { RopeStyle::Interleaved } else { RopeStyle::HalfSplit };
+        let rope = self.rope(attention.head_dim, style, self.theta()?)?;
         self.complete((architecture, naming), NormKind::Rms, AttentionSpec::Gqa(attention), rope, layers)
     }
 

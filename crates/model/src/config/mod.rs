@@ -14,12 +14,12 @@ mod olmoe;
 mod qwen;
 mod rope;
 
-use crate::checkpoint::{other_weights, read_small};
-use crate::spec::ModelSpec;
+use crate::checkpoint::{GgufFiles, other_weights, read_small};
+use crate::spec::{ModelSpec, TensorNames};
 use crate::{Architecture, ModelError};
 use epsmoe_base::json;
 use keys::{ACTIVATIONS, Checked, Keys, MOST_EXPERTS_IN_ALL, Remarks, Wrong, quoted, shown, wrong};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -43,8 +43,24 @@ impl Config {
     /// Reads the config.json of a model's folder.
     pub fn read(folder: &Path) -> Result<Config, ModelError> {
         let path = folder.join(FILE);
+        if path.symlink_metadata().is_err()
+            && let Some(files) = GgufFiles::open(folder)?
+        {
+            return Config::of_gguf(&files);
+        }
         let text = read_small(&path, FILE_LIMIT).map_err(|error| without_config(folder, error))?;
         Config::parse(&text, &path.display().to_string())
+    }
+
+    /// The configuration in the header of a GGUF file.
+    fn of_gguf(files: &GgufFiles) -> Result<Config, ModelError> {
+        let file = files.place();
+        let named = |problem| ModelError::Config { file: file.clone(), problem };
+        let keys = files.header.config().map_err(|error| named(error.to_string()))?;
+        let mut config = build_keys(&keys).map_err(|Wrong(problem)| named(problem))?;
+        config.spec.naming = TensorNames::Gguf;
+        config.remarks.iter_mut().for_each(|remark| *remark = format!("{file}: {remark}"));
+        Ok(config)
     }
 
     /// Reads the text of a config.json; `file` is its name in messages.
@@ -84,8 +100,12 @@ fn build(text: &[u8]) -> Checked<Config> {
     let Value::Object(map) = value else {
         return wrong("this is not a JSON object; fetch the file again");
     };
+    build_keys(&map)
+}
+
+fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
     let remarks = Remarks::default();
-    let keys = Keys { map: Some(&map), section: "", remarks: &remarks };
+    let keys = Keys { map: Some(map), section: "", remarks: &remarks };
     let architecture = architecture(&keys)?;
     refuse_unsupported(&keys)?;
     let spec = match architecture {

@@ -44,14 +44,8 @@ impl<E: From<QuantError>, F: Fn(&mut [u8], u64) -> Result<(), E>> Cursor<F> {
     /// The next `count` bytes, which are `what`.
     pub(super) fn bytes(&mut self, count: u64, what: &str) -> Result<&[u8], E> {
         if count > self.left() {
-            let (left, end) = if self.length > LIMIT {
-                (self.left(), "a header may")
-            } else {
-                (self.left(), "the file does")
-            };
-            return Err(
-                damaged(format!("{what} takes {count} bytes, but {end} go on for {left} more")).into()
-            );
+            let left = self.left();
+            return Err(damaged(format!("{what} takes {count} bytes, but there are {left} left")).into());
         }
         let count = count as usize;
         if self.buffer.len() - self.next < count {
