@@ -3,6 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use epsmoe_base::env;
+use epsmoe_base::files::read_plain_text;
 use epsmoe_model::PRESETS;
 use std::path::{Path, PathBuf};
 
@@ -23,6 +24,9 @@ pub(crate) fn locate(model: &str, revision: &str) -> Result<Place> {
     let path = Path::new(model);
     if path.is_dir() {
         return Ok(Place::Folder(path.to_owned()));
+    }
+    if path.is_file() && path.extension().is_some_and(|ending| ending == "gguf") {
+        bail!("{model} is not a folder: GGUF files are not read; give the folder of the safetensors version");
     }
     if path.exists() {
         bail!("{model} is not a folder: give the folder with config.json and the weights");
@@ -47,6 +51,9 @@ fn hub_name(model: &str) -> Option<(&str, &str)> {
     let (organisation, name) = model.split_once('/')?;
     (plain(&organisation) && plain(&name)).then_some((organisation, name))
 }
+
+/// Bytes that a file with the name of a commit may have.
+const REFERENCE_LIMIT: u64 = 4096;
 
 /// The Hugging Face cache.
 struct Cache(PathBuf);
@@ -77,7 +84,7 @@ impl Cache {
             );
         }
         let reference = model.join("refs").join(revision);
-        let commit = std::fs::read_to_string(&reference)
+        let commit = read_plain_text(&reference, REFERENCE_LIMIT)
             .map_or_else(|_| revision.to_owned(), |it| it.trim().to_owned());
         let snapshot = model.join("snapshots").join(&commit);
         // A commit names a folder right there; anything else does not come from a cache.
@@ -121,6 +128,9 @@ mod tests {
         std::fs::write(model.join("refs/main"), "0123abcd\n").unwrap();
         assert_eq!(cache.snapshot("org", "name", "main").unwrap(), snapshot);
         assert_eq!(cache.snapshot("org", "name", "0123abcd").unwrap(), snapshot);
+        // What may never end is not read.
+        std::os::unix::fs::symlink("/dev/zero", model.join("refs/endless")).unwrap();
+        assert!(refused("endless").contains("revision endless of org/name is not in"));
         std::fs::write(model.join("refs/main"), "../refs").unwrap();
         assert!(refused("main").contains("is not in the Hugging Face cache"));
     }

@@ -1,5 +1,6 @@
 //! What this computer is, for figures that are to be compared and for `doctor`.
 
+use crate::memory;
 use serde::Serialize;
 use std::fs::read_to_string;
 use std::num::NonZero;
@@ -13,7 +14,9 @@ pub(crate) struct Machine {
     pub(crate) cores: usize,
     /// The vector instructions that matter, in ascending order.
     pub(crate) isa: Vec<&'static str>,
+    /// Memory that this process may use; 0 where the system does not tell.
     pub(crate) memory_bytes: u64,
+    /// What is left of it.
     pub(crate) memory_available_bytes: u64,
     pub(crate) os: &'static str,
     pub(crate) arch: &'static str,
@@ -22,12 +25,13 @@ pub(crate) struct Machine {
 impl Machine {
     pub(crate) fn look() -> Self {
         let info = read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let memory = memory::look();
         Machine {
             cpu: field(&info, "model name").unwrap_or("unknown").to_owned(),
             cores: cores(),
             isa: isa(&info),
-            memory_bytes: memory("MemTotal").unwrap_or(0),
-            memory_available_bytes: available_memory().unwrap_or(0),
+            memory_bytes: memory.map_or(0, |memory| memory.total),
+            memory_available_bytes: memory.map_or(0, |memory| memory.available),
             os: std::env::consts::OS,
             arch: std::env::consts::ARCH,
         }
@@ -39,23 +43,12 @@ pub(crate) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Bytes that a new program can have without swapping, where the system tells.
-pub(crate) fn available_memory() -> Option<u64> {
-    memory("MemAvailable")
-}
-
 /// Programs that wanted to run, averaged over the last 1, 5 and 15 minutes, where the system tells.
 pub(crate) fn load_average() -> Option<[f64; 3]> {
     let text = read_to_string("/proc/loadavg").ok()?;
     let mut numbers = text.split_whitespace().map(str::parse);
     let mut next = || numbers.next()?.ok();
     Some([next()?, next()?, next()?])
-}
-
-fn memory(key: &str) -> Option<u64> {
-    let info = read_to_string("/proc/meminfo").ok()?;
-    let kibibytes: u64 = field(&info, key)?.split_whitespace().next()?.parse().ok()?;
-    Some(kibibytes * 1024)
 }
 
 fn isa(info: &str) -> Vec<&'static str> {

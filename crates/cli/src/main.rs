@@ -2,13 +2,15 @@
 //!
 //! In reading order: `args` (what was typed), `setup` (what it means: a model, a world of ranks, engines), one file
 //! per command in `commands`. Beside them: `locate` (where a model is), `watch` (how far loading is), `tensors` (writing
-//! safetensors), `output` (what goes to the terminal and to files), `machine` (what this computer is), `client` (asking a server).
+//! safetensors), `output` (what goes to the terminal and to files), `machine` and `memory` (what this computer is, and
+//! what of it this process may use), `client` (asking a server).
 
 mod args;
 mod client;
 mod commands;
 mod locate;
 mod machine;
+mod memory;
 mod output;
 mod report;
 mod setup;
@@ -21,8 +23,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let program = args::command();
-    let typed = args::spelled_out(std::env::args_os()).collect();
+    let typed: Vec<_> = args::spelled_out(std::env::args_os()).collect();
+    let program = args::overruling(args::command(), &typed);
     let typed = match args::with_config_file(&program, typed) {
         Ok(typed) => typed,
         Err(problem) => {
@@ -32,7 +34,7 @@ fn main() -> ExitCode {
     };
     let matches = program.get_matches_from(typed);
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-    let bug = output::remember_panics();
+    let panic = output::remember_panics();
     match catch_unwind(AssertUnwindSafe(|| run(&cli.command))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
@@ -41,7 +43,7 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
         Err(_) => {
-            output::report(&format!("{bug}. This is a bug: please report it with the command that led here"));
+            output::report(&panic.sentence());
             ExitCode::FAILURE
         }
     }

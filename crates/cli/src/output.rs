@@ -1,10 +1,12 @@
 //! What goes to the terminal and to files.
 
 use anyhow::{Context, Result};
+use epsmoe_base::text::{is_obeyed, printable, shortened};
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 use std::fmt;
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, BufWriter, ErrorKind, Write};
+use std::io::{self, BufWriter, ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -21,15 +23,54 @@ pub(crate) fn show_line(line: impl fmt::Display) -> Result<()> {
     show(&format!("{line}\n"))
 }
 
-/// Writes a remark that is no result to standard error.
-pub(crate) fn remark(line: impl fmt::Display) {
-    // Nobody reads where standard error is closed.
-    let _ = writeln!(io::stderr(), "{line}");
+/// Writes text of a model to standard output at once: to a terminal without what it would obey.
+pub(crate) fn show_text(text: &str) -> Result<()> {
+    if !io::stdout().is_terminal() {
+        return show(text);
+    }
+    let shown = text.split_inclusive(['\n', '\t']).map(|part| {
+        let end = part.len() - usize::from(part.ends_with(['\n', '\t']));
+        printable(&part[..end]) + &part[end..]
+    });
+    show(&shown.collect::<String>())
 }
 
-/// Says why the program ends without a result.
+/// Writes a line of JSON to standard output, with nothing in it that a terminal obeys.
+pub(crate) fn show_json(value: &impl Serialize) -> Result<()> {
+    let mut line = String::new();
+    for c in serde_json::to_string(value)?.chars() {
+        // Only strings can hold any, and JSON itself writes the first 32 as escapes.
+        match is_obeyed(c) {
+            true => line += &format!("\\u{:04x}", u32::from(c)),
+            false => line.push(c),
+        }
+    }
+    show_line(line)
+}
+
+/// Longest message in characters; what a file holds may be quoted in it.
+const LONGEST: usize = 4000;
+
+/// Writes a remark that is no result to standard error.
+pub(crate) fn remark(text: impl fmt::Display) {
+    for line in text.to_string().lines() {
+        // Nobody reads where standard error is closed.
+        let _ = writeln!(io::stderr(), "{}", printable(&shortened(line, LONGEST)));
+    }
+}
+
+/// Says what was passed over, and goes on.
+pub(crate) fn warn(message: impl fmt::Display) {
+    remark(one_line(&format!("warning: {message}")));
+}
+
+/// Says in one line why the program ends without a result.
 pub(crate) fn report(message: &str) {
-    remark(format_args!("error: {message}"));
+    remark(one_line(&format!("error: {message}")));
+}
+
+fn one_line(message: &str) -> String {
+    message.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// An error and its causes in one line; a cause that a message already tells is not told again.
@@ -54,10 +95,26 @@ pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
 #[derive(Clone)]
 pub(crate) struct LastPanic(Arc<Mutex<String>>);
 
-impl fmt::Display for LastPanic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
+impl LastPanic {
+    /// Why the program ends: the system has no more of something, or it is a bug.
+    pub(crate) fn sentence(&self) -> String {
+        sentence(&self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+fn sentence(panic: &str) -> String {
+    let says = |words: &[&str]| words.iter().any(|word| panic.contains(word));
+    if says(&["out of memory", "memory allocation", "OutOfMemory", "Cannot allocate memory"]) {
+        return "the system gave this process no more memory: use a smaller model, shorter contexts or fewer \
+                sequences, or raise the limit (`ulimit -v`, or that of the control group)"
+            .into();
+    }
+    if says(&["WouldBlock", "Resource temporarily unavailable", "failed to spawn thread"]) {
+        return "the system gave this process no more threads: use fewer --threads or ranks, or raise the limit \
+                (`ulimit -u`, or that of the control group)"
+            .into();
+    }
+    format!("{panic}. This is a bug: please report it with the command that led here")
 }
 
 /// Keeps panics from the terminal: those of ranks become faults, which say what happened; any other is reported at
@@ -146,4 +203,29 @@ pub(crate) fn step_bar(what: impl Into<String>, steps: usize) -> ProgressBar {
 
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_of_the_system_are_no_bugs() {
+        for (panic, words) in [
+            ("panicked at pack.rs:196:72: out of memory", "no more memory"),
+            (
+                "panicked at pool.rs:157:18: cannot start a compute thread: Os { code: 11, kind: WouldBlock }",
+                "no more threads",
+            ),
+            ("panicked: failed to spawn thread: Os { code: 11 }", "no more threads"),
+            ("panicked at maps.rs: index out of bounds", "This is a bug"),
+        ] {
+            assert!(sentence(panic).contains(words), "{panic}");
+        }
+    }
+
+    #[test]
+    fn messages_are_one_line() {
+        assert_eq!(one_line("error: a\n  |\n1 | x\n\n"), "error: a | 1 | x");
+    }
 }

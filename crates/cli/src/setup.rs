@@ -4,7 +4,7 @@
 use crate::args::{DeviceKind, Dtype, Gemm, ModelArgs, RunArgs, ScheduleKind, SharedExpertPlace};
 use crate::locate::{Place, locate};
 use crate::watch::LayerSample;
-use crate::{machine, output};
+use crate::{machine, memory, output};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::{Bytes, DType, Rank};
 use epsmoe_device::cpu::CpuKernels;
@@ -14,13 +14,15 @@ use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_engine::{Engine, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode};
 use epsmoe_fabric::{Fabric, Link, PacedLink, ThreadsOptions};
-use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, config, preset};
+use epsmoe_model::config::Config;
+use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, preset};
 use epsmoe_plan::{
     CostModel, GemmKind, LayerHistograms, Placement, Policy, Schedule, SharedExpert, TokenHistograms,
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
 use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, SpecialTokens, Tokenizer};
 use serde_json::json;
+use std::fmt::Display;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
@@ -30,6 +32,9 @@ use std::time::{Duration, Instant};
 /// Tokens of a rank in one step when nobody says how many: on a CPU, and on a GPU, which only many rows keep busy.
 const BATCHED_TOKENS: usize = 2048;
 const GPU_BATCHED_TOKENS: usize = 8192;
+
+/// Ranks of one process: each has threads of its own, and a queue to each of the others.
+const MOST_RANKS: usize = 1024;
 
 /// A model whose files, if it has any, are open.
 pub(crate) struct OpenModel {
@@ -52,10 +57,15 @@ impl OpenModel {
                 Ok(OpenModel { name, spec: Arc::new(spec), generation, folder: None, weights })
             }
             Place::Folder(folder) => {
-                let mut spec = config::read(&folder)?;
+                let Config { mut spec, says_dtype, remarks } = Config::read(&folder)?;
                 let generation = GenerationConfig::open(&folder)?;
-                spec.eos.extend(generation.eos());
                 let weights = Box::new(Checkpoint::open(&folder)?);
+                let unused = weights.check(&spec)?;
+                remarks.into_iter().chain(unused).for_each(output::warn);
+                spec.eos.extend(generation.eos());
+                if !says_dtype {
+                    spec.dtype = weights.dtype(&spec).unwrap_or(spec.dtype);
+                }
                 Ok(OpenModel { name, spec: Arc::new(spec), generation, folder: Some(folder), weights })
             }
         }
@@ -114,7 +124,11 @@ pub(crate) fn encode(
 pub(crate) fn spec(args: &ModelArgs) -> Result<ModelSpec> {
     Ok(match locate(&args.model, &args.revision)? {
         Place::Preset(name) => preset(&name)?,
-        Place::Folder(folder) => config::read(&folder)?,
+        Place::Folder(folder) => {
+            let config = Config::read(&folder)?;
+            config.remarks.iter().for_each(output::warn);
+            config.spec
+        }
     })
 }
 
@@ -206,7 +220,15 @@ impl Setup {
     pub(crate) fn new(args: &RunArgs) -> Result<Self> {
         let model = OpenModel::open(&args.model, args.seed)?;
         let parallel = parallel(args);
-        let ranks = args.data_parallel_size * parallel.tensor;
+        let (data, tensor) = (args.data_parallel_size, parallel.tensor);
+        let ranks = data * tensor;
+        if ranks > MOST_RANKS {
+            bail!(
+                "--data-parallel-size {data} times --tensor-parallel-size {tensor} are {ranks} ranks: at most {MOST_RANKS} can be \
+                 threads of one process"
+            );
+        }
+        parallel.check(&model.spec, ranks)?;
         let processor = Processor::open(args.device, ranks, args.link.0)?;
         let threads = args.threads.unwrap_or((machine::cores() / ranks).max(1));
         let dtype = match args.dtype {
@@ -267,6 +289,11 @@ impl Setup {
         Ok(())
     }
 
+    /// Longest sequence that can be asked for.
+    pub(crate) fn context(&self) -> usize {
+        self.model_len.unwrap_or(self.model.spec.max_positions)
+    }
+
     /// What an engine is told, given what it will be asked.
     pub(crate) fn engine_options(
         &self,
@@ -274,6 +301,7 @@ impl Setup {
         parallel: Parallel,
         policy: &Policy,
     ) -> Result<EngineOptions> {
+        parallel.check(&self.model.spec, self.ranks)?;
         self.check_policy(&parallel, policy)?;
         let most = self.model.spec.max_positions;
         if let Some(longer) = self.model_len.filter(|&length| length > most) {
@@ -395,33 +423,50 @@ impl Setup {
         output::write_file(file, |out| engine.routing().write(out))
     }
 
-    /// Refuses a model whose weights and caches alone are more than the machine has left.
-    fn check_memory(&self, options: &[EngineOptions]) -> Result<()> {
-        let spec = &self.model.spec;
-        let weights = spec.parameters().total * self.dtype.bytes() as u64;
-        let a_token = (spec.cache_bytes_per_token(self.dtype) * self.ranks) as u64;
-        let tokens = |options: &EngineOptions| {
-            (options.max_model_len as u64).saturating_mul(options.max_sequences as u64)
+    /// Refuses a model that the machine has too little memory for: weights, caches, and buffers of its ranks; the largest
+    /// weight is there twice while it is loaded.
+    pub(crate) fn check_memory(&self, options: &[EngineOptions]) -> Result<()> {
+        let (spec, dtype) = (&self.model.spec, self.dtype);
+        let weights = spec.parameters().total.saturating_mul(dtype.bytes() as u64);
+        let of_all = |bytes: &dyn Fn(&EngineOptions) -> u64| -> u64 {
+            let each = options.iter().map(|options| bytes(options).saturating_mul(self.ranks as u64));
+            each.fold(0, u64::saturating_add)
         };
-        let caches = options
-            .iter()
-            .map(|options| tokens(options).saturating_mul(a_token))
-            .fold(0, u64::saturating_add);
-        let needed = weights.saturating_add(caches);
-        let available = match &self.processor {
-            Processor::Cuda(device) => Some(device.free_bytes()?),
-            _ => machine::available_memory(),
+        let caches = of_all(&|options| {
+            let tokens = (options.max_model_len as u64).saturating_mul(options.max_sequences as u64);
+            tokens.saturating_mul(spec.cache_bytes_per_token(dtype) as u64)
+        });
+        let buffers = of_all(&|options| {
+            (options.max_batched_tokens as u64).saturating_mul(spec.workspace_bytes_per_token(dtype) as u64)
+        });
+        let buffers = buffers.saturating_add(spec.largest_part().saturating_mul(dtype.bytes() as u64));
+        let needed = weights.saturating_add(caches).saturating_add(buffers);
+        let (owner, available) = match &self.processor {
+            Processor::Cuda(device) => ("the GPU", Some(device.free_bytes()?)),
+            _ => memory::look().map_or(("", None), |memory| (memory.bound.owner(), Some(memory.available))),
         };
         match available {
             Some(available) if needed > available => bail!(
-                "{} needs {} for its weights in {} and {} for its caches, but {} has {} left: use a smaller \
-                 model, shorter contexts or fewer sequences",
+                "{} needs {} for its weights in {dtype}, {} for its caches and about {} to compute in, but {owner} has \
+                 {} left: use a smaller model, shorter contexts or fewer sequences",
                 self.model.name,
                 Bytes(weights),
-                self.dtype,
                 Bytes(caches),
-                if matches!(self.processor, Processor::Cuda(_)) { "the GPU" } else { "this machine" },
+                Bytes(buffers),
                 Bytes(available)
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses what a command keeps beside the model, if this process may not have so much.
+    pub(crate) fn check_room(&self, what: impl Display, bytes: u64) -> Result<()> {
+        match memory::look() {
+            Some(memory) if bytes > memory.available => bail!(
+                "{what} need {}, but {} has {} left: ask for fewer tokens",
+                Bytes(bytes),
+                memory.bound.owner(),
+                Bytes(memory.available)
             ),
             _ => Ok(()),
         }

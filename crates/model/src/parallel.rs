@@ -83,8 +83,8 @@ impl Parallel {
         }
     }
 
-    /// What `rank` of `ranks` holds; refused if some rank would hold nothing.
-    pub(crate) fn layout(&self, spec: &ModelSpec, rank: Rank, ranks: usize) -> Result<Layout, ModelError> {
+    /// Refuses to spread a model over ranks of which some would hold nothing.
+    pub fn check(&self, spec: &ModelSpec, ranks: usize) -> Result<(), ModelError> {
         self.groups(ranks)?;
         let (tensor, heads) = (self.tensor, spec.attention.heads());
         if tensor > heads {
@@ -93,15 +93,20 @@ impl Parallel {
                  at most {heads}, and --data-parallel-size for the other ranks"
             ));
         }
-        let layout = Layout { tensor, experts: self.experts, rank, ranks };
         let narrowest = inner_widths(spec).min().unwrap_or(ranks);
-        if layout.inner().count > narrowest {
+        if self.experts == Experts::Tp && ranks > narrowest {
             return refuse(format!(
                 "the narrowest MLP of this model has an inner width of {narrowest}, which cannot be split \
                  over {ranks} ranks: use at most {narrowest} ranks, or --enable-expert-parallel"
             ));
         }
-        Ok(layout)
+        Ok(())
+    }
+
+    /// What `rank` of `ranks` holds; refused if some rank would hold nothing.
+    pub(crate) fn layout(&self, spec: &ModelSpec, rank: Rank, ranks: usize) -> Result<Layout, ModelError> {
+        self.check(spec, ranks)?;
+        Ok(Layout { tensor: self.tensor, experts: self.experts, rank, ranks })
     }
 }
 

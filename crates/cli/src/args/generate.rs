@@ -1,6 +1,6 @@
 //! Prompts, sampling, and the commands that take them.
 
-use super::values::TokenIds;
+use super::values::{TokenIds, TokenLimit, top_k};
 use super::{ModelArgs, RunArgs};
 use clap::Args;
 use clap::builder::BoolishValueParser;
@@ -38,9 +38,9 @@ pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) prompt: PromptArgs,
 
-    /// Most new tokens [default: generation_config.json's, or 128]
-    #[arg(long, value_name = "NUMBER")]
-    pub(crate) max_tokens: Option<usize>,
+    /// Most new tokens; -1 for as many as the context has room for [default: generation_config.json's, or 128]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    pub(crate) max_tokens: Option<TokenLimit>,
 
     /// Print one line of JSON instead of the text as it comes
     #[arg(long, value_parser = BoolishValueParser::new())]
@@ -61,8 +61,8 @@ pub(crate) struct SamplingArgs {
     #[arg(long, env = "EPSMOE_TEMPERATURE", value_name = "NUMBER", allow_negative_numbers = true)]
     pub(crate) temperature: Option<f32>,
 
-    /// Draw from this many of the most likely tokens only; 0 for all
-    #[arg(long, env = "EPSMOE_TOP_K", value_name = "NUMBER")]
+    /// Draw from this many of the most likely tokens only; 0 or -1 for all
+    #[arg(long, env = "EPSMOE_TOP_K", value_name = "NUMBER", value_parser = top_k, allow_negative_numbers = true)]
     pub(crate) top_k: Option<usize>,
 
     /// Draw from the most likely tokens that together have this probability

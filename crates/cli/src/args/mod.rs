@@ -22,9 +22,11 @@ pub(crate) use plan::{PlanArgs, ProfileArgs};
 pub(crate) use run::{ModelArgs, RunArgs};
 pub(crate) use serve::{LogFormat, MetricsCompat, ServeArgs};
 pub(crate) use tools::{CompletionsArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
-pub(crate) use values::{ContenderSpec, DeviceKind, Dtype, Gemm, Parsers, ScheduleKind, SharedExpertPlace};
+pub(crate) use values::{
+    ContenderSpec, DeviceKind, Dtype, Gemm, Parsers, ScheduleKind, SharedExpertPlace, TokenLimit,
+};
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{Arg, ArgAction, CommandFactory, Id, Parser, Subcommand};
 use std::ffi::OsString;
 
 const EXAMPLES: &str = "\
@@ -83,27 +85,78 @@ pub(crate) enum Command {
 }
 
 /// The command line, where every flag has an environment variable: `EPSMOE_` and its name, with the command's name
-/// between the two where only one command has it.
+/// between the two where only one command has it. What is on or off can be switched off too, by `--flag=false`.
 pub(crate) fn command() -> clap::Command {
     Cli::command().mut_subcommands(|subcommand| {
         let command = subcommand.get_name().to_uppercase();
-        subcommand.mut_args(|arg| match (arg.get_long(), arg.get_env()) {
-            (Some(long), None) => {
-                let flag = long.replace('-', "_").to_uppercase();
-                arg.env(format!("EPSMOE_{command}_{flag}"))
+        subcommand.mut_args(|arg| {
+            let arg = if matches!(arg.get_action(), ArgAction::SetTrue) { switch(arg) } else { arg };
+            match (arg.get_long(), arg.get_env()) {
+                (Some(long), None) => {
+                    let flag = long.replace('-', "_").to_uppercase();
+                    arg.env(format!("EPSMOE_{command}_{flag}"))
+                }
+                _ => arg,
             }
-            _ => arg,
         })
     })
 }
 
-/// Other engines have flags of two letters behind one dash.
+fn switch(arg: Arg) -> Arg {
+    let off = arg.get_default_values().is_empty();
+    let arg = arg.action(ArgAction::Set).num_args(0..=1).require_equals(true).default_missing_value("true");
+    let arg = arg.value_name("true|false");
+    if off { arg.default_value("false").hide_default_value(true) } else { arg }
+}
+
+/// Flags that say the same in other words, or that one of the other decides, beside those that exclude each other.
+const CONTRARY: [(&str, &str); 3] =
+    [("schedule", "stages"), ("schedule", "transfer_order"), ("schedule", "shared_expert")];
+
+/// The command line without the variables of flags that contradict flags that were typed: what is typed wins.
+pub(crate) fn overruling(program: clap::Command, typed: &[OsString]) -> clap::Command {
+    let is_typed = |arg: &Arg| {
+        let names = arg.get_long_and_visible_aliases().into_iter().flatten();
+        let names: Vec<String> = names
+            .chain(arg.get_all_aliases().into_iter().flatten())
+            .map(|name| format!("--{name}"))
+            .collect();
+        typed.iter().filter_map(|word| word.to_str()).any(|word| {
+            let flag = word.split('=').next().unwrap_or_default();
+            names.iter().any(|name| name == flag)
+        })
+    };
+    program.mut_subcommands(|subcommand| {
+        let on_line: Vec<&Arg> = subcommand.get_arguments().filter(|arg| is_typed(arg)).collect();
+        let excluded = on_line.iter().flat_map(|arg| {
+            let own = subcommand.get_arg_conflicts_with(arg).into_iter();
+            let others = subcommand.get_arguments().filter(|other| {
+                subcommand.get_arg_conflicts_with(other).iter().any(|it| it.get_id() == arg.get_id())
+            });
+            let contrary = CONTRARY.iter().flat_map(|pair| [*pair, (pair.1, pair.0)]);
+            let contrary = contrary.filter(|pair| arg.get_id() == pair.0).map(|pair| Id::from(pair.1));
+            own.chain(others).map(|arg| arg.get_id().clone()).chain(contrary).collect::<Vec<_>>()
+        });
+        let excluded: Vec<Id> = excluded.filter(|id| on_line.iter().all(|arg| arg.get_id() != id)).collect();
+        subcommand.mut_args(
+            |arg| {
+                if excluded.contains(arg.get_id()) { arg.env(None::<&'static str>) } else { arg }
+            },
+        )
+    })
+}
+
+/// Other engines have flags of two letters behind one dash, also with their value behind `=`, and take underscores for
+/// the dashes of a flag.
 pub(crate) fn spelled_out(args: impl Iterator<Item = OsString>) -> impl Iterator<Item = OsString> {
-    args.map(|arg| match arg.to_str() {
-        Some("-dp") => "--dp".into(),
-        Some("-tp") => "--tp".into(),
-        Some("-ep") => "--ep".into(),
-        _ => arg,
+    args.map(|arg| {
+        let Some(text) = arg.to_str() else { return arg };
+        let (flag, value) = text.split_at(text.find('=').unwrap_or(text.len()));
+        match flag {
+            "-dp" | "-tp" | "-ep" => format!("-{flag}{value}").into(),
+            _ if flag.starts_with("--") && flag.contains('_') => (flag.replace('_', "-") + value).into(),
+            _ => arg,
+        }
     })
 }
 
@@ -114,6 +167,24 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn spellings_of_other_engines() {
+        let typed =
+            ["-dp", "-tp=2", "-ep", "--max_model_len=a_b", "--max_tokens", "a_b", "-x_y", "--", "--stop=_"];
+        let meant = [
+            "--dp",
+            "--tp=2",
+            "--ep",
+            "--max-model-len=a_b",
+            "--max-tokens",
+            "a_b",
+            "-x_y",
+            "--",
+            "--stop=_",
+        ];
+        assert!(spelled_out(typed.into_iter().map(OsString::from)).eq(meant.map(OsString::from)));
     }
 
     #[test]

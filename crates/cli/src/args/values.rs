@@ -126,6 +126,28 @@ impl FromStr for TokenIds {
     }
 }
 
+/// A number of new tokens, or `-1`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TokenLimit {
+    /// As many as the context has room for.
+    Context,
+    /// So many.
+    At(usize),
+}
+
+impl FromStr for TokenLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "-1" => Ok(TokenLimit::Context),
+            _ => text.parse().map(TokenLimit::At).map_err(|_| {
+                "must be a whole number of tokens, or -1 for as many as the context has room for".into()
+            }),
+        }
+    }
+}
+
 /// `500MB`, `5GB`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ShardSize(pub(crate) u64);
@@ -188,6 +210,14 @@ pub(crate) fn bounded(least: usize, most: usize) -> impl Fn(&str) -> Result<usiz
     }
 }
 
+/// How many of the most likely tokens; both `0` and `-1` are all of them.
+pub(crate) fn top_k(text: &str) -> Result<usize, String> {
+    match text {
+        "-1" => Ok(0),
+        _ => text.parse().map_err(|_| "must be a whole number of tokens, or 0 or -1 for all of them".into()),
+    }
+}
+
 pub(crate) fn seconds(text: &str) -> Result<f64, String> {
     let number = text.parse::<f64>().ok().filter(|number| *number > 0.0 && *number <= 1e6);
     number.ok_or_else(|| "must be a number of seconds, above 0 and at most 1000000".into())
@@ -211,6 +241,10 @@ mod tests {
         assert_eq!("cuda".parse(), Ok(DeviceKind::Cuda(0)));
         assert_eq!("cuda:3".parse(), Ok(DeviceKind::Cuda(3)));
         assert!("cuda:x".parse::<DeviceKind>().is_err() && "gpu".parse::<DeviceKind>().is_err());
+        assert_eq!("-1".parse(), Ok(TokenLimit::Context));
+        assert_eq!("7".parse(), Ok(TokenLimit::At(7)));
+        assert!("-2".parse::<TokenLimit>().is_err() && top_k("-2").is_err());
+        assert_eq!([top_k("-1"), top_k("0"), top_k("5")], [Ok(0), Ok(0), Ok(5)]);
         assert!(seconds("0").is_err() && seconds("nan").is_err() && seconds("2.5").is_ok());
     }
 }

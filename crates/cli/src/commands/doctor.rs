@@ -2,6 +2,7 @@
 
 use crate::args::{Cli, Command, DoctorArgs, RunArgs};
 use crate::machine::{self, Machine};
+use crate::memory::{self, Bound};
 use crate::output;
 use crate::setup::{Demand, Setup, Started};
 use anyhow::{Context, Result, bail};
@@ -37,14 +38,8 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let machine = Machine::look();
     let load_average = machine::load_average();
     let gpu = CudaDevice::open(0);
-    let mut findings = vec![
-        cores(&machine, load_average),
-        memory(&machine),
-        instructions(),
-        pipeline(),
-        cache(),
-        gpus(&gpu),
-    ];
+    let mut findings =
+        vec![cores(&machine, load_average), memory(), instructions(), pipeline(), cache(), gpus(&gpu)];
     let probes = match &gpu {
         Ok(device) if args.probe => cuda::probe(device)
             .map_err(|error| findings.push(lacking(format!("The GPU could not be probed: {error}."))))
@@ -53,7 +48,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     };
     let diagnosis = Diagnosis { version: env!("CARGO_PKG_VERSION"), machine, load_average, findings, probes };
     if args.json {
-        return output::show_line(serde_json::to_string(&diagnosis)?);
+        return output::show_json(&diagnosis);
     }
     output::show_line(format_args!("epsmoe {}", diagnosis.version))?;
     for Finding { works, sentence } in &diagnosis.findings {
@@ -91,16 +86,24 @@ fn cores(machine: &Machine, load: Option<[f64; 3]>) -> Finding {
     }
 }
 
-fn memory(machine: &Machine) -> Finding {
-    let (all, left) = (Bytes(machine.memory_bytes), Bytes(machine.memory_available_bytes));
-    if machine.memory_bytes == 0 {
+fn memory() -> Finding {
+    let Some(memory) = memory::look() else {
         return lacking(
             "The system does not say how much memory it has, so models too large are not refused.".into(),
         );
-    }
+    };
     // Two bytes a parameter, and as much again for everything else.
-    let billions = machine.memory_available_bytes as f64 / 4e9;
-    fine(format!("Memory is {all}, {left} of it free: enough for about {billions:.0} billion parameters."))
+    let billions = memory.available as f64 / 4e9;
+    let bound = match memory.bound {
+        Bound::Machine => String::new(),
+        bound => format!(", which {} sets", bound.owner()),
+    };
+    fine(format!(
+        "Memory that this process may use is {}{bound}, {} of it free: enough for about {billions:.1} billion \
+         parameters.",
+        Bytes(memory.total),
+        Bytes(memory.available)
+    ))
 }
 
 fn instructions() -> Finding {

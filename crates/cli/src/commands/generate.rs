@@ -1,6 +1,6 @@
 //! `epsmoe generate`: one prompt, continued.
 
-use crate::args::{GenerateArgs, PromptArgs, SamplingArgs};
+use crate::args::{GenerateArgs, PromptArgs, SamplingArgs, TokenLimit};
 use crate::output;
 use crate::setup::{Chat, Demand, OpenModel, Setup};
 use anyhow::{Result, bail};
@@ -71,7 +71,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
 
     let answer = Answer::new(&model.name, prompt_tokens, &completion, text, load);
     if args.json {
-        return output::show_line(serde_json::to_string(&answer)?);
+        return output::show_json(&answer);
     }
     match text {
         Some(_) => output::show("\n")?,
@@ -83,10 +83,14 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
 
 fn request(args: &GenerateArgs, setup: &Setup) -> Result<Request> {
     let prompt = prompt_ids(&setup.model, &args.prompt)?;
-    let room = setup.model.spec.max_positions.saturating_sub(prompt.len());
+    let room = setup.context().saturating_sub(prompt.len());
     let by_default = setup.model.generation.max_new_tokens.unwrap_or(MAX_TOKENS).min(room);
     Ok(Request {
-        max_tokens: args.max_tokens.unwrap_or(by_default),
+        max_tokens: match args.max_tokens {
+            Some(TokenLimit::At(number)) => number,
+            Some(TokenLimit::Context) => room,
+            None => by_default,
+        },
         ignore_eos: args.sampling.ignore_eos,
         sampling: sampling(&args.sampling, setup),
         prompt,
@@ -132,7 +136,7 @@ fn generate(
     let (mut completion, mut text) = (Completion::default(), String::new());
     let mut say = |piece: String| {
         text.push_str(&piece);
-        if aloud { output::show(&piece) } else { Ok(()) }
+        if aloud { output::show_text(&piece) } else { Ok(()) }
     };
     while !engine.is_idle() {
         engine.step()?;

@@ -5,7 +5,7 @@ use crate::output;
 use crate::setup::{Demand, Setup};
 use crate::tensors::{TensorPlan, write_header};
 use anyhow::Result;
-use epsmoe_base::{Bytes, DType};
+use epsmoe_base::{Bytes, DType, count};
 use epsmoe_engine::Request;
 
 /// Runs the prompt and writes `logits` [T, V].
@@ -17,13 +17,16 @@ pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
     let options =
         setup.engine_options(Demand { sequences: 1, tokens, step: tokens }, setup.parallel, &setup.policy)?;
     request.check(vocabulary, options.max_model_len)?;
+    let tensor = TensorPlan { name: "logits".into(), dtype: DType::F32, shape: vec![tokens, vocabulary] };
+    // The engine collects them before they are written.
+    setup
+        .check_room(format_args!("logits of {}", count(tokens, "token")), tensor.bytes().saturating_mul(2))?;
     let (mut engine, _) = setup.start(options)?;
     let progress = output::spinner("computing logits");
     let completions = engine.run(vec![request], |_| {})?;
     progress.finish_and_clear();
     setup.write_routing(&engine)?;
     setup.explain(&engine);
-    let tensor = TensorPlan { name: "logits".into(), dtype: DType::F32, shape: vec![tokens, vocabulary] };
     let size = Bytes(tensor.bytes());
     output::write_file(&args.out, |out| {
         write_header(out, &[tensor])?;

@@ -22,11 +22,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
         stages: STAGES,
     };
     let advice = advise(&args.model.model, &spec, &machine, &load)?;
-    if args.json {
-        output::show_line(serde_json::to_string(&advice)?)
-    } else {
-        output::show(&advice.to_string())
-    }
+    if args.json { output::show_json(&advice) } else { output::show(&advice.to_string()) }
 }
 
 /// A built-in machine, or the one that a file describes.

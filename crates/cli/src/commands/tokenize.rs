@@ -4,6 +4,7 @@ use crate::args::TokenizeArgs;
 use crate::output;
 use crate::setup::{self, Chat};
 use anyhow::Result;
+use epsmoe_base::text::printable;
 use epsmoe_text::Tokenizer;
 use serde_json::json;
 
@@ -16,7 +17,7 @@ pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
     let token = |id: u32| tokenizer.as_ref().and_then(|tokenizer| tokenizer.token(id)).unwrap_or_default();
     if args.json {
         let tokens: Vec<String> = ids.iter().map(|&id| token(id)).collect();
-        return output::show_line(json!({ "count": ids.len(), "ids": ids, "tokens": tokens }));
+        return output::show_json(&json!({ "count": ids.len(), "ids": ids, "tokens": tokens }));
     }
-    ids.iter().try_for_each(|&id| output::show_line(format_args!("{id:>7}  {}", token(id))))
+    ids.iter().try_for_each(|&id| output::show_line(format_args!("{id:>7}  {}", printable(&token(id)))))
 }

@@ -364,6 +364,34 @@ fn flags_have_variables() {
     assert_eq!(json(&mut with_variables)["usage"]["completion_tokens"], 2);
 }
 
+/// What is typed wins over the variable of the same flag, and over those of flags that it contradicts.
+#[test]
+fn typed_flags_win_over_variables() {
+    let model = fixture("mixtral");
+    let tokens = |flags: &str, variables: &[(&str, &str)]| {
+        let typed = format!("generate --model {model} --json {flags}");
+        json(command(&typed).envs(variables.iter().copied()))["usage"]["completion_tokens"].as_u64().unwrap()
+    };
+    let ids = "--ids 5,6 --max-tokens 3 --ignore-eos";
+    assert_eq!(tokens(ids, &[("EPSMOE_GENERATE_MAX_TOKENS", "9")]), 3);
+    // Even a variable that means nothing.
+    assert_eq!(tokens(&format!("{ids} --threads 1"), &[("EPSMOE_THREADS", "many")]), 3);
+    assert_eq!(tokens(ids, &[("EPSMOE_GENERATE_PROMPT", "Hi"), ("EPSMOE_GENERATE_CHAT", "1")]), 3);
+    let prompt = "--prompt Hi --max-tokens 3 --ignore-eos";
+    assert_eq!(tokens(prompt, &[("EPSMOE_GENERATE_IDS", "1,2")]), 3);
+    let folder = Folder::new();
+    let record = format!("{ids} --routing-record {}", folder.text("record"));
+    assert_eq!(tokens(&record, &[("EPSMOE_ROUTING_REPLAY", "/nowhere")]), 3);
+    assert_eq!(tokens(&format!("{ids} --stages 2"), &[("EPSMOE_SCHEDULE", "serial")]), 3);
+    assert_eq!(tokens(&format!("{ids} --schedule serial"), &[("EPSMOE_STAGES", "2")]), 3);
+    // What is on or off can be off too.
+    let off = "--ids 5,6 --max-tokens 1 -dp 1 --enable-expert-parallel=false --ignore-eos=false";
+    assert_eq!(tokens(off, &[("EPSMOE_ENABLE_EXPERT_PARALLEL", "1"), ("EPSMOE_IGNORE_EOS", "1")]), 1);
+    let mut both = command(&format!("generate --model {model} --json"));
+    both.env("EPSMOE_GENERATE_IDS", "5").env("EPSMOE_GENERATE_PROMPT", "Hi");
+    assert!(refused(&mut both).contains("cannot be used with"));
+}
+
 #[test]
 fn models_come_from_the_hugging_face_cache() {
     let cache = Folder::new();

@@ -5,4 +5,5 @@
 mod commands;
 mod common;
 mod errors;
+mod hostile;
 mod serve;

@@ -157,16 +157,14 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     args.json.iter().chain(&args.trace).chain(&args.report).try_for_each(|file| output::check_place(file))?;
     let load_average = machine::load_average();
     let setup = Setup::new(&args.run)?;
-    let prompts = prompts(args, &setup);
     let ways = ways(args, &setup)?;
     let options = ways
         .iter()
         .map(|way| setup.engine_options(demand(args, setup.ranks, &way.parallel), way.parallel, &way.policy));
     let recorded = |options| EngineOptions { record_spans: true, ..options };
     let options = options.map(|options| options.map(recorded)).collect::<Result<Vec<_>>>()?;
-    let most = options.iter().map(|options| options.max_model_len).min().unwrap_or(0);
-    let check = |prompt: &Vec<u32>| request(prompt, args.output_len).check(setup.model.spec.vocab, most);
-    prompts.iter().try_for_each(check)?;
+    check_room(args, &setup, &options)?;
+    let prompts = prompts(args, &setup);
 
     let begun = Instant::now();
     let engines = setup.start_all(&options)?;
@@ -274,6 +272,17 @@ fn demand(args: &BenchArgs, ranks: usize, parallel: &Parallel) -> Demand {
         tokens: args.input_len + args.output_len,
         step: sequences.saturating_mul(args.input_len),
     }
+}
+
+/// Refuses prompts that the model or this process has no room for, before there are any.
+fn check_room(args: &BenchArgs, setup: &Setup, options: &[EngineOptions]) -> Result<()> {
+    let most = options.iter().map(|options| options.max_model_len).min().unwrap_or(0);
+    request(&vec![0; args.input_len], args.output_len).check(setup.model.spec.vocab, most)?;
+    setup.check_memory(options)?;
+    // What is asked for, what is asked in a round, and what the engine has of it.
+    let bytes = (args.batch_size * (args.input_len + args.output_len)) as u64 * 3 * size_of::<u32>() as u64;
+    let what = format!("the prompts of --batch-size {} and --input-len {}", args.batch_size, args.input_len);
+    setup.check_room(what, bytes)
 }
 
 /// The same random prompts in every round.
