@@ -1,7 +1,7 @@
 //! `--config FILE`: a YAML file in which each key is a flag of the command. It becomes flags behind those that were typed,
 //! so that everything after this knows only flags.
 
-use clap::{ArgAction, Command};
+use clap::Command;
 use epsmoe_base::env;
 use serde_json::{Map, Value};
 use std::ffi::OsString;
@@ -82,10 +82,6 @@ fn flags(command: &Command, typed: &[&str], keys: &Map<String, Value>) -> Result
         }
         for value in values(key, value)? {
             match value {
-                Value::Bool(true) if matches!(arg.get_action(), ArgAction::SetTrue) => {
-                    flags.push(format!("--{name}"))
-                }
-                Value::Bool(false) if matches!(arg.get_action(), ArgAction::SetTrue) => {}
                 value if arg.is_positional() => flags.push(plain(value)),
                 value => flags.push(format!("--{name}={}", plain(value))),
             }
@@ -130,7 +126,14 @@ mod tests {
         let flags = expanded(file, &[]).unwrap();
         assert_eq!(
             flags,
-            ["./model", "--port=9000", "--api-key=a", "--api-key=b", "--enable-expert-parallel"]
+            [
+                "./model",
+                "--port=9000",
+                "--api-key=a",
+                "--api-key=b",
+                "--enable-expert-parallel=true",
+                "--explain=false"
+            ]
         );
     }
 
