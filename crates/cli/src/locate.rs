@@ -26,7 +26,7 @@ pub(crate) fn locate(model: &str, revision: &str) -> Result<Place> {
         return Ok(Place::Folder(path.to_owned()));
     }
     if path.is_file() && path.extension().is_some_and(|ending| ending == "gguf") {
-        bail!("{model} is not a folder: GGUF files are not read; give the folder of the safetensors version");
+        bail!("{model} is not a folder: give the folder with this GGUF file");
     }
     if path.exists() {
         bail!("{model} is not a folder: give the folder with config.json and the weights");

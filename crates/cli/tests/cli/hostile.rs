@@ -118,12 +118,17 @@ fn folders_are_loaded_or_say_what_they_have() {
     assert_eq!(printed(&mut command(&typed)), plain);
     std::fs::remove_file(to).unwrap();
     std::fs::remove_file(folder.path("expected.safetensors")).unwrap();
-    std::fs::write(folder.path("model.Q4.gguf"), "GGUF").unwrap();
-    contains(&refused(&mut command(&typed)), "`model.Q4.gguf` is a GGUF file");
+    std::fs::write(folder.path("pytorch_model.bin"), "PK").unwrap();
+    contains(
+        &refused(&mut command(&typed)),
+        "`pytorch_model.bin` is not read: convert it to safetensors first",
+    );
     std::fs::remove_file(folder.path("config.json")).unwrap();
-    contains(&refused(&mut command(&typed)), "`model.Q4.gguf` is a GGUF file");
+    contains(&refused(&mut command(&typed)), "there is no config.json; `pytorch_model.bin` is not read");
+    std::fs::write(folder.path("model.Q4.gguf"), "GGUF").unwrap();
+    contains(&refused(&mut command(&typed)), "model.Q4.gguf: the version takes 4 bytes");
     let file = format!("generate --model {place}/model.Q4.gguf --ids 5");
-    contains(&refused(&mut command(&file)), "is not a folder: GGUF files are not read");
+    contains(&refused(&mut command(&file)), "is not a folder: give the folder with this GGUF file");
 }
 
 #[test]
