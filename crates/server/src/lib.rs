@@ -2,7 +2,7 @@
 //!
 //! A request's way, in reading order: `serve` (connections, and the end of all) → `router` (all routes, and what every
 //! request passes on its way: `access_log`, `auth`) → `routes/` (one file for each group) → `body` and `openai/` (what was
-//! asked, checked field by field) → `prompt` (texts and conversations become token ids) and `guide` (grammars) →
+//! asked, checked field by field) → `prompt` (texts and conversations become token ids) and `guide` (grammars; `calls`: of calls) →
 //! `generation/` (requests to the engine, and what it tells) → `parsers/` (text becomes reasoning, content and calls of
 //! functions) → back in the route, which words it; streams go out through `sse`. Beside them: `app` (the state that all
 //! share), `options` (how a server is set up), `metrics`.
@@ -14,6 +14,7 @@ mod access_log;
 mod app;
 mod auth;
 mod body;
+mod calls;
 mod generation;
 mod guide;
 mod metrics;

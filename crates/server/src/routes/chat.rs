@@ -4,6 +4,7 @@ use super::{grammar, usage_wanted};
 use crate::app::{App, Shared};
 use crate::auth::Caller;
 use crate::body::JsonObject;
+use crate::calls;
 use crate::generation::{Generation, Job, Step, TokenTexts, What};
 use crate::guide::Grammar;
 use crate::openai::chat::{
@@ -11,7 +12,7 @@ use crate::openai::chat::{
 };
 use crate::openai::logprobs::ChatLogprobs;
 use crate::openai::tools::{
-    FunctionCall, FunctionCallDelta, FunctionWord, Tool, ToolCall, ToolCallDelta, ToolChoice,
+    FunctionCall, FunctionCallDelta, FunctionWord, ToolCall, ToolCallDelta, ToolChoice,
 };
 use crate::openai::{ApiError, ErrorBody, Usage, new_id, now};
 use crate::parsers::{self, Parser, Piece};
@@ -20,7 +21,6 @@ use crate::sse::{self, Chunks, StreamEvent};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
-use serde_json::{Value, json};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -115,42 +115,15 @@ fn wanted_form(
     let tools = chat.tools.as_deref().unwrap_or_default();
     let calls = match choice {
         ToolChoice::None | ToolChoice::Auto => return Ok(form),
-        ToolChoice::Named(name) => {
-            let tool = tools.iter().find(|tool| tool.function.name == *name);
-            tool.map(parameters).unwrap_or_else(|| json!({ "type": "object" }))
-        }
-        ToolChoice::Required => {
-            let call = |tool: &Tool| {
-                let properties =
-                    json!({ "name": { "const": tool.function.name }, "arguments": parameters(tool) });
-                let required = json!(["name", "arguments"]);
-                json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": false })
-            };
-            let calls: Vec<Value> = tools.iter().map(call).collect();
-            let most = if chat.parallel_tool_calls == Some(false) { Some(1) } else { None };
-            json!({ "type": "array", "items": { "anyOf": calls }, "minItems": 1, "maxItems": most })
-        }
+        ToolChoice::Named(name) => calls::arguments_of(tools, name),
+        ToolChoice::Required => calls::list_of_calls(tools, chat.parallel_tool_calls != Some(false)),
     };
     match form {
         Some((_, param)) => {
             Err(ApiError::field(param, "tool_choice wants calls of functions: leave one of them out"))
         }
-        None => Ok(Some((Grammar::Json(without_null(calls)), "tools"))),
+        None => Ok(Some((Grammar::Json(calls), "tools"))),
     }
-}
-
-/// A schema's key that is null says nothing.
-fn without_null(mut schema: Value) -> Value {
-    if let Value::Object(object) = &mut schema {
-        object.retain(|_, value| !value.is_null());
-    }
-    schema
-}
-
-/// The schema of a function's arguments.
-fn parameters(tool: &Tool) -> Value {
-    let any = || json!({ "type": "object" });
-    tool.function.parameters.clone().filter(|schema| !schema.is_empty()).map_or_else(any, Value::Object)
 }
 
 /// The content of the last message, if it is the assistant's.

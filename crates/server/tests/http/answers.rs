@@ -30,7 +30,6 @@ fn greedy_answers_are_the_reference_s() {
 }
 
 #[test]
-#[ignore = "the engine refuses the fields so far"]
 fn log_probabilities_are_the_reference_s() {
     let server = serve();
     let expected = expected("mixtral", 1);
@@ -141,7 +140,6 @@ fn seeds_repeat_and_differ() {
 }
 
 #[test]
-#[ignore = "the engine refuses the fields so far"]
 fn streams_say_what_plain_answers_say() {
     let server = serve();
     for (field, value) in [
@@ -206,7 +204,6 @@ fn stop_texts_are_found_however_tokens_cut_them() {
 }
 
 #[test]
-#[ignore = "the engine refuses the fields so far"]
 fn tokens_end_answers_when_they_may() {
     let server = serve();
     let whole = server.completions(drawn(5));
@@ -223,7 +220,6 @@ fn tokens_end_answers_when_they_may() {
 }
 
 #[test]
-#[ignore = "the engine refuses the fields so far"]
 fn biases_forbid_and_force() {
     let server = serve();
     let plain = ids(&server.completions(greedy("Once", 8))["choices"][0]);

@@ -41,7 +41,6 @@ fn answers_have_their_shape() {
 }
 
 #[test]
-#[ignore = "the engine refuses the fields so far"]
 fn streams_say_what_plain_answers_say() {
     let server = serve();
     let mut body = ask("Hello");
@@ -76,7 +75,6 @@ fn streams_say_what_plain_answers_say() {
 }
 
 #[test]
-#[ignore = "the engine refuses the fields so far"]
 fn log_probabilities_fall() {
     let server = serve();
     let mut body = ask("Hello");

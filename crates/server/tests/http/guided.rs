@@ -29,7 +29,6 @@ fn check_person(value: &Value) {
 }
 
 #[test]
-#[ignore = "the engine refuses constraints so far"]
 fn answers_satisfy_their_schema() {
     let server = serve();
     for seed in 0..8 {
@@ -49,7 +48,6 @@ fn answers_satisfy_their_schema() {
 }
 
 #[test]
-#[ignore = "the engine refuses constraints so far"]
 fn any_object_is_json() {
     let server = serve();
     let mut finished = 0;
@@ -75,7 +73,6 @@ fn tools() -> Value {
 }
 
 #[test]
-#[ignore = "the engine refuses constraints so far"]
 fn named_functions_are_called_once() {
     let server = serve();
     for seed in 0..4 {
@@ -92,7 +89,6 @@ fn named_functions_are_called_once() {
 }
 
 #[test]
-#[ignore = "the engine refuses constraints so far"]
 fn required_calls_are_made() {
     let server = serve();
     for seed in 0..4 {
@@ -112,7 +108,6 @@ fn required_calls_are_made() {
 }
 
 #[test]
-#[ignore = "the engine refuses constraints so far"]
 fn calls_come_in_pieces() {
     let server = serve();
     let choice = json!({ "type": "function", "function": { "name": "greet" } });

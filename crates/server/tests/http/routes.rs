@@ -43,7 +43,7 @@ fn the_server_tells_of_itself() {
 #[test]
 fn what_is_not_there_is_an_error_object() {
     let server = serve();
-    for path in ["/", "/v1/nothing", "/v1/embeddings", "/v1/chat"] {
+    for path in ["/v1/nothing", "/v1/embeddings", "/v1/chat"] {
         assert_eq!(server.get(path).error().0, 404, "{path}");
     }
     let (get, post) = (server.get("/v1/completions"), server.post("/v1/models", &json!({})));
