@@ -3,9 +3,9 @@
 use crate::{AdviseError, Advisor, ELEMENT, Experts, MARGIN, Running, Strategy, text};
 use epsmoe_base::Rank;
 use epsmoe_plan::{
-    Capacity, Choice, CostModel, GemmKind, HostCost, LayerBytes, LayerHistograms, LayerShape, LayerSizes,
-    LinkCost, Piecewise, Placement, SearchOptions, SharedExpert, StageTable, SyntheticRouting, Traffic,
-    Workload, predict_ns, search,
+    Capacity, Choice, CostModel, GemmKind, HostCost, LayerBytes, LayerHistograms, LayerSizes, LinkCost,
+    Piecewise, SearchOptions, SharedExpert, SlotMap, StageTable, SyntheticRouting, Traffic, Workload,
+    predict_ns, search,
 };
 
 impl Advisor<'_> {
@@ -24,18 +24,15 @@ impl Advisor<'_> {
         }
     }
 
-    fn shape(&self, inner: usize, shared_inner: usize, local_experts: usize) -> LayerShape {
+    fn sizes(&self, map: &SlotMap, inner: usize, shared_inner: usize) -> LayerSizes {
         let (hidden, top_k) = (self.model.hidden, self.moe.gate.top_k);
-        LayerShape {
-            sizes: LayerSizes { hidden, inner, top_k, local_experts, activation_bytes: ELEMENT },
-            shared_inner,
-        }
+        LayerSizes { hidden, inner, shared_inner, top_k, activation_bytes: ELEMENT, ..LayerSizes::of(map) }
     }
 
     /// Every expert on one GPU: one search or table for each schedule.
     pub(crate) fn parallel(&self, strategy: Strategy) -> Result<Vec<(Running, Experts)>, AdviseError> {
         let (moe, load, ranks) = (self.moe, self.load, self.machine.ranks);
-        let placement = Placement::new(moe.experts, ranks)?;
+        let placement = SlotMap::contiguous(moe.experts, ranks)?;
         let share = |all: usize, rank: usize| all / ranks + usize::from(rank < all % ranks);
         let of_rank = |rank| match strategy.attention_split() {
             // Tokens are scattered, wherever their sequences end.
@@ -44,7 +41,7 @@ impl Advisor<'_> {
         };
         let tokens: Vec<usize> = (0..ranks).map(of_rank).collect();
         let counts = self.law().counts(&placement, &tokens)?;
-        let shape = self.shape(moe.inner, self.shared_inner(), placement.max_local());
+        let shape = self.sizes(&placement, moe.inner, self.shared_inner());
         let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
         let serial = StageTable::serial(&placement, GemmKind::Grouped);
         let serial_ns = predict_ns(&serial, 0, &workload, &self.cost);
@@ -72,14 +69,15 @@ impl Advisor<'_> {
         let traffic = Traffic::of(workload.placement, workload.counts, table);
         let ranks = || workload.placement.all_ranks();
         let row_bytes = (self.model.hidden * ELEMENT) as u64;
-        let rows =
-            |from: Rank, to: Rank| if from == to { 0 } else { traffic.send_rows(from, to).len() as u64 };
+        let rows = |from: Rank, to: Rank| {
+            if from == to { 0 } else { traffic.dispatch_send_all(from, to).len() as u64 }
+        };
         let moved = |rank: Rank| {
             let (out, back): (u64, u64) =
                 (ranks().map(|other| rows(rank, other)).sum(), ranks().map(|other| rows(other, rank)).sum());
             2 * out.max(back) * row_bytes
         };
-        let buffers = |rank| LayerBytes::of(&workload.shape.sizes, &Capacity::needed(&traffic, rank)).total();
+        let buffers = |rank| LayerBytes::of(workload.shape, &Capacity::needed(&traffic, rank)).total();
         Experts {
             stages: table.stages(),
             ns,
@@ -92,9 +90,9 @@ impl Advisor<'_> {
     /// Every expert split over all GPUs: each sees all tokens, and nobody waits for anybody inside the layer.
     pub(crate) fn split(&self) -> Result<Vec<(Running, Experts)>, AdviseError> {
         let (moe, load, ranks) = (self.moe, self.load, self.machine.ranks);
-        let placement = Placement::new(moe.experts, 1)?;
+        let placement = SlotMap::contiguous(moe.experts, 1)?;
         let counts: LayerHistograms = self.law().counts(&placement, &[load.tokens()])?;
-        let shape = self.shape(moe.inner.div_ceil(ranks), self.shared_inner().div_ceil(ranks), moe.experts);
+        let shape = self.sizes(&placement, moe.inner.div_ceil(ranks), self.shared_inner().div_ceil(ranks));
         let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
         let none = || Piecewise::flat(0);
         let cost = CostModel {
@@ -103,7 +101,7 @@ impl Advisor<'_> {
             ..self.cost.clone()
         };
         let of = |kind| {
-            let table = StageTable { shared: SharedExpert::Alone, ..StageTable::serial(&placement, kind) };
+            let table = StageTable { shared: SharedExpert::Serial, ..StageTable::serial(&placement, kind) };
             let ns = predict_ns(&table, 0, &workload, &cost);
             self.measured(&workload, &table, ns, None)
         };

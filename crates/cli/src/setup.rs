@@ -17,7 +17,7 @@ use epsmoe_fabric::{Fabric, Link, PacedLink, ThreadsOptions};
 use epsmoe_model::config::Config;
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, preset};
 use epsmoe_plan::{
-    CostModel, GemmKind, LayerHistograms, Placement, Policy, Schedule, SharedExpert, TokenHistograms,
+    CostModel, GemmKind, LayerHistograms, Policy, Schedule, SharedExpert, SlotMap, TokenHistograms,
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
 use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, SpecialTokens, Tokenizer};
@@ -270,22 +270,22 @@ impl Setup {
     }
 
     /// Where experts are; nothing where every rank has a part of each.
-    fn placement(&self, parallel: &Parallel) -> Result<Option<Placement>> {
+    fn placement(&self, parallel: &Parallel) -> Result<Option<SlotMap>> {
         if parallel.experts == Experts::Tp {
             return Ok(None);
         }
         let moe = self.model.spec.layers.iter().find_map(|layer| layer.mlp.moe());
-        Ok(moe.map(|moe| Placement::new(moe.experts, self.ranks)).transpose()?)
+        Ok(moe.map(|moe| SlotMap::contiguous(moe.experts, self.ranks)).transpose()?)
     }
 
     /// A policy that cannot be followed cannot be followed for no tokens either.
     fn check_policy(&self, parallel: &Parallel, policy: &Policy) -> Result<()> {
         let Some(placement) = self.placement(parallel)? else { return Ok(()) };
-        let zeros = || vec![0; placement.experts()];
-        let none = TokenHistograms { tokens: 0, copies: zeros(), first: zeros(), last: zeros() };
+        let zeros = || vec![0; placement.slots()];
+        let none = TokenHistograms { tokens: 0, assignments: zeros(), first: zeros(), last: zeros() };
         let counts = LayerHistograms::new(&placement, 1, vec![none; self.ranks])?;
         policy.table(&placement, &counts)?;
-        policy.check_auto()?;
+        policy.check()?;
         Ok(())
     }
 
@@ -534,10 +534,10 @@ fn policy(args: &RunArgs) -> Policy {
             Gemm::Dense => GemmKind::Dense,
         }),
         shared: args.shared_expert.map(|place| match place {
-            SharedExpertPlace::BesideRendezvous => SharedExpert::BesideRendezvous,
+            SharedExpertPlace::BesideCountExchange => SharedExpert::BesideCountExchange,
             SharedExpertPlace::BesideFirstDispatch => SharedExpert::BesideFirstDispatch,
             SharedExpertPlace::BesideLastCombine => SharedExpert::BesideLastCombine,
-            SharedExpertPlace::Alone => SharedExpert::Alone,
+            SharedExpertPlace::Alone => SharedExpert::Serial,
         }),
         order: args.transfer_order.as_ref().map(|order| order.0.clone()),
         cost: None,

@@ -47,8 +47,6 @@ enum Cause : u32 {
     TOKEN_ID = 1,      // first is not below second
     CACHE_SLOT = 2,    // likewise
     SOURCE_ROW = 3,    // likewise
-    TERM = 4,          // likewise
-    TERMS_DESCEND = 5, // terms start at first after second
     TOKENS_HELD = 6,   // sequences hold first of second tokens
     SPAN = 7,          // sequence first spans tokens second..third
     CACHE_BLOCK = 8,   // first is not below second
@@ -57,17 +55,26 @@ enum Cause : u32 {
     ROWS_DESCEND = 11, // rows of expert first end at second, but start at third
     ROWS_END = 12,     // first is not below second
     NOT_FINITE = 13,   // row first holds a NaN or an infinity
+    EXPERT_TWICE = 20, // token first is sent to expert second twice
+    SLOT = 21,         // first is not below second
+    ROWS_COUNTED = 22, // first rows are counted, expected second
+    RANKS_OF_TOKEN = 23, // token first is sent to more than second ranks
+    // Of metadata row first, from source second: third is wrong, fourth was expected.
+    ROW_STRAY = 24, ROW_DESCENDS = 25, ROW_EMPTY = 26, ROW_SLOT = 27, ROW_FIRST = 28, ROW_LAST = 29, ROW_ASSIGNED = 30,
+    ROWS_WITH_SLOT = 31, // slot first has second rows, expected third
+    ASSIGNMENTS = 32,  // there are first, expected second
 };
 
 // Where a kernel says what is wrong: the first thread to claim the report writes it, for the host to read.
 struct Report {
     u64 claim;  // one word of device memory, zero until claimed
-    u64 page;   // words of host memory: filled, serial, cause, first, second, third
+    u64 page;   // words of host memory: filled, serial, cause, first, second, third, fourth
     u32 serial; // which operation this is
     u32 padding;
 };
 
-__device__ __noinline__ void complain(const Report& report, Cause cause, u32 first, u32 second, u32 third = 0) {
+__device__ __noinline__ void complain(const Report& report, Cause cause, u32 first, u32 second, u32 third = 0,
+                                      u32 fourth = 0) {
     if (atomicCAS(reinterpret_cast<u32*>(report.claim), 0u, 1u) != 0u) return;
     volatile u32* page = reinterpret_cast<volatile u32*>(report.page);
     page[1] = report.serial;
@@ -75,6 +82,7 @@ __device__ __noinline__ void complain(const Report& report, Cause cause, u32 fir
     page[3] = first;
     page[4] = second;
     page[5] = third;
+    page[6] = fourth;
     __threadfence_system();
     page[0] = 1u;
 }

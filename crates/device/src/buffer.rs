@@ -58,6 +58,14 @@ impl Buffer {
         Ok(Buffer { rows: elements / width, width, stride: width, ..self.clone() })
     }
 
+    /// The same bytes seen in another format of the same size.
+    pub fn bits_as(&self, dtype: DType) -> Result<Buffer, DeviceError> {
+        if dtype.bytes() != self.dtype.bytes() {
+            return Err(DeviceError::Shape(format!("{self:?} cannot be seen as {dtype}")));
+        }
+        Ok(Buffer { dtype, ..self.clone() })
+    }
+
     /// Bytes from the first element to one past the last.
     pub fn byte_range(&self) -> Range<usize> {
         if self.rows == 0 || self.width == 0 {

@@ -165,7 +165,7 @@ fn serve<B: Backend>(
                 continue;
             }
         };
-        model.device().set_recording(recorded || model.observes());
+        model.device().set_recording(recorded || model.wants_spans());
         let answer = forward(rank, model, faults, &batch);
         let spans = spans(rank, model);
         let told = if recorded { spans.clone() } else { Vec::new() };

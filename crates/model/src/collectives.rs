@@ -12,7 +12,7 @@
 //! computed            f₀(a) f₀(b) f₀(c)           f₁(a) f₁(b) f₁(c)
 //! reduce-scatter:
 //!   received          f₀(a) f₀(b) | f₁(a) f₁(b)   f₀(c) | f₁(c)
-//!   starts, index     [0 2 4], [0 2  1 3]         [0 2], [0 1]
+//!   index             [[0 2] [1 3]]               [[0 1]]
 //!   shard             f₀(a)+f₁(a) f₀(b)+f₁(b)     f₀(c)+f₁(c)
 //! ```
 //!
@@ -37,8 +37,7 @@ pub(crate) struct Group<B: Backend> {
     computed: Buffer,
     /// Parts of the tokens of this rank's shard, from each rank of the group `[ranks · shard, H]`.
     received: Buffer,
-    /// Which of them make each sum.
-    starts: Buffer,
+    /// Which of them make each sum `[shard, ranks]`.
     index: Buffer,
 }
 
@@ -71,14 +70,12 @@ impl<B: Backend> Group<B> {
         let (together, shard) = if ranks.len() == 1 { (0, 0) } else { (together, shard) };
         let parts = ranks.len() * shard;
         let values = |name, rows| device.allocate(name, device.dtype(), rows, hidden);
-        let indices = |name, rows| device.allocate(name, DType::U32, rows, 1);
         let members: Vec<Rank> = ranks.clone().map(Rank).collect();
         Ok(Group {
             gathered: values("gathered", together)?,
             computed: values("computed", together)?,
             received: values("received_parts", parts)?,
-            starts: indices("part_starts", shard + 1)?,
-            index: indices("part_index", parts)?,
+            index: device.allocate("part_index", DType::U32, shard, ranks.len())?,
             rank: fabric.rank(),
             transport: fabric.transport.subgroup(&members)?,
             ranks,
@@ -108,17 +105,10 @@ impl<B: Backend> Group<B> {
         if size == 1 {
             return Ok(());
         }
-        let starts: Vec<u32> = (0..=shard).map(|token| (token * size) as u32).collect();
         let parts = |token| (0..size).map(move |member| (member * shard + token) as u32);
-        let index: Vec<u32> = (0..shard).flat_map(parts).collect();
-        for (words, buffer) in [(starts, &self.starts), (index, &self.index)] {
-            let out = buffer.rows(0..words.len())?;
-            self.device.enqueue(
-                Lane::Compute,
-                Place::default(),
-                HostToDevice { words: words.into(), out },
-            )?;
-        }
+        let words = (0..shard).flat_map(parts).collect();
+        let out = self.index.rows(0..shard)?;
+        self.device.enqueue(Lane::Compute, Place::default(), HostToDevice { words, out })?;
         Ok(())
     }
 
@@ -182,9 +172,8 @@ impl<B: Backend> Group<B> {
                 self.received.rows(member * shard..(member + 1) * shard)
             },
         )?;
-        let (x, index) = (self.received.rows(0..parts)?, self.index.rows(0..parts)?);
-        let starts = self.starts.rows(0..shard + 1)?;
-        let sum = Reduce { x, starts, index, weights: None, addend: None, out: out.clone() };
+        let (x, index) = (self.received.rows(0..parts)?, self.index.rows(0..shard)?);
+        let sum = Reduce { x, index, weights: None, addend: None, out: out.clone() };
         self.device.enqueue(Lane::Compute, place, sum)
     }
 

@@ -2,9 +2,10 @@
 
 use crate::load::Loader;
 use crate::{LayerPart, MlpSpec, ModelError, MoeSpec};
-use epsmoe_base::{Expert, Layer};
+use epsmoe_base::Layer;
 use epsmoe_device::{Backend, Weight};
 use epsmoe_pipeline::{Mlp, MoeLayer, SharedMlp};
+use std::sync::Arc;
 
 /// The MLP weights of one layer on one rank.
 pub(crate) enum MlpWeights {
@@ -38,7 +39,7 @@ fn load_moe<B: Backend>(
 ) -> Result<MoeLayer, ModelError> {
     let inner = loader.layout.inner();
     let (placement, rank) = loader.layout.placement(spec.experts)?;
-    let expert = |expert| loader.mlp(layer, inner, |map| LayerPart::Expert(Expert(expert), map));
+    let expert = |expert| loader.mlp(layer, inner, |map| LayerPart::Expert(expert, map));
     let shared = |shared: &crate::SharedSpec| -> Result<SharedMlp, ModelError> {
         let gate = shared.gated.then(|| loader.layer(layer, LayerPart::SharedExpertGate)).transpose()?;
         Ok(SharedMlp { mlp: loader.mlp(layer, inner, LayerPart::Shared)?, gate })
@@ -49,7 +50,8 @@ fn load_moe<B: Backend>(
         router: loader.layer(layer, LayerPart::Router)?,
         bias: bias.transpose()?,
         gate: spec.gate,
-        experts: placement.experts_of(rank).map(expert).collect::<Result<_, _>>()?,
+        experts: placement.experts_on(rank).map(expert).collect::<Result<_, _>>()?,
+        slots: Arc::new(placement),
         shared: spec.shared.as_ref().map(shared).transpose()?,
     })
 }

@@ -19,7 +19,7 @@
 
 use crate::{MlpSpec, ModelError, ModelSpec};
 use epsmoe_base::Rank;
-use epsmoe_plan::{Placement, PlanError};
+use epsmoe_plan::{PlanError, SlotMap};
 use std::fmt;
 use std::ops::Range;
 
@@ -186,10 +186,10 @@ impl Layout {
     }
 
     /// Which of the experts are here: on which rank of which placement this one is.
-    pub(crate) fn placement(&self, experts: usize) -> Result<(Placement, Rank), PlanError> {
+    pub(crate) fn placement(&self, experts: usize) -> Result<(SlotMap, Rank), PlanError> {
         match self.experts {
-            Experts::Ep => Ok((Placement::new(experts, self.ranks)?, self.rank)),
-            Experts::Tp => Ok((Placement::new(experts, 1)?, Rank(0))),
+            Experts::Ep => Ok((SlotMap::contiguous(experts, self.ranks)?, self.rank)),
+            Experts::Tp => Ok((SlotMap::contiguous(experts, 1)?, Rank(0))),
         }
     }
 

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 use tempfile::TempDir;
 
-#[expect(dead_code, unreachable_pub, reason = "shared with other tests")]
+#[expect(dead_code, reason = "shared with other tests")]
 #[path = "../../quant/tests/support/gguf.rs"]
 mod gguf;
 use gguf::{Builder, kv};

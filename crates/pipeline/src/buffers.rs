@@ -2,18 +2,16 @@
 
 use crate::PipelineOptions;
 use epsmoe_base::DType;
+use epsmoe_device::op::ReceiveOrder;
 use epsmoe_device::{Backend, Buffer, DeviceError};
-use epsmoe_plan::{Capacity, LayerSizes, Schedule, record_words};
-use std::sync::Arc;
+use epsmoe_plan::{Capacity, LayerSizes, Schedule};
 
 /// Widths of the MoE layers of a model, and how much of everything a rank can hold at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PipelineSizes {
-    /// Hidden width H, inner width I, top k, local experts L.
+    /// Widths, experts, ranks and slots.
     pub layer: LayerSizes,
-    /// Inner width of the shared expert; 0 without one.
-    pub shared_inner: usize,
-    /// Room for tokens, rows and copies, equal on all ranks.
+    /// Room for tokens, rows and assignments, equal on all ranks.
     pub capacity: Capacity,
 }
 
@@ -24,109 +22,127 @@ pub(crate) struct LayerBuffers {
     pub(crate) router_logits: Buffer,
     pub(crate) router_experts: Buffer,
     pub(crate) router_weights: Buffer,
-    /// Token of each send row; the rows `[rows sent, H]` and their metadata records.
-    pub(crate) send_index: Buffer,
+    /// The layer's map: slot of each expert `[E, 1]`, first slot on the rank of each slot `[S, 1]`.
+    pub(crate) slot_of: Buffer,
+    pub(crate) block_starts: Buffer,
+    /// Slots of each token and their weights `[T, k]`, and histograms over slots `[3, S]`.
+    pub(crate) slots: Buffer,
+    pub(crate) slot_weights: Buffer,
+    pub(crate) counts: Buffer,
+    /// Token and last slot of each row sent; the rows `[rows sent, H]` and their metadata `[rows sent, 2k]`.
+    pub(crate) send_tokens: Buffer,
+    pub(crate) send_last: Buffer,
     pub(crate) send_rows: Buffer,
-    pub(crate) send_records: Buffer,
-    /// What arrives: rows `[rows received, H]` and records.
+    pub(crate) send_metadata: Buffer,
+    /// What arrives: rows `[rows received, H]` and metadata.
     pub(crate) received_rows: Buffer,
-    pub(crate) received_records: Buffer,
-    /// Received row of each copy; the copies of one stage `[stage copies, H]`, their activations
-    /// `[stage copies, I]`, and the outputs of all stages `[copies, H]`.
+    pub(crate) received_metadata: Buffer,
+    /// What was announced `[R · L, 5]`; metadata of each received row; sum of each row of metadata.
+    pub(crate) receive_bins: Buffer,
+    pub(crate) receive_order: Buffer,
+    pub(crate) receive_sums: Buffer,
+    /// Where the assignments of each slot start `[L + 1, 1]`, and the received row of each.
+    pub(crate) slot_starts: Buffer,
     pub(crate) expand_index: Buffer,
+    /// The rows of one stage's assignments `[stage assignments, H]`, their activations `[stage assignments, I]`, and the
+    /// outputs of all stages `[assignments, H]`.
     pub(crate) expanded: Buffer,
     pub(crate) inner: Buffer,
     pub(crate) outputs: Buffer,
-    /// Which copies, with which weights, make each partial sum; the sums `[rows received, H]`.
-    pub(crate) reduce_starts: Buffer,
+    /// Which assignments, with which weights, make each partial sum `[rows received, k]`; the sums `[rows received, H]`.
     pub(crate) reduce_index: Buffer,
     pub(crate) reduce_weights: Buffer,
     pub(crate) sums: Buffer,
-    /// Sums that came home `[rows sent, H]`, and which of them make each token's output.
-    pub(crate) home_rows: Buffer,
-    pub(crate) home_starts: Buffer,
-    pub(crate) home_index: Buffer,
+    /// Sums that came back `[rows sent, H]`, and which of them make each token's output `[T, min(k, R)]`.
+    pub(crate) combined_rows: Buffer,
+    pub(crate) combine_index: Buffer,
+    /// In a world of one rank, a constant: the tokens themselves, `0, 1, 2, …` `[T, 1]`.
+    pub(crate) every_token: Buffer,
     /// The shared expert's activations `[T, shared I]`, its gate `[T, 1]` and its output `[T, H]`.
     pub(crate) shared_inner: Buffer,
     pub(crate) shared_gate: Buffer,
     pub(crate) shared_out: Buffer,
-    /// In a world of one rank: where each expert's copies start `[L + 1, 1]`, and two constants, where each token's
-    /// copies start, `0, k, 2k, …`, and the tokens themselves, `0, 1, 2, …`, both `[T + 1, 1]`.
-    pub(crate) expert_starts: Buffer,
-    pub(crate) token_copies: Buffer,
-    pub(crate) every_token: Buffer,
 }
 
 impl LayerBuffers {
     pub(crate) fn allocate<B: Backend>(device: &B, options: &PipelineOptions) -> Result<Self, DeviceError> {
-        let PipelineSizes { layer, shared_inner, capacity } = options.sizes;
-        let Capacity { tokens, rows_sent, rows_received, copies, stage_copies } = capacity;
-        let (hidden, words, dtype) = (layer.hidden, record_words(layer.top_k), device.dtype());
-        // Every micro-batch ends its offsets with one more.
-        let ends = if options.policy.schedule == Schedule::TwoBatch { 2 } else { 1 };
-        let values = |name, rows, width| device.allocate(name, dtype, rows, width);
+        let PipelineSizes { layer, capacity } = options.sizes;
+        let Capacity { tokens, rows_sent, rows_received, assignments, stage_assignments } = capacity;
+        let LayerSizes { hidden, inner, shared_inner, top_k, experts, ranks, local_slots, .. } = layer;
+        // What is counted and announced is told of each micro-batch.
+        let batches = if options.policy.schedule == Schedule::TwoBatch { 2 } else { 1 };
+        let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
+        let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
         let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
-        let alone = |rows| if options.placement.ranks() == 1 { rows } else { 0 };
         Ok(LayerBuffers {
-            router_logits: floats("router_logits", tokens, options.placement.experts())?,
-            router_experts: indices("router_experts", tokens, layer.top_k)?,
-            router_weights: floats("router_weights", tokens, layer.top_k)?,
-            send_index: indices("send_index", rows_sent, 1)?,
+            router_logits: floats("router_logits", tokens, experts)?,
+            router_experts: indices("router_experts", tokens, top_k)?,
+            router_weights: floats("router_weights", tokens, top_k)?,
+            slot_of: indices("slot_of", experts, 1)?,
+            block_starts: indices("block_starts", layer.slots(), 1)?,
+            slots: indices("slots", tokens, top_k)?,
+            slot_weights: floats("slot_weights", tokens, top_k)?,
+            counts: indices("counts", batches * 3, layer.slots())?,
+            send_tokens: indices("send_tokens", rows_sent, 1)?,
+            send_last: indices("send_last", rows_sent, 1)?,
             send_rows: values("send_rows", rows_sent, hidden)?,
-            send_records: indices("send_records", rows_sent, words)?,
+            send_metadata: indices("send_metadata", rows_sent, 2 * top_k)?,
             received_rows: values("received_rows", rows_received, hidden)?,
-            received_records: indices("received_records", rows_received, words)?,
-            expand_index: indices("expand_index", copies, 1)?,
-            expanded: values("expanded", stage_copies, hidden)?,
-            inner: values("inner", stage_copies, layer.inner)?,
-            outputs: values("outputs", copies, hidden)?,
-            reduce_starts: indices("reduce_starts", rows_received + ends, 1)?,
-            reduce_index: indices("reduce_index", copies, 1)?,
-            reduce_weights: floats("reduce_weights", copies, 1)?,
+            received_metadata: indices("received_metadata", rows_received, 2 * top_k)?,
+            receive_bins: indices("receive_bins", batches * ranks * local_slots, ReceiveOrder::BIN)?,
+            receive_order: indices("receive_order", rows_received, 1)?,
+            receive_sums: indices("receive_sums", rows_received, 1)?,
+            slot_starts: indices("slot_starts", batches * (local_slots + 1), 1)?,
+            expand_index: indices("expand_index", assignments, 1)?,
+            expanded: values("expanded", stage_assignments, hidden)?,
+            inner: values("inner", stage_assignments, inner)?,
+            outputs: values("outputs", assignments, hidden)?,
+            reduce_index: indices("reduce_index", rows_received, top_k)?,
+            reduce_weights: floats("reduce_weights", rows_received, top_k)?,
             sums: values("sums", rows_received, hidden)?,
-            home_rows: values("home_rows", rows_sent, hidden)?,
-            home_starts: indices("home_starts", tokens + ends, 1)?,
-            home_index: indices("home_index", rows_sent, 1)?,
-            shared_inner: values("shared_inner", tokens, shared_inner)?,
-            shared_gate: floats("shared_gate", tokens, 1)?,
-            shared_out: values("shared_out", tokens, hidden)?,
-            expert_starts: indices("expert_starts", alone(layer.local_experts + 1), 1)?,
-            token_copies: indices("token_copies", alone(tokens + 1), 1)?,
-            every_token: indices("every_token", alone(tokens + 1), 1)?,
+            combined_rows: values("combined_rows", rows_sent, hidden)?,
+            combine_index: indices("combine_index", tokens, layer.ranks_of_token())?,
+            every_token: indices("every_token", if ranks == 1 { tokens } else { 0 }, 1)?,
+            shared_inner: values("shared_inner", shared_tokens, shared_inner)?,
+            shared_gate: floats("shared_gate", shared_tokens, 1)?,
+            shared_out: values("shared_out", shared_tokens, hidden)?,
         })
     }
 
-    /// What never changes, and where it belongs.
-    pub(crate) fn constants(&self, top_k: usize) -> [(Arc<[u32]>, Buffer); 2] {
-        let multiples = |buffer: &Buffer, of: usize| {
-            let words = (0..buffer.rows).map(|row| (row * of) as u32).collect();
-            (words, buffer.clone())
-        };
-        [multiples(&self.token_copies, top_k), multiples(&self.every_token, 1)]
+    /// Room for the histograms of a batch over so many slots `[3, S]`.
+    pub(crate) fn histograms(&self, slots: usize) -> Result<Buffer, DeviceError> {
+        self.counts.rows(0..3)?.columns(0..slots)
     }
 
-    /// What is left behind a micro-batch that takes up `used`. The copies of a stage are shared: the compute lane is at
-    /// one stage at a time.
-    pub(crate) fn behind(&self, used: &Capacity) -> Result<Self, DeviceError> {
-        let Capacity { tokens, rows_sent, rows_received, copies, .. } = *used;
+    /// The part of a batch: all of it for the first one, and what is left behind those `before` it for the second. Each
+    /// token has its own rows of what is `[T, …]`, and the assignments of a stage are shared: the compute lane is at one
+    /// stage at a time.
+    pub(crate) fn of_batch(&self, number: usize, before: &Capacity) -> Result<Self, DeviceError> {
+        if number == 0 {
+            return Ok(self.clone());
+        }
+        let Capacity { rows_sent, rows_received, assignments, .. } = *before;
         let rest = |buffer: &Buffer, used: usize| buffer.rows(used.min(buffer.rows)..buffer.rows);
+        let second = |buffer: &Buffer| rest(buffer, buffer.rows / 2);
         Ok(LayerBuffers {
-            send_index: rest(&self.send_index, rows_sent)?,
+            counts: second(&self.counts)?,
+            send_tokens: rest(&self.send_tokens, rows_sent)?,
+            send_last: rest(&self.send_last, rows_sent)?,
             send_rows: rest(&self.send_rows, rows_sent)?,
-            send_records: rest(&self.send_records, rows_sent)?,
+            send_metadata: rest(&self.send_metadata, rows_sent)?,
             received_rows: rest(&self.received_rows, rows_received)?,
-            received_records: rest(&self.received_records, rows_received)?,
-            expand_index: rest(&self.expand_index, copies)?,
-            outputs: rest(&self.outputs, copies)?,
-            reduce_starts: rest(&self.reduce_starts, rows_received + 1)?,
-            reduce_index: rest(&self.reduce_index, copies)?,
-            reduce_weights: rest(&self.reduce_weights, copies)?,
+            received_metadata: rest(&self.received_metadata, rows_received)?,
+            receive_bins: second(&self.receive_bins)?,
+            receive_order: rest(&self.receive_order, rows_received)?,
+            receive_sums: rest(&self.receive_sums, rows_received)?,
+            slot_starts: second(&self.slot_starts)?,
+            expand_index: rest(&self.expand_index, assignments)?,
+            outputs: rest(&self.outputs, assignments)?,
+            reduce_index: rest(&self.reduce_index, rows_received)?,
+            reduce_weights: rest(&self.reduce_weights, rows_received)?,
             sums: rest(&self.sums, rows_received)?,
-            home_rows: rest(&self.home_rows, rows_sent)?,
-            home_starts: rest(&self.home_starts, tokens + 1)?,
-            home_index: rest(&self.home_index, rows_sent)?,
-            shared_out: rest(&self.shared_out, tokens)?,
+            combined_rows: rest(&self.combined_rows, rows_sent)?,
             ..self.clone()
         })
     }

@@ -1,83 +1,151 @@
 //! One stage of experts: from received rows to partial sums.
 
-use crate::buffers::LayerBuffers;
-use crate::rendezvous::Plan;
-use crate::run::MoeLayer;
+use crate::batch::{Batch, Rows, Travel};
+use crate::run::{Call, Mlp};
 use crate::{ExpertPipeline, PipelineError};
-use epsmoe_base::{Phase, Place, Stage};
-use epsmoe_device::op::{Epilogue, Gather, Gemm, GemmPart, HostToDevice, Reduce};
-use epsmoe_device::{Backend, Weight};
-use epsmoe_plan::{ArrivalMaps, GemmKind};
+use epsmoe_base::{DType, Lane, Phase, Place, Stage};
+use epsmoe_device::op::{
+    Epilogue, ExpertGemm, Gather, Gemm, GemmPart, HostToDevice, ReceiveOrder, Reduce, SortBySlot, Travelled,
+};
+use epsmoe_device::{Backend, Buffer, Weight};
+use epsmoe_plan::GemmKind;
 use std::ops::Range;
 
 impl<B: Backend> ExpertPipeline<B> {
-    /// Waits for the metadata records, on the host, and turns them into the index arrays of this rank's stages.
-    pub(crate) fn receive_metadata(
+    /// Makes the index arrays of the batch's stages: out of the metadata, once it has arrived, and of what was announced
+    /// about it; in place, out of the tokens' own slots.
+    pub(crate) fn receive(
         &self,
-        layer: &MoeLayer,
-        buffers: &LayerBuffers,
-        plan: &Plan,
-        arrived: &B::Event,
+        call: &Call<'_>,
+        batch: &Batch,
+        metadata: Option<&B::Event>,
     ) -> Result<(), PipelineError> {
-        let me = self.fabric.rank();
-        self.wait(arrived)?;
-        let rows = plan.traffic.rows_received(me);
-        let records = self.device.read_u32(&buffers.received_records.rows(0..rows)?)?;
-        let Plan { counts, table, traffic } = plan;
-        let (placement, top_k) = (&self.options.placement, layer.gate.top_k);
-        let maps = ArrivalMaps::of(placement, me, counts, table, traffic, top_k, &records)?;
-        let copies = 0..maps.expand.len();
-        let weights: Vec<u32> = maps.reduce_weights.iter().map(|weight| weight.to_bits()).collect();
-        let uploads = [
-            (maps.expand, buffers.expand_index.rows(copies.clone())?),
-            (maps.reduce_offsets, buffers.reduce_starts.rows(0..rows + 1)?),
-            (maps.reduce_index, buffers.reduce_index.rows(copies.clone())?),
-            (weights, buffers.reduce_weights.rows(copies)?),
-        ];
-        for (words, out) in uploads {
-            self.compute(
-                Place::layer(layer.layer).phase(Phase::Maps),
-                HostToDevice { words: words.into(), out },
-            )?;
-        }
-        Ok(())
+        let place = Place::layer(call.layer.layer).phase(Phase::Maps);
+        let (buffers, local) = (&batch.buffers, call.layer.slots.local_count(self.fabric.rank()));
+        let starts = buffers.slot_starts.rows(0..local + 1)?;
+        let Rows::Travel(travel) = &batch.rows else {
+            let slots = buffers.slots.rows(batch.tokens.clone())?;
+            let assignments = slots.rows * slots.width;
+            let sort = SortBySlot {
+                terms: buffers.reduce_index.rows(0..slots.rows)?,
+                rows: buffers.expand_index.rows(0..assignments)?,
+                travelled: None,
+                slots,
+                starts,
+            };
+            return self.compute(place, sort);
+        };
+        let (me, traffic, top_k) = (self.fabric.rank(), &travel.traffic, call.layer.gate.top_k);
+        let bins = traffic.receive_bins(&call.layer.slots, &travel.counts, &batch.table, me);
+        let announced = buffers.receive_bins.rows(0..bins.len())?;
+        self.compute(place, HostToDevice { words: bins.as_flattened().into(), out: announced.clone() })?;
+        self.after(Lane::Compute, metadata);
+        let rows = 0..traffic.rows_received(me);
+        let metadata = buffers.received_metadata.rows(rows.clone())?;
+        let slots = metadata.columns(0..top_k)?;
+        let order = buffers.receive_order.rows(rows.clone())?;
+        let sums = buffers.receive_sums.rows(rows.clone())?;
+        let receive = ReceiveOrder {
+            slots: slots.clone(),
+            bins: announced,
+            local,
+            order: order.clone(),
+            sums: sums.clone(),
+        };
+        self.compute(place, receive)?;
+        let travelled = Travelled {
+            order,
+            sums,
+            weights: metadata.columns(top_k..2 * top_k)?.bits_as(DType::F32)?,
+            factors: buffers.reduce_weights.rows(rows.clone())?,
+        };
+        let sort = SortBySlot {
+            slots,
+            travelled: Some(travelled),
+            starts,
+            rows: buffers.expand_index.rows(0..traffic.assignments(me))?,
+            terms: buffers.reduce_index.rows(rows)?,
+        };
+        self.compute(place, sort)
     }
 
-    /// Expand, gate and up, activation, down, reduce. Outputs of earlier stages are kept until the last expert
-    /// of their rows is done, so that each sum is folded once, in expert order.
+    /// Expand, gate and up, activation, down, reduce.
     pub(crate) fn run_stage(
         &self,
-        layer: &MoeLayer,
-        buffers: &LayerBuffers,
-        plan: &Plan,
+        call: &Call<'_>,
+        batch: &Batch,
         stage: Stage,
     ) -> Result<(), PipelineError> {
-        let (me, traffic) = (self.fabric.rank(), &plan.traffic);
-        let place = Place::layer(layer.layer).stage(stage);
-        let copies = traffic.stage_copies(me, stage);
+        let place = Place::layer(call.layer.layer).stage(stage);
+        match &batch.rows {
+            Rows::InPlace => self.run_in_place(place, call, batch),
+            Rows::Travel(travel) => self.run_received(place, call, batch, travel, stage),
+        }
+    }
+
+    /// All experts over the rank's own tokens: only the device knows which rows each has.
+    fn run_in_place(&self, place: Place, call: &Call<'_>, batch: &Batch) -> Result<(), PipelineError> {
+        let (buffers, tokens) = (&batch.buffers, 0..batch.tokens.len());
+        let assignments = 0..tokens.len() * call.layer.gate.top_k;
+        let (expanded, inner) =
+            (buffers.expanded.rows(assignments.clone())?, buffers.inner.rows(assignments.clone())?);
+        let outputs = buffers.outputs.rows(assignments.clone())?;
+        let index = buffers.expand_index.rows(assignments)?;
+        let expand = Gather { x: batch.x.clone(), index, out: expanded.clone() };
+        self.compute(place.phase(Phase::Expand), expand)?;
+        let starts = buffers.slot_starts.rows(0..call.layer.experts.len() + 1)?;
+        let product = |x, weight: fn(&Mlp) -> &Weight, epilogue, out| ExpertGemm {
+            x,
+            starts: starts.clone(),
+            weights: call.layer.experts.iter().map(|mlp| weight(mlp).clone()).collect(),
+            epilogue,
+            out,
+        };
+        let gate_up = product(expanded, |mlp| &mlp.gate_up, Epilogue::SwiGlu, inner.clone());
+        self.compute(place.phase(Phase::GateUp), gate_up)?;
+        let down = product(inner, |mlp| &mlp.down, Epilogue::Store, outputs.clone());
+        self.compute(place.phase(Phase::Down), down)?;
+        let weights = buffers.slot_weights.rows(batch.tokens.clone())?;
+        self.reduce(place, outputs, &buffers.reduce_index, &weights, &buffers.sums, tokens)
+    }
+
+    /// The experts of one stage over rows that have arrived. Outputs of earlier stages are kept until the last expert of
+    /// their rows is done, so that each sum is folded once, in slot order.
+    fn run_received(
+        &self,
+        place: Place,
+        call: &Call<'_>,
+        batch: &Batch,
+        travel: &Travel,
+        stage: Stage,
+    ) -> Result<(), PipelineError> {
+        let (me, traffic, buffers) = (self.fabric.rank(), &travel.traffic, &batch.buffers);
+        let assignments = traffic.stage_assignments(me, stage);
         let expand = Gather {
-            x: buffers.received_rows.rows(0..traffic.receive_stage(me, stage).end)?,
-            index: buffers.expand_index.rows(copies.clone())?,
-            out: buffers.expanded.rows(0..copies.len())?,
+            x: buffers.received_rows.rows(0..traffic.dispatch_receive_stage(me, stage).end)?,
+            index: buffers.expand_index.rows(assignments.clone())?,
+            out: buffers.expanded.rows(0..assignments.len())?,
         };
         self.compute(place.phase(Phase::Expand), expand)?;
-        let experts = plan.table.experts_of(me, stage);
+        let slots = batch.table.slots_of(me, stage);
         let (mut gate_up, mut down) = (Vec::new(), Vec::new());
-        for (expert, mlp) in experts.clone().zip(&layer.experts[experts]) {
-            let of_expert = traffic.expert_copies(me, expert);
-            if of_expert.is_empty() {
+        for (slot, mlp) in slots.clone().zip(&call.layer.experts[slots]) {
+            let of_slot = traffic.slot_assignments(me, slot);
+            if of_slot.is_empty() {
                 continue;
             }
-            let in_stage = of_expert.start - copies.start..of_expert.end - copies.start;
+            let in_stage = of_slot.start - assignments.start..of_slot.end - assignments.start;
             let (x, inner) = (buffers.expanded.rows(in_stage.clone())?, buffers.inner.rows(in_stage)?);
             let part = |x, weight: &Weight, out| GemmPart { x, weight: weight.clone(), out };
             gate_up.push(part(x, &mlp.gate_up, inner.clone()));
-            down.push(part(inner, &mlp.down, buffers.outputs.rows(of_expert)?));
+            down.push(part(inner, &mlp.down, buffers.outputs.rows(of_slot)?));
         }
-        let kind = plan.table.gemm[stage.0];
+        let kind = batch.table.gemm[stage.0];
         self.products(place.phase(Phase::GateUp), kind, gate_up, Epilogue::SwiGlu)?;
         self.products(place.phase(Phase::Down), kind, down, Epilogue::Store)?;
-        self.reduce(place.phase(Phase::Reduce), buffers, copies.end, traffic.combine_stage(me, stage))
+        let (outputs, rows) =
+            (buffers.outputs.rows(0..assignments.end)?, traffic.combine_send_stage(me, stage));
+        self.reduce(place, outputs, &buffers.reduce_index, &buffers.reduce_weights, &buffers.sums, rows)
     }
 
     /// The products of a stage's experts: all in one operation, or one after the other.
@@ -96,22 +164,23 @@ impl<B: Backend> ExpertPipeline<B> {
         }
     }
 
-    /// Partial sums of the rows whose last expert here is done: weights applied, folded in expert order.
+    /// Partial sums of the rows whose last expert here is done: weights applied, folded in slot order.
     fn reduce(
         &self,
         place: Place,
-        buffers: &LayerBuffers,
-        copies: usize,
+        outputs: Buffer,
+        index: &Buffer,
+        weights: &Buffer,
+        sums: &Buffer,
         rows: Range<usize>,
     ) -> Result<(), PipelineError> {
         let reduce = Reduce {
-            x: buffers.outputs.rows(0..copies)?,
-            starts: buffers.reduce_starts.rows(rows.start..rows.end + 1)?,
-            index: buffers.reduce_index.rows(0..copies)?,
-            weights: Some(buffers.reduce_weights.rows(0..copies)?),
+            x: outputs,
+            index: index.rows(rows.clone())?,
+            weights: Some(weights.rows(rows.clone())?),
             addend: None,
-            out: buffers.sums.rows(rows)?,
+            out: sums.rows(rows)?,
         };
-        self.compute(place, reduce)
+        self.compute(place.phase(Phase::Reduce), reduce)
     }
 }

@@ -1,26 +1,46 @@
 //! The expert pipeline: one MoE layer, over all ranks, on two lanes of each.
 //!
-//! Start at [`ExpertPipeline::run`]: it reads as the layer happens. Then, in the order of the data:
-//! `rendezvous` (what the ranks tell each other before anything moves), `dispatch` (rows to their
-//! experts), `experts` (a stage of experts, from received rows to partial sums), `combine` (partial sums
-//! back home), and `buffers` (all the memory of it, reserved once). `two_batch` walks them with two micro-batches. Beside it, `routing_log`: what routers chose,
-//! recorded and replayed.
+//! Start at [`ExpertPipeline::run`]: it reads as the layer happens. Then, in the order of the data: `route` (which
+//! experts, and in which slots they are), `count_exchange` (what the ranks tell each other before anything moves),
+//! `dispatch` (rows to their experts), `experts` (a stage of experts, from received rows to partial sums), `combine`
+//! (partial sums back to their tokens), and `buffers` (all the memory of it, reserved once). Beside it, `routing_log`:
+//! what routers chose, recorded and replayed.
 //!
-//! This room executes the plan's [`StageTable`](epsmoe_plan::StageTable); it decides nothing itself, and knows
-//! no model by name.
+//! # One path
+//!
+//! Which row goes where is found on the device ([`epsmoe_device::op::AssignSlots`] and its neighbours), so the host
+//! needs nothing but counts, and only where rows travel:
+//!
+//! ```text
+//!                  a world of ranks                               one rank, one grouped stage
+//! compute lane     router, route, assign, count                   router, route, assign
+//! host             waits for the histograms [S], tells the ranks,
+//!                  plans from everybody's
+//! compute lane     send order, pack │ receive order, sort         sort
+//! transfer lane    metadata, d0, d1, …                            nothing travels: received rows are the tokens
+//! compute lane     stage by stage: expand, products, reduce       expand, products, reduce
+//! transfer lane    …, c0, c1                                      nothing
+//! compute lane     sums in rank order, the shared expert's last   the same
+//! ```
+//!
+//! The host waits once a layer for its device, for the histograms, and once for the other ranks; in place it runs ahead
+//! through all layers. Chunks and micro-batches are *batches*: the same walk over some of the tokens each.
+//!
+//! This room executes the [`LayerPlan`](epsmoe_plan::LayerPlan) that a [`Planner`](epsmoe_plan::Planner) made; it
+//! decides nothing itself, and knows no model by name.
 
-mod alone;
+mod batch;
 mod buffers;
 mod combine;
+mod count_exchange;
 mod dispatch;
 mod experts;
-mod rendezvous;
+mod route;
 mod routing_log;
 mod run;
-mod two_batch;
 
 pub use buffers::PipelineSizes;
-pub use rendezvous::disagreement;
+pub use count_exchange::disagreement;
 pub use routing_log::{Flips, RoutingLog, RoutingLogError, TokenId};
 pub use run::{ExpertPipeline, HostTimes, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp};
 

@@ -1,16 +1,17 @@
 //! START HERE. One MoE layer as it happens on one rank; every rank runs the same code.
 
 use crate::PipelineError;
+use crate::batch::{Batch, Rows, batch_of};
 use crate::buffers::{LayerBuffers, PipelineSizes};
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, Stage, hash_bytes};
-use epsmoe_device::op::{GateRows, Gemm, HostToDevice, Op, Route, TopKRouter};
+use epsmoe_device::op::{GateRows, Gemm, HostToDevice, Op, TopKRouter};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
-    Capacity, LayerBytes, LayerShape, Placement, Policy, Routing, Schedule, ScheduleReport, Scheduler,
-    SharedExpert, Span, StageTable, Traffic, Transfer, halves,
+    Ahead, Capacity, LayerBytes, Planner, Policy, Routing, ScheduleReport, SharedExpert, SlotMap, Span,
+    StageTable, Transfer, halves,
 };
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 /// A gated MLP: `down( silu(x·gateᵀ) ⊙ (x·upᵀ) )`.
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    /// TopKRouter and up maps `[I, H]`.
+    /// Gate and up maps `[I, H]`.
     pub gate_up: Weight,
     /// Down map `[H, I]`.
     pub down: Weight,
@@ -43,7 +44,9 @@ pub struct MoeLayer {
     pub bias: Option<Weight>,
     /// How router logits become experts.
     pub gate: TopKRouter,
-    /// This rank's experts, in order `[L]`.
+    /// Which rank holds which expert, in which slot; the same on all ranks.
+    pub slots: Arc<SlotMap>,
+    /// The experts of this rank, in the order of its slots `[L]`.
     pub experts: Vec<Mlp>,
     /// The expert that every token visits, if the model has one.
     pub shared: Option<SharedMlp>,
@@ -61,22 +64,21 @@ pub struct SharedMlp {
 /// What the pipeline of a world is built from; equal on all ranks.
 #[derive(Clone, Debug)]
 pub struct PipelineOptions {
-    /// Where experts live.
-    pub placement: Placement,
     /// What the user asked for.
     pub policy: Policy,
     /// Widths and capacities.
     pub sizes: PipelineSizes,
     /// A hash of the model and whatever else all ranks must have in common.
     pub identity: u64,
-    /// How long ranks wait for each other, and the host for its lanes.
+    /// How long ranks wait for each other. The host waits twice as long for its own lanes, so that the exchange
+    /// notices a late rank first: it knows which one.
     pub timeout: Duration,
 }
 
 /// What a layer did.
 #[derive(Clone, Debug, Default)]
 pub struct LayerReport {
-    /// Plans that were run: one, or one per token chunk; of two micro-batches, both.
+    /// Plans that were run: one for each chunk of tokens, or for each micro-batch of one.
     pub tables: Vec<StageTable>,
     /// The most bytes that one of them needed on this rank.
     pub peak_bytes: u64,
@@ -84,17 +86,17 @@ pub struct LayerReport {
     pub host: HostTimes,
 }
 
-/// When the host of a rank was done with a part of a layer.
+/// When the host of a rank was done with a part of a layer; in place there are no counts to wait for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HostTimes {
-    /// Rows and records are on their way to the send buffers, and the rendezvous is next.
+    /// The histograms are read.
+    pub counted: Option<Instant>,
+    /// Rows and metadata are on their way to the send buffers, and the count exchange is next.
     pub packed: Option<Instant>,
     /// Every rank's counts are there.
-    pub met: Option<Instant>,
+    pub exchanged: Option<Instant>,
     /// So is the plan.
     pub planned: Option<Instant>,
-    /// The index arrays of this rank's stages are on their way to the device.
-    pub mapped: Option<Instant>,
     /// Everything is enqueued.
     pub enqueued: Option<Instant>,
 }
@@ -107,69 +109,70 @@ pub struct ExpertPipeline<B: Backend> {
     pub(crate) buffers: LayerBuffers,
     /// A hash of what all ranks must have in common.
     pub(crate) settings: u64,
-    /// What decides layer after layer, if the schedule is auto. One thread runs a rank's layers.
-    pub(crate) scheduler: Option<RefCell<Scheduler>>,
+    /// What decides layer after layer. One thread runs a rank's layers.
+    pub(crate) planner: RefCell<Box<dyn Planner>>,
+    /// The digest of the map that the device holds.
+    pub(crate) held_map: Cell<Option<u64>>,
+}
+
+/// A layer that was called for.
+#[derive(Clone, Copy)]
+pub(crate) struct Call<'a> {
+    pub(crate) layer: &'a MoeLayer,
+    /// What to run by, instead of what the planner says.
+    pub(crate) table: Option<&'a StageTable>,
+    /// Input and output `[T, H]`.
+    pub(crate) x: &'a Buffer,
+    pub(crate) y: &'a Buffer,
 }
 
 impl<B: Backend> ExpertPipeline<B> {
     /// Reserves the buffers that every MoE layer of this rank shares.
     pub fn new(device: Arc<B>, fabric: Fabric<B>, options: PipelineOptions) -> Result<Self, PipelineError> {
-        let PipelineSizes { layer, capacity, .. } = options.sizes;
-        let least = Capacity::worst_case(1, &options.placement, layer.top_k);
-        if !capacity.holds(&least) {
+        let PipelineOptions { policy, sizes, identity, .. } = &options;
+        let least = Capacity::worst_case(1, &sizes.layer);
+        if !sizes.capacity.holds(&least) {
             // Halving a layer's tokens would never end.
-            let message = format!("one token of every rank needs {least:?}, but there is {capacity:?}");
+            let message =
+                format!("one token of every rank needs {least:?}, but there is {:?}", sizes.capacity);
             return Err(DeviceError::Shape(message).into());
         }
         let buffers = LayerBuffers::allocate(&*device, &options)?;
-        for (words, out) in buffers.constants(layer.top_k) {
-            device.enqueue(Lane::Compute, Place::default(), HostToDevice { words, out })?;
-        }
-        let PipelineOptions { placement, policy, sizes, identity, .. } = &options;
-        let settings = hash_bytes(format!("{placement:?} {policy} {sizes:?} {identity}").as_bytes());
-        let shape = LayerShape { sizes: layer, shared_inner: sizes.shared_inner };
-        let scheduler = policy.scheduler(placement, shape, device.dtype())?.map(RefCell::new);
-        if scheduler.is_some() && fabric.size() > 1 {
+        let tokens = buffers.every_token.clone();
+        let words = (0..tokens.rows as u32).collect();
+        device.enqueue(Lane::Compute, Place::default(), HostToDevice { words, out: tokens })?;
+        let settings = hash_bytes(format!("{policy} {sizes:?} {identity}").as_bytes());
+        let planner = RefCell::new(policy.planner(sizes.layer, device.dtype())?);
+        if planner.borrow().wants_spans() && fabric.size() > 1 {
             // It learns from the spans of layers.
             device.set_recording(true);
         }
-        Ok(ExpertPipeline { device, fabric, options, buffers, settings, scheduler })
+        let held_map = Cell::new(None);
+        Ok(ExpertPipeline { device, fabric, options, buffers, settings, planner, held_map })
     }
 
-    /// Whether [`observe`](Self::observe) looks at what it is given.
-    pub fn observes(&self) -> bool {
-        self.scheduler.is_some() && !self.is_alone()
+    /// Whether [`observe`](Self::observe) after this step wants to see the spans of its layers.
+    pub fn wants_spans(&self) -> bool {
+        self.fabric.size() > 1 && self.planner.borrow().wants_spans()
     }
 
-    /// After a step: what its layers took, for the auto schedule to learn from. `spans` are this rank's.
+    /// After a step: what its layers took, for the planner to learn from. `spans` are this rank's; nothing if nothing was
+    /// recorded.
     pub fn observe(&self, spans: &[Span]) {
-        if let Some(scheduler) = &self.scheduler {
-            scheduler.borrow_mut().observe(self.fabric.rank(), spans);
-        }
+        self.planner.borrow_mut().observe(self.fabric.rank(), spans);
     }
 
-    /// How the auto schedule planned the layers so far.
-    pub fn schedule(&self) -> Option<ScheduleReport> {
-        Some(self.scheduler.as_ref()?.borrow().report())
-    }
-
-    /// Where the shared expert of the next layer computes: known before the rendezvous.
-    fn shared_expert(&self) -> SharedExpert {
-        match &self.scheduler {
-            Some(scheduler) => scheduler.borrow().shared_expert(),
-            None => self.options.policy.shared_expert(),
-        }
+    /// How the layers so far were planned, if the schedule is auto.
+    pub fn report(&self) -> Option<ScheduleReport> {
+        self.planner.borrow().report()
     }
 
     /// `y = Σ over the chosen experts of weight · expert(x), plus the shared expert's output`, for `x` and `y`
     /// `[T, H]`. T may differ between ranks and may be 0; all ranks must call. Returns once everything is
     /// enqueued: `y` is complete when the compute lane is.
     pub fn run(&self, layer: &MoeLayer, x: &Buffer, y: &Buffer) -> Result<LayerReport, PipelineError> {
-        if self.is_alone() {
-            return self.run_alone(layer, x, y);
-        }
-        let routing = self.route(layer, x)?;
-        self.run_routed(layer, &routing, x, y)
+        self.choose(layer, x)?;
+        self.run_chosen(Call { layer, table: None, x, y })
     }
 
     /// [`run`](Self::run) with experts that are already chosen.
@@ -180,145 +183,193 @@ impl<B: Backend> ExpertPipeline<B> {
         x: &Buffer,
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
-        self.run_planned(layer, routing, None, x, y)
+        self.upload(layer, routing)?;
+        self.run_chosen(Call { layer, table: None, x, y })
     }
 
-    /// [`run_routed`](Self::run_routed) by a given table, the same on all ranks, instead of what was asked for at the
-    /// start: to measure what a plan costs.
+    /// [`run`](Self::run) by a given table, the same on all ranks, instead of what was asked for at the start: to measure
+    /// what a plan costs. With `routing`, the router's choice is overruled.
     pub fn run_table(
         &self,
         layer: &MoeLayer,
-        routing: &Routing,
+        routing: Option<&Routing>,
         table: &StageTable,
         x: &Buffer,
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
-        self.run_planned(layer, routing, Some(table), x, y)
+        self.choose(layer, x)?;
+        if let Some(routing) = routing {
+            self.upload(layer, routing)?;
+        }
+        self.run_chosen(Call { layer, table: Some(table), x, y })
     }
 
-    fn run_planned(
-        &self,
-        layer: &MoeLayer,
-        routing: &Routing,
-        table: Option<&StageTable>,
-        x: &Buffer,
-        y: &Buffer,
-    ) -> Result<LayerReport, PipelineError> {
+    fn run_chosen(&self, call: Call<'_>) -> Result<LayerReport, PipelineError> {
         let mut report = LayerReport::default();
-        if table.is_none() && self.options.policy.schedule == Schedule::TwoBatch {
-            self.run_micro_batches(layer, routing, 0..x.rows, x, y, &mut report)?;
-            return Ok(report);
-        }
-        self.run_tokens(layer, routing, table, 0..x.rows, x, y, &mut report)?;
+        self.assign(call.layer, call.x.rows)?;
+        self.run_tokens(&call, 0..call.x.rows, &mut report)?;
         Ok(report)
     }
 
-    /// Runs the tokens in `range`, by `table` if there is one. If some rank could not hold what would arrive there, every rank sees it in
-    /// the gathered counts, and all halve their tokens alike.
-    #[expect(clippy::too_many_arguments, reason = "what run was given, and where it stands")]
+    /// Runs some of the tokens. If some rank could not hold what would arrive there, every rank sees it in the counts,
+    /// and all halve their tokens alike.
     fn run_tokens(
         &self,
-        layer: &MoeLayer,
-        routing: &Routing,
-        table: Option<&StageTable>,
-        range: Range<usize>,
-        x: &Buffer,
-        y: &Buffer,
+        call: &Call<'_>,
+        tokens: Range<usize>,
         report: &mut LayerReport,
     ) -> Result<(), PipelineError> {
-        let (rows, out, buffers) = (x.rows(range.clone())?, y.rows(range.clone())?, &self.buffers);
-        let shared = table.map_or_else(|| self.shared_expert(), |table| table.shared);
-        let outgoing = self.pack(layer, buffers, &routing.slice(range.clone()), &rows)?;
-        self.device.lane_wait(Lane::Transfer, &self.device.record(Lane::Compute));
-        self.run_shared_if(shared == SharedExpert::BesideRendezvous, layer, &rows)?;
-        report.host.packed = Some(Instant::now());
-        let plan = self.rendezvous(layer, table, &outgoing, &mut report.host)?;
-        if !self.options.sizes.capacity.fits(&plan.traffic) {
-            let (first, second) = halves(range);
-            self.run_tokens(layer, routing, table, first, x, y, report)?;
-            return self.run_tokens(layer, routing, table, second, x, y, report);
+        match self.plan(call, &tokens, &mut report.host)? {
+            Some(batches) => self.walk(call, &tokens, &batches, report),
+            None => {
+                let (first, second) = halves(tokens);
+                self.run_tokens(call, first, report)?;
+                self.run_tokens(call, second, report)
+            }
         }
-        let mut metadata = Some(self.exchange_metadata(layer, buffers, &plan)?);
+    }
 
-        // The two lanes. What is enqueued on one waits for the other only where an event says so: while the
-        // experts of a stage compute, the transfers enqueued after that stage's dispatch travel.
-        let stages = plan.table.stages();
-        let mut dispatched: Vec<Option<B::Event>> = vec![None; stages];
-        let mut reduced: Vec<B::Event> = Vec::with_capacity(stages);
-        for step in &plan.table.order {
+    /// The batches of some tokens, packed and planned; nothing if some rank could not hold them.
+    fn plan(
+        &self,
+        call: &Call<'_>,
+        tokens: &Range<usize>,
+        times: &mut HostTimes,
+    ) -> Result<Option<Vec<Batch>>, PipelineError> {
+        let (map, capacity) = (&*call.layer.slots, &self.options.sizes.capacity);
+        let ahead = match call.table {
+            Some(table) => Ahead { shared: table.shared, batches: 1, table: Some(table.clone()) },
+            None => self.planner.borrow().ahead(map)?,
+        };
+        if let Some(table) = ahead.table.filter(|table| table.runs_in_place(map)) {
+            table.validate(map)?;
+            let needed = Capacity::in_place(tokens.len(), call.layer.gate.top_k);
+            return Ok(match capacity.holds(&needed) {
+                true => Some(vec![self.in_place(call, tokens, table)?]),
+                false => None,
+            });
+        }
+        let parts = match ahead.batches {
+            2 => <[Range<usize>; 2]>::from(halves(tokens.clone())).to_vec(),
+            _ => vec![tokens.clone()],
+        };
+        for (number, tokens) in parts.iter().enumerate() {
+            self.count(call, &self.buffers.of_batch(number, &Capacity::default())?, tokens)?;
+        }
+        self.wait(&self.device.record(Lane::Compute))?;
+        times.counted = Some(Instant::now());
+        let mut packed = Vec::with_capacity(parts.len());
+        let mut before = Capacity::default();
+        for (number, tokens) in parts.into_iter().enumerate() {
+            let batch = self.pack(call, self.buffers.of_batch(number, &before)?, tokens)?;
+            before = batch.sent();
+            packed.push(batch);
+        }
+        self.device.lane_wait(Lane::Transfer, &self.device.record(Lane::Compute));
+        self.run_shared_if(ahead.shared == SharedExpert::BesideCountExchange, call, tokens)?;
+        times.packed = Some(Instant::now());
+        let mut batches = self.exchange_counts(call, packed, times)?;
+        if !capacity.fits(&batches.iter().filter_map(Batch::traffic).collect::<Vec<_>>()) {
+            return Ok(None);
+        }
+        let mut before = Capacity::default();
+        for (number, batch) in batches.iter_mut().enumerate() {
+            batch.buffers = self.buffers.of_batch(number, &before)?;
+            before = batch.needed(self.fabric.rank(), call.layer.gate.top_k);
+        }
+        Ok(Some(batches))
+    }
+
+    /// A batch that needs nobody's counts.
+    fn in_place(
+        &self,
+        call: &Call<'_>,
+        tokens: &Range<usize>,
+        table: StageTable,
+    ) -> Result<Batch, PipelineError> {
+        self.run_shared_if(table.shared == SharedExpert::BesideCountExchange, call, tokens)?;
+        let (x, y) = (call.x.rows(tokens.clone())?, call.y.rows(tokens.clone())?);
+        Ok(Batch { tokens: tokens.clone(), x, y, buffers: self.buffers.clone(), table, rows: Rows::InPlace })
+    }
+
+    /// The two lanes. What is enqueued on one waits for the other only where an event says so: while the experts of a
+    /// stage compute, the transfers enqueued after that stage's dispatch travel. In place there are no such events.
+    fn walk(
+        &self,
+        call: &Call<'_>,
+        tokens: &Range<usize>,
+        batches: &[Batch],
+        report: &mut LayerReport,
+    ) -> Result<(), PipelineError> {
+        let StageTable { order, shared, .. } = &batches[0].table;
+        let mut events = Events::new(batches);
+        for (position, step) in order.iter().enumerate() {
             match *step {
                 Transfer::Dispatch(stage) => {
-                    self.dispatch(layer, buffers, &plan, stage)?;
-                    dispatched[stage.0] = Some(self.device.record(Lane::Transfer));
-                    if let Some(metadata) = metadata.take() {
-                        // The first rows travel: time for the shared expert, and for the index arrays.
-                        self.run_shared_if(shared == SharedExpert::BesideFirstDispatch, layer, &rows)?;
-                        self.receive_metadata(layer, buffers, &plan, &metadata)?;
-                        report.host.mapped = Some(Instant::now());
+                    let number = batch_of(batches, stage);
+                    if events.metadata.len() == number {
+                        events.metadata.push(self.exchange_metadata(call, &batches[number])?);
                     }
-                    while let Some(Some(arrived)) = dispatched.get(reduced.len()) {
-                        self.device.lane_wait(Lane::Compute, arrived);
-                        self.run_stage(layer, buffers, &plan, Stage(reduced.len()))?;
-                        reduced.push(self.device.record(Lane::Compute));
-                    }
+                    events.dispatched[stage.0] = Some(self.dispatch(call, &batches[number], stage)?);
+                    // The first rows travel: time for the shared expert.
+                    let first = position == 0 && *shared == SharedExpert::BesideFirstDispatch;
+                    self.run_shared_if(first, call, tokens)?;
+                    self.run_arrived(call, batches, &mut events)?;
                 }
                 Transfer::Combine(stage) => {
-                    self.device.lane_wait(Lane::Transfer, &reduced[stage.0]);
-                    self.combine(layer, buffers, &plan, stage)?;
+                    let (number, reduced) = (batch_of(batches, stage), events.reduced[stage.0].as_ref());
+                    events.combined[number] = self.combine(call, &batches[number], stage, reduced)?;
                 }
             }
         }
-        self.run_shared_if(shared == SharedExpert::BesideLastCombine, layer, &rows)?;
-        self.device.lane_wait(Lane::Compute, &self.device.record(Lane::Transfer));
-        self.run_shared_if(shared == SharedExpert::Alone, layer, &rows)?;
-        self.sum_at_home(layer, buffers, outgoing.home, &out)?;
+        self.run_shared_if(*shared == SharedExpert::BesideLastCombine, call, tokens)?;
+        if *shared == SharedExpert::Serial {
+            events.combined.iter().for_each(|combined| self.after(Lane::Compute, combined.as_ref()));
+            self.run_shared_if(true, call, tokens)?;
+        }
+        for (batch, combined) in batches.iter().zip(&events.combined) {
+            self.after(Lane::Compute, combined.as_ref());
+            self.sum(call, batch)?;
+        }
         report.host.enqueued = Some(Instant::now());
-        report.note(plan.table, self.layer_bytes(&plan.traffic));
+        self.note(batches, report);
         Ok(())
     }
 
-    /// Chooses every token's experts, and brings the choice to the host.
-    pub fn route(&self, layer: &MoeLayer, x: &Buffer) -> Result<Routing, PipelineError> {
-        let (experts, weights) = self.choose(layer, x)?;
-        self.wait(&self.device.record(Lane::Compute))?;
-        let (experts, weights) = (self.device.read_u32(&experts)?, self.device.read_f32(&weights)?);
-        let experts_in_layer = self.options.placement.experts();
-        Ok(Routing::new(experts_in_layer, layer.gate.top_k, experts, weights)?)
-    }
-
-    /// Chooses every token's experts: their numbers and weights `[T, k]`, on the device.
-    pub(crate) fn choose(&self, layer: &MoeLayer, x: &Buffer) -> Result<(Buffer, Buffer), PipelineError> {
-        let place = Place::layer(layer.layer);
-        let tokens = 0..x.rows;
-        let logits = self.buffers.router_logits.rows(tokens.clone())?;
-        let experts = self.buffers.router_experts.rows(tokens.clone())?;
-        let weights = self.buffers.router_weights.rows(tokens)?;
-        let router = Gemm::linear(x.clone(), &layer.router, logits.clone());
-        self.compute(place.phase(Phase::RouterLogits), router)?;
-        let route = Route {
-            logits,
-            gate: layer.gate,
-            bias: layer.bias.clone(),
-            experts: experts.clone(),
-            weights: weights.clone(),
-        };
-        self.compute(place, route)?;
-        Ok((experts, weights))
+    /// The stages whose rows, and those of all stages before, are on their way.
+    fn run_arrived(
+        &self,
+        call: &Call<'_>,
+        batches: &[Batch],
+        events: &mut Events<B::Event>,
+    ) -> Result<(), PipelineError> {
+        while let Some(Some(arrived)) = events.dispatched.get(events.reduced.len()) {
+            let stage = Stage(events.reduced.len());
+            let number = batch_of(batches, stage);
+            if events.received == number {
+                self.receive(call, &batches[number], events.metadata[number].as_ref())?;
+                events.received += 1;
+            }
+            self.after(Lane::Compute, arrived.as_ref());
+            self.run_stage(call, &batches[number], stage)?;
+            events.reduced.push(arrived.as_ref().map(|_| self.device.record(Lane::Compute)));
+        }
+        Ok(())
     }
 
     /// The expert that every token visits, on the compute lane, if its turn is now.
-    pub(crate) fn run_shared_if(&self, now: bool, layer: &MoeLayer, x: &Buffer) -> Result<(), PipelineError> {
-        let Some(shared) = layer.shared.as_ref().filter(|_| now) else { return Ok(()) };
-        let (tokens, buffers) = (0..x.rows, &self.buffers);
-        let place = Place::layer(layer.layer).phase(Phase::Shared);
+    fn run_shared_if(&self, now: bool, call: &Call<'_>, tokens: &Range<usize>) -> Result<(), PipelineError> {
+        let Some(shared) = call.layer.shared.as_ref().filter(|_| now) else { return Ok(()) };
+        let place = Place::layer(call.layer.layer).phase(Phase::Shared);
+        let (buffers, x) = (&self.buffers, call.x.rows(tokens.clone())?);
         let (inner, out) =
             (buffers.shared_inner.rows(tokens.clone())?, buffers.shared_out.rows(tokens.clone())?);
         self.compute(place, Gemm::gated(x.clone(), &shared.mlp.gate_up, inner.clone()))?;
         self.compute(place, Gemm::linear(inner, &shared.mlp.down, out.clone()))?;
         if let Some(weight) = &shared.gate {
-            let gate = buffers.shared_gate.rows(tokens)?;
+            let gate = buffers.shared_gate.rows(tokens.clone())?;
             let place = place.phase(Phase::SharedGate);
-            self.compute(place, Gemm::linear(x.clone(), weight, gate.clone()))?;
+            self.compute(place, Gemm::linear(x, weight, gate.clone()))?;
             self.compute(place, GateRows { gate, x: out })?;
         }
         Ok(())
@@ -328,19 +379,49 @@ impl<B: Backend> ExpertPipeline<B> {
         self.device.enqueue(Lane::Compute, place, op).map_err(PipelineError::from)
     }
 
-    pub(crate) fn wait(&self, event: &B::Event) -> Result<(), PipelineError> {
-        Ok(self.device.wait(event, Deadline::behind(self.options.timeout))?)
+    /// Lets nothing enqueued on a lane from now on start before an event, if there is one to wait for.
+    pub(crate) fn after(&self, lane: Lane, event: Option<&B::Event>) {
+        if let Some(event) = event {
+            self.device.lane_wait(lane, event);
+        }
     }
 
-    fn layer_bytes(&self, traffic: &Traffic) -> u64 {
-        let needed = Capacity::needed(traffic, self.fabric.rank());
-        LayerBytes::of(&self.options.sizes.layer, &needed).total()
+    pub(crate) fn wait(&self, event: &B::Event) -> Result<(), PipelineError> {
+        Ok(self.device.wait(event, Deadline::after(2 * self.options.timeout))?)
+    }
+
+    fn note(&self, batches: &[Batch], report: &mut LayerReport) {
+        let (me, sizes) = (self.fabric.rank(), &self.options.sizes.layer);
+        let needed = batches.iter().map(|batch| batch.needed(me, sizes.top_k));
+        let needed = needed.fold(Capacity::default(), |sum, needed| sum.and(&needed));
+        report.peak_bytes = report.peak_bytes.max(LayerBytes::of(sizes, &needed).total());
+        report.tables.extend(batches.iter().map(|batch| batch.table.clone()));
     }
 }
 
-impl LayerReport {
-    pub(crate) fn note(&mut self, table: StageTable, bytes: u64) {
-        self.tables.push(table);
-        self.peak_bytes = self.peak_bytes.max(bytes);
+/// What has been enqueued of a layer, and the events that say when it is done; none where nothing travels.
+struct Events<E> {
+    /// `[batch]` the arrival of its metadata, of those that are on their way.
+    metadata: Vec<Option<E>>,
+    /// Batches whose index arrays are being made.
+    received: usize,
+    /// `[stage]` the arrival of its rows, once they are on their way.
+    dispatched: Vec<Option<Option<E>>>,
+    /// `[stage]` its sums, of those that compute.
+    reduced: Vec<Option<E>>,
+    /// `[batch]` the arrival of its last sums.
+    combined: Vec<Option<E>>,
+}
+
+impl<E: Clone> Events<E> {
+    fn new(batches: &[Batch]) -> Self {
+        let stages = batches[0].table.stages();
+        Events {
+            metadata: Vec::with_capacity(batches.len()),
+            received: 0,
+            dispatched: vec![None; stages],
+            reduced: Vec::with_capacity(stages),
+            combined: vec![None; batches.len()],
+        }
     }
 }

@@ -277,20 +277,20 @@ pub struct RowsCost {
     pub upload: Piecewise,
     /// Router logits (tokens × experts) → ns: choosing experts.
     pub route: Piecewise,
+    /// (row, slot) pairs → ns: one index array, or a few that are made in one go.
+    pub index: Piecewise,
 }
 
 /// Work of the host, which no lane does, and how fast host and lanes notice each other.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HostCost {
-    /// (token, expert) pairs of the rank → ns: reading the routing, counting, send and home maps.
-    pub pack: Piecewise,
-    /// Bytes of all ranks' messages → ns: the rendezvous, from the moment the last rank is there.
-    pub rendezvous: Piecewise,
-    /// Experts × ranks → ns: checking the counts, cutting the stages, laying out the buffers.
+    /// Slots → ns: reading the rank's token histograms.
+    pub read: Piecewise,
+    /// Bytes of all ranks' messages → ns: the count exchange, from the moment the last rank is there.
+    pub exchange: Piecewise,
+    /// Slots × ranks → ns: checking the counts, cutting the stages, laying out the buffers.
     pub plan: Piecewise,
-    /// Copies received → ns: reading the metadata and making the maps of the stages.
-    pub maps: Piecewise,
     /// Operations, and products in them → ns: handing them to a lane. 0 where lanes never wait for that.
     #[serde(default)]
     pub enqueue: Piecewise,
@@ -372,10 +372,10 @@ impl Correction {
 
 impl CostModel {
     /// What this program writes and reads.
-    pub const VERSION: u32 = 3;
+    pub const VERSION: u32 = 4;
 
     /// Round figures of a server's CPU, for a machine that nobody measured: ranks of `threads` threads, of which
-    /// `concurrent` in all run at full speed at once (0: every rank has a processor of its own). Good enough to begin with; a [`Scheduler`](crate::Scheduler)
+    /// `concurrent` in all run at full speed at once (0: every rank has a processor of its own). Good enough to begin with; a [`AutoPlanner`](crate::AutoPlanner)
     /// corrects them while it runs.
     pub fn unmeasured(dtype: DType, threads: usize, concurrent: u32) -> Self {
         let lanes = threads.max(1) as u64;
@@ -409,12 +409,12 @@ impl CostModel {
                 reduce: per_second(4_000, 5_000_000_000),
                 upload: per_second(2_000, 5_000_000_000),
                 route: per_second(4_000, 100_000_000),
+                index: per_second(4_000, 200_000_000),
             },
             host: HostCost {
-                pack: per_second(30_000, 50_000_000),
-                rendezvous: per_second(50_000, 1_000_000_000),
+                read: per_second(20_000, 50_000_000),
+                exchange: per_second(50_000, 1_000_000_000),
                 plan: per_second(10_000, 50_000_000),
-                maps: per_second(30_000, 50_000_000),
                 enqueue: Piecewise::flat(0),
                 wake_ns: 20_000,
                 sleep_ns: 60_000,
@@ -457,10 +457,10 @@ impl CostModel {
             ("rows.reduce", &rows.reduce),
             ("rows.upload", &rows.upload),
             ("rows.route", &rows.route),
-            ("host.pack", &host.pack),
-            ("host.rendezvous", &host.rendezvous),
+            ("rows.index", &rows.index),
+            ("host.read", &host.read),
+            ("host.exchange", &host.exchange),
             ("host.plan", &host.plan),
-            ("host.maps", &host.maps),
             ("host.enqueue", &host.enqueue),
         ];
         let refuse = |table: &str, problem: &str| {
@@ -496,10 +496,10 @@ impl CostModel {
             Work::Reduce(bytes) => (&rows.reduce, bytes),
             Work::HostToDevice(bytes) => (&rows.upload, bytes),
             Work::Route(logits) => (&rows.route, logits),
-            Work::Pack(pairs) => (&host.pack, pairs),
-            Work::Rendezvous(bytes) => (&host.rendezvous, bytes),
+            Work::Index(pairs) => (&rows.index, pairs),
+            Work::ReadCounts(slots) => (&host.read, slots),
+            Work::CountExchange(bytes) => (&host.exchange, bytes),
             Work::Plan(size) => (&host.plan, size),
-            Work::Maps(copies) => (&host.maps, copies),
             Work::Enqueue(operations) => (&host.enqueue, operations),
             _ => return 0,
         };
@@ -523,6 +523,7 @@ impl CostModel {
             rows: RowsCost {
                 gather: self.rows.gather.scaled(rows),
                 reduce: self.rows.reduce.scaled(rows),
+                index: self.rows.index.scaled(rows),
                 ..self.rows.clone()
             },
             ..self.clone()

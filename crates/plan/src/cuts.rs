@@ -43,9 +43,9 @@ impl Loads {
     }
 
     fn of_rank(workload: &Workload<'_>, cost: &CostModel, share: usize, sums: &Sums, rank: Rank) -> Loads {
-        let LayerSizes { hidden, inner, activation_bytes, .. } = workload.shape.sizes;
+        let LayerSizes { hidden, inner, activation_bytes, .. } = *workload.shape;
         let row_bytes = (hidden * activation_bytes) as u64;
-        let block = workload.placement.experts_of(rank);
+        let block = workload.placement.slots_of_rank(rank);
         let share = share_of(cost, share);
         // Curves as straight lines around what the rank has in all: of a sum of parts, the sum.
         let line = |curve: &crate::Piecewise, all: u64| {
@@ -53,19 +53,22 @@ impl Loads {
             (empty, full.saturating_sub(empty) * 1024 / all.max(1))
         };
         let experts = block.len();
-        let copies: u64 = sums.copies[block.clone()].iter().map(|&copies| u64::from(copies)).sum();
-        let (gather, gather_slope) = line(&cost.rows.gather, copies * row_bytes);
-        let (reduce, reduce_slope) = line(&cost.rows.reduce, copies * row_bytes);
-        let copy_ns = |copies: u64| copies * row_bytes * (gather_slope + reduce_slope) / 1024;
+        let assignments: u64 =
+            sums.assignments[block.clone()].iter().map(|&assignments| u64::from(assignments)).sum();
+        let (gather, gather_slope) = line(&cost.rows.gather, assignments * row_bytes);
+        let (reduce, reduce_slope) = line(&cost.rows.reduce, assignments * row_bytes);
+        let copy_ns = |assignments: u64| assignments * row_bytes * (gather_slope + reduce_slope) / 1024;
         let up = |kind| cost.gemm(kind).product(2 * inner, hidden, activation_bytes);
         let down = |kind| cost.gemm(kind).product(hidden, inner, activation_bytes);
         let products = [GemmKind::Grouped, GemmKind::Dense].map(|kind| [up(kind), down(kind)]);
         let [overhead, dense_overhead] = products.map(|[up, down]| up.overhead_ns() + down.overhead_ns());
         let computed = |kind: usize, expert: usize| {
-            let copies = u64::from(sums.copies[expert]);
-            let per_op = if kind == 1 && copies > 0 { dense_overhead } else { 0 };
+            let assignments = u64::from(sums.assignments[expert]);
+            let per_op = if kind == 1 && assignments > 0 { dense_overhead } else { 0 };
             let [up, down] = &products[kind];
-            (up.expert_ns(copies) + down.expert_ns(copies) + per_op + copy_ns(copies)) * share.compute / 1000
+            (up.expert_ns(assignments) + down.expert_ns(assignments) + per_op + copy_ns(assignments))
+                * share.compute
+                / 1000
         };
         let [dispatch, combine] =
             [&sums.first, &sums.last].map(|side| side.link_sums(block.clone(), cost, row_bytes));
@@ -263,19 +266,19 @@ struct Side {
 
 /// What all ranks announced, added up.
 struct Sums {
-    copies: Vec<u32>,
+    assignments: Vec<u32>,
     first: Side,
     last: Side,
 }
 
 impl Sums {
     fn of(workload: &Workload<'_>, cost: &CostModel) -> Self {
-        let mut copies = vec![0; workload.placement.experts()];
+        let mut assignments = vec![0; workload.placement.slots()];
         for rank in workload.placement.all_ranks() {
-            add(&mut copies, &workload.counts.of(rank).copies);
+            add(&mut assignments, &workload.counts.of(rank).assignments);
         }
         Sums {
-            copies,
+            assignments,
             first: Side::of(workload, cost, |rank| &workload.counts.of(rank).first),
             last: Side::of(workload, cost, |rank| &workload.counts.of(rank).last),
         }
@@ -285,7 +288,7 @@ impl Sums {
 impl Side {
     fn of<'a>(workload: &Workload<'_>, cost: &CostModel, histogram: impl Fn(Rank) -> &'a [u32]) -> Self {
         let placement = workload.placement;
-        let (experts, ranks) = (placement.experts(), placement.ranks());
+        let (experts, ranks) = (placement.slots(), placement.ranks());
         let node = match cost.link.node_ranks as usize {
             0 => ranks,
             node => node,
@@ -301,7 +304,7 @@ impl Side {
             })
             .collect();
         for rank in placement.all_ranks() {
-            let block = placement.experts_of(rank);
+            let block = placement.slots_of_rank(rank);
             near[block.clone()].copy_from_slice(&by_node[rank.0 / node][block.clone()]);
             for (near, own) in near[block.clone()].iter_mut().zip(&histogram(rank)[block.clone()]) {
                 *near -= own;

@@ -1,6 +1,6 @@
 //! Why a plan was refused: the thing, the two values that disagree, and the mend.
 
-use crate::{Placement, Schedule};
+use crate::{Schedule, SlotMap};
 use epsmoe_base::{Rank, Stage};
 
 /// A decision that cannot be made, or numbers that cannot be true.
@@ -16,14 +16,36 @@ pub enum PlanError {
         /// Ranks asked for.
         ranks: usize,
     },
-    /// Expert ids would not fit the 16 bits they travel in.
+    /// More experts than a layer can have.
     #[error(
-        "{experts} routed experts: expert ids travel in 16 bits, so a layer has at most {}",
-        Placement::MOST_EXPERTS
+        "{experts} routed experts: a layer has at most {}, whose histograms all ranks exchange",
+        SlotMap::MOST_EXPERTS
     )]
     Experts {
         /// Routed experts of the layer.
         experts: usize,
+    },
+    /// A rank's slots that cannot be.
+    #[error("{rank} {problem}")]
+    Slots {
+        /// The rank.
+        rank: Rank,
+        /// What is wrong with its slots, and the mend.
+        problem: String,
+    },
+    /// An expert that nobody holds.
+    #[error("expert {expert} is in no slot: give every expert one")]
+    NoSlot {
+        /// The expert.
+        expert: usize,
+    },
+    /// An expert with several slots.
+    #[error("expert {expert} is in {slots} slots: replicas cannot be served yet, give every expert one slot")]
+    Replicas {
+        /// The expert.
+        expert: usize,
+        /// How many slots it is in.
+        slots: usize,
     },
     /// More experts per token than experts, or none.
     #[error(
@@ -64,18 +86,16 @@ pub enum PlanError {
         expert: u32,
     },
     /// Announced counts have the wrong length.
-    #[error(
-        "a rank's counts are {got} bytes, but {experts} experts need {want}: the ranks run different models"
-    )]
+    #[error("a rank's counts are {got} bytes, but {slots} slots need {want}: the ranks run different models")]
     CountsLength {
         /// Bytes received.
         got: usize,
-        /// Bytes the number of experts demands.
+        /// Bytes the number of slots demands.
         want: usize,
-        /// Routed experts of the layer.
-        experts: usize,
+        /// Slots of the layer.
+        slots: usize,
     },
-    /// The rendezvous gathered the counts of too few or too many ranks.
+    /// The count exchange gathered the counts of too few or too many ranks.
     #[error(
         "counts of {got} ranks gathered, but the experts are placed on {want}: gather from exactly those"
     )]
@@ -101,56 +121,14 @@ pub enum PlanError {
         /// Its value.
         right: u64,
     },
-    /// A layer has more copies than 32-bit indices can count.
+    /// A layer has more assignments than 32-bit indices can count.
     #[error(
-        "{copies} (token, expert) pairs in one layer: indices are 32 bits wide (at most {}); use fewer tokens at once",
+        "{assignments} (token, expert) pairs in one layer: indices are 32 bits wide (at most {}); use fewer tokens at once",
         u32::MAX
     )]
-    TooManyCopies {
-        /// Copies over all ranks.
-        copies: u64,
-    },
-    /// The metadata buffer has another length than the announced rows need.
-    #[error(
-        "{rank} has {got} metadata words, but the rows announced to it need {want}: the ranks disagree about the counts"
-    )]
-    RecordsLength {
-        /// The receiving rank.
-        rank: Rank,
-        /// Words received.
-        got: usize,
-        /// Words the announced rows need.
-        want: usize,
-    },
-    /// The metadata of a row contradicts itself or the counts announced before.
-    #[error(
-        "metadata of row {row} from {from}: {what} is {got}, expected {want}; it does not match what {from} announced"
-    )]
-    Record {
-        /// The rank that sent it.
-        from: Rank,
-        /// The row, counted in that rank's part.
-        row: usize,
-        /// What disagrees.
-        what: String,
-        /// The value in the record.
-        got: usize,
-        /// The value announced, or the bound it must keep.
-        want: String,
-    },
-    /// The metadata of a rank has more or fewer copies of an expert than it announced.
-    #[error(
-        "metadata of all rows from {from}: {got} copies of local expert {expert}, but {from} announced {want}"
-    )]
-    RecordCopies {
-        /// The rank that sent it.
-        from: Rank,
-        /// The expert, by its position on the receiving rank.
-        expert: usize,
-        /// Copies in its records.
-        got: u32,
-        /// Copies announced.
-        want: u32,
+    TooManyAssignments {
+        /// Assignments over all ranks.
+        assignments: u64,
     },
     /// A stage count that leaves a stage without experts on every rank, or none.
     #[error("{stages} stages for {experts} experts on a rank: use 1 to {experts} stages")]

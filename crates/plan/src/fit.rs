@@ -29,18 +29,18 @@ pub enum Work {
     Gather(u64),
     /// Weighted sums: bytes read.
     Reduce(u64),
-    /// Index arrays: bytes.
+    /// Index arrays from the host: bytes.
     HostToDevice(u64),
     /// Choosing experts: tokens × experts.
     Route(u64),
-    /// Host: (token, expert) pairs.
-    Pack(u64),
+    /// Index arrays made on the device: (row, slot) pairs.
+    Index(u64),
+    /// Host: slots whose histograms it reads.
+    ReadCounts(u64),
     /// Host: bytes of all messages.
-    Rendezvous(u64),
-    /// Host: experts × ranks.
+    CountExchange(u64),
+    /// Host: slots × ranks.
     Plan(u64),
-    /// Host: copies received.
-    Maps(u64),
     /// Host: operations handed to a lane, and products in them.
     Enqueue(u64),
     /// An exchange as a whole: what `Near`, `Far` and `Copy` are parts of.
@@ -79,7 +79,12 @@ impl Work {
     pub fn is_computed(&self) -> bool {
         matches!(
             self,
-            Work::Gemm { .. } | Work::Gather(_) | Work::Reduce(_) | Work::HostToDevice(_) | Work::Route(_)
+            Work::Gemm { .. }
+                | Work::Gather(_)
+                | Work::Reduce(_)
+                | Work::HostToDevice(_)
+                | Work::Route(_)
+                | Work::Index(_)
         )
     }
 }
@@ -130,10 +135,10 @@ impl CostModel {
             &mut model.rows.reduce, 0, Reduce;
             &mut model.rows.upload, 0, HostToDevice;
             &mut model.rows.route, 0, Route;
-            &mut model.host.pack, 0, Pack;
-            &mut model.host.rendezvous, 0, Rendezvous;
+            &mut model.rows.index, 0, Index;
+            &mut model.host.read, 0, ReadCounts;
+            &mut model.host.exchange, 0, CountExchange;
             &mut model.host.plan, 0, Plan;
-            &mut model.host.maps, 0, Maps;
             &mut model.host.enqueue, 0, Enqueue;
         }
         let host = &mut model.host;

@@ -5,13 +5,12 @@
 //!
 //! | module | question it answers |
 //! |---|---|
-//! | `placement` | which rank holds which expert? |
+//! | `slot_map`  | which rank holds which expert? ([`SlotMap`]) |
 //! | `routing`   | where does the router send each token? |
 //! | `token_histograms` | what does a rank tell the others about its tokens, and can it be true? |
 //! | `stages`    | how are the experts cut, and in which order do the stages travel? ([`StageTable`]) |
 //! | `schedule`  | what did the user ask for, and which table is that? ([`Policy`]) |
 //! | `traffic`   | how many rows go where in which stage, and which rows of which buffer are they? ([`traffic`] has a worked example) |
-//! | `maps`      | which token is in which row? The index arrays that the kernels follow ([`maps`] has a worked example) |
 //! | `memory`    | how many bytes does that need, and does it fit? |
 //! | `timeline`  | what happened when, on which lane? |
 //! | `time_breakdown` | where did a rank's time go, without a rest? |
@@ -19,7 +18,7 @@
 //! | `machine`   | what would it cost on a machine that is not here? ([`Machine`]) |
 //! | `simulate`  | how long will a table take, and what will its lanes do? ([`simulate()`]) |
 //! | `search`    | which table is best, and why? ([`search()`]; `cuts` places its boundaries) |
-//! | `scheduler` | which table now, and was the prediction right? ([`Scheduler`]) |
+//! | `planner`   | which table now, and was the prediction right? ([`Planner`]) |
 //! | `synthetic_routing` | how many tokens go where before a router has spoken? ([`SyntheticRouting`]) |
 //! | `error`     | why was something refused? |
 //!
@@ -29,17 +28,16 @@
 //! use epsmoe_plan::*;
 //! # fn main() -> Result<(), PlanError> {
 //! // Five experts on two ranks, top-2. This is rank 0 with three tokens; the other rank has none.
-//! let placement = Placement::new(5, 2)?;
+//! let map = SlotMap::contiguous(5, 2)?;
 //! let routing = Routing::new(5, 2, vec![2, 0, 1, 3, 4, 0], vec![0.5; 6])?;
-//! let own = TokenHistograms::of(&placement, &routing);
-//! let bytes = own.encode(); // to every other rank, and theirs to us: the rendezvous
-//! let other = TokenHistograms { tokens: 0, copies: vec![0; 5], first: vec![0; 5], last: vec![0; 5] };
-//! let counts = LayerHistograms::new(&placement, 2, vec![TokenHistograms::decode(&bytes, 5)?, other])?;
+//! let own = TokenHistograms::of(&routing.assign(&map)?);
+//! let bytes = own.encode(); // to every other rank, and theirs to us: the count exchange
+//! let other = TokenHistograms { tokens: 0, assignments: vec![0; 5], first: vec![0; 5], last: vec![0; 5] };
+//! let counts = LayerHistograms::new(&map, 2, vec![TokenHistograms::decode(&bytes, 5)?, other])?;
 //! // From here on every rank computes the same answers from the same numbers.
-//! let table = Policy::default().table(&placement, &counts)?;
-//! let traffic = Traffic::of(&placement, &counts, &table);
-//! let send = SendMap::of(&placement, &routing, &own);
-//! assert_eq!(send.tokens.len(), traffic.rows_sent(epsmoe_base::Rank(0)));
+//! let table = Policy::default().table(&map, &counts)?;
+//! let traffic = Traffic::of(&map, &counts, &table);
+//! assert_eq!(traffic.rows_sent(epsmoe_base::Rank(0)), 5);
 //! # Ok(())
 //! # }
 //! ```
@@ -53,17 +51,18 @@
 mod cost;
 mod cuts;
 mod error;
+#[cfg(test)]
+mod example;
 mod fit;
 mod machine;
-pub mod maps;
 mod memory;
 mod piecewise;
-mod placement;
+mod planner;
 mod routing;
 mod schedule;
-mod scheduler;
 mod search;
 mod simulate;
+mod slot_map;
 mod stages;
 mod synthetic_routing;
 mod time_breakdown;
@@ -77,18 +76,19 @@ pub use cost::{
 pub use error::PlanError;
 pub use fit::{Sample, Work};
 pub use machine::{Gpu, KernelFigures, Kernels, LinkFigures, Machine, Sourced};
-pub use maps::{ArrivalMaps, HomeMap, SendMap, record_words};
 pub use memory::{Capacity, LayerBytes, LayerSizes, halves};
 pub use piecewise::Piecewise;
-pub use placement::Placement;
-pub use routing::Routing;
+pub use planner::{
+    Ahead, AutoPlanner, Feedback, FixedPlanner, LayerPlan, LayerSample, PlanReport, Planner,
+    PredictedMeasured, ScheduleReport, TwoBatchPlanner,
+};
+pub use routing::{Routing, SlotRouting};
 pub use schedule::{Policy, Schedule, Stages};
-pub use scheduler::{Feedback, LayerSample, PlanReport, PredictedMeasured, ScheduleReport, Scheduler};
 pub use search::{Bucket, Choice, Considered, Decision, SearchOptions, cuts_for, search, sensible_orders};
 pub use simulate::{
-    CpuContention, LayerShape, Planned, RankTimes, Simulation, StageTimes, Workload, planned, predict_ns,
-    simulate,
+    CpuContention, Planned, RankTimes, Simulation, StageTimes, Workload, planned, predict_ns, simulate,
 };
+pub use slot_map::SlotMap;
 pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};
 pub use synthetic_routing::SyntheticRouting;
 pub use time_breakdown::TimeBreakdown;

@@ -208,7 +208,13 @@ impl Machine {
                 far: self.far.as_ref().map_or(Piecewise::flat(0), LinkFigures::curve),
                 copy: Piecewise::flat(0),
             },
-            rows: RowsCost { gather: moved(2), reduce: moved(2), upload: moved(2), route: moved(4) },
+            rows: RowsCost {
+                gather: moved(2),
+                reduce: moved(2),
+                upload: moved(2),
+                route: moved(4),
+                index: moved(32),
+            },
             host: self.host.clone(),
             shares: kernels.shares.value.clone(),
         }

@@ -1,6 +1,6 @@
 //! How much a layer needs before it runs, and whether it fits.
 
-use crate::{Placement, Traffic, record_words};
+use crate::{SlotMap, Traffic};
 use epsmoe_base::{Bytes, Rank, Stage};
 use std::fmt;
 use std::ops::Range;
@@ -10,37 +10,43 @@ use std::ops::Range;
 pub struct Capacity {
     /// Tokens, T.
     pub tokens: usize,
-    /// Rows of the send and the home buffer.
+    /// Rows sent, and sums that come back.
     pub rows_sent: usize,
-    /// Rows of the receive and the combine buffer.
+    /// Rows received, and sums that are sent back.
     pub rows_received: usize,
-    /// (token, expert) pairs on the rank's experts.
-    pub copies: usize,
+    /// (token, slot) pairs of the rank's slots.
+    pub assignments: usize,
     /// The most of them in one stage.
-    pub stage_copies: usize,
+    pub stage_assignments: usize,
 }
 
 impl Capacity {
     /// Enough for `tokens` on every rank, wherever they are routed and whatever the stages are: t · min(k, R)
-    /// rows leave a rank, R · t arrive, with R · t · min(k, L) copies.
+    /// rows leave a rank, R · t arrive, with R · t · min(k, L) assignments.
     ///
-    /// 10 tokens, top-2, five experts on two ranks: 20 rows out, 20 rows in, 40 copies, in one stage or in many.
-    pub fn worst_case(tokens: usize, placement: &Placement, top_k: usize) -> Self {
-        let rows_received = placement.ranks() * tokens;
-        let copies = rows_received * top_k.min(placement.max_local());
-        let rows_sent = tokens * top_k.min(placement.ranks());
-        Capacity { tokens, rows_sent, rows_received, copies, stage_copies: copies }
+    /// 10 tokens, top-2, five experts on two ranks: 20 rows out, 20 rows in, 40 assignments, in one stage or in many.
+    pub fn worst_case(tokens: usize, sizes: &LayerSizes) -> Self {
+        let rows_received = tokens.saturating_mul(sizes.ranks);
+        let assignments = rows_received.saturating_mul(sizes.top_k.min(sizes.local_slots));
+        let rows_sent = tokens.saturating_mul(sizes.ranks_of_token());
+        Capacity { tokens, rows_sent, rows_received, assignments, stage_assignments: assignments }
+    }
+
+    /// What tokens need whose rows stay with their rank, the only one.
+    pub fn in_place(tokens: usize, top_k: usize) -> Self {
+        let assignments = tokens.saturating_mul(top_k);
+        Capacity { tokens, rows_sent: 0, rows_received: tokens, assignments, stage_assignments: assignments }
     }
 
     /// What `rank` needs for the layer at hand.
     pub fn needed(traffic: &Traffic, rank: Rank) -> Self {
-        let in_stage = |stage| traffic.stage_copies(rank, Stage(stage)).len();
+        let in_stage = |stage| traffic.stage_assignments(rank, Stage(stage)).len();
         Capacity {
             tokens: traffic.tokens(rank),
             rows_sent: traffic.rows_sent(rank),
             rows_received: traffic.rows_received(rank),
-            copies: traffic.copies(rank),
-            stage_copies: (0..traffic.stages()).map(in_stage).max().unwrap_or(0),
+            assignments: traffic.assignments(rank),
+            stage_assignments: (0..traffic.stages()).map(in_stage).max().unwrap_or(0),
         }
     }
 
@@ -49,33 +55,32 @@ impl Capacity {
         self.tokens >= other.tokens
             && self.rows_sent >= other.rows_sent
             && self.rows_received >= other.rows_received
-            && self.copies >= other.copies
-            && self.stage_copies >= other.stage_copies
+            && self.assignments >= other.assignments
+            && self.stage_assignments >= other.stage_assignments
     }
 
-    /// What this and `other` need together, one behind the other; they take turns at the copies of a stage.
+    /// What this and `other` need together, one behind the other; they take turns at the assignments of a stage.
     pub fn and(&self, other: &Capacity) -> Capacity {
         Capacity {
             tokens: self.tokens + other.tokens,
             rows_sent: self.rows_sent + other.rows_sent,
             rows_received: self.rows_received + other.rows_received,
-            copies: self.copies + other.copies,
-            stage_copies: self.stage_copies.max(other.stage_copies),
+            assignments: self.assignments + other.assignments,
+            stage_assignments: self.stage_assignments.max(other.stage_assignments),
         }
     }
 
-    /// Whether a layer fits on *every* rank, each with this capacity. All ranks find the same answer, so that
-    /// all of them halve their tokens ([`halves`]) or none does.
+    /// Whether a layer's batches fit together on *every* rank, each with this capacity. All ranks find the same answer,
+    /// so that all of them halve their tokens ([`halves`]) or none does.
     ///
     /// A capacity of the worst case for one token or more ends this: a layer of one token per rank fits.
-    pub fn fits(&self, traffic: &Traffic) -> bool {
-        (0..traffic.ranks()).all(|rank| self.holds(&Capacity::needed(traffic, Rank(rank))))
-    }
-
-    /// [`fits`](Self::fits) for two micro-batches together.
-    pub fn fits_both(&self, [first, second]: [&Traffic; 2]) -> bool {
-        let needed = |rank| Capacity::needed(first, rank).and(&Capacity::needed(second, rank));
-        (0..first.ranks()).all(|rank| self.holds(&needed(Rank(rank))))
+    pub fn fits(&self, batches: &[&Traffic]) -> bool {
+        let needed = |rank| {
+            let of_batches = batches.iter().map(|traffic| Capacity::needed(traffic, rank));
+            of_batches.fold(Capacity::default(), |sum, needed| sum.and(&needed))
+        };
+        let ranks = batches.first().map_or(0, |traffic| traffic.ranks());
+        (0..ranks).all(|rank| self.holds(&needed(Rank(rank))))
     }
 }
 
@@ -87,84 +92,137 @@ pub fn halves(tokens: Range<usize>) -> (Range<usize>, Range<usize>) {
 }
 
 /// The sizes of a layer that do not depend on its tokens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LayerSizes {
     /// Hidden width of the model, H.
     pub hidden: usize,
     /// Inner width of an expert, I.
     pub inner: usize,
+    /// Inner width of the shared expert; 0 without one.
+    pub shared_inner: usize,
     /// Experts a token is sent to, k.
     pub top_k: usize,
-    /// The most experts that a rank holds, L.
-    pub local_experts: usize,
+    /// Routed experts of the layer, E.
+    pub experts: usize,
+    /// Ranks that hold them, R.
+    pub ranks: usize,
+    /// The most slots that a rank has, L.
+    pub local_slots: usize,
     /// Bytes of one element of a row.
     pub activation_bytes: usize,
+}
+
+impl LayerSizes {
+    /// What follows from where experts are; the rest is 0.
+    pub fn of(map: &SlotMap) -> Self {
+        let (experts, ranks, local_slots) = (map.experts(), map.ranks(), map.max_local());
+        LayerSizes { experts, ranks, local_slots, ..LayerSizes::default() }
+    }
+
+    /// The most slots of the layer, over all ranks.
+    pub fn slots(&self) -> usize {
+        self.ranks * self.local_slots
+    }
+
+    /// The most ranks that a token is sent to.
+    pub fn ranks_of_token(&self) -> usize {
+        self.top_k.min(self.ranks)
+    }
 }
 
 /// Bytes of every buffer of one rank's MoE layer; its input and its output belong to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerBytes {
+    /// Router logits `[T, E]`, what was chosen, and the same in slots `[T, k]`.
+    pub router: u64,
     /// Rows to be sent, `[rows sent, H]`.
-    pub send: u64,
+    pub dispatch_send: u64,
     /// Rows received, `[rows received, H]`.
-    pub receive: u64,
-    /// Records of the rows sent and of the rows received.
+    pub dispatch_receive: u64,
+    /// What travels with the rows sent and the rows received, `[rows, 2k]`.
     pub metadata: u64,
-    /// Input of one stage's experts, `[stage copies, H]`.
+    /// Input of one stage's experts, `[stage assignments, H]`.
     pub expanded: u64,
-    /// Activations of one stage, `[stage copies, I]`: gate and up are not kept.
+    /// Activations of one stage, `[stage assignments, I]`: gate and up are not kept.
     pub activated: u64,
-    /// Outputs of all experts, `[copies, H]`: kept over the stages, until the last copy of a row is there.
+    /// Outputs of all experts, `[assignments, H]`: kept over the stages, until the last assignment of a row is there.
     pub outputs: u64,
-    /// Partial sums to be sent home, `[rows received, H]`.
-    pub combine: u64,
-    /// Partial sums that came home, `[rows sent, H]`.
-    pub home: u64,
-    /// Index arrays and weights that the kernels read.
-    pub maps: u64,
+    /// Partial sums to be sent back, `[rows received, H]`.
+    pub combine_send: u64,
+    /// Partial sums that came back, `[rows sent, H]`.
+    pub combine_receive: u64,
+    /// The shared expert's activations `[T, shared I]`, gate `[T, 1]` and output `[T, H]`.
+    pub shared: u64,
+    /// Histograms, index arrays and weights that the kernels read.
+    pub index: u64,
 }
 
 impl LayerBytes {
     /// What a layer of these sizes takes for a capacity: that of its pool, or what the layer at hand needs.
     pub fn of(sizes: &LayerSizes, capacity: &Capacity) -> Self {
-        let Capacity { tokens, rows_sent, rows_received, copies, stage_copies } = *capacity;
-        let matrix = |rows: usize, width: usize| (rows * width * sizes.activation_bytes) as u64;
-        let words = |words: usize| 4 * words as u64;
+        let Capacity { tokens, rows_sent, rows_received, assignments, stage_assignments } = *capacity;
+        let LayerSizes { hidden, inner, shared_inner, top_k, experts, .. } = *sizes;
+        let product = |numbers: [usize; 3]| {
+            numbers.iter().fold(1u64, |product, &number| product.saturating_mul(number as u64))
+        };
+        let matrix = |rows: usize, width: usize| product([rows, width, sizes.activation_bytes]);
+        let words = |rows: usize, width: usize| product([rows, width, 4]);
+        let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
+        let sum = |parts: &[u64]| parts.iter().fold(0u64, |sum, &part| sum.saturating_add(part));
         LayerBytes {
-            send: matrix(rows_sent, sizes.hidden),
-            receive: matrix(rows_received, sizes.hidden),
-            metadata: words((rows_sent + rows_received) * record_words(sizes.top_k)),
-            expanded: matrix(stage_copies, sizes.hidden),
-            activated: matrix(stage_copies, sizes.inner),
-            outputs: matrix(copies, sizes.hidden),
-            combine: matrix(rows_received, sizes.hidden),
-            home: matrix(rows_sent, sizes.hidden),
-            // Send tokens; home offsets and index; expand and expert starts; reduce offsets, index, weights.
-            maps: words(rows_sent)
-                + words(tokens + 1 + rows_sent)
-                + words(copies + sizes.local_experts + 1)
-                + words(rows_received + 1 + 2 * copies),
+            router: sum(&[words(tokens, experts), words(tokens, 4 * top_k)]),
+            dispatch_send: matrix(rows_sent, hidden),
+            dispatch_receive: matrix(rows_received, hidden),
+            metadata: sum(&[words(rows_sent, 2 * top_k), words(rows_received, 2 * top_k)]),
+            expanded: matrix(stage_assignments, hidden),
+            activated: matrix(stage_assignments, inner),
+            outputs: matrix(assignments, hidden),
+            combine_send: matrix(rows_received, hidden),
+            combine_receive: matrix(rows_sent, hidden),
+            shared: sum(&[
+                matrix(shared_tokens, shared_inner),
+                words(shared_tokens, 1),
+                matrix(shared_tokens, hidden),
+            ]),
+            index: sum(&[
+                // The map, and histograms over its slots.
+                words(experts + 4 * sizes.slots(), 1),
+                // Token and last slot of each row sent; where each token's sums are.
+                words(rows_sent, 2),
+                words(tokens, sizes.ranks_of_token()),
+                // In a world of one rank, the tokens themselves.
+                words(if sizes.ranks == 1 { tokens } else { 0 }, 1),
+                // What was announced, the orders of rows and of sums; starts of the slots.
+                words(sizes.slots(), 5),
+                words(rows_received, 2),
+                words(sizes.local_slots + 1, 1),
+                // Rows of the assignments; assignments and weights of the sums.
+                words(assignments, 1),
+                words(rows_received, 2 * top_k),
+            ]),
         }
     }
 
-    /// Every buffer with its name, in the order in which rows walk through them.
-    pub fn parts(&self) -> [(&'static str, Bytes); 9] {
+    /// Every group of buffers with its name, in the order in which rows walk through them.
+    pub fn parts(&self) -> [(&'static str, Bytes); 11] {
         [
-            ("send rows", Bytes(self.send)),
-            ("receive rows", Bytes(self.receive)),
+            ("router", Bytes(self.router)),
+            ("dispatch send", Bytes(self.dispatch_send)),
+            ("dispatch receive", Bytes(self.dispatch_receive)),
             ("metadata", Bytes(self.metadata)),
             ("expanded rows of a stage", Bytes(self.expanded)),
             ("activations of a stage", Bytes(self.activated)),
             ("expert outputs", Bytes(self.outputs)),
-            ("combine rows", Bytes(self.combine)),
-            ("home rows", Bytes(self.home)),
-            ("index arrays", Bytes(self.maps)),
+            ("combine send", Bytes(self.combine_send)),
+            ("combine receive", Bytes(self.combine_receive)),
+            ("shared expert", Bytes(self.shared)),
+            ("index arrays", Bytes(self.index)),
         ]
     }
 
     /// All of them.
     pub fn total(&self) -> u64 {
-        self.parts().iter().map(|(_, bytes)| bytes.0).sum()
+        self.parts().iter().fold(0, |sum, (_, bytes)| sum.saturating_add(bytes.0))
     }
 }
 
@@ -180,7 +238,7 @@ impl fmt::Display for LayerBytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::maps::example;
+    use crate::example;
 
     #[test]
     fn the_worked_example_in_bytes() {
@@ -188,54 +246,66 @@ mod tests {
         let needed = Capacity::needed(&layer.traffic, Rank(0));
         assert_eq!(
             needed,
-            Capacity { tokens: 3, rows_sent: 5, rows_received: 4, copies: 5, stage_copies: 3 }
+            Capacity { tokens: 3, rows_sent: 5, rows_received: 4, assignments: 5, stage_assignments: 3 }
         );
-        let sizes = LayerSizes { hidden: 100, inner: 10, top_k: 2, local_experts: 3, activation_bytes: 2 };
+        let sizes = LayerSizes {
+            hidden: 100,
+            inner: 10,
+            shared_inner: 20,
+            top_k: 2,
+            experts: 5,
+            ranks: 2,
+            local_slots: 3,
+            activation_bytes: 2,
+        };
         let bytes = LayerBytes::of(&sizes, &needed);
         assert_eq!(
             bytes,
             LayerBytes {
-                send: 1000,
-                receive: 800,
-                metadata: 9 * 3 * 4,
+                router: 4 * (3 * 5 + 4 * 3 * 2),
+                dispatch_send: 1000,
+                dispatch_receive: 800,
+                metadata: 9 * 4 * 4,
                 expanded: 600,
                 activated: 60,
                 outputs: 1000,
-                combine: 800,
-                home: 1000,
-                maps: 4 * (5 + (4 + 5) + (5 + 4) + (5 + 5 + 5)),
+                combine_send: 800,
+                combine_receive: 1000,
+                shared: 3 * (2 * 20 + 4 + 2 * 100),
+                index: 4 * (5 + 4 * 6 + 2 * 5 + 3 * 2 + 6 * 5 + 2 * 4 + 4 + 5 + 2 * 2 * 4),
             }
         );
-        assert_eq!(bytes.total(), 5520);
-        assert!(bytes.to_string().ends_with("home rows: 1000 B\nindex arrays: 152 B\ntotal: 5.4 KiB\n"));
+        assert_eq!(bytes.total(), 6724);
+        assert!(bytes.to_string().ends_with("shared expert: 732 B\nindex arrays: 432 B\ntotal: 6.6 KiB\n"));
     }
 
     #[test]
     fn one_rank_too_full_is_too_full_for_all() {
         let layer = example::layer();
-        let worst = Capacity::worst_case(3, &layer.placement, 2);
+        let sizes = LayerSizes { top_k: 2, ..LayerSizes::of(&layer.map) };
+        let worst = Capacity::worst_case(3, &sizes);
         assert_eq!(
             worst,
-            Capacity { tokens: 3, rows_sent: 6, rows_received: 6, copies: 12, stage_copies: 12 }
+            Capacity { tokens: 3, rows_sent: 6, rows_received: 6, assignments: 12, stage_assignments: 12 }
         );
-        assert!(worst.fits(&layer.traffic));
-        assert!(!worst.fits_both([&layer.traffic; 2]));
+        assert!(worst.fits(&[&layer.traffic]));
+        assert!(!worst.fits(&[&layer.traffic; 2]));
         let double = worst.and(&worst);
-        assert_eq!(double, Capacity { stage_copies: 12, ..Capacity::worst_case(6, &layer.placement, 2) });
-        assert!(double.fits_both([&layer.traffic; 2]));
+        assert_eq!(double, Capacity { stage_assignments: 12, ..Capacity::worst_case(6, &sizes) });
+        assert!(double.fits(&[&layer.traffic; 2]));
         assert_eq!(
-            Capacity::worst_case(10, &layer.placement, 2),
-            Capacity { tokens: 10, rows_sent: 20, rows_received: 20, copies: 40, stage_copies: 40 }
+            Capacity::worst_case(10, &sizes),
+            Capacity { tokens: 10, rows_sent: 20, rows_received: 20, assignments: 40, stage_assignments: 40 }
         );
         // Rank 0 has three tokens, rank 1 two.
-        assert!(!Capacity { tokens: 2, ..worst }.fits(&layer.traffic));
+        assert!(!Capacity { tokens: 2, ..worst }.fits(&[&layer.traffic]));
         for short in [
             Capacity { rows_sent: 4, ..worst },
             Capacity { rows_received: 3, ..worst },
-            Capacity { copies: 4, ..worst },
-            Capacity { stage_copies: 2, ..worst },
+            Capacity { assignments: 4, ..worst },
+            Capacity { stage_assignments: 2, ..worst },
         ] {
-            assert!(!short.fits(&layer.traffic), "{short:?}");
+            assert!(!short.fits(&[&layer.traffic]), "{short:?}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Where the router sends the tokens of one rank.
 
-use crate::{Placement, PlanError};
-use epsmoe_base::{Expert, Rank};
+use crate::{PlanError, SlotMap};
+use epsmoe_base::Rank;
 use std::ops::Range;
 
 /// The experts and weights of every token of one rank, each token's experts in ascending order.
@@ -75,24 +75,70 @@ impl Routing {
         }
     }
 
-    /// The rows that `token` becomes, one per rank it is sent to: the rank, and where that rank's experts
-    /// are in [`Routing::experts`]. Ranks ascend, because experts do and blocks are contiguous.
-    pub(crate) fn rows(
-        &self,
-        placement: &Placement,
-        token: usize,
-    ) -> impl Iterator<Item = (Rank, Range<usize>)> {
-        let end = (token + 1) * self.top_k;
-        let mut next = token * self.top_k;
-        std::iter::from_fn(move || {
-            let start = next;
-            let rank = placement.rank_of(Expert(*self.experts[..end].get(start)? as usize));
-            let beyond = placement.experts_of(rank).end;
-            while next < end && (self.experts[next] as usize) < beyond {
-                next += 1;
+    /// The same answer in slots: where each token's experts are, in ascending slot order. This is the one place where a
+    /// map is applied to a routing on the host; a device does the same in `AssignSlots`.
+    ///
+    /// # Errors
+    /// An expert that the map does not have, or replicas ([`SlotMap::slot_table`]).
+    pub fn assign<'a>(&self, map: &'a SlotMap) -> Result<SlotRouting<'a>, PlanError> {
+        let slot_of = map.slot_table()?;
+        let (mut slots, mut weights) = (self.experts.clone(), self.weights.clone());
+        let tokens = slots.chunks_exact_mut(self.top_k).zip(weights.chunks_exact_mut(self.top_k));
+        for (token, (slots, weights)) in tokens.enumerate() {
+            for slot in slots.iter_mut() {
+                let (expert, experts) = (*slot, map.experts());
+                *slot = *slot_of.get(expert as usize).ok_or(PlanError::UnknownExpert {
+                    token,
+                    expert,
+                    experts,
+                })?;
             }
-            Some((rank, start..next))
-        })
+            sort_together(slots, weights);
+        }
+        Ok(SlotRouting { map, top_k: self.top_k, slots, weights })
+    }
+}
+
+/// A rank's routing in slots; see [`Routing::assign`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct SlotRouting<'a> {
+    map: &'a SlotMap,
+    top_k: usize,
+    slots: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+impl SlotRouting<'_> {
+    /// The map it follows.
+    pub fn map(&self) -> &SlotMap {
+        self.map
+    }
+
+    /// Experts a token is sent to, k.
+    pub fn top_k(&self) -> usize {
+        self.top_k
+    }
+
+    /// Tokens on this rank, T.
+    pub fn tokens(&self) -> usize {
+        self.slots.len() / self.top_k
+    }
+
+    /// `[T, k]` slots, ascending within a token.
+    pub fn slots(&self) -> &[u32] {
+        &self.slots
+    }
+
+    /// `[T, k]` weights, in the order of [`SlotRouting::slots`].
+    pub fn weights(&self) -> &[f32] {
+        &self.weights
+    }
+
+    /// The rows that `token` becomes, one per rank it is sent to: the rank, and its slots there.
+    pub fn rows(&self, token: usize) -> impl Iterator<Item = (Rank, &[u32])> {
+        let slots = &self.slots[token * self.top_k..(token + 1) * self.top_k];
+        let rank = |slot: u32| self.map.rank_of(slot as usize);
+        slots.chunk_by(move |&left, &right| rank(left) == rank(right)).map(move |run| (rank(run[0]), run))
     }
 }
 
@@ -117,11 +163,28 @@ mod tests {
         let routing = Routing::new(5, 3, vec![4, 0, 2, 1, 2, 3], vec![0.4, 0.1, 0.2, 1.0, 2.0, 3.0]).unwrap();
         assert_eq!(routing.experts(), [0, 2, 4, 1, 2, 3]);
         assert_eq!(routing.weights(), [0.1, 0.2, 0.4, 1.0, 2.0, 3.0]);
-        let placement = Placement::new(5, 2).unwrap();
-        assert_eq!(routing.rows(&placement, 0).collect::<Vec<_>>(), [(Rank(0), 0..2), (Rank(1), 2..3)]);
-        assert_eq!(routing.rows(&placement, 1).collect::<Vec<_>>(), [(Rank(0), 3..5), (Rank(1), 5..6)]);
+        let map = SlotMap::contiguous(5, 2).unwrap();
+        let slots = routing.assign(&map).unwrap();
+        assert_eq!((slots.slots(), slots.weights()), (routing.experts(), routing.weights()));
+        let rows = |token| slots.rows(token).collect::<Vec<_>>();
+        assert_eq!(rows(0), [(Rank(0), [0, 2].as_slice()), (Rank(1), &[4])]);
+        assert_eq!(rows(1), [(Rank(0), [1, 2].as_slice()), (Rank(1), &[3])]);
         assert_eq!(routing.slice(1..2).experts(), [1, 2, 3]);
         assert_eq!(routing.slice(2..2).tokens(), 0);
+    }
+
+    #[test]
+    fn slots_follow_the_map() {
+        let routing = Routing::new(5, 3, vec![4, 0, 2, 1, 2, 3], vec![0.4, 0.1, 0.2, 1.0, 2.0, 3.0]).unwrap();
+        let map = SlotMap::new(5, &[vec![4, 2], vec![3, 0, 1]], 0).unwrap();
+        let slots = routing.assign(&map).unwrap();
+        assert_eq!(slots.slots(), [0, 1, 3, 1, 2, 4]);
+        assert_eq!(slots.weights(), [0.4, 0.2, 0.1, 2.0, 3.0, 1.0]);
+        assert_eq!(slots.rows(1).collect::<Vec<_>>(), [(Rank(0), [1].as_slice()), (Rank(1), &[2, 4])]);
+        let fewer = SlotMap::contiguous(4, 2).unwrap();
+        assert!(routing.assign(&fewer).unwrap_err().to_string().contains("expert 4, but the layer has 4"));
+        let replicas = SlotMap::new(5, &[vec![0, 1, 2], vec![2, 3, 4]], 0).unwrap();
+        assert!(routing.assign(&replicas).unwrap_err().to_string().contains("expert 2 is in 2 slots"));
     }
 
     #[test]

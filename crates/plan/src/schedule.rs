@@ -1,8 +1,8 @@
 //! What the user asked for, and which table that means for the tokens at hand.
 
 use crate::{
-    CostModel, GemmKind, LayerHistograms, LayerShape, Placement, PlanError, Scheduler, SearchOptions,
-    SharedExpert, StageTable, Transfer, order_text,
+    AutoPlanner, CostModel, FixedPlanner, GemmKind, LayerHistograms, LayerSizes, PlanError, Planner,
+    SearchOptions, SharedExpert, SlotMap, StageTable, Transfer, TwoBatchPlanner, order_text,
 };
 use epsmoe_base::{DType, hash_bytes};
 use std::fmt;
@@ -17,7 +17,7 @@ pub enum Schedule {
     /// One stage computes while others travel.
     #[default]
     Staged,
-    /// Whatever a cost model predicts to be fastest; see [`Scheduler`].
+    /// Whatever a cost model predicts to be fastest; see [`AutoPlanner`].
     Auto,
     /// Two micro-batches of one stage each: one computes while the other travels. To compare with: no cost model
     /// predicts it, so auto never takes it.
@@ -98,7 +98,7 @@ pub struct Policy {
     pub stages: Option<Stages>,
     /// How every stage is multiplied; by default grouped. Auto decides, unless it is told.
     pub gemm: Option<GemmKind>,
-    /// Where the shared expert computes; by default beside the rendezvous, or alone in the serial schedule. Auto
+    /// Where the shared expert computes; by default beside the count exchange, or alone in the serial schedule. Auto
     /// decides, unless it is told.
     pub shared: Option<SharedExpert>,
     /// What the transfer lane does; by default [`StageTable::default_order`]. Auto decides.
@@ -118,11 +118,11 @@ impl Policy {
     pub const AUTO_MARGIN: u64 = 20;
 
     /// The table for one layer's tokens: the same on every rank that has the same policy.
-    /// For auto that is the staged one: where its decisions come from, only a [`Scheduler`] knows. For two-batch it is
+    /// For auto that is the staged one: where its decisions come from, only an [`AutoPlanner`] knows. For two-batch it is
     /// the first micro-batch's; [`Policy::micro_batches`] has both.
-    pub fn table(&self, placement: &Placement, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
+    pub fn table(&self, placement: &SlotMap, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
         let table = match self.schedule {
-            Schedule::Serial => self.serial(placement)?,
+            Schedule::Serial => return self.serial(placement),
             Schedule::Staged | Schedule::Auto => self.staged(placement, counts)?,
             Schedule::TwoBatch => return self.micro_batches(placement).map(|[first, _]| first),
         };
@@ -137,45 +137,33 @@ impl Policy {
     pub fn shared_expert(&self) -> SharedExpert {
         match (self.shared, self.schedule) {
             (Some(shared), _) => shared,
-            (None, Schedule::Serial) => SharedExpert::Alone,
-            (None, Schedule::Staged | Schedule::Auto | Schedule::TwoBatch) => SharedExpert::BesideRendezvous,
+            (None, Schedule::Serial) => SharedExpert::Serial,
+            (None, Schedule::Staged | Schedule::Auto | Schedule::TwoBatch) => {
+                SharedExpert::BesideCountExchange
+            }
         }
-    }
-
-    /// Whether a rank that is alone, with nothing to hide, runs its experts in one stage and one product of all:
-    /// unless stages, an order or dense products were asked for.
-    pub fn leaves_one_grouped_stage(&self) -> bool {
-        let plain = matches!(self.schedule, Schedule::Serial | Schedule::Auto);
-        plain && self.stages.is_none() && self.gemm() == GemmKind::Grouped
     }
 
     /// The tables of two micro-batches; see [`StageTable::micro_batches`].
     ///
     /// # Errors
     /// Stages or a transfer order: there is one way to alternate.
-    pub fn micro_batches(&self, placement: &Placement) -> Result<[StageTable; 2], PlanError> {
-        if let Some(asked) = self.asked_cut() {
-            let has = "one stage in each of its micro-batches";
-            return Err(PlanError::FixedWith { schedule: Schedule::TwoBatch, has, asked });
-        }
+    pub fn micro_batches(&self, placement: &SlotMap) -> Result<[StageTable; 2], PlanError> {
+        self.check()?;
         let tables = StageTable::micro_batches(placement, self.gemm());
         Ok(tables.map(|table| StageTable { shared: self.shared_expert(), ..table }))
     }
 
-    fn serial(&self, placement: &Placement) -> Result<StageTable, PlanError> {
-        if let Some(stages) = self.stages.as_ref().filter(|&stages| *stages != Stages::Count(1)) {
-            let asked = format!("stages {stages}");
-            return Err(PlanError::FixedWith { schedule: Schedule::Serial, has: "one stage", asked });
+    pub(crate) fn serial(&self, placement: &SlotMap) -> Result<StageTable, PlanError> {
+        self.check_serial()?;
+        let table = StageTable::serial(placement, self.gemm());
+        match &self.order {
+            Some(order) => table.with_order(order.clone()),
+            None => Ok(table),
         }
-        if let Some(shared) = self.shared.filter(|&shared| shared != SharedExpert::Alone) {
-            let asked = format!("the shared expert {shared}");
-            let has = "nothing beside anything";
-            return Err(PlanError::FixedWith { schedule: Schedule::Serial, has, asked });
-        }
-        Ok(StageTable::serial(placement, self.gemm()))
     }
 
-    fn staged(&self, placement: &Placement, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
+    fn staged(&self, placement: &SlotMap, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
         let balanced = |stages| StageTable::balanced(placement, counts, stages, self.gemm());
         let table = match &self.stages {
             None => balanced(Self::DEFAULT_STAGES.min(placement.max_local()))?,
@@ -185,32 +173,50 @@ impl Policy {
         Ok(StageTable { shared: self.shared_expert(), ..table })
     }
 
-    /// What decides layer after layer, if the schedule is auto: for layers of this shape, in this number format.
+    /// What decides layer after layer, for layers of these sizes in this number format.
     ///
     /// # Errors
-    /// Stages or a transfer order that auto was told.
-    pub fn scheduler(
-        &self,
-        placement: &Placement,
-        shape: LayerShape,
-        dtype: DType,
-    ) -> Result<Option<Scheduler>, PlanError> {
-        if self.schedule != Schedule::Auto {
-            return Ok(None);
-        }
-        self.check_auto()?;
+    /// Things asked for together that do not go together.
+    pub fn planner(&self, sizes: LayerSizes, dtype: DType) -> Result<Box<dyn Planner>, PlanError> {
+        self.check()?;
+        Ok(match self.schedule {
+            Schedule::Serial | Schedule::Staged => Box::new(FixedPlanner::new(self.clone())),
+            Schedule::TwoBatch => Box::new(TwoBatchPlanner::new(self.clone())),
+            Schedule::Auto => Box::new(self.auto(sizes, dtype)),
+        })
+    }
+
+    /// The planner of an auto schedule.
+    fn auto(&self, sizes: LayerSizes, dtype: DType) -> AutoPlanner {
         let defaults = SearchOptions::default();
         let kernels = self.gemm.map_or(defaults.kernels.clone(), |kind| vec![kind]);
         let (max_stages, margin) = (Self::AUTO_STAGES, Self::AUTO_MARGIN);
         let options = SearchOptions { max_stages, margin, kernels, shared: self.shared, ..defaults };
         let cost = self.cost.clone().unwrap_or_else(|| Arc::new(CostModel::unmeasured(dtype, 1, 0)));
-        Ok(Some(Scheduler::new(*placement, shape, cost, options)))
+        AutoPlanner::new(sizes, cost, options)
     }
 
-    /// Refuses an auto schedule that was told what it decides itself.
-    pub fn check_auto(&self) -> Result<(), PlanError> {
-        match self.asked_cut().filter(|_| self.schedule == Schedule::Auto) {
-            Some(asked) => Err(PlanError::AutoWith { asked }),
+    /// Refuses a schedule that was told what it does not do, or what it decides itself.
+    pub fn check(&self) -> Result<(), PlanError> {
+        let asked = self.asked_cut();
+        match (self.schedule, asked) {
+            (Schedule::Auto, Some(asked)) => Err(PlanError::AutoWith { asked }),
+            (Schedule::TwoBatch, Some(asked)) => {
+                let has = "one stage in each of its micro-batches";
+                Err(PlanError::FixedWith { schedule: Schedule::TwoBatch, has, asked })
+            }
+            (Schedule::Serial, _) => self.check_serial(),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_serial(&self) -> Result<(), PlanError> {
+        let refuse = |has, asked| Err(PlanError::FixedWith { schedule: Schedule::Serial, has, asked });
+        if let Some(stages) = self.stages.as_ref().filter(|&stages| *stages != Stages::Count(1)) {
+            return refuse("one stage", format!("stages {stages}"));
+        }
+        match self.shared.filter(|&shared| shared != SharedExpert::Serial) {
+            Some(shared) => refuse("nothing beside anything", format!("the shared expert {shared}")),
             None => Ok(()),
         }
     }
@@ -251,14 +257,13 @@ impl fmt::Display for Policy {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{LayerSizes, Routing, TokenHistograms, parse_order};
+    use crate::{Routing, parse_order};
 
     /// Six experts on one rank; expert 0 has three tokens, the others one each.
-    fn layer() -> (Placement, LayerHistograms) {
-        let placement = Placement::new(6, 1).unwrap();
+    fn layer() -> (SlotMap, LayerHistograms) {
+        let placement = SlotMap::contiguous(6, 1).unwrap();
         let routing = Routing::new(6, 1, vec![0, 0, 0, 1, 2, 3, 4, 5], vec![1.0; 8]).unwrap();
-        let counts =
-            LayerHistograms::new(&placement, 1, vec![TokenHistograms::of(&placement, &routing)]).unwrap();
+        let counts = LayerHistograms::of_routings(&placement, 1, &[routing]).unwrap();
         (placement, counts)
     }
 
@@ -297,7 +302,7 @@ mod tests {
             "rank 0: 0..1 1..3 3..5 5..6\n\
              order: d0 d1 c0 d2 c1 d3 c2 c3\n\
              gemm: grouped grouped grouped grouped\n\
-             shared expert: beside the rendezvous\n"
+             shared expert: beside the count exchange\n"
         );
     }
 
@@ -332,12 +337,9 @@ mod tests {
         let staged = |stages| Policy { stages: Some(stages), ..Policy::default() };
         assert_eq!(refused(staged(Stages::Count(7))), "7 stages for 6 experts on a rank: use 1 to 6 stages");
         assert!(refused(staged(Stages::Sizes(vec![3, 2]))).contains("add up to 5"));
-        let (placement, _) = layer();
-        let sizes = LayerSizes { hidden: 8, inner: 4, top_k: 1, local_experts: 6, activation_bytes: 4 };
-        let shape = LayerShape { sizes, shared_inner: 0 };
         let auto = Policy { schedule: Schedule::Auto, ..staged(Stages::Count(2)) };
         assert_eq!(
-            auto.scheduler(&placement, shape, DType::F32).unwrap_err().to_string(),
+            auto.check().unwrap_err().to_string(),
             "the auto schedule decides this itself, but stages 2 was asked for: use the staged schedule, or leave it out"
         );
         let serial = Policy { schedule: Schedule::Serial, ..Policy::default() };
@@ -347,7 +349,7 @@ mod tests {
              leave it out"
         );
         assert!(
-            refused(Policy { shared: Some(SharedExpert::BesideRendezvous), ..serial })
+            refused(Policy { shared: Some(SharedExpert::BesideCountExchange), ..serial })
                 .contains("nothing beside anything")
         );
         let two_batch = Policy { schedule: Schedule::TwoBatch, ..staged(Stages::Count(2)) };

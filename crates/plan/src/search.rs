@@ -11,7 +11,7 @@ use crate::cuts::{Loads, together_ns};
 use crate::piecewise::scale;
 use crate::simulate::share_of;
 use crate::{
-    CostModel, GemmKind, Placement, Schedule, SharedExpert, Simulation, StageTable, Transfer, Workload,
+    CostModel, GemmKind, Schedule, SharedExpert, Simulation, SlotMap, StageTable, Transfer, Workload,
     order_text, predict_ns, simulate,
 };
 use epsmoe_base::{Rank, Stage, count};
@@ -64,7 +64,7 @@ pub struct Decision {
 pub struct Bucket {
     /// Quarter octaves of the most tokens on a rank.
     pub tokens: u32,
-    /// Quarter octaves of (copies on the fullest rank, over the mean).
+    /// Quarter octaves of (assignments on the fullest rank, over the mean).
     pub skew: u32,
 }
 
@@ -74,11 +74,12 @@ impl Bucket {
         let Workload { placement, counts, .. } = *workload;
         let tokens = placement.all_ranks().map(|rank| counts.of(rank).tokens).max().unwrap_or(0);
         let on_rank = |rank: Rank| -> u64 {
-            placement.experts_of(rank).map(|expert| counts.copies_of(expert) as u64).sum()
+            placement.slots_of_rank(rank).map(|expert| counts.assignments_of(expert) as u64).sum()
         };
-        let copies: Vec<u64> = placement.all_ranks().map(on_rank).collect();
-        let (fullest, all) = (copies.iter().max().copied().unwrap_or(0), copies.iter().sum::<u64>());
-        let skew = fullest * 16 * copies.len() as u64 / all.max(1);
+        let assignments: Vec<u64> = placement.all_ranks().map(on_rank).collect();
+        let (fullest, all) =
+            (assignments.iter().max().copied().unwrap_or(0), assignments.iter().sum::<u64>());
+        let skew = fullest * 16 * assignments.len() as u64 / all.max(1);
         Bucket { tokens: quarter_octaves(tokens.into()), skew: quarter_octaves(skew) }
     }
 }
@@ -287,7 +288,7 @@ impl Search<'_> {
     fn best_cuts(&mut self, stages: usize, share: usize) -> Plan {
         let Workload { placement, counts, .. } = *self.workload;
         let loads = Loads::of(self.workload, self.cost, share);
-        let shared = self.options.shared.unwrap_or(SharedExpert::BesideRendezvous);
+        let shared = self.options.shared.unwrap_or(SharedExpert::BesideCountExchange);
         let kinds = self.options.kernels.clone();
         let uniform = |kind| (kind, StageTable::equal(placement, stages, kind));
         let mut best: Option<Plan> = None;
@@ -347,12 +348,12 @@ impl Search<'_> {
     fn shared_places(&self) -> Vec<SharedExpert> {
         match self.options.shared {
             Some(shared) => vec![shared],
-            None if self.workload.shape.shared_inner == 0 => vec![SharedExpert::BesideRendezvous],
+            None if self.workload.shape.shared_inner == 0 => vec![SharedExpert::BesideCountExchange],
             None => vec![
-                SharedExpert::BesideRendezvous,
+                SharedExpert::BesideCountExchange,
                 SharedExpert::BesideFirstDispatch,
                 SharedExpert::BesideLastCombine,
-                SharedExpert::Alone,
+                SharedExpert::Serial,
             ],
         }
     }
@@ -409,7 +410,7 @@ impl Search<'_> {
             let serial = StageTable::serial(placement, kind);
             plans.push((format!("{} schedule, {kind} GEMM", Schedule::Serial), self.price(serial, 0)));
             let stages = placement.max_local().min(crate::Policy::DEFAULT_STAGES);
-            let name = format!("{}, balanced by copies, {kind} GEMM", count(stages, "stage"));
+            let name = format!("{}, balanced by assignments, {kind} GEMM", count(stages, "stage"));
             let balanced = StageTable::balanced(placement, counts, stages, kind);
             plans.extend(balanced.map(|table| (name, self.price(table, 0))));
         }
@@ -485,7 +486,7 @@ fn cut_all(loads: &[Loads], gemm: &[GemmKind]) -> Vec<Vec<usize>> {
 }
 
 /// Every cut of every rank with every other's, unless these are more than [`MOST_CUTS`].
-fn all_cuts(placement: &Placement, stages: usize) -> Option<Vec<Vec<Vec<usize>>>> {
+fn all_cuts(placement: &SlotMap, stages: usize) -> Option<Vec<Vec<Vec<usize>>>> {
     let mut all: Vec<Vec<Vec<usize>>> = vec![Vec::new()];
     for rank in placement.all_ranks() {
         let of_rank = rank_cuts(placement.local_count(rank), stages)?;
@@ -612,7 +613,7 @@ fn write_cuts(f: &mut fmt::Formatter<'_>, table: &StageTable) -> fmt::Result {
 
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Simulation { layer_ns, rendezvous_ns, exposed_transfer_ns, stages, .. } = &self.predicted;
+        let Simulation { layer_ns, count_exchange_ns, exposed_transfer_ns, stages, .. } = &self.predicted;
         writeln!(f, "{}", self.reason())?;
         write_cuts(f, &self.table)?;
         writeln!(f, "order: {}", order_text(&self.table.order))?;
@@ -622,7 +623,7 @@ impl fmt::Display for Choice {
             f,
             "predicted: {} a layer, rendezvous {}, exposed transfer {}",
             Micros(*layer_ns),
-            Micros(*rendezvous_ns),
+            Micros(*count_exchange_ns),
             Micros(*exposed_transfer_ns)
         )?;
         for (stage, times) in stages.iter().enumerate() {

@@ -1,6 +1,6 @@
 //! How a layer's experts are cut into stages, and in which order the stages travel.
 
-use crate::{LayerHistograms, Placement, PlanError};
+use crate::{LayerHistograms, PlanError, SlotMap};
 use epsmoe_base::{Rank, Stage, hash_bytes};
 use std::fmt;
 use std::ops::Range;
@@ -91,22 +91,22 @@ fn spaced(words: impl Iterator<Item = impl fmt::Display>) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SharedExpert {
     /// It computes while the ranks exchange their counts.
-    BesideRendezvous,
+    BesideCountExchange,
     /// It computes while the first stage travels to its experts.
     BesideFirstDispatch,
     /// It computes while the last sums travel home.
     BesideLastCombine,
     /// It computes after everything else, beside nothing.
-    Alone,
+    Serial,
 }
 
 impl fmt::Display for SharedExpert {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            SharedExpert::BesideRendezvous => "beside the rendezvous",
+            SharedExpert::BesideCountExchange => "beside the count exchange",
             SharedExpert::BesideFirstDispatch => "beside the first dispatch",
             SharedExpert::BesideLastCombine => "beside the last combine",
-            SharedExpert::Alone => "alone",
+            SharedExpert::Serial => "beside nothing",
         })
     }
 }
@@ -122,7 +122,7 @@ impl fmt::Display for SharedExpert {
 /// ```
 /// # use epsmoe_plan::*;
 /// # fn main() -> Result<(), PlanError> {
-/// let placement = Placement::new(5, 2)?;
+/// let placement = SlotMap::contiguous(5, 2)?;
 /// let table = StageTable::sized(&placement, &[1, 2], GemmKind::Grouped)?;
 /// assert_eq!(
 ///     table.to_string(),
@@ -130,7 +130,7 @@ impl fmt::Display for SharedExpert {
 ///      rank 1: 0..1 1..2\n\
 ///      order: d0 d1 c0 c1\n\
 ///      gemm: grouped grouped\n\
-///      shared expert: beside the rendezvous\n"
+///      shared expert: beside the count exchange\n"
 /// );
 /// # Ok(())
 /// # }
@@ -150,13 +150,13 @@ pub struct StageTable {
 
 impl StageTable {
     /// One stage, and nothing beside anything: what every other table is compared with.
-    pub fn serial(placement: &Placement, gemm: GemmKind) -> Self {
+    pub fn serial(placement: &SlotMap, gemm: GemmKind) -> Self {
         let cuts = placement.all_ranks().map(|rank| vec![0, placement.local_count(rank)]).collect();
-        StageTable { shared: SharedExpert::Alone, ..Self::of_cuts(cuts, 1, gemm) }
+        StageTable { shared: SharedExpert::Serial, ..Self::of_cuts(cuts, 1, gemm) }
     }
 
     /// As many experts in every stage as possible. Ranks with fewer experts than stages get empty stages.
-    pub fn equal(placement: &Placement, stages: usize, gemm: GemmKind) -> Result<Self, PlanError> {
+    pub fn equal(placement: &SlotMap, stages: usize, gemm: GemmKind) -> Result<Self, PlanError> {
         check_count(placement, stages)?;
         let cut = |local: usize| (0..=stages).map(|stage| stage * local / stages).collect();
         let cuts = placement.all_ranks().map(|rank| cut(placement.local_count(rank))).collect();
@@ -165,7 +165,7 @@ impl StageTable {
 
     /// `sizes[s]` experts in stage s; they add up to the most experts a rank holds. On ranks with one expert
     /// fewer, the last stage that has any is one smaller.
-    pub fn sized(placement: &Placement, sizes: &[usize], gemm: GemmKind) -> Result<Self, PlanError> {
+    pub fn sized(placement: &SlotMap, sizes: &[usize], gemm: GemmKind) -> Result<Self, PlanError> {
         let experts = placement.max_local();
         let sum = sizes.iter().fold(0, |sum: usize, &size| sum.saturating_add(size));
         if sum != experts {
@@ -182,9 +182,9 @@ impl StageTable {
         Ok(Self::of_cuts(cuts, sizes.len(), gemm))
     }
 
-    /// On every rank, the cut whose largest stage has the fewest copies.
+    /// On every rank, the cut whose largest stage has the fewest assignments.
     pub fn balanced(
-        placement: &Placement,
+        placement: &SlotMap,
         counts: &LayerHistograms,
         stages: usize,
         gemm: GemmKind,
@@ -192,7 +192,7 @@ impl StageTable {
         check_count(placement, stages)?;
         let cut = |rank| {
             let loads: Vec<usize> =
-                placement.experts_of(rank).map(|expert| counts.copies_of(expert)).collect();
+                placement.slots_of_rank(rank).map(|expert| counts.assignments_of(expert)).collect();
             balanced_cut(&loads, stages)
         };
         Ok(Self::of_cuts(placement.all_ranks().map(cut).collect(), stages, gemm))
@@ -203,13 +203,13 @@ impl StageTable {
     ///
     /// ```
     /// # use epsmoe_plan::*;
-    /// let placement = Placement::new(5, 2)?;
+    /// let placement = SlotMap::contiguous(5, 2)?;
     /// let [first, second] = StageTable::micro_batches(&placement, GemmKind::Grouped);
     /// assert_eq!(first.cuts, [vec![0, 3, 3], vec![0, 2, 2]]);
     /// assert_eq!(second.cuts, [vec![0, 0, 3], vec![0, 0, 2]]);
     /// # Ok::<(), PlanError>(())
     /// ```
-    pub fn micro_batches(placement: &Placement, gemm: GemmKind) -> [StageTable; 2] {
+    pub fn micro_batches(placement: &SlotMap, gemm: GemmKind) -> [StageTable; 2] {
         let local = || placement.all_ranks().map(|rank| placement.local_count(rank));
         let first = local().map(|experts| vec![0, experts, experts]).collect();
         let second = local().map(|experts| vec![0, 0, experts]).collect();
@@ -221,7 +221,7 @@ impl StageTable {
             cuts,
             order: Self::default_order(stages),
             gemm: vec![gemm; stages],
-            shared: SharedExpert::BesideRendezvous,
+            shared: SharedExpert::BesideCountExchange,
         }
     }
 
@@ -248,25 +248,31 @@ impl StageTable {
         self.gemm.len()
     }
 
-    /// Whether nothing runs beside anything.
-    pub fn is_serial(&self) -> bool {
-        self.stages() == 1 && self.shared == SharedExpert::Alone
+    /// Whether rows stay where they are: in a world of one rank whose experts are one grouped stage. Nobody needs to
+    /// know the counts then but the processor.
+    pub fn runs_in_place(&self, map: &SlotMap) -> bool {
+        map.ranks() == 1 && self.gemm == [GemmKind::Grouped]
     }
 
-    /// The local experts of a stage on `rank`.
-    pub fn experts_of(&self, rank: Rank, stage: Stage) -> Range<usize> {
+    /// Whether nothing runs beside anything.
+    pub fn is_serial(&self) -> bool {
+        self.stages() == 1 && self.shared == SharedExpert::Serial
+    }
+
+    /// The local slots of a stage on `rank`.
+    pub fn slots_of(&self, rank: Rank, stage: Stage) -> Range<usize> {
         let cut = &self.cuts[rank.0];
         cut[stage.0]..cut[stage.0 + 1]
     }
 
-    /// The stage of a local expert of `rank`.
-    pub fn stage_of(&self, rank: Rank, local_expert: usize) -> Stage {
+    /// The stage of a local slot of `rank`.
+    pub fn stage_of(&self, rank: Rank, local: usize) -> Stage {
         // The last boundary at or below the expert: with empty stages several may be equal.
-        Stage(self.cuts[rank.0].partition_point(|&boundary| boundary <= local_expert) - 1)
+        Stage(self.cuts[rank.0].partition_point(|&boundary| boundary <= local) - 1)
     }
 
     /// Refuses a table that misses an expert, or whose transfer lane would wait for itself.
-    pub fn validate(&self, placement: &Placement) -> Result<(), PlanError> {
+    pub fn validate(&self, placement: &SlotMap) -> Result<(), PlanError> {
         let stages = self.stages();
         check_length("GEMM kinds, one per stage", stages, stages.max(1))?;
         check_length("cuts, one per rank", self.cuts.len(), placement.ranks())?;
@@ -307,7 +313,7 @@ impl fmt::Display for StageTable {
     }
 }
 
-fn check_count(placement: &Placement, stages: usize) -> Result<(), PlanError> {
+fn check_count(placement: &SlotMap, stages: usize) -> Result<(), PlanError> {
     let experts = placement.max_local();
     if (1..=experts).contains(&stages) { Ok(()) } else { Err(PlanError::StageCount { stages, experts }) }
 }
@@ -412,14 +418,14 @@ mod tests {
 
     #[test]
     fn cuts_by_count_and_by_size() {
-        let placement = Placement::new(7, 4).unwrap(); // 2, 2, 2 and 1 experts
+        let placement = SlotMap::contiguous(7, 4).unwrap(); // 2, 2, 2 and 1 experts
         let equal = StageTable::equal(&placement, 2, GemmKind::Dense).unwrap();
         assert_eq!(equal.cuts, [vec![0, 1, 2], vec![0, 1, 2], vec![0, 1, 2], vec![0, 0, 1]]);
         let sized = StageTable::sized(&placement, &[0, 2, 0], GemmKind::Dense).unwrap();
         assert_eq!(sized.cuts[0], [0, 0, 2, 2]);
         assert_eq!(sized.cuts[3], [0, 0, 1, 1]);
         assert_eq!((sized.stage_of(Rank(0), 1), sized.stage_of(Rank(3), 0)), (Stage(1), Stage(1)));
-        assert_eq!(sized.experts_of(Rank(0), Stage(0)), 0..0);
+        assert_eq!(sized.slots_of(Rank(0), Stage(0)), 0..0);
         let serial = StageTable::serial(&placement, GemmKind::Grouped);
         assert!(serial.is_serial() && !equal.is_serial());
         for table in [equal, sized, serial] {
@@ -429,7 +435,7 @@ mod tests {
 
     #[test]
     fn impossible_cuts_are_refused() {
-        let placement = Placement::new(7, 4).unwrap();
+        let placement = SlotMap::contiguous(7, 4).unwrap();
         let count =
             |stages| StageTable::equal(&placement, stages, GemmKind::Grouped).unwrap_err().to_string();
         assert_eq!(count(3), "3 stages for 2 experts on a rank: use 1 to 2 stages");
@@ -462,7 +468,7 @@ mod tests {
 
     #[test]
     fn orders_that_deadlock_are_refused() {
-        let placement = Placement::new(4, 1).unwrap();
+        let placement = SlotMap::contiguous(4, 1).unwrap();
         let table = StageTable::equal(&placement, 2, GemmKind::Grouped).unwrap();
         let order = |text| table.clone().with_order(parse_order(text)?);
         for legal in ["d0 d1 c0 c1", "d0 c0 d1 c1", "d1 d0 c1 c0"] {
@@ -486,14 +492,14 @@ mod tests {
 
     #[test]
     fn the_digest_sees_everything() {
-        let placement = Placement::new(6, 2).unwrap();
+        let placement = SlotMap::contiguous(6, 2).unwrap();
         let table = StageTable::sized(&placement, &[1, 2], GemmKind::Grouped).unwrap();
         let digests = [
             table.clone(),
             StageTable::sized(&placement, &[2, 1], GemmKind::Grouped).unwrap(),
             StageTable::sized(&placement, &[1, 2], GemmKind::Dense).unwrap(),
             table.clone().with_order(parse_order("d0 c0 d1 c1").unwrap()).unwrap(),
-            StageTable { shared: SharedExpert::Alone, ..table.clone() },
+            StageTable { shared: SharedExpert::Serial, ..table.clone() },
         ]
         .map(|table| table.digest());
         for (index, digest) in digests.iter().enumerate() {

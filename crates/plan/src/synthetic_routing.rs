@@ -1,6 +1,6 @@
 //! Counts to plan with when no router has spoken yet: what a popularity of experts leads to.
 
-use crate::{LayerHistograms, Placement, PlanError, Routing, TokenHistograms};
+use crate::{LayerHistograms, PlanError, Routing, SlotMap, TokenHistograms};
 use epsmoe_base::{Mix, Rank};
 
 /// How a router chooses, as far as counts are concerned.
@@ -26,25 +26,25 @@ impl SyntheticRouting {
     /// ```
     /// # use epsmoe_plan::*;
     /// # use epsmoe_base::Rank;
-    /// let placement = Placement::new(8, 2).unwrap();
+    /// let placement = SlotMap::contiguous(8, 2).unwrap();
     /// let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 7 };
     /// let counts = law.counts(&placement, &[100_000, 0]).unwrap();
-    /// assert_eq!(counts.of(Rank(0)).copies.iter().sum::<u32>(), 200_000);
-    /// assert!((22_000..28_000).contains(&counts.copies_of(3)));
+    /// assert_eq!(counts.of(Rank(0)).assignments.iter().sum::<u32>(), 200_000);
+    /// assert!((22_000..28_000).contains(&counts.assignments_of(3)));
     /// ```
-    pub fn counts(&self, placement: &Placement, tokens: &[usize]) -> Result<LayerHistograms, PlanError> {
+    pub fn counts(&self, placement: &SlotMap, tokens: &[usize]) -> Result<LayerHistograms, PlanError> {
         let most = (DRAWN / placement.ranks()).max(64);
         let weights = self.popularity(placement.experts());
         let of_rank = |(rank, &tokens): (usize, &usize)| -> Result<TokenHistograms, PlanError> {
             let drawn = self.draw(placement, &weights, rank, tokens.min(most))?;
-            Ok(repeated(placement, &drawn, tokens))
+            repeated(placement, &drawn, tokens)
         };
         let ranks = tokens.iter().enumerate().map(of_rank).collect::<Result<_, _>>()?;
         LayerHistograms::new(placement, self.top_k, ranks)
     }
 
     /// What the router says for `tokens` tokens of a rank, all of them drawn; weights are equal.
-    pub fn routing(&self, placement: &Placement, rank: Rank, tokens: usize) -> Result<Routing, PlanError> {
+    pub fn routing(&self, placement: &SlotMap, rank: Rank, tokens: usize) -> Result<Routing, PlanError> {
         self.draw(placement, &self.popularity(placement.experts()), rank.0, tokens)
     }
 
@@ -62,7 +62,7 @@ impl SyntheticRouting {
 
     fn draw(
         &self,
-        placement: &Placement,
+        placement: &SlotMap,
         weights: &[u64],
         rank: usize,
         tokens: usize,
@@ -122,19 +122,20 @@ fn distinct(weights: &[u64], number: usize, mix: &mut Mix) -> impl Iterator<Item
 }
 
 /// The counts of `tokens` tokens that repeat those drawn.
-fn repeated(placement: &Placement, drawn: &Routing, tokens: usize) -> TokenHistograms {
-    let all = TokenHistograms::of(placement, drawn);
+fn repeated(placement: &SlotMap, drawn: &Routing, tokens: usize) -> Result<TokenHistograms, PlanError> {
+    let all = TokenHistograms::of(&drawn.assign(placement)?);
     let (times, rest) = (tokens / drawn.tokens().max(1), tokens % drawn.tokens().max(1));
-    let rest = TokenHistograms::of(placement, &drawn.slice(0..rest.min(drawn.tokens())));
+    let rest = drawn.slice(0..rest.min(drawn.tokens()));
+    let rest = TokenHistograms::of(&rest.assign(placement)?);
     let sum = |all: &[u32], rest: &[u32]| {
         all.iter().zip(rest).map(|(&all, &rest)| all * times as u32 + rest).collect()
     };
-    TokenHistograms {
+    Ok(TokenHistograms {
         tokens: tokens as u32,
-        copies: sum(&all.copies, &rest.copies),
+        assignments: sum(&all.assignments, &rest.assignments),
         first: sum(&all.first, &rest.first),
         last: sum(&all.last, &rest.last),
-    }
+    })
 }
 
 #[cfg(test)]
@@ -143,18 +144,18 @@ mod tests {
 
     #[test]
     fn laws_hold() {
-        let placement = Placement::new(64, 8).unwrap();
+        let placement = SlotMap::contiguous(64, 8).unwrap();
         let law = SyntheticRouting { top_k: 6, groups: Some((8, 3)), zipf_permille: 0, seed: 1 };
         let counts = law.counts(&placement, &[10_001; 8]).unwrap();
         let rows: u32 = counts.of(Rank(0)).first.iter().sum();
         assert!((2 * 10_001..=3 * 10_001).contains(&rows), "{rows} rows: a token uses at most three ranks");
         let skewed = SyntheticRouting { zipf_permille: 1200, groups: None, ..law };
         let counts = skewed.counts(&placement, &[4096; 8]).unwrap();
-        let most = (0..64).map(|expert| counts.copies_of(expert)).max().unwrap();
-        assert!(most > 5 * 8 * 4096 * 6 / 64, "{most} copies of the most popular expert");
+        let most = (0..64).map(|expert| counts.assignments_of(expert)).max().unwrap();
+        assert!(most > 5 * 8 * 4096 * 6 / 64, "{most} assignments of the most popular expert");
         assert_eq!(skewed.counts(&placement, &[4096; 8]).unwrap(), counts);
         // More experts than have any weight left.
         let all = SyntheticRouting { top_k: 64, groups: Some((8, 1)), ..law };
-        assert_eq!(all.counts(&placement, &[2; 8]).unwrap().copies_of(9), 16);
+        assert_eq!(all.counts(&placement, &[2; 8]).unwrap().assignments_of(9), 16);
     }
 }

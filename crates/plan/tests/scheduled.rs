@@ -17,30 +17,30 @@ const LAYERS: usize = 5;
 struct World<'a> {
     case: &'a Case,
     truth: &'a CostModel,
-    ranks: Vec<Scheduler>,
+    ranks: Vec<AutoPlanner>,
 }
 
 impl<'a> World<'a> {
     fn new(case: &'a Case, truth: &'a CostModel, believed: &CostModel) -> Self {
         let believed = Arc::new(believed.clone());
-        let scheduler = |_| {
+        let planner = |_| {
             let options = SearchOptions { max_stages: 6, ..SearchOptions::default() };
-            Scheduler::new(case.placement, case.shape, Arc::clone(&believed), options)
+            AutoPlanner::new(case.shape, Arc::clone(&believed), options)
         };
-        World { case, truth, ranks: case.placement.all_ranks().map(scheduler).collect() }
+        World { case, truth, ranks: case.placement.all_ranks().map(planner).collect() }
     }
 
     /// A step of all ranks; returns the last layer's time on the true machine.
     fn step(&mut self) -> u64 {
         let (mut spans, mut time) = (vec![Vec::new(); self.ranks.len()], 0);
         for layer in (0..LAYERS).map(Layer) {
-            let feedback: Vec<Feedback> =
-                self.ranks.iter_mut().filter_map(Scheduler::take_feedback).collect();
+            let feedback: Vec<Feedback> = self.ranks.iter_mut().filter_map(Planner::take_feedback).collect();
             let messages = feedback
                 .iter()
                 .map(|feedback| Feedback::decode(&feedback.encode()).expect("a whole message"));
             assert_eq!(messages.collect::<Vec<_>>(), feedback);
-            let next = |rank: &mut Scheduler| rank.next_table(layer, &self.case.counts, &feedback);
+            let (map, counts) = (&self.case.placement, std::slice::from_ref(&self.case.counts));
+            let next = |rank: &mut AutoPlanner| table(rank, layer, map, counts, &feedback);
             let tables: Vec<StageTable> = self.ranks.iter_mut().map(next).collect();
             assert!(tables.iter().all(|table| *table == tables[0]), "ranks plan alike");
             assert!(self.ranks.iter().all(|rank| rank.digest() == self.ranks[0].digest()), "and know it");
@@ -56,6 +56,22 @@ impl<'a> World<'a> {
         }
         time
     }
+}
+
+fn table(
+    planner: &mut AutoPlanner,
+    layer: Layer,
+    map: &SlotMap,
+    counts: &[LayerHistograms],
+    feedback: &[Feedback],
+) -> StageTable {
+    let LayerPlan { tables } = planner.plan(layer, map, counts, feedback).expect("a plan");
+    let [table] = tables.try_into().expect("one batch");
+    table
+}
+
+fn report(planner: &AutoPlanner) -> ScheduleReport {
+    planner.report().expect("auto has a report")
 }
 
 /// A layer on several ranks that is worth planning.
@@ -88,7 +104,7 @@ fn a_wrong_model_is_corrected_within_fifty_layers() {
         let options = SearchOptions { max_stages: 6, ..SearchOptions::default() };
         let right = search(&case.workload(), &truth, &options).predicted.layer_ns;
         let percent = last.saturating_sub(right) * 100 / right;
-        eprintln!("{percent} % behind; {:?}", world.ranks[0].report().correction);
+        eprintln!("{percent} % behind; {:?}", report(&world.ranks[0]).correction);
         behind.borrow_mut().push(percent);
     });
     // Over a thousand cases 97 % were less than 5 % behind, and the worst 13 %: cuts that follow every layer's own
@@ -105,7 +121,7 @@ fn a_right_model_is_left_alone() {
         let mut world = World::new(&case, &truth, &truth);
         let times: Vec<u64> = (0..6).map(|_| world.step()).collect();
         assert!(times[1..].windows(2).all(|pair| pair[0] == pair[1]), "{times:?}");
-        let report = world.ranks[0].report();
+        let report = report(&world.ranks[0]);
         assert_eq!((report.correction, report.searches, report.mispredicted), (Correction::default(), 1, 0));
         assert!(report.watched > 0 && report.layers == 6 * LAYERS as u64);
     });
@@ -115,24 +131,25 @@ fn a_right_model_is_left_alone() {
 fn new_buckets_are_decided_after_the_step() {
     let mix = &mut Mix::new(5);
     let truth = machine(mix);
-    let placement = Placement::new(8, 2).unwrap();
+    let placement = SlotMap::contiguous(8, 2).unwrap();
     let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 1 };
-    let sizes = LayerSizes { hidden: 1024, inner: 512, top_k: 2, local_experts: 4, activation_bytes: 2 };
-    let shape = LayerShape { sizes, shared_inner: 512 };
-    let mut scheduler = Scheduler::new(placement, shape, Arc::new(truth), SearchOptions::default());
+    let sizes =
+        LayerSizes { hidden: 1024, inner: 512, top_k: 2, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let shape = LayerSizes { shared_inner: 512, ..sizes };
+    let mut planner = AutoPlanner::new(shape, Arc::new(truth), SearchOptions::default());
     let counts = |tokens| law.counts(&placement, &[tokens, tokens]).unwrap();
     let (few, many) = (counts(16), counts(2048));
-    scheduler.next_table(Layer(0), &many, &[]);
-    assert_eq!(scheduler.report().searches, 1, "the first layer waits for its search");
-    let shared = scheduler.shared_expert();
-    let table = scheduler.next_table(Layer(1), &few, &[]);
-    assert_eq!((scheduler.report().searches, table.shared), (1, shared), "the next follows it");
-    scheduler.observe(Rank(0), &[]);
-    assert_eq!(scheduler.report().searches, 2);
-    scheduler.next_table(Layer(0), &few, &[]);
-    scheduler.observe(Rank(0), &[]);
-    assert_eq!(scheduler.report().searches, 2);
-    let text = scheduler.report().to_string();
+    table(&mut planner, Layer(0), &placement, &[many], &[]);
+    assert_eq!(report(&planner).searches, 1, "the first layer waits for its search");
+    let shared = planner.ahead(&placement).unwrap().shared;
+    let next = table(&mut planner, Layer(1), &placement, std::slice::from_ref(&few), &[]);
+    assert_eq!((report(&planner).searches, next.shared), (1, shared), "the next follows it");
+    planner.observe(Rank(0), &[]);
+    assert_eq!(report(&planner).searches, 2);
+    table(&mut planner, Layer(0), &placement, std::slice::from_ref(&few), &[]);
+    planner.observe(Rank(0), &[]);
+    assert_eq!(report(&planner).searches, 2);
+    let text = report(&planner).to_string();
     assert!(text.starts_with("3 MoE layers planned by 2 decisions; 0 of 0 predictions"), "{text}");
     assert!(text.contains("layers of 2048 tokens or a few more on a rank"), "{text}");
 }

@@ -27,9 +27,9 @@ fn never_worse_than_one_stage_and_always_legal() {
                 for share in 0..cost.shares.len() {
                     let one = StageTable::equal(&layer.placement, 1, kind).unwrap();
                     for shared in [
-                        SharedExpert::BesideRendezvous,
+                        SharedExpert::BesideCountExchange,
                         SharedExpert::BesideFirstDispatch,
-                        SharedExpert::Alone,
+                        SharedExpert::Serial,
                     ] {
                         let one = StageTable { shared, ..one.clone() };
                         let one_ns = predict_ns(&one, share, &workload, &cost);
@@ -103,7 +103,7 @@ fn exhaustive(layer: &Layer, cost: &CostModel) -> u64 {
             for order in all_orders(stages) {
                 for gemm in all_kernels(stages) {
                     for share in 0..cost.shares.len() {
-                        let shared = SharedExpert::BesideRendezvous;
+                        let shared = SharedExpert::BesideCountExchange;
                         let table = StageTable {
                             cuts: cuts.clone(),
                             order: order.clone(),
@@ -125,7 +125,7 @@ fn as_good_as_trying_everything_on_small_layers() {
     for_random_cases(40, |mix| {
         let (layer, cost) = (Layer::random(mix, 2, 4), random_cost(mix));
         let options =
-            SearchOptions { max_stages: 3, shared: Some(SharedExpert::BesideRendezvous), ..exact() };
+            SearchOptions { max_stages: 3, shared: Some(SharedExpert::BesideCountExchange), ..exact() };
         let choice = search(&layer.workload(), &cost, &options);
         let best = exhaustive(&layer, &cost);
         assert!(choice.predicted.layer_ns >= best);
@@ -142,18 +142,19 @@ fn as_good_as_trying_everything_on_small_layers() {
 
 /// DeepSeek-V2 widths on a machine without contention, one expert a token, so that rows divide evenly.
 fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
-    let placement = Placement::new(256, 8).expect("a legal layer");
+    let placement = SlotMap::contiguous(256, 8).expect("a legal layer");
     // Every rank sends one token to every expert, times 64: perfectly even.
     let histogram = vec![64; 256];
     let counts = TokenHistograms {
         tokens: 64 * 256,
-        copies: histogram.clone(),
+        assignments: histogram.clone(),
         first: histogram.clone(),
         last: histogram,
     };
     let counts = LayerHistograms::new(&placement, 1, vec![counts; 8]).expect("a legal layer");
     let law = SyntheticRouting { top_k: 1, groups: None, zipf_permille: 0, seed: 0 };
-    let sizes = LayerSizes { hidden: 1024, inner: 1024, top_k: 1, local_experts: 32, activation_bytes: 2 };
+    let sizes =
+        LayerSizes { hidden: 1024, inner: 1024, top_k: 1, activation_bytes: 2, ..LayerSizes::of(&placement) };
     let bytes = 7 * 32 * 64 * 1024 * 2;
     let free = || Piecewise::flat(0);
     let gemm = GemmCost {
@@ -175,11 +176,11 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
         dense: GemmCost { op_ns: 10_000_000, ..gemm.clone() },
         grouped: gemm,
         link: LinkCost::uniform(0, bytes * 1_000_000_000 / transfer_ns),
-        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
+        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free(), index: free() },
         host: HostCost::default(),
         shares: vec![ShareCost::FREE],
     };
-    (Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 0 }, law }, cost)
+    (Layer { placement, counts, shape: LayerSizes { shared_inner: 0, ..sizes }, law }, cost)
 }
 
 #[test]
@@ -221,11 +222,12 @@ fn the_closed_form_agrees() {
 #[test]
 fn uneven_cuts_beat_equal_ones_under_the_row_rule() {
     let machine = Machine::built_in("8xH800").unwrap();
-    let placement = Placement::new(256, 8).unwrap();
+    let placement = SlotMap::contiguous(256, 8).unwrap();
     let law = SyntheticRouting { top_k: 8, groups: None, zipf_permille: 0, seed: 1 };
     let counts = law.counts(&placement, &[8192; 8]).unwrap();
-    let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, local_experts: 32, activation_bytes: 2 };
-    let shape = LayerShape { sizes, shared_inner: 0 };
+    let sizes =
+        LayerSizes { hidden: 7168, inner: 2048, top_k: 8, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let shape = LayerSizes { shared_inner: 0, ..sizes };
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
     let cost = machine.cost();
     for stages in [2, 4, 8] {
@@ -274,14 +276,15 @@ fn cached_cuts_are_nearly_as_good_as_a_search_per_layer() {
 
 #[test]
 fn buckets_are_quarter_octaves() {
-    let placement = Placement::new(8, 2).unwrap();
-    let sizes = LayerSizes { hidden: 8, inner: 8, top_k: 1, local_experts: 4, activation_bytes: 2 };
-    let shape = LayerShape { sizes, shared_inner: 0 };
+    let placement = SlotMap::contiguous(8, 2).unwrap();
+    let sizes =
+        LayerSizes { hidden: 8, inner: 8, top_k: 1, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let shape = LayerSizes { shared_inner: 0, ..sizes };
     let bucket = |tokens: usize| {
         let histogram: Vec<u32> = (0..8).map(|_| tokens as u32 / 8).collect();
         let of = TokenHistograms {
             tokens: tokens as u32,
-            copies: histogram.clone(),
+            assignments: histogram.clone(),
             first: histogram.clone(),
             last: histogram,
         };
@@ -298,11 +301,12 @@ fn buckets_are_quarter_octaves() {
 
 /// 64 ranks with 512 experts.
 fn large() -> (Layer, CostModel) {
-    let placement = Placement::new(512, 64).expect("a legal layer");
+    let placement = SlotMap::contiguous(512, 64).expect("a legal layer");
     let law = SyntheticRouting { top_k: 8, groups: None, zipf_permille: 500, seed: 3 };
     let counts = law.counts(&placement, &[4096; 64]).expect("a legal layer");
-    let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, local_experts: 8, activation_bytes: 2 };
-    let layer = Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 2048 }, law };
+    let sizes =
+        LayerSizes { hidden: 7168, inner: 2048, top_k: 8, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let layer = Layer { placement, counts, shape: LayerSizes { shared_inner: 2048, ..sizes }, law };
     (layer, Machine::built_in("8x8xH100").expect("a legal layer").cost())
 }
 
@@ -351,11 +355,11 @@ fn cuts_for_takes_microseconds() {
     for (name, experts, top_k, hidden, inner) in
         [("dsv2", 160, 6, 5120, 1536), ("dsv3", 256, 8, 7168, 2048), ("qwen3-30b", 128, 8, 2048, 768)]
     {
-        let placement = Placement::new(experts, 8).unwrap();
+        let placement = SlotMap::contiguous(experts, 8).unwrap();
         let law = SyntheticRouting { top_k, groups: None, zipf_permille: 500, seed: 3 };
         let counts = law.counts(&placement, &[8192; 8]).unwrap();
-        let sizes = LayerSizes { hidden, inner, top_k, local_experts: experts / 8, activation_bytes: 2 };
-        let layer = Layer { placement, counts, shape: LayerShape { sizes, shared_inner: 0 }, law };
+        let sizes = LayerSizes { hidden, inner, top_k, activation_bytes: 2, ..LayerSizes::of(&placement) };
+        let layer = Layer { placement, counts, shape: LayerSizes { shared_inner: 0, ..sizes }, law };
         time(&layer, &cost, name);
     }
 }

@@ -31,6 +31,10 @@ fn dependencies_and_lane_order_are_respected() {
                     assert!(pair[0].start_ns <= pair[0].end_ns);
                 }
             }
+            if table.runs_in_place(&layer.placement) {
+                assert!(transfer.is_empty(), "nothing travels");
+                continue;
+            }
             assert_eq!(transfer[0].name, "metadata");
             let steps = transfer[1..].iter().map(|span| match (span.name.as_ref(), span.stage) {
                 ("dispatch", Some(stage)) => Transfer::Dispatch(stage),
@@ -75,7 +79,7 @@ fn rows_are_conserved_and_priced_by_the_link() {
         cost.host = HostCost::default();
         let simulation = simulate(&table, 0, &layer.workload(), &cost);
         let traffic = Traffic::of(&layer.placement, &layer.counts, &table);
-        let row_bytes = (layer.shape.sizes.hidden * layer.shape.sizes.activation_bytes) as u64;
+        let row_bytes = (layer.shape.hidden * layer.shape.activation_bytes) as u64;
         for (stage, times) in simulation.stages.iter().enumerate() {
             let moved = |rows: &dyn Fn(Rank, Rank) -> usize| -> u64 {
                 let ranks = || layer.placement.all_ranks();
@@ -153,11 +157,12 @@ fn a_full_processor_makes_transfers_wait() {
 /// One rank, one expert, two stages of which one is empty: every number can be checked by hand.
 #[test]
 fn a_layer_by_hand() {
-    let placement = Placement::new(2, 2).unwrap();
+    let placement = SlotMap::contiguous(2, 2).unwrap();
     let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 0 };
     let counts = law.counts(&placement, &[100, 100]).unwrap();
-    let sizes = LayerSizes { hidden: 1000, inner: 500, top_k: 2, local_experts: 1, activation_bytes: 2 };
-    let shape = LayerShape { sizes, shared_inner: 0 };
+    let sizes =
+        LayerSizes { hidden: 1000, inner: 500, top_k: 2, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let shape = LayerSizes { shared_inner: 0, ..sizes };
     let gemm = GemmCost {
         flops_per_second: 1_000_000_000_000_000,
         rows: Piecewise::flat(1000),
@@ -177,20 +182,20 @@ fn a_layer_by_hand() {
         grouped: gemm.clone(),
         dense: gemm,
         link: LinkCost::uniform(10, 1_000_000_000_000),
-        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
-        host: HostCost { rendezvous: Piecewise::flat(7), ..HostCost::default() },
+        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free(), index: free() },
+        host: HostCost { exchange: Piecewise::flat(7), ..HostCost::default() },
         shares: vec![ShareCost::FREE],
     };
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
     let table = StageTable::serial(&placement, GemmKind::Grouped);
     let simulation = simulate(&table, 0, &workload, &cost);
-    // Every token goes to both experts: 100 rows of 2000 bytes to the other rank, 200 copies a rank.
+    // Every token goes to both experts: 100 rows of 2000 bytes to the other rank, 200 assignments a rank.
     let rows = 10 + 100 * 2000 / 1000;
-    let records = 10 + 100 * 12 / 1000;
+    let metadata = 10 + 100 * 16 / 1000;
     let products = 200 * 2 * (1000 * 1000 + 500 * 1000) / 1_000_000;
     let router = 100 * 2 * 2 * 1000 / 1_000_000;
-    assert_eq!(simulation.layer_ns, router + 7 + records + rows + products + rows);
-    assert_eq!(simulation.exposed_transfer_ns, records + 2 * rows);
-    assert_eq!(simulation.rendezvous_ns, 7);
+    assert_eq!(simulation.layer_ns, router + 7 + metadata + rows + products + rows);
+    assert_eq!(simulation.exposed_transfer_ns, metadata + 2 * rows);
+    assert_eq!(simulation.count_exchange_ns, 7);
     assert_eq!(simulation.stages, [StageTimes { dispatch_ns: rows, compute_ns: products, combine_ns: rows }]);
 }

@@ -91,7 +91,7 @@ struct KeptSpan(usize, Option<usize>, Option<usize>, usize, usize, String, [u64;
 
 impl KeptRun {
     fn of((ranks, layer): (usize, usize), run: &LayerRun) -> Self {
-        let host = |host: &RankHost| [host.packed, host.met, host.planned, host.mapped, host.enqueued];
+        let host = |host: &RankHost| [host.counted, host.packed, host.exchanged, host.planned, host.enqueued];
         let span = |span: &Span| {
             let phase = Phase::ALL.iter().position(|&phase| phase == span.phase).unwrap_or_default();
             KeptSpan(
@@ -116,11 +116,11 @@ impl KeptRun {
 
     /// The run, unless it names what does not exist.
     fn restored(self) -> Option<LayerRun> {
-        let host = |[packed, met, planned, mapped, enqueued]: [u64; 5]| RankHost {
+        let host = |[counted, packed, exchanged, planned, enqueued]: [u64; 5]| RankHost {
+            counted,
             packed,
-            met,
+            exchanged,
             planned,
-            mapped,
             enqueued,
         };
         let ranks = self.ranks;

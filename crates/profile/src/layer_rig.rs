@@ -13,8 +13,8 @@ use epsmoe_pipeline::{
     ExpertPipeline, HostTimes, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
 };
 use epsmoe_plan::{
-    Capacity, GemmKind, LayerHistograms, LayerShape, LayerSizes, Placement, Policy, Routing, Span,
-    StageTable, Timeline, TokenHistograms, Traffic,
+    Capacity, GemmKind, LayerHistograms, LayerSizes, Policy, Routing, SlotMap, Span, StageTable, Timeline,
+    Traffic,
 };
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, mpsc};
@@ -37,15 +37,15 @@ pub struct RigShape {
 
 impl RigShape {
     /// What prices its work for these ranks and this format.
-    pub fn layer(&self, placement: &Placement, dtype: DType) -> LayerShape {
-        let sizes = LayerSizes {
+    pub fn layer(&self, placement: &SlotMap, dtype: DType) -> LayerSizes {
+        LayerSizes {
             hidden: self.hidden,
             inner: self.inner,
+            shared_inner: self.shared_inner,
             top_k: self.top_k,
-            local_experts: placement.max_local(),
             activation_bytes: dtype.bytes(),
-        };
-        LayerShape { sizes, shared_inner: self.shared_inner }
+            ..LayerSizes::of(placement)
+        }
     }
 
     /// Bytes of a layer's experts.
@@ -92,14 +92,14 @@ pub struct LayerRun {
 /// When a rank's host was done with its parts of a layer, in nanoseconds of the timeline.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RankHost {
-    /// Counts made, rows on their way to the send buffers.
+    /// Its token histograms read.
+    pub counted: u64,
+    /// Rows on their way to the send buffers.
     pub packed: u64,
     /// The counts of all ranks there.
-    pub met: u64,
+    pub exchanged: u64,
     /// So the plan.
     pub planned: u64,
-    /// Index arrays on their way to the device.
-    pub mapped: u64,
     /// Everything enqueued.
     pub enqueued: u64,
 }
@@ -124,7 +124,7 @@ type Answer = Result<Done, PipelineError>;
 /// Ranks that wait for layers to run. Dropping it ends them.
 pub struct LayerRig {
     /// Where experts live.
-    pub placement: Placement,
+    pub placement: Arc<SlotMap>,
     jobs: Vec<Sender<Job>>,
     answers: Receiver<Answer>,
     timeout: Duration,
@@ -144,7 +144,7 @@ impl LayerRig {
         loads: &[Vec<Routing>],
         options: &RigOptions,
     ) -> Result<Self, PipelineError> {
-        let placement = Placement::new(shape.experts, options.ranks)?;
+        let placement = Arc::new(SlotMap::contiguous(shape.experts, options.ranks)?);
         let capacity = capacity(&placement, shape.top_k, loads)?;
         let layers = WEIGHT_BYTES.div_ceil(shape.bytes(options.dtype).max(1)).clamp(1, 6);
         let (epoch, faults) = (Instant::now(), FaultCell::default());
@@ -158,18 +158,19 @@ impl LayerRig {
             let kernels = CpuKernels::new(options.threads, options.isa).map_err(DeviceError::Unsupported)?;
             let device = ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&options.weights), host)?;
             let pipeline_options = PipelineOptions {
-                placement,
                 policy: Policy::default(),
-                sizes: PipelineSizes {
-                    layer: shape.layer(&placement, options.dtype).sizes,
-                    shared_inner: shape.shared_inner,
-                    capacity,
-                },
+                sizes: PipelineSizes { layer: shape.layer(&placement, options.dtype), capacity },
                 identity: 0,
                 timeout: options.timeout,
             };
-            let bench =
-                Bench { shape, layers, tokens: capacity.tokens, epoch, device: Arc::new(device), placement };
+            let bench = Bench {
+                shape,
+                layers,
+                tokens: capacity.tokens,
+                epoch,
+                device: Arc::new(device),
+                placement: Arc::clone(&placement),
+            };
             let (job, todo) = channel();
             let (answer, faults) = (answer.clone(), faults.clone());
             std::thread::spawn(move || {
@@ -247,11 +248,10 @@ impl LayerRig {
 }
 
 /// Room for each of the loads, whatever their tables.
-fn capacity(placement: &Placement, top_k: usize, loads: &[Vec<Routing>]) -> Result<Capacity, PipelineError> {
-    let mut most = Capacity::worst_case(1, placement, top_k);
+fn capacity(placement: &SlotMap, top_k: usize, loads: &[Vec<Routing>]) -> Result<Capacity, PipelineError> {
+    let mut most = Capacity::worst_case(1, &LayerSizes { top_k, ..LayerSizes::of(placement) });
     for routings in loads {
-        let ranks = routings.iter().map(|routing| TokenHistograms::of(placement, routing)).collect();
-        let counts = LayerHistograms::new(placement, top_k, ranks)?;
+        let counts = LayerHistograms::of_routings(placement, top_k, routings)?;
         let traffic = Traffic::of(placement, &counts, &StageTable::serial(placement, GemmKind::Grouped));
         for rank in placement.all_ranks() {
             let needed = Capacity::needed(&traffic, rank);
@@ -259,8 +259,8 @@ fn capacity(placement: &Placement, top_k: usize, loads: &[Vec<Routing>]) -> Resu
                 tokens: most.tokens.max(needed.tokens),
                 rows_sent: most.rows_sent.max(needed.rows_sent),
                 rows_received: most.rows_received.max(needed.rows_received),
-                copies: most.copies.max(needed.copies),
-                stage_copies: most.stage_copies.max(needed.stage_copies),
+                assignments: most.assignments.max(needed.assignments),
+                stage_assignments: most.stage_assignments.max(needed.stage_assignments),
             };
         }
     }
@@ -273,7 +273,7 @@ struct Bench {
     layers: usize,
     tokens: usize,
     epoch: Instant,
-    placement: Placement,
+    placement: Arc<SlotMap>,
     device: Arc<Cpu>,
 }
 
@@ -302,8 +302,7 @@ impl Bench {
             device.take_records();
             self.together(&fabric)?;
             let layer = &layers[job.layer];
-            pipeline.route(layer, &x)?;
-            let report = pipeline.run_table(layer, &job.routing, &job.table, &x, &y)?;
+            let report = pipeline.run_table(layer, Some(&job.routing), &job.table, &x, &y)?;
             finish()?;
             let spans = device.take_records().into_iter().map(|record| Span {
                 rank: device.rank(),
@@ -347,10 +346,10 @@ impl Bench {
             time.map_or(0, |time| time.saturating_duration_since(self.epoch).as_nanos() as u64)
         };
         RankHost {
+            counted: ns(times.counted),
             packed: ns(times.packed),
-            met: ns(times.met),
+            exchanged: ns(times.exchanged),
             planned: ns(times.planned),
-            mapped: ns(times.mapped),
             enqueued: ns(times.enqueued),
         }
     }
@@ -383,9 +382,10 @@ impl Bench {
             gate: TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 },
             experts: self
                 .placement
-                .experts_of(self.device.rank())
-                .map(|expert| mlp(format!("expert {expert}"), inner))
+                .experts_on(self.device.rank())
+                .map(|expert| mlp(format!("expert {}", expert.0), inner))
                 .collect::<Result<_, _>>()?,
+            slots: Arc::clone(&self.placement),
             shared: shared.map(|mlp| SharedMlp { mlp, gate: None }),
         })
     }

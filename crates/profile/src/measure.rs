@@ -6,8 +6,8 @@ use epsmoe_base::{Mix, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
-    CostModel, GemmCost, GemmKind, HostCost, LayerHistograms, LinkCost, Piecewise, Placement, Routing,
-    RowsCost, Sample, ShareCost, StageTable, TokenHistograms, Workload,
+    CostModel, GemmCost, GemmKind, HostCost, LayerHistograms, LinkCost, Piecewise, Routing, RowsCost, Sample,
+    ShareCost, SlotMap, StageTable, Workload,
 };
 use std::time::{Duration, Instant};
 
@@ -83,7 +83,7 @@ pub enum MeasureError {
 /// A layer to run, and its runs.
 struct Experiment {
     shape: RigShape,
-    placement: Placement,
+    placement: SlotMap,
     routings: Vec<Routing>,
     counts: LayerHistograms,
     table: StageTable,
@@ -271,7 +271,7 @@ fn of_shape(
     options: &RigOptions,
     effort: &Effort,
 ) -> Result<Vec<Experiment>, PipelineError> {
-    let placement = Placement::new(shape.experts, options.ranks)?;
+    let placement = SlotMap::contiguous(shape.experts, options.ranks)?;
     let mut experiments = Vec::new();
     for &rows in &effort.rows {
         let tokens = rows * shape.experts / (shape.top_k * options.ranks);
@@ -280,8 +280,7 @@ fn of_shape(
         }
         let routings: Vec<Routing> =
             placement.all_ranks().map(|rank| even(shape, rank, tokens)).collect::<Result<_, _>>()?;
-        let counts = routings.iter().map(|routing| TokenHistograms::of(&placement, routing)).collect();
-        let counts = LayerHistograms::new(&placement, shape.top_k, counts)?;
+        let counts = LayerHistograms::of_routings(&placement, shape.top_k, &routings)?;
         let stages = placement.max_local();
         let tables = [
             StageTable::serial(&placement, GemmKind::Grouped),
@@ -291,7 +290,7 @@ fn of_shape(
         ];
         experiments.extend(tables.map(|table| Experiment {
             shape,
-            placement,
+            placement: placement.clone(),
             routings: routings.clone(),
             counts: counts.clone(),
             table,
@@ -325,11 +324,10 @@ fn paced(
     let cost = blank(fingerprint, options);
     let mut samples = Vec::new();
     for &shape in effort.shapes.iter().take(if options.ranks > 1 { 2 } else { 0 }) {
-        let placement = Placement::new(shape.experts, options.ranks)?;
+        let placement = SlotMap::contiguous(shape.experts, options.ranks)?;
         let routings: Vec<Routing> =
             placement.all_ranks().map(|rank| even(shape, rank, 128)).collect::<Result<_, _>>()?;
-        let counts = routings.iter().map(|routing| TokenHistograms::of(&placement, routing)).collect();
-        let counts = LayerHistograms::new(&placement, shape.top_k, counts)?;
+        let counts = LayerHistograms::of_routings(&placement, shape.top_k, &routings)?;
         let table = StageTable::equal(&placement, 8.min(placement.max_local()), GemmKind::Grouped)?;
         let sizes = shape.layer(&placement, options.dtype);
         let workload = Workload { placement: &placement, counts: &counts, shape: &sizes };
@@ -369,7 +367,7 @@ fn blank(fingerprint: &Fingerprint, options: &RigOptions) -> CostModel {
         grouped: gemm.clone(),
         dense: gemm,
         link: LinkCost { exchange_ns: 0, node_ranks: 0, near: free(), far: free(), copy: free() },
-        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free() },
+        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free(), index: free() },
         host: HostCost::default(),
         shares: vec![ShareCost::FREE],
     }

@@ -68,12 +68,21 @@ struct Pair<'a> {
     before: Option<u64>,
 }
 
-/// Every operation with its span: the same order on every lane.
+/// Every operation with its span: the same order on every lane. What overruled the router is no work of a layer.
 fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> {
-    let mut spans: BTreeMap<(usize, usize), Vec<&Span>> = BTreeMap::new();
+    let mut lanes: BTreeMap<(usize, usize), Vec<&Span>> = BTreeMap::new();
     for span in &run.timeline.spans {
-        spans.entry((span.rank.0, span.lane.index())).or_default().push(span);
+        lanes.entry((span.rank.0, span.lane.index())).or_default().push(span);
     }
+    let mut spans: BTreeMap<(usize, usize), Vec<(&Span, Option<u64>)>> = BTreeMap::new();
+    for (key, on_lane) in lanes {
+        let before = std::iter::once(None).chain(on_lane.iter().map(|span| Some(span.end_ns)));
+        let assigned = on_lane.iter().position(|span| span.name == "assign_slots").unwrap_or(0);
+        let work = on_lane.iter().copied().zip(before).enumerate();
+        let work = work.filter(|(at, (span, _))| *at >= assigned || span.name != "host_to_device");
+        spans.insert(key, work.map(|(_, span)| span).collect());
+    }
+    let all: usize = spans.values().map(Vec::len).sum();
     let mut next: BTreeMap<(usize, usize), usize> = BTreeMap::new();
     let mut pairs = Vec::new();
     for step in steps {
@@ -81,14 +90,15 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
         let key = (step.rank.0, lane.index());
         for work in &step.work {
             let at = next.entry(key).or_default();
-            let on_lane = spans.get(&key)?;
-            let span = on_lane.get(*at).filter(|span| span.name == step.name && span.stage == step.stage)?;
-            let before = at.checked_sub(1).map(|before| on_lane[before].end_ns);
+            let &(span, before) = spans.get(&key)?.get(*at)?;
+            if span.name != step.name || span.stage != step.stage {
+                return None;
+            }
             pairs.push(Pair { span, work, before });
             *at += 1;
         }
     }
-    (pairs.len() == run.timeline.spans.len()).then_some(pairs)
+    (pairs.len() == all).then_some(pairs)
 }
 
 /// Who wanted the processor when: (from, who), ascending.
@@ -113,9 +123,9 @@ impl Crowds {
             spans.iter().for_each(|span| busy(all_there, span.end_ns, BURST, 1));
         }
         for (rank, host) in run.hosts.iter().enumerate() {
-            busy(routed(run, rank), host.packed, BURST, 1);
-            busy(host.met, host.planned, BURST, 1);
-            busy(host.mapped, host.enqueued, BURST, 1);
+            busy(counted(run, rank), host.packed, BURST, 1);
+            busy(host.exchanged, host.planned, BURST, 1);
+            busy(host.planned, host.enqueued, BURST, 1);
         }
         let mut now = [0; 2];
         let count = |(at, change): (u64, [i64; 2])| {
@@ -148,9 +158,10 @@ impl Crowds {
     }
 }
 
-/// When a rank's choice of experts was made.
-fn routed(run: &LayerRun, rank: usize) -> u64 {
-    let mut spans = run.timeline.spans.iter().filter(|span| span.rank.0 == rank && span.name == "route");
+/// When a rank's assignments were counted.
+fn counted(run: &LayerRun, rank: usize) -> u64 {
+    let mut spans =
+        run.timeline.spans.iter().filter(|span| span.rank.0 == rank && span.name == "count_slots");
     spans.next().map_or(u64::MAX, |span| span.end_ns)
 }
 
@@ -228,8 +239,8 @@ impl Reading<'_> {
                 });
                 let Some(arrived) = arrived else { continue };
                 let waited = pair.before.is_some_and(|before| before < arrived.end_ns);
-                let mapped = self.run.hosts[pair.span.rank.0].mapped < arrived.end_ns;
-                if waited && mapped {
+                let enqueued = self.run.hosts[pair.span.rank.0].planned < arrived.end_ns;
+                if waited && enqueued {
                     let ns = pair.span.start_ns.saturating_sub(arrived.end_ns);
                     samples.push(Sample { work: Work::Wake, ns });
                 }
@@ -245,17 +256,13 @@ impl Reading<'_> {
         let mut handed: BTreeMap<usize, u64> = BTreeMap::new();
         for step in steps.iter().filter(|step| step.lane.is_none()) {
             let host = self.run.hosts[step.rank.0];
-            let metadata =
-                self.paired.iter().find(|pair| pair.span.rank == step.rank && pair.span.name == "metadata");
-            let metadata = metadata.map_or(0, |pair| pair.span.end_ns);
             for work in &step.work {
                 let (from, to) = match work {
-                    Work::Pack(_) => {
-                        (routed(self.run, step.rank.0).saturating_add(self.wake_ns), host.packed)
+                    Work::ReadCounts(_) => {
+                        (counted(self.run, step.rank.0).saturating_add(self.wake_ns), host.counted)
                     }
-                    Work::Rendezvous(_) => (last_packed, host.met),
-                    Work::Plan(_) => (host.met, host.planned),
-                    Work::Maps(_) => (metadata.max(host.planned) + self.wake_ns, host.mapped),
+                    Work::CountExchange(_) => (last_packed, host.exchanged),
+                    Work::Plan(_) => (host.exchanged, host.planned),
                     Work::Enqueue(operations) => {
                         *handed.entry(step.rank.0).or_default() += operations;
                         continue;
@@ -268,7 +275,7 @@ impl Reading<'_> {
         for rank in 0..ranks {
             let host = self.run.hosts[rank];
             let operations = handed.get(&rank).copied().unwrap_or(0);
-            samples.extend(self.sample(&Work::Enqueue(operations), host.mapped, host.enqueued));
+            samples.extend(self.sample(&Work::Enqueue(operations), host.planned, host.enqueued));
         }
         samples
     }

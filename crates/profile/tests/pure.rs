@@ -3,7 +3,7 @@
 use epsmoe_base::{DType, Mix, Rank, Stage};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_plan::{
-    CostModel, GemmKind, HostCost, LayerHistograms, Piecewise, Placement, Routing, Sample, ShareCost,
+    CostModel, GemmKind, HostCost, LayerHistograms, Piecewise, Routing, Sample, ShareCost, SlotMap,
     StageTable, SyntheticRouting, TokenHistograms, Work, Workload, planned, simulate,
 };
 use epsmoe_profile::{Fingerprint, LayerRun, RankHost, RigShape, load, samples, store};
@@ -28,7 +28,7 @@ fn case(mix: &mut Mix) -> Case {
     let shared_inner = [0, 512][mix.below(2)];
     let shape = RigShape { hidden: 512, inner: 256, experts: 16, top_k: 4, shared_inner };
     let ranks = 1 + mix.below(2);
-    let placement = Placement::new(shape.experts, ranks).expect("ranks that hold experts");
+    let placement = SlotMap::contiguous(shape.experts, ranks).expect("ranks that hold experts");
     let zipf_permille = [0, 1200][mix.below(2)];
     let law = SyntheticRouting { top_k: shape.top_k, groups: None, zipf_permille, seed: mix.next_u64() };
     let tokens = 16 << mix.below(6);
@@ -42,8 +42,12 @@ fn case(mix: &mut Mix) -> Case {
     Case { what, shape, ranks, routings, table }
 }
 
-fn counts(case: &Case, placement: &Placement) -> LayerHistograms {
-    let ranks = case.routings.iter().map(|routing| TokenHistograms::of(placement, routing)).collect();
+fn counts(case: &Case, placement: &SlotMap) -> LayerHistograms {
+    let ranks = case
+        .routings
+        .iter()
+        .map(|routing| TokenHistograms::of(&routing.assign(placement).unwrap()))
+        .collect();
     LayerHistograms::new(placement, case.shape.top_k, ranks).expect("counts of this placement")
 }
 
@@ -57,7 +61,7 @@ fn model(concurrent: u32) -> CostModel {
 }
 
 fn simulated(case: &Case, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
-    let placement = Placement::new(case.shape.experts, case.ranks).expect("ranks that hold experts");
+    let placement = SlotMap::contiguous(case.shape.experts, case.ranks).expect("ranks that hold experts");
     let counts = counts(case, &placement);
     let shape = case.shape.layer(&placement, DType::F32);
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
@@ -153,7 +157,7 @@ fn spans_of_another_table_say_nothing() {
     let cases = cases(20);
     let case = cases.iter().find(|case| case.ranks == 2 && case.table.stages() > 1).expect("such a case");
     let (run, _) = simulated(case, &cost);
-    let placement = Placement::new(case.shape.experts, case.ranks).unwrap();
+    let placement = SlotMap::contiguous(case.shape.experts, case.ranks).unwrap();
     let counts = counts(case, &placement);
     let shape = case.shape.layer(&placement, DType::F32);
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };

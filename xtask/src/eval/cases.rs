@@ -4,8 +4,8 @@ use epsmoe_base::{DType, Mix};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
-    CostModel, GemmKind, LayerHistograms, LayerShape, Placement, Routing, SharedExpert, StageTable,
-    SyntheticRouting, TokenHistograms, Workload, sensible_orders,
+    CostModel, GemmKind, LayerHistograms, LayerSizes, Routing, SharedExpert, SlotMap, StageTable,
+    SyntheticRouting, Workload, sensible_orders,
 };
 use epsmoe_profile::{LayerRig, RigOptions, RigShape, with_link};
 use std::collections::BTreeMap;
@@ -47,7 +47,7 @@ fn case(mix: &mut Mix) -> Result<Case, PipelineError> {
     let (name, [hidden, inner, experts, top_k, shared_inner]) = SHAPES[mix.below(SHAPES.len())];
     let shape = RigShape { hidden, inner, experts, top_k, shared_inner };
     let ranks = [1, 2, 2, 4][mix.below(4)];
-    let placement = Placement::new(experts, ranks)?;
+    let placement = SlotMap::contiguous(experts, ranks)?;
     let most = if hidden > 1024 { 512 } else { 2048 / ranks.max(2) * 2 };
     let size = (16 << mix.below((most / 16).ilog2() as usize + 1)).min(most);
     let tokens: Vec<usize> = (0..ranks).map(|_| (size / 2 + mix.below(size / 2 + 1)).max(16)).collect();
@@ -84,10 +84,10 @@ fn case(mix: &mut Mix) -> Result<Case, PipelineError> {
     let orders = sensible_orders(stages);
     table.order = orders[mix.below(orders.len())].clone();
     table.shared = [
-        SharedExpert::BesideRendezvous,
+        SharedExpert::BesideCountExchange,
         SharedExpert::BesideFirstDispatch,
         SharedExpert::BesideLastCombine,
-        SharedExpert::Alone,
+        SharedExpert::Serial,
     ][mix.below(4)];
     let speed = link.map_or("memory speed".into(), |link| link.to_string());
     let skew = ["uniform", "zipf 0.8", "zipf 1.2", "hot expert"][skew];
@@ -108,12 +108,11 @@ fn heated(routing: &Routing, experts: usize, hot: u32) -> Result<Routing, Pipeli
 }
 
 pub(super) fn counts(
-    placement: &Placement,
+    placement: &SlotMap,
     top_k: usize,
     routings: &[Routing],
 ) -> Result<LayerHistograms, PipelineError> {
-    let ranks = routings.iter().map(|routing| TokenHistograms::of(placement, routing)).collect();
-    Ok(LayerHistograms::new(placement, top_k, ranks)?)
+    Ok(LayerHistograms::of_routings(placement, top_k, routings)?)
 }
 
 /// What is known about ranks of one number: what their work costs at memory speed, and how to start them.
@@ -130,16 +129,16 @@ pub(super) type Models = BTreeMap<usize, Model>;
 
 /// A case with all that pricing it takes.
 pub(super) struct Question {
-    pub(super) placement: Placement,
+    pub(super) placement: SlotMap,
     pub(super) counts: LayerHistograms,
-    pub(super) shape: LayerShape,
+    pub(super) shape: LayerSizes,
     /// Of its ranks and its link.
     pub(super) cost: CostModel,
 }
 
 impl Question {
     pub(super) fn of(case: &Case, cost: &CostModel, dtype: DType) -> Result<Self, PipelineError> {
-        let placement = Placement::new(case.shape.experts, case.ranks)?;
+        let placement = SlotMap::contiguous(case.shape.experts, case.ranks)?;
         let counts = counts(&placement, case.shape.top_k, &case.routings)?;
         let shape = case.shape.layer(&placement, dtype);
         let cost = case.link.map_or_else(|| cost.clone(), |link| with_link(cost, link));
@@ -181,13 +180,13 @@ mod tests {
         }
         assert_ne!(words(cases(SEED + 1, 20).unwrap()), words(some));
         for case in &all {
-            let placement = Placement::new(case.shape.experts, case.ranks).unwrap();
+            let placement = SlotMap::contiguous(case.shape.experts, case.ranks).unwrap();
             case.table.validate(&placement).unwrap();
             assert_eq!(case.routings.len(), case.ranks);
             assert!(case.ranks > 1 || case.link.is_none(), "one rank has no link: {}", case.what);
             let hot = case.what.contains("hot expert");
             let counts = counts(&placement, case.shape.top_k, &case.routings).unwrap();
-            let busiest = (0..case.shape.experts).map(|expert| counts.copies_of(expert)).max().unwrap();
+            let busiest = (0..case.shape.experts).map(|expert| counts.assignments_of(expert)).max().unwrap();
             let tokens: usize = case.routings.iter().map(|routing| routing.tokens()).sum();
             assert!(!hot || busiest == tokens, "every token visits the hot expert: {}", case.what);
         }

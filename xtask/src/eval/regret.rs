@@ -5,8 +5,8 @@ use super::cases::{Case, Model, Question};
 use epsmoe_base::{Layer, Rank};
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
-    Correction, CostModel, Feedback, GemmKind, LayerHistograms, Placement, Policy, Schedule, Scheduler,
-    SearchOptions, StageTable, predict_ns, search, sensible_orders,
+    Correction, CostModel, Feedback, GemmKind, LayerHistograms, Planner, Policy, Schedule, SearchOptions,
+    SlotMap, StageTable, predict_ns, search, sensible_orders,
 };
 use epsmoe_profile::LayerRig;
 use serde::Serialize;
@@ -85,7 +85,7 @@ const TOP: usize = 5;
 /// Runs all plans that people would try, then the fastest five in turn with the search's own and one stage.
 pub(super) fn regret(case: &Case, model: &Model, pairs: usize) -> Result<Regret, PipelineError> {
     let question = Question::of(case, &model.cost, model.options.dtype)?;
-    let chosen = auto(&question, question.cost.clone())?.next_table(Layer(0), &question.counts, &[]);
+    let chosen = next_table(&mut *auto(&question, question.cost.clone())?, Layer(0), &question, &[])?;
     let one = StageTable::serial(&question.placement, GemmKind::Grouped);
     let mut lab = Case::lab(&[case], &model.options)?;
     let all = sweep(&question.placement, &question.counts)?;
@@ -106,11 +106,22 @@ pub(super) fn regret(case: &Case, model: &Model, pairs: usize) -> Result<Regret,
 }
 
 /// What plans the layers of a rank by itself, as in a run.
-fn auto(question: &Question, cost: CostModel) -> Result<Scheduler, PipelineError> {
+fn auto(question: &Question, cost: CostModel) -> Result<Box<dyn Planner>, PipelineError> {
     let dtype = cost.dtype;
     let policy = Policy { schedule: Schedule::Auto, cost: Some(Arc::new(cost)), ..Policy::default() };
-    let scheduler = policy.scheduler(&question.placement, question.shape, dtype)?;
-    Ok(scheduler.unwrap_or_else(|| unreachable!("the schedule is auto")))
+    Ok(policy.planner(question.shape, dtype)?)
+}
+
+/// What it plans for a layer.
+fn next_table(
+    planner: &mut dyn Planner,
+    layer: Layer,
+    question: &Question,
+    feedback: &[Feedback],
+) -> Result<StageTable, PipelineError> {
+    let counts = std::slice::from_ref(&question.counts);
+    let plan = planner.plan(layer, &question.placement, counts, feedback)?;
+    Ok(plan.tables.into_iter().next().unwrap_or_else(|| unreachable!("a table for every batch")))
 }
 
 /// The `kept` tables with the lowest median of some rounds.
@@ -133,7 +144,7 @@ fn median(mut times: Vec<u64>) -> u64 {
 }
 
 /// 1, 2, 4 and 8 stages, equal and balanced, in all sensible orders, with both kernels.
-fn sweep(placement: &Placement, counts: &LayerHistograms) -> Result<Vec<StageTable>, PipelineError> {
+fn sweep(placement: &SlotMap, counts: &LayerHistograms) -> Result<Vec<StageTable>, PipelineError> {
     let mut tables: Vec<StageTable> = Vec::new();
     for stages in [1, 2, 4, 8].into_iter().filter(|&stages| stages <= placement.max_local()) {
         for kind in [GemmKind::Grouped, GemmKind::Dense] {
@@ -224,10 +235,10 @@ pub(super) const WRONG: Correction = Correction { link: 250, grouped: 2000, dens
 /// If two ranks plan differently.
 pub(super) fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recovery, PipelineError> {
     let question = Question::of(case, &model.cost, model.options.dtype)?;
-    let right = auto(&question, question.cost.clone())?.next_table(Layer(0), &question.counts, &[]);
+    let right = next_table(&mut *auto(&question, question.cost.clone())?, Layer(0), &question, &[])?;
     let wrong = question.cost.corrected(&WRONG);
     let ranks = question.placement.all_ranks().map(|_| auto(&question, wrong.clone()));
-    let mut ranks: Vec<Scheduler> = ranks.collect::<Result<_, _>>()?;
+    let mut ranks: Vec<Box<dyn Planner>> = ranks.collect::<Result<_, _>>()?;
     let mut lab = Case::lab(&[case], &model.options)?;
     lab.keep_bits(true);
     let mut tables: Vec<StageTable> = Vec::new();
@@ -236,9 +247,9 @@ pub(super) fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recov
     for step in 0..LAYERS / STEP {
         let mut spans = Vec::new();
         for layer in (0..STEP).map(Layer) {
-            let feedback: Vec<Feedback> = ranks.iter_mut().filter_map(Scheduler::take_feedback).collect();
-            let plans = ranks.iter_mut().map(|rank| rank.next_table(layer, &question.counts, &feedback));
-            let plans: Vec<StageTable> = plans.collect();
+            let feedback: Vec<Feedback> = ranks.iter_mut().filter_map(|rank| rank.take_feedback()).collect();
+            let plans = ranks.iter_mut().map(|rank| next_table(&mut **rank, layer, &question, &feedback));
+            let plans: Vec<StageTable> = plans.collect::<Result<_, _>>()?;
             assert!(plans.iter().all(|plan| *plan == plans[0]), "ranks plan step {step} differently");
             let mut run = lab.run(&case.routings, &plans[0])?;
             run.timeline.spans.iter_mut().for_each(|span| span.layer = Some(layer));
@@ -246,14 +257,14 @@ pub(super) fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recov
             bits.entry(run.weights).or_default().insert(run.bits);
             tables.extend(plans.into_iter().take(1));
         }
-        for (rank, scheduler) in ranks.iter_mut().enumerate() {
-            scheduler.observe(Rank(rank), &spans);
+        for (rank, planner) in ranks.iter_mut().enumerate() {
+            planner.observe(Rank(rank), &spans);
         }
     }
     lab.keep_bits(false);
     let last = tables.last().unwrap_or(&right).clone();
     let settled = tables.iter().rposition(|table| *table != last).map_or(0, |layer| layer + 1);
-    let correction = ranks[0].report().correction;
+    let correction = ranks[0].report().unwrap_or_default().correction;
     let contestants = [right, tables[0].clone(), last];
     let times = in_turn(&mut lab, case, &contestants, pairs)?;
     Ok(Recovery {

@@ -60,7 +60,7 @@ pub(crate) enum Gemm {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum SharedExpertPlace {
-    BesideRendezvous,
+    BesideCountExchange,
     BesideFirstDispatch,
     BesideLastCombine,
     Alone,

@@ -15,9 +15,10 @@ use std::sync::Arc;
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 4] = [
+const HEADERS: [(&str, &str); 5] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("tensor.cuh", include_str!("../../kernels/tensor.cuh")),
+    ("matches.cuh", include_str!("../../kernels/matches.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
 ];
@@ -77,7 +78,12 @@ sources! {
     "reduce": ["reduce"] in ANY, 256 threads;
     "route": ["route"] in [(F32, F32)], 32 threads;
     "argmax": ["argmax"] in [(F32, F32)], 256 threads;
-    "sort_by_expert": ["sort_by_expert"] in [(F32, F32)], 1024 threads;
+    "assign": ["assign"] in [(F32, F32)], 256 threads;
+    "count": ["count"] in [(F32, F32)], 1024 threads;
+    "send_order": ["send_rows", "send_sums"] in [(F32, F32)], 1024 threads;
+    "receive_order": ["receive_rows"] in [(F32, F32)], 256 threads;
+    "receive_order": ["receive_sums"] in [(F32, F32)], 1024 threads;
+    "sort": ["sort"] in [(F32, F32)], 1024 threads;
     "expert_parts": ["list_parts", "list_blocks"] in [(F32, F32)], 32 threads;
     "probe": ["spin", "mark"] in [(DType::U32, DType::U32)], 256 threads;
     "attention": ["attention"] in SAME, 128 threads;

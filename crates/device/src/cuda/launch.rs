@@ -12,7 +12,7 @@ use super::staging::{Staged, Staging};
 use super::weights::WeightStore;
 use crate::op::{
     self, Attention, Epilogue, ExpertGemm, Gemm, GroupScore, Norm, NormKind, Op, Reduce, RopeTable, Rotate,
-    Route, SortByExpert, TopKRouter,
+    Route, TopKRouter,
 };
 use crate::op::{HostToDevice, RopeStyle, Score};
 use crate::{Buffer, DeviceError, Weight};
@@ -35,7 +35,7 @@ const MOST_ROWS: usize = 65_535;
 /// The twin of `Rows` in `common.cuh`: a buffer as a kernel sees it.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Rows {
+pub(super) struct Rows {
     start: u64,
     stride: u64,
     rows: u32,
@@ -180,7 +180,11 @@ impl Launch<'_> {
                 let kernel = self.kernels.get("argmax", DType::F32, DType::F32)?;
                 self.start(&kernel.function, (op.logits.rows as u32, 1), 0, arguments)
             }
-            Op::SortByExpert(op) => self.sort_by_expert(op),
+            Op::AssignSlots(op) => self.assign_slots(op),
+            Op::CountSlots(op) => self.count_slots(op),
+            Op::SendOrder(op) => self.send_order(op),
+            Op::ReceiveOrder(op) => self.receive_order(op),
+            Op::SortBySlot(op) => self.sort_by_slot(op),
             Op::ExpertGemm(op) => self.expert_gemm(op),
             Op::Reduce(op) => self.reduce(op),
             Op::Embed(op) => {
@@ -351,7 +355,6 @@ impl Launch<'_> {
         #[derive(Clone, Copy)]
         struct Args {
             x: Rows,
-            starts: Rows,
             index: Rows,
             weights: Rows,
             addend: Rows,
@@ -364,7 +367,6 @@ impl Launch<'_> {
             |buffer: &Option<Buffer>| buffer.as_ref().map_or(Ok(Rows::default()), |buffer| self.rows(buffer));
         let arguments = Args {
             x: self.rows(&op.x)?,
-            starts: self.rows(&op.starts)?,
             index: self.rows(&op.index)?,
             weights: optional(&op.weights)?,
             addend: optional(&op.addend)?,
@@ -462,27 +464,6 @@ impl Launch<'_> {
         let kernel = self.kernels.get(tile.operation, dtypes.0, dtypes.1)?;
         let shared = within("attention: a tile", tile.shared_bytes as usize, kernel.shared_limit)?;
         self.start(&kernel.function, (grid(tiles)?, op.kv_heads as u32), shared, arguments)
-    }
-
-    fn sort_by_expert(&mut self, op: &SortByExpert) -> Result<(), Refusal> {
-        #[repr(C)]
-        #[derive(Clone, Copy)]
-        struct Args {
-            views: [Rows; 6],
-            report: Report,
-        }
-        let SortByExpert { experts, weights, starts, tokens, copies, factors } = op;
-        let [experts, weights, starts, tokens, copies, factors] = [
-            self.rows(experts)?,
-            self.rows(weights)?,
-            self.rows(starts)?,
-            self.rows(tokens)?,
-            self.rows(copies)?,
-            self.rows(factors)?,
-        ];
-        let views = [experts, weights, starts, tokens, copies, factors];
-        let kernel = self.kernels.get("sort_by_expert", DType::F32, DType::F32)?;
-        self.start(&kernel.function, (starts.rows - 1, 1), 0, Args { views, report: self.report })
     }
 
     fn gemm(&mut self, op: &Gemm) -> Result<(), Refusal> {
@@ -718,7 +699,7 @@ impl Launch<'_> {
         self.threads(operation, from, to, over, over.rows * over.width.div_ceil(STRETCH) * WARP, arguments)
     }
 
-    fn threads<A: Copy>(
+    pub(super) fn threads<A: Copy>(
         &mut self,
         operation: &'static str,
         from: DType,
@@ -756,7 +737,7 @@ impl Launch<'_> {
         self.start(&kernel.function, blocks, 0, arguments)
     }
 
-    fn start<A: Copy>(
+    pub(super) fn start<A: Copy>(
         &self,
         function: &Function,
         blocks: (u32, u32),
@@ -771,7 +752,7 @@ impl Launch<'_> {
     }
 
     /// A buffer as a kernel sees it.
-    fn rows(&self, buffer: &Buffer) -> Result<Rows, DeviceError> {
+    pub(super) fn rows(&self, buffer: &Buffer) -> Result<Rows, DeviceError> {
         let narrow = |size: usize| {
             u32::try_from(size).map_err(|_| {
                 DeviceError::Shape(format!("{buffer:?} has more rows or columns than a kernel counts"))

@@ -8,6 +8,7 @@
 //! Numbers that arrive in memory (indices, sequences) are checked by the kernels that follow them; what they find is
 //! read while waiting (`report.rs`) and stops the world with the words that a host processor uses.
 
+mod assignments;
 mod driver;
 mod hopper;
 mod kernels;

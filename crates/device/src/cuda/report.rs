@@ -6,7 +6,7 @@ use super::driver::{Context, CudaError, DeviceMemory, PinnedMemory, Stream};
 use crate::op::not_finite;
 use std::sync::Arc;
 
-const WORDS: usize = 6;
+const WORDS: usize = 7;
 
 /// The twin of `Report` in `common.cuh`: where a kernel complains, and as which operation.
 #[repr(C)]
@@ -30,7 +30,7 @@ pub(super) struct ReportPage {
 pub(super) struct Complaint {
     pub(super) serial: u32,
     cause: u32,
-    numbers: [u32; 3],
+    numbers: [u32; 4],
 }
 
 impl ReportPage {
@@ -58,21 +58,22 @@ impl ReportPage {
             return None;
         }
         std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-        Some(Complaint { serial: word(1), cause: word(2), numbers: [word(3), word(4), word(5)] })
+        Some(Complaint { serial: word(1), cause: word(2), numbers: [word(3), word(4), word(5), word(6)] })
     }
 }
 
 impl Complaint {
     /// In words; `subject` is what the operation's complaints are about, if anything.
     pub(super) fn describe(&self, subject: Option<&Subject>) -> String {
-        let [first, second, third] = self.numbers;
+        let [first, second, third, fourth] = self.numbers;
+        let row = |what: &str, want: &str| {
+            format!("row {first}, from source {second}: {what} is {third}, expected {want}")
+        };
         let below = |what: &str| format!("{what} {first} is not below {second}");
         match self.cause {
             1 => below("token id"),
             2 => below("cache slot"),
             3 => below("row"),
-            4 => below("term"),
-            5 => format!("terms start at {first} after {second}"),
             6 => format!("sequences hold {first} of {second} tokens"),
             7 => format!("sequence {first} spans tokens {second}..{third}"),
             8 => below("cache block"),
@@ -88,6 +89,25 @@ impl Complaint {
                 || format!("row {first} holds a NaN or an infinity"),
                 |subject| not_finite(first as usize, &subject.buffer, subject.origin),
             ),
+            20 => format!("token {first} is sent to expert {second} twice"),
+            21 => below("slot"),
+            22 => format!("{first} rows are counted, expected {second}"),
+            23 => {
+                format!("token {first} is sent to more than {second} ranks, which is all there is room for")
+            }
+            24 => row("the place behind its slots", "none"),
+            25 => row("a slot", &format!("more than {fourth}")),
+            26 => row("its number of slots", "at least 1"),
+            27 => row("a slot", &format!("less than {fourth}")),
+            28 => row("its first slot", &fourth.to_string()),
+            29 => format!(
+                "row {first}, from source {second}: it has last slot {third}, expected at most {fourth} such rows"
+            ),
+            30 => {
+                format!("row {first}, from source {second}: it has slot {third}, expected {fourth} such rows")
+            }
+            31 => format!("{second} rows have slot {first}, expected {third}"),
+            32 => format!("there are {first} assignments, expected {second}"),
             cause => format!("cause {cause} with {first}, {second} and {third}. This is a bug."),
         }
     }

@@ -1,14 +1,15 @@
 //! The operations of a processor: plain descriptions, one struct each, with the equation, the shapes and the
 //! memory it touches. A backend only interprets them.
 
+mod assignments;
 mod attention;
 mod gemm;
 mod norm;
 mod rope;
 mod route;
 mod rows;
-mod sort_by_expert;
 
+pub use assignments::{AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, SortBySlot, Travelled};
 pub use attention::{Attention, KvWrite};
 pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
 pub(crate) use norm::not_finite;
@@ -16,7 +17,6 @@ pub use norm::{Norm, NormKind, Origin};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
 pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, HostToDevice, Reduce};
-pub use sort_by_expert::SortByExpert;
 
 use crate::{AllocationId, Buffer, DeviceError, Weight, WeightSlot};
 use epsmoe_base::{DType, Phase};
@@ -72,7 +72,11 @@ ops! {
     Attention => "attention", Attention;
     Route => "route", Route;
     ArgMax => "argmax", Sample;
-    SortByExpert => "sort_by_expert", Maps;
+    AssignSlots => "assign_slots", Maps;
+    CountSlots => "count_slots", Maps;
+    SendOrder => "send_order", Pack;
+    ReceiveOrder => "receive_order", Maps;
+    SortBySlot => "sort_by_slot", Maps;
     Gather => "gather", Other;
     Reduce => "reduce", Other;
     Add => "add", Residual;

@@ -1,5 +1,7 @@
 //! Moving and adding rows.
 
+#[cfg(doc)]
+use super::NONE;
 use super::{Accesses, expect, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
@@ -84,17 +86,15 @@ impl Gather {
     }
 }
 
-/// `out[m] = round( Σ_{i = starts[m]}^{starts[m+1]−1} weights[i] · x[index[i]] + addend[m] )`, folded in float32
-/// from left to right. Without weights every factor is 1; without terms the sum is 0.
+/// `out[m] = round( Σ_j weights[m, j] · x[index[m, j]] + addend[m] )`, folded in float32 from left to right, up to the
+/// first [`NONE`] in the row of the index. Without weights every factor is 1; without terms the sum is 0.
 #[derive(Clone, Debug)]
 pub struct Reduce {
     /// Source rows `[N, W]`: exactly those that the index may name.
     pub x: Buffer,
-    /// First term of each output row, and the end, `[M + 1, 1]`, uint32: positions in `index`.
-    pub starts: Buffer,
-    /// Source row of each term, uint32.
+    /// Source rows of each output row's terms `[M, n]`, uint32, filled up by [`NONE`].
     pub index: Buffer,
-    /// Factor of each term, float32.
+    /// Factor of each term `[M, n]`, float32.
     pub weights: Option<Buffer>,
     /// Added last, `[M, W]`, in the source's format.
     pub addend: Option<Buffer>,
@@ -104,28 +104,22 @@ pub struct Reduce {
 
 impl Reduce {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        expect("reduce", "starts", &self.starts, DType::U32, 1)?;
-        expect("reduce", "index", &self.index, DType::U32, 1)?;
+        same_rows("reduce", &[&self.out, &self.index])?;
+        expect("reduce", "index", &self.index, DType::U32, self.index.width)?;
         expect_wide("reduce", "output", &self.out, self.x.dtype, self.x.width)?;
         if let Some(weights) = &self.weights {
             same_rows("reduce", &[&self.index, weights])?;
-            expect("reduce", "weights", weights, DType::F32, 1)?;
+            expect("reduce", "weights", weights, DType::F32, self.index.width)?;
         }
         if let Some(addend) = &self.addend {
             same_rows("reduce", &[&self.out, addend])?;
             expect("reduce", "addend", addend, self.x.dtype, self.x.width)?;
         }
-        if self.starts.rows != self.out.rows + 1 {
-            return Err(DeviceError::Shape(format!(
-                "reduce: {:?} does not delimit the terms of {:?}",
-                self.starts, self.out
-            )));
-        }
         Ok(())
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        let reads = Accesses::new().read(&self.x).read(&self.starts).read(&self.index);
+        let reads = Accesses::new().read(&self.x).read(&self.index);
         let optional = self.weights.iter().chain(&self.addend);
         optional.fold(reads, Accesses::read).write(&self.out)
     }

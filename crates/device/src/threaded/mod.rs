@@ -4,6 +4,7 @@
 //! touches is ordered against what the other lane and the host touch. Because the second check refuses
 //! unordered work, no sequence of calls can make two threads race on a buffer.
 
+mod assignments;
 mod element;
 mod lanes;
 mod memory;
@@ -309,7 +310,11 @@ fn run<K: Kernels>(
         Op::RopeTable(op) => rows.rope_table(op),
         Op::Route(op) => rows.route(op),
         Op::ArgMax(op) => rows.argmax(op),
-        Op::SortByExpert(op) => rows.sort_by_expert(op),
+        Op::AssignSlots(op) => rows.assign_slots(op),
+        Op::CountSlots(op) => rows.count_slots(op),
+        Op::SendOrder(op) => rows.send_order(op),
+        Op::ReceiveOrder(op) => rows.receive_order(op),
+        Op::SortBySlot(op) => rows.sort_by_slot(op),
         Op::Gemm(op) => {
             let products: Vec<_> = op.parts.iter().map(Product::of).collect();
             gemm(kernels, weights, memory, &products, op.epilogue, op.bias.as_ref())

@@ -5,8 +5,8 @@ use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::Buffer;
 use crate::op::{
     Add, ArgMax, Attention, Clamp, Copy, Embed, GateRows, Gather, GroupLimit, GroupScore, HostToDevice,
-    KvWrite, Norm, NormKind, Origin, Reduce, RopeStyle, RopeTable, Rotate, Route, Score, SortByExpert,
-    TopKRouter, not_finite,
+    KvWrite, NONE, Norm, NormKind, Origin, Reduce, RopeStyle, RopeTable, Rotate, Route, Score, TopKRouter,
+    not_finite,
 };
 use std::cmp::Ordering;
 use std::sync::atomic::{AtomicUsize, Ordering as AtomicOrdering};
@@ -58,12 +58,12 @@ impl<T: Plain> AttentionViews<'_, T> {
 // Every view below is of a buffer that the operation declares in its `accesses`, and the hazard check passed
 // before the work was enqueued: that is the contract of `Memory::view` and `Memory::view_mut`.
 impl<'a, K: Kernels> Rows<'a, K> {
-    fn view<T: Plain>(&self, buffer: &Buffer) -> View<'a, T> {
+    pub(super) fn view<T: Plain>(&self, buffer: &Buffer) -> View<'a, T> {
         // SAFETY: declared and checked, as said above; the view ends with the operation.
         unsafe { self.memory.view(buffer) }
     }
 
-    fn view_mut<T: Plain>(&self, buffer: &Buffer) -> ViewMut<'a, T> {
+    pub(super) fn view_mut<T: Plain>(&self, buffer: &Buffer) -> ViewMut<'a, T> {
         // SAFETY: declared and checked, as said above; each operation takes one view of what it writes.
         unsafe { self.memory.view_mut(buffer) }
     }
@@ -234,39 +234,6 @@ impl<'a, K: Kernels> Rows<'a, K> {
         refused.check(&op.logits, None)
     }
 
-    pub(super) fn sort_by_expert(&self, op: &SortByExpert) -> Result<(), String> {
-        let (experts, weights) = (self.view::<u32>(&op.experts), self.view::<f32>(&op.weights));
-        let (mut starts, mut tokens) = (self.view_mut::<u32>(&op.starts), self.view_mut::<u32>(&op.tokens));
-        let (mut copies, mut factors) = (self.view_mut::<u32>(&op.copies), self.view_mut::<f32>(&op.factors));
-        let limit = starts.rows - 1;
-        // ends[e]: first the copies of expert e, then where its next copy goes.
-        let mut ends = vec![0u32; limit];
-        for &expert in experts.iter().flatten() {
-            ends[in_range("expert", expert, limit)?] += 1;
-        }
-        let mut total = 0;
-        for (expert, end) in ends.iter_mut().enumerate() {
-            starts.row(expert)[0] = total;
-            total += std::mem::replace(end, total);
-        }
-        starts.row(limit)[0] = total;
-        let mut order: Vec<usize> = Vec::new();
-        for t in 0..experts.rows {
-            let of_token = experts.row(t);
-            order.clear();
-            order.extend(0..of_token.len());
-            order.sort_unstable_by_key(|&slot| of_token[slot]);
-            for (place, &slot) in order.iter().enumerate() {
-                let copy = &mut ends[of_token[slot] as usize];
-                tokens.row(*copy as usize)[0] = t as u32;
-                copies.row(t * of_token.len() + place)[0] = *copy;
-                factors.row(t * of_token.len() + place)[0] = weights.row(t)[slot];
-                *copy += 1;
-            }
-        }
-        Ok(())
-    }
-
     pub(super) fn gather<T: Element>(&self, op: &Gather) -> Result<(), String> {
         let (x, index, out) =
             (self.view::<T>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
@@ -280,29 +247,18 @@ impl<'a, K: Kernels> Rows<'a, K> {
         /// than one after the other.
         const PIECE: usize = 128;
         let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
-        let (starts, index) = (self.view::<u32>(&op.starts), self.view::<u32>(&op.index));
+        let index = self.view::<u32>(&op.index);
         let weights = op.weights.as_ref().map(|weights| self.view::<f32>(weights));
         let addend = op.addend.as_ref().map(|addend| self.view::<X>(addend));
-        let mut last = 0;
-        for start in starts.iter() {
-            let start = in_range("term", start[0], index.rows + 1)?;
-            if start < last {
-                return Err(format!("terms start at {start} after {last}"));
-            }
-            last = start;
-        }
-        let first = if out.rows == 0 { 0 } else { starts.at(0) as usize };
-        for term in first..last {
-            in_range("row", index.at(term), x.rows)?;
-        }
+        let terms = |m: usize| index.row(m).iter().take_while(|&&row| row != NONE);
+        (0..index.rows).flat_map(terms).try_for_each(|&row| in_range("row", row, x.rows).map(drop))?;
         self.for_rows(&out, |m, out| {
-            let terms = starts.at(m) as usize..starts.at(m + 1) as usize;
             for (piece, out) in out.chunks_mut(PIECE).enumerate() {
                 let columns = piece * PIECE..piece * PIECE + out.len();
                 let mut total = [0.0f32; PIECE];
-                for term in terms.clone() {
-                    let weight = weights.map_or(1.0, |weights| weights.at(term));
-                    let x = &x.row(index.at(term) as usize)[columns.clone()];
+                for (term, &row) in terms(m).enumerate() {
+                    let weight = weights.map_or(1.0, |weights| weights.row(m)[term]);
+                    let x = &x.row(row as usize)[columns.clone()];
                     total.iter_mut().zip(x).for_each(|(total, x)| *total += weight * x.to_f32());
                 }
                 if let Some(addend) = &addend {

@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 18;
+const OPERATIONS: usize = 22;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -79,9 +79,13 @@ fn number(op: &Op) -> usize {
         Op::Copy(_) => 12,
         Op::Clamp(_) => 13,
         Op::GateRows(_) => 14,
-        Op::SortByExpert(_) => 15,
+        Op::SortBySlot(_) => 15,
         Op::ExpertGemm(_) => 16,
         Op::ArgMax(_) => 17,
+        Op::AssignSlots(_) => 18,
+        Op::CountSlots(_) => 19,
+        Op::SendOrder(_) => 20,
+        Op::ReceiveOrder(_) => 21,
     }
 }
 

@@ -1,7 +1,8 @@
 //! Every operation against its definition, written here in float64, one number at a time.
 
+use crate::assignments;
 use crate::bench::{Bench, CacheParts, Heads, Placed, Sequences, Sheet};
-use epsmoe_base::{DType, Rank};
+use epsmoe_base::DType;
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, WeightShape};
 
@@ -25,7 +26,7 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     routes(&bench);
     chosen_experts(&bench);
     largest(&bench);
-    permutations(&bench);
+    assignments::assignments(&bench);
     bench.check_complete();
 }
 
@@ -142,14 +143,17 @@ fn gathers<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     bench.check_exactly(&what, &held, &cache.values);
 }
 
-/// Sums of zero to four terms, the first of them not at the start of the index.
+/// Sums of zero to four terms.
 fn reductions<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
+    const TERMS: usize = 4;
     let x = bench.random(7, width, 1.0);
-    let mut starts = vec![2];
-    (0..rows).for_each(|row| starts.push(starts[row] + bench.below(5) as u32));
-    let terms = starts[rows] as usize + 1;
-    let index: Vec<u32> = (0..terms).map(|_| bench.below(7) as u32).collect();
-    let weights = bench.random_of(DType::F32, terms, 1, 1.0);
+    let terms = |_| {
+        let used = bench.below(TERMS + 1);
+        let term = move |term| if term < used { bench.below(7) as u32 } else { NONE };
+        (0..TERMS).map(term)
+    };
+    let index: Vec<u32> = (0..rows).flat_map(terms).collect();
+    let weights = bench.random_of(DType::F32, rows, TERMS, 1.0);
     let addend = bench.random(rows, width, 1.0);
     let formats = [bench.dtype, DType::F32].into_iter();
     let ways = formats.flat_map(|format| {
@@ -162,17 +166,16 @@ fn reductions<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
             &what,
             Reduce {
                 x: bench.put(&x).view,
-                starts: bench.put_words(&starts, 1).view,
-                index: bench.put_words(&index, 1).view,
+                index: bench.put_words(&index, TERMS).view,
                 weights: weighted.then(|| bench.put_as(DType::F32, &weights).view),
                 addend: added.then(|| bench.put(&addend).view),
                 out: out.view.clone(),
             },
         );
         let want = each(rows, width, |row, column| {
-            let terms = starts[row] as usize..starts[row + 1] as usize;
-            let weight = |term: usize| if weighted { f64::from(weights.values[term]) } else { 1.0 };
-            let term = |term: usize| weight(term) * f64::from(x.row(index[term] as usize)[column]);
+            let terms = (0..TERMS).filter(|term| index[row * TERMS + term] != NONE);
+            let weight = |term: usize| if weighted { f64::from(weights.row(row)[term]) } else { 1.0 };
+            let term = |term| weight(term) * f64::from(x.row(index[row * TERMS + term] as usize)[column]);
             let addend = if added { f64::from(addend.row(row)[column]) } else { 0.0 };
             terms.map(term).sum::<f64>() + addend
         });
@@ -196,8 +199,7 @@ fn folding_order<B: Backend>(bench: &Bench<B>) {
             "fold",
             Reduce {
                 x: bench.put(&x).view,
-                starts: bench.put_words(&[0, 3], 1).view,
-                index: bench.put_words(&order, 1).view,
+                index: bench.put_words(&order, 3).view,
                 weights: None,
                 addend: Some(bench.put(&Sheet { rows: 1, width: 1, values: vec![addend] }).view),
                 out: out.view.clone(),
@@ -654,108 +656,4 @@ fn largest<B: Backend>(bench: &Bench<B>) {
             assert_eq!(bench.get_words(&what, &tokens), want, "{what}, seed {}", bench.seed);
         }
     }
-}
-
-/// Rows sorted by expert: the worked example of [`SortByExpert`], and random choices, even and lopsided.
-fn permutations<B: Backend>(bench: &Bench<B>) {
-    permutation(bench, 3, &[2, 0, 0, 1], 2);
-    for (tokens, experts, top_k) in
-        [(0, 4, 2), (1, 1, 1), (1, 64, 6), (5, 3, 3), (33, 8, 2), (700, 160, 6), (2000, 5, 1)]
-    {
-        for lopsided in [false, true] {
-            let token = |_| {
-                let mut chosen = bench.shuffled(experts);
-                if lopsided {
-                    // Everybody's favourites are the last ones, and the first ones have nobody.
-                    chosen = (0..experts as u32).rev().take(top_k + 1).collect();
-                    chosen.rotate_left(bench.below(top_k.min(experts - 1) + 1));
-                }
-                chosen.into_iter().take(top_k).collect::<Vec<_>>()
-            };
-            let chosen: Vec<u32> = (0..tokens).flat_map(token).collect();
-            permutation(bench, experts, &chosen, top_k);
-        }
-    }
-}
-
-fn permutation<B: Backend>(bench: &Bench<B>, experts: usize, chosen: &[u32], top_k: usize) {
-    let (tokens, pairs) = (chosen.len() / top_k, chosen.len());
-    let what = format!("{tokens} tokens to {top_k} of {experts} experts");
-    let weights = bench.random_of(DType::F32, tokens, top_k, 1.0);
-    let words = |rows| bench.room(DType::U32, rows, 1);
-    let (starts, of_copy, copies) = (words(experts + 1), words(pairs), words(pairs));
-    let factors = bench.room(DType::F32, pairs, 1);
-    bench.run(
-        &what,
-        SortByExpert {
-            experts: bench.put_words(chosen, top_k).view,
-            weights: bench.put_as(DType::F32, &weights).view,
-            starts: starts.view.clone(),
-            tokens: of_copy.view.clone(),
-            copies: copies.view.clone(),
-            factors: factors.view.clone(),
-        },
-    );
-    // Pairs by (expert, token), and their places in the choice.
-    let mut sorted: Vec<(u32, usize, usize)> =
-        chosen.iter().enumerate().map(|(pair, &expert)| (expert, pair / top_k, pair)).collect();
-    sorted.sort_unstable();
-    let first = |expert: usize| sorted.iter().filter(|copy| (copy.0 as usize) < expert).count() as u32;
-    let mut by_token: Vec<(usize, u32, f32)> = sorted
-        .iter()
-        .enumerate()
-        .map(|(copy, &(_, token, pair))| (token, copy as u32, weights.values[pair]))
-        .collect();
-    by_token.sort_unstable_by_key(|&(token, copy, _)| (token, copy));
-    let (seed, get) = (bench.seed, |placed| bench.get_words(&what, placed));
-    assert_eq!(get(&starts), (0..=experts).map(first).collect::<Vec<_>>(), "{what}, seed {seed}");
-    let tokens: Vec<u32> = sorted.iter().map(|&(_, token, _)| token as u32).collect();
-    assert_eq!(get(&of_copy), tokens, "{what}, seed {seed}");
-    assert_eq!(get(&copies), by_token.iter().map(|copy| copy.1).collect::<Vec<_>>(), "{what}, seed {seed}");
-    bench.check_exactly(&what, &factors, &by_token.iter().map(|copy| copy.2).collect::<Vec<_>>());
-    let copies: Vec<u32> = by_token.iter().map(|copy| copy.1).collect();
-    let planned = planned_permutation(experts, chosen, top_k, &weights.values);
-    assert_eq!(planned.0, get(&starts), "{what} as planned, seed {seed}");
-    assert_eq!(planned.1, tokens, "{what} as planned, seed {seed}");
-    let by_token: Vec<_> = by_token.iter().map(|copy| copy.2.to_bits()).zip(copies).collect();
-    assert_eq!(planned.2, by_token, "{what} as planned, seed {seed}");
-}
-
-/// What the maps of the plan, which serve any number of ranks, come to in a world of one: where each expert's copies
-/// start, the token of each copy, and (weight, copy) token by token. A rank's rows travel by first expert, so the
-/// plan numbers the copies of an expert in another order: they are brought into that of their tokens.
-fn planned_permutation(
-    experts: usize,
-    chosen: &[u32],
-    top_k: usize,
-    weights: &[f32],
-) -> (Vec<u32>, Vec<u32>, Vec<(u32, u32)>) {
-    use epsmoe_plan::*;
-    let placement = Placement::new(experts, 1).expect("one rank");
-    let routing = Routing::new(experts, top_k, chosen.to_vec(), weights.to_vec()).expect("a routing");
-    let counts = TokenHistograms::of(&placement, &routing);
-    let send = SendMap::of(&placement, &routing, &counts);
-    let home = HomeMap::of(&send, &counts);
-    let counts = LayerHistograms::new(&placement, top_k, vec![counts]).expect("one rank's counts");
-    let table = StageTable::serial(&placement, GemmKind::Grouped);
-    let traffic = Traffic::of(&placement, &counts, &table);
-    let maps = ArrivalMaps::of(&placement, Rank(0), &counts, &table, &traffic, top_k, &send.records);
-    let maps = maps.expect("its own records");
-    let mut copies: Vec<(usize, u32, u32)> = maps
-        .expand
-        .iter()
-        .enumerate()
-        .map(|(copy, &row)| {
-            let expert = maps.expert_start.partition_point(|&start| start as usize <= copy) - 1;
-            (expert, send.tokens[row as usize], copy as u32)
-        })
-        .collect();
-    copies.sort_unstable();
-    let mut number = vec![0; copies.len()];
-    copies.iter().enumerate().for_each(|(to, &(.., from))| number[from as usize] = to as u32);
-    let terms = |&row: &u32| maps.reduce_offsets[row as usize]..maps.reduce_offsets[row as usize + 1];
-    let terms = home.index.iter().flat_map(terms).map(|term| term as usize);
-    let terms =
-        terms.map(|term| (maps.reduce_weights[term].to_bits(), number[maps.reduce_index[term] as usize]));
-    (maps.expert_start, copies.iter().map(|copy| copy.1).collect(), terms.collect())
 }

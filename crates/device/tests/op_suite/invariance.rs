@@ -109,14 +109,12 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
     let terms: Vec<u32> = (0..3 * ROWS).map(|term| (term * 7 % 3) as u32).collect();
     let reduce = |rows: Range<usize>, x: Buffer, out: Buffer| -> Op {
         // Three times the row itself; the weights are the row's own.
-        let starts: Vec<u32> = (0..=rows.len() as u32).map(|row| 3 * row).collect();
         let index: Vec<u32> = (0..3 * rows.len() as u32).map(|term| term / 3).collect();
         let weights = terms[3 * rows.start..3 * rows.end].iter().map(|&term| term as f32 / 3.0).collect();
-        let weights = Sheet { rows: 3 * rows.len(), width: 1, values: weights };
+        let weights = Sheet { rows: rows.len(), width: 3, values: weights };
         Reduce {
             x,
-            starts: bench.put_words(&starts, 1).view,
-            index: bench.put_words(&index, 1).view,
+            index: bench.put_words(&index, 3).view,
             weights: Some(bench.put_as(DType::F32, &weights).view),
             addend: None,
             out,

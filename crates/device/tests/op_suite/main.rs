@@ -5,6 +5,7 @@
 //! and fails `definitions` until it is checked there. `EPSMOE_TEST_SEED` repeats a run;
 //! with `EPSMOE_TEST_ALL` a processor that is missing is a failure.
 
+mod assignments;
 mod bench;
 mod definitions;
 mod invariance;

@@ -4,7 +4,7 @@
 
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
-use epsmoe_device::op::{Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, Op, Reduce};
+use epsmoe_device::op::{Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, NONE, Op, Reduce};
 use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
 use half::bf16;
 use std::io::BufRead;
@@ -231,34 +231,26 @@ impl Stock {
         let expand: Vec<u32> = of_expert.concat();
         let mut terms: Vec<Vec<u32>> = vec![Vec::new(); arrived as usize];
         expand.iter().enumerate().for_each(|(copy, &row)| terms[row as usize].push(copy as u32));
-        let starts: Vec<u32> = std::iter::once(0)
-            .chain(terms.iter().scan(0, |end, terms| {
-                *end += terms.len() as u32;
-                Some(*end)
-            }))
+        let index: Vec<u32> = terms
+            .iter()
+            .flat_map(|terms| terms.iter().copied().chain(std::iter::repeat(NONE)).take(TOP))
             .collect();
-        let weights: Vec<u32> = (0..copies).map(|_| mix.signed().to_bits()).collect();
+        let index_out = backend.allocate("index", DType::U32, terms.len(), TOP).expect("memory");
+        run(&backend, HostToDevice { words: index.into(), out: index_out.clone() });
+        let weights: Vec<u32> = (0..terms.len() * TOP).map(|_| mix.signed().to_bits()).collect();
 
         let room = |rows, width| backend.allocate("room", DType::BF16, rows, width).expect("memory");
         let rows = self.random_rows(&backend, arrived as usize, hidden);
         let (expanded, middle, outputs, sums) =
             (room(copies, hidden), room(copies, inner), room(copies, hidden), room(arrived as usize, hidden));
-        let factors = backend.allocate("factors", DType::F32, copies, 1).expect("memory");
+        let factors = backend.allocate("factors", DType::F32, terms.len(), TOP).expect("memory");
         run(&backend, HostToDevice { words: weights.into(), out: factors.clone() });
         let gemm = |parts, epilogue| Op::from(Gemm { parts, bias: None, epilogue });
         let turn = vec![
             Gather { x: rows, index: words(&backend, &expand), out: expanded.clone() }.into(),
             gemm(self.parts(&backend, 0, &counts, &expanded, &middle, true), Epilogue::SwiGlu),
             gemm(self.parts(&backend, 0, &counts, &middle, &outputs, false), Epilogue::Store),
-            Reduce {
-                x: outputs,
-                starts: words(&backend, &starts),
-                index: words(&backend, &terms.concat()),
-                weights: Some(factors),
-                addend: None,
-                out: sums,
-            }
-            .into(),
+            Reduce { x: outputs, index: index_out, weights: Some(factors), addend: None, out: sums }.into(),
         ];
         Trial { backend, turns: vec![turn], rows: copies }
     }

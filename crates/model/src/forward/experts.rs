@@ -22,17 +22,17 @@ pub(super) fn pipeline<B: Backend>(
 ) -> Result<Option<ExpertPipeline<B>>, ModelError> {
     let Some(moe) = spec.layers.iter().find_map(|layer| layer.mlp.moe()) else { return Ok(None) };
     let (placement, _) = layout.placement(moe.experts)?;
-    let (top_k, inner) = (moe.gate.top_k, layout.inner());
+    let inner = layout.inner();
     let layer = LayerSizes {
         hidden: spec.hidden,
         inner: inner.of(moe.inner).len(),
-        top_k,
-        local_experts: placement.max_local(),
+        shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
+        top_k: moe.gate.top_k,
         activation_bytes: device.dtype().bytes(),
+        ..LayerSizes::of(&placement)
     };
-    let worst = || Capacity::worst_case(layout.most_in_mlp(options.max_tokens), &placement, top_k);
+    let worst = || Capacity::worst_case(layout.most_in_mlp(options.max_tokens), &layer);
     let capacity = options.capacity.unwrap_or_else(worst);
-    let shared_inner = moe.shared.map_or(0, |shared| inner.of(shared.inner).len());
     let (policy, fabric) = match layout.experts() {
         Experts::Ep => (options.policy.clone(), fabric.clone()),
         // Experts that never travel leave stages nothing to run beside.
@@ -43,8 +43,7 @@ pub(super) fn pipeline<B: Backend>(
         }
     };
     let options = PipelineOptions {
-        sizes: PipelineSizes { layer, shared_inner, capacity },
-        placement,
+        sizes: PipelineSizes { layer, capacity },
         policy,
         identity,
         timeout: options.timeout,

@@ -202,8 +202,8 @@ impl<B: Backend> Model<B> {
     }
 
     /// Whether [`observe`](Self::observe) looks at what it is given.
-    pub fn observes(&self) -> bool {
-        self.experts.as_ref().is_some_and(ExpertPipeline::observes)
+    pub fn wants_spans(&self) -> bool {
+        self.experts.as_ref().is_some_and(ExpertPipeline::wants_spans)
     }
 
     /// After a step: what this rank's operations took, for the auto schedule to learn from.
@@ -213,9 +213,9 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    /// How the auto schedule planned the MoE layers so far.
+    /// How the auto schedule planned the layers so far.
     pub fn schedule(&self) -> Option<ScheduleReport> {
-        self.experts.as_ref()?.schedule()
+        self.experts.as_ref()?.report()
     }
 
     /// The residual stream through one layer; see [`LayerSpec`](crate::LayerSpec) for the equations. What ranks split

@@ -3,7 +3,7 @@
 
 use crate::world::{Case, Got, Setup, random_policy, random_table, run};
 use epsmoe_base::{DType, Mix, env::test_seed};
-use epsmoe_plan::{Capacity, Placement, Policy};
+use epsmoe_plan::{Capacity, Policy, SlotMap};
 
 fn bits(gots: &[Got]) -> Vec<Vec<u32>> {
     gots.iter().map(|got| got.y.iter().map(|value| value.to_bits()).collect()).collect()
@@ -64,8 +64,7 @@ fn chunks_do_not_change_bits() {
         // Room for the routing of all tokens, and for everything else of a few.
         let tokens = case.tokens.iter().copied().max().unwrap_or(0).max(1);
         let few = 1 + mix.below(tokens.div_ceil(3));
-        setup.capacity =
-            Some(Capacity { tokens, ..Capacity::worst_case(few, &case.placement, case.gate.top_k) });
+        setup.capacity = Some(Capacity { tokens, ..Capacity::worst_case(few, &case.sizes()) });
     });
     let chunked = gots.iter().filter(|got| got.reports.iter().any(|report| report.tables.len() > 1)).count();
     assert!(3 * chunked > gots.len(), "only {chunked} of {} were split", gots.len());
@@ -75,13 +74,13 @@ fn chunks_do_not_change_bits() {
 #[test]
 fn each_room_alone_splits_a_layer() {
     let case = Case::fixed();
-    let whole = Capacity::worst_case(24, &case.placement, 3);
+    let whole = Capacity::worst_case(24, &case.sizes());
     let want = bits(&runs(&case, &Setup::serial(), "serial"));
     for (what, capacity) in [
         ("rows sent", Capacity { rows_sent: 20, ..whole }),
         ("rows received", Capacity { rows_received: 20, ..whole }),
-        ("copies", Capacity { copies: 40, ..whole }),
-        ("copies of a stage", Capacity { stage_copies: 12, ..whole }),
+        ("assignments", Capacity { assignments: 40, ..whole }),
+        ("assignments of a stage", Capacity { stage_assignments: 12, ..whole }),
     ] {
         let setup = Setup { capacity: Some(capacity), ..Setup::new(Policy::default()) };
         let got = runs(&case, &setup, what);
@@ -93,13 +92,13 @@ fn each_room_alone_splits_a_layer() {
 #[test]
 fn micro_batches_of_any_size_do_not_change_bits() {
     for ranks in 1..=3 {
-        let placement = Placement::new(7, ranks).unwrap();
+        let placement = SlotMap::contiguous(7, ranks).unwrap();
         for tokens in
             [vec![0, 0, 0], vec![1, 0, 0], vec![0, 1, 2], vec![1, 1, 1], vec![0, 23, 1], vec![5, 0, 8]]
         {
             for hot in [None, Some(6)] {
                 let case = Case {
-                    placement,
+                    placement: placement.clone(),
                     hot,
                     tokens: tokens[..ranks].to_vec(),
                     seed: test_seed(),
@@ -122,7 +121,7 @@ fn micro_batches_of_any_size_do_not_change_bits() {
 #[test]
 fn micro_batches_need_room_for_both() {
     let case = Case::fixed();
-    let whole = Capacity::worst_case(24, &case.placement, 3);
+    let whole = Capacity::worst_case(24, &case.sizes());
     let serial = runs(&case, &Setup::serial(), "serial");
     let halves = runs(&case, &Setup::two_batch(), "two-batch");
     for (serial, halves) in serial.iter().zip(&halves) {
@@ -136,8 +135,8 @@ fn micro_batches_need_room_for_both() {
     for (what, capacity) in [
         ("rows sent", Capacity { rows_sent: 20, ..whole }),
         ("rows received", Capacity { rows_received: 20, ..whole }),
-        ("copies", Capacity { copies: 40, ..whole }),
-        ("copies of a stage", Capacity { stage_copies: 12, ..whole }),
+        ("assignments", Capacity { assignments: 40, ..whole }),
+        ("assignments of a stage", Capacity { stage_assignments: 12, ..whole }),
     ] {
         let got = runs(&case, &Setup { capacity: Some(capacity), ..Setup::two_batch() }, what);
         assert!(got[0].reports[0].tables.len() > 2, "{what} did not split the layer");

@@ -1,10 +1,10 @@
 //! What a user sees when an event is missing, a rank stalls, panics, sends a wrong number of rows, or was
 //! started otherwise: the first cause, on every rank, in time.
 
-use crate::world::{Case, Got, PATIENT, Setup, run};
+use crate::world::{Case, Got, Odd, PATIENT, Setup, run};
 use epsmoe_base::{DType, Fault, FaultKind, Rank};
 use epsmoe_fabric::{FaultInjection, InjectedFault};
-use epsmoe_plan::{Capacity, GemmKind, Policy, Stages};
+use epsmoe_plan::{Capacity, GemmKind, LayerBytes, Policy, StageTable, Stages};
 use std::time::{Duration, Instant};
 
 /// Four stages of one expert, in the order `d0 d1 c0 d2 c1 d3 c2 c3`.
@@ -12,11 +12,13 @@ fn four_stages() -> Policy {
     Policy { stages: Some(Stages::Sizes(vec![1; 4])), ..Policy::default() }
 }
 
-/// Lane waits of one layer of four stages: one before the metadata, one for each dispatch and each combine,
-/// and one for the sums that came home.
-const WAITS: [&str; 10] = [
-    "{layer}: metadata on the transfer lane reads send_records while host_to_device ({layer}) on the compute lane writes it, \
-     and no event orders them",
+/// Lane waits of one layer of four stages: one before anything leaves, one for the metadata, one for each dispatch and
+/// each combine, and one for the sums that came back.
+const WAITS: [&str; 11] = [
+    "{layer}: metadata on the transfer lane reads send_metadata while send_order ({layer}) on the compute lane writes \
+     it, and no event orders them",
+    "{layer}: receive_order on the compute lane reads received_metadata while metadata ({layer}) on the transfer lane \
+     writes it, and no event orders them",
     "{layer}, stage 0: gather on the compute lane reads received_rows while dispatch ({layer}, stage 0) on the \
      transfer lane writes it, and no event orders them",
     "{layer}, stage 1: gather on the compute lane reads received_rows while dispatch ({layer}, stage 1) on the \
@@ -33,23 +35,24 @@ const WAITS: [&str; 10] = [
      writes it, and no event orders them",
     "{layer}, stage 3: combine on the transfer lane reads sums while reduce ({layer}, stage 3) on the compute lane \
      writes it, and no event orders them",
-    "{layer}: reduce on the compute lane reads home_rows while combine ({layer}, stage 2) on the transfer lane writes \
-     it, and no event orders them",
+    "{layer}: reduce on the compute lane reads combined_rows while combine ({layer}, stage 2) on the transfer lane \
+     writes it, and no event orders them",
 ];
 
-/// Those of one layer of two micro-batches: before anything leaves, the rows of each half, the sums of each half, and
-/// both when they are home.
-const WAITS_OF_HALVES: [&str; 7] = [
+/// Those of one layer of two micro-batches: before anything leaves, the metadata and the rows of each half, the sums of
+/// each half, and both when they have come back.
+const WAITS_OF_HALVES: [&str; 9] = [
     WAITS[0],
     WAITS[1],
-    WAITS[3],
     WAITS[2],
-    "{layer}, stage 1: combine on the transfer lane reads sums while reduce ({layer}, stage 1) on the compute lane \
+    WAITS[1],
+    WAITS[3],
+    WAITS[4],
+    WAITS[6],
+    "{layer}: reduce on the compute lane reads combined_rows while combine ({layer}, stage 0) on the transfer lane \
      writes it, and no event orders them",
-    "{layer}: reduce on the compute lane reads home_rows while combine ({layer}, stage 0) on the transfer lane writes \
-     it, and no event orders them",
-    "{layer}: reduce on the compute lane reads home_rows while combine ({layer}, stage 1) on the transfer lane writes \
-     it, and no event orders them",
+    "{layer}: reduce on the compute lane reads combined_rows while combine ({layer}, stage 1) on the transfer lane \
+     writes it, and no event orders them",
 ];
 
 #[test]
@@ -128,7 +131,7 @@ fn a_stalled_rank_is_named_with_layer_and_stage() {
         fails(&case, setup, kind, &[text]);
     }
     let three =
-        Case { tokens: vec![9, 0, 5], placement: epsmoe_plan::Placement::new(12, 3).unwrap(), ..case };
+        Case { tokens: vec![9, 0, 5], placement: epsmoe_plan::SlotMap::contiguous(12, 3).unwrap(), ..case };
     fails(
         &three,
         at(1, 5, InjectedFault::Stall),
@@ -147,7 +150,7 @@ fn a_rank_that_does_not_come_to_the_layer_is_named() {
         &Case::fixed(),
         setup,
         FaultKind::Deadline,
-        &["rank 0, layer 0: rank 1 did not come to rendezvous within 400ms"],
+        &["rank 0, layer 0: rank 1 did not come to count exchange within 400ms"],
     );
 }
 
@@ -177,7 +180,7 @@ fn a_wrong_number_of_rows_is_named_with_layer_and_stage() {
     for (setup, text) in [
         (
             at(1, 0, InjectedFault::SendOneRowLess),
-            "rank 0, layer 0: rank 1 sent 19 rows of metadata (5 wide, uint32) where 20 rows (5 wide, uint32) were announced",
+            "rank 0, layer 0: rank 1 sent 19 rows of metadata (6 wide, uint32) where 20 rows (6 wide, uint32) were announced",
         ),
         (
             at(1, 2, InjectedFault::SendOneRowLess),
@@ -193,7 +196,7 @@ fn a_wrong_number_of_rows_is_named_with_layer_and_stage() {
 }
 
 #[test]
-fn ranks_that_were_started_otherwise_are_named_at_the_rendezvous() {
+fn ranks_that_were_started_otherwise_are_named_when_counts_meet() {
     let texts = [
         "rank 0, layer 0: rank 0 and rank 1 were started with different settings or models; give every rank the same \
          checkpoint and the same flags",
@@ -201,20 +204,39 @@ fn ranks_that_were_started_otherwise_are_named_at_the_rendezvous() {
          checkpoint and the same flags",
     ];
     let same = Setup::new(four_stages());
+    let serial = StageTable::serial(&Case::fixed().placement, GemmKind::Grouped);
     let dense = Policy { gemm: Some(GemmKind::Dense), ..four_stages() };
     for setup in [
         Setup { policies: vec![four_stages(), dense], ..same.clone() },
         Setup { policies: vec![four_stages(), Policy::default()], ..same.clone() },
-        Setup { identities: vec![1, 2], ..same },
+        Setup { identities: vec![1, 2], ..same.clone() },
+        Setup { odd: Some(Odd::Gate), ..same.clone() },
+        Setup { odd: Some(Odd::Sizes), ..same.clone() },
+        Setup { odd: Some(Odd::Map), ..same.clone() },
+        Setup { odd: Some(Odd::Table), table: Some(serial), ..same },
     ] {
         fails(&Case::fixed(), setup, FaultKind::Mismatch, &texts);
+    }
+}
+
+/// What a layer is said to need is what its buffers take.
+#[test]
+fn every_buffer_is_accounted_for() {
+    for ranks in [1, 2] {
+        let placement = epsmoe_plan::SlotMap::contiguous(8, ranks).unwrap();
+        let case = Case { placement, tokens: vec![24; ranks], dtype: DType::BF16, ..Case::fixed() };
+        let capacity = Capacity::worst_case(24, &case.sizes());
+        for got in run(&case, &Setup::serial()) {
+            let bytes = LayerBytes::of(&case.sizes(), &capacity).total();
+            assert_eq!(got.expect("no fault").pipeline_bytes, bytes, "{ranks} ranks");
+        }
     }
 }
 
 #[test]
 fn room_for_less_than_a_token_of_every_rank_is_refused() {
     let case = Case { dtype: DType::BF16, ..Case::fixed() };
-    let short = Capacity { rows_received: 1, ..Capacity::worst_case(24, &case.placement, 3) };
+    let short = Capacity { rows_received: 1, ..Capacity::worst_case(24, &case.sizes()) };
     let setup = Setup { capacity: Some(short), ..Setup::new(four_stages()) };
     fails(
         &case,
@@ -222,11 +244,11 @@ fn room_for_less_than_a_token_of_every_rank_is_refused() {
         FaultKind::Invalid,
         &[
             "rank 0, outside any layer: one token of every rank needs Capacity { tokens: 1, rows_sent: 2, rows_received: 2, \
-         copies: 6, stage_copies: 6 }, but there is Capacity { tokens: 24, rows_sent: 48, rows_received: 1, \
-         copies: 144, stage_copies: 144 }",
+         assignments: 6, stage_assignments: 6 }, but there is Capacity { tokens: 24, rows_sent: 48, rows_received: 1, \
+         assignments: 144, stage_assignments: 144 }",
             "rank 1, outside any layer: one token of every rank needs Capacity { tokens: 1, rows_sent: 2, rows_received: 2, \
-         copies: 6, stage_copies: 6 }, but there is Capacity { tokens: 24, rows_sent: 48, rows_received: 1, \
-         copies: 144, stage_copies: 144 }",
+         assignments: 6, stage_assignments: 6 }, but there is Capacity { tokens: 24, rows_sent: 48, rows_received: 1, \
+         assignments: 144, stage_assignments: 144 }",
         ],
     );
 }

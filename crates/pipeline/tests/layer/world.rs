@@ -6,7 +6,7 @@ use epsmoe_base::{
 use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
 use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
-use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
+use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
 use epsmoe_fabric::{Fabric, FaultInjection, ThreadsOptions};
 use epsmoe_pipeline::{
     ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
@@ -25,7 +25,7 @@ pub(crate) const PATIENT: Duration = Duration::from_secs(30);
 pub(crate) struct Case {
     pub(crate) seed: u64,
     pub(crate) dtype: DType,
-    pub(crate) placement: Placement,
+    pub(crate) placement: SlotMap,
     pub(crate) hidden: usize,
     pub(crate) inner: usize,
     pub(crate) gate: TopKRouter,
@@ -57,7 +57,7 @@ impl Case {
             tokens: (0..ranks).map(tokens).collect(),
             seed,
             dtype,
-            placement: Placement::new(experts, ranks).expect("at least an expert a rank"),
+            placement: random_map(experts, ranks, &mut mix),
             hidden: 1 + mix.below(20),
             inner: 1 + mix.below(12),
             gate,
@@ -74,7 +74,7 @@ impl Case {
         Case {
             seed: 7,
             dtype: DType::F32,
-            placement: Placement::new(8, 2).expect("two ranks"),
+            placement: SlotMap::contiguous(8, 2).expect("two ranks"),
             hidden: 16,
             inner: 5,
             gate,
@@ -100,6 +100,18 @@ impl Case {
         x.into_iter().map(|x| rounded(self.dtype, x)).collect()
     }
 
+    /// What the layer's memory follows from.
+    pub(crate) fn sizes(&self) -> LayerSizes {
+        LayerSizes {
+            hidden: self.hidden,
+            inner: self.inner,
+            shared_inner: self.shared.unwrap_or(0),
+            top_k: self.gate.top_k,
+            activation_bytes: self.dtype.bytes(),
+            ..LayerSizes::of(&self.placement)
+        }
+    }
+
     /// The router's correction bias.
     pub(crate) fn bias(&self, layer: usize) -> Option<Vec<f32>> {
         let hot = self.hot?;
@@ -109,8 +121,33 @@ impl Case {
     }
 }
 
+/// Contiguous blocks, or any experts on any rank in any order.
+fn random_map(experts: usize, ranks: usize, mix: &mut Mix) -> SlotMap {
+    if mix.below(2) == 0 {
+        return SlotMap::contiguous(experts, ranks).expect("at least an expert a rank");
+    }
+    let mut order: Vec<u32> = (0..experts as u32).collect();
+    (1..experts).for_each(|last| order.swap(last, mix.below(last + 1)));
+    let mut by_rank: Vec<Vec<u32>> = order[..ranks].iter().map(|&expert| vec![expert]).collect();
+    order[ranks..].iter().for_each(|&expert| by_rank[mix.below(ranks)].push(expert));
+    SlotMap::new(experts, &by_rank, mix.next_u64()).expect("every expert once")
+}
+
 fn rounded(dtype: DType, value: f32) -> f32 {
     if dtype == DType::BF16 { bf16::from_f32(value).to_f32() } else { value }
+}
+
+/// What a rank may have otherwise than the others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Odd {
+    /// A router that scales weights otherwise.
+    Gate,
+    /// A table with another kernel.
+    Table,
+    /// Room for one token more.
+    Sizes,
+    /// A later version of the same map.
+    Map,
 }
 
 /// How a case is run.
@@ -127,6 +164,8 @@ pub(crate) struct Setup {
     /// A lane wait of one rank to leave out.
     pub(crate) skipped: Option<(usize, usize)>,
     pub(crate) injection: Option<FaultInjection>,
+    /// Something that one rank, the second, has otherwise.
+    pub(crate) odd: Option<Odd>,
     /// A rank that comes to no layer.
     pub(crate) absent: Option<usize>,
     /// How long ranks wait for each other.
@@ -144,6 +183,7 @@ impl Setup {
             delay: None,
             skipped: None,
             injection: None,
+            odd: None,
             absent: None,
             timeout: PATIENT,
         }
@@ -167,6 +207,12 @@ pub(crate) struct Got {
     pub(crate) waits: usize,
     /// Of each layer.
     pub(crate) reports: Vec<LayerReport>,
+    /// What the router says to the input in the first layer.
+    pub(crate) routing: Routing,
+    /// What the lanes did after that.
+    pub(crate) records: Vec<Record>,
+    /// Memory of the device before the layers' inputs and after their buffers.
+    pub(crate) pipeline_bytes: u64,
 }
 
 /// Runs all layers on all ranks; a rank's error is the world's first fault, as in an engine. Fails the test
@@ -221,8 +267,21 @@ fn run_rank(
 ) -> Result<Got, PipelineError> {
     let rank = device.rank();
     let (device, tokens) = (Arc::new(device), case.tokens[rank.0]);
-    let pipeline = ExpertPipeline::new(Arc::clone(&device), fabric, options(case, setup, rank))?;
-    let layers: Vec<MoeLayer> = (0..case.layers).map(|layer| load(case, &device, Layer(layer))).collect();
+    let odd = setup.odd.filter(|_| rank == Rank(1));
+    let mut options = options(case, setup, rank);
+    if let Some(Odd::Sizes) = odd {
+        options.sizes.capacity.tokens += 1;
+    }
+    let pipeline = ExpertPipeline::new(Arc::clone(&device), fabric, options)?;
+    let mut layers: Vec<MoeLayer> = (0..case.layers).map(|layer| load(case, &device, Layer(layer))).collect();
+    let mut table = setup.table.clone();
+    match odd {
+        Some(Odd::Gate) => layers[0].gate.scale = 3.0,
+        Some(Odd::Map) => layers[0].slots = Arc::new(later(&layers[0].slots)),
+        Some(Odd::Table) => table.iter_mut().for_each(|table| table.gemm[0] = GemmKind::Dense),
+        Some(Odd::Sizes) | None => {}
+    }
+    let pipeline_bytes = device.allocated_bytes();
     let mut x = device.allocate("x", case.dtype, tokens, case.hidden)?;
     let mut y = device.allocate("y", case.dtype, tokens, case.hidden)?;
     fill(&device, &x, &case.input(rank.0));
@@ -234,33 +293,35 @@ fn run_rank(
             std::thread::sleep(FaultCell::POLL);
         }
     }
+    let routing = pipeline.route(&layers[0], &x)?;
+    device.take_records();
     let mut reports = Vec::new();
     for layer in &layers {
-        reports.push(match &setup.table {
+        reports.push(match &table {
             None => pipeline.run(layer, &x, &y)?,
-            Some(table) => pipeline.run_table(layer, &pipeline.route(layer, &x)?, table, &x, &y)?,
+            Some(table) => pipeline.run_table(layer, None, table, &x, &y)?,
         });
         std::mem::swap(&mut x, &mut y);
     }
     finish()?;
-    Ok(Got { y: device.read_f32(&x)?, waits: device.waits(), reports })
+    let (waits, records) = (device.waits(), device.take_records());
+    Ok(Got { y: device.read_f32(&x)?, waits, reports, routing, records, pipeline_bytes })
+}
+
+/// The next version of a map.
+fn later(map: &SlotMap) -> SlotMap {
+    let held = |rank| map.experts_on(rank).map(|expert| expert.0 as u32).collect();
+    let by_rank: Vec<Vec<u32>> = map.all_ranks().map(held).collect();
+    SlotMap::new(map.experts(), &by_rank, map.version() + 1).expect("every expert once")
 }
 
 fn options(case: &Case, setup: &Setup, rank: Rank) -> PipelineOptions {
     let tokens = case.tokens.iter().copied().max().unwrap_or(0).max(1);
-    let worst = Capacity::worst_case(tokens, &case.placement, case.gate.top_k);
-    let layer = LayerSizes {
-        hidden: case.hidden,
-        inner: case.inner,
-        top_k: case.gate.top_k,
-        local_experts: case.placement.max_local(),
-        activation_bytes: case.dtype.bytes(),
-    };
-    let capacity = setup.capacity.unwrap_or(worst);
+    let layer = case.sizes();
+    let capacity = setup.capacity.unwrap_or(Capacity::worst_case(tokens, &layer));
     PipelineOptions {
-        placement: case.placement,
         policy: setup.policies[rank.0 % setup.policies.len()].clone(),
-        sizes: PipelineSizes { layer, shared_inner: case.shared.unwrap_or(0), capacity },
+        sizes: PipelineSizes { layer, capacity },
         identity: setup.identities[rank.0 % setup.identities.len()],
         timeout: setup.timeout,
     }
@@ -292,13 +353,14 @@ fn load(case: &Case, device: &Reference, layer: Layer) -> MoeLayer {
         mlp: mlp(format!("{number} shared"), inner),
         gate: case.shared_gate.then(|| map(format!("{number} shared gate"), 1, hidden)),
     };
-    let own = case.placement.experts_of(device.rank());
+    let held = case.placement.experts_on(device.rank());
     MoeLayer {
         layer,
         router: map(format!("{number} router"), experts, hidden),
         bias: case.bias(number).map(bias),
         gate: case.gate,
-        experts: own.map(|expert| mlp(format!("{number} expert {expert}"), case.inner)).collect(),
+        experts: held.map(|expert| mlp(format!("{number} expert {}", expert.0), case.inner)).collect(),
+        slots: Arc::new(case.placement.clone()),
         shared: case.shared.map(shared),
     }
 }
@@ -317,7 +379,7 @@ fn fill(device: &Reference, out: &Buffer, values: &[f32]) {
 }
 
 /// Any policy that the placement allows: stages with and without experts, in any legal order.
-pub(crate) fn random_policy(placement: &Placement, mix: &mut Mix) -> Policy {
+pub(crate) fn random_policy(placement: &SlotMap, mix: &mut Mix) -> Policy {
     let gemm = Some([GemmKind::Grouped, GemmKind::Dense][mix.below(2)]);
     let most = placement.max_local();
     if mix.below(8) == 0 {
@@ -350,15 +412,15 @@ pub(crate) fn random_policy(placement: &Placement, mix: &mut Mix) -> Policy {
 fn random_place(mix: &mut Mix) -> Option<SharedExpert> {
     [
         None,
-        Some(SharedExpert::BesideRendezvous),
+        Some(SharedExpert::BesideCountExchange),
         Some(SharedExpert::BesideFirstDispatch),
         Some(SharedExpert::BesideLastCombine),
-        Some(SharedExpert::Alone),
+        Some(SharedExpert::Serial),
     ][mix.below(5)]
 }
 
 /// Any table that the placement allows: each rank with cuts of its own, each stage with a kernel of its own.
-pub(crate) fn random_table(placement: &Placement, mix: &mut Mix) -> StageTable {
+pub(crate) fn random_table(placement: &SlotMap, mix: &mut Mix) -> StageTable {
     let stages = 1 + mix.below(5);
     let mut cut = |local: usize| {
         let mut cut: Vec<usize> = (1..stages).map(|_| mix.below(local + 1)).chain([0, local]).collect();
@@ -367,10 +429,10 @@ pub(crate) fn random_table(placement: &Placement, mix: &mut Mix) -> StageTable {
     };
     let cuts = placement.all_ranks().map(|rank| cut(placement.local_count(rank))).collect();
     let shared = [
-        SharedExpert::BesideRendezvous,
+        SharedExpert::BesideCountExchange,
         SharedExpert::BesideFirstDispatch,
         SharedExpert::BesideLastCombine,
-        SharedExpert::Alone,
+        SharedExpert::Serial,
     ][mix.below(4)];
     let gemm = (0..stages).map(|_| [GemmKind::Grouped, GemmKind::Dense][mix.below(2)]).collect();
     StageTable { cuts, order: random_order(stages, mix), gemm, shared }

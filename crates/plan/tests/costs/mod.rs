@@ -41,12 +41,12 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
             reduce: line(mix, 5_000, 20_000_000_000),
             upload: line(mix, 5_000, 20_000_000_000),
             route: line(mix, 5_000, 5_000_000_000),
+            index: line(mix, 5_000, 5_000_000_000),
         },
         host: HostCost {
-            pack: line(mix, 5_000, 1_000_000_000),
-            rendezvous: line(mix, 30_000, 1_000_000_000),
+            read: line(mix, 5_000, 1_000_000_000),
+            exchange: line(mix, 30_000, 1_000_000_000),
             plan: line(mix, 5_000, 1_000_000_000),
-            maps: line(mix, 5_000, 1_000_000_000),
             enqueue: line(mix, 5_000, 1_000_000_000),
             wake_ns: mix.below(2) as u64 * mix.below(20_000) as u64,
             sleep_ns: 0,
@@ -66,9 +66,9 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
 
 /// A layer's placement, counts and widths.
 pub(crate) struct Layer {
-    pub(crate) placement: Placement,
+    pub(crate) placement: SlotMap,
     pub(crate) counts: LayerHistograms,
-    pub(crate) shape: LayerShape,
+    pub(crate) shape: LayerSizes,
     /// Where the counts come from.
     pub(crate) law: SyntheticRouting,
 }
@@ -77,7 +77,7 @@ impl Layer {
     pub(crate) fn random(mix: &mut Mix, most_ranks: usize, most_local: usize) -> Self {
         let ranks = 1 + mix.below(most_ranks);
         let experts = ranks * (1 + mix.below(most_local));
-        let placement = Placement::new(experts, ranks).expect("ranks ≤ experts");
+        let placement = SlotMap::contiguous(experts, ranks).expect("ranks ≤ experts");
         let law = SyntheticRouting {
             top_k: 1 + mix.below(experts.min(6)),
             groups: None,
@@ -91,10 +91,10 @@ impl Layer {
             hidden: 256 << mix.below(4),
             inner: 128 << mix.below(5),
             top_k: law.top_k,
-            local_experts: placement.max_local(),
             activation_bytes: 2,
+            ..LayerSizes::of(&placement)
         };
-        let shape = LayerShape { sizes, shared_inner: mix.below(2) * 512 };
+        let shape = LayerSizes { shared_inner: mix.below(2) * 512, ..sizes };
         Layer { placement, counts, shape, law }
     }
 
@@ -104,7 +104,7 @@ impl Layer {
 }
 
 /// Any cut, kernels, legal order and place of the shared expert.
-pub(crate) fn random_table(placement: &Placement, mix: &mut Mix) -> StageTable {
+pub(crate) fn random_table(placement: &SlotMap, mix: &mut Mix) -> StageTable {
     let stages = 1 + mix.below(5);
     let mut cut = |local: usize| {
         let mut cut: Vec<usize> = (1..stages).map(|_| mix.below(local + 1)).chain([0, local]).collect();
@@ -114,10 +114,10 @@ pub(crate) fn random_table(placement: &Placement, mix: &mut Mix) -> StageTable {
     let cuts = placement.all_ranks().map(|rank| cut(placement.local_count(rank))).collect();
     let orders = sensible_orders(stages);
     let shared = [
-        SharedExpert::BesideRendezvous,
+        SharedExpert::BesideCountExchange,
         SharedExpert::BesideFirstDispatch,
         SharedExpert::BesideLastCombine,
-        SharedExpert::Alone,
+        SharedExpert::Serial,
     ];
     StageTable {
         cuts,

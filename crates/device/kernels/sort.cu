@@ -1,0 +1,61 @@
+// The assignments of all rows, slot by slot and in the order of the rows, and those of each sum. A block per slot.
+#include "matches.cuh"
+
+struct Args { Rows slots, order, sums, weights, factors, starts, rows, terms; Report report; u32 travelled, padding; };
+
+BLOCK_PER_BIN(sort) {
+    const u32 slot = blockIdx.x, local = args.starts.rows - 1, width = args.slots.width, count = args.slots.rows;
+    const u32 all = args.rows.rows;
+    const auto slots_of = [&](u32 r) -> const u32* {
+        const u32 m = args.travelled ? at<u32>(args.order, r) : r;
+        return m < count ? row<u32>(args.slots, m) : nullptr;
+    };
+    const auto wanted = [&](u32 r) {
+        const u32* slots = slots_of(r);
+        if (!slots) return false;
+        const u32 place = place_of(slots, width, slot);
+        return place < width && slots[place] == slot;
+    };
+    const Stretch stretch(count);
+    u32 mine = 0, below = 0, found;
+    for (u32 r = stretch.from + threadIdx.x % 32; r < stretch.to; r += 32) {
+        const u32* slots = slots_of(r);
+        if (!slots) {
+            complain(args.report, SOURCE_ROW, at<u32>(args.order, r), count);
+            continue;
+        }
+        const u32 place = place_of(slots, width, slot);
+        mine += place < width && slots[place] == slot;
+        below += place;
+        if (slot == 0)
+            for (u32 other = 0; other < width; ++other)
+                if (slots[other] != NONE && slots[other] >= local) complain(args.report, SLOT, slots[other], local);
+    }
+    const u32 start = block_total(below);
+    const u32 rank = warps_before(__reduce_add_sync(~0u, mine), found);
+    if (threadIdx.x == 0) {
+        *row<u32>(args.starts, slot) = start;
+        if (slot + 1 == local) {
+            *row<u32>(args.starts, local) = start + found;
+            if (start + found != all) complain(args.report, ASSIGNMENTS, start + found, all);
+        }
+    }
+    visit(stretch, start + rank, wanted, [&](u32 r, u32 assignment) {
+        if (assignment >= all) return complain(args.report, SOURCE_ROW, assignment, all);
+        const u32 m = args.travelled ? at<u32>(args.order, r) : r;
+        const u32 sum = args.travelled ? at<u32>(args.sums, m) : m;
+        if (sum >= count) return complain(args.report, SOURCE_ROW, sum, count);
+        const u32* slots = row<u32>(args.slots, m);
+        const u32 place = place_of(slots, width, slot);
+        const bool last = place + 1 == width || slots[place + 1] == NONE;
+        *row<u32>(args.rows, assignment) = r;
+        u32* terms = row<u32>(args.terms, sum);
+        terms[place] = assignment;
+        for (u32 rest = place + 1; last && rest < width; ++rest) terms[rest] = NONE;
+        if (!args.travelled) return;
+        const f32* weights = row<f32>(args.weights, m);
+        f32* factors = row<f32>(args.factors, sum);
+        factors[place] = weights[place];
+        for (u32 rest = place + 1; last && rest < width; ++rest) factors[rest] = 0.0f;
+    });
+}

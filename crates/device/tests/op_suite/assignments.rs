@@ -1,0 +1,333 @@
+//! The index arrays of an MoE layer over ranks, whole: each rank's operations, one after the other on one processor,
+//! against orders that are sorted by their keys here.
+
+use crate::bench::Bench;
+use epsmoe_base::DType;
+use epsmoe_device::op::*;
+use epsmoe_device::{Backend, Buffer};
+
+/// A token's assignments on one rank: what becomes a row.
+#[derive(Clone, Debug)]
+struct Row {
+    source: usize,
+    token: usize,
+    /// Slots counted on the rank, ascending, with their weights.
+    slots: Vec<(u32, f32)>,
+}
+
+impl Row {
+    fn first(&self) -> u32 {
+        self.slots[0].0
+    }
+
+    fn last(&self) -> u32 {
+        self.slots[self.slots.len() - 1].0
+    }
+
+    fn has(&self, slot: u32) -> bool {
+        self.slots.iter().any(|&(own, _)| own == slot)
+    }
+}
+
+/// Where slots are: the first one of each rank and the end, and the slot of each expert.
+struct Places {
+    starts: Vec<usize>,
+    slot_of: Vec<u32>,
+}
+
+impl Places {
+    fn random<B: Backend>(bench: &Bench<B>, ranks: usize, experts: usize) -> Self {
+        let mut starts: Vec<usize> =
+            (1..ranks).map(|_| bench.below(experts + 1)).chain([0, experts]).collect();
+        starts.sort_unstable();
+        Places { starts, slot_of: bench.shuffled(experts) }
+    }
+
+    fn rank_of(&self, slot: u32) -> usize {
+        self.starts.partition_point(|&start| start <= slot as usize) - 1
+    }
+
+    fn block_starts(&self) -> Vec<u32> {
+        (0..self.slot_of.len()).map(|slot| self.starts[self.rank_of(slot as u32)] as u32).collect()
+    }
+}
+
+pub(crate) fn assignments<B: Backend>(bench: &Bench<B>) {
+    for (ranks, experts, top_k, most) in [
+        (1, 4, 2, 0),
+        (1, 1, 1, 3),
+        (1, 64, 6, 40),
+        (2, 5, 3, 9),
+        (3, 8, 2, 30),
+        (4, 40, 6, 90),
+        (2, 160, 8, 700),
+    ] {
+        for crowded in [false, true] {
+            layer(bench, ranks, experts, top_k, most, crowded);
+        }
+    }
+}
+
+fn layer<B: Backend>(
+    bench: &Bench<B>,
+    ranks: usize,
+    experts: usize,
+    top_k: usize,
+    most: usize,
+    crowded: bool,
+) {
+    let places = Places::random(bench, ranks, experts);
+    let mut to: Vec<Vec<Row>> = vec![Vec::new(); ranks];
+    for source in 0..ranks {
+        let tokens = if source == 1 { 0 } else { bench.below(most + 1) };
+        let what = format!("{tokens} tokens of rank {source} of {ranks} to {top_k} of {experts} experts");
+        let chosen: Vec<u32> = (0..tokens).flat_map(|_| choice(bench, experts, top_k, crowded)).collect();
+        for row in sent(bench, &what, &places, source, &chosen, top_k) {
+            to[places.rank_of(row.0)].push(row.1);
+        }
+    }
+    for (rank, rows) in to.iter().enumerate() {
+        let local = places.starts[rank + 1] - places.starts[rank];
+        if local > 0 {
+            received(bench, &format!("rank {rank} of {ranks} with {local} slots"), rows, ranks, local, top_k);
+        }
+    }
+}
+
+/// Random experts; crowded ones are all among the last few.
+fn choice<B: Backend>(bench: &Bench<B>, experts: usize, top_k: usize, crowded: bool) -> Vec<u32> {
+    let mut chosen = bench.shuffled(experts);
+    if crowded {
+        chosen = (0..experts as u32).rev().take(top_k + 1).collect();
+        let by = bench.below(chosen.len());
+        chosen.rotate_left(by);
+    }
+    chosen.truncate(top_k);
+    chosen
+}
+
+/// What the source's operations make of its tokens; returns its rows in send order with their first slot of all.
+fn sent<B: Backend>(
+    bench: &Bench<B>,
+    what: &str,
+    places: &Places,
+    source: usize,
+    chosen: &[u32],
+    top_k: usize,
+) -> Vec<(u32, Row)> {
+    let (tokens, total, seed) = (chosen.len() / top_k, places.slot_of.len(), bench.seed);
+    let weights = bench.random_of(DType::F32, tokens, top_k, 1.0);
+    let same =
+        |name: &str, got: Vec<u32>, want: Vec<u32>| assert_eq!(got, want, "{name}: {what}, seed {seed}");
+    let pairs = |token: usize| {
+        let mut pairs: Vec<(u32, f32)> = (0..top_k)
+            .map(|place| (places.slot_of[chosen[token * top_k + place] as usize], weights.row(token)[place]))
+            .collect();
+        pairs.sort_by_key(|&(slot, _)| slot);
+        pairs
+    };
+    let slots = bench.room(DType::U32, tokens, top_k);
+    let slot_weights = bench.room(DType::F32, tokens, top_k);
+    bench.run(
+        what,
+        AssignSlots {
+            experts: bench.put_words(chosen, top_k).view,
+            weights: bench.put_as(DType::F32, &weights).view,
+            slot_of: bench.put_words(&places.slot_of, 1).view,
+            slots: slots.view.clone(),
+            slot_weights: slot_weights.view.clone(),
+        },
+    );
+    let all: Vec<(u32, f32)> = (0..tokens).flat_map(pairs).collect();
+    same("slots", bench.get_words(what, &slots), all.iter().map(|pair| pair.0).collect());
+    bench.check_exactly(what, &slot_weights, &all.iter().map(|pair| pair.1).collect::<Vec<_>>());
+
+    let mut rows: Vec<(u32, u32, Row)> = Vec::new();
+    for token in 0..tokens {
+        let pairs = pairs(token);
+        for run in pairs.chunk_by(|left, right| places.rank_of(left.0) == places.rank_of(right.0)) {
+            let start = places.starts[places.rank_of(run[0].0)] as u32;
+            let slots = run.iter().map(|&(slot, weight)| (slot - start, weight)).collect();
+            rows.push((run[0].0, run[run.len() - 1].0, Row { source, token, slots }));
+        }
+    }
+    let count =
+        |of: &dyn Fn(u32) -> usize| (0..total as u32).map(|slot| of(slot) as u32).collect::<Vec<u32>>();
+    let histograms = [
+        count(&|slot| all.iter().filter(|pair| pair.0 == slot).count()),
+        count(&|slot| rows.iter().filter(|row| row.0 == slot).count()),
+        count(&|slot| rows.iter().filter(|row| row.1 == slot).count()),
+    ];
+    let (block_starts, counts) =
+        (bench.put_words(&places.block_starts(), 1), bench.room(DType::U32, 3, total));
+    let (blocks, counted) = (block_starts.view.clone(), counts.view.clone());
+    bench.run(
+        what,
+        CountSlots { slots: slots.view.clone(), block_starts: blocks.clone(), counts: counted.clone() },
+    );
+    same("counts", bench.get_words(what, &counts), histograms.concat());
+
+    rows.sort_by_key(|row| (row.0, row.2.token));
+    let words = |width| bench.room(DType::U32, rows.len(), width);
+    let (tokens_out, last, metadata) = (words(1), words(1), words(2 * top_k));
+    let most = top_k.min(places.starts.len() - 1);
+    let sums = bench.room(DType::U32, tokens, most);
+    bench.run(
+        what,
+        SendOrder {
+            slots: slots.view.clone(),
+            weights: slot_weights.view.clone(),
+            block_starts: blocks,
+            counts: counted,
+            tokens: tokens_out.view.clone(),
+            last: last.view.clone(),
+            metadata: metadata.view.clone(),
+            sums: sums.view.clone(),
+        },
+    );
+    same("tokens", bench.get_words(what, &tokens_out), rows.iter().map(|row| row.2.token as u32).collect());
+    same("last", bench.get_words(what, &last), rows.iter().map(|row| row.1).collect());
+    let written = rows.iter().flat_map(|row| metadata_of(&row.2, top_k)).collect();
+    same("metadata", bench.get_words(what, &metadata), written);
+    // Sums come back by last slot, then as the rows left.
+    let mut back: Vec<usize> = (0..rows.len()).collect();
+    back.sort_by_key(|&row| (rows[row].1, row));
+    let sums_of = |token: usize| {
+        let mut of: Vec<(u32, u32)> = back
+            .iter()
+            .enumerate()
+            .filter(|&(_, &row)| rows[row].2.token == token)
+            .map(|(at, &row)| (rows[row].0, at as u32))
+            .collect();
+        of.sort_unstable();
+        filled(of.into_iter().map(|sum| sum.1), most)
+    };
+    same("sums", bench.get_words(what, &sums), (0..tokens).flat_map(sums_of).collect());
+    rows.into_iter().map(|(first, _, row)| (first, row)).collect()
+}
+
+fn filled(words: impl Iterator<Item = u32>, width: usize) -> Vec<u32> {
+    words.chain(std::iter::repeat(NONE)).take(width).collect()
+}
+
+fn metadata_of(row: &Row, top_k: usize) -> Vec<u32> {
+    let weights = row.slots.iter().map(|pair| pair.1.to_bits()).chain(std::iter::repeat(0)).take(top_k);
+    filled(row.slots.iter().map(|pair| pair.0), top_k).into_iter().chain(weights).collect()
+}
+
+/// What the slots' rank makes of rows that came source by source, cut into random stages; and in place.
+fn received<B: Backend>(
+    bench: &Bench<B>,
+    what: &str,
+    rows: &[Row],
+    sources: usize,
+    local: usize,
+    top_k: usize,
+) {
+    let words: Vec<u32> = rows.iter().flat_map(|row| metadata_of(row, top_k)).collect();
+    let metadata = bench.put_words(&words, 2 * top_k).view;
+    let slots = metadata.columns(0..top_k).expect("inside");
+    let weights =
+        metadata.columns(top_k..2 * top_k).and_then(|bits| bits.bits_as(DType::F32)).expect("inside");
+    let mut cuts: Vec<u32> = (0..bench.below(3)).map(|_| bench.below(local + 1) as u32).collect();
+    cuts.sort_unstable();
+    let stage = |slot: u32| cuts.partition_point(|&cut| cut <= slot);
+    let mut order: Vec<usize> = (0..rows.len()).collect();
+    order.sort_by_key(|&m| (stage(rows[m].first()), rows[m].source, m));
+    let mut sums: Vec<usize> = (0..rows.len()).collect();
+    sums.sort_by_key(|&m| (stage(rows[m].last()), rows[m].source, rows[m].last(), m));
+    let mut bins = Vec::new();
+    for source in 0..sources {
+        for slot in 0..local as u32 {
+            let of = |row: &Row, key: u32| (row.source, key) == (source, slot);
+            let first = rows.iter().take_while(|row| (row.source, row.first()) < (source, slot)).count();
+            let received = order.iter().position(|&m| of(&rows[m], rows[m].first()));
+            let sum = sums.iter().position(|&m| of(&rows[m], rows[m].last()));
+            let lasts = rows.iter().filter(|row| of(row, row.last())).count();
+            let assigned = rows.iter().filter(|row| row.source == source && row.has(slot)).count();
+            let bin = [first, received.unwrap_or(7), sum.unwrap_or(7), lasts, assigned];
+            bins.extend(bin.map(|number| number as u32));
+        }
+    }
+    let column = || bench.room(DType::U32, rows.len(), 1);
+    let (order_out, sums_out) = (column(), column());
+    bench.run(
+        what,
+        ReceiveOrder {
+            slots: slots.clone(),
+            bins: bench.put_words(&bins, ReceiveOrder::BIN).view,
+            local,
+            order: order_out.view.clone(),
+            sums: sums_out.view.clone(),
+        },
+    );
+    let seed = bench.seed;
+    let got = bench.get_words(what, &order_out);
+    assert_eq!(got, order.iter().map(|&m| m as u32).collect::<Vec<_>>(), "order: {what}, seed {seed}");
+    let place = |m: usize| sums.iter().position(|&other| other == m).expect("all are there") as u32;
+    let got = bench.get_words(what, &sums_out);
+    assert_eq!(got, (0..rows.len()).map(place).collect::<Vec<_>>(), "sums: {what}, seed {seed}");
+
+    let travelled = Travelled {
+        order: order_out.view.clone(),
+        sums: sums_out.view.clone(),
+        weights,
+        factors: bench.room(DType::F32, rows.len(), top_k).view,
+    };
+    sorted(bench, what, rows, &slots, Some((travelled, &order, &sums)), local);
+    sorted(bench, &format!("{what}, in place"), rows, &slots, None, local);
+}
+
+fn sorted<B: Backend>(
+    bench: &Bench<B>,
+    what: &str,
+    rows: &[Row],
+    slots: &Buffer,
+    travelled: Option<(Travelled, &[usize], &[usize])>,
+    local: usize,
+) {
+    let in_place: Vec<usize> = (0..rows.len()).collect();
+    let (travelled, order, sums) = match travelled {
+        Some((travelled, order, sums)) => (Some(travelled), order, sums),
+        None => (None, in_place.as_slice(), in_place.as_slice()),
+    };
+    let (seed, top_k) = (bench.seed, slots.width);
+    // (slot, row in order, metadata row): one of each assignment.
+    let mut all: Vec<(u32, usize, usize)> = Vec::new();
+    for (at, &m) in order.iter().enumerate() {
+        all.extend(rows[m].slots.iter().map(|&(slot, _)| (slot, at, m)));
+    }
+    all.sort_unstable();
+    let starts = bench.room(DType::U32, local + 1, 1);
+    let of_assignment = bench.room(DType::U32, all.len(), 1);
+    let terms = bench.room(DType::U32, rows.len(), top_k);
+    bench.run(
+        what,
+        SortBySlot {
+            slots: slots.clone(),
+            travelled: travelled.clone(),
+            starts: starts.view.clone(),
+            rows: of_assignment.view.clone(),
+            terms: terms.view.clone(),
+        },
+    );
+    let before = |slot: usize| all.iter().filter(|of| (of.0 as usize) < slot).count() as u32;
+    let got = bench.get_words(what, &starts);
+    assert_eq!(got, (0..=local).map(before).collect::<Vec<_>>(), "starts: {what}, seed {seed}");
+    let got = bench.get_words(what, &of_assignment);
+    assert_eq!(got, all.iter().map(|of| of.1 as u32).collect::<Vec<_>>(), "rows: {what}, seed {seed}");
+    let number = |m: usize, slot: u32| {
+        all.iter().position(|of| (of.0, of.2) == (slot, m)).expect("every assignment is there") as u32
+    };
+    let of_sum = |&m: &usize| filled(rows[m].slots.iter().map(|&(slot, _)| number(m, slot)), top_k);
+    let got = bench.get_words(what, &terms);
+    assert_eq!(got, sums.iter().flat_map(of_sum).collect::<Vec<_>>(), "terms: {what}, seed {seed}");
+    if let Some(Travelled { factors, .. }) = travelled {
+        let weights = |&m: &usize| {
+            let own = rows[m].slots.iter().map(|pair| pair.1);
+            own.chain(std::iter::repeat(0.0)).take(top_k).collect::<Vec<_>>()
+        };
+        let got = bench.device.read_f32(&factors).expect("ordered by the host");
+        assert_eq!(got, sums.iter().flat_map(weights).collect::<Vec<_>>(), "factors: {what}, seed {seed}");
+    }
+}

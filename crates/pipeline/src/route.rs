@@ -1,0 +1,90 @@
+//! Which experts a token goes to, and in which slots they are.
+
+use crate::run::MoeLayer;
+use crate::{ExpertPipeline, PipelineError};
+use epsmoe_base::{Phase, Place};
+use epsmoe_device::Backend;
+use epsmoe_device::op::{AssignSlots, Gemm, HostToDevice, Route};
+use epsmoe_plan::{Routing, SlotMap};
+
+impl<B: Backend> ExpertPipeline<B> {
+    /// Chooses every token's experts, and brings the choice to the host.
+    pub fn route(&self, layer: &MoeLayer, x: &epsmoe_device::Buffer) -> Result<Routing, PipelineError> {
+        self.choose(layer, x)?;
+        self.wait(&self.device.record(epsmoe_base::Lane::Compute))?;
+        let tokens = 0..x.rows;
+        let experts = self.device.read_u32(&self.buffers.router_experts.rows(tokens.clone())?)?;
+        let weights = self.device.read_f32(&self.buffers.router_weights.rows(tokens)?)?;
+        Ok(Routing::new(layer.slots.experts(), layer.gate.top_k, experts, weights)?)
+    }
+
+    /// Chooses every token's experts: their numbers and weights `[T, k]`, on the device.
+    pub(crate) fn choose(&self, layer: &MoeLayer, x: &epsmoe_device::Buffer) -> Result<(), PipelineError> {
+        let (place, tokens) = (Place::layer(layer.layer), 0..x.rows);
+        let logits = self.buffers.router_logits.rows(tokens.clone())?;
+        let router = Gemm::linear(x.clone(), &layer.router, logits.clone());
+        self.compute(place.phase(Phase::RouterLogits), router)?;
+        let route = Route {
+            logits,
+            gate: layer.gate,
+            bias: layer.bias.clone(),
+            experts: self.buffers.router_experts.rows(tokens.clone())?,
+            weights: self.buffers.router_weights.rows(tokens)?,
+        };
+        self.compute(place, route)
+    }
+
+    /// Puts a choice that was made elsewhere in the router's place.
+    pub(crate) fn upload(&self, layer: &MoeLayer, routing: &Routing) -> Result<(), PipelineError> {
+        let (place, tokens) = (Place::layer(layer.layer).phase(Phase::Maps), 0..routing.tokens());
+        let weights = routing.weights().iter().map(|weight| weight.to_bits()).collect();
+        let (experts, weights_out) =
+            (self.buffers.router_experts.rows(tokens.clone())?, self.buffers.router_weights.rows(tokens)?);
+        self.compute(place, HostToDevice { words: routing.experts().into(), out: experts })?;
+        self.compute(place, HostToDevice { words: weights, out: weights_out })
+    }
+
+    /// Turns the chosen experts of `tokens` tokens into slots: the one place where the layer's map is applied.
+    pub(crate) fn assign(&self, layer: &MoeLayer, tokens: usize) -> Result<(), PipelineError> {
+        self.hold_map(&layer.slots)?;
+        let (buffers, tokens) = (&self.buffers, 0..tokens);
+        let assign = AssignSlots {
+            experts: buffers.router_experts.rows(tokens.clone())?,
+            weights: buffers.router_weights.rows(tokens.clone())?,
+            slot_of: buffers.slot_of.rows(0..layer.slots.experts())?,
+            slots: buffers.slots.rows(tokens.clone())?,
+            slot_weights: buffers.slot_weights.rows(tokens)?,
+        };
+        self.compute(Place::layer(layer.layer), assign)
+    }
+
+    /// Brings a map to the device, unless it is there from the layer before.
+    fn hold_map(&self, map: &SlotMap) -> Result<(), PipelineError> {
+        if self.held_map.get() == Some(map.digest()) {
+            return Ok(());
+        }
+        let sizes = &self.options.sizes.layer;
+        let fits = map.experts() == sizes.experts
+            && map.ranks() == self.fabric.size()
+            && map.max_local() <= sizes.local_slots;
+        if !fits {
+            let (experts, ranks, local) = (sizes.experts, self.fabric.size(), sizes.local_slots);
+            let message = format!(
+                "a map of {} experts on {} ranks, up to {} a rank, for layers of {experts} experts on {ranks} ranks, up \
+                 to {local} a rank: give every layer a map of its own experts",
+                map.experts(),
+                map.ranks(),
+                map.max_local()
+            );
+            return Err(epsmoe_device::DeviceError::Shape(message).into());
+        }
+        let uploads =
+            [(map.slot_table()?, &self.buffers.slot_of), (map.block_starts(), &self.buffers.block_starts)];
+        for (words, buffer) in uploads {
+            let out = buffer.rows(0..words.len())?;
+            self.compute(Place::default().phase(Phase::Maps), HostToDevice { words: words.into(), out })?;
+        }
+        self.held_map.set(Some(map.digest()));
+        Ok(())
+    }
+}

@@ -1,0 +1,73 @@
+//! One plan, two interpreters: what the lanes did, in order, is what the simulator priced, for random tables, maps,
+//! counts and places of the shared expert, in a world of one rank too.
+
+use crate::world::{Case, Got, Setup, random_table, run};
+use epsmoe_base::{DType, Lane, Mix, Rank, Stage, env::test_seed};
+use epsmoe_plan::*;
+use std::collections::BTreeSet;
+
+/// An operation of one lane: its name and its stage.
+type Step = (String, Option<Stage>);
+
+fn ran(got: &Got, lane: Lane) -> Vec<Step> {
+    let here = got.records.iter().filter(|record| record.lane == lane && record.place.layer.is_some());
+    here.map(|record| (record.name.to_string(), record.place.stage)).collect()
+}
+
+/// What was priced: one step for every operation.
+fn priced(steps: &[Planned], rank: Rank, lane: Lane) -> Vec<Step> {
+    let here = steps.iter().filter(|step| (step.rank, step.lane) == (rank, Some(lane)));
+    here.flat_map(|step| step.work.iter().map(|_| (step.name.to_string(), step.stage))).collect()
+}
+
+#[test]
+fn what_ran_is_what_was_priced() {
+    let seed = test_seed();
+    let mut places = BTreeSet::new();
+    for index in 0..60 {
+        let mut mix = Mix::keyed(seed, &[index]);
+        // No gate on the shared expert: nothing prices it.
+        let case = Case { shared_gate: false, ..Case::random(mix.next_u64(), DType::F32, 1) };
+        let map = &case.placement;
+        let table = random_table(map, &mut mix);
+        let shown = format!("seed {seed}, case {index}, {case:?}\n{table}");
+        let setup = Setup { table: Some(table.clone()), ..Setup::serial() };
+        let gots: Vec<Got> = run(&case, &setup)
+            .into_iter()
+            .map(|got| got.unwrap_or_else(|fault| panic!("{fault}: {shown}")))
+            .collect();
+        let routings: Vec<Routing> = gots.iter().map(|got| got.routing.clone()).collect();
+        let counts = LayerHistograms::of_routings(map, case.gate.top_k, &routings).expect("true counts");
+        let sizes = case.sizes();
+        let workload = Workload { placement: map, counts: &counts, shape: &sizes };
+        let steps = planned(&table, &workload, &CostModel::unmeasured(DType::F32, 1, 0));
+        for (rank, got) in map.all_ranks().zip(&gots) {
+            for lane in Lane::ALL {
+                assert_eq!(ran(got, lane), priced(&steps, rank, lane), "{rank}, {lane}: {shown}");
+            }
+            assert_eq!(last_sum(&steps, rank), sum_bytes(&case, &routings[rank.0]), "{rank}: {shown}");
+        }
+        if case.shared.is_some() {
+            places.insert((map.ranks() == 1, format!("{}", table.shared)));
+        }
+    }
+    // Every place was there, and most of them in a world of one rank too.
+    assert!(places.len() >= 6, "seed {seed}: {places:?}");
+}
+
+/// Bytes that the last sum of a rank was priced for.
+fn last_sum(steps: &[Planned], rank: Rank) -> u64 {
+    let of_rank = steps.iter().rfind(|step| step.rank == rank && step.name == "reduce");
+    match of_rank.map(|step| step.work.as_slice()) {
+        Some([Work::Reduce(bytes)]) => *bytes,
+        other => panic!("{other:?} is no sum"),
+    }
+}
+
+/// Bytes that it reads: a row from every rank that a token goes to, and the shared expert's.
+fn sum_bytes(case: &Case, routing: &Routing) -> u64 {
+    let slots = routing.assign(&case.placement).expect("experts of the map");
+    let rows: usize = (0..slots.tokens()).map(|token| slots.rows(token).count()).sum();
+    let shared = if case.shared.is_some() { slots.tokens() } else { 0 };
+    ((rows + shared) * case.hidden * case.dtype.bytes()) as u64
+}

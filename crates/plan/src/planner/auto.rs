@@ -1,0 +1,351 @@
+//! Plans layer after layer by what they are predicted to cost, and corrects the prediction by what they did cost.
+//!
+//! Every rank has an [`AutoPlanner`]. It decides from the gathered counts and from what all ranks told each other, never
+//! from what only its own rank knows, so that all of them decide alike:
+//!
+//! ```text
+//! counts meet  learn (what all ranks measured) → plan (cuts by the decision of the layer's bucket)
+//! … the layer runs …
+//! after a step observe (this rank's spans beside the simulation) → search for new buckets, off the critical path
+//! ```
+//!
+//! It moves only what does not change bits: stages, cuts, orders, kernels that give equal bits, and the place of the
+//! shared expert, which a layer takes from the decision before it because it may compute beside the count exchange.
+
+use super::fixed::single_rank_table;
+use super::{
+    Ahead, Feedback, LayerPlan, LayerSample, PlanReport, Planner, PredictedMeasured, ScheduleReport,
+};
+use crate::search::{Bucket, Decision, SearchOptions, cuts_for, search};
+use crate::simulate::{StageTimes, Workload, simulate};
+use crate::time_breakdown::moe_layers;
+use crate::{
+    Correction, CostModel, GemmKind, LayerHistograms, LayerSizes, PlanError, SharedExpert, SlotMap, Span,
+    StageTable, Timeline,
+};
+use epsmoe_base::{Lane, Layer, Rank, Stage, hash_bytes};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A decision with what is known about it.
+#[derive(Clone, Debug)]
+struct Decided {
+    decision: Decision,
+    /// The model's correction when it was made.
+    correction: Correction,
+    /// The search in words.
+    reason: String,
+    /// Layers it planned.
+    layers: u64,
+    /// How many it had planned when it was made.
+    since: u64,
+    /// The layer that was watched last, on this rank.
+    watched: Option<LayerSample>,
+}
+
+/// A layer that ran, kept until its spans are there.
+#[derive(Clone, Debug)]
+struct Ran {
+    layer: Layer,
+    map: SlotMap,
+    bucket: Bucket,
+    counts: LayerHistograms,
+    table: StageTable,
+    share: usize,
+}
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct AutoPlanner {
+    shape: LayerSizes,
+    options: SearchOptions,
+    /// As it was measured, or assumed, before the run.
+    start: Arc<CostModel>,
+    /// The same, corrected.
+    cost: CostModel,
+    correction: Correction,
+    decisions: BTreeMap<Bucket, Decided>,
+    /// Where the next layer's shared expert computes.
+    shared: SharedExpert,
+    /// Layers whose buckets wait for a search.
+    waiting: BTreeMap<Bucket, (SlotMap, LayerHistograms)>,
+    /// The last layers that ran, at most [`WATCHED`].
+    ran: Vec<Ran>,
+    /// The last layer of this step that was planned.
+    planned: Option<Layer>,
+    /// Steps until layers are watched again.
+    rest: u32,
+    feedback: Option<Feedback>,
+    layers: u64,
+    searches: u64,
+    watched: u64,
+    mispredicted: u64,
+}
+
+/// Most layers of a step that are watched.
+const WATCHED: usize = 4;
+
+/// Steps between looks when predictions hold.
+const REST: u32 = 8;
+
+/// A prediction that holds this well, in percent, is left alone.
+const HOLDS: u64 = 4;
+
+/// Work shorter than this says more about the clock than about the machine.
+const SHORTEST_NS: u64 = 20_000;
+
+/// A decision is searched for again when a factor has moved by more than this, in permille.
+const MOVED: u64 = 80;
+
+impl AutoPlanner {
+    /// For layers of one shape. Ranks whose arguments are equal plan alike.
+    pub fn new(shape: LayerSizes, cost: Arc<CostModel>, options: SearchOptions) -> Self {
+        AutoPlanner {
+            shape,
+            shared: options.shared.unwrap_or(SharedExpert::BesideCountExchange),
+            options,
+            cost: CostModel::clone(&cost),
+            start: cost,
+            correction: Correction::default(),
+            decisions: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            ran: Vec::new(),
+            planned: None,
+            rest: 0,
+            feedback: None,
+            layers: 0,
+            searches: 0,
+            watched: 0,
+            mispredicted: 0,
+        }
+    }
+
+    /// Corrects the cost model: half way, within bounds, and not at all where predictions hold.
+    fn learn(&mut self, feedback: &[Feedback]) {
+        let Some(first) = feedback.first() else { return };
+        let mut all = Feedback::default();
+        let mut link = first.link;
+        for feedback in feedback {
+            all.add(feedback);
+            // The rank that came last to the exchanges waited least.
+            link = link.less(feedback.link);
+        }
+        let step = |factor: u64, look: PredictedMeasured| {
+            if look.measured_ns < SHORTEST_NS || !look.misses_by(HOLDS) {
+                return factor;
+            }
+            Correction::step(factor, look.predicted_ns, look.measured_ns)
+        };
+        let before = self.correction;
+        let grouped = step(before.grouped, all.grouped);
+        let dense = step(before.dense, all.dense);
+        // A kernel that nobody uses is as far off as the other: it might be the better one.
+        let like = |own: u64, other: u64, now: u64| (own * now / other.max(1)).clamp(1000 / 16, 16_000);
+        let unused = |look: PredictedMeasured| look.measured_ns == 0;
+        self.correction = Correction {
+            link: step(before.link, link),
+            grouped: if unused(all.grouped) { like(before.grouped, before.dense, dense) } else { grouped },
+            dense: if unused(all.dense) { like(before.dense, before.grouped, grouped) } else { dense },
+            rows: step(before.rows, all.rows),
+        };
+        if self.correction == before {
+            return;
+        }
+        self.cost = self.start.corrected(&self.correction);
+        self.rest = 0;
+    }
+
+    /// The table of a layer. In a bucket that was not seen before the layer follows its nearest neighbour; the very first
+    /// layer of a run waits for its search.
+    fn table(&mut self, layer: Layer, map: &SlotMap, counts: &LayerHistograms) -> StageTable {
+        let shape = self.shape;
+        let workload = Workload { placement: map, counts, shape: &shape };
+        let bucket = Bucket::of(&workload);
+        let shared = self.shared;
+        if self.decisions.is_empty() {
+            self.decide(bucket, map, counts);
+        }
+        let known = self.decisions.get(&bucket);
+        if known.is_none_or(|decided| decided.is_stale(&self.correction)) {
+            self.waiting.entry(bucket).or_insert_with(|| (map.clone(), counts.clone()));
+        }
+        let nearest = match known {
+            Some(_) => bucket,
+            None => self.nearest(bucket),
+        };
+        let Some(decided) = self.decisions.get_mut(&nearest) else {
+            unreachable!("the first layer decided its bucket")
+        };
+        decided.layers += 1;
+        self.layers += 1;
+        self.shared = decided.decision.shared;
+        let table = StageTable { shared, ..cuts_for(&decided.decision, &workload, &self.cost) };
+        let share = decided.decision.share;
+        if self.planned.replace(layer) == Some(layer) {
+            // In chunks: its spans are not one table's.
+            self.ran.retain(|ran| ran.layer != layer);
+        } else if self.rest == 0 && self.ran.len() < WATCHED {
+            let (map, counts, table) = (map.clone(), counts.clone(), table.clone());
+            self.ran.push(Ran { layer, map, bucket: nearest, counts, table, share });
+        }
+        table
+    }
+
+    fn nearest(&self, bucket: Bucket) -> Bucket {
+        let distance = |other: &Bucket| {
+            (other.tokens.abs_diff(bucket.tokens) + other.skew.abs_diff(bucket.skew), *other)
+        };
+        self.decisions.keys().copied().min_by_key(distance).unwrap_or(bucket)
+    }
+
+    fn decide(&mut self, bucket: Bucket, map: &SlotMap, counts: &LayerHistograms) {
+        let shape = self.shape;
+        let workload = Workload { placement: map, counts, shape: &shape };
+        let choice = search(&workload, &self.cost, &self.options);
+        let before = self.decisions.get(&bucket);
+        let (layers, watched) = before.map_or((0, None), |before| (before.layers, before.watched.clone()));
+        let (correction, reason) = (self.correction, choice.explain());
+        let decided =
+            Decided { decision: choice.decision, correction, reason, layers, since: layers, watched };
+        self.decisions.insert(bucket, decided);
+        self.searches += 1;
+    }
+
+    fn compare(&mut self, rank: Rank, ran: &Ran, spans: &[Span]) -> Feedback {
+        let measured: Vec<&Span> =
+            spans.iter().filter(|span| span.layer == Some(ran.layer) && span.rank == rank).collect();
+        let workload = Workload { placement: &ran.map, counts: &ran.counts, shape: &self.shape };
+        let predicted = simulate(&ran.table, ran.share, &workload, &self.cost).timeline;
+        let all: Vec<&Span> = predicted.spans.iter().filter(|span| span.rank == rank).collect();
+        let feedback = Feedback::of(rank, &ran.table, &predicted, &measured);
+        // Replayed routing leaves no choice of experts to begin with.
+        let windows = window(&all, rank).zip(window(&measured, rank));
+        let Some(((from, to), (start, end))) = windows else { return feedback };
+        let stages = (0..ran.table.stages()).map(Stage);
+        let watched = LayerSample {
+            layer: PredictedMeasured { predicted_ns: to - from, measured_ns: end - start },
+            stages: stages.map(|stage| (stage_times(&all, stage), stage_times(&measured, stage))).collect(),
+            predicted: since(&all, from, to),
+            measured: since(&measured, start, end),
+        };
+        self.watched += 1;
+        self.mispredicted += u64::from(watched.layer.misses_by(ScheduleReport::MISPREDICTED_PERCENT));
+        if let Some(decided) = self.decisions.get_mut(&ran.bucket) {
+            decided.watched = Some(watched);
+        }
+        feedback
+    }
+}
+
+impl Planner for AutoPlanner {
+    fn ahead(&self, map: &SlotMap) -> Result<Ahead, PlanError> {
+        // One rank has nothing to hide, unless dense products were asked for, whose bits may be others.
+        let table = (map.ranks() == 1 && self.options.kernels.contains(&GemmKind::Grouped))
+            .then(|| single_rank_table(map));
+        Ok(Ahead { shared: self.shared, batches: 1, table })
+    }
+
+    fn plan(
+        &mut self,
+        layer: Layer,
+        map: &SlotMap,
+        counts: &[LayerHistograms],
+        feedback: &[Feedback],
+    ) -> Result<LayerPlan, PlanError> {
+        self.learn(feedback);
+        Ok(LayerPlan { tables: counts.iter().map(|counts| self.table(layer, map, counts)).collect() })
+    }
+
+    fn take_feedback(&mut self) -> Option<Feedback> {
+        self.feedback.take()
+    }
+
+    fn wants_spans(&self) -> bool {
+        self.rest == 0
+    }
+
+    /// Compares the layers that were watched with their simulation, and searches for the buckets that wait.
+    fn observe(&mut self, rank: Rank, spans: &[Span]) {
+        self.rest = self.rest.saturating_sub(1);
+        self.planned = None;
+        let mut feedback = Feedback::default();
+        for ran in std::mem::take(&mut self.ran) {
+            feedback.add(&self.compare(rank, &ran, spans));
+            self.rest = REST;
+        }
+        if feedback != Feedback::default() {
+            self.feedback = Some(feedback);
+        }
+        for (bucket, (map, counts)) in std::mem::take(&mut self.waiting) {
+            self.decide(bucket, &map, &counts);
+        }
+    }
+
+    fn digest(&self) -> u64 {
+        let decisions: Vec<_> =
+            self.decisions.iter().map(|(bucket, decided)| (bucket, &decided.decision)).collect();
+        let state = format!("{:?} {:?} {decisions:?}", self.correction, self.shared);
+        hash_bytes(state.as_bytes())
+    }
+
+    fn report(&self) -> Option<ScheduleReport> {
+        let plan = |(bucket, decided): (&Bucket, &Decided)| PlanReport {
+            bucket: *bucket,
+            stages: decided.decision.gemm.len(),
+            layers: decided.layers,
+            reason: decided.reason.clone(),
+            watched: decided.watched.clone(),
+        };
+        Some(ScheduleReport {
+            layers: self.layers,
+            searches: self.searches,
+            watched: self.watched,
+            mispredicted: self.mispredicted,
+            correction: self.correction,
+            plans: self.decisions.iter().map(plan).collect(),
+        })
+    }
+}
+
+impl Decided {
+    /// Whether a factor has moved enough since to look again. A search costs as much as some layers: the next one
+    /// waits until half as many more have run as before it.
+    fn is_stale(&self, now: &Correction) -> bool {
+        let factors = |correction: &Correction| {
+            let Correction { link, grouped, dense, rows } = *correction;
+            [link, grouped, dense, rows]
+        };
+        let mut pairs = factors(&self.correction).into_iter().zip(factors(now));
+        let moved = pairs.any(|(then, now)| then.abs_diff(now) * 1000 > then * MOVED);
+        moved && self.layers - self.since >= self.since / 2
+    }
+}
+
+/// From the choice of experts to the sum at home; the longest if a layer ran in chunks.
+fn window(spans: &[&Span], rank: Rank) -> Option<(u64, u64)> {
+    let spans = spans.iter().map(|&span| span.clone()).collect();
+    let layers = moe_layers(&Timeline { spans }, rank);
+    layers.into_iter().max_by_key(|(start, end)| end - start)
+}
+
+fn since(spans: &[&Span], start: u64, end: u64) -> Timeline {
+    let inside = spans.iter().filter(|span| span.end_ns > start && span.start_ns < end);
+    let moved = inside.map(|&span| Span {
+        start_ns: span.start_ns.saturating_sub(start),
+        end_ns: span.end_ns.saturating_sub(start),
+        ..span.clone()
+    });
+    Timeline { spans: moved.collect() }
+}
+
+fn stage_times(spans: &[&Span], stage: Stage) -> StageTimes {
+    let sum = |wanted: &dyn Fn(&Span) -> bool| {
+        let of_stage = spans.iter().filter(|span| span.stage == Some(stage) && wanted(span));
+        of_stage.map(|span| span.duration_ns()).sum()
+    };
+    StageTimes {
+        dispatch_ns: sum(&|span| span.name == "dispatch"),
+        compute_ns: sum(&|span| span.lane == Lane::Compute),
+        combine_ns: sum(&|span| span.name == "combine"),
+    }
+}

@@ -1,0 +1,105 @@
+//! What ranks learn from layers they watched, and tell each other.
+
+use crate::{GemmKind, Span, StageTable, Timeline};
+use epsmoe_base::{Lane, Rank};
+
+/// What a kind of work was predicted to take on a rank, and what it took, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PredictedMeasured {
+    /// By the cost model as it was corrected then.
+    pub predicted_ns: u64,
+    /// By the clock.
+    pub measured_ns: u64,
+}
+
+impl PredictedMeasured {
+    pub(super) fn add(&mut self, other: PredictedMeasured) {
+        self.predicted_ns += other.predicted_ns;
+        self.measured_ns += other.measured_ns;
+    }
+
+    pub(super) fn less(self, other: PredictedMeasured) -> PredictedMeasured {
+        PredictedMeasured {
+            predicted_ns: self.predicted_ns.min(other.predicted_ns),
+            measured_ns: self.measured_ns.min(other.measured_ns),
+        }
+    }
+
+    /// Whether the two are more than `percent` of the measured time apart.
+    pub(super) fn misses_by(self, percent: u64) -> bool {
+        self.predicted_ns.abs_diff(self.measured_ns) * 100 > self.measured_ns * percent
+    }
+}
+
+/// What one rank learned from layers it watched: the kinds of work that a [`Correction`] has a factor for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Feedback {
+    /// Exchanges, with their waiting for other ranks.
+    pub link: PredictedMeasured,
+    /// Grouped products of the stages.
+    pub grouped: PredictedMeasured,
+    /// Dense products of the stages.
+    pub dense: PredictedMeasured,
+    /// Rows picked and added.
+    pub rows: PredictedMeasured,
+}
+
+impl Feedback {
+    /// Bytes of the message to the other ranks.
+    pub const ENCODED_LEN: usize = 64;
+
+    /// Sorts the spans of one layer of one rank, as simulated and as measured.
+    pub(super) fn of(rank: Rank, table: &StageTable, predicted: &Timeline, measured: &[&Span]) -> Self {
+        let mut feedback = Feedback::default();
+        for span in predicted.spans.iter().filter(|span| span.rank == rank) {
+            if let Some(look) = feedback.kind_of(table, span) {
+                look.predicted_ns += span.duration_ns();
+            }
+        }
+        for span in measured {
+            if let Some(look) = feedback.kind_of(table, span) {
+                look.measured_ns += span.duration_ns();
+            }
+        }
+        feedback
+    }
+
+    fn kind_of(&mut self, table: &StageTable, span: &Span) -> Option<&mut PredictedMeasured> {
+        match (span.lane, span.name.as_ref(), span.stage) {
+            (Lane::Transfer, _, _) => Some(&mut self.link),
+            (_, "gemm", Some(stage)) => match table.gemm.get(stage.0)? {
+                GemmKind::Grouped => Some(&mut self.grouped),
+                GemmKind::Dense => Some(&mut self.dense),
+            },
+            (_, "gather" | "reduce", _) => Some(&mut self.rows),
+            _ => None,
+        }
+    }
+
+    fn kinds(&self) -> [PredictedMeasured; 4] {
+        [self.link, self.grouped, self.dense, self.rows]
+    }
+
+    /// The message to the other ranks.
+    pub fn encode(&self) -> Vec<u8> {
+        let numbers = self.kinds().into_iter().flat_map(|look| [look.predicted_ns, look.measured_ns]);
+        numbers.flat_map(u64::to_le_bytes).collect()
+    }
+
+    /// Reads another rank's message; nothing if it is none.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let (words, []) = bytes.as_chunks::<8>() else { return None };
+        let numbers: Vec<u64> = words.iter().map(|&word| u64::from_le_bytes(word)).collect();
+        let (pairs, []) = numbers.as_chunks::<2>() else { return None };
+        let [link, grouped, dense, rows] = pairs else { return None };
+        let look = |&[predicted_ns, measured_ns]: &[u64; 2]| PredictedMeasured { predicted_ns, measured_ns };
+        Some(Feedback { link: look(link), grouped: look(grouped), dense: look(dense), rows: look(rows) })
+    }
+
+    pub(super) fn add(&mut self, other: &Feedback) {
+        self.link.add(other.link);
+        self.grouped.add(other.grouped);
+        self.dense.add(other.dense);
+        self.rows.add(other.rows);
+    }
+}
