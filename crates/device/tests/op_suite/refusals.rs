@@ -130,11 +130,11 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     let cases: Vec<(Op, &str)> = vec![
         (
             HostToDevice { words: [1, 2].into(), out: ids.clone() }.into(),
-            "upload: 2 words into ids[3, 1] uint32",
+            "host_to_device: 2 words into ids[3, 1] uint32",
         ),
         (
             HostToDevice { words: [0; 12].into(), out: half.clone() }.into(),
-            "upload: 12 words into half[3, 4] bfloat16",
+            "host_to_device: 12 words into half[3, 4] bfloat16",
         ),
         (
             Embed { ids: ids.clone(), table: table.clone(), out: more.clone() }.into(),
@@ -187,14 +187,14 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             parts(vec![part(&map, 0..3)], Some(&long), store).into(),
             "gemm: bias long is Vector { n: 5 }, the output y[3, 4] float32",
         ),
-        (angles(&map).into(), "angles: map is no vector"),
-        (angles(&scale).into(), "angles: output is narrow[3, 2] float32, but must be float32 of width 8"),
+        (angles(&map).into(), "rope_table: map is no vector"),
+        (angles(&scale).into(), "rope_table: output is narrow[3, 2] float32, but must be float32 of width 8"),
         (rotate(4, 3, &narrow).into(), "rotate: x[3, 4] float32 in heads of 4 cannot turn elements 3..5"),
         (rotate(3, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 3 cannot turn elements 0..2"),
         (rotate(0, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 0 cannot turn elements 0..2"),
         (
             KvWrite { x: x.clone(), slots: ids.clone(), cache: narrow.clone() }.into(),
-            "store: cache is narrow[3, 2] float32, but must be float32 of width 4",
+            "kv_write: cache is narrow[3, 2] float32, but must be float32 of width 4",
         ),
         (
             Attention { kv_heads: 0, ..attention.clone() }.into(),
@@ -516,7 +516,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
             let table = weight(bench, "table", WeightShape::Table { rows: 9, width: 4 });
             Embed { ids: bench.put_words(&[8, 9], 1).view, table, out: f32s(bench, "out", 2, 4) }.into()
         }),
-        ("store: cache slot 8 is not below 8", &|bench| {
+        ("kv_write: cache slot 8 is not below 8", &|bench| {
             let (x, cache) = (bench.put(&bench.random(2, 4, 1.0)).view, f32s(bench, "cache", 8, 4));
             KvWrite { x, slots: bench.put_words(&[7, 8], 1).view, cache }.into()
         }),
