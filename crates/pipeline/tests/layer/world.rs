@@ -295,6 +295,7 @@ fn run_rank(
     }
     let routing = pipeline.route(&layers[0], &x)?;
     device.take_records();
+    device.set_recording(true);
     let mut reports = Vec::new();
     for layer in &layers {
         reports.push(match &table {
