@@ -74,7 +74,8 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
     for span in &run.timeline.spans {
         lanes.entry((span.rank.0, span.lane.index())).or_default().push(span);
     }
-    let mut spans: BTreeMap<(usize, usize), Vec<(&Span, Option<u64>)>> = BTreeMap::new();
+    type OfLane<'a> = Vec<(&'a Span, Option<u64>)>;
+    let mut spans: BTreeMap<(usize, usize), OfLane<'_>> = BTreeMap::new();
     for (key, on_lane) in lanes {
         let before = std::iter::once(None).chain(on_lane.iter().map(|span| Some(span.end_ns)));
         let assigned = on_lane.iter().position(|span| span.name == "assign_slots").unwrap_or(0);

@@ -46,7 +46,7 @@ fn counts(case: &Case, placement: &SlotMap) -> LayerHistograms {
     let ranks = case
         .routings
         .iter()
-        .map(|routing| TokenHistograms::of(&routing.assign(placement).unwrap()))
+        .map(|routing| TokenHistograms::of(&routing.assign(placement).expect("every expert has a slot")))
         .collect();
     LayerHistograms::new(placement, case.shape.top_k, ranks).expect("counts of this placement")
 }

@@ -300,7 +300,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         (Clamp { x: x.clone(), limit: f32::NAN }.into(), "clamp: the limit NaN is not a magnitude"),
         (
             GateRows { gate: narrow.clone(), x: x.clone() }.into(),
-            "gate: gate is narrow[3, 2] float32, but must be float32 of width 1",
+            "gate_rows: gate is narrow[3, 2] float32, but must be float32 of width 1",
         ),
     ];
     for (op, want) in cases {

@@ -137,6 +137,7 @@ impl<S: WeightSource + ?Sized> StoredTensors for Raw<'_, S> {
 }
 
 /// How a part of a model is kept.
+#[expect(clippy::large_enum_variant, reason = "looked at one at a time, and never stored")]
 pub enum Kept {
     /// As it is.
     Plain(DType),

@@ -244,7 +244,8 @@ pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
                     faults.raise(Fault { kind, rank: Rank(rank), place, message })
                 }
             });
-            done.send((rank, answer))
+            // Whoever waits for it may have failed.
+            let _ = done.send((rank, answer));
         });
     }
     drop(done);

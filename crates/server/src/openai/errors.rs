@@ -143,10 +143,13 @@ impl From<Rejected> for ApiError {
     }
 }
 
-/// Failed on the way.
+/// Failed on the way: because of what was asked, such as a grammar that leads nowhere, or because the ranks stopped.
 impl From<Failure> for ApiError {
     fn from(failure: Failure) -> Self {
-        ApiError::internal(failure.to_string())
+        match failure {
+            Failure::Request(problem) => ApiError::bad_request(problem),
+            Failure::Stopped(fault) => ApiError::internal(fault.to_string()),
+        }
     }
 }
 
