@@ -13,7 +13,7 @@
 //!
 //! Experts by `ep` are priced by [`search`](epsmoe_plan::search()) or [`simulate`](epsmoe_plan::simulate()) on counts drawn
 //! from a [`SyntheticRouting`](epsmoe_plan::SyntheticRouting) (`experts`); everything else by the same
-//! [`CostModel`](epsmoe_plan::CostModel) (`frame`). All times are of a prefill without a cache.
+//! [`CostModel`] (`frame`). All times are of a prefill without a cache.
 //!
 //! Numbers come from users: `limits` refuses what could not be told in whole nanoseconds and bytes, and what is multiplied
 //! here is checked.

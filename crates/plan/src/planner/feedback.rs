@@ -31,7 +31,7 @@ impl PredictedMeasured {
     }
 }
 
-/// What one rank learned from layers it watched: the kinds of work that a [`Correction`] has a factor for.
+/// What one rank learned from layers it watched: the kinds of work that a [`Correction`](crate::Correction) has a factor for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Feedback {
     /// Exchanges, with their waiting for other ranks.

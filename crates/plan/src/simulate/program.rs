@@ -22,7 +22,7 @@ pub struct Planned {
 }
 
 /// Everything that all ranks do in a layer under a table, rank by rank in the order in which the pipeline enqueues it:
-/// what [`simulate`] prices. The spans of a run are these operations in the same order on every lane, so that a
+/// what [`simulate`](crate::simulate()) prices. The spans of a run are these operations in the same order on every lane, so that a
 /// measured time finds its work.
 pub fn planned(table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Vec<Planned> {
     let program = Program::described(table, workload, cost);
