@@ -7,6 +7,8 @@
 //! bit depends on the fabric. Neither knows experts or layers: a [`Place`](epsmoe_base::Place) is only a label for
 //! messages.
 
+#[cfg(feature = "contract")]
+pub mod contract;
 mod control;
 mod link;
 mod single_rank;
