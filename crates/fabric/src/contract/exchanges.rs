@@ -146,15 +146,19 @@ pub fn exchanges<B: Backend>(world: &World<'_, B>, lanes: Lanes) {
 /// The same in sub-groups: the ranks are dealt out to groups in several ways, and every rank exchanges now in one of its
 /// groups, now in another, now with all; groups do not wait for each other's ranks, nor mix up their rows.
 pub fn subgroups<B: Backend>(world: &World<'_, B>) {
-    const WAYS: usize = 3;
     let seed = test_seed();
     for case in 0..24 {
         let mut mix = Mix::keyed(seed, &[77, case]);
         let size = 1 + case as usize % world.most;
-        // [way][rank] its group; the first two ways may be equal, and are groups of their own all the same.
-        let deals: Vec<Vec<usize>> = (0..WAYS).map(|_| (0..size).map(|_| mix.below(3)).collect()).collect();
+        // [way][rank] its group. The first two ways are equal, and are groups of their own all the same.
+        let mut deal = || -> Vec<usize> { (0..size).map(|_| mix.below(3)).collect() };
+        let (first, last) = (deal(), deal());
+        let deals = [first.clone(), first, last];
         let script: Vec<(usize, Planned)> = (0..1 + mix.below(12))
-            .map(|_| (mix.below(WAYS + 1), Planned::random(&mut mix, size, Lane::Transfer)))
+            .map(|_| {
+                let (way, lane) = (mix.below(4), Lanes::Any.draw(&mut mix));
+                (way, Planned::random(&mut mix, size, lane))
+            })
             .collect();
         let context = format!("case {case}, groups {deals:?}, seed {seed}");
         on_all_ranks(world.patient(size, mix.next_u64()), move |node| {
