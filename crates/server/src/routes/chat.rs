@@ -139,6 +139,8 @@ struct Answer {
     calls: usize,
     /// Whether only one may be made.
     one_call: bool,
+    /// Whether the client named the function: an answer that is the call then ends as others do, with `stop`.
+    named: bool,
     /// Whether reasoning is told.
     reasoning: bool,
 }
@@ -160,6 +162,7 @@ impl Answer {
             parser,
             calls: 0,
             one_call: chat.parallel_tool_calls == Some(false),
+            named: matches!(choice, ToolChoice::Named(_)),
             reasoning: chat.include_reasoning.unwrap_or(true),
         }
     }
@@ -199,9 +202,9 @@ impl Answer {
         wanted.then(|| Delta { tool_calls: vec![call], ..Delta::default() })
     }
 
-    /// `tool_calls` where the answer ended with some.
+    /// `tool_calls` where the model chose to end with some.
     fn finish_reason(&self, reason: &'static str) -> &'static str {
-        if reason == "stop" && self.calls > 0 { "tool_calls" } else { reason }
+        if reason == "stop" && self.calls > 0 && !self.named { "tool_calls" } else { reason }
     }
 }
 

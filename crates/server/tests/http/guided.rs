@@ -78,6 +78,7 @@ fn named_functions_are_called_once() {
     for seed in 0..4 {
         let choice = json!({ "type": "function", "function": { "name": "part" } });
         let answer = chat(&server, json!({ "seed": seed, "tools": tools(), "tool_choice": choice }));
+        assert_eq!(answer["finish_reason"], "stop", "{answer}");
         let calls = answer["message"]["tool_calls"].as_array().unwrap();
         assert_eq!(
             (calls.len(), &calls[0]["type"], &calls[0]["function"]["name"]),
