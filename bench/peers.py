@@ -20,10 +20,33 @@ import tempfile
 
 PRESETS = pathlib.Path(__file__).resolve().parent.parent / "crates" / "model" / "presets"
 DEFAULT = ["llamacpp-qwen3moe-mini", "llamacpp-deepseek2-mini", "llamacpp-deepseek2-lite4"]
-DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 PROMPT, NEW, SEQUENCES = 512, 64, 8
 PHASES = [f"prefill of {PROMPT}", f"decode of {NEW}", f"decode of {SEQUENCES} x {NEW}"]
 FLAGS = {"llama.cpp": [], "ik_llama.cpp": ["-rtr", "1", "-thp", "1"]}
+
+
+def byte_names():
+    """GPT-2's name for each byte, in the order of the bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+def write_vocabulary(writer, size):
+    """Every byte a token, and names that nobody types for the rest: enough for a server to make text of tokens."""
+    import gguf
+
+    names = byte_names() + [f"<{index}>" for index in range(256, size)]
+    kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.UNUSED] * (size - 256)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(names)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([f"{names[97]} {names[98]}"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
 
 
 def write_gguf(config, dtype, path, whole=False):
@@ -52,7 +75,7 @@ def write_gguf(config, dtype, path, whole=False):
     experts = config["n_routed_experts" if latent else "num_experts"]
     inner = config["moe_intermediate_size"]
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    write_vocabulary(writer, config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(hidden)
     writer.add_block_count(layers)
@@ -175,10 +198,10 @@ def time_epsmoe(program, preset, dtype, threads):
 
 def summary(turns):
     """Medians of each program, and the ratio of the same turns."""
-    keys = sorted({(turn["preset"], turn["dtype"], turn["threads"]) for turn in turns})
-    for preset, dtype, threads in keys:
-        ours = [turn for turn in turns if (turn["preset"], turn["dtype"], turn["threads"]) == (preset, dtype, threads)]
-        print(f"{preset} {dtype}, {threads} threads, {len(ours)} turns, tokens/s")
+    key = lambda turn: (turn["preset"], turn["dtype"], turn.get("peer_dtype", turn["dtype"]), turn["threads"])
+    for preset, dtype, peer_dtype, threads in sorted({key(turn) for turn in turns}):
+        ours = [turn for turn in turns if key(turn) == (preset, dtype, peer_dtype, threads)]
+        print(f"{preset} {dtype}, peers {peer_dtype}, {threads} threads, {len(ours)} turns, tokens/s")
         for at, phase in enumerate(PHASES):
             median = lambda name: statistics.median(turn["rates"][name][at] for turn in ours)
             text = f"  {phase:24} epsmoe {median('epsmoe'):8.1f}"
@@ -189,36 +212,52 @@ def summary(turns):
             print(text, flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="*", metavar="PRESET", help="default: " + " ".join(DEFAULT))
+def add_peers(parser):
+    """Options that say whom to measure, and with which weights."""
     parser.add_argument("--llama-cpp", type=pathlib.Path, metavar="DIR", help="programs of llama.cpp")
     parser.add_argument("--ik-llama-cpp", type=pathlib.Path, metavar="DIR", help="programs of ik_llama.cpp")
     parser.add_argument("--epsmoe", required=True)
     parser.add_argument("--gguf", type=pathlib.Path, default=pathlib.Path("gguf"), help="folder of the GGUF files")
-    parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="default: bfloat16")
+    parser.add_argument("--dtype", action="append", choices=["bfloat16", "float32"], help="default: bfloat16")
+    parser.add_argument("--peer-dtype", choices=list(DTYPES), help="what peers hold weights in, if it is not the same: float16"
+                        " has as many bytes as bfloat16, and they are faster with it where the processor has no bf16 products")
+    parser.add_argument("--json", type=pathlib.Path, help="turns are added to those already there")
+
+
+def models_of(options, preset, config, dtype):
+    """The GGUF of each peer that takes part; what is not there is written."""
+    dtype = options.peer_dtype or dtype
+    options.gguf.mkdir(parents=True, exist_ok=True)
+    models = {}
+    for name in (name for name, programs in options.peers.items() if programs):
+        whole = name == "ik_llama.cpp" and "kv_lora_rank" in config
+        models[name] = options.gguf / f"{preset}-{dtype}{'-whole' if whole else ''}.gguf"
+        if not models[name].exists():
+            write_gguf(config, dtype, models[name], whole)
+    return models
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", metavar="PRESET", help="default: " + " ".join(DEFAULT))
+    add_peers(parser)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, action="append", help="default: all cores")
-    parser.add_argument("--json", type=pathlib.Path, help="turns are added to those already there")
     options = parser.parse_args()
-    options.gguf.mkdir(parents=True, exist_ok=True)
-    peers = {"llama.cpp": options.llama_cpp, "ik_llama.cpp": options.ik_llama_cpp}
+    options.peers = {"llama.cpp": options.llama_cpp, "ik_llama.cpp": options.ik_llama_cpp}
     turns = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     for preset in options.presets or DEFAULT:
         config = json.loads((PRESETS / f"{preset}.json").read_text())
         for dtype in options.dtype or ["bfloat16"]:
-            models = {}
-            for name in (name for name, program in peers.items() if program):
-                whole = name == "ik_llama.cpp" and "kv_lora_rank" in config
-                models[name] = options.gguf / f"{preset}-{dtype}{'-whole' if whole else ''}.gguf"
-                if not models[name].exists():
-                    write_gguf(config, dtype, models[name], whole)
+            models = models_of(options, preset, config, dtype)
             for _ in range(options.rounds):
                 for threads in options.threads or [os.cpu_count()]:
                     rates = {"epsmoe": time_epsmoe(options.epsmoe, preset, dtype, threads)}
                     for name, model in models.items():
-                        rates[name] = time_llama(peers[name], model, threads, FLAGS[name])
+                        rates[name] = time_llama(options.peers[name], model, threads, FLAGS[name])
                     turn = {"preset": preset, "dtype": dtype, "threads": threads, "load": os.getloadavg(), "rates": rates}
+                    if options.peer_dtype:
+                        turn["peer_dtype"] = options.peer_dtype
                     turns.append(turn)
                     if options.json:
                         options.json.write_text(json.dumps(turns, indent=1) + "\n")

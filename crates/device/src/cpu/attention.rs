@@ -8,7 +8,7 @@
 //! bits it has in a prompt.
 
 use super::gemm::{
-    AlignedWords, BLOCK_STEPS, BLOCK_STRIDE, ElementType, Functions, Isa, Prefetch, Tile, bytes_to_words, exp,
+    AlignedWords, BLOCK_STRIDE, Blocks, ElementType, Functions, Isa, Prefetch, Tile, bytes_to_words, exp,
 };
 use super::pool::ComputePool;
 use super::prefetch_all;
@@ -145,7 +145,7 @@ impl<T: Element> Task<'_, '_, T> {
     }
 
     fn query_words(&self) -> usize {
-        self.key_steps().div_ceil(BLOCK_STEPS) * BLOCK_STRIDE
+        self.functions.blocks.row_words(self.key_steps())
     }
 
     /// Panels of that many keys, and of a row of values.
@@ -161,6 +161,7 @@ impl<T: Element> Task<'_, '_, T> {
     fn begin(&self, scratch: &mut Scratch) {
         let (rows, width, key_width) = (self.rows(), self.functions.width(), self.views.op.key_width());
         let most_rows = self.functions.tiles.len();
+        let Blocks { steps, pack, .. } = self.functions.blocks;
         scratch.queries.grow(rows * self.query_words());
         scratch.keys.grow(self.key_panels(KEYS) * self.key_steps() * width);
         scratch.key.resize(self.key_steps(), 0);
@@ -176,9 +177,11 @@ impl<T: Element> Task<'_, '_, T> {
             for (in_tile, row) in tile.clone().enumerate() {
                 let (token, head) = self.token_and_head(row);
                 let query = &self.views.q.row(token)[head * key_width..][..key_width];
-                for (block, steps) in query.chunks(BLOCK_STEPS * Self::IN_WORD).enumerate() {
+                for (block, numbers) in query.chunks(steps * Self::IN_WORD).enumerate() {
                     let start = base + (block * tile.len() + in_tile) * BLOCK_STRIDE;
-                    bytes_to_words(bytemuck::cast_slice(steps), &mut scratch.queries[start..][..BLOCK_STEPS]);
+                    let words = &mut scratch.queries[start..][..BLOCK_STRIDE];
+                    // SAFETY: the table exists only where its instructions do.
+                    unsafe { pack(bytemuck::cast_slice(numbers), words) };
                 }
                 let visible = self.views.visible(token);
                 scratch.state.push(RowState {
@@ -289,7 +292,8 @@ impl<T: Element> Task<'_, '_, T> {
             let mut rounded = [bf16::ZERO; KEYS];
             // SAFETY: the table exists only where its instructions do.
             unsafe { (self.functions.round_to_bf16)(powers, &mut rounded) };
-            bytes_to_words(bytemuck::cast_slice(&rounded), words);
+            // SAFETY: likewise.
+            unsafe { (self.functions.blocks.pack)(bytemuck::cast_slice(&rounded), words) };
         }
     }
 
@@ -307,7 +311,7 @@ impl<T: Element> Task<'_, '_, T> {
 
     /// `sums = left · right`, or with `more` added to what is there.
     fn multiply(&self, rows: usize, steps: usize, left: &[u32], right: &[u32], sums: &mut [u32], more: bool) {
-        assert!(left.len() >= steps.div_ceil(BLOCK_STEPS) * rows * BLOCK_STRIDE);
+        assert!(left.len() >= self.functions.blocks.row_words(steps) * rows);
         assert!(right.len() == steps * self.functions.width() && sums.len() == rows * self.functions.width());
         let tile = Tile {
             steps,

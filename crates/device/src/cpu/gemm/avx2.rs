@@ -34,17 +34,19 @@ mod x86 {
     }
 
     functions!(F32, F32Kernel, "avx2,fma", rows: 1 2 3 4 5 6, of pairs: 1 2);
-    functions!(BF16, Bf16Kernel, "avx2,fma", rows: 1 2 3 4 5, of pairs: 1);
+    functions!(BF16, WidenedKernel, "avx2,fma", rows: 1 2 3 4 5 6, of pairs: 1 2);
 
     /// f32 × f32.
     struct F32Kernel;
     /// bf16 pairs widened to f32, low half first.
-    struct Bf16Kernel;
+    struct WidenedKernel;
 
     /// The methods that are the same for both.
     macro_rules! common {
         () => {
             type Sums = __m256;
+            type Weights = __m256;
+            type Activation = __m256;
             const LANES: usize = 8;
             const ROWS_TO_L1: usize = 3;
             const ROWS_TO_UNROLL: usize = 5;
@@ -68,6 +70,18 @@ mod x86 {
             }
 
             #[inline(always)]
+            unsafe fn load_activation(from: *const u32) -> __m256 {
+                // SAFETY: the caller's promise.
+                unsafe { _mm256_set1_ps(*from.cast()) }
+            }
+
+            #[inline(always)]
+            unsafe fn multiply_add(sums: __m256, activation: __m256, weights: __m256) -> __m256 {
+                // SAFETY: the caller's promise.
+                unsafe { _mm256_fmadd_ps(activation, weights, sums) }
+            }
+
+            #[inline(always)]
             fn prefetch_to_l1(address: *const u8) {
                 // SAFETY: a prefetch may take any address and is in the x86-64 baseline.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
@@ -83,61 +97,33 @@ mod x86 {
 
     // SAFETY: needs AVX2 and FMA only.
     unsafe impl Kernel for F32Kernel {
-        type Weights = __m256;
-        type Activation = __m256;
+        const PARTS: usize = 1;
         common!();
 
         #[inline(always)]
-        unsafe fn load_weights(from: *const u32) -> __m256 {
+        unsafe fn load_weights(from: *const u32, _: usize) -> __m256 {
             // SAFETY: the caller's promise.
             unsafe { _mm256_loadu_ps(from.cast()) }
-        }
-
-        #[inline(always)]
-        unsafe fn load_activation(from: *const u32) -> __m256 {
-            // SAFETY: the caller's promise.
-            unsafe { _mm256_set1_ps(*from.cast()) }
-        }
-
-        #[inline(always)]
-        unsafe fn multiply_add(sums: __m256, activation: __m256, weights: __m256) -> __m256 {
-            // SAFETY: the caller's promise.
-            unsafe { _mm256_fmadd_ps(activation, weights, sums) }
         }
     }
 
     // SAFETY: needs AVX2 and FMA only.
-    unsafe impl Kernel for Bf16Kernel {
-        type Weights = [__m256; 2];
-        type Activation = [__m256; 2];
+    unsafe impl Kernel for WidenedKernel {
+        const PARTS: usize = 2;
         common!();
 
+        /// Reads the words again for each part: to keep them for the second would take two registers, which six rows do not
+        /// leave. A volatile read is one that the compiler does not merge with the other.
         #[inline(always)]
-        unsafe fn load_weights(from: *const u32) -> [__m256; 2] {
-            // SAFETY: the caller's promise.
+        unsafe fn load_weights(from: *const u32, part: usize) -> __m256 {
+            // SAFETY: the caller's promise, and words of a panel lie on 32 bytes.
             unsafe {
-                let pairs = _mm256_loadu_si256(from.cast());
-                let low = _mm256_slli_epi32::<16>(pairs);
-                let high = _mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff));
-                [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn load_activation(from: *const u32) -> [__m256; 2] {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let pair = *from;
-                [pair << 16, pair & !0xffff].map(|bits| _mm256_set1_ps(f32::from_bits(bits)))
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn multiply_add(sums: __m256, activation: [__m256; 2], weights: [__m256; 2]) -> __m256 {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let sums = _mm256_fmadd_ps(activation[0], weights[0], sums);
-                _mm256_fmadd_ps(activation[1], weights[1], sums)
+                let pairs = from.cast::<__m256i>().read_volatile();
+                _mm256_castsi256_ps(if part == 0 {
+                    _mm256_slli_epi32::<16>(pairs)
+                } else {
+                    _mm256_and_si256(pairs, _mm256_set1_epi32(!0xffff))
+                })
             }
         }
     }

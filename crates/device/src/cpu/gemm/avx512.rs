@@ -47,7 +47,7 @@ mod x86 {
         rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14, of pairs: 1 2 3 4 5);
     functions!(BF16_DOT, Bf16DotKernel, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16",
         rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14, of pairs: 1 2 3 4 5);
-    functions!(BF16_WIDENED, Bf16WidenedKernel, "avx512f,avx512bw,avx512vl,avx512dq",
+    functions!(BF16_WIDENED, WidenedKernel, "avx512f,avx512bw,avx512vl,avx512dq",
         rows: 1 2 3 4 5 6 7 8 9 10 11 12, of pairs: 1 2 3 4 5);
 
     /// f32 × f32.
@@ -55,7 +55,7 @@ mod x86 {
     /// bf16 pairs by VDPBF16PS: two products added to an f32 sum in each lane.
     struct Bf16DotKernel;
     /// bf16 pairs widened to f32, low half first.
-    struct Bf16WidenedKernel;
+    struct WidenedKernel;
 
     /// The methods that are the same for all three.
     macro_rules! common {
@@ -97,28 +97,36 @@ mod x86 {
         };
     }
 
+    /// The methods of those that multiply f32 with f32.
+    macro_rules! float32 {
+        () => {
+            type Weights = __m512;
+            type Activation = __m512;
+
+            #[inline(always)]
+            unsafe fn load_activation(from: *const u32) -> __m512 {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_set1_ps(*from.cast()) }
+            }
+
+            #[inline(always)]
+            unsafe fn multiply_add(sums: __m512, activation: __m512, weights: __m512) -> __m512 {
+                // SAFETY: the caller's promise.
+                unsafe { _mm512_fmadd_ps(activation, weights, sums) }
+            }
+        };
+    }
+
     // SAFETY: needs AVX-512 F only.
     unsafe impl Kernel for F32Kernel {
-        type Weights = __m512;
-        type Activation = __m512;
+        const PARTS: usize = 1;
         common!();
+        float32!();
 
         #[inline(always)]
-        unsafe fn load_weights(from: *const u32) -> __m512 {
+        unsafe fn load_weights(from: *const u32, _: usize) -> __m512 {
             // SAFETY: the caller's promise.
             unsafe { _mm512_loadu_ps(from.cast()) }
-        }
-
-        #[inline(always)]
-        unsafe fn load_activation(from: *const u32) -> __m512 {
-            // SAFETY: the caller's promise.
-            unsafe { _mm512_set1_ps(*from.cast()) }
-        }
-
-        #[inline(always)]
-        unsafe fn multiply_add(sums: __m512, activation: __m512, weights: __m512) -> __m512 {
-            // SAFETY: the caller's promise.
-            unsafe { _mm512_fmadd_ps(activation, weights, sums) }
         }
     }
 
@@ -126,10 +134,11 @@ mod x86 {
     unsafe impl Kernel for Bf16DotKernel {
         type Weights = __m512i;
         type Activation = __m512i;
+        const PARTS: usize = 1;
         common!();
 
         #[inline(always)]
-        unsafe fn load_weights(from: *const u32) -> __m512i {
+        unsafe fn load_weights(from: *const u32, _: usize) -> __m512i {
             // SAFETY: the caller's promise.
             unsafe { _mm512_loadu_si512(from.cast()) }
         }
@@ -152,37 +161,21 @@ mod x86 {
     }
 
     // SAFETY: needs AVX-512 F only.
-    unsafe impl Kernel for Bf16WidenedKernel {
-        type Weights = [__m512; 2];
-        type Activation = [__m512; 2];
+    unsafe impl Kernel for WidenedKernel {
+        const PARTS: usize = 2;
         common!();
+        float32!();
 
         #[inline(always)]
-        unsafe fn load_weights(from: *const u32) -> [__m512; 2] {
+        unsafe fn load_weights(from: *const u32, part: usize) -> __m512 {
             // SAFETY: the caller's promise.
             unsafe {
                 let pairs = _mm512_loadu_si512(from.cast());
-                let low = _mm512_slli_epi32::<16>(pairs);
-                let high = _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff));
-                [_mm512_castsi512_ps(low), _mm512_castsi512_ps(high)]
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn load_activation(from: *const u32) -> [__m512; 2] {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let pair = *from;
-                [pair << 16, pair & !0xffff].map(|bits| _mm512_set1_ps(f32::from_bits(bits)))
-            }
-        }
-
-        #[inline(always)]
-        unsafe fn multiply_add(sums: __m512, activation: [__m512; 2], weights: [__m512; 2]) -> __m512 {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let sums = _mm512_fmadd_ps(activation[0], weights[0], sums);
-                _mm512_fmadd_ps(activation[1], weights[1], sums)
+                _mm512_castsi512_ps(if part == 0 {
+                    _mm512_slli_epi32::<16>(pairs)
+                } else {
+                    _mm512_and_si512(pairs, _mm512_set1_epi32(!0xffff))
+                })
             }
         }
     }

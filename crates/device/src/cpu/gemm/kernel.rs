@@ -3,6 +3,10 @@
 //! Both operands are arrays of 32-bit *words*. A word is one *step* along K: one f32, or two
 //! neighbouring bf16 (`k` even in the low half, `k + 1` in the high half; the missing partner of an
 //! odd K is zero). So the kernels of both types have the same loads and the same loop.
+//!
+//! Without an instruction for pairs of bf16 a kernel has two *parts* a step: the low halves of the weights are widened to
+//! f32 and multiplied, then the high halves. Activations are widened when they are packed, a word for each part: every
+//! tile of columns reads them again, and widening there would take as long as multiplying.
 
 use super::epilogue::Finish;
 use super::{ElementType, Isa, amx, avx2, avx512, scalar};
@@ -13,7 +17,8 @@ use crate::threaded::LINE_BYTES;
 /// registers for the weights and the activation; gate and up take one vector each.
 pub(crate) const VECTORS: usize = 2;
 
-/// Steps in one block of packed activations; 14 rows of it fill a fifth of a 32 KiB L1 cache.
+/// Words of a row in one block of packed activations; 14 rows of it fill a fifth of a 32 KiB L1 cache. That many steps, where
+/// steps have one part.
 pub(crate) const BLOCK_STEPS: usize = 128;
 
 /// Words from one row to the next within a block: one cache line more than the block, so that the
@@ -28,12 +33,15 @@ pub(crate) const BLOCK_STRIDE: usize = BLOCK_STEPS + 16;
 pub(crate) unsafe trait Kernel {
     /// `LANES` sums in f32.
     type Sums: Copy;
-    /// One step of `LANES` columns of weights.
+    /// One part of a step of `LANES` columns of weights.
     type Weights: Copy;
-    /// One step of one row of activations, in all lanes.
+    /// One part of a step of one row of activations, in all lanes.
     type Activation: Copy;
 
     const LANES: usize;
+
+    /// Parts of a step: one, or the low and the high halves of the words.
+    const PARTS: usize;
 
     /// Tiles of fewer rows do not prefetch into L1: they read weights faster than memory delivers them, and
     /// then the way from L2 is no longer what they wait for.
@@ -61,13 +69,13 @@ pub(crate) unsafe trait Kernel {
     /// `to` points to `LANES` writable values; see also the trait.
     unsafe fn store_sums(to: *mut f32, sums: Self::Sums);
 
-    /// Reads one step of `LANES` columns.
+    /// Reads part `part` of a step of `LANES` columns.
     ///
     /// # Safety
     /// `from` points to `LANES` readable words; see also the trait.
-    unsafe fn load_weights(from: *const u32) -> Self::Weights;
+    unsafe fn load_weights(from: *const u32, part: usize) -> Self::Weights;
 
-    /// Reads one step of one row.
+    /// Reads one part of a step of one row.
     ///
     /// # Safety
     /// `from` points to a readable word; see also the trait.
@@ -181,7 +189,7 @@ pub(crate) unsafe fn multiply_tile<K: Kernel, const ROWS: usize, const PANELS: u
         }
         let mut left = tile.steps;
         while left > 0 {
-            let steps = left.min(BLOCK_STEPS);
+            let steps = left.min(BLOCK_STEPS / K::PARTS);
             let whole = steps / round * round;
             for first in (0..whole).step_by(round) {
                 for turn in 0..round {
@@ -234,12 +242,15 @@ unsafe fn multiply_step<K: Kernel, const ROWS: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
-        let columns: [K::Weights; VECTORS] =
-            std::array::from_fn(|vector| K::load_weights(weights.add(vector * K::LANES)));
-        for (row, sums) in sums.iter_mut().enumerate() {
-            let activation = K::load_activation(activations.add(row * BLOCK_STRIDE + step));
-            for (sums, columns) in sums.iter_mut().zip(columns) {
-                *sums = K::multiply_add(*sums, activation, columns);
+        for part in 0..K::PARTS {
+            let columns: [K::Weights; VECTORS] =
+                std::array::from_fn(|vector| K::load_weights(weights.add(vector * K::LANES), part));
+            for (row, sums) in sums.iter_mut().enumerate() {
+                let word = row * BLOCK_STRIDE + step * K::PARTS + part;
+                let activation = K::load_activation(activations.add(word));
+                for (sums, columns) in sums.iter_mut().zip(columns) {
+                    *sums = K::multiply_add(*sums, activation, columns);
+                }
             }
         }
     }
@@ -271,8 +282,7 @@ fn prefetch_step<K: Kernel, const ROWS: usize>(
     }
 }
 
-/// `rounds` times a multiply-add on each sum of the largest tile, on registers only; returns the
-/// number of multiply-adds in f32 lanes.
+/// `rounds` steps on each sum of the largest tile, on registers only; returns their number in f32 lanes.
 ///
 /// # Safety
 /// The processor supports the instructions of `K`, which the caller enables.
@@ -282,10 +292,10 @@ pub(crate) unsafe fn spin_multiply_add<K: Kernel, const ROWS: usize>(rounds: usi
     let mut values = [0.5_f32; 64];
     // SAFETY: the arrays are longer than a vector of any instruction set.
     unsafe {
-        let columns = K::load_weights(words.as_ptr());
+        let columns = K::load_weights(words.as_ptr(), 0);
         let activation = K::load_activation(words.as_ptr());
         let mut sums = [[K::load_sums(values.as_ptr()); VECTORS]; ROWS];
-        for _ in 0..rounds {
+        for _ in 0..rounds * K::PARTS {
             for sums in sums.as_flattened_mut() {
                 *sums = K::multiply_add(*sums, activation, columns);
             }
@@ -414,11 +424,19 @@ macro_rules! functions {
             use $crate::cpu::gemm::{epilogue, kernel};
 
             const MOST_ROWS: usize = [$($rows),+].len();
+            const PARTS: usize = <$kernel as kernel::Kernel>::PARTS;
 
             $(#[target_feature(enable = $feature)])?
             unsafe fn tile<const ROWS: usize, const PANELS: usize>(tile: kernel::Tile) {
                 // SAFETY: the caller's promise.
                 unsafe { kernel::multiply_tile::<$kernel, ROWS, PANELS>(tile) }
+            }
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn pack(bytes: &[u8], words: &mut [u32]) {
+                match PARTS {
+                    1 => $crate::cpu::gemm::bytes_to_words(bytes, words),
+                    _ => $crate::cpu::gemm::bf16_to_words(bytes, words),
+                }
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn store<T: $crate::threaded::Element>(finish: &epilogue::Finish<'_, T>) {
@@ -454,9 +472,9 @@ macro_rules! functions {
                 },
                 chunk: kernel::ChunkLimit { rows: 140, words: 144 << 10 }, // ten full tiles of AVX-512
                 blocks: kernel::Blocks {
-                    steps: kernel::BLOCK_STEPS,
+                    steps: kernel::BLOCK_STEPS / PARTS,
                     stride: kernel::BLOCK_STRIDE,
-                    pack: $crate::cpu::gemm::bytes_to_words,
+                    pack,
                 },
                 place: |step, _| step,
                 store_f32: store::<f32>,

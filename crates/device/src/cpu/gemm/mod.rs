@@ -22,8 +22,8 @@ mod scalar;
 mod tiling;
 
 pub(super) use epilogue::exp;
-pub(super) use kernel::{BLOCK_STEPS, BLOCK_STRIDE, Functions, Prefetch, Tile};
-pub(super) use pack::{AlignedWords, SourceRow, bytes_to_words};
+pub(super) use kernel::{BLOCK_STRIDE, Blocks, Functions, Prefetch, Tile};
+pub(super) use pack::{AlignedWords, SourceRow, bf16_to_words, bytes_to_words};
 pub use pack::{ElementType, PackedMatrix};
 pub(super) use tiling::multiply;
 

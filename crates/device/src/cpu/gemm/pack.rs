@@ -100,6 +100,7 @@ impl SourceRow<'_> {
 }
 
 /// Copies little-endian elements into the words that hold them; a half-filled last word gets zero.
+#[inline(always)]
 pub(crate) fn bytes_to_words(bytes: &[u8], words: &mut [u32]) {
     let (whole, rest) = bytes.as_chunks::<4>();
     for (word, bytes) in words.iter_mut().zip(whole) {
@@ -107,6 +108,19 @@ pub(crate) fn bytes_to_words(bytes: &[u8], words: &mut [u32]) {
     }
     if let [low, high] = *rest {
         words[whole.len()] = u32::from_le_bytes([low, high, 0, 0]);
+    }
+}
+
+/// Widens little-endian bf16 to words of one f32 each; a half-filled last pair gets zero.
+#[inline(always)]
+pub(crate) fn bf16_to_words(bytes: &[u8], words: &mut [u32]) {
+    let (pairs, rest) = bytes.as_chunks::<4>();
+    for (words, pair) in words.as_chunks_mut::<2>().0.iter_mut().zip(pairs) {
+        let pair = u32::from_le_bytes(*pair);
+        *words = [pair << 16, pair & !0xffff];
+    }
+    if let [low, high] = *rest {
+        words[2 * pairs.len()..][..2].copy_from_slice(&[u32::from_le_bytes([0, 0, low, high]), 0]);
     }
 }
 
@@ -388,6 +402,16 @@ mod tests {
         assert_eq!(packed.words()[25], u32::from(bf16::from_f32(29.0).to_bits()));
         let pair = [27.0, 28.0].map(|value| u32::from(bf16::from_f32(value).to_bits()));
         assert_eq!(packed.words()[17], pair[0] | pair[1] << 16, "W[9, 0] and W[9, 1]");
+    }
+
+    /// 1.0, −2.0 and 3.0 are three words of f32; the partner of the last is zero.
+    #[test]
+    fn widened_words_worked_example() {
+        let numbers = [1.0, -2.0, 3.0].map(bf16::from_f32);
+        let mut words = [7; 5];
+        bf16_to_words(bytemuck::cast_slice(&numbers), &mut words);
+        assert_eq!(words.map(f32::from_bits)[..4], [1.0, -2.0, 3.0, 0.0]);
+        assert_eq!(words[4], 7, "nothing is written beyond");
     }
 
     #[test]

@@ -11,12 +11,12 @@ pub(super) fn functions(element: ElementType) -> &'static Functions {
 }
 
 functions!(F32, F32Kernel, , rows: 1 2 3 4, of pairs: );
-functions!(BF16, Bf16Kernel, , rows: 1 2 3 4, of pairs: );
+functions!(BF16, WidenedKernel, , rows: 1 2 3 4, of pairs: );
 
 /// f32 × f32.
 struct F32Kernel;
 /// bf16 pairs widened to f32, low half first.
-struct Bf16Kernel;
+struct WidenedKernel;
 
 const LANES: usize = 4;
 
@@ -24,8 +24,8 @@ const LANES: usize = 4;
 macro_rules! common {
     () => {
         type Sums = [f32; LANES];
-        type Weights = [u32; LANES];
-        type Activation = u32;
+        type Weights = [f32; LANES];
+        type Activation = f32;
         const LANES: usize = LANES;
         const ROWS_TO_L1: usize = usize::MAX;
         const ROWS_TO_UNROLL: usize = usize::MAX;
@@ -48,15 +48,14 @@ macro_rules! common {
         }
 
         #[inline(always)]
-        unsafe fn load_weights(from: *const u32) -> [u32; LANES] {
-            // SAFETY: the caller's promise; an array needs no more alignment than its elements.
+        unsafe fn load_activation(from: *const u32) -> f32 {
+            // SAFETY: the caller's promise.
             unsafe { *from.cast() }
         }
 
         #[inline(always)]
-        unsafe fn load_activation(from: *const u32) -> u32 {
-            // SAFETY: the caller's promise.
-            unsafe { *from }
+        unsafe fn multiply_add(sums: [f32; LANES], activation: f32, weights: [f32; LANES]) -> [f32; LANES] {
+            std::array::from_fn(|lane| sums[lane] + activation * weights[lane])
         }
 
         #[inline(always)]
@@ -69,25 +68,25 @@ macro_rules! common {
 
 // SAFETY: uses no special instructions.
 unsafe impl Kernel for F32Kernel {
+    const PARTS: usize = 1;
     common!();
 
     #[inline(always)]
-    unsafe fn multiply_add(sums: [f32; LANES], activation: u32, weights: [u32; LANES]) -> [f32; LANES] {
-        std::array::from_fn(|lane| sums[lane] + f32::from_bits(activation) * f32::from_bits(weights[lane]))
+    unsafe fn load_weights(from: *const u32, _: usize) -> [f32; LANES] {
+        // SAFETY: the caller's promise; an array needs no more alignment than its elements.
+        unsafe { *from.cast() }
     }
 }
 
 // SAFETY: uses no special instructions.
-unsafe impl Kernel for Bf16Kernel {
+unsafe impl Kernel for WidenedKernel {
+    const PARTS: usize = 2;
     common!();
 
     #[inline(always)]
-    unsafe fn multiply_add(sums: [f32; LANES], activation: u32, weights: [u32; LANES]) -> [f32; LANES] {
-        let low = |pair: u32| f32::from_bits(pair << 16);
-        let high = |pair: u32| f32::from_bits(pair & !0xffff);
-        std::array::from_fn(|lane| {
-            let sum = sums[lane] + low(activation) * low(weights[lane]);
-            sum + high(activation) * high(weights[lane])
-        })
+    unsafe fn load_weights(from: *const u32, part: usize) -> [f32; LANES] {
+        // SAFETY: the caller's promise; an array needs no more alignment than its elements.
+        let pairs: [u32; LANES] = unsafe { *from.cast() };
+        pairs.map(|pair| f32::from_bits(if part == 0 { pair << 16 } else { pair & !0xffff }))
     }
 }
