@@ -85,7 +85,7 @@ __device__ __forceinline__ void fetch(bf16* to, u32 width, bool vectors, const v
 
 // ------------------------------------------------------------------------------------------------------- the kernel
 
-// What stands in shared memory for the host to reserve; `launch.rs` repeats its size.
+// What stands in shared memory for the host to reserve; `kernels.rs` repeats its size.
 struct Room {
     bf16 queries[KEY_CHUNKS * CHUNK];
     bf16 cached[2][KEY_CHUNKS * CHUNK];

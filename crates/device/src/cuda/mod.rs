@@ -1,6 +1,6 @@
 //! A GPU as a processor: lanes are streams, events are CUDA events, every operation is a kernel of ours.
 //!
-//! Read in this order: this file (the [`Backend`]), `launch.rs` (from an operation to a kernel and its arguments),
+//! Read in this order: this file (the [`Backend`]), `launch/` (from an operation to a kernel and its arguments),
 //! `kernels/*.cu` (one operation a file), `kernels.rs` (compiled for the GPU at hand, kept on disk). `driver.rs` and
 //! `nvrtc.rs` are the two libraries, loaded when asked for: the program builds without CUDA and runs without a GPU.
 //! `probe` measures what this GPU does where nothing promises it.
@@ -8,7 +8,6 @@
 //! Numbers that arrive in memory (indices, sequences) are checked by the kernels that follow them; what they find is
 //! read while waiting (`report.rs`) and stops the world with the words that a host processor uses.
 
-mod assignments;
 mod driver;
 mod hopper;
 mod kernels;

@@ -1,8 +1,8 @@
 //! The index arrays of an MoE layer on a GPU: blocks that count and then place, a kernel or two for each operation.
 
-use super::launch::{Launch, Refusal, Rows};
-use super::report::Report;
+use super::{Launch, Refusal, Rows};
 use crate::Buffer;
+use crate::cuda::report::Report;
 use crate::op::{AssignSlots, CountSlots, ReceiveOrder, SendOrder, SortBySlot};
 use epsmoe_base::DType;
 

@@ -1,0 +1,284 @@
+//! Products of rows and weights: their list of parts, the shape of their tiles, and which kernels take them.
+
+use super::{Launch, Refusal, Rows, is_empty, within};
+use crate::cuda::hopper::{self, HopperArgs};
+use crate::cuda::kernels::{GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE};
+use crate::cuda::report::Report;
+use crate::cuda::staging::Staged;
+use crate::op::{self, Epilogue, ExpertGemm, Gemm};
+use crate::{Buffer, DeviceError, Weight};
+use epsmoe_base::DType;
+
+/// The twin of `GemmPart` in `gemm.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(in crate::cuda) struct GemmPart {
+    pub(in crate::cuda) x: u64,
+    pub(in crate::cuda) weight: u64,
+    pub(in crate::cuda) out: u64,
+    pub(in crate::cuda) x_stride: u64,
+    pub(in crate::cuda) out_stride: u64,
+    pub(in crate::cuda) rows: u32,
+    pub(in crate::cuda) first_tile: u32,
+}
+
+// SAFETY: all its bits may be zero.
+unsafe impl bytemuck::Zeroable for GemmPart {}
+// SAFETY: plain integers without padding: five of eight bytes, two of four.
+unsafe impl bytemuck::Pod for GemmPart {}
+
+/// The twin of `GemmArgs` in `gemm.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GemmArgs {
+    parts: u64,
+    only: GemmPart,
+    bias: u64,
+    part_count: u32,
+    padding: u32,
+    n: u32,
+    k: u32,
+    weight_stride: u64,
+    vectors: u32,
+    columns: u32,
+}
+
+/// What the products of one operation have in common.
+struct Products<'a> {
+    /// Of each product.
+    weights: Vec<&'a Weight>,
+    epilogue: Epilogue,
+    bias: Option<&'a Weight>,
+    /// Formats of the input and the output.
+    from: DType,
+    to: DType,
+    /// Of the output.
+    columns: usize,
+    tile: GemmTile,
+    /// The operation, if only the GPU knows how many rows each product has.
+    decided: Option<&'a ExpertGemm>,
+}
+
+/// The twin of `Args` in `expert_parts.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ListArgs {
+    list: u64,
+    starts: Rows,
+    report: Report,
+    count: u32,
+    rows: u32,
+    x_bytes: u32,
+    out_bytes: u32,
+    tile_rows: u32,
+    tiles_across: u32,
+}
+
+impl Launch<'_> {
+    pub(super) fn gemm(&mut self, op: &Gemm) -> Result<(), Refusal> {
+        let busy: Vec<&op::GemmPart> = op.parts.iter().filter(|part| !is_empty(&part.out)).collect();
+        let Some(first) = busy.first() else { return Ok(()) };
+        let rows: usize = busy.iter().map(|part| part.x.rows).sum();
+        let products = Products {
+            weights: busy.iter().map(|part| &part.weight).collect(),
+            epilogue: op.epilogue,
+            bias: op.bias.as_ref(),
+            from: first.x.dtype,
+            to: first.out.dtype,
+            columns: first.out.width,
+            tile: tile_for(first.x.dtype, rows, busy.len()),
+            decided: None,
+        };
+        let columns = (self.weights.get(&first.weight)?.rows as u32).div_ceil(products.tile.columns);
+        let mut parts = Vec::with_capacity(busy.len());
+        let mut tiles = 0u32;
+        for part in &busy {
+            let rows = part.x.rows as u32;
+            parts.push(GemmPart { rows, first_tile: tiles, ..self.part(&part.x, &part.weight, &part.out)? });
+            tiles = tiles.saturating_add(rows.div_ceil(products.tile.rows).saturating_mul(columns));
+        }
+        if self.takes_hopper(&products)
+            && let Some(starts) = hopper::common_rows(&parts, products.columns)
+        {
+            let rows = parts.iter().map(|part| part.rows);
+            let blocks: Vec<_> = starts.into_iter().zip(rows).collect();
+            return self.hopper(&products, &parts[0], &blocks);
+        }
+        self.mma(&products, &parts, tiles)
+    }
+
+    /// Products whose rows only the GPU knows: the shape of tiles, and how many there may be, follow from the number
+    /// of all rows.
+    pub(super) fn expert_gemm(&mut self, op: &ExpertGemm) -> Result<(), Refusal> {
+        let (rows, experts) = (op.x.rows, op.weights.len());
+        if is_empty(&op.out) {
+            return Ok(());
+        }
+        let likely = rows.min(experts).max(1);
+        let products = Products {
+            weights: op.weights.iter().collect(),
+            epilogue: op.epilogue,
+            bias: None,
+            from: op.x.dtype,
+            to: op.out.dtype,
+            columns: op.out.width,
+            tile: tile_for(op.x.dtype, rows, likely),
+            decided: Some(op),
+        };
+        let parts = op.weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], products.columns).is_some() {
+            let even =
+                |expert: usize| ((rows * expert / experts) as u32, (rows * (expert + 1) / experts) as u32);
+            let blocks: Vec<_> = (0..experts).map(even).map(|(start, end)| (start, end - start)).collect();
+            let first = GemmPart { rows: rows as u32, ..parts[0] };
+            return self.hopper(&products, &first, &blocks);
+        }
+        let columns = self.weights.get(&op.weights[0])?.rows.div_ceil(products.tile.columns as usize);
+        let tiles = (rows / products.tile.rows as usize + likely) * columns;
+        self.mma(&products, &parts, u32::try_from(tiles).unwrap_or(u32::MAX))
+    }
+
+    /// A product as a kernel sees it, but for its rows.
+    fn part(&self, x: &Buffer, weight: &Weight, out: &Buffer) -> Result<GemmPart, DeviceError> {
+        Ok(GemmPart {
+            x: self.rows(x)?.start,
+            weight: self.weights.get(weight)?.start,
+            out: self.rows(out)?.start,
+            x_stride: x.stride as u64,
+            out_stride: out.stride as u64,
+            rows: 0,
+            first_tile: 0,
+        })
+    }
+
+    fn takes_hopper(&self, products: &Products<'_>) -> bool {
+        (products.from, products.to) == (DType::BF16, DType::BF16)
+            && products.bias.is_none()
+            && products.tile.rows > SMALL.rows
+            && self.kernels.has_hopper()
+    }
+
+    /// Products by mma.sync or in float32, of at most so many tiles.
+    fn mma(&mut self, products: &Products<'_>, parts: &[GemmPart], tiles: u32) -> Result<(), Refusal> {
+        let Products { tile, columns, .. } = products;
+        let weight = self.weights.get(products.weights[0])?;
+        let (from, to) = match products.from {
+            DType::F32 => (DType::F32, weight.dtype),
+            from if from == weight.dtype => (from, products.to),
+            from => {
+                let message =
+                    format!("gemm: no product of {from} rows and {} weights on a GPU", weight.dtype);
+                return Err(DeviceError::Unsupported(message).into());
+            }
+        };
+        let aligned = |part: &GemmPart| part.x.is_multiple_of(16) && part.x_stride.is_multiple_of(8);
+        let (staged, listed) = self.list(parts, products, "list_parts")?;
+        let arguments = GemmArgs {
+            parts: listed,
+            only: parts[0],
+            bias: products.bias.map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
+            part_count: parts.len() as u32,
+            padding: 0,
+            n: weight.rows as u32,
+            k: weight.width as u32,
+            weight_stride: weight.stride as u64,
+            vectors: u32::from(parts.iter().all(aligned)),
+            columns: *columns as u32,
+        };
+        let operation = tile.operations[usize::from(products.epilogue == Epilogue::SwiGlu)];
+        let kernel = self.kernels.get(operation, from, to)?;
+        let shared = within("gemm: tiles", tile.shared_bytes as usize, kernel.shared_limit)?;
+        let blocks = tiles.min(self.multiprocessors * kernel.resident);
+        self.start(&kernel.function, (blocks, 1), shared, arguments)?;
+        staged.map_or(Ok(()), |staged| self.sent(&staged))
+    }
+
+    /// Products by wgmma: `blocks` are the first row and the rows of each, from those of the first part on, or what
+    /// they may be where only the GPU knows.
+    fn hopper(
+        &mut self,
+        products: &Products<'_>,
+        first: &GemmPart,
+        blocks: &[(u32, u32)],
+    ) -> Result<(), Refusal> {
+        let maps = products.weights.iter().map(|weight| Ok(self.weights.get(weight)?.map));
+        let maps = maps.collect::<Result<Vec<u64>, DeviceError>>()?;
+        let weight = self.weights.get(products.weights[0])?;
+        let block = |(&(row0, rows), weight): (&(u32, u32), u64)| hopper::Block { row0, rows, weight };
+        let blocks: Vec<hopper::Block> = blocks.iter().zip(maps).map(block).collect();
+        let gated = products.epilogue == Epilogue::SwiGlu;
+        let plan = hopper::plan(&blocks, weight.rows, weight.width, self.multiprocessors);
+        let rows = blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize;
+        let (x, out) = hopper::maps(first, rows, weight.width, products.columns, gated)?;
+        let (staged, listed) = self.list(&blocks, products, "list_blocks")?;
+        let arguments = HopperArgs {
+            rows: x,
+            out,
+            blocks: listed,
+            only: blocks[0],
+            out_start: first.out,
+            ticket: self.tickets,
+            count: blocks.len() as u32,
+            n: weight.rows as u32,
+            k: weight.width as u32,
+            out_stride: first.out_stride as u32,
+            columns: products.columns as u32,
+            tile_rows: plan.tile_rows,
+        };
+        let kernel = self.kernels.get(plan.operations[usize::from(gated)], DType::BF16, DType::BF16)?;
+        let shared = within("gemm: tiles", hopper::SHARED_BYTES, kernel.shared_limit)?;
+        self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
+        staged.map_or(Ok(()), |staged| self.sent(&staged))
+    }
+
+    /// Brings the list of several products to the GPU, which writes their rows into it if only it knows them. A single
+    /// product goes with the arguments instead.
+    fn list<T: bytemuck::Pod>(
+        &mut self,
+        list: &[T],
+        products: &Products<'_>,
+        completing: &'static str,
+    ) -> Result<(Option<Staged>, u64), Refusal> {
+        if list.len() == 1 && products.decided.is_none() {
+            return Ok((None, 0));
+        }
+        let staged = self.stage(bytemuck::cast_slice(list))?;
+        let listed = self.staging.to_device(&staged, size_of_val(list), self.stream)?;
+        if let Some(decided) = &products.decided {
+            let bytes = |buffer: &Buffer| {
+                u32::try_from(buffer.stride * buffer.dtype.bytes()).map_err(|_| {
+                    DeviceError::Shape(format!("gemm: the rows of {buffer:?} are too far apart"))
+                })
+            };
+            let across = self.weights.get(products.weights[0])?.rows as u32;
+            let arguments = ListArgs {
+                list: listed,
+                starts: self.rows(&decided.starts)?,
+                report: self.report,
+                count: list.len() as u32,
+                rows: decided.x.rows as u32,
+                x_bytes: bytes(&decided.x)?,
+                out_bytes: bytes(&decided.out)?,
+                tile_rows: products.tile.rows,
+                tiles_across: across.div_ceil(products.tile.columns),
+            };
+            let kernel = self.kernels.get(completing, DType::F32, DType::F32)?;
+            self.start(&kernel.function, (1, 1), 0, arguments)?;
+        }
+        Ok((Some(staged), listed))
+    }
+}
+
+/// Float32 rows are multiplied in float32; others by the tile that wastes least for the rows of one of `parts`.
+fn tile_for(dtype: DType, rows: usize, parts: usize) -> GemmTile {
+    if dtype == DType::F32 {
+        return PLAIN;
+    }
+    match rows / parts.max(1) {
+        0..=16 => SMALL,
+        17..=64 => MIDDLE,
+        65..=128 => SQUARE,
+        _ => LARGE,
+    }
+}

@@ -1,0 +1,234 @@
+//! From an operation to a kernel and its arguments: what all have in common; each operation's own file has the rest.
+
+mod assignments;
+mod attention;
+mod gemm;
+mod host_to_device;
+mod norm;
+mod reduce;
+mod rope;
+mod route;
+mod rows;
+
+use super::Memory;
+use super::driver::{CudaError, Event, EventPool, Function, Stream};
+use super::kernels::Kernels;
+use super::report::Report;
+use super::staging::{Staged, Staging};
+use super::weights::WeightStore;
+use crate::op::Op;
+use crate::{Buffer, DeviceError};
+use epsmoe_base::{DType, Fault};
+pub(super) use gemm::GemmPart;
+use std::sync::Arc;
+
+/// Threads of a block that goes element by element; `THREADS` in `common.cuh`.
+const THREADS: usize = 256;
+
+/// Columns that a thread takes at once; `RUN` in `common.cuh`.
+const RUN: usize = 8;
+
+/// Threads of a warp, and columns that one takes at once; `RUNS * STRIDE` in `common.cuh`.
+const WARP: usize = 32;
+const STRETCH: usize = 4 * WARP * RUN;
+
+/// Most blocks along the second axis of a grid.
+const MOST_ROWS: usize = 65_535;
+
+/// The twin of `Rows` in `common.cuh`: a buffer as a kernel sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct Rows {
+    start: u64,
+    stride: u64,
+    rows: u32,
+    width: u32,
+}
+
+/// Why an operation did not start.
+pub(super) enum Refusal {
+    /// Its arguments are at fault.
+    Arguments(DeviceError),
+    /// The GPU is at fault, now or in earlier work.
+    Gpu(CudaError),
+    /// Work that is no operation stopped the world.
+    World(Fault),
+}
+
+impl From<DeviceError> for Refusal {
+    fn from(error: DeviceError) -> Self {
+        Refusal::Arguments(error)
+    }
+}
+
+impl From<CudaError> for Refusal {
+    fn from(error: CudaError) -> Self {
+        Refusal::Gpu(error)
+    }
+}
+
+/// What a launch needs besides the operation. Whoever makes one holds the lock on enqueueing, and the hazard
+/// check has passed: that is why the memory named by the operation may be given to a kernel.
+pub(super) struct Launch<'a> {
+    pub(super) kernels: &'a Kernels,
+    pub(super) weights: &'a WeightStore,
+    pub(super) staging: &'a mut Staging,
+    pub(super) events: &'a Arc<EventPool>,
+    pub(super) stream: &'a Stream,
+    /// Where products of this lane draw their tiles from.
+    pub(super) tickets: u64,
+    pub(super) memory: &'a Memory,
+    pub(super) report: Report,
+    /// Multiprocessors that products may fill.
+    pub(super) multiprocessors: u32,
+}
+
+impl Launch<'_> {
+    /// Enqueues an operation that passed its own check.
+    pub(super) fn run(&mut self, op: &Op) -> Result<(), Refusal> {
+        match op {
+            Op::HostToDevice(op) => self.host_to_device(op),
+            Op::Gemm(op) => self.gemm(op),
+            Op::Norm(op) => self.norm(op),
+            Op::RopeTable(op) => self.rope_table(op),
+            Op::Rotate(op) => self.rotate(op),
+            Op::Attention(op) => self.attention(op),
+            Op::Route(op) => self.route(op),
+            Op::ArgMax(op) => self.arg_max(op),
+            Op::AssignSlots(op) => self.assign_slots(op),
+            Op::CountSlots(op) => self.count_slots(op),
+            Op::SendOrder(op) => self.send_order(op),
+            Op::ReceiveOrder(op) => self.receive_order(op),
+            Op::SortBySlot(op) => self.sort_by_slot(op),
+            Op::ExpertGemm(op) => self.expert_gemm(op),
+            Op::Reduce(op) => self.reduce(op),
+            Op::Embed(op) => self.embed(op),
+            Op::KvWrite(op) => self.kv_write(op),
+            Op::Gather(op) => self.gather(op),
+            Op::Add(op) => self.add(op),
+            Op::Copy(op) => self.copy(op),
+            Op::Clamp(op) => self.clamp(op),
+            Op::GateRows(op) => self.gate_rows(op),
+        }
+    }
+
+    /// Starts a kernel over the rows of `over`, whose threads take runs of columns; its arguments are the kernel's own
+    /// struct.
+    fn runs<A: Copy>(
+        &mut self,
+        operation: &'static str,
+        from: DType,
+        to: DType,
+        over: &Buffer,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        self.threads(operation, from, to, over, over.rows * over.width.div_ceil(RUN), arguments)
+    }
+
+    /// Starts a kernel over the rows of `over`, whose warps take stretches of columns; its arguments are the kernel's
+    /// own struct.
+    fn stretches<A: Copy>(
+        &mut self,
+        operation: &'static str,
+        from: DType,
+        to: DType,
+        over: &Buffer,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        self.threads(operation, from, to, over, over.rows * over.width.div_ceil(STRETCH) * WARP, arguments)
+    }
+
+    fn threads<A: Copy>(
+        &mut self,
+        operation: &'static str,
+        from: DType,
+        to: DType,
+        over: &Buffer,
+        threads: usize,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        if is_empty(over) {
+            return Ok(());
+        }
+        let kernel = self.kernels.get(operation, from, to)?;
+        // A kernel counts all threads in 32 bits.
+        if threads > u32::MAX as usize / 2 {
+            let message = format!("{operation}: {over:?} is too large for one launch");
+            return Err(DeviceError::Unsupported(message).into());
+        }
+        self.start(&kernel.function, (threads.div_ceil(THREADS) as u32, 1), 0, arguments)
+    }
+
+    /// Starts a kernel over the elements of `over`; its arguments are the kernel's own struct.
+    fn elements<A: Copy>(
+        &mut self,
+        operation: &'static str,
+        from: DType,
+        to: DType,
+        over: &Buffer,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        if is_empty(over) {
+            return Ok(());
+        }
+        let kernel = self.kernels.get(operation, from, to)?;
+        let blocks = (over.width.div_ceil(THREADS) as u32, over.rows.min(MOST_ROWS) as u32);
+        self.start(&kernel.function, blocks, 0, arguments)
+    }
+
+    fn start<A: Copy>(
+        &self,
+        function: &Function,
+        blocks: (u32, u32),
+        shared_bytes: u32,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        // SAFETY: each caller gives the twin of the kernel's own argument struct; the buffers in it lie inside
+        // their allocations, were declared by the operation and are ordered by the hazard check; indices in
+        // memory are checked by the kernel before they are followed.
+        unsafe { self.stream.launch(function, blocks, shared_bytes, &arguments) }?;
+        Ok(())
+    }
+
+    /// A buffer as a kernel sees it.
+    fn rows(&self, buffer: &Buffer) -> Result<Rows, DeviceError> {
+        let narrow = |size: usize| {
+            u32::try_from(size).map_err(|_| {
+                DeviceError::Shape(format!("{buffer:?} has more rows or columns than a kernel counts"))
+            })
+        };
+        Ok(Rows {
+            start: self.memory.address(buffer)?,
+            stride: buffer.stride as u64,
+            rows: narrow(buffer.rows)?,
+            width: narrow(buffer.width)?,
+        })
+    }
+
+    fn stage(&mut self, bytes: &[u8]) -> Result<Staged, Refusal> {
+        if bytes.len() > Staging::LONGEST {
+            let message = format!("{} bytes of arguments are too many for one operation", bytes.len());
+            return Err(DeviceError::Unsupported(message).into());
+        }
+        let staged = self.staging.fill(bytes)?;
+        staged.ok_or_else(|| {
+            DeviceError::Unsupported("the GPU does not take in what is sent to it".into()).into()
+        })
+    }
+
+    fn sent(&mut self, staged: &Staged) -> Result<(), Refusal> {
+        let event: Event = self.events.record(self.stream)?;
+        self.staging.sent(staged, event);
+        Ok(())
+    }
+}
+
+fn is_empty(buffer: &Buffer) -> bool {
+    buffer.rows == 0 || buffer.width == 0
+}
+
+fn within(what: &str, bytes: usize, limit: u32) -> Result<u32, DeviceError> {
+    u32::try_from(bytes).ok().filter(|&bytes| bytes <= limit).ok_or_else(|| {
+        DeviceError::Unsupported(format!("{what} take {bytes} bytes of shared memory, this GPU has {limit}"))
+    })
+}

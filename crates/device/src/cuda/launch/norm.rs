@@ -1,0 +1,35 @@
+//! Norms of rows.
+
+use super::{Launch, Refusal, Rows, is_empty};
+use crate::cuda::report::Report;
+use crate::op::{Norm, NormKind};
+
+/// The twin of `Args` in `norm.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct NormArgs {
+    x: Rows,
+    out: Rows,
+    weight: u64,
+    eps: f32,
+    centred: u32,
+    report: Report,
+}
+
+impl Launch<'_> {
+    pub(super) fn norm(&mut self, op: &Norm) -> Result<(), Refusal> {
+        if is_empty(&op.out) {
+            return Ok(());
+        }
+        let arguments = NormArgs {
+            x: self.rows(&op.x)?,
+            out: self.rows(&op.out)?,
+            weight: self.weights.get(&op.weight)?.start,
+            eps: op.eps,
+            centred: u32::from(op.kind == NormKind::Layer),
+            report: self.report,
+        };
+        let kernel = self.kernels.get("norm", op.x.dtype, op.out.dtype)?;
+        self.start(&kernel.function, (op.out.rows as u32, 1), 0, arguments)
+    }
+}

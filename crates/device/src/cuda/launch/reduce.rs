@@ -1,0 +1,38 @@
+//! Weighted sums of rows.
+
+use super::{Launch, Refusal, Rows};
+use crate::Buffer;
+use crate::cuda::report::Report;
+use crate::op::Reduce;
+
+/// The twin of `Args` in `reduce.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ReduceArgs {
+    x: Rows,
+    index: Rows,
+    weights: Rows,
+    addend: Rows,
+    out: Rows,
+    report: Report,
+    weighted: u32,
+    added: u32,
+}
+
+impl Launch<'_> {
+    pub(super) fn reduce(&mut self, op: &Reduce) -> Result<(), Refusal> {
+        let optional =
+            |buffer: &Option<Buffer>| buffer.as_ref().map_or(Ok(Rows::default()), |buffer| self.rows(buffer));
+        let arguments = ReduceArgs {
+            x: self.rows(&op.x)?,
+            index: self.rows(&op.index)?,
+            weights: optional(&op.weights)?,
+            addend: optional(&op.addend)?,
+            out: self.rows(&op.out)?,
+            report: self.report,
+            weighted: u32::from(op.weights.is_some()),
+            added: u32::from(op.addend.is_some()),
+        };
+        self.stretches("reduce", op.x.dtype, op.out.dtype, &op.out, arguments)
+    }
+}

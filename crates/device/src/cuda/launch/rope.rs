@@ -1,0 +1,57 @@
+//! Rotary position embeddings: the table of angles, and rows rotated by it.
+
+use super::{Launch, Refusal, Rows};
+use crate::Buffer;
+use crate::op::{RopeStyle, RopeTable, Rotate};
+use epsmoe_base::DType;
+
+/// The twin of `Args` in `rope_table.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct TableArgs {
+    positions: Rows,
+    out: Rows,
+    frequencies: u64,
+    scale: f32,
+    padding: u32,
+}
+
+/// The twin of `Args` in `rotate.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RotateArgs {
+    x: Rows,
+    angles: Rows,
+    pairs: Rows,
+    head_width: u32,
+    first: u32,
+    interleaved: u32,
+    padding: u32,
+}
+
+impl Launch<'_> {
+    pub(super) fn rope_table(&mut self, op: &RopeTable) -> Result<(), Refusal> {
+        let arguments = TableArgs {
+            positions: self.rows(&op.positions)?,
+            out: self.rows(&op.out)?,
+            frequencies: self.weights.get(&op.frequencies)?.start,
+            scale: op.scale,
+            padding: 0,
+        };
+        self.elements("rope_table", DType::F32, DType::F32, &op.out, arguments)
+    }
+
+    pub(super) fn rotate(&mut self, op: &Rotate) -> Result<(), Refusal> {
+        let pairs = Buffer { width: op.x.width / op.head_width * (op.angles.width / 2), ..op.x.clone() };
+        let arguments = RotateArgs {
+            x: self.rows(&op.x)?,
+            angles: self.rows(&op.angles)?,
+            pairs: Rows { rows: pairs.rows as u32, width: pairs.width as u32, ..Rows::default() },
+            head_width: op.head_width as u32,
+            first: op.start as u32,
+            interleaved: u32::from(op.style == RopeStyle::Interleaved),
+            padding: 0,
+        };
+        self.elements("rotate", op.x.dtype, op.x.dtype, &pairs, arguments)
+    }
+}

@@ -1,0 +1,51 @@
+//! The choice of experts by the router's logits.
+
+use super::{Launch, Refusal, Rows, is_empty, within};
+use crate::op::{GroupScore, Route, Score, TopKRouter};
+use epsmoe_base::DType;
+
+/// The twin of `Args` in `route.cu`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RouteArgs {
+    logits: Rows,
+    experts: Rows,
+    weights: Rows,
+    bias: u64,
+    scale: f32,
+    top_k: u32,
+    sigmoid: u32,
+    normalise: u32,
+    groups: u32,
+    kept: u32,
+    two_best: u32,
+    epsilon: f32,
+}
+
+impl Launch<'_> {
+    pub(super) fn route(&mut self, op: &Route) -> Result<(), Refusal> {
+        if is_empty(&op.logits) {
+            return Ok(());
+        }
+        let groups = op.gate.groups;
+        let arguments = RouteArgs {
+            logits: self.rows(&op.logits)?,
+            experts: self.rows(&op.experts)?,
+            weights: self.rows(&op.weights)?,
+            bias: op.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
+            scale: op.gate.scale,
+            top_k: op.gate.top_k as u32,
+            sigmoid: u32::from(op.gate.score == Score::Sigmoid),
+            normalise: u32::from(op.gate.normalise),
+            groups: groups.map_or(0, |limit| limit.groups as u32),
+            kept: groups.map_or(0, |limit| limit.kept as u32),
+            two_best: u32::from(groups.is_some_and(|limit| limit.by == GroupScore::TopTwoSum)),
+            epsilon: TopKRouter::EPSILON,
+        };
+        // A rank of eight bytes for every expert and group, a score and a preference for every expert.
+        let shared = 16 * op.logits.width + 8 * arguments.groups as usize;
+        let kernel = self.kernels.get("route", DType::F32, DType::F32)?;
+        let shared = within("route: experts", shared, kernel.shared_limit)?;
+        self.start(&kernel.function, (op.logits.rows as u32, 1), shared, arguments)
+    }
+}
