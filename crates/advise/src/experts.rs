@@ -1,6 +1,6 @@
 //! The experts of one MoE layer under every schedule.
 
-use crate::{AdviseError, Advisor, ELEMENT, Experts, MARGIN, Running, Strategy, text};
+use crate::{AdviseError, Advisor, DTYPE, Experts, MARGIN, Running, Strategy, text};
 use epsmoe_base::Rank;
 use epsmoe_plan::{
     Capacity, Choice, CostModel, GemmKind, HostCost, LayerBytes, LayerHistograms, LayerSizes, LinkCost,
@@ -26,7 +26,7 @@ impl Advisor<'_> {
 
     fn sizes(&self, map: &SlotMap, inner: usize, shared_inner: usize) -> LayerSizes {
         let (hidden, top_k) = (self.model.hidden, self.moe.gate.top_k);
-        LayerSizes { hidden, inner, shared_inner, top_k, activation_bytes: ELEMENT, ..LayerSizes::of(map) }
+        LayerSizes { hidden, inner, shared_inner, top_k, ..LayerSizes::of(map, DTYPE) }
     }
 
     /// Every expert on one GPU: one search or table for each schedule.
@@ -68,14 +68,15 @@ impl Advisor<'_> {
     ) -> Experts {
         let traffic = Traffic::of(workload.placement, workload.counts, table);
         let ranks = || workload.placement.all_ranks();
-        let row_bytes = (self.model.hidden * ELEMENT) as u64;
+        let LayerSizes { hidden, wire, .. } = *workload.shape;
+        let row_bytes = (wire.dispatch.bytes(hidden) + wire.combine.bytes(hidden)) as u64;
         let rows = |from: Rank, to: Rank| {
             if from == to { 0 } else { traffic.dispatch_send_all(from, to).len() as u64 }
         };
         let moved = |rank: Rank| {
             let (out, back): (u64, u64) =
                 (ranks().map(|other| rows(rank, other)).sum(), ranks().map(|other| rows(other, rank)).sum());
-            2 * out.max(back) * row_bytes
+            out.max(back) * row_bytes
         };
         let buffers = |rank| LayerBytes::of(workload.shape, &Capacity::needed(&traffic, rank)).total();
         Experts {

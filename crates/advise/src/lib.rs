@@ -23,6 +23,7 @@ mod frame;
 mod limits;
 mod text;
 
+use epsmoe_base::DType;
 use epsmoe_model::{ModelSpec, MoeSpec};
 use epsmoe_plan::{CostModel, Machine, PlanError};
 use frame::{Frame, sum};
@@ -201,8 +202,9 @@ pub struct Advice {
     pub why: String,
 }
 
-/// Bytes of an element: bf16.
-const ELEMENT: usize = 2;
+/// Activations and weights, and bytes of an element.
+const DTYPE: DType = DType::BF16;
+const ELEMENT: usize = DTYPE.bytes();
 
 /// Share of a GPU's memory that can be filled, in permille: the rest is the driver's and fragmentation.
 const USABLE: u64 = 950;

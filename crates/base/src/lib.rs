@@ -37,4 +37,4 @@ pub use ids::{Expert, Lane, Layer, Rank, Stage};
 pub use phase::Phase;
 pub use random::{Mix, hash_bytes};
 pub use units::{Bytes, count};
-pub use wire::WireFormat;
+pub use wire::{RowFormat, WireFormat};

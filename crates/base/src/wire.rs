@@ -1,43 +1,56 @@
 use crate::DType;
-use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// The format that rows and partial sums travel between ranks in. Not that of activations, nor that of weights,
-/// although it is the activations' unless somebody decides otherwise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum WireFormat {
-    /// Four bytes an element.
-    F32,
-    /// Two bytes an element.
-    Bf16,
+/// How the numbers of one row are stored while it travels: in the buffer where it waits, on the link, and where it
+/// arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RowFormat {
+    /// Side by side, as activations of this format are.
+    Plain(DType),
+}
+
+impl RowFormat {
+    /// What a buffer for rows of `width` numbers is made of: the format of its elements, and how many a row has.
+    pub const fn elements(self, width: usize) -> (DType, usize) {
+        match self {
+            RowFormat::Plain(dtype) => (dtype, width),
+        }
+    }
+
+    /// Bytes of a row of `width` numbers, with whatever travels beside them.
+    pub const fn bytes(self, width: usize) -> usize {
+        let (dtype, elements) = self.elements(width);
+        elements * dtype.bytes()
+    }
+}
+
+impl fmt::Display for RowFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RowFormat::Plain(dtype) => dtype.fmt(f),
+        }
+    }
+}
+
+/// The formats that rows travel between ranks in: of their own, not those of activations or of weights. Whoever
+/// reserves a buffer for rows that travel, prices an exchange or counts its bytes asks here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WireFormat {
+    /// Of rows on their way to their experts.
+    pub dispatch: RowFormat,
+    /// Of partial sums on their way back.
+    pub combine: RowFormat,
 }
 
 impl WireFormat {
-    /// What activations of `dtype` travel in, unless somebody decides otherwise; nothing if nobody computes in `dtype`.
-    pub const fn of_activations(dtype: DType) -> Option<Self> {
-        match dtype {
-            DType::F32 => Some(WireFormat::F32),
-            DType::BF16 => Some(WireFormat::Bf16),
-            DType::F16 | DType::U32 => None,
-        }
-    }
-
-    /// The format of the elements of a buffer that rows wait in.
-    pub const fn dtype(self) -> DType {
-        match self {
-            WireFormat::F32 => DType::F32,
-            WireFormat::Bf16 => DType::BF16,
-        }
-    }
-
-    /// Bytes of a row of `width` elements.
-    pub const fn row_bytes(self, width: usize) -> usize {
-        width * self.dtype().bytes()
+    /// Rows and sums that travel as activations of `dtype` are.
+    pub const fn plain(dtype: DType) -> Self {
+        WireFormat { dispatch: RowFormat::Plain(dtype), combine: RowFormat::Plain(dtype) }
     }
 }
 
 impl fmt::Display for WireFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.dtype().fmt(f)
+        write!(f, "rows in {}, partial sums in {}", self.dispatch, self.combine)
     }
 }

@@ -1,7 +1,7 @@
 //! All the memory of the MoE layers of one rank, reserved once and used by every layer in turn.
 
 use crate::PipelineOptions;
-use epsmoe_base::DType;
+use epsmoe_base::{DType, RowFormat};
 use epsmoe_device::op::ReceiveOrder;
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_plan::{Capacity, LayerSizes, Schedule};
@@ -68,11 +68,15 @@ impl LayerBuffers {
     pub(crate) fn allocate<B: Backend>(device: &B, options: &PipelineOptions) -> Result<Self, DeviceError> {
         let PipelineSizes { layer, capacity } = options.sizes;
         let Capacity { tokens, rows_sent, rows_received, assignments, stage_assignments } = capacity;
-        let LayerSizes { hidden, inner, shared_inner, top_k, experts, ranks, local_slots, .. } = layer;
+        let LayerSizes { hidden, inner, shared_inner, top_k, experts, ranks, local_slots, wire, .. } = layer;
         // What is counted and announced is told of each micro-batch.
         let batches = if options.policy.schedule == Schedule::TwoBatch { 2 } else { 1 };
         let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
         let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
+        let travelling = |name, rows, format: RowFormat| {
+            let (dtype, elements) = format.elements(hidden);
+            device.allocate(name, dtype, rows, elements)
+        };
         let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
         Ok(LayerBuffers {
@@ -86,9 +90,9 @@ impl LayerBuffers {
             counts: indices("counts", batches * 3, layer.slots())?,
             send_tokens: indices("send_tokens", rows_sent, 1)?,
             send_last: indices("send_last", rows_sent, 1)?,
-            send_rows: values("send_rows", rows_sent, hidden)?,
+            send_rows: travelling("send_rows", rows_sent, wire.dispatch)?,
             send_metadata: indices("send_metadata", rows_sent, 2 * top_k)?,
-            received_rows: values("received_rows", rows_received, hidden)?,
+            received_rows: travelling("received_rows", rows_received, wire.dispatch)?,
             received_metadata: indices("received_metadata", rows_received, 2 * top_k)?,
             receive_bins: indices("receive_bins", batches * ranks * local_slots, ReceiveOrder::BIN)?,
             receive_order: indices("receive_order", rows_received, 1)?,
@@ -100,8 +104,8 @@ impl LayerBuffers {
             outputs: values("outputs", assignments, hidden)?,
             reduce_index: indices("reduce_index", rows_received, top_k)?,
             reduce_weights: floats("reduce_weights", rows_received, top_k)?,
-            sums: values("sums", rows_received, hidden)?,
-            combined_rows: values("combined_rows", rows_sent, hidden)?,
+            sums: travelling("sums", rows_received, wire.combine)?,
+            combined_rows: travelling("combined_rows", rows_sent, wire.combine)?,
             combine_index: indices("combine_index", tokens, layer.ranks_of_token())?,
             every_token: indices("every_token", if ranks == 1 { tokens } else { 0 }, 1)?,
             shared_inner: values("shared_inner", shared_tokens, shared_inner)?,

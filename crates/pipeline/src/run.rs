@@ -3,7 +3,7 @@
 use crate::PipelineError;
 use crate::batch::{Batch, Rows, batch_of};
 use crate::buffers::{LayerBuffers, PipelineSizes};
-use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, Stage, hash_bytes};
+use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, Stage, WireFormat, hash_bytes};
 use epsmoe_device::op::{GateRows, Gemm, HostToDevice, Op, TopKRouter};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
@@ -128,6 +128,10 @@ pub(crate) struct Call<'a> {
 
 impl<B: Backend> ExpertPipeline<B> {
     /// Reserves the buffers that every MoE layer of this rank shares.
+    ///
+    /// # Errors
+    /// Sizes of which not even a token per rank fits, a wire format that no operation packs rows into, and what the
+    /// device refuses.
     pub fn new(device: Arc<B>, fabric: Fabric<B>, options: PipelineOptions) -> Result<Self, PipelineError> {
         let PipelineOptions { policy, sizes, identity, .. } = &options;
         let least = Capacity::worst_case(1, &sizes.layer);
@@ -136,6 +140,14 @@ impl<B: Backend> ExpertPipeline<B> {
             let message =
                 format!("one token of every rank needs {least:?}, but there is {:?}", sizes.capacity);
             return Err(DeviceError::Shape(message).into());
+        }
+        let (wire, plain) = (sizes.layer.wire, WireFormat::plain(device.dtype()));
+        if wire != plain {
+            let message = format!(
+                "the wire format ({wire}) does not go with activations in {}: use {plain}",
+                device.dtype()
+            );
+            return Err(DeviceError::Unsupported(message).into());
         }
         let buffers = LayerBuffers::allocate(&*device, &options)?;
         let tokens = buffers.every_token.clone();

@@ -43,8 +43,8 @@ impl Loads {
     }
 
     fn of_rank(workload: &Workload<'_>, cost: &CostModel, share: usize, sums: &Sums, rank: Rank) -> Loads {
-        let LayerSizes { hidden, inner, activation_bytes, .. } = *workload.shape;
-        let row_bytes = (hidden * activation_bytes) as u64;
+        let LayerSizes { hidden, inner, dtype, wire, .. } = *workload.shape;
+        let row_bytes = workload.shape.row_bytes() as u64;
         let block = workload.placement.slots_of_rank(rank);
         let share = share_of(cost, share);
         // Curves as straight lines around what the rank has in all: of a sum of parts, the sum.
@@ -58,8 +58,8 @@ impl Loads {
         let (gather, gather_slope) = line(&cost.rows.gather, assignments * row_bytes);
         let (reduce, reduce_slope) = line(&cost.rows.reduce, assignments * row_bytes);
         let copy_ns = |assignments: u64| assignments * row_bytes * (gather_slope + reduce_slope) / 1024;
-        let up = |kind| cost.gemm(kind).product(2 * inner, hidden, activation_bytes);
-        let down = |kind| cost.gemm(kind).product(hidden, inner, activation_bytes);
+        let up = |kind| cost.gemm(kind).product(2 * inner, hidden, dtype.bytes());
+        let down = |kind| cost.gemm(kind).product(hidden, inner, dtype.bytes());
         let products = [GemmKind::Grouped, GemmKind::Dense].map(|kind| [up(kind), down(kind)]);
         let [overhead, dense_overhead] = products.map(|[up, down]| up.overhead_ns() + down.overhead_ns());
         let computed = |kind: usize, expert: usize| {
@@ -70,8 +70,8 @@ impl Loads {
                 * share.compute
                 / 1000
         };
-        let [dispatch, combine] =
-            [&sums.first, &sums.last].map(|side| side.link_sums(block.clone(), cost, row_bytes));
+        let [dispatch, combine] = [(&sums.first, wire.dispatch), (&sums.last, wire.combine)]
+            .map(|(side, format)| side.link_sums(block.clone(), cost, format.bytes(hidden) as u64));
         let running = |of: &dyn Fn(usize) -> u64| running_sums(experts, |local| of(block.start + local));
         Loads {
             dispatch,

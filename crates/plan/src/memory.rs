@@ -1,7 +1,7 @@
 //! How much a layer needs before it runs, and whether it fits.
 
 use crate::{SlotMap, Traffic};
-use epsmoe_base::{Bytes, Rank, Stage};
+use epsmoe_base::{Bytes, DType, Rank, RowFormat, Stage, WireFormat};
 use std::fmt;
 use std::ops::Range;
 
@@ -92,7 +92,7 @@ pub fn halves(tokens: Range<usize>) -> (Range<usize>, Range<usize>) {
 }
 
 /// The sizes of a layer that do not depend on its tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerSizes {
     /// Hidden width of the model, H.
     pub hidden: usize,
@@ -108,15 +108,32 @@ pub struct LayerSizes {
     pub ranks: usize,
     /// The most slots that a rank has, L.
     pub local_slots: usize,
-    /// Bytes of one element of a row.
-    pub activation_bytes: usize,
+    /// The format of activations and of the experts' weights.
+    pub dtype: DType,
+    /// The formats that rows and partial sums travel in.
+    pub wire: WireFormat,
 }
 
 impl LayerSizes {
-    /// What follows from where experts are; the rest is 0.
-    pub fn of(map: &SlotMap) -> Self {
-        let (experts, ranks, local_slots) = (map.experts(), map.ranks(), map.max_local());
-        LayerSizes { experts, ranks, local_slots, ..LayerSizes::default() }
+    /// What follows from where experts are and from the format of activations, in which rows travel too; widths and
+    /// top-k are 0.
+    pub fn of(map: &SlotMap, dtype: DType) -> Self {
+        LayerSizes {
+            hidden: 0,
+            inner: 0,
+            shared_inner: 0,
+            top_k: 0,
+            experts: map.experts(),
+            ranks: map.ranks(),
+            local_slots: map.max_local(),
+            dtype,
+            wire: WireFormat::plain(dtype),
+        }
+    }
+
+    /// Bytes of a row of activations, `[H]`.
+    pub fn row_bytes(&self) -> usize {
+        self.hidden * self.dtype.bytes()
     }
 
     /// The most slots of the layer, over all ranks.
@@ -135,9 +152,9 @@ impl LayerSizes {
 pub struct LayerBytes {
     /// Router logits `[T, E]`, what was chosen, and the same in slots `[T, k]`.
     pub router: u64,
-    /// Rows to be sent, `[rows sent, H]`.
+    /// Rows to be sent, `[rows sent, H]`, in the format that they travel in.
     pub dispatch_send: u64,
-    /// Rows received, `[rows received, H]`.
+    /// Rows received, `[rows received, H]`, likewise.
     pub dispatch_receive: u64,
     /// What travels with the rows sent and the rows received, `[rows, 2k]`.
     pub metadata: u64,
@@ -147,9 +164,9 @@ pub struct LayerBytes {
     pub activated: u64,
     /// Outputs of all experts, `[assignments, H]`: kept over the stages, until the last assignment of a row is there.
     pub outputs: u64,
-    /// Partial sums to be sent back, `[rows received, H]`.
+    /// Partial sums to be sent back, `[rows received, H]`, in the format that they travel in.
     pub combine_send: u64,
-    /// Partial sums that came back, `[rows sent, H]`.
+    /// Partial sums that came back, `[rows sent, H]`, likewise.
     pub combine_receive: u64,
     /// The shared expert's activations `[T, shared I]`, gate `[T, 1]` and output `[T, H]`.
     pub shared: u64,
@@ -165,20 +182,21 @@ impl LayerBytes {
         let product = |numbers: [usize; 3]| {
             numbers.iter().fold(1u64, |product, &number| product.saturating_mul(number as u64))
         };
-        let matrix = |rows: usize, width: usize| product([rows, width, sizes.activation_bytes]);
+        let matrix = |rows: usize, width: usize| product([rows, width, sizes.dtype.bytes()]);
+        let travelling = |rows: usize, format: RowFormat| product([rows, format.bytes(hidden), 1]);
         let words = |rows: usize, width: usize| product([rows, width, 4]);
         let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
         let sum = |parts: &[u64]| parts.iter().fold(0u64, |sum, &part| sum.saturating_add(part));
         LayerBytes {
             router: sum(&[words(tokens, experts), words(tokens, 4 * top_k)]),
-            dispatch_send: matrix(rows_sent, hidden),
-            dispatch_receive: matrix(rows_received, hidden),
+            dispatch_send: travelling(rows_sent, sizes.wire.dispatch),
+            dispatch_receive: travelling(rows_received, sizes.wire.dispatch),
             metadata: sum(&[words(rows_sent, 2 * top_k), words(rows_received, 2 * top_k)]),
             expanded: matrix(stage_assignments, hidden),
             activated: matrix(stage_assignments, inner),
             outputs: matrix(assignments, hidden),
-            combine_send: matrix(rows_received, hidden),
-            combine_receive: matrix(rows_sent, hidden),
+            combine_send: travelling(rows_received, sizes.wire.combine),
+            combine_receive: travelling(rows_sent, sizes.wire.combine),
             shared: sum(&[
                 matrix(shared_tokens, shared_inner),
                 words(shared_tokens, 1),
@@ -256,7 +274,9 @@ mod tests {
             experts: 5,
             ranks: 2,
             local_slots: 3,
-            activation_bytes: 2,
+            dtype: DType::BF16,
+            // The sums travel in another format than the rows.
+            wire: WireFormat { combine: RowFormat::Plain(DType::F32), ..WireFormat::plain(DType::BF16) },
         };
         let bytes = LayerBytes::of(&sizes, &needed);
         assert_eq!(
@@ -269,20 +289,20 @@ mod tests {
                 expanded: 600,
                 activated: 60,
                 outputs: 1000,
-                combine_send: 800,
-                combine_receive: 1000,
+                combine_send: 1600,
+                combine_receive: 2000,
                 shared: 3 * (2 * 20 + 4 + 2 * 100),
                 index: 4 * (5 + 4 * 6 + 2 * 5 + 3 * 2 + 6 * 5 + 2 * 4 + 4 + 5 + 2 * 2 * 4),
             }
         );
-        assert_eq!(bytes.total(), 6724);
-        assert!(bytes.to_string().ends_with("shared expert: 732 B\nindex arrays: 432 B\ntotal: 6.6 KiB\n"));
+        assert_eq!(bytes.total(), 8524);
+        assert!(bytes.to_string().ends_with("shared expert: 732 B\nindex arrays: 432 B\ntotal: 8.3 KiB\n"));
     }
 
     #[test]
     fn one_rank_too_full_is_too_full_for_all() {
         let layer = example::layer();
-        let sizes = LayerSizes { top_k: 2, ..LayerSizes::of(&layer.map) };
+        let sizes = LayerSizes { top_k: 2, ..LayerSizes::of(&layer.map, DType::F32) };
         let worst = Capacity::worst_case(3, &sizes);
         assert_eq!(
             worst,

@@ -3,7 +3,7 @@
 
 mod world;
 
-use epsmoe_base::{Mix, Stage, env::test_seed};
+use epsmoe_base::{DType, Mix, Stage, env::test_seed};
 use epsmoe_plan::*;
 use std::ops::Range;
 use world::Case;
@@ -115,7 +115,7 @@ fn the_worst_case_holds_any_routing() {
         let table = case.random_table(mix);
         let traffic = Traffic::of(&case.placement, &case.counts(), &table);
         let tokens = case.routings.iter().map(Routing::tokens).max().unwrap_or(0);
-        let sizes = LayerSizes { top_k: case.top_k, ..LayerSizes::of(&case.placement) };
+        let sizes = LayerSizes { top_k: case.top_k, ..LayerSizes::of(&case.placement, DType::F32) };
         assert!(Capacity::worst_case(tokens, &sizes).fits(&[&traffic]));
     });
 }

@@ -5,7 +5,7 @@
 mod costs;
 
 use costs::{Layer as Case, for_random_cases, random_cost};
-use epsmoe_base::{Layer, Mix, Rank};
+use epsmoe_base::{DType, Layer, Mix, Rank};
 use epsmoe_plan::*;
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -133,8 +133,7 @@ fn new_buckets_are_decided_after_the_step() {
     let truth = machine(mix);
     let placement = SlotMap::contiguous(8, 2).unwrap();
     let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 1 };
-    let sizes =
-        LayerSizes { hidden: 1024, inner: 512, top_k: 2, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let sizes = LayerSizes { hidden: 1024, inner: 512, top_k: 2, ..LayerSizes::of(&placement, DType::BF16) };
     let shape = LayerSizes { shared_inner: 512, ..sizes };
     let mut planner = AutoPlanner::new(shape, Arc::new(truth), SearchOptions::default());
     let counts = |tokens| law.counts(&placement, &[tokens, tokens]).unwrap();

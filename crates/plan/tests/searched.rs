@@ -153,8 +153,7 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
     };
     let counts = LayerHistograms::new(&placement, 1, vec![counts; 8]).expect("a legal layer");
     let law = SyntheticRouting { top_k: 1, groups: None, zipf_permille: 0, seed: 0 };
-    let sizes =
-        LayerSizes { hidden: 1024, inner: 1024, top_k: 1, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let sizes = LayerSizes { hidden: 1024, inner: 1024, top_k: 1, ..LayerSizes::of(&placement, DType::BF16) };
     let bytes = 7 * 32 * 64 * 1024 * 2;
     let free = || Piecewise::flat(0);
     let gemm = GemmCost {
@@ -225,8 +224,7 @@ fn uneven_cuts_beat_equal_ones_under_the_row_rule() {
     let placement = SlotMap::contiguous(256, 8).unwrap();
     let law = SyntheticRouting { top_k: 8, groups: None, zipf_permille: 0, seed: 1 };
     let counts = law.counts(&placement, &[8192; 8]).unwrap();
-    let sizes =
-        LayerSizes { hidden: 7168, inner: 2048, top_k: 8, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, ..LayerSizes::of(&placement, DType::BF16) };
     let shape = LayerSizes { shared_inner: 0, ..sizes };
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
     let cost = machine.cost();
@@ -277,8 +275,7 @@ fn cached_cuts_are_nearly_as_good_as_a_search_per_layer() {
 #[test]
 fn buckets_are_quarter_octaves() {
     let placement = SlotMap::contiguous(8, 2).unwrap();
-    let sizes =
-        LayerSizes { hidden: 8, inner: 8, top_k: 1, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let sizes = LayerSizes { hidden: 8, inner: 8, top_k: 1, ..LayerSizes::of(&placement, DType::BF16) };
     let shape = LayerSizes { shared_inner: 0, ..sizes };
     let bucket = |tokens: usize| {
         let histogram: Vec<u32> = (0..8).map(|_| tokens as u32 / 8).collect();
@@ -304,8 +301,7 @@ fn large() -> (Layer, CostModel) {
     let placement = SlotMap::contiguous(512, 64).expect("a legal layer");
     let law = SyntheticRouting { top_k: 8, groups: None, zipf_permille: 500, seed: 3 };
     let counts = law.counts(&placement, &[4096; 64]).expect("a legal layer");
-    let sizes =
-        LayerSizes { hidden: 7168, inner: 2048, top_k: 8, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, ..LayerSizes::of(&placement, DType::BF16) };
     let layer = Layer { placement, counts, shape: LayerSizes { shared_inner: 2048, ..sizes }, law };
     (layer, Machine::built_in("8x8xH100").expect("a legal layer").cost())
 }
@@ -358,7 +354,7 @@ fn cuts_for_takes_microseconds() {
         let placement = SlotMap::contiguous(experts, 8).unwrap();
         let law = SyntheticRouting { top_k, groups: None, zipf_permille: 500, seed: 3 };
         let counts = law.counts(&placement, &[8192; 8]).unwrap();
-        let sizes = LayerSizes { hidden, inner, top_k, activation_bytes: 2, ..LayerSizes::of(&placement) };
+        let sizes = LayerSizes { hidden, inner, top_k, ..LayerSizes::of(&placement, DType::BF16) };
         let layer = Layer { placement, counts, shape: LayerSizes { shared_inner: 0, ..sizes }, law };
         time(&layer, &cost, name);
     }

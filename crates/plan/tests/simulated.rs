@@ -4,7 +4,7 @@
 mod costs;
 
 use costs::{Layer, for_random_cases, random_cost, random_table};
-use epsmoe_base::{Lane, Rank, Stage};
+use epsmoe_base::{DType, Lane, Rank, RowFormat, Stage, WireFormat};
 use epsmoe_plan::*;
 
 /// The spans of one rank and lane, in the order in which they are written.
@@ -72,16 +72,18 @@ fn dependencies_and_lane_order_are_respected() {
 #[test]
 fn rows_are_conserved_and_priced_by_the_link() {
     for_random_cases(100, |mix| {
-        let (layer, mut cost) = (Layer::random(mix, 4, 4), random_cost(mix).without_contention());
+        let (mut layer, mut cost) = (Layer::random(mix, 4, 4), random_cost(mix).without_contention());
+        // Whatever rows travel in, activations stay as they are.
+        layer.shape.wire.dispatch = RowFormat::Plain([DType::BF16, DType::F32][mix.below(2)]);
+        layer.shape.wire.combine = RowFormat::Plain([DType::BF16, DType::F32][mix.below(2)]);
         let table = random_table(&layer.placement, mix);
         // A nanosecond for every byte, and nothing for anything else.
         cost.link = LinkCost::uniform(0, 1_000_000_000);
         cost.host = HostCost::default();
         let simulation = simulate(&table, 0, &layer.workload(), &cost);
         let traffic = Traffic::of(&layer.placement, &layer.counts, &table);
-        let row_bytes = (layer.shape.hidden * layer.shape.activation_bytes) as u64;
         for (stage, times) in simulation.stages.iter().enumerate() {
-            let moved = |rows: &dyn Fn(Rank, Rank) -> usize| -> u64 {
+            let moved = |format: RowFormat, rows: &dyn Fn(Rank, Rank) -> usize| -> u64 {
                 let ranks = || layer.placement.all_ranks();
                 let of = |rank: Rank| {
                     let others = || ranks().filter(move |&other| other != rank);
@@ -89,10 +91,12 @@ fn rows_are_conserved_and_priced_by_the_link() {
                     let back: usize = others().map(|other| rows(other, rank)).sum();
                     out.max(back) as u64
                 };
-                ranks().map(of).max().unwrap_or(0) * row_bytes
+                ranks().map(of).max().unwrap_or(0) * format.bytes(layer.shape.hidden) as u64
             };
-            assert_eq!(times.dispatch_ns, moved(&|from, to| traffic.dispatched(Stage(stage), from, to)));
-            assert_eq!(times.combine_ns, moved(&|from, to| traffic.combined(Stage(stage), from, to)));
+            let WireFormat { dispatch, combine } = layer.shape.wire;
+            let dispatched = moved(dispatch, &|from, to| traffic.dispatched(Stage(stage), from, to));
+            let combined = moved(combine, &|from, to| traffic.combined(Stage(stage), from, to));
+            assert_eq!((times.dispatch_ns, times.combine_ns), (dispatched, combined));
         }
     });
 }
@@ -160,8 +164,7 @@ fn a_layer_by_hand() {
     let placement = SlotMap::contiguous(2, 2).unwrap();
     let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 0 };
     let counts = law.counts(&placement, &[100, 100]).unwrap();
-    let sizes =
-        LayerSizes { hidden: 1000, inner: 500, top_k: 2, activation_bytes: 2, ..LayerSizes::of(&placement) };
+    let sizes = LayerSizes { hidden: 1000, inner: 500, top_k: 2, ..LayerSizes::of(&placement, DType::BF16) };
     let shape = LayerSizes { shared_inner: 0, ..sizes };
     let gemm = GemmCost {
         flops_per_second: 1_000_000_000_000_000,

@@ -43,8 +43,7 @@ impl RigShape {
             inner: self.inner,
             shared_inner: self.shared_inner,
             top_k: self.top_k,
-            activation_bytes: dtype.bytes(),
-            ..LayerSizes::of(placement)
+            ..LayerSizes::of(placement, dtype)
         }
     }
 
@@ -249,7 +248,7 @@ impl LayerRig {
 
 /// Room for each of the loads, whatever their tables.
 fn capacity(placement: &SlotMap, top_k: usize, loads: &[Vec<Routing>]) -> Result<Capacity, PipelineError> {
-    let mut most = Capacity::worst_case(1, &LayerSizes { top_k, ..LayerSizes::of(placement) });
+    let mut most = Capacity::worst_case(1, &LayerSizes { top_k, ..LayerSizes::of(placement, DType::F32) });
     for routings in loads {
         let counts = LayerHistograms::of_routings(placement, top_k, routings)?;
         let traffic = Traffic::of(placement, &counts, &StageTable::serial(placement, GemmKind::Grouped));

@@ -28,8 +28,7 @@ pub(super) fn pipeline<B: Backend>(
         inner: inner.of(moe.inner).len(),
         shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
         top_k: moe.gate.top_k,
-        activation_bytes: device.dtype().bytes(),
-        ..LayerSizes::of(&placement)
+        ..LayerSizes::of(&placement, device.dtype())
     };
     let worst = || Capacity::worst_case(layout.most_in_mlp(options.max_tokens), &layer);
     let capacity = options.capacity.unwrap_or_else(worst);

@@ -2,7 +2,7 @@
 //! started otherwise: the first cause, on every rank, in time.
 
 use crate::world::{Case, Got, Odd, PATIENT, Setup, run};
-use epsmoe_base::{DType, Fault, FaultKind, Rank};
+use epsmoe_base::{DType, Fault, FaultKind, Rank, RowFormat, WireFormat};
 use epsmoe_fabric::{FaultInjection, InjectedFault};
 use epsmoe_plan::{Capacity, GemmKind, LayerBytes, Policy, StageTable, Stages};
 use std::time::{Duration, Instant};
@@ -216,6 +216,19 @@ fn ranks_that_were_started_otherwise_are_named_when_counts_meet() {
         Setup { odd: Some(Odd::Table), table: Some(serial), ..same },
     ] {
         fails(&Case::fixed(), setup, FaultKind::Mismatch, &texts);
+    }
+}
+
+/// A wire format that no operation packs rows into is refused before a layer runs.
+#[test]
+fn rows_travel_in_a_format_that_can_be_packed() {
+    let wire = WireFormat { combine: RowFormat::Plain(DType::BF16), ..WireFormat::plain(DType::F32) };
+    let case = Case { wire: Some(wire), ..Case::fixed() };
+    let text = "the wire format (rows in float32, partial sums in bfloat16) does not go with activations in float32: \
+                use rows in float32, partial sums in float32";
+    let got = run(&case, &Setup::serial());
+    for fault in got.into_iter().map(|got| got.unwrap_err()) {
+        assert!(fault.message.ends_with(text), "{fault}");
     }
 }
 

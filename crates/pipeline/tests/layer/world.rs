@@ -1,7 +1,8 @@
 //! Random MoE layers, and ranks that run them.
 
 use epsmoe_base::{
-    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, hash_bytes,
+    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, WireFormat,
+    hash_bytes,
 };
 use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
@@ -38,6 +39,8 @@ pub(crate) struct Case {
     /// Tokens of each rank.
     pub(crate) tokens: Vec<usize>,
     pub(crate) layers: usize,
+    /// What rows travel in; like activations unless it says so.
+    pub(crate) wire: Option<WireFormat>,
 }
 
 impl Case {
@@ -65,6 +68,7 @@ impl Case {
             shared: (mix.below(3) > 0).then(|| 1 + mix.below(9)),
             shared_gate: mix.below(2) == 0,
             layers,
+            wire: None,
         }
     }
 
@@ -83,6 +87,7 @@ impl Case {
             shared_gate: false,
             tokens: vec![24, 24],
             layers: 2,
+            wire: None,
         }
     }
 
@@ -107,8 +112,8 @@ impl Case {
             inner: self.inner,
             shared_inner: self.shared.unwrap_or(0),
             top_k: self.gate.top_k,
-            activation_bytes: self.dtype.bytes(),
-            ..LayerSizes::of(&self.placement)
+            wire: self.wire.unwrap_or(WireFormat::plain(self.dtype)),
+            ..LayerSizes::of(&self.placement, self.dtype)
         }
     }
 

@@ -129,7 +129,6 @@ impl Builder<'_> {
         let messages = ranks * (8 + 4 * (1 + 3 * slots));
         self.host("count exchange", true, [None, None], Work::CountExchange, |_, _| messages);
         let planned = self.host("plan", false, [None, None], Work::Plan, |_, _| slots * ranks);
-        let row_bytes = self.row_bytes();
         let metadata = self.exchange(
             "metadata",
             None,
@@ -151,7 +150,7 @@ impl Builder<'_> {
                         "dispatch",
                         Some(stage),
                         [handed, None],
-                        row_bytes,
+                        sizes.wire.dispatch.bytes(sizes.hidden),
                         |traffic, rank, other| traffic.dispatch_send(rank, other, stage).len(),
                         |traffic, rank, other| traffic.dispatch_receive(rank, stage, other).len(),
                     );
@@ -172,7 +171,7 @@ impl Builder<'_> {
                         "combine",
                         Some(stage),
                         [Some(reduced[stage.0]), handed],
-                        row_bytes,
+                        sizes.wire.combine.bytes(sizes.hidden),
                         |traffic, rank, other| traffic.combine_send(rank, stage, other).len(),
                         |traffic, rank, other| traffic.combine_receive(rank, other, stage).len(),
                     );
@@ -326,11 +325,6 @@ impl Builder<'_> {
         [own, sum(node) - own, far]
     }
 
-    fn row_bytes(&self) -> usize {
-        let LayerSizes { hidden, activation_bytes, .. } = *self.workload.shape;
-        hidden * activation_bytes
-    }
-
     /// Router, choice of experts, and their slots.
     fn route(&mut self) {
         let (hidden, experts) = (self.workload.shape.hidden, self.workload.placement.experts());
@@ -355,7 +349,7 @@ impl Builder<'_> {
         after: Option<usize>,
         rows: impl Fn(&Self, Rank) -> Vec<u64>,
     ) {
-        let product = self.cost.gemm(kind).product(columns, depth, self.workload.shape.activation_bytes);
+        let product = self.cost.gemm(kind).product(columns, depth, self.workload.shape.dtype.bytes());
         let step = Step { queue: Queue::Compute, name: "gemm", stage, after: [after, None], meets: false };
         let gemm = |rows| Work::Gemm { kind, rows, columns, depth };
         self.push(
@@ -377,10 +371,10 @@ impl Builder<'_> {
 
     /// Rows and metadata in send order; the last step after which they may leave.
     fn pack(&mut self, read: usize) -> usize {
-        let row_bytes = self.row_bytes();
+        let LayerSizes { hidden, wire, .. } = *self.workload.shape;
         self.index("send_order", [Some(read), None], Self::pairs_sent);
         self.rows("gather", None, [None, None], Work::Gather, |this, rank| {
-            (this.traffic.rows_sent(rank) * row_bytes) as u64
+            (this.traffic.rows_sent(rank) * wire.dispatch.bytes(hidden)) as u64
         })
     }
 
@@ -403,7 +397,8 @@ impl Builder<'_> {
     /// Expand, two products and reduction of a stage; returns the last.
     fn stage(&mut self, stage: Stage, dispatched: Option<usize>) -> usize {
         let LayerSizes { hidden, inner, .. } = *self.workload.shape;
-        let (row_bytes, place, kind) = (self.row_bytes() as u64, Some(stage), self.table.gemm[stage.0]);
+        let row_bytes = self.workload.shape.row_bytes() as u64;
+        let (place, kind) = (Some(stage), self.table.gemm[stage.0]);
         let loaded = move |this: &Self, rank| -> Vec<u64> {
             let slots = this.table.slots_of(rank, stage);
             let rows = slots.map(|slot| this.traffic.slot_assignments(rank, slot).len() as u64);
@@ -432,11 +427,11 @@ impl Builder<'_> {
 
     /// Each token's sums, added up, with the shared expert's output.
     fn sum(&mut self, last_transfer: Option<usize>) {
-        let row_bytes = self.row_bytes() as u64;
-        let addends = u64::from(self.workload.shape.shared_inner > 0);
+        let sizes = *self.workload.shape;
+        let sum_bytes = sizes.wire.combine.bytes(sizes.hidden);
+        let addend_bytes = if sizes.shared_inner > 0 { sizes.row_bytes() } else { 0 };
         self.rows("reduce", None, [last_transfer, None], Work::Reduce, |this, rank| {
-            let summands = this.traffic.rows_sent(rank) as u64 + addends * this.traffic.tokens(rank) as u64;
-            summands * row_bytes
+            (this.traffic.rows_sent(rank) * sum_bytes + this.traffic.tokens(rank) * addend_bytes) as u64
         });
     }
 }

@@ -91,8 +91,7 @@ impl Layer {
             hidden: 256 << mix.below(4),
             inner: 128 << mix.below(5),
             top_k: law.top_k,
-            activation_bytes: 2,
-            ..LayerSizes::of(&placement)
+            ..LayerSizes::of(&placement, DType::BF16)
         };
         let shape = LayerSizes { shared_inner: mix.below(2) * 512, ..sizes };
         Layer { placement, counts, shape, law }
