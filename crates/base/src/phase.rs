@@ -51,8 +51,10 @@ phases! {
     ReduceScatter => "reduce-scatter",
     /// Router logits of an MoE layer.
     RouterLogits => "router logits",
-    /// Every token's experts and their weights.
+    /// Every token's experts and their weights: a layer's beginning in time breakdowns and windows.
     Route => "route",
+    /// Histograms of the tokens' assignments over slots.
+    Count => "count",
     /// Rows and their metadata into the send buffers.
     Pack => "pack",
     /// The metadata of all rows, to the ranks of their experts.
@@ -71,8 +73,8 @@ phases! {
     Reduce => "reduce",
     /// Partial sums of a stage, back to the ranks of their tokens.
     Combine => "combine",
-    /// Partial sums of all ranks, added where their token is.
-    SumAtHome => "sum at home",
+    /// Partial sums of all ranks, added where their token is, and the shared expert's output: a layer's end.
+    Sum => "sum",
     /// The maps of the shared expert.
     Shared => "shared expert",
     /// What the shared expert's output is scaled by, and scaling it.

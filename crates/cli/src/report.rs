@@ -1,6 +1,6 @@
 //! A bench as a picture: one HTML page with everything in it, for people who would rather look than read.
 
-use epsmoe_base::{Lane, Rank, Stage};
+use epsmoe_base::{Lane, Phase, Rank, Stage};
 use epsmoe_plan::{Span, TimeBreakdown, Timeline};
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};
@@ -69,18 +69,18 @@ const LANE: f64 = 24.0;
 /// Spans wider than this say which stage they are of.
 const MARK: f64 = 12.0;
 
-/// TimeBreakdown and span names in colours that also differ in brightness.
+/// Parts of a time breakdown and kinds of spans, in colours that also differ in brightness.
 const COLOURS: [(&str, &str); 12] = [
     ("gemm", "#2f5d8a"),
     ("attention", "#7a4f9a"),
     ("other", "#9aa5b1"),
     ("exposed transfer", "#d9822b"),
-    ("rendezvous", "#c9b458"),
+    ("count exchange", "#c9b458"),
     ("idle", "#e7e9ec"),
     ("dispatch", "#d9822b"),
     ("combine", "#b5432a"),
     ("metadata", "#c9b458"),
-    ("gather", "#6fa287"),
+    ("pack, expand", "#6fa287"),
     ("reduce", "#3f7d5c"),
     ("route", "#8d6e63"),
 ];
@@ -112,11 +112,14 @@ impl Report {
             page,
             "<p>One step of the slowest rank; shorter is faster. The figure is tokens a second.</p>"
         )?;
-        key(page, &["gemm", "attention", "other", "exposed transfer", "rendezvous", "idle"])?;
+        key(page, &["gemm", "attention", "other", "exposed transfer", "count exchange", "idle"])?;
         self.bars(page)?;
         for (label, layers) in &self.lanes {
             writeln!(page, "<h2>One MoE layer: {}</h2>", escape(label))?;
-            key(page, &["route", "metadata", "dispatch", "gather", "gemm", "reduce", "combine", "other"])?;
+            key(
+                page,
+                &["route", "metadata", "dispatch", "pack, expand", "gemm", "reduce", "combine", "other"],
+            )?;
             lanes(page, layers)?;
         }
         writeln!(page, "</html>")
@@ -154,7 +157,7 @@ fn parts(accounts: &TimeBreakdown) -> [(&'static str, u64); 6] {
         ("attention", accounts.attention),
         ("other", accounts.other),
         ("exposed transfer", accounts.exposed_transfer),
-        ("rendezvous", accounts.rendezvous),
+        ("count exchange", accounts.count_exchange),
         ("idle", accounts.idle),
     ]
 }
@@ -180,7 +183,7 @@ fn lanes(page: &mut String, layers: &[Lanes]) -> fmt::Result {
                 page,
                 (x, y + 2.0),
                 (width.max(0.3), LANE - 5.0),
-                &span.name,
+                kind(span.phase),
                 &describe(span, layer.parts),
             )?;
             if let Some(stage) = span.stage.filter(|_| width > MARK) {
@@ -226,6 +229,20 @@ fn key(page: &mut String, names: &[&str]) -> fmt::Result {
     writeln!(page, "</p>")
 }
 
+/// What a phase of an MoE layer is shown as.
+fn kind(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Route => "route",
+        Phase::Metadata => "metadata",
+        Phase::Dispatch => "dispatch",
+        Phase::Combine => "combine",
+        Phase::Pack | Phase::Expand => "pack, expand",
+        Phase::Reduce | Phase::Sum => "reduce",
+        phase if phase.is_product() => "gemm",
+        _ => "other",
+    }
+}
+
 /// The colour of a name; that of `other` for the rest.
 fn colour(name: &str) -> &'static str {
     let found = COLOURS.iter().find(|(known, _)| *known == name);
@@ -239,7 +256,7 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_base::{Layer, Phase};
+    use epsmoe_base::Layer;
 
     #[test]
     fn a_page_shows_rows_and_lanes_and_escapes_names() {

@@ -57,7 +57,7 @@ pub(crate) struct StepLayout {
 
 impl StepLayout {
     /// What this rank knows by itself, or, where ranks work on each other's tokens, what all ranks tell each
-    /// other: the only blocking exchange besides the rendezvous of expert pipelines. `identity` is a hash of
+    /// other: the only blocking exchange besides the count exchange of expert pipelines. `identity` is a hash of
     /// everything ranks must have in common.
     pub(crate) fn agree(
         control: &dyn Control,

@@ -44,6 +44,6 @@ impl<B: Backend> ExpertPipeline<B> {
         };
         let addend = call.layer.shared.as_ref().map(|_| buffers.shared_out.rows(tokens)).transpose()?;
         let sum = Reduce { x, index, weights: None, addend, out: batch.y.clone() };
-        self.compute(Place::layer(call.layer.layer).phase(Phase::SumAtHome), sum)
+        self.compute(Place::layer(call.layer.layer).phase(Phase::Sum), sum)
     }
 }

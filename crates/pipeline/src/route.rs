@@ -36,7 +36,7 @@ impl<B: Backend> ExpertPipeline<B> {
 
     /// Puts a choice that was made elsewhere in the router's place.
     pub(crate) fn upload(&self, layer: &MoeLayer, routing: &Routing) -> Result<(), PipelineError> {
-        let (place, tokens) = (Place::layer(layer.layer).phase(Phase::Maps), 0..routing.tokens());
+        let (place, tokens) = (Place::layer(layer.layer).phase(Phase::Input), 0..routing.tokens());
         let weights = routing.weights().iter().map(|weight| weight.to_bits()).collect();
         let (experts, weights_out) =
             (self.buffers.router_experts.rows(tokens.clone())?, self.buffers.router_weights.rows(tokens)?);

@@ -155,10 +155,6 @@ impl<B: Backend> ExpertPipeline<B> {
         device.enqueue(Lane::Compute, Place::default(), HostToDevice { words, out: tokens })?;
         let settings = hash_bytes(format!("{policy} {sizes:?} {identity}").as_bytes());
         let planner = RefCell::new(policy.planner(sizes.layer, device.dtype())?);
-        if planner.borrow().wants_spans() && fabric.size() > 1 {
-            // It learns from the spans of layers.
-            device.set_recording(true);
-        }
         let held_map = Cell::new(None);
         Ok(ExpertPipeline { device, fabric, options, buffers, settings, planner, held_map })
     }

@@ -92,6 +92,6 @@ pub use slot_map::SlotMap;
 pub use stages::{GemmKind, SharedExpert, StageTable, Transfer, order_text, parse_order};
 pub use synthetic_routing::SyntheticRouting;
 pub use time_breakdown::TimeBreakdown;
-pub use timeline::{Span, Timeline};
+pub use timeline::{LayerWindow, Span, Timeline};
 pub use token_histograms::{LayerHistograms, TokenHistograms};
 pub use traffic::Traffic;

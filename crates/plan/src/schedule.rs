@@ -133,7 +133,7 @@ impl Policy {
     }
 
     /// Where the shared expert computes: known before the layer's counts are, as it may compute beside the
-    /// rendezvous that gathers them.
+    /// exchange that gathers them.
     pub fn shared_expert(&self) -> SharedExpert {
         match (self.shared, self.schedule) {
             (Some(shared), _) => shared,

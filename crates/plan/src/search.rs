@@ -621,7 +621,7 @@ impl fmt::Display for Choice {
         writeln!(f, "{}", in_words(&plan, self.reserved))?;
         writeln!(
             f,
-            "predicted: {} a layer, rendezvous {}, exposed transfer {}",
+            "predicted: {} a layer, count exchange {}, exposed transfer {}",
             Micros(*layer_ns),
             Micros(*count_exchange_ns),
             Micros(*exposed_transfer_ns)

@@ -1,8 +1,8 @@
-//! Where a rank's time went, without a rest: every nanosecond of a run is in exactly one account.
+//! Where a rank's time went, without a rest: every nanosecond of a run is in exactly one part.
 
 use crate::Timeline;
 use crate::timeline::overlap;
-use epsmoe_base::{Lane, Rank};
+use epsmoe_base::{Lane, Phase, Rank};
 use serde::Serialize;
 use std::ops::Range;
 
@@ -28,8 +28,8 @@ pub struct TimeBreakdown {
     pub other: u64,
     /// Nothing computed, rows travelled.
     pub exposed_transfer: u64,
-    /// Nothing computed and nothing travelled inside an MoE layer: ranks met, the host planned.
-    pub rendezvous: u64,
+    /// Nothing computed and nothing travelled inside an MoE layer: ranks told their counts, the host planned.
+    pub count_exchange: u64,
     /// The same outside MoE layers.
     pub idle: u64,
 }
@@ -39,13 +39,14 @@ impl TimeBreakdown {
     pub fn of(timeline: &Timeline, rank: Rank) -> Self {
         let Some(wall) = timeline.extent() else { return TimeBreakdown::default() };
         let mut accounts = TimeBreakdown { wall: wall.end - wall.start, ..TimeBreakdown::default() };
-        let layers = moe_layers(timeline, rank);
+        let layers = timeline.moe_layers(rank);
+        let layers: Vec<_> = layers.iter().map(|layer| (layer.start_ns, layer.end_ns)).collect();
         let transfers = timeline.intervals(rank, Lane::Transfer);
         let compute = timeline.spans.iter().filter(|span| span.rank == rank && span.lane == Lane::Compute);
         for span in compute {
-            let account = match span.name.as_ref() {
-                "gemm" => &mut accounts.gemm,
-                "attention" => &mut accounts.attention,
+            let account = match span.phase {
+                phase if phase.is_product() => &mut accounts.gemm,
+                Phase::Attention => &mut accounts.attention,
                 _ => &mut accounts.other,
             };
             *account += span.duration_ns();
@@ -56,7 +57,7 @@ impl TimeBreakdown {
                 |&(start, end): &(u64, u64)| shared(&layers, &(start.max(gap.start)..end.min(gap.end)));
             let planning = shared(&layers, &gap) - transfers.iter().map(in_layers).sum::<u64>();
             accounts.exposed_transfer += exposed;
-            accounts.rendezvous += planning;
+            accounts.count_exchange += planning;
             accounts.idle += gap.end - gap.start - exposed - planning;
         }
         accounts
@@ -65,25 +66,9 @@ impl TimeBreakdown {
     /// What the accounts miss of the wall time, or have too much of it.
     pub fn unexplained(&self) -> u64 {
         let explained =
-            self.gemm + self.attention + self.other + self.exposed_transfer + self.rendezvous + self.idle;
+            self.gemm + self.attention + self.other + self.exposed_transfer + self.count_exchange + self.idle;
         explained.abs_diff(self.wall)
     }
-}
-
-/// From each `route` of a rank to the sum at home, which is the `reduce` of no stage.
-pub(crate) fn moe_layers(timeline: &Timeline, rank: Rank) -> Vec<(u64, u64)> {
-    let mut open = None;
-    let mut spans: Vec<_> = timeline.spans.iter().filter(|span| span.rank == rank).collect();
-    spans.sort_by_key(|span| span.start_ns);
-    let mut layers = Vec::new();
-    for span in spans {
-        match span.name.as_ref() {
-            "route" => open = Some(span.start_ns),
-            "reduce" if span.stage.is_none() => layers.extend(open.take().map(|start| (start, span.end_ns))),
-            _ => {}
-        }
-    }
-    layers
 }
 
 /// What `busy` leaves free of `wall`.
@@ -102,16 +87,16 @@ fn shared(intervals: &[(u64, u64)], with: &Range<u64>) -> u64 {
 mod tests {
     use super::*;
     use crate::Span;
-    use epsmoe_base::{Layer, Phase, Stage};
+    use epsmoe_base::{Layer, Stage};
 
-    fn span(lane: Lane, name: &'static str, stage: Option<usize>, times: Range<u64>) -> Span {
+    fn span(lane: Lane, phase: Phase, stage: Option<usize>, times: Range<u64>) -> Span {
         Span {
             rank: Rank(0),
             layer: Some(Layer(0)),
             stage: stage.map(Stage),
             lane,
-            phase: Phase::Other,
-            name: name.into(),
+            phase,
+            name: "whatever".into(),
             start_ns: times.start,
             end_ns: times.end,
         }
@@ -120,13 +105,13 @@ mod tests {
     #[test]
     fn every_nanosecond_has_one_account() {
         let spans = vec![
-            span(Lane::Compute, "route", None, 0..2),
-            span(Lane::Transfer, "dispatch", Some(0), 3..6),
-            span(Lane::Compute, "gemm", Some(0), 6..10),
-            span(Lane::Transfer, "dispatch", Some(1), 6..8),
-            span(Lane::Transfer, "combine", Some(0), 10..13),
-            span(Lane::Compute, "reduce", None, 14..15),
-            span(Lane::Compute, "attention", None, 17..20),
+            span(Lane::Compute, Phase::Route, None, 0..2),
+            span(Lane::Transfer, Phase::Dispatch, Some(0), 3..6),
+            span(Lane::Compute, Phase::GateUp, Some(0), 6..10),
+            span(Lane::Transfer, Phase::Dispatch, Some(1), 6..8),
+            span(Lane::Transfer, Phase::Combine, Some(0), 10..13),
+            span(Lane::Compute, Phase::Sum, None, 14..15),
+            span(Lane::Compute, Phase::Attention, None, 17..20),
         ];
         let accounts = TimeBreakdown::of(&Timeline { spans }, Rank(0));
         let expected = TimeBreakdown {
@@ -135,7 +120,7 @@ mod tests {
             attention: 3,
             other: 3,
             exposed_transfer: 6,
-            rendezvous: 2,
+            count_exchange: 2,
             idle: 2,
         };
         assert_eq!(accounts, expected);
@@ -144,7 +129,10 @@ mod tests {
 
     #[test]
     fn work_that_overlaps_on_one_lane_is_noticed() {
-        let spans = vec![span(Lane::Compute, "gemm", None, 0..10), span(Lane::Compute, "add", None, 5..10)];
+        let spans = vec![
+            span(Lane::Compute, Phase::Mlp, None, 0..10),
+            span(Lane::Compute, Phase::Residual, None, 5..10),
+        ];
         assert_eq!(TimeBreakdown::of(&Timeline { spans }, Rank(0)).unexplained(), 5);
         assert_eq!(TimeBreakdown::of(&Timeline::default(), Rank(0)), TimeBreakdown::default());
     }

@@ -35,6 +35,43 @@ impl Span {
     }
 }
 
+/// When a rank was at one MoE layer: from the choice of experts to the last sum of its tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerWindow {
+    /// Which layer, where spans say it.
+    pub layer: Option<Layer>,
+    /// When the choice of experts began ([`Phase::Route`]), in nanoseconds.
+    pub start_ns: u64,
+    /// When the last of the sums ended ([`Phase::Sum`]), likewise. A layer has one for every chunk or micro-batch.
+    pub end_ns: u64,
+}
+
+impl LayerWindow {
+    /// The windows in the spans of one rank, in order. A layer that chose no experts, as its routing was replayed, has
+    /// none.
+    pub(crate) fn of<'a>(spans: impl IntoIterator<Item = &'a Span>) -> Vec<Self> {
+        let marks = |span: &&Span| matches!(span.phase, Phase::Route | Phase::Sum);
+        let mut spans: Vec<&Span> = spans.into_iter().filter(marks).collect();
+        spans.sort_by_key(|span| span.start_ns);
+        let mut windows: Vec<Self> = Vec::new();
+        for span in spans {
+            let &Span { layer, start_ns, end_ns, .. } = span;
+            match windows.last_mut() {
+                Some(last) if span.phase == Phase::Sum && last.layer == layer => last.end_ns = end_ns,
+                _ if span.phase == Phase::Sum => {}
+                _ => windows.push(LayerWindow { layer, start_ns, end_ns: start_ns }),
+            }
+        }
+        windows.retain(|window| window.end_ns > window.start_ns);
+        windows
+    }
+
+    /// How long it took, in nanoseconds.
+    pub fn duration_ns(&self) -> u64 {
+        self.end_ns - self.start_ns
+    }
+}
+
 /// The spans of a run.
 ///
 /// ```text
@@ -62,13 +99,9 @@ impl Timeline {
         self.busy(rank, Lane::Transfer) - overlap(&transfer, &compute)
     }
 
-    /// Nanoseconds by name, over all spans of `rank`.
-    pub fn totals(&self, rank: Rank) -> BTreeMap<&str, u64> {
-        let mut totals = BTreeMap::new();
-        for span in self.spans.iter().filter(|span| span.rank == rank) {
-            *totals.entry(span.name.as_ref()).or_default() += span.duration_ns();
-        }
-        totals
+    /// The MoE layers of `rank`, in order.
+    pub fn moe_layers(&self, rank: Rank) -> Vec<LayerWindow> {
+        LayerWindow::of(self.spans.iter().filter(|span| span.rank == rank))
     }
 
     /// From the first start to the last end of any span; nothing without spans.
@@ -201,8 +234,35 @@ mod tests {
         assert_eq!(timeline.busy(Rank(2), Lane::Transfer), 5);
         assert_eq!(timeline.exposed_transfer(Rank(2)), 2);
         assert_eq!(timeline.exposed_transfer(Rank(0)), 0);
-        let totals = timeline.totals(Rank(2));
-        assert_eq!(totals, BTreeMap::from([("combine", 3), ("dispatch", 2), ("down", 4), ("gate/up", 3)]));
+    }
+
+    #[test]
+    fn a_layer_lasts_from_its_choice_of_experts_to_its_last_sum() {
+        let at = |layer, phase, start_ns, end_ns| Span {
+            layer: Some(Layer(layer)),
+            phase,
+            ..span(Lane::Compute, "x", start_ns, end_ns)
+        };
+        let spans = vec![
+            at(0, Phase::RouterLogits, 0, 1),
+            at(0, Phase::Route, 1, 2),
+            // Two micro-batches.
+            at(0, Phase::Sum, 5, 6),
+            at(0, Phase::Sum, 7, 9),
+            at(1, Phase::Attention, 9, 10),
+            // Replayed: nobody chose.
+            at(1, Phase::Sum, 11, 12),
+            at(2, Phase::Route, 13, 14),
+            at(2, Phase::Sum, 14, 15),
+            // The next step.
+            at(0, Phase::Route, 20, 21),
+            at(0, Phase::Sum, 22, 23),
+            // Cut off.
+            at(1, Phase::Route, 24, 25),
+        ];
+        let windows = Timeline { spans }.moe_layers(Rank(2));
+        let window = |layer, start_ns, end_ns| LayerWindow { layer: Some(Layer(layer)), start_ns, end_ns };
+        assert_eq!(windows, [window(0, 1, 9), window(2, 13, 15), window(0, 20, 23)]);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 mod costs;
 
 use costs::{Layer, for_random_cases, random_cost, random_table};
-use epsmoe_base::{DType, Lane, Rank, RowFormat, Stage, WireFormat};
+use epsmoe_base::{DType, Lane, Phase, Rank, RowFormat, Stage, WireFormat};
 use epsmoe_plan::*;
 
 /// The spans of one rank and lane, in the order in which they are written.
@@ -12,8 +12,8 @@ fn lane(simulation: &Simulation, rank: Rank, lane: Lane) -> Vec<&Span> {
     simulation.timeline.spans.iter().filter(|span| span.rank == rank && span.lane == lane).collect()
 }
 
-fn find<'a>(spans: &[&'a Span], name: &str, stage: usize) -> &'a Span {
-    spans.iter().find(|span| span.name == name && span.stage == Some(Stage(stage))).expect("is there")
+fn find<'a>(spans: &[&'a Span], phase: Phase, stage: usize) -> &'a Span {
+    spans.iter().find(|span| span.phase == phase && span.stage == Some(Stage(stage))).expect("is there")
 }
 
 #[test]
@@ -35,23 +35,23 @@ fn dependencies_and_lane_order_are_respected() {
                 assert!(transfer.is_empty(), "nothing travels");
                 continue;
             }
-            assert_eq!(transfer[0].name, "metadata");
-            let steps = transfer[1..].iter().map(|span| match (span.name.as_ref(), span.stage) {
-                ("dispatch", Some(stage)) => Transfer::Dispatch(stage),
-                ("combine", Some(stage)) => Transfer::Combine(stage),
+            assert_eq!(transfer[0].phase, Phase::Metadata);
+            let steps = transfer[1..].iter().map(|span| match (span.phase, span.stage) {
+                (Phase::Dispatch, Some(stage)) => Transfer::Dispatch(stage),
+                (Phase::Combine, Some(stage)) => Transfer::Combine(stage),
                 other => panic!("{other:?} on the transfer lane"),
             });
             assert_eq!(steps.collect::<Vec<_>>(), table.order);
             for stage in 0..table.stages() {
                 for earlier in 0..=stage {
-                    let arrived = find(&transfer, "dispatch", earlier).end_ns;
-                    assert!(find(&compute, "gather", stage).start_ns >= arrived);
+                    let arrived = find(&transfer, Phase::Dispatch, earlier).end_ns;
+                    assert!(find(&compute, Phase::Expand, stage).start_ns >= arrived);
                 }
-                let reduced = find(&compute, "reduce", stage);
-                assert!(find(&transfer, "combine", stage).start_ns >= reduced.end_ns);
+                let reduced = find(&compute, Phase::Reduce, stage);
+                assert!(find(&transfer, Phase::Combine, stage).start_ns >= reduced.end_ns);
             }
-            let last = compute.last().expect("the sum at home");
-            assert_eq!((last.name.as_ref(), last.stage), ("reduce", None));
+            let last = compute.last().expect("the last sum");
+            assert_eq!((last.phase, last.stage), (Phase::Sum, None));
             assert!(last.start_ns >= transfer.last().expect("a combine").end_ns);
             assert!(last.end_ns <= simulation.layer_ns);
             assert_eq!(TimeBreakdown::of(&simulation.timeline, rank).unexplained(), 0);

@@ -75,7 +75,7 @@ struct KeptFile {
     runs: Vec<KeptRun>,
 }
 
-/// A [`LayerRun`] as it is written. Lanes and phases are places in their lists of all.
+/// A [`LayerRun`] as it is written. Lanes are places in the list of all.
 #[derive(Serialize, Deserialize)]
 struct KeptRun {
     ranks: usize,
@@ -87,19 +87,18 @@ struct KeptRun {
 }
 
 #[derive(Serialize, Deserialize)]
-struct KeptSpan(usize, Option<usize>, Option<usize>, usize, usize, String, [u64; 2]);
+struct KeptSpan(usize, Option<usize>, Option<usize>, usize, Phase, String, [u64; 2]);
 
 impl KeptRun {
     fn of((ranks, layer): (usize, usize), run: &LayerRun) -> Self {
         let host = |host: &RankHost| [host.counted, host.packed, host.exchanged, host.planned, host.enqueued];
         let span = |span: &Span| {
-            let phase = Phase::ALL.iter().position(|&phase| phase == span.phase).unwrap_or_default();
             KeptSpan(
                 span.rank.0,
                 span.layer.map(|layer| layer.0),
                 span.stage.map(|stage| stage.0),
                 span.lane.index(),
-                phase,
+                span.phase,
                 span.name.to_string(),
                 [span.start_ns, span.end_ns],
             )
@@ -130,7 +129,7 @@ impl KeptRun {
                 layer: layer.map(Layer),
                 stage: stage.map(Stage),
                 lane: *Lane::ALL.get(lane)?,
-                phase: *Phase::ALL.get(phase)?,
+                phase,
                 name: name.into(),
                 start_ns,
                 end_ns,

@@ -4,7 +4,7 @@
 //! is a sample of that. The share of the processor follows the simulator's own rule, so that it gives the time back.
 
 use crate::LayerRun;
-use epsmoe_base::{Lane, Rank};
+use epsmoe_base::{Lane, Phase, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_plan::{
     CostModel, CpuContention, Payload, Planned, Sample, Span, StageTable, Work, Workload, planned,
@@ -49,10 +49,13 @@ pub(crate) fn delays(
                 samples.push(Sample { work, ns: pair.span.end_ns.saturating_sub(due) });
             }
             let reduced = on(Lane::Compute)
-                .find(|reduce| (reduce.span.name.as_ref(), reduce.span.stage) == ("reduce", pair.span.stage));
+                .find(|reduce| (reduce.span.phase, reduce.span.stage) == (Phase::Reduce, pair.span.stage));
             let (Some(reduced), Some(before)) = (reduced, pair.before) else { continue };
             let ready = before.max(reduced.span.end_ns) + cost.host.wake_ns;
-            if pair.span.name == "combine" && ready > run.hosts[rank.0].enqueued && crowds.is_full(ready) {
+            if pair.span.phase == Phase::Combine
+                && ready > run.hosts[rank.0].enqueued
+                && crowds.is_full(ready)
+            {
                 samples.push(Sample { work: Work::Queue, ns: pair.span.start_ns.saturating_sub(ready) });
             }
         }
@@ -78,10 +81,9 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
     let mut spans: BTreeMap<(usize, usize), OfLane<'_>> = BTreeMap::new();
     for (key, on_lane) in lanes {
         let before = std::iter::once(None).chain(on_lane.iter().map(|span| Some(span.end_ns)));
-        let assigned = on_lane.iter().position(|span| span.name == "assign_slots").unwrap_or(0);
-        let work = on_lane.iter().copied().zip(before).enumerate();
-        let work = work.filter(|(at, (span, _))| *at >= assigned || span.name != "host_to_device");
-        spans.insert(key, work.map(|(_, span)| span).collect());
+        let work = on_lane.iter().copied().zip(before);
+        let of_layer = |span: &Span| span.layer.is_some() && span.phase != Phase::Input;
+        spans.insert(key, work.filter(|(span, _)| of_layer(span)).collect());
     }
     let all: usize = spans.values().map(Vec::len).sum();
     let mut next: BTreeMap<(usize, usize), usize> = BTreeMap::new();
@@ -92,7 +94,7 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
         for work in &step.work {
             let at = next.entry(key).or_default();
             let &(span, before) = spans.get(&key)?.get(*at)?;
-            if span.name != step.name || span.stage != step.stage {
+            if Some(span.phase) != step.phase || span.stage != step.stage {
                 return None;
             }
             pairs.push(Pair { span, work, before });
@@ -162,7 +164,7 @@ impl Crowds {
 /// When a rank's assignments were counted.
 fn counted(run: &LayerRun, rank: usize) -> u64 {
     let mut spans =
-        run.timeline.spans.iter().filter(|span| span.rank.0 == rank && span.name == "count_slots");
+        run.timeline.spans.iter().filter(|span| span.rank.0 == rank && span.phase == Phase::Count);
     spans.next().map_or(u64::MAX, |span| span.end_ns)
 }
 
@@ -231,12 +233,9 @@ impl Reading<'_> {
             let end = spans.iter().map(|span| span.end_ns).max().unwrap_or(0);
             let work = if most == 0 { Work::EmptyExchange } else { Work::Copy(most) };
             samples.extend(self.sample(&work, all_there, end));
-            for pair in self.paired.iter().filter(|pair| {
-                pair.span.name == "gather" && pair.span.stage.is_some() && pair.span.lane == Lane::Compute
-            }) {
+            for pair in self.paired.iter().filter(|pair| pair.span.phase == Phase::Expand) {
                 let arrived = spans.iter().find(|span| {
-                    (span.rank, span.stage, span.name.as_ref())
-                        == (pair.span.rank, pair.span.stage, "dispatch")
+                    (span.rank, span.stage, span.phase) == (pair.span.rank, pair.span.stage, Phase::Dispatch)
                 });
                 let Some(arrived) = arrived else { continue };
                 let waited = pair.before.is_some_and(|before| before < arrived.end_ns);

@@ -4,7 +4,7 @@ use super::cases::{Case, Models, Question};
 use epsmoe_base::{Lane, Rank};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
-use epsmoe_plan::{Timeline, simulate};
+use epsmoe_plan::{Span, Timeline, simulate};
 use epsmoe_profile::LayerRig;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -25,7 +25,10 @@ pub(super) struct Parts {
 impl Parts {
     fn of(timeline: &Timeline, ranks: usize) -> Self {
         let most = |of: &dyn Fn(Rank) -> u64| (0..ranks).map(|rank| of(Rank(rank))).max().unwrap_or(0);
-        let gemm = |rank| timeline.totals(rank).get("gemm").copied().unwrap_or(0);
+        let gemm = |rank| {
+            let spans = timeline.spans.iter().filter(|span| span.rank == rank && span.phase.is_product());
+            spans.map(Span::duration_ns).sum::<u64>()
+        };
         Parts {
             gemm: most(&gemm),
             other: most(&|rank| timeline.busy(rank, Lane::Compute).saturating_sub(gemm(rank))),

@@ -73,7 +73,7 @@ ops! {
     Route => "route", Route;
     ArgMax => "argmax", Sample;
     AssignSlots => "assign_slots", Maps;
-    CountSlots => "count_slots", Maps;
+    CountSlots => "count_slots", Count;
     SendOrder => "send_order", Pack;
     ReceiveOrder => "receive_order", Maps;
     SortBySlot => "sort_by_slot", Maps;

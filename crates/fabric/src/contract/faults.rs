@@ -101,9 +101,9 @@ pub fn late_ranks<B: Backend>(world: &World<'_, B>) {
     fails(world, 4, group, FaultKind::Deadline, place(2), &["rank 3 ", "all-gather", "within 400ms"]);
     let message: Script<B> = |node| match node.rank() {
         1 => Err(until_stopped(node)),
-        _ => node.fabric.control.exchange("rendezvous", Place::layer(Layer(2)), vec![1]).map(|_| ()),
+        _ => node.fabric.control.exchange("count exchange", Place::layer(Layer(2)), vec![1]).map(|_| ()),
     };
-    let words = ["rank 1 ", "rendezvous", "within 400ms"];
+    let words = ["rank 1 ", "count exchange", "within 400ms"];
     fails(world, 3, message, FaultKind::Deadline, Place::layer(Layer(2)), &words);
 }
 
@@ -134,8 +134,8 @@ pub fn differing_exchanges<B: Backend>(world: &World<'_, B>) {
 /// Ranks at different messages are seen.
 pub fn differing_messages<B: Backend>(world: &World<'_, B>) {
     let name: Script<B> = |node| {
-        let name = ["rendezvous", "barrier"][node.rank()];
+        let name = ["count exchange", "barrier"][node.rank()];
         node.fabric.control.exchange(name, Place::layer(Layer(1)), vec![]).map(|_| ())
     };
-    fails(world, 2, name, FaultKind::Mismatch, Place::layer(Layer(1)), &["rendezvous", "barrier"]);
+    fails(world, 2, name, FaultKind::Mismatch, Place::layer(Layer(1)), &["count exchange", "barrier"]);
 }

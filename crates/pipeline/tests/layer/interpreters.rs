@@ -2,28 +2,29 @@
 //! counts and places of the shared expert, in a world of one rank too.
 
 use crate::world::{Case, Got, Setup, random_table, run};
-use epsmoe_base::{DType, Lane, Mix, Rank, Stage, env::test_seed};
+use epsmoe_base::{DType, Lane, Mix, Phase, Rank, Stage, env::test_seed};
 use epsmoe_plan::*;
 use std::collections::BTreeSet;
 
-/// An operation of one lane: its name and its stage.
-type Step = (String, Option<Stage>);
+/// An operation of one lane: its name, what it is for, and its stage.
+type Step = (String, Option<Phase>, Option<Stage>);
 
 fn ran(got: &Got, lane: Lane) -> Vec<Step> {
     let here = got.records.iter().filter(|record| record.lane == lane && record.place.layer.is_some());
-    here.map(|record| (record.name.to_string(), record.place.stage)).collect()
+    here.map(|record| (record.name.to_string(), record.place.phase, record.place.stage)).collect()
 }
 
 /// What was priced: one step for every operation.
 fn priced(steps: &[Planned], rank: Rank, lane: Lane) -> Vec<Step> {
     let here = steps.iter().filter(|step| (step.rank, step.lane) == (rank, Some(lane)));
-    here.flat_map(|step| step.work.iter().map(|_| (step.name.to_string(), step.stage))).collect()
+    here.flat_map(|step| step.work.iter().map(|_| (step.name.to_string(), step.phase, step.stage))).collect()
 }
 
 #[test]
 fn what_ran_is_what_was_priced() {
     let seed = test_seed();
     let mut places = BTreeSet::new();
+    let (mut scattered, mut without_tokens, mut without_rows) = (0, 0, 0);
     for index in 0..60 {
         let mut mix = Mix::keyed(seed, &[index]);
         // No gate on the shared expert: nothing prices it.
@@ -47,17 +48,25 @@ fn what_ran_is_what_was_priced() {
             }
             assert_eq!(last_sum(&steps, rank), sum_bytes(&case, &routings[rank.0]), "{rank}: {shown}");
         }
+        let contiguous = SlotMap::contiguous(map.experts(), map.ranks()).expect("at least an expert a rank");
+        scattered += usize::from(map.slot_table() != contiguous.slot_table());
+        without_tokens += usize::from(map.ranks() > 1 && case.tokens.contains(&0));
+        let traffic = Traffic::of(map, &counts, &table);
+        without_rows += usize::from(map.all_ranks().any(|rank| traffic.rows_received(rank) == 0));
         if case.shared.is_some() {
             places.insert((map.ranks() == 1, format!("{}", table.shared)));
         }
     }
-    // Every place was there, and most of them in a world of one rank too.
+    // Every place was there, and most of them in a world of one rank too; so were maps in any order, ranks that send
+    // nothing and ranks that get nothing.
     assert!(places.len() >= 6, "seed {seed}: {places:?}");
+    let seen = [scattered, without_tokens, without_rows];
+    assert!(seen.iter().all(|&cases| cases >= 5), "seed {seed}: {seen:?}");
 }
 
 /// Bytes that the last sum of a rank was priced for.
 fn last_sum(steps: &[Planned], rank: Rank) -> u64 {
-    let of_rank = steps.iter().rfind(|step| step.rank == rank && step.name == "reduce");
+    let of_rank = steps.iter().rfind(|step| step.rank == rank && step.phase == Some(Phase::Sum));
     match of_rank.map(|step| step.work.as_slice()) {
         Some([Work::Reduce(bytes)]) => *bytes,
         other => panic!("{other:?} is no sum"),

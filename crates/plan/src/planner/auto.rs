@@ -18,12 +18,11 @@ use super::{
 };
 use crate::search::{Bucket, Decision, SearchOptions, cuts_for, search};
 use crate::simulate::{StageTimes, Workload, simulate};
-use crate::time_breakdown::moe_layers;
 use crate::{
-    Correction, CostModel, GemmKind, LayerHistograms, LayerSizes, PlanError, SharedExpert, SlotMap, Span,
-    StageTable, Timeline,
+    Correction, CostModel, GemmKind, LayerHistograms, LayerSizes, LayerWindow, PlanError, SharedExpert,
+    SlotMap, Span, StageTable, Timeline,
 };
-use epsmoe_base::{Lane, Layer, Rank, Stage, hash_bytes};
+use epsmoe_base::{Lane, Layer, Phase, Rank, Stage, hash_bytes};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -219,14 +218,14 @@ impl AutoPlanner {
         let all: Vec<&Span> = predicted.spans.iter().filter(|span| span.rank == rank).collect();
         let feedback = Feedback::of(rank, &ran.table, &predicted, &measured);
         // Replayed routing leaves no choice of experts to begin with.
-        let windows = window(&all, rank).zip(window(&measured, rank));
-        let Some(((from, to), (start, end))) = windows else { return feedback };
+        let window = |spans: &[&Span]| LayerWindow::of(spans.iter().copied()).pop();
+        let Some((planned, took)) = window(&all).zip(window(&measured)) else { return feedback };
         let stages = (0..ran.table.stages()).map(Stage);
         let watched = LayerSample {
-            layer: PredictedMeasured { predicted_ns: to - from, measured_ns: end - start },
+            layer: PredictedMeasured { predicted_ns: planned.duration_ns(), measured_ns: took.duration_ns() },
             stages: stages.map(|stage| (stage_times(&all, stage), stage_times(&measured, stage))).collect(),
-            predicted: since(&all, from, to),
-            measured: since(&measured, start, end),
+            predicted: since(&all, &planned),
+            measured: since(&measured, &took),
         };
         self.watched += 1;
         self.mispredicted += u64::from(watched.layer.misses_by(ScheduleReport::MISPREDICTED_PERCENT));
@@ -321,14 +320,9 @@ impl Decided {
     }
 }
 
-/// From the choice of experts to the sum at home; the longest if a layer ran in chunks.
-fn window(spans: &[&Span], rank: Rank) -> Option<(u64, u64)> {
-    let spans = spans.iter().map(|&span| span.clone()).collect();
-    let layers = moe_layers(&Timeline { spans }, rank);
-    layers.into_iter().max_by_key(|(start, end)| end - start)
-}
-
-fn since(spans: &[&Span], start: u64, end: u64) -> Timeline {
+/// What happened in a window, from its start.
+fn since(spans: &[&Span], window: &LayerWindow) -> Timeline {
+    let &LayerWindow { start_ns: start, end_ns: end, .. } = window;
     let inside = spans.iter().filter(|span| span.end_ns > start && span.start_ns < end);
     let moved = inside.map(|&span| Span {
         start_ns: span.start_ns.saturating_sub(start),
@@ -344,8 +338,8 @@ fn stage_times(spans: &[&Span], stage: Stage) -> StageTimes {
         of_stage.map(|span| span.duration_ns()).sum()
     };
     StageTimes {
-        dispatch_ns: sum(&|span| span.name == "dispatch"),
+        dispatch_ns: sum(&|span| span.phase == Phase::Dispatch),
         compute_ns: sum(&|span| span.lane == Lane::Compute),
-        combine_ns: sum(&|span| span.name == "combine"),
+        combine_ns: sum(&|span| span.phase == Phase::Combine),
     }
 }

@@ -1,7 +1,7 @@
 //! What ranks learn from layers they watched, and tell each other.
 
 use crate::{GemmKind, Span, StageTable, Timeline};
-use epsmoe_base::{Lane, Rank};
+use epsmoe_base::{Phase, Rank};
 
 /// What a kind of work was predicted to take on a rank, and what it took, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub struct Feedback {
     pub grouped: PredictedMeasured,
     /// Dense products of the stages.
     pub dense: PredictedMeasured,
-    /// Rows picked and added.
+    /// Rows packed, picked and added.
     pub rows: PredictedMeasured,
 }
 
@@ -65,13 +65,13 @@ impl Feedback {
     }
 
     fn kind_of(&mut self, table: &StageTable, span: &Span) -> Option<&mut PredictedMeasured> {
-        match (span.lane, span.name.as_ref(), span.stage) {
-            (Lane::Transfer, _, _) => Some(&mut self.link),
-            (_, "gemm", Some(stage)) => match table.gemm.get(stage.0)? {
+        match span.phase {
+            Phase::Metadata | Phase::Dispatch | Phase::Combine => Some(&mut self.link),
+            Phase::GateUp | Phase::Down => match table.gemm.get(span.stage?.0)? {
                 GemmKind::Grouped => Some(&mut self.grouped),
                 GemmKind::Dense => Some(&mut self.dense),
             },
-            (_, "gather" | "reduce", _) => Some(&mut self.rows),
+            Phase::Pack | Phase::Expand | Phase::Reduce | Phase::Sum => Some(&mut self.rows),
             _ => None,
         }
     }

@@ -8,7 +8,7 @@ use std::fmt;
 /// One layer as it was predicted and as it went, on one rank.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LayerSample {
-    /// From the choice of experts to the sum at home.
+    /// From the choice of experts to the last sum.
     pub layer: PredictedMeasured,
     /// `[S]` predicted, measured.
     pub stages: Vec<(StageTimes, StageTimes)>,

@@ -30,7 +30,7 @@ pub(super) fn run(program: &Program, cost: &CostModel, share: &ShareCost) -> Tim
     let firsts = (0..program.ranks).step_by(together);
     let mut groups: Vec<Group<'_>> =
         firsts.map(|first| Group::new(program, first..first + together, cost, share)).collect();
-    // The order in which ranks meet is the same for all: one queue of exchanges follows the other's rendezvous.
+    // The order in which ranks meet is the same for all: the transfer lanes' exchanges follow the hosts' count exchange.
     for step in (0..program.steps.len()).filter(|&step| program.steps[step].meets) {
         let all_here = groups.iter_mut().map(|group| group.run_to(step)).max().unwrap_or(0);
         for group in &mut groups {

@@ -3,7 +3,7 @@
 use super::{Workload, share_of};
 use crate::piecewise::scale;
 use crate::{CostModel, GemmKind, LayerSizes, Payload, SharedExpert, StageTable, Traffic, Transfer, Work};
-use epsmoe_base::{Lane, Rank, Stage};
+use epsmoe_base::{Lane, Phase, Rank, Stage};
 use std::ops::Range;
 
 /// A piece of a layer on one rank, before it is priced.
@@ -13,7 +13,9 @@ pub struct Planned {
     pub rank: Rank,
     /// On which lane; the host if on none.
     pub lane: Option<Lane>,
-    /// As its span is called.
+    /// What its span is for; nothing of the host, which leaves none.
+    pub phase: Option<Phase>,
+    /// What its span is called.
     pub name: &'static str,
     /// The stage it belongs to, if any.
     pub stage: Option<Stage>,
@@ -34,7 +36,8 @@ pub fn planned(table: &StageTable, workload: &Workload<'_>, cost: &CostModel) ->
             Queue::Transfer => Some(Lane::Transfer),
             Queue::Host => None,
         };
-        Planned { rank: Rank(at % ranks), lane, name: step.name, stage: step.stage, work }
+        let Label { name, phase, stage } = step.label;
+        Planned { rank: Rank(at % ranks), lane, phase, name, stage, work }
     };
     program.described.into_iter().flatten().enumerate().map(of).collect()
 }
@@ -49,12 +52,36 @@ pub(super) enum Queue {
 
 pub(super) const QUEUES: usize = 3;
 
+/// What a step is called and what it is for, as in the spans of a run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Label {
+    pub(super) name: &'static str,
+    /// Nothing of the host.
+    pub(super) phase: Option<Phase>,
+    pub(super) stage: Option<Stage>,
+}
+
+impl Label {
+    /// An operation of a lane.
+    fn lane(name: &'static str, phase: Phase) -> Self {
+        Label { name, phase: Some(phase), stage: None }
+    }
+
+    /// A piece of work of the host.
+    fn host(name: &'static str) -> Self {
+        Label { name, phase: None, stage: None }
+    }
+
+    fn of(self, stage: Option<Stage>) -> Self {
+        Label { stage, ..self }
+    }
+}
+
 /// One piece of work, the same on every rank but for its size.
 #[derive(Clone, Debug)]
 pub(super) struct Step {
     pub(super) queue: Queue,
-    pub(super) name: &'static str,
-    pub(super) stage: Option<Stage>,
+    pub(super) label: Label,
     /// Steps of other queues that come first.
     pub(super) after: [Option<usize>; 2],
     /// It begins when all ranks are there.
@@ -65,6 +92,8 @@ pub(super) struct Step {
 pub(super) struct Program {
     pub(super) ranks: usize,
     pub(super) steps: Vec<Step>,
+    /// Steps of the host in which ranks tell each other their counts and plan; none in place.
+    pub(super) exchanged_and_planned: Option<[usize; 2]>,
     /// `[step · R + rank]` nanoseconds when nothing else runs; of an exchange on a shared processor, those on the
     /// links.
     pub(super) work: Vec<u64>,
@@ -93,7 +122,7 @@ impl Program {
         let ranks = workload.placement.ranks();
         let traffic = Traffic::of(workload.placement, workload.counts, table);
         let (steps, work, copies) = (Vec::new(), Vec::new(), Vec::new());
-        let program = Program { ranks, steps, work, copies, described };
+        let program = Program { ranks, steps, exchanged_and_planned: None, work, copies, described };
         let compute_permille = share_of(cost, share).compute;
         let mut builder = Builder { table, workload, cost, traffic, compute_permille, program };
         if table.runs_in_place(workload.placement) {
@@ -122,16 +151,16 @@ impl Builder<'_> {
         let (slots, ranks) = (self.workload.placement.slots() as u64, self.program.ranks as u64);
         let shared = self.table.shared;
         self.route();
-        let counted = self.index("count_slots", [None, None], Self::pairs_sent);
+        let counted = self.index("count_slots", Phase::Count, [None, None], Self::pairs_sent);
         let read = self.host("read", false, [Some(counted), None], Work::ReadCounts, |_, _| slots);
         let ready = self.pack(read);
         self.shared_if(shared == SharedExpert::BesideCountExchange, None);
         let messages = ranks * (8 + 4 * (1 + 3 * slots));
-        self.host("count exchange", true, [None, None], Work::CountExchange, |_, _| messages);
+        let exchanged = self.host("count exchange", true, [None, None], Work::CountExchange, |_, _| messages);
         let planned = self.host("plan", false, [None, None], Work::Plan, |_, _| slots * ranks);
+        self.program.exchanged_and_planned = Some([exchanged, planned]);
         let metadata = self.exchange(
-            "metadata",
-            None,
+            Label::lane("metadata", Phase::Metadata),
             [Some(ready), Some(planned)],
             8 * sizes.top_k,
             |traffic, rank, other| traffic.dispatch_send_all(rank, other).len(),
@@ -147,8 +176,7 @@ impl Builder<'_> {
                 Transfer::Dispatch(stage) => {
                     let handed = if first { None } else { self.enqueue(Some(stage), |_, _| 1) };
                     last_transfer = self.exchange(
-                        "dispatch",
-                        Some(stage),
+                        Label::lane("dispatch", Phase::Dispatch).of(Some(stage)),
                         [handed, None],
                         sizes.wire.dispatch.bytes(sizes.hidden),
                         |traffic, rank, other| traffic.dispatch_send(rank, other, stage).len(),
@@ -168,8 +196,7 @@ impl Builder<'_> {
                 Transfer::Combine(stage) => {
                     let handed = self.enqueue(Some(stage), |_, _| 1);
                     last_transfer = self.exchange(
-                        "combine",
-                        Some(stage),
+                        Label::lane("combine", Phase::Combine).of(Some(stage)),
                         [Some(reduced[stage.0]), handed],
                         sizes.wire.combine.bytes(sizes.hidden),
                         |traffic, rank, other| traffic.combine_send(rank, stage, other).len(),
@@ -189,7 +216,7 @@ impl Builder<'_> {
         let first = matches!(shared, SharedExpert::BesideCountExchange | SharedExpert::BesideFirstDispatch);
         self.route();
         self.shared_if(first, None);
-        self.index("sort_by_slot", [None, None], Self::pairs_sent);
+        self.index("sort_by_slot", Phase::Maps, [None, None], Self::pairs_sent);
         self.stage(Stage(0), None);
         self.shared_if(!first, None);
         self.sum(None);
@@ -198,13 +225,12 @@ impl Builder<'_> {
     /// An operation on rows or index arrays, of so many bytes or logits.
     fn rows(
         &mut self,
-        name: &'static str,
-        stage: Option<Stage>,
+        label: Label,
         after: [Option<usize>; 2],
         work: fn(u64) -> Work,
         size: impl Fn(&Self, Rank) -> u64,
     ) -> usize {
-        let step = Step { queue: Queue::Compute, name, stage, after, meets: false };
+        let step = Step { queue: Queue::Compute, label, after, meets: false };
         let ns = |this: &Self, size| scale(this.cost.sized_ns(&work(size)), this.compute_permille);
         self.push(
             step,
@@ -217,10 +243,11 @@ impl Builder<'_> {
     fn index(
         &mut self,
         name: &'static str,
+        phase: Phase,
         after: [Option<usize>; 2],
         pairs: impl Fn(&Self, Rank) -> u64,
     ) -> usize {
-        self.rows(name, None, after, Work::Index, pairs)
+        self.rows(Label::lane(name, phase), after, Work::Index, pairs)
     }
 
     /// Of a rank's own tokens.
@@ -234,10 +261,9 @@ impl Builder<'_> {
     }
 
     /// Index arrays on their way to the device: so many words.
-    fn upload(&mut self, after: Option<usize>, words: impl Fn(&Self, Rank) -> usize) -> usize {
-        self.rows("host_to_device", None, [after, None], Work::HostToDevice, |this, rank| {
-            4 * words(this, rank) as u64
-        })
+    fn host_to_device(&mut self, after: Option<usize>, words: impl Fn(&Self, Rank) -> usize) -> usize {
+        let label = Label::lane("host_to_device", Phase::Maps);
+        self.rows(label, [after, None], Work::HostToDevice, |this, rank| 4 * words(this, rank) as u64)
     }
 
     fn host(
@@ -248,7 +274,7 @@ impl Builder<'_> {
         work: fn(u64) -> Work,
         size: impl Fn(&Self, Rank) -> u64,
     ) -> usize {
-        let step = Step { queue: Queue::Host, name, stage: None, after, meets };
+        let step = Step { queue: Queue::Host, label: Label::host(name), after, meets };
         let ns = |this: &Self, rank| this.cost.sized_ns(&work(size(this, rank)));
         self.push(step, |this, rank| vec![work(size(this, rank))], |this, rank| (ns(this, rank), 0))
     }
@@ -256,7 +282,8 @@ impl Builder<'_> {
     /// The host hands operations, and products in them, to a lane; nothing where that is free.
     fn enqueue(&mut self, stage: Option<Stage>, size: impl Fn(&Self, Rank) -> u64) -> Option<usize> {
         let costs = self.cost.host.enqueue.extended(1 << 20) > 0 || self.program.described.is_some();
-        let step = Step { queue: Queue::Host, name: "enqueue", stage, after: [None, None], meets: false };
+        let label = Label::host("enqueue").of(stage);
+        let step = Step { queue: Queue::Host, label, after: [None, None], meets: false };
         let ns = |this: &Self, rank| this.cost.sized_ns(&Work::Enqueue(size(this, rank)));
         costs.then(|| {
             self.push(
@@ -290,14 +317,13 @@ impl Builder<'_> {
     /// An exchange of rows of `row_bytes`: how many a rank sends to another, and how many come back.
     fn exchange(
         &mut self,
-        name: &'static str,
-        stage: Option<Stage>,
+        label: Label,
         after: [Option<usize>; 2],
         row_bytes: usize,
         out: impl Fn(&Traffic, Rank, Rank) -> usize,
         back: impl Fn(&Traffic, Rank, Rank) -> usize,
     ) -> usize {
-        let step = Step { queue: Queue::Transfer, name, stage, after, meets: true };
+        let step = Step { queue: Queue::Transfer, label, after, meets: true };
         let payload = |this: &Self, rank| {
             let out = this.sides(rank, |other| out(&this.traffic, rank, other));
             let back = this.sides(rank, |other| back(&this.traffic, rank, other));
@@ -328,16 +354,16 @@ impl Builder<'_> {
     /// Router, choice of experts, and their slots.
     fn route(&mut self) {
         let (hidden, experts) = (self.workload.shape.hidden, self.workload.placement.experts());
-        self.linear(experts, hidden, None);
+        self.linear(Phase::RouterLogits, [experts, hidden], None);
         let logits = |this: &Self, rank| (this.traffic.tokens(rank) * experts) as u64;
-        self.rows("route", None, [None, None], Work::Route, logits);
-        self.index("assign_slots", [None, None], Self::pairs_sent);
+        self.rows(Label::lane("route", Phase::Route), [None, None], Work::Route, logits);
+        self.index("assign_slots", Phase::Maps, [None, None], Self::pairs_sent);
     }
 
     /// One product of all of a rank's tokens with one matrix.
-    fn linear(&mut self, columns: usize, depth: usize, after: Option<usize>) {
+    fn linear(&mut self, phase: Phase, matrix: [usize; 2], after: Option<usize>) {
         let tokens = |this: &Self, rank| vec![this.traffic.tokens(rank) as u64];
-        self.products(GemmKind::Dense, [columns, depth], None, after, tokens);
+        self.products(GemmKind::Dense, matrix, Label::lane("gemm", phase), after, tokens);
     }
 
     /// Products of `[columns, depth]` matrices with so many rows each.
@@ -345,12 +371,12 @@ impl Builder<'_> {
         &mut self,
         kind: GemmKind,
         [columns, depth]: [usize; 2],
-        stage: Option<Stage>,
+        label: Label,
         after: Option<usize>,
         rows: impl Fn(&Self, Rank) -> Vec<u64>,
     ) {
         let product = self.cost.gemm(kind).product(columns, depth, self.workload.shape.dtype.bytes());
-        let step = Step { queue: Queue::Compute, name: "gemm", stage, after: [after, None], meets: false };
+        let step = Step { queue: Queue::Compute, label, after: [after, None], meets: false };
         let gemm = |rows| Work::Gemm { kind, rows, columns, depth };
         self.push(
             step,
@@ -372,8 +398,8 @@ impl Builder<'_> {
     /// Rows and metadata in send order; the last step after which they may leave.
     fn pack(&mut self, read: usize) -> usize {
         let LayerSizes { hidden, wire, .. } = *self.workload.shape;
-        self.index("send_order", [Some(read), None], Self::pairs_sent);
-        self.rows("gather", None, [None, None], Work::Gather, |this, rank| {
+        self.index("send_order", Phase::Pack, [Some(read), None], Self::pairs_sent);
+        self.rows(Label::lane("gather", Phase::Pack), [None, None], Work::Gather, |this, rank| {
             (this.traffic.rows_sent(rank) * wire.dispatch.bytes(hidden)) as u64
         })
     }
@@ -381,17 +407,19 @@ impl Builder<'_> {
     fn shared_if(&mut self, now: bool, after: Option<usize>) {
         let (hidden, inner) = (self.workload.shape.hidden, self.workload.shape.shared_inner);
         if now && inner > 0 {
-            self.linear(2 * inner, hidden, after);
-            self.linear(hidden, inner, None);
+            self.linear(Phase::Shared, [2 * inner, hidden], after);
+            self.linear(Phase::Shared, [hidden, inner], None);
         }
     }
 
     /// What was announced, and the index arrays of the stages, which follow from it and from the metadata.
     fn receive(&mut self, planned: usize, metadata: usize) {
         let ranks = self.program.ranks;
-        self.upload(Some(planned), |this, rank| 5 * ranks * this.workload.placement.local_count(rank));
-        self.index("receive_order", [Some(metadata), None], Self::pairs_received);
-        self.index("sort_by_slot", [None, None], Self::pairs_received);
+        self.host_to_device(Some(planned), |this, rank| {
+            5 * ranks * this.workload.placement.local_count(rank)
+        });
+        self.index("receive_order", Phase::Maps, [Some(metadata), None], Self::pairs_received);
+        self.index("sort_by_slot", Phase::Maps, [None, None], Self::pairs_received);
     }
 
     /// Expand, two products and reduction of a stage; returns the last.
@@ -411,13 +439,15 @@ impl Builder<'_> {
                 2 + products + if kind == GemmKind::Dense { products } else { 2 }
             })
         });
-        self.rows("gather", place, [dispatched, handed], Work::Gather, |this, rank| {
+        let of_stage = |name, phase| Label::lane(name, phase).of(place);
+        let expand = of_stage("gather", Phase::Expand);
+        self.rows(expand, [dispatched, handed], Work::Gather, |this, rank| {
             this.traffic.stage_assignments(rank, stage).len() as u64 * row_bytes
         });
-        for matrix in [[2 * inner, hidden], [hidden, inner]] {
-            self.products(kind, matrix, place, None, loaded);
+        for (phase, matrix) in [(Phase::GateUp, [2 * inner, hidden]), (Phase::Down, [hidden, inner])] {
+            self.products(kind, matrix, of_stage("gemm", phase), None, loaded);
         }
-        self.rows("reduce", place, [None, None], Work::Reduce, |this, rank| {
+        self.rows(of_stage("reduce", Phase::Reduce), [None, None], Work::Reduce, |this, rank| {
             // Which assignments make which sum only the routing knows: every sum has its share of them.
             let (sums, all) =
                 (this.traffic.combine_send_stage(rank, stage).len(), this.traffic.rows_received(rank));
@@ -430,7 +460,7 @@ impl Builder<'_> {
         let sizes = *self.workload.shape;
         let sum_bytes = sizes.wire.combine.bytes(sizes.hidden);
         let addend_bytes = if sizes.shared_inner > 0 { sizes.row_bytes() } else { 0 };
-        self.rows("reduce", None, [last_transfer, None], Work::Reduce, |this, rank| {
+        self.rows(Label::lane("reduce", Phase::Sum), [last_transfer, None], Work::Reduce, |this, rank| {
             (this.traffic.rows_sent(rank) * sum_bytes + this.traffic.tokens(rank) * addend_bytes) as u64
         });
     }

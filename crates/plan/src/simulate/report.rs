@@ -16,7 +16,7 @@ pub struct Simulation {
     /// How long the transfer lane works, or waits for its peers, while the compute lane does not; on the rank with
     /// the most of it.
     pub exposed_transfer_ns: u64,
-    /// From the first rank that is ready to rendezvous to the plan in every rank's hands.
+    /// From the first rank that is ready to tell its counts to the plan in every rank's hands.
     pub count_exchange_ns: u64,
     /// `[S]`
     pub stages: Vec<StageTimes>,
@@ -64,10 +64,10 @@ pub(super) fn report(program: &Program, times: &Times, stages: usize) -> Simulat
         timeline.spans.extend(of(number).enumerate().map(|(rank, at)| Span {
             rank: Rank(rank),
             layer: None,
-            stage: step.stage,
+            stage: step.label.stage,
             lane,
-            phase: Phase::Other,
-            name: step.name.into(),
+            phase: step.label.phase.unwrap_or(Phase::Other),
+            name: step.label.name.into(),
             start_ns: times.start[at],
             end_ns: times.end[at],
         }));
@@ -75,9 +75,8 @@ pub(super) fn report(program: &Program, times: &Times, stages: usize) -> Simulat
     for (stage, times_of) in stage_times.iter_mut().enumerate() {
         *times_of = stage_report(program, times, Stage(stage));
     }
-    let host = |name| program.steps.iter().position(|step| step.name == name);
-    if let (Some(met), Some(planned)) = (host("count exchange"), host("plan")) {
-        let first = of(met).map(|at| times.start[at]).min().unwrap_or(0);
+    if let Some([exchanged, planned]) = program.exchanged_and_planned {
+        let first = of(exchanged).map(|at| times.start[at]).min().unwrap_or(0);
         count_exchange_ns = of(planned).map(|at| times.end[at]).max().unwrap_or(0) - first;
     }
     let of_rank = |rank| RankTimes {
@@ -106,10 +105,10 @@ fn stage_report(program: &Program, times: &Times, stage: Stage) -> StageTimes {
         let ranks: Range<usize> = 0..program.ranks;
         ranks.map(of_rank).max().unwrap_or(0)
     };
-    let here = |step: &Step| step.stage == Some(stage);
+    let here = |step: &Step, phase| step.label.stage == Some(stage) && step.label.phase == Some(phase);
     StageTimes {
-        dispatch_ns: slowest(&|step| here(step) && step.name == "dispatch"),
-        compute_ns: slowest(&|step| here(step) && step.queue == Queue::Compute),
-        combine_ns: slowest(&|step| here(step) && step.name == "combine"),
+        dispatch_ns: slowest(&|step| here(step, Phase::Dispatch)),
+        compute_ns: slowest(&|step| step.label.stage == Some(stage) && step.queue == Queue::Compute),
+        combine_ns: slowest(&|step| here(step, Phase::Combine)),
     }
 }

@@ -1,7 +1,7 @@
 //! What a timeline says about its MoE layers.
 
-use epsmoe_base::{Lane, Layer, Rank};
-use epsmoe_plan::{Span, TimeBreakdown, Timeline};
+use epsmoe_base::{Lane, Layer, Phase, Rank};
+use epsmoe_plan::{LayerWindow, Span, TimeBreakdown, Timeline};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// One MoE layer of one step.
@@ -22,11 +22,9 @@ pub(super) struct LayerTime {
 /// The MoE layer of a timeline whose time is the median, on all ranks.
 pub(super) fn median_layer(timeline: &Timeline) -> Option<Timeline> {
     let mut windows: BTreeMap<Layer, (u64, u64)> = BTreeMap::new();
-    for ((layer, _), spans) in by_layer_and_rank(timeline) {
-        if let Some((start, end)) = moe_window(&spans) {
-            let window = windows.entry(layer).or_insert((start, end));
-            *window = (window.0.min(start), window.1.max(end));
-        }
+    for (layer, _, LayerWindow { start_ns, end_ns, .. }) in moe_layers(timeline) {
+        let window = windows.entry(layer).or_insert((start_ns, end_ns));
+        *window = (window.0.min(start_ns), window.1.max(end_ns));
     }
     let mut layers: Vec<_> = windows.into_iter().collect();
     layers.sort_by_key(|(_, (start, end))| end - start);
@@ -39,12 +37,14 @@ pub(super) fn median_layer(timeline: &Timeline) -> Option<Timeline> {
 /// Every MoE layer of a step.
 pub(super) fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
     let mut layers: BTreeMap<Layer, LayerTime> = BTreeMap::new();
-    for ((layer, rank), spans) in by_layer_and_rank(timeline) {
-        let Some((start, end)) = moe_window(&spans) else { continue };
-        let inside = inside(&spans, start, end);
+    for (layer, rank, window) in moe_layers(timeline) {
+        let of_layer = |span: &&Span| (span.layer, span.rank) == (Some(layer), rank);
+        let spans: Vec<&Span> = timeline.spans.iter().filter(of_layer).collect();
+        let inside = inside(&spans, window.start_ns, window.end_ns);
         let time = layers.entry(layer).or_default();
-        if ms(end - start) > time.ms {
-            (time.ms, time.exposed_ms) = (ms(end - start), ms(inside.exposed_transfer(rank)));
+        let took = ms(window.duration_ns());
+        if took > time.ms {
+            (time.ms, time.exposed_ms) = (took, ms(inside.exposed_transfer(rank)));
         }
         let compute_ms = ms(inside.busy(rank, Lane::Compute));
         if compute_ms > time.compute_ms {
@@ -61,7 +61,7 @@ pub(super) fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
 
 /// Rows or sums of a stage on their way.
 fn is_transfer(span: &Span) -> bool {
-    matches!(span.name.as_ref(), "dispatch" | "combine")
+    matches!(span.phase, Phase::Dispatch | Phase::Combine)
 }
 
 fn total(timeline: &Timeline, which: impl Fn(&Span) -> bool) -> u64 {
@@ -73,21 +73,11 @@ pub(super) fn smallest_transfer(timeline: &Timeline) -> Option<f64> {
     timeline.spans.iter().filter(|span| is_transfer(span)).map(|span| ms(span.duration_ns())).reduce(f64::min)
 }
 
-fn by_layer_and_rank(timeline: &Timeline) -> BTreeMap<(Layer, Rank), Vec<&Span>> {
-    let mut groups: BTreeMap<_, Vec<&Span>> = BTreeMap::new();
-    for span in &timeline.spans {
-        if let Some(layer) = span.layer {
-            groups.entry((layer, span.rank)).or_default().push(span);
-        }
-    }
-    groups
-}
-
-/// From the start of routing to the end of the sum over ranks, the reduction that belongs to no stage.
-fn moe_window(spans: &[&Span]) -> Option<(u64, u64)> {
-    let start = spans.iter().filter(|span| span.name == "route").map(|span| span.start_ns).min()?;
-    let sums = spans.iter().filter(|span| span.name == "reduce" && span.stage.is_none());
-    Some((start, sums.map(|span| span.end_ns).max()?))
+/// Every MoE layer of every rank, and when it ran there.
+fn moe_layers(timeline: &Timeline) -> impl Iterator<Item = (Layer, Rank, LayerWindow)> {
+    let ranks: BTreeSet<Rank> = timeline.spans.iter().map(|span| span.rank).collect();
+    let of_rank = |rank: Rank| timeline.moe_layers(rank).into_iter().map(move |window| (rank, window));
+    ranks.into_iter().flat_map(of_rank).filter_map(|(rank, window)| Some((window.layer?, rank, window)))
 }
 
 /// Spans cut to a window.
@@ -104,7 +94,7 @@ fn inside(spans: &[&Span], start: u64, end: u64) -> Timeline {
 pub(super) fn busiest(timeline: &Timeline) -> TimeBreakdown {
     let ranks: BTreeSet<Rank> = timeline.spans.iter().map(|span| span.rank).collect();
     let accounts = ranks.into_iter().map(|rank| TimeBreakdown::of(timeline, rank));
-    accounts.min_by_key(|accounts| accounts.rendezvous + accounts.idle).unwrap_or_default()
+    accounts.min_by_key(|accounts| accounts.count_exchange + accounts.idle).unwrap_or_default()
 }
 
 fn ms(ns: u64) -> f64 {
@@ -123,16 +113,16 @@ pub(crate) fn quantile(values: impl Iterator<Item = f64>, share: f64) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_base::{Phase, Stage};
+    use epsmoe_base::Stage;
 
-    fn span(rank: usize, lane: Lane, name: &'static str, stage: Option<usize>, start: u64, end: u64) -> Span {
+    fn span(rank: usize, lane: Lane, phase: Phase, stage: Option<usize>, start: u64, end: u64) -> Span {
         Span {
             rank: Rank(rank),
             layer: Some(Layer(1)),
             stage: stage.map(Stage),
             lane,
-            phase: Phase::Other,
-            name: name.into(),
+            phase,
+            name: "whatever".into(),
             start_ns: start * 1_000_000,
             end_ns: end * 1_000_000,
         }
@@ -149,17 +139,17 @@ mod tests {
     fn a_layer_is_timed_from_its_route_to_its_sum() {
         let timeline = Timeline {
             spans: vec![
-                span(0, Lane::Compute, "attention", None, 0, 1),
-                span(0, Lane::Compute, "route", None, 1, 3),
-                span(0, Lane::Transfer, "dispatch", Some(0), 2, 5),
-                span(0, Lane::Compute, "reduce", Some(0), 5, 7),
-                span(0, Lane::Transfer, "combine", Some(0), 6, 8),
-                span(0, Lane::Compute, "reduce", None, 9, 10),
-                span(1, Lane::Compute, "route", None, 2, 3),
-                span(1, Lane::Transfer, "dispatch", Some(0), 3, 5),
-                span(1, Lane::Compute, "gemm", Some(0), 5, 9),
-                span(1, Lane::Transfer, "combine", Some(0), 6, 8),
-                span(1, Lane::Compute, "reduce", None, 9, 10),
+                span(0, Lane::Compute, Phase::Attention, None, 0, 1),
+                span(0, Lane::Compute, Phase::Route, None, 1, 3),
+                span(0, Lane::Transfer, Phase::Dispatch, Some(0), 2, 5),
+                span(0, Lane::Compute, Phase::Reduce, Some(0), 5, 7),
+                span(0, Lane::Transfer, Phase::Combine, Some(0), 6, 8),
+                span(0, Lane::Compute, Phase::Sum, None, 9, 10),
+                span(1, Lane::Compute, Phase::Route, None, 2, 3),
+                span(1, Lane::Transfer, Phase::Dispatch, Some(0), 3, 5),
+                span(1, Lane::Compute, Phase::GateUp, Some(0), 5, 9),
+                span(1, Lane::Transfer, Phase::Combine, Some(0), 6, 8),
+                span(1, Lane::Compute, Phase::Sum, None, 9, 10),
             ],
         };
         // Rank 0 takes longest, rank 1 computes most and waits least.
