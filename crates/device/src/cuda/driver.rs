@@ -1,5 +1,6 @@
 //! The CUDA driver's calls that this room needs, each checked, with owners for what must be given back.
 
+use super::layout::{Field, Layout};
 use cudarc::driver::sys;
 use std::ffi::{CStr, CString, c_uint, c_void};
 use std::ptr::null_mut;
@@ -397,7 +398,17 @@ impl Drop for Event {
 /// How the tensor copy engine finds the numbers of a bf16 matrix. The twin of `TensorMap` in `gemm_hopper.cu`.
 #[repr(C, align(128))]
 #[derive(Clone, Copy)]
-pub(super) struct TensorMap([u64; 16]);
+pub(super) struct TensorMap {
+    opaque: [u64; 16],
+}
+
+/// What the sources are held against.
+pub(super) const LAYOUTS: &[&Layout] = &[&Layout {
+    file: "gemm_hopper.cu",
+    twin: "TensorMap",
+    size: size_of::<TensorMap>(),
+    fields: &[Field("opaque", 0, size_of::<[u64; 16]>())],
+}];
 
 // SAFETY: all its bits may be zero.
 unsafe impl bytemuck::Zeroable for TensorMap {}
@@ -420,7 +431,7 @@ impl TensorMap {
     pub(super) fn new(matrix: &Matrix) -> Result<Self, CudaError> {
         use sys::CUtensorMapSwizzle_enum::{CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
         let (rows, columns) = matrix.piece;
-        let mut map = TensorMap([0; 16]);
+        let mut map = TensorMap { opaque: [0; 16] };
         // SAFETY: the map has the size and alignment that the driver asks for; all arrays outlive the call, two
         // entries for two dimensions, one stride fewer. The driver refuses what the copy engine cannot do.
         unsafe {

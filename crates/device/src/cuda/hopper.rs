@@ -6,6 +6,7 @@
 
 use super::driver::{Context, CudaError, DeviceMemory, Matrix, Stream, TensorMap};
 use super::launch::GemmPart;
+use super::layout::{Layout, twin};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
@@ -22,13 +23,12 @@ const ROW_BOX: u32 = 32;
 /// Shared memory of a block: the ring, two staging areas, slots and barriers, and room to start on 1024 bytes.
 pub(super) const SHARED_BYTES: usize = 231_424;
 
-/// The twin of `Block` in `gemm.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct Block {
-    pub(super) row0: u32,
-    pub(super) rows: u32,
-    pub(super) weight: u64,
+twin! {
+    pub(super) struct Block = "Block" in "gemm.cuh" {
+        pub(super) row0: u32,
+        pub(super) rows: u32,
+        pub(super) weight: u64,
+    }
 }
 
 // SAFETY: all its bits may be zero.
@@ -36,23 +36,25 @@ unsafe impl bytemuck::Zeroable for Block {}
 // SAFETY: plain integers without padding: two of four bytes, one of eight.
 unsafe impl bytemuck::Pod for Block {}
 
-/// The twin of `HopperArgs` in `gemm_hopper.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct HopperArgs {
-    pub(super) rows: TensorMap,
-    pub(super) out: TensorMap,
-    pub(super) blocks: u64,
-    pub(super) only: Block,
-    pub(super) out_start: u64,
-    pub(super) ticket: u64,
-    pub(super) count: u32,
-    pub(super) n: u32,
-    pub(super) k: u32,
-    pub(super) out_stride: u32,
-    pub(super) columns: u32,
-    pub(super) tile_rows: u32,
+twin! {
+    pub(super) struct HopperArgs = "HopperArgs" in "gemm_hopper.cu" {
+        pub(super) rows: TensorMap,
+        pub(super) out: TensorMap,
+        pub(super) blocks: u64,
+        pub(super) only: Block,
+        pub(super) out_start: u64,
+        pub(super) ticket: u64,
+        pub(super) count: u32,
+        pub(super) n: u32,
+        pub(super) k: u32,
+        pub(super) out_stride: u32,
+        pub(super) columns: u32,
+        pub(super) tile_rows: u32,
+    }
 }
+
+/// What the sources are held against.
+pub(super) const LAYOUTS: &[&Layout] = &[Block::LAYOUT, HopperArgs::LAYOUT];
 
 /// Zeroed memory for a lane's tickets; `stream` has yet to be waited for.
 pub(super) fn tickets(context: &Arc<Context>, stream: &Stream) -> Result<DeviceMemory, CudaError> {
@@ -203,7 +205,7 @@ mod tests {
             rows,
             x_stride: 8,
             out_stride: 16,
-            ..GemmPart::default()
+            ..bytemuck::Zeroable::zeroed()
         };
         let rows = |parts: &[GemmPart]| common_rows(parts, 16);
         assert_eq!(rows(&[part(64, 128, 3), part(64 + 5 * 16, 128 + 5 * 32, 1)]), Some(vec![0, 5]));

@@ -1,6 +1,7 @@
 //! The kernels: their sources, compiled for the GPU at hand and kept on disk.
 
 use super::driver::{Context, Function, Module};
+use super::layout;
 use super::nvrtc::{self, Compiled, Unit};
 use crate::DeviceError;
 use cudarc::driver::sys::CUdevice_attribute::{
@@ -248,7 +249,15 @@ fn options(architecture: &str) -> Vec<String> {
 }
 
 fn compile(source: &Source, options: &[String]) -> Result<Compiled, DeviceError> {
-    nvrtc::compile(&Unit { name: source.file, text: source.text, headers: &HEADERS }, options)
+    let headers = HEADERS.map(|(file, text)| (file, checked(file, text)));
+    let headers: Vec<(&str, &str)> = headers.iter().map(|(file, text)| (*file, text.as_str())).collect();
+    let text = checked(source.file, source.text);
+    nvrtc::compile(&Unit { name: source.file, text: &text, headers: &headers }, options)
+}
+
+/// A source with what it is held against on the host's side.
+fn checked(file: &str, text: &str) -> String {
+    format!("{text}\n{}", layout::checks(file))
 }
 
 /// Every kernel, ready to be started on one GPU.
@@ -380,8 +389,8 @@ impl Cache {
 
     fn path(&self, source: &Source) -> Option<PathBuf> {
         let mut content = format!("{:?} {:?}\n", self.version, options(&self.architecture));
-        for text in HEADERS.iter().map(|header| header.1).chain([source.text]) {
-            content.push_str(text);
+        for &(file, text) in HEADERS.iter().chain([&(source.file, source.text)]) {
+            content.push_str(&checked(file, text));
         }
         let stem = source.file.trim_end_matches(".cu");
         let name = format!("{stem}-{}-{:016x}.cubin", self.architecture, hash_bytes(content.as_bytes()));

@@ -12,6 +12,7 @@ mod driver;
 mod hopper;
 mod kernels;
 mod launch;
+mod layout;
 mod memory;
 mod nvrtc;
 mod probe;

@@ -3,19 +3,61 @@
 
 use super::Subject;
 use super::driver::{Context, CudaError, DeviceMemory, PinnedMemory, Stream};
+use super::layout::{Layout, twin};
 use crate::op::not_finite;
 use std::sync::Arc;
 
 const WORDS: usize = 7;
 
-/// The twin of `Report` in `common.cuh`: where a kernel complains, and as which operation.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub(super) struct Report {
-    claim: u64,
-    page: u64,
-    serial: u32,
-    padding: u32,
+twin! {
+    pub(super) struct Report = "Report" in "common.cuh" {
+        claim: u64,
+        page: u64,
+        serial: u32,
+        padding: u32,
+    }
+}
+
+/// What the sources are held against.
+pub(super) const LAYOUTS: &[&Layout] = &[Report::LAYOUT];
+
+macro_rules! causes {
+    ($($name:ident = $number:literal,)*) => {
+        /// What can be wrong, by the numbers that kernels write. The twin of `Cause` in `common.cuh`.
+        mod cause {
+            $(pub(super) const $name: u32 = $number;)*
+        }
+
+        /// Their names and numbers, for the sources to be held against.
+        pub(super) const CAUSES: &[(&str, u32)] = &[$((stringify!($name), $number)),*];
+    };
+}
+
+causes! {
+    TOKEN_ID = 1,
+    CACHE_SLOT = 2,
+    SOURCE_ROW = 3,
+    TOKENS_HELD = 6,
+    SPAN = 7,
+    CACHE_BLOCK = 8,
+    BLOCK_OUTSIDE = 9,
+    EXPERT = 10,
+    ROWS_DESCEND = 11,
+    ROWS_END = 12,
+    NOT_FINITE = 13,
+    EXPERT_TWICE = 20,
+    SLOT = 21,
+    ROWS_COUNTED = 22,
+    RANKS_OF_TOKEN = 23,
+    ROW_STRAY = 24,
+    ROW_DESCENDS = 25,
+    ROW_EMPTY = 26,
+    ROW_SLOT = 27,
+    ROW_FIRST = 28,
+    ROW_LAST = 29,
+    ROW_ASSIGNED = 30,
+    ROWS_WITH_SLOT = 31,
+    ASSIGNMENTS = 32,
 }
 
 /// The page of one rank.
@@ -71,43 +113,43 @@ impl Complaint {
         };
         let below = |what: &str| format!("{what} {first} is not below {second}");
         match self.cause {
-            1 => below("token id"),
-            2 => below("cache slot"),
-            3 => below("row"),
-            6 => format!("sequences hold {first} of {second} tokens"),
-            7 => format!("sequence {first} spans tokens {second}..{third}"),
-            8 => below("cache block"),
-            9 => {
+            cause::TOKEN_ID => below("token id"),
+            cause::CACHE_SLOT => below("cache slot"),
+            cause::SOURCE_ROW => below("row"),
+            cause::TOKENS_HELD => format!("sequences hold {first} of {second} tokens"),
+            cause::SPAN => format!("sequence {first} spans tokens {second}..{third}"),
+            cause::CACHE_BLOCK => below("cache block"),
+            cause::BLOCK_OUTSIDE => {
                 let cache =
                     subject.map_or_else(|| "the cache".into(), |subject| format!("{:?}", subject.buffer));
                 format!("cache block {first} of sequence {second} is outside {cache}")
             }
-            10 => below("expert"),
-            11 => format!("rows of expert {first} end at {second}, but start at {third}"),
-            12 => below("end of an expert's rows"),
-            13 => subject.map_or_else(
+            cause::EXPERT => below("expert"),
+            cause::ROWS_DESCEND => format!("rows of expert {first} end at {second}, but start at {third}"),
+            cause::ROWS_END => below("end of an expert's rows"),
+            cause::NOT_FINITE => subject.map_or_else(
                 || format!("row {first} holds a NaN or an infinity"),
                 |subject| not_finite(first as usize, &subject.buffer, subject.origin),
             ),
-            20 => format!("token {first} is sent to expert {second} twice"),
-            21 => below("slot"),
-            22 => format!("{first} rows are counted, expected {second}"),
-            23 => {
+            cause::EXPERT_TWICE => format!("token {first} is sent to expert {second} twice"),
+            cause::SLOT => below("slot"),
+            cause::ROWS_COUNTED => format!("{first} rows are counted, expected {second}"),
+            cause::RANKS_OF_TOKEN => {
                 format!("token {first} is sent to more than {second} ranks, which is all there is room for")
             }
-            24 => row("the place behind its slots", "none"),
-            25 => row("a slot", &format!("more than {fourth}")),
-            26 => row("its number of slots", "at least 1"),
-            27 => row("a slot", &format!("less than {fourth}")),
-            28 => row("its first slot", &fourth.to_string()),
-            29 => format!(
+            cause::ROW_STRAY => row("the place behind its slots", "none"),
+            cause::ROW_DESCENDS => row("a slot", &format!("more than {fourth}")),
+            cause::ROW_EMPTY => row("its number of slots", "at least 1"),
+            cause::ROW_SLOT => row("a slot", &format!("less than {fourth}")),
+            cause::ROW_FIRST => row("its first slot", &fourth.to_string()),
+            cause::ROW_LAST => format!(
                 "row {first}, from source {second}: it has last slot {third}, expected at most {fourth} such rows"
             ),
-            30 => {
+            cause::ROW_ASSIGNED => {
                 format!("row {first}, from source {second}: it has slot {third}, expected {fourth} such rows")
             }
-            31 => format!("{second} rows have slot {first}, expected {third}"),
-            32 => format!("there are {first} assignments, expected {second}"),
+            cause::ROWS_WITH_SLOT => format!("{second} rows have slot {first}, expected {third}"),
+            cause::ASSIGNMENTS => format!("there are {first} assignments, expected {second}"),
             cause => format!("cause {cause} with {first}, {second} and {third}. This is a bug."),
         }
     }

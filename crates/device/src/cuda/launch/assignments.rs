@@ -1,80 +1,151 @@
-//! The index arrays of an MoE layer on a GPU: blocks that count and then place, a kernel or two for each operation.
+//! The index arrays of an MoE layer: blocks that count and then place, a kernel or two for each operation.
 
 use super::{Launch, Refusal, Rows};
-use crate::Buffer;
+use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{AssignSlots, CountSlots, ReceiveOrder, SendOrder, SortBySlot};
 use epsmoe_base::DType;
 
-/// Arguments of a kernel over `N` views that complains.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Views<const N: usize> {
-    views: [Rows; N],
-    report: Report,
+twin! {
+    pub(super) struct AssignArgs = "Args" in "assign.cu" {
+        experts: Rows,
+        weights: Rows,
+        slot_of: Rows,
+        slots: Rows,
+        slot_weights: Rows,
+        report: Report,
+    }
+}
+
+twin! {
+    pub(super) struct CountArgs = "Args" in "count.cu" {
+        slots: Rows,
+        block_starts: Rows,
+        counts: Rows,
+        report: Report,
+    }
+}
+
+twin! {
+    pub(super) struct SendOrderArgs = "Args" in "send_order.cu" {
+        slots: Rows,
+        weights: Rows,
+        block_starts: Rows,
+        counts: Rows,
+        tokens: Rows,
+        last: Rows,
+        metadata: Rows,
+        sums: Rows,
+        report: Report,
+    }
+}
+
+twin! {
+    pub(super) struct ReceiveOrderArgs = "Args" in "receive_order.cu" {
+        slots: Rows,
+        bins: Rows,
+        order: Rows,
+        sums: Rows,
+        report: Report,
+        local: u32,
+        padding: u32,
+    }
+}
+
+twin! {
+    pub(super) struct SortArgs = "Args" in "sort.cu" {
+        slots: Rows,
+        order: Rows,
+        sums: Rows,
+        weights: Rows,
+        factors: Rows,
+        starts: Rows,
+        rows: Rows,
+        terms: Rows,
+        report: Report,
+        travelled: u32,
+        padding: u32,
+    }
 }
 
 impl Launch<'_> {
     pub(super) fn assign_slots(&mut self, op: &AssignSlots) -> Result<(), Refusal> {
-        let AssignSlots { experts, weights, slot_of, slots, slot_weights } = op;
-        let arguments = self.views([experts, weights, slot_of, slots, slot_weights])?;
-        self.threads("assign", DType::F32, DType::F32, experts, experts.rows * experts.width, arguments)
+        let arguments = AssignArgs {
+            experts: self.rows(&op.experts)?,
+            weights: self.rows(&op.weights)?,
+            slot_of: self.rows(&op.slot_of)?,
+            slots: self.rows(&op.slots)?,
+            slot_weights: self.rows(&op.slot_weights)?,
+            report: self.report,
+        };
+        let pairs = op.experts.rows * op.experts.width;
+        self.threads("assign", DType::F32, DType::F32, &op.experts, pairs, arguments)
     }
 
     pub(super) fn count_slots(&mut self, op: &CountSlots) -> Result<(), Refusal> {
-        let CountSlots { slots, block_starts, counts } = op;
-        let arguments = self.views([slots, block_starts, counts])?;
-        self.blocks("count", block_starts.rows, arguments)
+        let arguments = CountArgs {
+            slots: self.rows(&op.slots)?,
+            block_starts: self.rows(&op.block_starts)?,
+            counts: self.rows(&op.counts)?,
+            report: self.report,
+        };
+        self.blocks("count", op.block_starts.rows, arguments)
     }
 
     pub(super) fn send_order(&mut self, op: &SendOrder) -> Result<(), Refusal> {
-        let SendOrder { slots, weights, block_starts, counts, tokens, last, metadata, sums } = op;
-        let views = [slots, weights, block_starts, counts, tokens, last, metadata, sums];
-        let arguments = self.views(views)?;
-        self.blocks("send_rows", block_starts.rows, arguments)?;
-        self.blocks("send_sums", block_starts.rows, arguments)
+        let arguments = SendOrderArgs {
+            slots: self.rows(&op.slots)?,
+            weights: self.rows(&op.weights)?,
+            block_starts: self.rows(&op.block_starts)?,
+            counts: self.rows(&op.counts)?,
+            tokens: self.rows(&op.tokens)?,
+            last: self.rows(&op.last)?,
+            metadata: self.rows(&op.metadata)?,
+            sums: self.rows(&op.sums)?,
+            report: self.report,
+        };
+        self.blocks("send_rows", op.block_starts.rows, arguments)?;
+        self.blocks("send_sums", op.block_starts.rows, arguments)
     }
 
     pub(super) fn receive_order(&mut self, op: &ReceiveOrder) -> Result<(), Refusal> {
-        #[repr(C)]
-        #[derive(Clone, Copy)]
-        struct Args {
-            views: Views<4>,
-            local: u32,
-            padding: u32,
-        }
-        let ReceiveOrder { slots, bins, local, order, sums } = op;
-        let views = self.views([slots, bins, order, sums])?;
-        let arguments = Args { views, local: *local as u32, padding: 0 };
-        self.threads("receive_rows", DType::F32, DType::F32, order, order.rows, arguments)?;
-        self.blocks("receive_sums", *local, arguments)
+        let arguments = ReceiveOrderArgs {
+            slots: self.rows(&op.slots)?,
+            bins: self.rows(&op.bins)?,
+            order: self.rows(&op.order)?,
+            sums: self.rows(&op.sums)?,
+            report: self.report,
+            local: op.local as u32,
+            padding: 0,
+        };
+        self.threads("receive_rows", DType::F32, DType::F32, &op.order, op.order.rows, arguments)?;
+        self.blocks("receive_sums", op.local, arguments)
     }
 
     pub(super) fn sort_by_slot(&mut self, op: &SortBySlot) -> Result<(), Refusal> {
-        #[repr(C)]
-        #[derive(Clone, Copy)]
-        struct Args {
-            views: Views<8>,
-            travelled: u32,
-            padding: u32,
-        }
-        let SortBySlot { slots, travelled, starts, rows, terms } = op;
-        let [order, sums, weights, factors] = match travelled {
-            Some(travelled) => [&travelled.order, &travelled.sums, &travelled.weights, &travelled.factors],
-            // Not looked at.
-            None => [slots; 4],
+        let [order, sums, weights, factors] = match &op.travelled {
+            Some(travelled) => [
+                self.rows(&travelled.order)?,
+                self.rows(&travelled.sums)?,
+                self.rows(&travelled.weights)?,
+                self.rows(&travelled.factors)?,
+            ],
+            None => [Rows::NONE; 4],
         };
-        let views = self.views([slots, order, sums, weights, factors, starts, rows, terms])?;
-        let arguments = Args { views, travelled: u32::from(travelled.is_some()), padding: 0 };
-        self.blocks("sort", starts.rows - 1, arguments)
-    }
-
-    fn views<const N: usize>(&self, buffers: [&Buffer; N]) -> Result<Views<N>, Refusal> {
-        let mut views = [Rows::default(); N];
-        for (view, buffer) in views.iter_mut().zip(buffers) {
-            *view = self.rows(buffer)?;
-        }
-        Ok(Views { views, report: self.report })
+        let arguments = SortArgs {
+            slots: self.rows(&op.slots)?,
+            order,
+            sums,
+            weights,
+            factors,
+            starts: self.rows(&op.starts)?,
+            rows: self.rows(&op.rows)?,
+            terms: self.rows(&op.terms)?,
+            report: self.report,
+            travelled: u32::from(op.travelled.is_some()),
+            padding: 0,
+        };
+        self.blocks("sort", op.starts.rows - 1, arguments)
     }
 
     /// Starts a kernel that gives a block to every bin.

@@ -2,29 +2,29 @@
 
 use super::{Launch, Refusal, Rows, is_empty, within};
 use crate::cuda::kernels::{ATTENTION_64, ATTENTION_128, ATTENTION_MLA, AttentionTile, MLA_WIDTHS};
+use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::Attention;
 use crate::{Buffer, DeviceError};
 use epsmoe_base::DType;
 
-/// The twin of `Args` in `attention.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AttentionArgs {
-    q: Rows,
-    keys: Rows,
-    values: Rows,
-    starts: Rows,
-    positions: Rows,
-    blocks: Rows,
-    out: Rows,
-    report: Report,
-    block_size: u32,
-    heads: u32,
-    kv_heads: u32,
-    scale: f32,
-    window: u32,
-    vectors: u32,
+twin! {
+    pub(super) struct AttentionArgs = "Args" in "attention.cuh" {
+        q: Rows,
+        keys: Rows,
+        values: Rows,
+        starts: Rows,
+        positions: Rows,
+        blocks: Rows,
+        out: Rows,
+        report: Report,
+        block_size: u32,
+        heads: u32,
+        kv_heads: u32,
+        scale: f32,
+        window: u32,
+        vectors: u32,
+    }
 }
 
 impl Launch<'_> {

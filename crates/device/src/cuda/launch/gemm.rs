@@ -3,23 +3,23 @@
 use super::{Launch, Refusal, Rows, is_empty, within};
 use crate::cuda::hopper::{self, HopperArgs};
 use crate::cuda::kernels::{GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE};
+use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::cuda::staging::Staged;
 use crate::op::{self, Epilogue, ExpertGemm, Gemm};
 use crate::{Buffer, DeviceError, Weight};
 use epsmoe_base::DType;
 
-/// The twin of `GemmPart` in `gemm.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub(in crate::cuda) struct GemmPart {
-    pub(in crate::cuda) x: u64,
-    pub(in crate::cuda) weight: u64,
-    pub(in crate::cuda) out: u64,
-    pub(in crate::cuda) x_stride: u64,
-    pub(in crate::cuda) out_stride: u64,
-    pub(in crate::cuda) rows: u32,
-    pub(in crate::cuda) first_tile: u32,
+twin! {
+    pub(in crate::cuda) struct GemmPart = "GemmPart" in "gemm.cuh" {
+        pub(in crate::cuda) x: u64,
+        pub(in crate::cuda) weight: u64,
+        pub(in crate::cuda) out: u64,
+        pub(in crate::cuda) x_stride: u64,
+        pub(in crate::cuda) out_stride: u64,
+        pub(in crate::cuda) rows: u32,
+        pub(in crate::cuda) first_tile: u32,
+    }
 }
 
 // SAFETY: all its bits may be zero.
@@ -27,20 +27,19 @@ unsafe impl bytemuck::Zeroable for GemmPart {}
 // SAFETY: plain integers without padding: five of eight bytes, two of four.
 unsafe impl bytemuck::Pod for GemmPart {}
 
-/// The twin of `GemmArgs` in `gemm.cuh`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct GemmArgs {
-    parts: u64,
-    only: GemmPart,
-    bias: u64,
-    part_count: u32,
-    padding: u32,
-    n: u32,
-    k: u32,
-    weight_stride: u64,
-    vectors: u32,
-    columns: u32,
+twin! {
+    pub(super) struct GemmArgs = "GemmArgs" in "gemm.cuh" {
+        parts: u64,
+        only: GemmPart,
+        bias: u64,
+        part_count: u32,
+        padding: u32,
+        n: u32,
+        k: u32,
+        weight_stride: u64,
+        vectors: u32,
+        columns: u32,
+    }
 }
 
 /// What the products of one operation have in common.
@@ -59,19 +58,18 @@ struct Products<'a> {
     decided: Option<&'a ExpertGemm>,
 }
 
-/// The twin of `Args` in `expert_parts.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ListArgs {
-    list: u64,
-    starts: Rows,
-    report: Report,
-    count: u32,
-    rows: u32,
-    x_bytes: u32,
-    out_bytes: u32,
-    tile_rows: u32,
-    tiles_across: u32,
+twin! {
+    pub(super) struct ListArgs = "Args" in "expert_parts.cu" {
+        list: u64,
+        starts: Rows,
+        report: Report,
+        count: u32,
+        rows: u32,
+        x_bytes: u32,
+        out_bytes: u32,
+        tile_rows: u32,
+        tiles_across: u32,
+    }
 }
 
 impl Launch<'_> {

@@ -13,6 +13,7 @@ mod rows;
 use super::Memory;
 use super::driver::{CudaError, Event, EventPool, Function, Stream};
 use super::kernels::Kernels;
+use super::layout::{Layout, twin};
 use super::report::Report;
 use super::staging::{Staged, Staging};
 use super::weights::WeightStore;
@@ -35,15 +36,46 @@ const STRETCH: usize = 4 * WARP * RUN;
 /// Most blocks along the second axis of a grid.
 const MOST_ROWS: usize = 65_535;
 
-/// The twin of `Rows` in `common.cuh`: a buffer as a kernel sees it.
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-pub(super) struct Rows {
-    start: u64,
-    stride: u64,
-    rows: u32,
-    width: u32,
+twin! {
+    pub(super) struct Rows = "Rows" in "common.cuh" {
+        start: u64,
+        stride: u64,
+        rows: u32,
+        width: u32,
+    }
 }
+
+impl Rows {
+    /// In the place of a view that an operation does without.
+    const NONE: Rows = Rows { start: 0, stride: 0, rows: 0, width: 0 };
+}
+
+/// What the sources are held against.
+pub(super) const LAYOUTS: &[&Layout] = &[
+    Rows::LAYOUT,
+    assignments::AssignArgs::LAYOUT,
+    assignments::CountArgs::LAYOUT,
+    assignments::SendOrderArgs::LAYOUT,
+    assignments::ReceiveOrderArgs::LAYOUT,
+    assignments::SortArgs::LAYOUT,
+    attention::AttentionArgs::LAYOUT,
+    gemm::GemmPart::LAYOUT,
+    gemm::GemmArgs::LAYOUT,
+    gemm::ListArgs::LAYOUT,
+    norm::NormArgs::LAYOUT,
+    reduce::ReduceArgs::LAYOUT,
+    rope::TableArgs::LAYOUT,
+    rope::RotateArgs::LAYOUT,
+    route::RouteArgs::LAYOUT,
+    rows::AddArgs::LAYOUT,
+    rows::ArgMaxArgs::LAYOUT,
+    rows::ClampArgs::LAYOUT,
+    rows::CopyArgs::LAYOUT,
+    rows::EmbedArgs::LAYOUT,
+    rows::GateRowsArgs::LAYOUT,
+    rows::GatherArgs::LAYOUT,
+    rows::KvWriteArgs::LAYOUT,
+];
 
 /// Why an operation did not start.
 pub(super) enum Refusal {

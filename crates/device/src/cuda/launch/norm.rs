@@ -1,19 +1,19 @@
 //! Norms of rows.
 
 use super::{Launch, Refusal, Rows, is_empty};
+use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{Norm, NormKind};
 
-/// The twin of `Args` in `norm.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct NormArgs {
-    x: Rows,
-    out: Rows,
-    weight: u64,
-    eps: f32,
-    centred: u32,
-    report: Report,
+twin! {
+    pub(super) struct NormArgs = "Args" in "norm.cu" {
+        x: Rows,
+        out: Rows,
+        weight: u64,
+        eps: f32,
+        centred: u32,
+        report: Report,
+    }
 }
 
 impl Launch<'_> {

@@ -2,27 +2,27 @@
 
 use super::{Launch, Refusal, Rows};
 use crate::Buffer;
+use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::Reduce;
 
-/// The twin of `Args` in `reduce.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ReduceArgs {
-    x: Rows,
-    index: Rows,
-    weights: Rows,
-    addend: Rows,
-    out: Rows,
-    report: Report,
-    weighted: u32,
-    added: u32,
+twin! {
+    pub(super) struct ReduceArgs = "Args" in "reduce.cu" {
+        x: Rows,
+        index: Rows,
+        weights: Rows,
+        addend: Rows,
+        out: Rows,
+        report: Report,
+        weighted: u32,
+        added: u32,
+    }
 }
 
 impl Launch<'_> {
     pub(super) fn reduce(&mut self, op: &Reduce) -> Result<(), Refusal> {
         let optional =
-            |buffer: &Option<Buffer>| buffer.as_ref().map_or(Ok(Rows::default()), |buffer| self.rows(buffer));
+            |buffer: &Option<Buffer>| buffer.as_ref().map_or(Ok(Rows::NONE), |buffer| self.rows(buffer));
         let arguments = ReduceArgs {
             x: self.rows(&op.x)?,
             index: self.rows(&op.index)?,

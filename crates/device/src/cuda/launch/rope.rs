@@ -2,31 +2,30 @@
 
 use super::{Launch, Refusal, Rows};
 use crate::Buffer;
+use crate::cuda::layout::twin;
 use crate::op::{RopeStyle, RopeTable, Rotate};
 use epsmoe_base::DType;
 
-/// The twin of `Args` in `rope_table.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct TableArgs {
-    positions: Rows,
-    out: Rows,
-    frequencies: u64,
-    scale: f32,
-    padding: u32,
+twin! {
+    pub(super) struct TableArgs = "Args" in "rope_table.cu" {
+        positions: Rows,
+        out: Rows,
+        frequencies: u64,
+        scale: f32,
+        padding: u32,
+    }
 }
 
-/// The twin of `Args` in `rotate.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RotateArgs {
-    x: Rows,
-    angles: Rows,
-    pairs: Rows,
-    head_width: u32,
-    first: u32,
-    interleaved: u32,
-    padding: u32,
+twin! {
+    pub(super) struct RotateArgs = "Args" in "rotate.cu" {
+        x: Rows,
+        angles: Rows,
+        pairs: Rows,
+        head_width: u32,
+        first: u32,
+        interleaved: u32,
+        padding: u32,
+    }
 }
 
 impl Launch<'_> {
@@ -46,7 +45,7 @@ impl Launch<'_> {
         let arguments = RotateArgs {
             x: self.rows(&op.x)?,
             angles: self.rows(&op.angles)?,
-            pairs: Rows { rows: pairs.rows as u32, width: pairs.width as u32, ..Rows::default() },
+            pairs: Rows { rows: pairs.rows as u32, width: pairs.width as u32, ..Rows::NONE },
             head_width: op.head_width as u32,
             first: op.start as u32,
             interleaved: u32::from(op.style == RopeStyle::Interleaved),

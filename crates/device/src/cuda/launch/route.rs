@@ -1,25 +1,25 @@
 //! The choice of experts by the router's logits.
 
 use super::{Launch, Refusal, Rows, is_empty, within};
+use crate::cuda::layout::twin;
 use crate::op::{GroupScore, Route, Score, TopKRouter};
 use epsmoe_base::DType;
 
-/// The twin of `Args` in `route.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RouteArgs {
-    logits: Rows,
-    experts: Rows,
-    weights: Rows,
-    bias: u64,
-    scale: f32,
-    top_k: u32,
-    sigmoid: u32,
-    normalise: u32,
-    groups: u32,
-    kept: u32,
-    two_best: u32,
-    epsilon: f32,
+twin! {
+    pub(super) struct RouteArgs = "Args" in "route.cu" {
+        logits: Rows,
+        experts: Rows,
+        weights: Rows,
+        bias: u64,
+        scale: f32,
+        top_k: u32,
+        sigmoid: u32,
+        normalise: u32,
+        groups: u32,
+        kept: u32,
+        two_best: u32,
+        epsilon: f32,
+    }
 }
 
 impl Launch<'_> {

@@ -1,34 +1,73 @@
 //! Operations that go row by row and element by element.
 
 use super::{Launch, Refusal, Rows, is_empty};
+use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{Add, ArgMax, Clamp, Copy, Embed, GateRows, Gather, KvWrite};
 use epsmoe_base::DType;
 
-/// The twin of `Args` in the sources of kernels that follow indices: three views and where to complain.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct IndexedArgs {
-    views: [Rows; 3],
-    report: Report,
+twin! {
+    pub(super) struct ArgMaxArgs = "Args" in "argmax.cu" {
+        logits: Rows,
+        tokens: Rows,
+        report: Report,
+    }
 }
 
-/// The twin of `Args` in `argmax.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ArgMaxArgs {
-    logits: Rows,
-    tokens: Rows,
-    report: Report,
+twin! {
+    pub(super) struct EmbedArgs = "Args" in "embed.cu" {
+        ids: Rows,
+        table: Rows,
+        out: Rows,
+        report: Report,
+    }
 }
 
-/// The twin of `Args` in `clamp.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct ClampArgs {
-    x: Rows,
-    limit: f32,
-    padding: u32,
+twin! {
+    pub(super) struct KvWriteArgs = "Args" in "kv_write.cu" {
+        x: Rows,
+        slots: Rows,
+        cache: Rows,
+        report: Report,
+    }
+}
+
+twin! {
+    pub(super) struct GatherArgs = "Args" in "gather.cu" {
+        x: Rows,
+        index: Rows,
+        out: Rows,
+        report: Report,
+    }
+}
+
+twin! {
+    pub(super) struct AddArgs = "Args" in "add.cu" {
+        x: Rows,
+        out: Rows,
+    }
+}
+
+twin! {
+    pub(super) struct CopyArgs = "Args" in "copy.cu" {
+        x: Rows,
+        out: Rows,
+    }
+}
+
+twin! {
+    pub(super) struct ClampArgs = "Args" in "clamp.cu" {
+        x: Rows,
+        limit: f32,
+        padding: u32,
+    }
+}
+
+twin! {
+    pub(super) struct GateRowsArgs = "Args" in "gate_rows.cu" {
+        gate: Rows,
+        x: Rows,
+    }
 }
 
 impl Launch<'_> {
@@ -53,30 +92,30 @@ impl Launch<'_> {
             rows: table.rows as u32,
             width: table.width as u32,
         };
-        let views = [self.rows(&op.ids)?, rows, self.rows(&op.out)?];
-        let arguments = IndexedArgs { views, report: self.report };
+        let (ids, out) = (self.rows(&op.ids)?, self.rows(&op.out)?);
+        let arguments = EmbedArgs { ids, table: rows, out, report: self.report };
         self.runs("embed", table.dtype, op.out.dtype, &op.out, arguments)
     }
 
     pub(super) fn kv_write(&mut self, op: &KvWrite) -> Result<(), Refusal> {
-        let views = [self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?];
-        let arguments = IndexedArgs { views, report: self.report };
+        let (x, slots, cache) = (self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?);
+        let arguments = KvWriteArgs { x, slots, cache, report: self.report };
         self.runs("kv_write", op.x.dtype, op.cache.dtype, &op.x, arguments)
     }
 
     pub(super) fn gather(&mut self, op: &Gather) -> Result<(), Refusal> {
-        let views = [self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?];
-        let arguments = IndexedArgs { views, report: self.report };
+        let (x, index, out) = (self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?);
+        let arguments = GatherArgs { x, index, out, report: self.report };
         self.stretches("gather", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
     pub(super) fn add(&mut self, op: &Add) -> Result<(), Refusal> {
-        let arguments = [self.rows(&op.x)?, self.rows(&op.out)?];
+        let arguments = AddArgs { x: self.rows(&op.x)?, out: self.rows(&op.out)? };
         self.runs("add", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
     pub(super) fn copy(&mut self, op: &Copy) -> Result<(), Refusal> {
-        let arguments = [self.rows(&op.x)?, self.rows(&op.out)?];
+        let arguments = CopyArgs { x: self.rows(&op.x)?, out: self.rows(&op.out)? };
         self.runs("copy", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
@@ -86,7 +125,7 @@ impl Launch<'_> {
     }
 
     pub(super) fn gate_rows(&mut self, op: &GateRows) -> Result<(), Refusal> {
-        let arguments = [self.rows(&op.gate)?, self.rows(&op.x)?];
+        let arguments = GateRowsArgs { gate: self.rows(&op.gate)?, x: self.rows(&op.x)? };
         self.runs("gate_rows", op.x.dtype, op.x.dtype, &op.x, arguments)
     }
 }

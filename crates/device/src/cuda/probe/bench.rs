@@ -5,6 +5,7 @@ use crate::cuda::CudaDevice;
 use crate::cuda::driver::{
     Context, CudaError, DeviceMemory, Event, EventPool, Function, PinnedMemory, Stream,
 };
+use crate::cuda::layout::twin;
 use epsmoe_base::DType;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -57,23 +58,21 @@ pub(super) struct Word<'a> {
     pub(super) address: u64,
 }
 
-/// The twin of `Spin` in `probe.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Spin {
-    flag: u64,
-    arrived: u64,
-    started: u64,
-    cycles: u64,
+twin! {
+    pub(super) struct Spin = "Spin" in "probe.cu" {
+        flag: u64,
+        arrived: u64,
+        started: u64,
+        cycles: u64,
+    }
 }
 
-/// The twin of `Mark` in `probe.cu`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Mark {
-    at: u64,
-    value: u32,
-    padding: u32,
+twin! {
+    pub(super) struct Mark = "Mark" in "probe.cu" {
+        at: u64,
+        value: u32,
+        padding: u32,
+    }
 }
 
 impl Word<'_> {

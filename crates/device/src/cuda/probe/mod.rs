@@ -12,12 +12,16 @@ mod slowdown;
 
 use super::CudaDevice;
 use super::driver::Partition;
+use super::layout::Layout;
 use crate::DeviceError;
 use bench::Bench;
 use beside::{FREE, WORKS, Work};
 use serde::Serialize;
 use std::fmt;
 use std::sync::Arc;
+
+/// What the sources are held against.
+pub(super) const LAYOUTS: &[&Layout] = &[bench::Spin::LAYOUT, bench::Mark::LAYOUT];
 
 /// What was found out about a GPU.
 #[derive(Clone, Debug, Serialize)]
