@@ -16,6 +16,60 @@
 //! float32. Activations are cut when they are packed; weights, which would be half as large again in pieces, stay float32
 //! in memory and are cut a group of steps ahead, by AVX-512 instructions between those of AMX, which run on another part of
 //! the processor.
+//!
+//! # What lies where
+//!
+//! A panel of weights is 32 columns wide: two halves of sixteen. A *group* is 32 steps along K, sixteen pairs, which is what
+//! one tile of bfloat16 pairs has room for. Float32 weights of a group are cut into three tiles for each half:
+//!
+//! ```text
+//!                 one row of a half panel: a pair of steps, sixteen columns (ROW = 192 bytes)
+//!                 ├─ high, 64 bytes ─┼─ middle, 64 bytes ─┼─ low, 64 bytes ─┤
+//! half 0   pair 0 │ c0 c1 … c15      │ c0 c1 … c15        │ c0 c1 … c15     │   a tile is one of the three columns:
+//!          pair 1 │                  │                    │                 │   sixteen rows of 64 bytes, `stride` apart
+//!          …      │                  │                    │                 │
+//!         pair 15 │                  │                    │                 │
+//! half 1   pair 0 │ …                                                           HALF_PANEL bytes on
+//! ```
+//!
+//! There are two such buffers. While the group in `now` is multiplied, the next is cut into `next`, and after a group they
+//! change places; between two tile products stand the vector instructions that cut about two of its pairs. Packed
+//! activations have rows like these, one for each row of x and group.
+//!
+//! Weights in memory lie in four streams ([`STREAMS`]), of which a group takes eight steps each:
+//!
+//! ```text
+//! panel     │ group 0: steps 0..8 │ group 1: 0..8 │ … │ group 0: 8..16 │ group 1: 8..16 │ … │ 16..24 … │ 24..32 … │
+//!             weights →                               weights + apart →                      + 2 apart  + three_apart
+//! ```
+//!
+//! # Registers
+//!
+//! | tile | up to 32 rows | 33 to 48 rows, in thirds |
+//! |---|---|---|
+//! | tmm0, tmm1 | sums of rows 0..16, half 0 and half 1 | sums of the first and second third, half 0 |
+//! | tmm2, tmm3 | sums of rows 16..32, half 0 and half 1 (not for up to 16 rows) | of the last third, half 0; of the first, half 1 |
+//! | tmm4, tmm5 | a piece of the activations of rows 0..16, of rows 16..32 | sums of the second and last third, half 1 |
+//! | tmm6 | a piece of the weights of half 0 | a piece of the weights of either half |
+//! | tmm7 | a piece of the weights of half 1 | a piece of the activations of any third |
+//!
+//! | vector | |
+//! |---|---|
+//! | zmm16, zmm17 | what is left of a pair's two steps, sixteen columns, once higher pieces are taken off |
+//! | zmm18, zmm19 | a piece of each |
+//! | zmm20 | both as bfloat16 pairs, for the tile |
+//! | zmm31 | the upper half of every word |
+//!
+//! | general register | |
+//! |---|---|
+//! | `walk` | the [`Walk`]: what there is no register for |
+//! | `now`, `next` | pieces of the group that is multiplied, and of the one that is cut |
+//! | `weights`, `soon` | first stream of the group that is cut, and of the one after it, which is prefetched |
+//! | `apart`, `three_apart` | bytes from a stream to the next, and three times that |
+//! | `activations`, `sums` | those of the group and of the panel at hand |
+//! | `middle`, `last` | the second and last third of either, for 33 to 48 rows |
+//! | `groups` | groups left in the panel |
+//! | `stride` | bytes between the rows of the tiles that are loaded or stored |
 
 use super::amx::{SIDE, Shapes, TILE_WIDTH, tiles};
 use super::avx512;
@@ -193,7 +247,7 @@ struct Walk {
     /// Bytes of a third of the rows, of the activations of a group and of the sums of a panel.
     third_of_activations: usize,
     third_of_sums: usize,
-    /// Where the first stream of the panel that is asked for ends.
+    /// Where the first stream of the panel that is prefetched ends.
     stream_end: *const u32,
 }
 
@@ -204,8 +258,8 @@ struct CutWeights([u8; VECTORS * HALF_PANEL]);
 /// Cuts pairs of steps in one half of the panel: a pair's high pieces are the upper halves of its words, and what remains
 /// is exact. The words of both steps make one of bfloat16 pairs.
 ///
-/// Before, it asks for weights that will soon be used: twice, since a processor that has too many questions open to take one
-/// forgets it.
+/// Before, it prefetches weights that will soon be used: twice, since a processor drops a prefetch for which it has no line
+/// fill buffer free.
 macro_rules! cut {
     ($($pair:tt $half:literal),+) => { concat!($(
         cut!(@ask 0, $pair, $half),
@@ -365,7 +419,7 @@ macro_rules! three {
     };
 }
 
-/// On to the group that follows in its panel or in the next one, a group after which another is asked for.
+/// On to the group that follows in its panel or in the next one; the group after that is prefetched.
 macro_rules! advance {
     () => {
         "mov {weights}, {soon}
@@ -382,7 +436,7 @@ macro_rules! advance {
 /// Defines the loop over panels, and over the groups of one, around what a group does. While a group is multiplied, the
 /// next is cut; the very last cuts itself once more, since nothing need follow it.
 ///
-/// Sums are in tiles 0 to 3, activations in 4 and 5, weights in 6 and 7.
+/// The module says what each register holds.
 macro_rules! walk {
     ($(#[$doc:meta])* $name:ident, $group:ident, zero: $zero:literal, load: $load:literal, store: $store:literal $($operands:tt)*) => {
         $(#[$doc])*
