@@ -1,4 +1,4 @@
-// Products of bf16 rows and bf16 weights for Hopper: weights and rows arrive by the tensor copy engine, wgmma
+// Products of bf16 rows and bf16 weights for Hopper: weights and rows arrive by TMA, wgmma
 // multiplies.
 //
 // The product is computed transposed: the weights are the 64-row operand of wgmma and the token rows its column
@@ -21,7 +21,7 @@ typedef unsigned short u16;
 
 constexpr u32 CLUSTER = 2; // CTAs that share token rows by multicast
 
-// How the copy engine finds a matrix, as the driver wrote it. The twin of `driver::TensorMap`.
+// How TMA finds a matrix, as the driver wrote it. The twin of `driver::TensorMap`.
 struct alignas(128) TensorMap {
     u64 opaque[16];
 };
@@ -395,7 +395,7 @@ __device__ void load_tiles(const HopperArgs& a, u32 base) {
         if (t.block != current) {
             current = t.block;
             weight = reinterpret_cast<const TensorMap*>(blocks_of(a)[t.block].weight);
-            // The map was copied here, not handed over as an argument: the copy engine may hold what the address
+            // The map was copied here, not handed over as an argument: TMA may hold what the address
             // held before.
             asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(weight) : "memory");
         }

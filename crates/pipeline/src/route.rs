@@ -35,7 +35,7 @@ impl<B: Backend> ExpertPipeline<B> {
     }
 
     /// Puts a choice that was made elsewhere in the router's place.
-    pub(crate) fn upload(&self, layer: &MoeLayer, routing: &Routing) -> Result<(), PipelineError> {
+    pub(crate) fn overrule(&self, layer: &MoeLayer, routing: &Routing) -> Result<(), PipelineError> {
         let (place, tokens) = (Place::layer(layer.layer).phase(Phase::Input), 0..routing.tokens());
         let weights = routing.weights().iter().map(|weight| weight.to_bits()).collect();
         let (experts, weights_out) =
@@ -78,9 +78,9 @@ impl<B: Backend> ExpertPipeline<B> {
             );
             return Err(epsmoe_device::DeviceError::Shape(message).into());
         }
-        let uploads =
+        let tables =
             [(map.slot_table()?, &self.buffers.slot_of), (map.block_starts(), &self.buffers.block_starts)];
-        for (words, buffer) in uploads {
+        for (words, buffer) in tables {
             let out = buffer.rows(0..words.len())?;
             self.compute(Place::default().phase(Phase::Maps), HostToDevice { words: words.into(), out })?;
         }

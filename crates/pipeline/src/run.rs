@@ -191,7 +191,7 @@ impl<B: Backend> ExpertPipeline<B> {
         x: &Buffer,
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
-        self.upload(layer, routing)?;
+        self.overrule(layer, routing)?;
         self.run_chosen(Call { layer, table: None, x, y })
     }
 
@@ -207,7 +207,7 @@ impl<B: Backend> ExpertPipeline<B> {
     ) -> Result<LayerReport, PipelineError> {
         self.choose(layer, x)?;
         if let Some(routing) = routing {
-            self.upload(layer, routing)?;
+            self.overrule(layer, routing)?;
         }
         self.run_chosen(Call { layer, table: Some(table), x, y })
     }

@@ -274,7 +274,8 @@ pub struct RowsCost {
     /// Bytes read → ns: weighted sums of rows.
     pub reduce: Piecewise,
     /// Bytes → ns: index arrays from the host.
-    pub upload: Piecewise,
+    #[serde(alias = "upload")]
+    pub host_to_device: Piecewise,
     /// Router logits (tokens × experts) → ns: choosing experts.
     pub route: Piecewise,
     /// (row, slot) pairs → ns: one index array, or a few that are made in one go.
@@ -407,7 +408,7 @@ impl CostModel {
             rows: RowsCost {
                 gather: per_second(4_000, 5_000_000_000),
                 reduce: per_second(4_000, 5_000_000_000),
-                upload: per_second(2_000, 5_000_000_000),
+                host_to_device: per_second(2_000, 5_000_000_000),
                 route: per_second(4_000, 100_000_000),
                 index: per_second(4_000, 200_000_000),
             },
@@ -455,7 +456,7 @@ impl CostModel {
             ("link.copy", &link.copy),
             ("rows.gather", &rows.gather),
             ("rows.reduce", &rows.reduce),
-            ("rows.upload", &rows.upload),
+            ("rows.host_to_device", &rows.host_to_device),
             ("rows.route", &rows.route),
             ("rows.index", &rows.index),
             ("host.read", &host.read),
@@ -494,7 +495,7 @@ impl CostModel {
         let (curve, size) = match *work {
             Work::Gather(bytes) => (&rows.gather, bytes),
             Work::Reduce(bytes) => (&rows.reduce, bytes),
-            Work::HostToDevice(bytes) => (&rows.upload, bytes),
+            Work::HostToDevice(bytes) => (&rows.host_to_device, bytes),
             Work::Route(logits) => (&rows.route, logits),
             Work::Index(pairs) => (&rows.index, pairs),
             Work::ReadCounts(slots) => (&host.read, slots),

@@ -193,7 +193,7 @@ pub enum PlanError {
         combine: String,
         /// The dispatch it needs.
         dispatch: String,
-        /// The stage that the combine sends home.
+        /// The stage that the combine sends back.
         stage: Stage,
     },
     /// A word that names nothing.

@@ -49,7 +49,7 @@ pub enum Work {
     Wake,
     /// How much too late a lane wakes up that slept until a paced link was done.
     Sleep,
-    /// A transfer lane waiting for its turn on a crowded processor.
+    /// A transfer lane waiting for its turn on a full processor.
     Queue,
     /// Computation alone under a share that takes `free_ns` on the undivided processor.
     Capped {
@@ -133,7 +133,7 @@ impl CostModel {
             &mut model.link.copy, start, Copy;
             &mut model.rows.gather, 0, Gather;
             &mut model.rows.reduce, 0, Reduce;
-            &mut model.rows.upload, 0, HostToDevice;
+            &mut model.rows.host_to_device, 0, HostToDevice;
             &mut model.rows.route, 0, Route;
             &mut model.rows.index, 0, Index;
             &mut model.host.read, 0, ReadCounts;

@@ -211,7 +211,7 @@ impl Machine {
             rows: RowsCost {
                 gather: moved(2),
                 reduce: moved(2),
-                upload: moved(2),
+                host_to_device: moved(2),
                 route: moved(4),
                 index: moved(32),
             },

@@ -45,7 +45,7 @@ impl FromStr for GemmKind {
 pub enum Transfer {
     /// Rows of a stage travel to their experts; written `d0`.
     Dispatch(Stage),
-    /// Partial sums that a stage completed travel home; written `c0`.
+    /// Partial sums that a stage completed travel back; written `c0`.
     Combine(Stage),
 }
 
@@ -94,7 +94,7 @@ pub enum SharedExpert {
     BesideCountExchange,
     /// It computes while the first stage travels to its experts.
     BesideFirstDispatch,
-    /// It computes while the last sums travel home.
+    /// It computes while the last sums travel back.
     BesideLastCombine,
     /// It computes after everything else, beside nothing.
     Serial,

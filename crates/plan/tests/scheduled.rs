@@ -123,7 +123,7 @@ fn a_right_model_is_left_alone() {
         assert!(times[1..].windows(2).all(|pair| pair[0] == pair[1]), "{times:?}");
         let report = report(&world.ranks[0]);
         assert_eq!((report.correction, report.searches, report.mispredicted), (Correction::default(), 1, 0));
-        assert!(report.watched > 0 && report.layers == 6 * LAYERS as u64);
+        assert!(report.sampled > 0 && report.layers == 6 * LAYERS as u64);
     });
 }
 

@@ -64,16 +64,16 @@ fn all_cuts(local: usize, stages: usize) -> Vec<Vec<usize>> {
 
 /// Every order in which dispatches and combines ascend.
 fn all_orders(stages: usize) -> Vec<Vec<Transfer>> {
-    fn extend(order: Vec<Transfer>, sent: usize, home: usize, stages: usize, all: &mut Vec<Vec<Transfer>>) {
-        if home == stages {
+    fn extend(order: Vec<Transfer>, sent: usize, back: usize, stages: usize, all: &mut Vec<Vec<Transfer>>) {
+        if back == stages {
             return all.push(order);
         }
         let with = |step| [order.as_slice(), &[step]].concat();
         if sent < stages {
-            extend(with(Transfer::Dispatch(Stage(sent))), sent + 1, home, stages, all);
+            extend(with(Transfer::Dispatch(Stage(sent))), sent + 1, back, stages, all);
         }
-        if home < sent {
-            extend(with(Transfer::Combine(Stage(home))), sent, home + 1, stages, all);
+        if back < sent {
+            extend(with(Transfer::Combine(Stage(back))), sent, back + 1, stages, all);
         }
     }
     let mut all = Vec::new();
@@ -175,7 +175,13 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
         dense: GemmCost { op_ns: 10_000_000, ..gemm.clone() },
         grouped: gemm,
         link: LinkCost::uniform(0, bytes * 1_000_000_000 / transfer_ns),
-        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free(), index: free() },
+        rows: RowsCost {
+            gather: free(),
+            reduce: free(),
+            host_to_device: free(),
+            route: free(),
+            index: free(),
+        },
         host: HostCost::default(),
         shares: vec![ShareCost::FREE],
     };

@@ -185,7 +185,13 @@ fn a_layer_by_hand() {
         grouped: gemm.clone(),
         dense: gemm,
         link: LinkCost::uniform(10, 1_000_000_000_000),
-        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free(), index: free() },
+        rows: RowsCost {
+            gather: free(),
+            reduce: free(),
+            host_to_device: free(),
+            route: free(),
+            index: free(),
+        },
         host: HostCost { exchange: Piecewise::flat(7), ..HostCost::default() },
         shares: vec![ShareCost::FREE],
     };

@@ -53,7 +53,7 @@ impl RigShape {
     }
 }
 
-/// What the ranks of a lab have in common.
+/// What the ranks of a rig have in common.
 #[derive(Clone)]
 pub struct RigOptions {
     /// Ranks R.
@@ -68,7 +68,7 @@ pub struct RigOptions {
     pub link: Option<Link>,
     /// How long ranks wait for each other.
     pub timeout: Duration,
-    /// Weights of labs of the same format, which share them.
+    /// Weights of rigs of the same format, which share them.
     pub weights: Arc<WeightStore<PackedMatrix>>,
 }
 
@@ -82,9 +82,9 @@ pub struct LayerRun {
     /// From the first operation of any rank to the end of the last: what
     /// [`Simulation::layer_ns`](epsmoe_plan::Simulation::layer_ns) predicts.
     pub layer_ns: u64,
-    /// Which of the lab's weights it had, by a number.
+    /// Which of the rig's weights it had, by a number.
     pub weights: usize,
-    /// A hash of all ranks' outputs; 0 unless the lab keeps them.
+    /// A hash of all ranks' outputs; 0 unless the rig keeps them.
     pub bits: u64,
 }
 
@@ -132,7 +132,7 @@ pub struct LayerRig {
     keep_bits: bool,
 }
 
-/// Weights of different layers that a lab walks through come to this many bytes, so that no cache holds them: as in a
+/// Weights of different layers that a rig walks through come to this many bytes, so that no cache holds them: as in a
 /// model, whose layers follow each other.
 const WEIGHT_BYTES: usize = 96 << 20;
 
@@ -180,7 +180,7 @@ impl LayerRig {
                         place: Place::default(),
                         message: error.to_string(),
                     });
-                    // Nobody listens any more when the lab is gone.
+                    // Nobody listens any more when the rig is gone.
                     let _ = answer.send(Err(error));
                 }
             });
@@ -266,7 +266,7 @@ fn capacity(placement: &SlotMap, top_k: usize, loads: &[Vec<Routing>]) -> Result
     Ok(most)
 }
 
-/// One rank of a lab.
+/// One rank of a rig.
 struct Bench {
     shape: RigShape,
     layers: usize,

@@ -206,16 +206,16 @@ fn run_all(
     for &shape in &effort.shapes {
         experiments.extend(of_shape(shape, options, effort)?);
     }
-    let mut labs = Vec::new();
+    let mut rigs = Vec::new();
     for &shape in &effort.shapes {
         let here = experiments.iter().filter(|experiment| experiment.shape == shape);
         let loads: Vec<_> = here.map(|experiment| experiment.routings.clone()).collect();
-        labs.push((shape, LayerRig::start(shape, &loads, options)?));
+        rigs.push((shape, LayerRig::start(shape, &loads, options)?));
     }
     // Ranks load weights before their first layer: no part of any pace.
-    for (shape, lab) in &mut labs {
+    for (shape, rig) in &mut rigs {
         if let Some(first) = experiments.iter().find(|experiment| experiment.shape == *shape) {
-            lab.run(&first.routings, &first.table)?;
+            rig.run(&first.routings, &first.table)?;
         }
     }
     for (number, experiment) in experiments.iter_mut().enumerate() {
@@ -235,13 +235,13 @@ fn run_all(
             if begun.elapsed() > most && ran > 0 {
                 break;
             }
-            let Some((_, lab)) = labs.iter_mut().find(|lab| lab.0 == experiment.shape) else { continue };
+            let Some((_, rig)) = rigs.iter_mut().find(|rig| rig.0 == experiment.shape) else { continue };
             if !experiment.warm {
-                lab.run(&experiment.routings, &experiment.table)?;
+                rig.run(&experiment.routings, &experiment.table)?;
                 ran += experiment.work();
                 experiment.warm = true;
             }
-            experiment.runs.push(lab.run(&experiment.routings, &experiment.table)?);
+            experiment.runs.push(rig.run(&experiment.routings, &experiment.table)?);
             ran += experiment.work();
             progress(pass * (total / effort.repeats) + number + 1, total);
         }
@@ -334,9 +334,9 @@ fn paced(
         for megabytes in [50, 200, 1000] {
             let link = Link { bytes_per_second: megabytes * 1_000_000, latency: Duration::from_micros(200) };
             let options = RigOptions { link: Some(link), ..options.clone() };
-            let mut lab = LayerRig::start(shape, std::slice::from_ref(&routings), &options)?;
+            let mut rig = LayerRig::start(shape, std::slice::from_ref(&routings), &options)?;
             for repeat in 0..=2 * effort.repeats {
-                let run = lab.run(&routings, &table)?;
+                let run = rig.run(&routings, &table)?;
                 if repeat > 0 {
                     samples.extend(delays(&run, &table, &workload, &cost, link));
                 }
@@ -367,7 +367,13 @@ fn blank(fingerprint: &Fingerprint, options: &RigOptions) -> CostModel {
         grouped: gemm.clone(),
         dense: gemm,
         link: LinkCost { exchange_ns: 0, node_ranks: 0, near: free(), far: free(), copy: free() },
-        rows: RowsCost { gather: free(), reduce: free(), upload: free(), route: free(), index: free() },
+        rows: RowsCost {
+            gather: free(),
+            reduce: free(),
+            host_to_device: free(),
+            route: free(),
+            index: free(),
+        },
         host: HostCost::default(),
         shares: vec![ShareCost::FREE],
     }

@@ -15,7 +15,8 @@ use std::collections::BTreeMap;
 pub fn samples(run: &LayerRun, table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Vec<Sample> {
     let steps = planned(table, workload, cost);
     let Some(paired) = paired(run, &steps) else { return Vec::new() };
-    let reading = Reading { run, paired, crowds: Crowds::of(run, cost, true), wake_ns: cost.host.wake_ns };
+    let reading =
+        Reading { run, paired, contention: Contention::of(run, cost, true), wake_ns: cost.host.wake_ns };
     let ranks = workload.placement.ranks();
     let mut samples = reading.operations();
     samples.extend(reading.exchanges(ranks));
@@ -35,7 +36,7 @@ pub(crate) fn delays(
     let steps = planned(table, workload, cost);
     let Some(paired) = paired(run, &steps) else { return Vec::new() };
     // Lanes that sleep leave the processor to others.
-    let crowds = Crowds::of(run, cost, false);
+    let contention = Contention::of(run, cost, false);
     let all_there: Vec<u64> = exchanges(run).into_iter().map(|exchange| exchange.0).collect();
     let mut samples = Vec::new();
     for rank in workload.placement.all_ranks() {
@@ -45,7 +46,7 @@ pub(crate) fn delays(
             let Work::Exchange(Payload { near, .. }) = *pair.work else { continue };
             let due = all_there + link.time(near).as_nanos() as u64;
             if near > 0 {
-                let work = if crowds.is_full(due) { Work::Queue } else { Work::Sleep };
+                let work = if contention.is_full(due) { Work::Queue } else { Work::Sleep };
                 samples.push(Sample { work, ns: pair.span.end_ns.saturating_sub(due) });
             }
             let reduced = on(Lane::Compute)
@@ -54,7 +55,7 @@ pub(crate) fn delays(
             let ready = before.max(reduced.span.end_ns) + cost.host.wake_ns;
             if pair.span.phase == Phase::Combine
                 && ready > run.hosts[rank.0].enqueued
-                && crowds.is_full(ready)
+                && contention.is_full(ready)
             {
                 samples.push(Sample { work: Work::Queue, ns: pair.span.start_ns.saturating_sub(ready) });
             }
@@ -105,9 +106,9 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
 }
 
 /// Who wanted the processor when: (from, who), ascending.
-struct Crowds(Vec<(u64, CpuContention)>);
+struct Contention(Vec<(u64, CpuContention)>);
 
-impl Crowds {
+impl Contention {
     /// Of lanes and hosts; of transfer lanes only if they copy all the time.
     fn of(run: &LayerRun, cost: &CostModel, copies: bool) -> Self {
         let mut changes: BTreeMap<u64, [i64; 2]> = BTreeMap::new();
@@ -136,7 +137,7 @@ impl Crowds {
             let [lanes, bursts] = now.map(|threads| threads.max(0) as u64);
             (at, CpuContention { concurrent: cost.concurrent.into(), lanes, bursts })
         };
-        Crowds(changes.into_iter().map(count).collect())
+        Contention(changes.into_iter().map(count).collect())
     }
 
     /// Whether as many threads are at work as the processor can hold.
@@ -149,13 +150,13 @@ impl Crowds {
     fn alone(&self, from: u64, to: u64, speed: impl Fn(&CpuContention) -> u64) -> u64 {
         let mut alone = 0;
         let first = self.0.partition_point(|step| step.0 <= from).saturating_sub(1);
-        for (index, (start, crowd)) in self.0.iter().enumerate().skip(first) {
+        for (index, (start, now)) in self.0.iter().enumerate().skip(first) {
             let end = self.0.get(index + 1).map_or(u64::MAX, |next| next.0).min(to);
             let start = (*start).max(from);
             if start >= to {
                 break;
             }
-            alone += end.saturating_sub(start) * speed(crowd) / CpuContention::FULL;
+            alone += end.saturating_sub(start) * speed(now) / CpuContention::FULL;
         }
         alone
     }
@@ -185,14 +186,14 @@ fn exchanges(run: &LayerRun) -> Vec<(u64, Vec<&Span>)> {
 struct Reading<'a> {
     run: &'a LayerRun,
     paired: Vec<Pair<'a>>,
-    crowds: Crowds,
+    contention: Contention,
     wake_ns: u64,
 }
 
 impl Reading<'_> {
     fn sample(&self, work: &Work, from: u64, to: u64) -> Option<Sample> {
         let speed = if work.is_computed() { CpuContention::lane_speed } else { CpuContention::burst_speed };
-        (from < to).then(|| Sample { work: work.clone(), ns: self.crowds.alone(from, to, speed) })
+        (from < to).then(|| Sample { work: work.clone(), ns: self.contention.alone(from, to, speed) })
     }
 
     /// What compute lanes did. What a lane needs between two operations belongs to the second.
@@ -208,8 +209,8 @@ impl Reading<'_> {
                 .before
                 .filter(|&before| pair.span.start_ns - before.min(pair.span.start_ns) < BETWEEN_NS);
             let (from, to) = (from.unwrap_or(pair.span.start_ns), pair.span.end_ns);
-            let without_bursts = |crowd: &CpuContention| CpuContention { bursts: 0, ..*crowd }.lane_speed();
-            let calm = self.crowds.alone(from, to, without_bursts);
+            let without_bursts = |now: &CpuContention| CpuContention { bursts: 0, ..*now }.lane_speed();
+            let calm = self.contention.alone(from, to, without_bursts);
             self.sample(pair.work, from, to).filter(|sample| 10 * sample.ns >= 9 * calm)
         };
         computed.filter_map(sample).collect()

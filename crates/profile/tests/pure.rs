@@ -123,12 +123,12 @@ fn the_spans_of_a_simulated_layer_say_what_its_work_costs() {
 #[test]
 fn what_others_take_of_the_processor_is_no_part_of_a_price() {
     // Two ranks of one thread on one processor: everything takes longer, and costs the same.
-    let (free, crowded) = (model(64), model(1));
+    let (free, contended) = (model(64), model(1));
     let cases = cases(60);
     let case = cases.iter().find(|case| case.ranks == 2 && !case.table.gemm.contains(&GemmKind::Dense));
     let case = case.expect("such a case");
     let (quick, all) = simulated(case, &free);
-    let (slow, samples) = simulated(case, &crowded);
+    let (slow, samples) = simulated(case, &contended);
     assert!(slow.layer_ns > quick.layer_ns * 5 / 4, "{} ns on one processor", slow.layer_ns);
     let products = |samples: &[Sample]| -> Vec<Sample> {
         samples.iter().filter(|sample| matches!(sample.work, Work::Gemm { .. })).cloned().collect()
@@ -139,7 +139,7 @@ fn what_others_take_of_the_processor_is_no_part_of_a_price() {
     let (mut shared, mut alone) = (0, 0);
     for Sample { work, ns } in &products {
         let Work::Gemm { kind, rows, columns, depth } = work else { continue };
-        let price = crowded.gemm(*kind).product(*columns, *depth, 4).op_ns(rows.iter().copied());
+        let price = contended.gemm(*kind).product(*columns, *depth, 4).op_ns(rows.iter().copied());
         // What bursts took is taken back as well; what a lane needs between two operations belongs to the second.
         assert!(
             ns.abs_diff(price) <= price / 20 + 8_000,

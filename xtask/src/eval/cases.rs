@@ -120,7 +120,7 @@ pub(super) fn counts(
 pub(super) struct Model {
     /// The profile.
     pub(super) cost: CostModel,
-    /// As in the profile's own lab.
+    /// As in the profile's own rig.
     pub(super) options: RigOptions,
 }
 
@@ -152,7 +152,7 @@ impl Question {
 
 impl Case {
     /// Ranks with room for all these cases, which differ in routing and table alone.
-    pub(super) fn lab(cases: &[&Case], options: &RigOptions) -> Result<LayerRig, PipelineError> {
+    pub(super) fn rig(cases: &[&Case], options: &RigOptions) -> Result<LayerRig, PipelineError> {
         let loads: Vec<_> = cases.iter().map(|case| case.routings.clone()).collect();
         let first = cases[0];
         LayerRig::start(

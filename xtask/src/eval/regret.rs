@@ -41,19 +41,19 @@ impl Ratio {
 /// Runs tables in turn, `rounds` times, after one run to warm up: the times of each. Every other round goes backwards,
 /// so that no plan always follows the same one.
 fn in_turn(
-    lab: &mut LayerRig,
+    rig: &mut LayerRig,
     case: &Case,
     tables: &[StageTable],
     rounds: usize,
 ) -> Result<Vec<Vec<u64>>, PipelineError> {
     let mut times = vec![Vec::with_capacity(rounds); tables.len()];
     if let Some(first) = tables.first() {
-        lab.run(&case.routings, first)?;
+        rig.run(&case.routings, first)?;
     }
     for round in 0..rounds {
         for turn in 0..tables.len() {
             let index = if round % 2 == 0 { turn } else { tables.len() - 1 - turn };
-            times[index].push(lab.run(&case.routings, &tables[index])?.layer_ns);
+            times[index].push(rig.run(&case.routings, &tables[index])?.layer_ns);
         }
     }
     Ok(times)
@@ -87,15 +87,15 @@ pub(super) fn regret(case: &Case, model: &Model, pairs: usize) -> Result<Regret,
     let question = Question::of(case, &model.cost, model.options.dtype)?;
     let chosen = next_table(&mut *auto(&question, question.cost.clone())?, Layer(0), &question, &[])?;
     let one = StageTable::serial(&question.placement, GemmKind::Grouped);
-    let mut lab = Case::lab(&[case], &model.options)?;
+    let mut rig = Case::rig(&[case], &model.options)?;
     let all = sweep(&question.placement, &question.counts)?;
     // Once each, then again those that might be among the best.
-    let hopeful = fastest(&mut lab, case, all, 1, 2 * TOP)?;
-    let mut best = fastest(&mut lab, case, hopeful, 3, TOP)?;
+    let hopeful = fastest(&mut rig, case, all, 1, 2 * TOP)?;
+    let mut best = fastest(&mut rig, case, hopeful, 3, TOP)?;
     best.retain(|table| *table != chosen);
     let stages = chosen.stages();
     let tables: Vec<StageTable> = [chosen, one].into_iter().chain(best).collect();
-    let times = in_turn(&mut lab, case, &tables, pairs)?;
+    let times = in_turn(&mut rig, case, &tables, pairs)?;
     let slower = |other: &Vec<u64>| Ratio::of(&times[0], other).median;
     Ok(Regret {
         what: case.what.clone(),
@@ -126,13 +126,13 @@ fn next_table(
 
 /// The `kept` tables with the lowest median of some rounds.
 fn fastest(
-    lab: &mut LayerRig,
+    rig: &mut LayerRig,
     case: &Case,
     tables: Vec<StageTable>,
     rounds: usize,
     kept: usize,
 ) -> Result<Vec<StageTable>, PipelineError> {
-    let times = in_turn(lab, case, &tables, rounds)?;
+    let times = in_turn(rig, case, &tables, rounds)?;
     let mut ranked: Vec<(u64, StageTable)> = times.into_iter().map(median).zip(tables).collect();
     ranked.sort_by_key(|ranked| ranked.0);
     Ok(ranked.into_iter().take(kept).map(|ranked| ranked.1).collect())
@@ -195,9 +195,9 @@ pub(super) fn uneven(case: &Case, model: &Model, pairs: usize) -> Result<Option<
     }
     let predict = |table: &StageTable| predict_ns(table, 0, &workload, &question.cost);
     let predicted = predict(&equal) * 1000 / predict(&uneven).max(1);
-    let mut lab = Case::lab(&[case], &model.options)?;
+    let mut rig = Case::rig(&[case], &model.options)?;
     let cuts = uneven.cuts.clone();
-    let times = in_turn(&mut lab, case, &[equal, uneven], pairs)?;
+    let times = in_turn(&mut rig, case, &[equal, uneven], pairs)?;
     let measured = Ratio::of(&times[0], &times[1]);
     Ok(Some(Uneven { what: case.what.clone(), stages, cuts, predicted, measured }))
 }
@@ -239,8 +239,8 @@ pub(super) fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recov
     let wrong = question.cost.corrected(&WRONG);
     let ranks = question.placement.all_ranks().map(|_| auto(&question, wrong.clone()));
     let mut ranks: Vec<Box<dyn Planner>> = ranks.collect::<Result<_, _>>()?;
-    let mut lab = Case::lab(&[case], &model.options)?;
-    lab.keep_bits(true);
+    let mut rig = Case::rig(&[case], &model.options)?;
+    rig.keep_bits(true);
     let mut tables: Vec<StageTable> = Vec::new();
     // By the weights that a layer had.
     let mut bits: BTreeMap<usize, BTreeSet<u64>> = BTreeMap::new();
@@ -251,7 +251,7 @@ pub(super) fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recov
             let plans = ranks.iter_mut().map(|rank| next_table(&mut **rank, layer, &question, &feedback));
             let plans: Vec<StageTable> = plans.collect::<Result<_, _>>()?;
             assert!(plans.iter().all(|plan| *plan == plans[0]), "ranks plan step {step} differently");
-            let mut run = lab.run(&case.routings, &plans[0])?;
+            let mut run = rig.run(&case.routings, &plans[0])?;
             run.timeline.spans.iter_mut().for_each(|span| span.layer = Some(layer));
             spans.append(&mut run.timeline.spans);
             bits.entry(run.weights).or_default().insert(run.bits);
@@ -261,12 +261,12 @@ pub(super) fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recov
             planner.observe(Rank(rank), &spans);
         }
     }
-    lab.keep_bits(false);
+    rig.keep_bits(false);
     let last = tables.last().unwrap_or(&right).clone();
     let settled = tables.iter().rposition(|table| *table != last).map_or(0, |layer| layer + 1);
     let correction = ranks[0].report().unwrap_or_default().correction;
     let contestants = [right, tables[0].clone(), last];
-    let times = in_turn(&mut lab, case, &contestants, pairs)?;
+    let times = in_turn(&mut rig, case, &contestants, pairs)?;
     Ok(Recovery {
         what: case.what.clone(),
         settled,

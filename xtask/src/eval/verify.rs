@@ -141,7 +141,7 @@ fn groups(cases: &[&Case]) -> Vec<Vec<usize>> {
     groups.into_values().collect()
 }
 
-/// One pass over the cases of a group: a lab for each of their links, all with the same weights.
+/// One pass over the cases of a group: a rig for each of their links, all with the same weights.
 fn visit(
     group: &[usize],
     cases: &[&Case],
@@ -149,22 +149,22 @@ fn visit(
     runs: &mut [Vec<(u64, Parts)>],
 ) -> Result<(), PipelineError> {
     let mut options = models[&cases[group[0]].ranks].options.clone();
-    // They go with the labs.
+    // They go with the rigs.
     options.weights = Arc::default();
-    let mut labs: Vec<(Option<Link>, LayerRig)> = Vec::new();
+    let mut rigs: Vec<(Option<Link>, LayerRig)> = Vec::new();
     for &index in group {
         let link = cases[index].link;
-        if labs.iter().all(|lab| lab.0 != link) {
+        if rigs.iter().all(|rig| rig.0 != link) {
             let alike: Vec<&Case> =
                 group.iter().map(|&index| cases[index]).filter(|c| c.link == link).collect();
-            labs.push((link, Case::lab(&alike, &options)?));
+            rigs.push((link, Case::rig(&alike, &options)?));
         }
     }
     for turn in 0..=RUNS {
         for &index in group {
             let case = cases[index];
-            let Some((_, lab)) = labs.iter_mut().find(|lab| lab.0 == case.link) else { continue };
-            let run = lab.run(&case.routings, &case.table)?;
+            let Some((_, rig)) = rigs.iter_mut().find(|rig| rig.0 == case.link) else { continue };
+            let run = rig.run(&case.routings, &case.table)?;
             if turn > 0 {
                 runs[index].push((run.layer_ns, Parts::of(&run.timeline, case.ranks)));
             }

@@ -43,7 +43,7 @@ Every flag can also be set by the environment variable that its help names; the 
 /// Mixture-of-Experts inference with an expert pipeline.
 ///
 /// The experts of a rank are cut into stages; while one stage computes, the rows of the next travel in and the
-/// results of the last travel home. Ranks are groups of threads of this process.
+/// results of the last travel back. Ranks are groups of threads of this process.
 #[derive(Debug, Parser)]
 #[command(name = "epsmoe", version, after_help = EXAMPLES, max_term_width = 110)]
 pub(crate) struct Cli {

@@ -395,7 +395,7 @@ impl Drop for Event {
     }
 }
 
-/// How the tensor copy engine finds the numbers of a bf16 matrix. The twin of `TensorMap` in `gemm_hopper.cu`.
+/// How TMA finds the numbers of a bf16 matrix. The twin of `TensorMap` in `gemm_hopper.cu`.
 #[repr(C, align(128))]
 #[derive(Clone, Copy)]
 pub(super) struct TensorMap {
@@ -433,7 +433,7 @@ impl TensorMap {
         let (rows, columns) = matrix.piece;
         let mut map = TensorMap { opaque: [0; 16] };
         // SAFETY: the map has the size and alignment that the driver asks for; all arrays outlive the call, two
-        // entries for two dimensions, one stride fewer. The driver refuses what the copy engine cannot do.
+        // entries for two dimensions, one stride fewer. The driver refuses what TMA cannot do.
         unsafe {
             call!(cuTensorMapEncodeTiled(
                 (&raw mut map).cast(),

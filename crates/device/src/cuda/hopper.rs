@@ -1,7 +1,7 @@
 //! Products on Hopper: what `gemm_hopper.cu` is given, and how an operation is cut into tiles for it.
 //!
 //! It adds up in the order of the other products on the tensor cores and gives their bits, so whether an operation
-//! runs here is a question of speed alone: views that the tensor copy engine cannot follow, and parts of few rows,
+//! runs here is a question of speed alone: views that TMA cannot follow, and parts of few rows,
 //! take the other kernels. The op suite compares the two, bit by bit.
 
 use super::driver::{Context, CudaError, DeviceMemory, Matrix, Stream, TensorMap};
@@ -90,7 +90,7 @@ pub(super) fn common_rows(parts: &[GemmPart], columns: usize) -> Option<Vec<u32>
     rows.collect()
 }
 
-/// How the copy engine finds x and out: `rows` rows from those of the first part on.
+/// How TMA finds x and out: `rows` rows from those of the first part on.
 pub(super) fn maps(
     first: &GemmPart,
     rows: usize,

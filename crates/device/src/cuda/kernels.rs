@@ -322,7 +322,7 @@ impl Kernels {
         Ok(Kernels { functions, _modules: modules.into_values().collect() })
     }
 
-    /// Whether kernels may use wgmma and the tensor copy engine.
+    /// Whether kernels may use wgmma and TMA.
     pub(super) fn has_hopper(&self) -> bool {
         self.functions.contains_key(&("gemm_hopper256", BF16, BF16))
     }

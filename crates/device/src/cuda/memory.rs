@@ -5,7 +5,7 @@ use crate::threaded::Fill;
 use cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
 use std::sync::Arc;
 
-/// Every piece starts on so many bytes: what the widest copies and the tensor copy engine ask for.
+/// Every piece starts on so many bytes: what the widest copies and TMA ask for.
 const ALIGNMENT: usize = 256;
 
 /// Pieces smaller than this share slabs of this size.

@@ -89,7 +89,7 @@ impl WeightStore {
         Ok(weight)
     }
 
-    /// Describes a weight to the tensor copy engine, in GPU memory, once and for all.
+    /// Describes a weight to TMA, in GPU memory, once and for all.
     fn map(&self, name: &str, held: &Held) -> Result<u64, DeviceError> {
         let Held { start, rows, width, stride, .. } = *held;
         let map = TensorMap::new(&Matrix { start, rows, width, stride, piece: hopper::WEIGHT_PIECE })?;

@@ -205,7 +205,7 @@ impl Stock {
         counts.iter().enumerate().map(part).collect()
     }
 
-    /// Experts of one of eight ranks, from the rows that arrived to the sums that go home: top 6 of 160 experts of
+    /// Experts of one of eight ranks, from the rows that arrived to the sums that go back: top 6 of 160 experts of
     /// random tokens, so many that each expert here has about `each` rows, or just as many if that is asked for.
     fn experts(&mut self, hidden: usize, inner: usize, experts: usize, each: usize, equal: bool) -> Trial {
         const RANKS: usize = 8;

@@ -38,8 +38,8 @@ struct Decided {
     layers: u64,
     /// How many it had planned when it was made.
     since: u64,
-    /// The layer that was watched last, on this rank.
-    watched: Option<LayerSample>,
+    /// The layer that was sampled last, on this rank.
+    last_sample: Option<LayerSample>,
 }
 
 /// A layer that ran, kept until its spans are there.
@@ -68,23 +68,23 @@ pub struct AutoPlanner {
     shared: SharedExpert,
     /// Layers whose buckets wait for a search.
     waiting: BTreeMap<Bucket, (SlotMap, LayerHistograms)>,
-    /// The last layers that ran, at most [`WATCHED`].
+    /// The last layers that ran, at most [`SAMPLED`].
     ran: Vec<Ran>,
     /// The last layer of this step that was planned.
     planned: Option<Layer>,
-    /// Steps until layers are watched again.
+    /// Steps until layers are sampled again.
     rest: u32,
     feedback: Option<Feedback>,
     layers: u64,
     searches: u64,
-    watched: u64,
+    sampled: u64,
     mispredicted: u64,
 }
 
-/// Most layers of a step that are watched.
-const WATCHED: usize = 4;
+/// Most layers of a step that are sampled.
+const SAMPLED: usize = 4;
 
-/// Steps between looks when predictions hold.
+/// Steps between samples when predictions hold.
 const REST: u32 = 8;
 
 /// A prediction that holds this well, in percent, is left alone.
@@ -114,7 +114,7 @@ impl AutoPlanner {
             feedback: None,
             layers: 0,
             searches: 0,
-            watched: 0,
+            sampled: 0,
             mispredicted: 0,
         }
     }
@@ -129,18 +129,18 @@ impl AutoPlanner {
             // The rank that came last to the exchanges waited least.
             link = link.less(feedback.link);
         }
-        let step = |factor: u64, look: PredictedMeasured| {
-            if look.measured_ns < SHORTEST_NS || !look.misses_by(HOLDS) {
+        let step = |factor: u64, times: PredictedMeasured| {
+            if times.measured_ns < SHORTEST_NS || !times.misses_by(HOLDS) {
                 return factor;
             }
-            Correction::step(factor, look.predicted_ns, look.measured_ns)
+            Correction::step(factor, times.predicted_ns, times.measured_ns)
         };
         let before = self.correction;
         let grouped = step(before.grouped, all.grouped);
         let dense = step(before.dense, all.dense);
         // A kernel that nobody uses is as far off as the other: it might be the better one.
         let like = |own: u64, other: u64, now: u64| (own * now / other.max(1)).clamp(1000 / 16, 16_000);
-        let unused = |look: PredictedMeasured| look.measured_ns == 0;
+        let unused = |times: PredictedMeasured| times.measured_ns == 0;
         self.correction = Correction {
             link: step(before.link, link),
             grouped: if unused(all.grouped) { like(before.grouped, before.dense, dense) } else { grouped },
@@ -183,7 +183,7 @@ impl AutoPlanner {
         if self.planned.replace(layer) == Some(layer) {
             // In chunks: its spans are not one table's.
             self.ran.retain(|ran| ran.layer != layer);
-        } else if self.rest == 0 && self.ran.len() < WATCHED {
+        } else if self.rest == 0 && self.ran.len() < SAMPLED {
             let (map, counts, table) = (map.clone(), counts.clone(), table.clone());
             self.ran.push(Ran { layer, map, bucket: nearest, counts, table, share });
         }
@@ -202,10 +202,11 @@ impl AutoPlanner {
         let workload = Workload { placement: map, counts, shape: &shape };
         let choice = search(&workload, &self.cost, &self.options);
         let before = self.decisions.get(&bucket);
-        let (layers, watched) = before.map_or((0, None), |before| (before.layers, before.watched.clone()));
+        let (layers, last_sample) =
+            before.map_or((0, None), |before| (before.layers, before.last_sample.clone()));
         let (correction, reason) = (self.correction, choice.explain());
         let decided =
-            Decided { decision: choice.decision, correction, reason, layers, since: layers, watched };
+            Decided { decision: choice.decision, correction, reason, layers, since: layers, last_sample };
         self.decisions.insert(bucket, decided);
         self.searches += 1;
     }
@@ -221,16 +222,16 @@ impl AutoPlanner {
         let window = |spans: &[&Span]| LayerWindow::of(spans.iter().copied()).pop();
         let Some((planned, took)) = window(&all).zip(window(&measured)) else { return feedback };
         let stages = (0..ran.table.stages()).map(Stage);
-        let watched = LayerSample {
+        let sample = LayerSample {
             layer: PredictedMeasured { predicted_ns: planned.duration_ns(), measured_ns: took.duration_ns() },
             stages: stages.map(|stage| (stage_times(&all, stage), stage_times(&measured, stage))).collect(),
             predicted: since(&all, &planned),
             measured: since(&measured, &took),
         };
-        self.watched += 1;
-        self.mispredicted += u64::from(watched.layer.misses_by(ScheduleReport::MISPREDICTED_PERCENT));
+        self.sampled += 1;
+        self.mispredicted += u64::from(sample.layer.misses_by(ScheduleReport::MISPREDICTED_PERCENT));
         if let Some(decided) = self.decisions.get_mut(&ran.bucket) {
-            decided.watched = Some(watched);
+            decided.last_sample = Some(sample);
         }
         feedback
     }
@@ -263,7 +264,7 @@ impl Planner for AutoPlanner {
         self.rest == 0
     }
 
-    /// Compares the layers that were watched with their simulation, and searches for the buckets that wait.
+    /// Compares the layers that were sampled with their simulation, and searches for the buckets that wait.
     fn observe(&mut self, rank: Rank, spans: &[Span]) {
         self.rest = self.rest.saturating_sub(1);
         self.planned = None;
@@ -293,12 +294,12 @@ impl Planner for AutoPlanner {
             stages: decided.decision.gemm.len(),
             layers: decided.layers,
             reason: decided.reason.clone(),
-            watched: decided.watched.clone(),
+            last_sample: decided.last_sample.clone(),
         };
         Some(ScheduleReport {
             layers: self.layers,
             searches: self.searches,
-            watched: self.watched,
+            sampled: self.sampled,
             mispredicted: self.mispredicted,
             correction: self.correction,
             plans: self.decisions.iter().map(plan).collect(),

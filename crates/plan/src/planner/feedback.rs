@@ -1,4 +1,4 @@
-//! What ranks learn from layers they watched, and tell each other.
+//! What ranks learn from layers that they sample, and tell each other.
 
 use crate::{GemmKind, Span, StageTable, Timeline};
 use epsmoe_base::{Phase, Rank};
@@ -31,7 +31,7 @@ impl PredictedMeasured {
     }
 }
 
-/// What one rank learned from layers it watched: the kinds of work that a [`Correction`](crate::Correction) has a factor for.
+/// What one rank learned from layers that it sampled: the kinds of work that a [`Correction`](crate::Correction) has a factor for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Feedback {
     /// Exchanges, with their waiting for other ranks.
@@ -52,13 +52,13 @@ impl Feedback {
     pub(super) fn of(rank: Rank, table: &StageTable, predicted: &Timeline, measured: &[&Span]) -> Self {
         let mut feedback = Feedback::default();
         for span in predicted.spans.iter().filter(|span| span.rank == rank) {
-            if let Some(look) = feedback.kind_of(table, span) {
-                look.predicted_ns += span.duration_ns();
+            if let Some(times) = feedback.kind_of(table, span) {
+                times.predicted_ns += span.duration_ns();
             }
         }
         for span in measured {
-            if let Some(look) = feedback.kind_of(table, span) {
-                look.measured_ns += span.duration_ns();
+            if let Some(times) = feedback.kind_of(table, span) {
+                times.measured_ns += span.duration_ns();
             }
         }
         feedback
@@ -82,7 +82,7 @@ impl Feedback {
 
     /// The message to the other ranks.
     pub fn encode(&self) -> Vec<u8> {
-        let numbers = self.kinds().into_iter().flat_map(|look| [look.predicted_ns, look.measured_ns]);
+        let numbers = self.kinds().into_iter().flat_map(|times| [times.predicted_ns, times.measured_ns]);
         numbers.flat_map(u64::to_le_bytes).collect()
     }
 
@@ -92,8 +92,8 @@ impl Feedback {
         let numbers: Vec<u64> = words.iter().map(|&word| u64::from_le_bytes(word)).collect();
         let (pairs, []) = numbers.as_chunks::<2>() else { return None };
         let [link, grouped, dense, rows] = pairs else { return None };
-        let look = |&[predicted_ns, measured_ns]: &[u64; 2]| PredictedMeasured { predicted_ns, measured_ns };
-        Some(Feedback { link: look(link), grouped: look(grouped), dense: look(dense), rows: look(rows) })
+        let times = |&[predicted_ns, measured_ns]: &[u64; 2]| PredictedMeasured { predicted_ns, measured_ns };
+        Some(Feedback { link: times(link), grouped: times(grouped), dense: times(dense), rows: times(rows) })
     }
 
     pub(super) fn add(&mut self, other: &Feedback) {

@@ -26,7 +26,7 @@ pub struct ScheduleReport {
     /// Searches made: one for every bucket, and again when the correction had moved.
     pub searches: u64,
     /// Layers whose prediction was compared with the clock.
-    pub watched: u64,
+    pub sampled: u64,
     /// Of these, whose time was more than [`ScheduleReport::MISPREDICTED_PERCENT`] off.
     pub mispredicted: u64,
     /// What the cost model is multiplied by.
@@ -46,8 +46,8 @@ pub struct PlanReport {
     pub layers: u64,
     /// What was chosen and what it beat.
     pub reason: String,
-    /// The last layer that was watched.
-    pub watched: Option<LayerSample>,
+    /// The last layer that was sampled.
+    pub last_sample: Option<LayerSample>,
 }
 
 impl ScheduleReport {
@@ -69,7 +69,7 @@ impl fmt::Display for ScheduleReport {
             count(self.layers as usize, "MoE layer"),
             count(self.searches as usize, "decision"),
             self.mispredicted,
-            self.watched,
+            self.sampled,
             Self::MISPREDICTED_PERCENT
         )?;
         writeln!(
@@ -97,16 +97,16 @@ impl fmt::Display for PlanReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}, {}:", self.bucket, count(self.layers as usize, "layer"))?;
         write!(f, "{}", self.reason)?;
-        let Some(watched) = &self.watched else { return Ok(()) };
+        let Some(sample) = &self.last_sample else { return Ok(()) };
         let ms = |ns: u64| ns as f64 / 1e6;
-        let PredictedMeasured { predicted_ns, measured_ns } = watched.layer;
+        let PredictedMeasured { predicted_ns, measured_ns } = sample.layer;
         writeln!(
             f,
-            "last layer watched: predicted {:.3} ms, measured {:.3} ms",
+            "last layer sampled: predicted {:.3} ms, measured {:.3} ms",
             ms(predicted_ns),
             ms(measured_ns)
         )?;
-        for (stage, (predicted, measured)) in watched.stages.iter().enumerate() {
+        for (stage, (predicted, measured)) in sample.stages.iter().enumerate() {
             writeln!(
                 f,
                 "  {}: dispatch {:.3} → {:.3} ms, compute {:.3} → {:.3} ms, combine {:.3} → {:.3} ms",

@@ -61,7 +61,7 @@ struct Head {
     left: u64,
     /// Likewise, what an exchange has still to copy on a shared processor.
     copies: u64,
-    /// Its turn on a crowded processor comes no later than this.
+    /// Its turn on a full processor comes no later than this.
     turn: Option<u64>,
 }
 
@@ -187,7 +187,7 @@ impl<'a> Group<'a> {
     /// Whether the processor has room for a queue that would go on, or it has waited for that long enough. A compute
     /// lane shares at once: it has much to do.
     fn has_turn(&self, head: &mut Head, queue: Queue) -> bool {
-        if queue == Queue::Compute || self.queue_ns == 0 || !self.crowd().is_full() {
+        if queue == Queue::Compute || self.queue_ns == 0 || !self.contention().is_full() {
             return true;
         }
         *head.turn.get_or_insert(self.now + self.queue_ns) <= self.now
@@ -221,10 +221,10 @@ impl<'a> Group<'a> {
 
     /// Lets time pass until something is done or somebody wakes up, or until `limit`; false when nothing will.
     fn next_event(&mut self, limit: u64) -> bool {
-        let crowd = self.crowd();
+        let contention = self.contention();
         let mut wait = u64::MAX;
         for (rank, heads) in self.heads.iter().enumerate() {
-            let speeds = self.speeds(heads, &crowd);
+            let speeds = self.speeds(heads, &contention);
             for (queue, head) in heads.iter().enumerate() {
                 let turn = head.turn.filter(|&turn| turn > self.now);
                 wait = wait.min(turn.map_or(u64::MAX, |turn| turn - self.now));
@@ -244,7 +244,7 @@ impl<'a> Group<'a> {
         let wait = wait.min(limit - self.now);
         self.now += wait;
         for rank in 0..self.ranks.len() {
-            let speeds = self.speeds(&self.heads[rank], &crowd);
+            let speeds = self.speeds(&self.heads[rank], &contention);
             for queue in 0..QUEUES {
                 let head = &mut self.heads[rank][queue];
                 if !head.working {
@@ -263,21 +263,21 @@ impl<'a> Group<'a> {
     }
 
     /// Who shares the processor.
-    fn crowd(&self) -> CpuContention {
-        let mut crowd = CpuContention { concurrent: self.concurrent, ..CpuContention::default() };
+    fn contention(&self) -> CpuContention {
+        let mut contention = CpuContention { concurrent: self.concurrent, ..CpuContention::default() };
         for [compute, transfer, host] in &self.heads {
-            crowd.lanes += if compute.working { self.lane_threads } else { 0 };
-            crowd.bursts += u64::from(transfer.copies > 0) + u64::from(host.working);
+            contention.lanes += if compute.working { self.lane_threads } else { 0 };
+            contention.bursts += u64::from(transfer.copies > 0) + u64::from(host.working);
         }
-        crowd
+        contention
     }
 
-    /// How fast each queue of a rank works in such a crowd.
-    fn speeds(&self, heads: &[Head; QUEUES], crowd: &CpuContention) -> Speeds {
+    /// How fast each queue of a rank works then.
+    fn speeds(&self, heads: &[Head; QUEUES], contention: &CpuContention) -> Speeds {
         let both = heads[0].working && heads[1].working;
         let [compute, transfer] = if both { self.beside } else { [FULL; 2] };
         let slowed = |speed: u64, share: u64| (speed * share / FULL).max(1);
-        let (lanes, bursts) = (crowd.lane_speed(), crowd.burst_speed());
+        let (lanes, bursts) = (contention.lane_speed(), contention.burst_speed());
         Speeds {
             of: [slowed(compute, lanes), transfer.max(1), slowed(FULL, bursts)],
             copies: slowed(transfer, bursts),
@@ -291,11 +291,11 @@ impl<'a> Group<'a> {
 ///
 /// ```
 /// # use epsmoe_plan::CpuContention;
-/// let crowd = CpuContention { concurrent: 2, lanes: 2, bursts: 1 };
-/// assert!(crowd.is_full());
-/// assert_eq!((crowd.lane_speed(), crowd.burst_speed()), (CpuContention::FULL / 2, CpuContention::FULL));
+/// let contention = CpuContention { concurrent: 2, lanes: 2, bursts: 1 };
+/// assert!(contention.is_full());
+/// assert_eq!((contention.lane_speed(), contention.burst_speed()), (CpuContention::FULL / 2, CpuContention::FULL));
 /// // Ranks that have a processor each notice nothing.
-/// let apart = CpuContention { concurrent: 0, ..crowd };
+/// let apart = CpuContention { concurrent: 0, ..contention };
 /// assert_eq!((apart.is_full(), apart.lane_speed()), (false, CpuContention::FULL));
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! host      (after count) read   exchange  plan
-//! compute   gemm route assign count   send gather [shared]      upload (after metadata) receive sort │ after d0: gather gemm gemm reduce │ … │ after all: reduce
+//! compute   gemm route assign count   send gather [shared]      host_to_device (after metadata) receive sort │ after d0: gather gemm gemm reduce │ … │ after all: reduce
 //! transfer  (after gather)                        metadata d0 d1 … │ c0 after reduce 0 …
 //! ```
 //!

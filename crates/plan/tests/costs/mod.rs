@@ -39,7 +39,7 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
         rows: RowsCost {
             gather: line(mix, 5_000, 20_000_000_000),
             reduce: line(mix, 5_000, 20_000_000_000),
-            upload: line(mix, 5_000, 20_000_000_000),
+            host_to_device: line(mix, 5_000, 20_000_000_000),
             route: line(mix, 5_000, 5_000_000_000),
             index: line(mix, 5_000, 5_000_000_000),
         },

@@ -267,7 +267,7 @@ impl Contender {
             decisions: self.engine.schedule().map(|report| Decisions {
                 layers: report.layers,
                 searches: report.searches,
-                watched: report.watched,
+                sampled: report.sampled,
                 mispredicted: report.mispredicted,
                 correction: report.correction,
             }),

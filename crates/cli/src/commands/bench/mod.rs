@@ -145,7 +145,7 @@ struct Decisions {
     /// Searches for a plan.
     searches: u64,
     /// Layers whose prediction was compared with the clock …
-    watched: u64,
+    sampled: u64,
     /// … and was far off.
     mispredicted: u64,
     /// What the cost model was corrected by, in permille.
@@ -249,7 +249,7 @@ fn page(report: &Report, contenders: &[Contender]) -> Page {
         let median = median.map(|timeline| (label(row) + only, vec![Lanes { what: "", parts, timeline }]));
         let plans = contender.engine.schedule().into_iter().flat_map(|report| report.plans);
         let held_against = plans.filter_map(|plan| {
-            let LayerSample { predicted, measured, .. } = plan.watched.as_ref()?;
+            let LayerSample { predicted, measured, .. } = plan.last_sample.as_ref()?;
             let lanes = [(", predicted", predicted), (", measured", measured)];
             let lanes = lanes.map(|(what, timeline)| Lanes { what, parts, timeline: timeline.clone() });
             Some((format!("predicted over measured, {}", plan.bucket), lanes.into()))
