@@ -3,7 +3,7 @@
 use epsmoe_base::{Lane, Layer, Phase, Rank, Stage};
 use serde::Serialize;
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::ops::Range;
 
