@@ -44,7 +44,7 @@ impl Advisor<'_> {
         let shape = self.sizes(&placement, moe.inner, self.shared_inner());
         let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
         let serial = StageTable::serial(&placement, GemmKind::Grouped);
-        let serial_ns = predict_ns(&serial, 0, &workload, &self.cost);
+        let serial_ns = predict_ns(&serial, &workload, &self.cost);
         let mut all = vec![(Running::Serial, self.measured(&workload, &serial, serial_ns, None))];
         let most = SearchOptions::default().max_stages;
         for (running, min_stages, max_stages) in
@@ -103,7 +103,7 @@ impl Advisor<'_> {
         };
         let of = |kind| {
             let table = StageTable { shared: SharedExpert::Serial, ..StageTable::serial(&placement, kind) };
-            let ns = predict_ns(&table, 0, &workload, &cost);
+            let ns = predict_ns(&table, &workload, &cost);
             self.measured(&workload, &table, ns, None)
         };
         let (grouped, dense) = (of(GemmKind::Grouped), of(GemmKind::Dense));

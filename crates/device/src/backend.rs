@@ -80,6 +80,12 @@ pub trait Backend: Send + Sync + 'static {
     /// Copies indices out, as [`read_f32`](Backend::read_f32).
     fn read_u32(&self, buffer: &Buffer) -> Result<Vec<u32>, Fault>;
 
+    /// Leaves so many thousandths of the processor to others, that is to transfers, in products that are enqueued from
+    /// now on. No bit depends on it. A processor that cannot be divided computes on all of itself.
+    fn reserve_for_transfers(&self, permille: u64) {
+        let _ = permille;
+    }
+
     /// Whether what runs from now on is timed and recorded; it is not until somebody asks, because it costs time.
     fn set_recording(&self, on: bool);
 

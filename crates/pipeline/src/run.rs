@@ -309,7 +309,8 @@ impl<B: Backend> ExpertPipeline<B> {
         batches: &[Batch],
         report: &mut LayerReport,
     ) -> Result<(), PipelineError> {
-        let StageTable { order, shared, .. } = &batches[0].table;
+        let StageTable { order, shared, reserved, .. } = &batches[0].table;
+        self.device.reserve_for_transfers(*reserved);
         let mut events = Events::new(batches);
         for (position, step) in order.iter().enumerate() {
             match *step {
@@ -339,6 +340,7 @@ impl<B: Backend> ExpertPipeline<B> {
             self.after(Lane::Compute, combined.as_ref());
             self.sum(call, batch)?;
         }
+        self.device.reserve_for_transfers(0);
         report.host.enqueued = Some(Instant::now());
         self.note(batches, report);
         Ok(())

@@ -76,7 +76,8 @@ pub struct CostModel {
     pub rows: RowsCost,
     /// What the host does between the lanes' work.
     pub host: HostCost,
-    /// Ways to divide the processor between computation and transfers. The first is no division at all.
+    /// Ways to divide the processor between computation and transfers ([`StageTable::reserved`](crate::StageTable::reserved)).
+    /// The first is no division at all.
     pub shares: Vec<ShareCost>,
 }
 
@@ -372,6 +373,13 @@ impl Correction {
 }
 
 impl CostModel {
+    /// What a division of the processor costs, by the permille that computation leaves alone; no division where it was
+    /// not measured.
+    pub fn share(&self, reserved: u64) -> ShareCost {
+        let same = self.shares.iter().find(|share| share.reserved == reserved);
+        same.or(self.shares.first()).copied().unwrap_or(ShareCost::FREE)
+    }
+
     /// What this program writes and reads.
     pub const VERSION: u32 = 4;
 

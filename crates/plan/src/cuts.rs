@@ -13,7 +13,6 @@
 //! after k, and transfer time still to come after t. Of all partial plans with as many stages and the same end, the
 //! best by that bound survives.
 
-use crate::simulate::share_of;
 use crate::{CostModel, GemmKind, LayerSizes, Payload, Transfer, Workload};
 use epsmoe_base::Rank;
 use std::ops::RangeInclusive;
@@ -36,17 +35,21 @@ pub(crate) struct Loads {
 }
 
 impl Loads {
-    /// Of every rank.
-    pub(crate) fn of(workload: &Workload<'_>, cost: &CostModel, share: usize) -> Vec<Loads> {
+    /// Of every rank, where so many permille of the processor are left to transfers.
+    pub(crate) fn of(workload: &Workload<'_>, cost: &CostModel, reserved: u64) -> Vec<Loads> {
         let sums = Sums::of(workload, cost);
-        workload.placement.all_ranks().map(|rank| Self::of_rank(workload, cost, share, &sums, rank)).collect()
+        workload
+            .placement
+            .all_ranks()
+            .map(|rank| Self::of_rank(workload, cost, reserved, &sums, rank))
+            .collect()
     }
 
-    fn of_rank(workload: &Workload<'_>, cost: &CostModel, share: usize, sums: &Sums, rank: Rank) -> Loads {
+    fn of_rank(workload: &Workload<'_>, cost: &CostModel, reserved: u64, sums: &Sums, rank: Rank) -> Loads {
         let LayerSizes { hidden, inner, dtype, wire, .. } = *workload.shape;
         let row_bytes = workload.shape.row_bytes() as u64;
         let block = workload.placement.slots_of_rank(rank);
-        let share = share_of(cost, share);
+        let share = cost.share(reserved);
         // Curves as straight lines around what the rank has in all: of a sum of parts, the sum.
         let line = |curve: &crate::Piecewise, all: u64| {
             let (empty, full) = (curve.extended(0), curve.extended(all));

@@ -172,6 +172,12 @@ pub enum PlanError {
         /// What it must be.
         expected: String,
     },
+    /// More of the processor is left to transfers than there is.
+    #[error("{permille} ‰ of the processor are left to transfers: leave computation some, 999 ‰ at the most")]
+    Reserved {
+        /// What the table says.
+        permille: u64,
+    },
     /// A transfer is missing from the order, or there twice, or of a stage that does not exist.
     #[error("the transfer order has {step} {got} times, expected {want}: with {stages} stages it has d0 to d{last} and c0 to c{last} once each", last = stages.saturating_sub(1))]
     OrderSteps {

@@ -9,7 +9,6 @@
 
 use crate::cuts::{Loads, together_ns};
 use crate::piecewise::scale;
-use crate::simulate::share_of;
 use crate::{
     CostModel, GemmKind, Schedule, SharedExpert, Simulation, SlotMap, StageTable, Transfer, Workload,
     order_text, predict_ns, simulate,
@@ -53,8 +52,8 @@ pub struct Decision {
     pub order: Vec<Transfer>,
     /// Where the shared expert computes.
     pub shared: SharedExpert,
-    /// Position in [`CostModel::shares`].
-    pub share: usize,
+    /// Permille of the processor that is left to transfers.
+    pub reserved: u64,
     /// `[R][S]` permille of a rank's predicted compute time that lies in stages 0..=s.
     pub targets: Vec<Vec<u64>>,
 }
@@ -119,10 +118,6 @@ fn quarter_octaves(value: u64) -> u32 {
 pub struct Choice {
     /// The plan.
     pub table: StageTable,
-    /// Position in [`CostModel::shares`].
-    pub share: usize,
-    /// Permille of the processor that this share keeps for transfers.
-    pub reserved: u64,
     /// What it is predicted to do.
     pub predicted: Simulation,
     /// Other plans, cheapest first: the best of every number of stages, and landmarks like the serial schedule.
@@ -148,13 +143,13 @@ pub struct Considered {
 /// share and shared expert are the decision's.
 pub fn cuts_for(decision: &Decision, workload: &Workload<'_>, cost: &CostModel) -> StageTable {
     let placement = workload.placement;
-    let Decision { gemm, order, shared, share, targets } = decision;
+    let Decision { gemm, order, shared, reserved, targets } = decision;
     let cuts = if gemm.len() == 1 {
         placement.all_ranks().map(|rank| vec![0, placement.local_count(rank)]).collect()
     } else {
-        best_cuts(&Loads::of(workload, cost, *share), targets, gemm, order)
+        best_cuts(&Loads::of(workload, cost, *reserved), targets, gemm, order)
     };
-    StageTable { cuts, order: order.clone(), gemm: gemm.clone(), shared: *shared }
+    StageTable { cuts, order: order.clone(), gemm: gemm.clone(), shared: *shared, reserved: *reserved }
 }
 
 /// Cuts that put every rank's boundaries where the decision has them; where it has them on average, moved a little
@@ -242,7 +237,6 @@ pub fn sensible_orders(stages: usize) -> Vec<Vec<Transfer>> {
 #[derive(Clone, Debug)]
 struct Plan {
     table: StageTable,
-    share: usize,
     layer_ns: u64,
 }
 
@@ -254,15 +248,15 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    fn price(&mut self, table: StageTable, share: usize) -> Plan {
+    fn price(&mut self, table: StageTable) -> Plan {
         self.priced += 1;
-        let layer_ns = predict_ns(&table, share, self.workload, self.cost);
-        Plan { table, share, layer_ns }
+        let layer_ns = predict_ns(&table, self.workload, self.cost);
+        Plan { table, layer_ns }
     }
 
     /// Puts the plan in place of `best` if it is cheaper.
     fn try_plan(&mut self, best: &mut Plan, table: StageTable) -> bool {
-        let plan = self.price(table, best.share);
+        let plan = self.price(table);
         let better = plan.layer_ns < best.layer_ns;
         if better {
             *best = plan;
@@ -270,14 +264,12 @@ impl Search<'_> {
         better
     }
 
-    fn shares(&self) -> std::ops::Range<usize> {
-        0..self.cost.shares.len().max(1)
-    }
-
     /// The best plan of so many stages: cuts and kernels first, then order and shared expert for the best of them.
     fn best_with(&mut self, stages: usize) -> Plan {
-        let plans: Vec<Plan> = self.shares().map(|share| self.best_cuts(stages, share)).collect();
-        let plans = plans.into_iter().map(|mut plan| {
+        let (cost, undivided) = (self.cost, self.best_cuts(stages, 0));
+        let divided = cost.shares.iter().map(|share| share.reserved).filter(|&reserved| reserved > 0);
+        let divided: Vec<Plan> = divided.map(|reserved| self.best_cuts(stages, reserved)).collect();
+        let plans = std::iter::once(undivided).chain(divided).map(|mut plan| {
             self.refine(&mut plan);
             plan
         });
@@ -285,27 +277,28 @@ impl Search<'_> {
         cheapest.unwrap_or_else(|| unreachable!("there is always the undivided processor"))
     }
 
-    fn best_cuts(&mut self, stages: usize, share: usize) -> Plan {
+    fn best_cuts(&mut self, stages: usize, reserved: u64) -> Plan {
         let Workload { placement, counts, .. } = *self.workload;
-        let loads = Loads::of(self.workload, self.cost, share);
+        let loads = Loads::of(self.workload, self.cost, reserved);
         let shared = self.options.shared.unwrap_or(SharedExpert::BesideCountExchange);
         let kinds = self.options.kernels.clone();
         let uniform = |kind| (kind, StageTable::equal(placement, stages, kind));
         let mut best: Option<Plan> = None;
         for (kind, equal) in kinds.into_iter().map(uniform) {
             let Ok(equal) = equal else { continue };
-            let equal = StageTable { shared, ..equal };
+            let equal = StageTable { shared, reserved, ..equal };
             let timed = StageTable { cuts: cut_all(&loads, &equal.gemm), ..equal.clone() };
             let mut tables = vec![timed, equal];
-            tables.extend(
-                StageTable::balanced(placement, counts, stages, kind)
-                    .map(|table| StageTable { shared, ..table }),
-            );
+            tables.extend(StageTable::balanced(placement, counts, stages, kind).map(|table| StageTable {
+                shared,
+                reserved,
+                ..table
+            }));
             tables.dedup();
             for table in tables {
                 let mixed = StageTable { gemm: self.kernels(&table, &loads), ..table.clone() };
                 for table in if mixed == table { vec![table] } else { vec![table, mixed] } {
-                    let plan = self.price(table, share);
+                    let plan = self.price(table);
                     if best.as_ref().is_none_or(|best| plan.layer_ns < best.layer_ns) {
                         best = Some(plan);
                     }
@@ -316,8 +309,8 @@ impl Search<'_> {
             }
         }
         best.unwrap_or_else(|| {
-            let table = StageTable { shared, ..StageTable::serial(placement, GemmKind::default()) };
-            self.price(table, share)
+            let table = StageTable { shared, reserved, ..StageTable::serial(placement, GemmKind::default()) };
+            self.price(table)
         })
     }
 
@@ -361,7 +354,7 @@ impl Search<'_> {
     /// Tries all cuts where they are few, and neighbours of good ones where not; then looks at kernels, orders and the
     /// shared expert again.
     fn improve(&mut self, plan: &mut Plan) {
-        let loads = Loads::of(self.workload, self.cost, plan.share);
+        let loads = Loads::of(self.workload, self.cost, plan.table.reserved);
         match all_cuts(self.workload.placement, plan.table.stages()) {
             Some(all) => {
                 for cuts in all {
@@ -408,11 +401,11 @@ impl Search<'_> {
         let mut plans = Vec::new();
         for kind in self.options.kernels.clone() {
             let serial = StageTable::serial(placement, kind);
-            plans.push((format!("{} schedule, {kind} GEMM", Schedule::Serial), self.price(serial, 0)));
+            plans.push((format!("{} schedule, {kind} GEMM", Schedule::Serial), self.price(serial)));
             let stages = placement.max_local().min(crate::Policy::DEFAULT_STAGES);
             let name = format!("{}, balanced by assignments, {kind} GEMM", count(stages, "stage"));
             let balanced = StageTable::balanced(placement, counts, stages, kind);
-            plans.extend(balanced.map(|table| (name, self.price(table, 0))));
+            plans.extend(balanced.map(|table| (name, self.price(table))));
         }
         plans
     }
@@ -436,14 +429,7 @@ impl Search<'_> {
         };
         let searched = best_of.iter().map(|plan| {
             let stages = plan.table.stages();
-            (
-                format!(
-                    "best with {}: {}",
-                    count(stages, "stage"),
-                    in_words(plan, share_of(self.cost, plan.share).reserved)
-                ),
-                plan,
-            )
+            (format!("best with {}: {}", count(stages, "stage"), in_words(&plan.table)), plan)
         });
         let known = landmarks.iter().map(|(name, plan)| (name.clone(), plan));
         let mut considered: Vec<Considered> = searched
@@ -451,24 +437,15 @@ impl Search<'_> {
             .map(|(what, plan)| Considered { what, stages: plan.table.stages(), layer_ns: plan.layer_ns })
             .collect();
         considered.sort_by_key(|considered| considered.layer_ns);
-        let predicted = simulate(&best.table, best.share, self.workload, self.cost);
+        let predicted = simulate(&best.table, self.workload, self.cost);
         let decision = decision_of(&best, self.workload, self.cost);
-        let reserved = share_of(self.cost, best.share).reserved;
-        Choice {
-            table: best.table,
-            share: best.share,
-            reserved,
-            predicted,
-            considered,
-            priced: self.priced,
-            decision,
-        }
+        Choice { table: best.table, predicted, considered, priced: self.priced, decision }
     }
 }
 
 /// What to keep of a plan.
 fn decision_of(plan: &Plan, workload: &Workload<'_>, cost: &CostModel) -> Decision {
-    let loads = Loads::of(workload, cost, plan.share);
+    let loads = Loads::of(workload, cost, plan.table.reserved);
     let of_rank = |(loads, cut): (&Loads, &Vec<usize>)| {
         cut[1..].iter().map(|&boundary| loads.permille(boundary)).collect()
     };
@@ -476,7 +453,7 @@ fn decision_of(plan: &Plan, workload: &Workload<'_>, cost: &CostModel) -> Decisi
         gemm: plan.table.gemm.clone(),
         order: plan.table.order.clone(),
         shared: plan.table.shared,
-        share: plan.share,
+        reserved: plan.table.reserved,
         targets: loads.iter().zip(&plan.table.cuts).map(of_rank).collect(),
     }
 }
@@ -531,8 +508,8 @@ fn shifted(cuts: &[Vec<usize>], boundary: usize, who: Option<usize>, step: isize
     moved.then_some(cuts)
 }
 
-fn in_words(plan: &Plan, reserved: u64) -> String {
-    let StageTable { gemm, shared, order, .. } = &plan.table;
+fn in_words(table: &StageTable) -> String {
+    let StageTable { gemm, shared, order, reserved, .. } = table;
     let kernels = match gemm.as_slice() {
         [one, rest @ ..] if rest.iter().all(|kind| kind == one) => format!("{one} GEMM"),
         mixed => mixed.iter().map(GemmKind::to_string).collect::<Vec<_>>().join(" "),
@@ -542,8 +519,9 @@ fn in_words(plan: &Plan, reserved: u64) -> String {
     } else {
         format!(", order {}", order_text(order))
     };
-    let share = if reserved == 0 { String::new() } else { format!(", {reserved} ‰ kept for transfers") };
-    format!("{kernels}, shared expert {shared}{order}{share}")
+    let reserved =
+        if *reserved == 0 { String::new() } else { format!(", {reserved} ‰ kept for transfers") };
+    format!("{kernels}, shared expert {shared}{order}{reserved}")
 }
 
 impl Choice {
@@ -617,8 +595,7 @@ impl fmt::Display for Choice {
         writeln!(f, "{}", self.reason())?;
         write_cuts(f, &self.table)?;
         writeln!(f, "order: {}", order_text(&self.table.order))?;
-        let plan = Plan { table: self.table.clone(), share: self.share, layer_ns: *layer_ns };
-        writeln!(f, "{}", in_words(&plan, self.reserved))?;
+        writeln!(f, "{}", in_words(&self.table))?;
         writeln!(
             f,
             "predicted: {} a layer, count exchange {}, exposed transfer {}",

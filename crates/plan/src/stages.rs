@@ -146,6 +146,8 @@ pub struct StageTable {
     pub gemm: Vec<GemmKind>,
     /// Where the shared expert's computation goes, if the layer has one.
     pub shared: SharedExpert,
+    /// Permille of the processor that the layer's computation leaves to transfers; 0: nothing.
+    pub reserved: u64,
 }
 
 impl StageTable {
@@ -222,6 +224,7 @@ impl StageTable {
             order: Self::default_order(stages),
             gemm: vec![gemm; stages],
             shared: SharedExpert::BesideCountExchange,
+            reserved: 0,
         }
     }
 
@@ -292,6 +295,9 @@ impl StageTable {
                 return wrong(stages, placement.local_count(rank).to_string());
             }
         }
+        if self.reserved >= 1000 {
+            return Err(PlanError::Reserved { permille: self.reserved });
+        }
         check_order(&self.order, stages)
     }
 
@@ -309,7 +315,11 @@ impl fmt::Display for StageTable {
         }
         writeln!(f, "order: {}", order_text(&self.order))?;
         writeln!(f, "gemm: {}", spaced(self.gemm.iter()))?;
-        writeln!(f, "shared expert: {}", self.shared)
+        writeln!(f, "shared expert: {}", self.shared)?;
+        match self.reserved {
+            0 => Ok(()),
+            permille => writeln!(f, "left to transfers: {permille} ‰ of the processor"),
+        }
     }
 }
 
@@ -500,12 +510,26 @@ mod tests {
             StageTable::sized(&placement, &[1, 2], GemmKind::Dense).unwrap(),
             table.clone().with_order(parse_order("d0 c0 d1 c1").unwrap()).unwrap(),
             StageTable { shared: SharedExpert::Serial, ..table.clone() },
+            StageTable { reserved: 121, ..table.clone() },
         ]
         .map(|table| table.digest());
         for (index, digest) in digests.iter().enumerate() {
             assert!(!digests[..index].contains(digest));
         }
         assert_eq!(table.digest(), table.clone().digest());
+    }
+
+    #[test]
+    fn computation_keeps_some_of_the_processor() {
+        let placement = SlotMap::contiguous(6, 2).unwrap();
+        let reserved =
+            |reserved| StageTable { reserved, ..StageTable::serial(&placement, GemmKind::Grouped) };
+        assert_eq!(reserved(999).validate(&placement), Ok(()));
+        assert_eq!(
+            reserved(1000).validate(&placement).unwrap_err().to_string(),
+            "1000 ‰ of the processor are left to transfers: leave computation some, 999 ‰ at the most"
+        );
+        assert!(reserved(121).to_string().ends_with("left to transfers: 121 ‰ of the processor\n"));
     }
 
     #[test]

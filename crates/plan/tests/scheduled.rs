@@ -45,7 +45,7 @@ impl<'a> World<'a> {
             assert!(tables.iter().all(|table| *table == tables[0]), "ranks plan alike");
             assert!(self.ranks.iter().all(|rank| rank.digest() == self.ranks[0].digest()), "and know it");
             tables[0].validate(&self.case.placement).expect("a legal table");
-            let real = simulate(&tables[0], 0, &self.case.workload(), self.truth);
+            let real = simulate(&tables[0], &self.case.workload(), self.truth);
             time = real.layer_ns;
             for span in real.timeline.spans {
                 spans[span.rank.0].push(Span { layer: Some(layer), ..span });

@@ -21,18 +21,18 @@ fn never_worse_than_one_stage_and_always_legal() {
         for options in [exact(), SearchOptions::default()] {
             let choice = search(&workload, &cost, &options);
             choice.table.validate(&layer.placement).unwrap();
-            let predicted = predict_ns(&choice.table, choice.share, &workload, &cost);
+            let predicted = predict_ns(&choice.table, &workload, &cost);
             assert_eq!(predicted, choice.predicted.layer_ns);
             for kind in [GemmKind::Grouped, GemmKind::Dense] {
-                for share in 0..cost.shares.len() {
+                for ShareCost { reserved, .. } in cost.shares.iter().copied() {
                     let one = StageTable::equal(&layer.placement, 1, kind).unwrap();
                     for shared in [
                         SharedExpert::BesideCountExchange,
                         SharedExpert::BesideFirstDispatch,
                         SharedExpert::Serial,
                     ] {
-                        let one = StageTable { shared, ..one.clone() };
-                        let one_ns = predict_ns(&one, share, &workload, &cost);
+                        let one = StageTable { shared, reserved, ..one.clone() };
+                        let one_ns = predict_ns(&one, &workload, &cost);
                         let fewest = choice.table.stages() == 1;
                         let allowed =
                             if fewest { one_ns + one_ns * options.margin / 1000 + 1 } else { one_ns };
@@ -102,15 +102,16 @@ fn exhaustive(layer: &Layer, cost: &CostModel) -> u64 {
         for cuts in cuts {
             for order in all_orders(stages) {
                 for gemm in all_kernels(stages) {
-                    for share in 0..cost.shares.len() {
+                    for ShareCost { reserved, .. } in cost.shares.iter().copied() {
                         let shared = SharedExpert::BesideCountExchange;
                         let table = StageTable {
                             cuts: cuts.clone(),
                             order: order.clone(),
                             gemm: gemm.clone(),
                             shared,
+                            reserved,
                         };
-                        best = best.min(predict_ns(&table, share, &workload, cost));
+                        best = best.min(predict_ns(&table, &workload, cost));
                     }
                 }
             }
@@ -211,7 +212,7 @@ fn the_closed_form_agrees() {
         // Equal stages follow the formula, where the stages are long enough to hide what they should.
         for equal in [1, 2, 4, 8, 16] {
             let table = StageTable::equal(&layer.placement, equal, GemmKind::Grouped).unwrap();
-            let ns = predict_ns(&table, 0, &layer.workload(), &cost) as f64;
+            let ns = predict_ns(&table, &layer.workload(), &cost) as f64;
             let gain = choice.one_stage_ns() as f64 - ns;
             assert!((gain - formula(equal as f64)).abs() <= 0.03 * c, "S {equal}: {gain}");
         }
@@ -237,7 +238,9 @@ fn uneven_cuts_beat_equal_ones_under_the_row_rule() {
     for stages in [2, 4, 8] {
         let options = SearchOptions { max_stages: stages, kernels: vec![GemmKind::Grouped], ..exact() };
         let equal = StageTable::equal(&placement, stages, GemmKind::Grouped).unwrap();
-        let equal_ns = (0..2).map(|share| predict_ns(&equal, share, &workload, &cost)).min().unwrap();
+        let divided = |share: &ShareCost| StageTable { reserved: share.reserved, ..equal.clone() };
+        let priced = cost.shares.iter().map(|share| predict_ns(&divided(share), &workload, &cost));
+        let equal_ns = priced.min().unwrap();
         let choice = search(&workload, &cost, &options);
         let gain = 100.0 - 100.0 * choice.predicted.layer_ns as f64 / equal_ns as f64;
         println!(
@@ -266,7 +269,7 @@ fn cached_cuts_are_nearly_as_good_as_a_search_per_layer() {
         }
         let table = cuts_for(&decision, &next.workload(), &cost);
         table.validate(&next.placement).unwrap();
-        let cached = predict_ns(&table, decision.share, &next.workload(), &cost);
+        let cached = predict_ns(&table, &next.workload(), &cost);
         let searched = search(&next.workload(), &cost, &SearchOptions::default()).predicted.layer_ns;
         let regret = cached as f64 * 100.0 / searched as f64 - 100.0;
         regrets.lock().unwrap().push(regret);

@@ -20,8 +20,9 @@ fn find<'a>(spans: &[&'a Span], phase: Phase, stage: usize) -> &'a Span {
 fn dependencies_and_lane_order_are_respected() {
     for_random_cases(300, |mix| {
         let (layer, cost) = (Layer::random(mix, 5, 5), random_cost(mix));
-        let table = random_table(&layer.placement, mix);
-        let simulation = simulate(&table, mix.below(2), &layer.workload(), &cost);
+        let reserved = cost.shares[mix.below(2)].reserved;
+        let table = StageTable { reserved, ..random_table(&layer.placement, mix) };
+        let simulation = simulate(&table, &layer.workload(), &cost);
         for rank in layer.placement.all_ranks() {
             let (compute, transfer) =
                 (lane(&simulation, rank, Lane::Compute), lane(&simulation, rank, Lane::Transfer));
@@ -63,8 +64,8 @@ fn dependencies_and_lane_order_are_respected() {
             let came = ranks.iter().map(|spans| spans[exchange].start_ns).max();
             assert!(ranks.iter().all(|spans| Some(spans[exchange].end_ns) >= came));
         }
-        assert_eq!(predict_ns(&table, 0, &layer.workload(), &cost), {
-            simulate(&table, 0, &layer.workload(), &cost).layer_ns
+        assert_eq!(predict_ns(&table, &layer.workload(), &cost), {
+            simulate(&table, &layer.workload(), &cost).layer_ns
         });
     });
 }
@@ -80,7 +81,7 @@ fn rows_are_conserved_and_priced_by_the_link() {
         // A nanosecond for every byte, and nothing for anything else.
         cost.link = LinkCost::uniform(0, 1_000_000_000);
         cost.host = HostCost::default();
-        let simulation = simulate(&table, 0, &layer.workload(), &cost);
+        let simulation = simulate(&table, &layer.workload(), &cost);
         let traffic = Traffic::of(&layer.placement, &layer.counts, &table);
         for (stage, times) in simulation.stages.iter().enumerate() {
             let moved = |format: RowFormat, rows: &dyn Fn(Rank, Rank) -> usize| -> u64 {
@@ -106,7 +107,7 @@ fn a_faster_machine_is_not_slower_without_contention() {
     for_random_cases(300, |mix| {
         let (layer, cost) = (Layer::random(mix, 5, 5), random_cost(mix).without_contention());
         let table = random_table(&layer.placement, mix);
-        let time = |cost: &CostModel| predict_ns(&table, 0, &layer.workload(), cost);
+        let time = |cost: &CostModel| predict_ns(&table, &layer.workload(), cost);
         let before = time(&cost);
         let factor = |mix: &mut epsmoe_base::Mix| 1000 + mix.below(3000) as u64;
         let slower =
@@ -131,7 +132,7 @@ fn contention_costs_time_and_a_shared_processor_costs_more() {
         let (layer, cost) = (Layer::random(mix, 4, 4), random_cost(mix));
         let table = random_table(&layer.placement, mix);
         let free = cost.without_contention();
-        let price = |cost: &CostModel| predict_ns(&table, 0, &layer.workload(), cost);
+        let price = |cost: &CostModel| predict_ns(&table, &layer.workload(), cost);
         assert!(price(&cost) >= price(&free));
         let shared = |threads| price(&CostModel { concurrent: threads, ..free.clone() });
         // Four ranks of two lanes and a host each never want more than twelve threads.
@@ -150,7 +151,7 @@ fn a_full_processor_makes_transfers_wait() {
         let table = random_table(&layer.placement, mix);
         let price = |concurrent, queue_ns| {
             let host = HostCost { queue_ns, ..cost.host.clone() };
-            predict_ns(&table, 0, &layer.workload(), &CostModel { concurrent, host, ..cost.clone() })
+            predict_ns(&table, &layer.workload(), &CostModel { concurrent, host, ..cost.clone() })
         };
         assert_eq!([price(0, 50_000), price(100, 50_000)], [price(0, 0), price(100, 0)]);
         waited.set(waited.get() + usize::from(price(1, 50_000) > price(1, 0)));
@@ -197,7 +198,7 @@ fn a_layer_by_hand() {
     };
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
     let table = StageTable::serial(&placement, GemmKind::Grouped);
-    let simulation = simulate(&table, 0, &workload, &cost);
+    let simulation = simulate(&table, &workload, &cost);
     // Every token goes to both experts: 100 rows of 2000 bytes to the other rank, 200 assignments a rank.
     let rows = 10 + 100 * 2000 / 1000;
     let metadata = 10 + 100 * 16 / 1000;

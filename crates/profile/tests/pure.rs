@@ -65,7 +65,7 @@ fn simulated(case: &Case, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
     let counts = counts(case, &placement);
     let shape = case.shape.layer(&placement, DType::F32);
     let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
-    let simulation = simulate(&case.table, 0, &workload, cost);
+    let simulation = simulate(&case.table, &workload, cost);
     let mut timeline = simulation.timeline;
     // A dense stage is one span of the simulation, and one for each expert of a run.
     if case.table.gemm.contains(&GemmKind::Dense) {

@@ -193,7 +193,7 @@ pub(super) fn uneven(case: &Case, model: &Model, pairs: usize) -> Result<Option<
     if equal == uneven {
         return Ok(None);
     }
-    let predict = |table: &StageTable| predict_ns(table, 0, &workload, &question.cost);
+    let predict = |table: &StageTable| predict_ns(table, &workload, &question.cost);
     let predicted = predict(&equal) * 1000 / predict(&uneven).max(1);
     let mut rig = Case::rig(&[case], &model.options)?;
     let cuts = uneven.cuts.clone();

@@ -176,7 +176,7 @@ fn visit(
 fn outcome(case: &Case, models: &Models, mut runs: Vec<(u64, Parts)>) -> Result<Outcome, PipelineError> {
     let model = &models[&case.ranks];
     let question = Question::of(case, &model.cost, model.options.dtype)?;
-    let simulation = simulate(&case.table, 0, &question.workload(), &question.cost);
+    let simulation = simulate(&case.table, &question.workload(), &question.cost);
     runs.sort_by_key(|run| run.0);
     let at = |quarter: usize| runs[(runs.len() - 1) * quarter / 4];
     let (measured_ns, measured) = at(2);

@@ -42,7 +42,7 @@ use report::ReportPage;
 use staging::Staging;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use weights::WeightStore;
@@ -167,7 +167,7 @@ pub struct CudaOptions {
     pub epoch: Instant,
     /// What fresh memory holds.
     pub fill: Fill,
-    /// Multiprocessors that products leave to transfers.
+    /// Multiprocessors that products leave to others all the time, or more while a plan says so.
     pub reserved_multiprocessors: u32,
 }
 
@@ -198,6 +198,8 @@ pub struct CudaBackend {
     events: Arc<EventPool>,
     timed_events: Arc<EventPool>,
     recording: AtomicBool,
+    /// Permille of the multiprocessors that products leave to transfers for now.
+    reserved_permille: AtomicU32,
     report: ReportPage,
     weights: CudaWeights,
     device: Arc<CudaDevice>,
@@ -314,6 +316,7 @@ impl CudaBackend {
             events,
             timed_events,
             recording: AtomicBool::new(false),
+            reserved_permille: AtomicU32::new(0),
             weights: weights.clone(),
             device: Arc::clone(device),
             options,
@@ -419,13 +422,16 @@ impl CudaBackend {
             tickets: self.tickets[lane.index()].start,
             memory: &regions,
             report: self.report.for_operation(order.serial),
-            multiprocessors: self
-                .device
-                .multiprocessors
-                .saturating_sub(self.options.reserved_multiprocessors)
-                .max(1),
+            multiprocessors: self.free_multiprocessors(),
         };
         launch.run(op)
+    }
+
+    /// Multiprocessors that products may fill.
+    fn free_multiprocessors(&self) -> u32 {
+        let all = self.device.multiprocessors;
+        let for_transfers = (all * self.reserved_permille.load(Ordering::Relaxed)).div_ceil(1000);
+        all.saturating_sub(self.options.reserved_multiprocessors.max(for_transfers)).max(1)
     }
 
     fn read<T: bytemuck::Pod>(&self, buffer: &Buffer) -> Result<Vec<T>, Fault> {
@@ -640,6 +646,10 @@ impl Backend for CudaBackend {
 
     fn read_u32(&self, buffer: &Buffer) -> Result<Vec<u32>, Fault> {
         self.read::<u32>(buffer)
+    }
+
+    fn reserve_for_transfers(&self, permille: u64) {
+        self.reserved_permille.store(permille.min(1000) as u32, Ordering::Relaxed);
     }
 
     fn set_recording(&self, on: bool) {

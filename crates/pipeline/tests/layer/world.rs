@@ -442,7 +442,7 @@ pub(crate) fn random_table(placement: &SlotMap, mix: &mut Mix) -> StageTable {
         SharedExpert::Serial,
     ][mix.below(4)];
     let gemm = (0..stages).map(|_| [GemmKind::Grouped, GemmKind::Dense][mix.below(2)]).collect();
-    StageTable { cuts, order: random_order(stages, mix), gemm, shared }
+    StageTable { cuts, order: random_order(stages, mix), gemm, shared, reserved: 100 * mix.below(2) as u64 }
 }
 
 /// Draws among the transfers that may come next until none is left.

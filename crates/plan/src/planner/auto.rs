@@ -50,7 +50,6 @@ struct Ran {
     bucket: Bucket,
     counts: LayerHistograms,
     table: StageTable,
-    share: usize,
 }
 
 /// See the module.
@@ -179,13 +178,12 @@ impl AutoPlanner {
         self.layers += 1;
         self.shared = decided.decision.shared;
         let table = StageTable { shared, ..cuts_for(&decided.decision, &workload, &self.cost) };
-        let share = decided.decision.share;
         if self.planned.replace(layer) == Some(layer) {
             // In chunks: its spans are not one table's.
             self.ran.retain(|ran| ran.layer != layer);
         } else if self.rest == 0 && self.ran.len() < SAMPLED {
             let (map, counts, table) = (map.clone(), counts.clone(), table.clone());
-            self.ran.push(Ran { layer, map, bucket: nearest, counts, table, share });
+            self.ran.push(Ran { layer, map, bucket: nearest, counts, table });
         }
         table
     }
@@ -215,7 +213,7 @@ impl AutoPlanner {
         let measured: Vec<&Span> =
             spans.iter().filter(|span| span.layer == Some(ran.layer) && span.rank == rank).collect();
         let workload = Workload { placement: &ran.map, counts: &ran.counts, shape: &self.shape };
-        let predicted = simulate(&ran.table, ran.share, &workload, &self.cost).timeline;
+        let predicted = simulate(&ran.table, &workload, &self.cost).timeline;
         let all: Vec<&Span> = predicted.spans.iter().filter(|span| span.rank == rank).collect();
         let feedback = Feedback::of(rank, &ran.table, &predicted, &measured);
         // Replayed routing leaves no choice of experts to begin with.

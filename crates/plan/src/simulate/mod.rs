@@ -18,7 +18,7 @@
 //!   also waits for the host that hands it the stage or the exchange.
 //! - An exchange is two-sided: nothing moves before all ranks are there; then each rank is done after its own
 //!   [`LinkCost::exchange_ns`](crate::LinkCost::exchange_ns).
-//! - While a rank computes and transfers at once, both go slower, by the [`ShareCost`].
+//! - While a rank computes and transfers at once, both go slower, by the [`ShareCost`](crate::ShareCost).
 //! - Threads that share a processor ([`CostModel::concurrent`]): hosts, and transfer lanes while they copy, work in
 //!   short bursts and take what they need; those of the compute lanes share the rest ([`CpuContention`]). There an exchange is
 //!   work for the processor beside the time on the link, and nobody leaves it before all ranks have copied. Where
@@ -35,7 +35,7 @@ pub use clock::CpuContention;
 pub use program::{Planned, planned};
 pub use report::{RankTimes, Simulation, StageTimes};
 
-use crate::{CostModel, LayerHistograms, LayerSizes, ShareCost, SlotMap, StageTable};
+use crate::{CostModel, LayerHistograms, LayerSizes, SlotMap, StageTable};
 use program::Program;
 
 /// One layer with its tokens: what there is to do, whatever the plan.
@@ -50,18 +50,13 @@ pub struct Workload<'a> {
 }
 
 /// Everything about a layer under a table, as every rank will live it.
-pub fn simulate(table: &StageTable, share: usize, workload: &Workload<'_>, cost: &CostModel) -> Simulation {
-    let program = Program::of(table, share, workload, cost);
-    let times = clock::run(&program, cost, &share_of(cost, share));
+pub fn simulate(table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Simulation {
+    let program = Program::of(table, workload, cost);
+    let times = clock::run(&program, cost, &cost.share(table.reserved));
     report::report(&program, &times, table.stages())
 }
 
 /// Only how long it will take: [`Simulation::layer_ns`].
-pub fn predict_ns(table: &StageTable, share: usize, workload: &Workload<'_>, cost: &CostModel) -> u64 {
-    clock::run(&Program::of(table, share, workload, cost), cost, &share_of(cost, share)).end()
-}
-
-/// A share by its number; beyond the last one, the undivided processor.
-pub(crate) fn share_of(cost: &CostModel, share: usize) -> ShareCost {
-    cost.shares.get(share).or(cost.shares.first()).copied().unwrap_or(ShareCost::FREE)
+pub fn predict_ns(table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> u64 {
+    clock::run(&Program::of(table, workload, cost), cost, &cost.share(table.reserved)).end()
 }

@@ -1,6 +1,6 @@
 //! What all ranks do in a layer, in the order in which the pipeline enqueues it: the twin of `pipeline`'s loop.
 
-use super::{Workload, share_of};
+use super::Workload;
 use crate::piecewise::scale;
 use crate::{CostModel, GemmKind, LayerSizes, Payload, SharedExpert, StageTable, Traffic, Transfer, Work};
 use epsmoe_base::{Lane, Phase, Rank, Stage};
@@ -104,17 +104,16 @@ pub(super) struct Program {
 }
 
 impl Program {
-    pub(super) fn of(table: &StageTable, share: usize, workload: &Workload<'_>, cost: &CostModel) -> Self {
-        Self::build(table, share, workload, cost, None)
+    pub(super) fn of(table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Self {
+        Self::build(table, workload, cost, None)
     }
 
     fn described(table: &StageTable, workload: &Workload<'_>, cost: &CostModel) -> Self {
-        Self::build(table, 0, workload, cost, Some(Vec::new()))
+        Self::build(table, workload, cost, Some(Vec::new()))
     }
 
     fn build(
         table: &StageTable,
-        share: usize,
         workload: &Workload<'_>,
         cost: &CostModel,
         described: Option<Vec<Vec<Work>>>,
@@ -123,7 +122,7 @@ impl Program {
         let traffic = Traffic::of(workload.placement, workload.counts, table);
         let (steps, work, copies) = (Vec::new(), Vec::new(), Vec::new());
         let program = Program { ranks, steps, exchanged_and_planned: None, work, copies, described };
-        let compute_permille = share_of(cost, share).compute;
+        let compute_permille = cost.share(table.reserved).compute;
         let mut builder = Builder { table, workload, cost, traffic, compute_permille, program };
         if table.runs_in_place(workload.placement) {
             builder.in_place()

@@ -123,6 +123,7 @@ pub(crate) fn random_table(placement: &SlotMap, mix: &mut Mix) -> StageTable {
         order: orders[mix.below(orders.len())].clone(),
         gemm: (0..stages).map(|_| [GemmKind::Grouped, GemmKind::Dense][mix.below(2)]).collect(),
         shared: shared[mix.below(4)],
+        reserved: 0,
     }
 }
 

@@ -65,6 +65,7 @@ impl Case {
             order: random_order(stages, mix),
             gemm: vec![GemmKind::Grouped; stages],
             shared: SharedExpert::Serial,
+            reserved: 0,
         };
         table.validate(&self.placement).expect("a legal table");
         table
