@@ -1,10 +1,10 @@
 //! What runs steps: the ranks of a world, all of which take every step together.
 
 use crate::EngineError;
-use epsmoe_base::{Fault, FaultCell, FaultKind, Phase, Place, Rank, panic_text};
+use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank, panic_text};
 use epsmoe_device::{Backend, DeviceError};
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
-use epsmoe_pipeline::PipelineError;
+use epsmoe_pipeline::{PipelineError, take_spans};
 use epsmoe_plan::{ScheduleReport, Span, Timeline};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -167,7 +167,7 @@ fn serve<B: Backend>(
         };
         model.device().set_recording(recorded || model.wants_spans());
         let answer = forward(rank, model, faults, &batch);
-        let spans = spans(rank, model);
+        let spans = take_spans(model.device());
         let told = if recorded { spans.clone() } else { Vec::new() };
         let failed = answer.is_err();
         if outbox.send(answer.map(|output| Answer { output, spans: told })).is_err() {
@@ -203,19 +203,4 @@ fn forward<B: Backend>(
 
 fn raise(rank: Rank, faults: &FaultCell, kind: FaultKind, message: String) -> Fault {
     faults.raise(Fault { kind, rank, place: Place::default(), message })
-}
-
-/// What ran since the last call, if that was recorded.
-fn spans<B: Backend>(rank: Rank, model: &Model<B>) -> Vec<Span> {
-    let span = |record: epsmoe_device::Record| Span {
-        rank,
-        layer: record.place.layer,
-        stage: record.place.stage,
-        lane: record.lane,
-        phase: record.place.phase.unwrap_or(Phase::Other),
-        name: record.name.into(),
-        start_ns: record.start_ns,
-        end_ns: record.end_ns,
-    };
-    model.device().take_records().into_iter().map(span).collect()
 }

@@ -38,11 +38,13 @@ mod experts;
 mod route;
 mod routing_log;
 mod run;
+mod spans;
 
 pub use buffers::PipelineSizes;
 pub use count_exchange::disagreement;
 pub use routing_log::{Flips, RoutingLog, RoutingLogError, TokenId};
 pub use run::{ExpertPipeline, HostTimes, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp};
+pub use spans::take_spans;
 
 use epsmoe_base::Fault;
 use epsmoe_device::DeviceError;

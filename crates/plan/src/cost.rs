@@ -267,7 +267,7 @@ impl LinkCost {
 }
 
 /// Operations that move or add rows; each curve's value at 0 is what an operation costs without any.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RowsCost {
     /// Bytes written → ns: rows picked by index.

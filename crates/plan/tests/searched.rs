@@ -156,7 +156,6 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
     let law = SyntheticRouting { top_k: 1, groups: None, zipf_permille: 0, seed: 0 };
     let sizes = LayerSizes { hidden: 1024, inner: 1024, top_k: 1, ..LayerSizes::of(&placement, DType::BF16) };
     let bytes = 7 * 32 * 64 * 1024 * 2;
-    let free = || Piecewise::flat(0);
     let gemm = GemmCost {
         // 16384 copies · 6 · 2²⁰ FLOP in 10 ms.
         flops_per_second: 16384 * 6 * (1 << 20) * 100,
@@ -176,13 +175,7 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
         dense: GemmCost { op_ns: 10_000_000, ..gemm.clone() },
         grouped: gemm,
         link: LinkCost::uniform(0, bytes * 1_000_000_000 / transfer_ns),
-        rows: RowsCost {
-            gather: free(),
-            reduce: free(),
-            host_to_device: free(),
-            route: free(),
-            index: free(),
-        },
+        rows: RowsCost::default(),
         host: HostCost::default(),
         shares: vec![ShareCost::FREE],
     };

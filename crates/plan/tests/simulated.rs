@@ -175,7 +175,6 @@ fn a_layer_by_hand() {
         op_ns: 0,
         least_columns: 0,
     };
-    let free = || Piecewise::flat(0);
     let cost = CostModel {
         version: CostModel::VERSION,
         machine: String::new(),
@@ -186,13 +185,7 @@ fn a_layer_by_hand() {
         grouped: gemm.clone(),
         dense: gemm,
         link: LinkCost::uniform(10, 1_000_000_000_000),
-        rows: RowsCost {
-            gather: free(),
-            reduce: free(),
-            host_to_device: free(),
-            route: free(),
-            index: free(),
-        },
+        rows: RowsCost::default(),
         host: HostCost { exchange: Piecewise::flat(7), ..HostCost::default() },
         shares: vec![ShareCost::FREE],
     };

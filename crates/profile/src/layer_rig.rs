@@ -1,8 +1,6 @@
 //! Ranks that run one MoE layer again and again: given sizes, given routing, given table.
 
-use epsmoe_base::{
-    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Phase, Place, Rank, hash_bytes,
-};
+use epsmoe_base::{DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, hash_bytes};
 use epsmoe_device::cpu::gemm::{Isa, PackedMatrix};
 use epsmoe_device::cpu::{Cpu, CpuKernels};
 use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
@@ -11,6 +9,7 @@ use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightSha
 use epsmoe_fabric::{Fabric, Link, ThreadsOptions};
 use epsmoe_pipeline::{
     ExpertPipeline, HostTimes, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
+    take_spans,
 };
 use epsmoe_plan::{
     Capacity, GemmKind, LayerHistograms, LayerSizes, Policy, Routing, SlotMap, Span, StageTable, Timeline,
@@ -303,17 +302,7 @@ impl Bench {
             let layer = &layers[job.layer];
             let report = pipeline.run_table(layer, Some(&job.routing), &job.table, &x, &y)?;
             finish()?;
-            let spans = device.take_records().into_iter().map(|record| Span {
-                rank: device.rank(),
-                layer: record.place.layer,
-                stage: record.place.stage,
-                lane: record.lane,
-                phase: record.place.phase.unwrap_or(Phase::Other),
-                name: record.name.into(),
-                start_ns: record.start_ns,
-                end_ns: record.end_ns,
-            });
-            let (rank, spans, host) = (device.rank(), spans.collect(), self.host(report.host));
+            let (rank, spans, host) = (device.rank(), take_spans(&**device), self.host(report.host));
             let bits = if job.keep_bits { self.bits(&y)? } else { 0 };
             if answers.send(Ok(Done { rank, spans, host, bits })).is_err() {
                 break;

@@ -367,13 +367,7 @@ fn blank(fingerprint: &Fingerprint, options: &RigOptions) -> CostModel {
         grouped: gemm.clone(),
         dense: gemm,
         link: LinkCost { exchange_ns: 0, node_ranks: 0, near: free(), far: free(), copy: free() },
-        rows: RowsCost {
-            gather: free(),
-            reduce: free(),
-            host_to_device: free(),
-            route: free(),
-            index: free(),
-        },
+        rows: RowsCost::default(),
         host: HostCost::default(),
         shares: vec![ShareCost::FREE],
     }
