@@ -44,7 +44,7 @@ pub(crate) struct Queries {
     /// `[B + 1, 1]`.
     pub(crate) sequence_starts: Buffer,
     /// `[Q, rope.dim]`.
-    pub(crate) angles: Buffer,
+    pub(crate) rope_table: Buffer,
 }
 
 /// How many tokens each rank of the world has in its shard, of how many of them logits are wanted, and, if routing is

@@ -54,14 +54,14 @@ pub struct Rotate {
     /// How pairs are formed.
     pub style: RopeStyle,
     /// Cosines and sines `[T, d]`, float32.
-    pub angles: Buffer,
+    pub rope_table: Buffer,
 }
 
 impl Rotate {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        same_rows("rotate", &[&self.x, &self.angles])?;
-        expect("rotate", "angles", &self.angles, DType::F32, self.angles.width)?;
-        let dims = self.angles.width;
+        same_rows("rotate", &[&self.x, &self.rope_table])?;
+        expect("rotate", "rope_table", &self.rope_table, DType::F32, self.rope_table.width)?;
+        let dims = self.rope_table.width;
         let fits = self.head_width > 0
             && self.x.width.is_multiple_of(self.head_width)
             && dims.is_multiple_of(2)
@@ -79,6 +79,6 @@ impl Rotate {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.angles).write(&self.x)
+        Accesses::new().read(&self.rope_table).write(&self.x)
     }
 }

@@ -150,10 +150,10 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     pub(super) fn rotate<T: Element>(&self, op: &Rotate) -> Result<(), String> {
-        let (x, angles) = (self.view_mut::<T>(&op.x), self.view::<f32>(&op.angles));
-        let dims = op.angles.width;
+        let (x, rope_table) = (self.view_mut::<T>(&op.x), self.view::<f32>(&op.rope_table));
+        let dims = op.rope_table.width;
         self.for_rows(&x, |t, row| {
-            let (cosines, sines) = angles.row(t).split_at(dims / 2);
+            let (cosines, sines) = rope_table.row(t).split_at(dims / 2);
             for head in row.chunks_exact_mut(op.head_width) {
                 let turned = &mut head[op.start..op.start + dims];
                 for (i, (cos, sin)) in cosines.iter().zip(sines).enumerate() {

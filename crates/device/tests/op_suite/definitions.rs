@@ -233,27 +233,32 @@ fn rotations<B: Backend>(bench: &Bench<B>) {
         let half = dims / 2;
         let frequencies: Vec<f32> = (0..half).map(|i| 0.0317_f32.powf(i as f32 / half as f32)).collect();
         let frequencies = Sheet { rows: 1, width: half, values: frequencies };
-        let angles = bench.room(DType::F32, tokens, dims);
+        let rope_table = bench.room(DType::F32, tokens, dims);
         bench.run(
             &what,
             RopeTable {
                 positions: bench.put_words(&positions, 1).view,
                 frequencies: bench.vector(&frequencies),
                 scale: 1.25,
-                out: angles.view.clone(),
+                out: rope_table.view.clone(),
             },
         );
         let angle = |t: usize, i: usize| f64::from(positions[t]) * f64::from(frequencies.values[i]);
         let (cos, sin) =
             (|t: usize, i: usize| 1.25 * angle(t, i).cos(), |t: usize, i: usize| 1.25 * angle(t, i).sin());
         let want = each(tokens, dims, |t, i| if i < half { cos(t, i) } else { sin(t, i - half) });
-        bench.check(&format!("angles of {what}"), &angles, &want);
+        bench.check(&format!("rope_table of {what}"), &rope_table, &want);
 
         let x = bench.random(tokens, heads * head_width, 2.0);
         for style in [RopeStyle::HalfSplit, RopeStyle::Interleaved] {
             let turned = bench.put(&x);
-            let rotate =
-                Rotate { x: turned.view.clone(), head_width, start, style, angles: angles.view.clone() };
+            let rotate = Rotate {
+                x: turned.view.clone(),
+                head_width,
+                start,
+                style,
+                rope_table: rope_table.view.clone(),
+            };
             bench.run(&what, rotate);
             let mut want = wide(&x.values);
             for (t, h, i) in

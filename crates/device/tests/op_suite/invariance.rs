@@ -105,7 +105,7 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
     let gates = bench.random_of(DType::F32, ROWS, 1, 2.0);
     let norm =
         |kind, x, out| Norm { kind, x, weight: Weight::clone(&vector), eps: 1e-5, out, origin: None }.into();
-    let angles = bench.random_of(DType::F32, ROWS, 36, 1.0);
+    let rope_table = bench.random_of(DType::F32, ROWS, 36, 1.0);
     let terms: Vec<u32> = (0..3 * ROWS).map(|term| (term * 7 % 3) as u32).collect();
     let reduce = |rows: Range<usize>, x: Buffer, out: Buffer| -> Op {
         // Three times the row itself; the weights are the row's own.
@@ -131,8 +131,8 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
         }),
         ("rotate", [narrow; 2], &|rows, x, out| {
             bench.run("rotate", Copy { x, out: out.clone() });
-            let angles = bench.put_as(DType::F32, &angles.take(rows)).view;
-            Rotate { x: out, head_width: WIDTH, start: 1, style: RopeStyle::Interleaved, angles }.into()
+            let rope_table = bench.put_as(DType::F32, &rope_table.take(rows)).view;
+            Rotate { x: out, head_width: WIDTH, start: 1, style: RopeStyle::Interleaved, rope_table }.into()
         }),
         ("reduce", [narrow; 2], &reduce),
         ("reduce into float32", [narrow, DType::F32], &reduce),

@@ -113,14 +113,14 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         out: out.clone(),
         origin: None,
     };
-    let rotate = |head_width, start, angles: &Buffer| Rotate {
+    let rotate = |head_width, start, rope_table: &Buffer| Rotate {
         x: x.clone(),
         head_width,
         start,
         style: RopeStyle::HalfSplit,
-        angles: angles.clone(),
+        rope_table: rope_table.clone(),
     };
-    let angles = |frequencies: &Weight| RopeTable {
+    let rope_table = |frequencies: &Weight| RopeTable {
         positions: ids.clone(),
         frequencies: frequencies.clone(),
         scale: 1.0,
@@ -187,8 +187,11 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             parts(vec![part(&map, 0..3)], Some(&long), store).into(),
             "gemm: bias long is Vector { n: 5 }, the output y[3, 4] float32",
         ),
-        (angles(&map).into(), "rope_table: map is no vector"),
-        (angles(&scale).into(), "rope_table: output is narrow[3, 2] float32, but must be float32 of width 8"),
+        (rope_table(&map).into(), "rope_table: map is no vector"),
+        (
+            rope_table(&scale).into(),
+            "rope_table: output is narrow[3, 2] float32, but must be float32 of width 8",
+        ),
         (rotate(4, 3, &narrow).into(), "rotate: x[3, 4] float32 in heads of 4 cannot turn elements 3..5"),
         (rotate(3, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 3 cannot turn elements 0..2"),
         (rotate(0, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 0 cannot turn elements 0..2"),

@@ -149,8 +149,8 @@ impl<B: Backend> Context<'_, B> {
         head_width: usize,
         start: usize,
     ) -> Result<(), DeviceError> {
-        let angles = tokens.angles.clone();
-        self.compute(Rotate { x: x.clone(), head_width, start, style: self.rope, angles })
+        let rope_table = tokens.rope_table.clone();
+        self.compute(Rotate { x: x.clone(), head_width, start, style: self.rope, rope_table })
     }
 
     fn store(&self, x: &Buffer, cache: &Buffer) -> Result<(), DeviceError> {

@@ -43,7 +43,7 @@ pub(super) struct QueryBuffers {
     pub(super) index: Buffer,
     pub(super) positions: Buffer,
     pub(super) sequence_starts: Buffer,
-    pub(super) angles: Buffer,
+    pub(super) rope_table: Buffer,
 }
 
 impl StepBuffers {
@@ -63,7 +63,7 @@ impl StepBuffers {
                 index: indices("query_index", tokens, 1)?,
                 positions: indices("positions", tokens, 1)?,
                 sequence_starts: indices("sequence_starts", sequences + 1, 1)?,
-                angles: floats("angles", tokens, spec.rope.dim)?,
+                rope_table: floats("rope_table", tokens, spec.rope.dim)?,
             })
         };
         let residual = spec.layers.iter().any(|layer| layer.residual_mlp.is_some());

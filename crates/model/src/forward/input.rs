@@ -63,16 +63,16 @@ impl<B: Backend> Model<B> {
         let rows = 0..positions.len();
         let index = which.map(|which| self.upload(which, &buffers.index.rows(rows.clone())?)).transpose()?;
         let positions = self.upload(&positions, &buffers.positions.rows(rows.clone())?)?;
-        let angles = buffers.angles.rows(rows)?;
+        let rope_table = buffers.rope_table.rows(rows)?;
         let table = RopeTable {
             positions: positions.clone(),
             frequencies: self.frequencies.clone(),
             scale: self.spec.rope.attention_factor,
-            out: angles.clone(),
+            out: rope_table.clone(),
         };
         self.compute(Place::default(), table)?;
         let sequence_starts = self.upload(&starts, &buffers.sequence_starts.rows(0..starts.len())?)?;
-        Ok(Queries { index, positions, sequence_starts, angles })
+        Ok(Queries { index, positions, sequence_starts, rope_table })
     }
 
     /// The cache blocks of each sequence, in rows of one length.

@@ -19,7 +19,7 @@ twin! {
 twin! {
     pub(super) struct RotateArgs = "Args" in "rotate.cu" {
         x: Rows,
-        angles: Rows,
+        rope_table: Rows,
         pairs: Rows,
         head_width: u32,
         first: u32,
@@ -41,10 +41,10 @@ impl Launch<'_> {
     }
 
     pub(super) fn rotate(&mut self, op: &Rotate) -> Result<(), Refusal> {
-        let pairs = Buffer { width: op.x.width / op.head_width * (op.angles.width / 2), ..op.x.clone() };
+        let pairs = Buffer { width: op.x.width / op.head_width * (op.rope_table.width / 2), ..op.x.clone() };
         let arguments = RotateArgs {
             x: self.rows(&op.x)?,
-            angles: self.rows(&op.angles)?,
+            rope_table: self.rows(&op.rope_table)?,
             pairs: Rows { rows: pairs.rows as u32, width: pairs.width as u32, ..Rows::NONE },
             head_width: op.head_width as u32,
             first: op.start as u32,
