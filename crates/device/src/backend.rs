@@ -39,7 +39,7 @@ pub trait Backend: Send + Sync + 'static {
     /// A weight this process already holds under that name, loaded by this rank or another.
     fn find(&self, name: &str) -> Option<Weight>;
 
-    /// Takes a weight in, packed as the processor likes. The tensors are those of [`WeightShape::sources`].
+    /// Takes a weight in, in the layout of the processor's kernels. The tensors are those of [`WeightShape::sources`].
     fn load(
         &self,
         name: &str,

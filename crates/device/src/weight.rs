@@ -1,4 +1,4 @@
-//! Weights: loaded once, packed by the backend as it likes, then only named.
+//! Weights: loaded once, in the backend's own layout, then only named.
 
 use epsmoe_base::DType;
 use std::fmt;

@@ -243,7 +243,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     pub(super) fn reduce<X: Element, Y: Element>(&self, op: &Reduce) -> Result<(), String> {
-        /// Columns that are summed at a time: the rows of a token's terms are read side by side, which memory likes better
+        /// Columns that are summed at a time: the rows of a token's terms are read side by side, which memory serves faster
         /// than one after the other.
         const PIECE: usize = 128;
         let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));

@@ -47,8 +47,8 @@ pub(crate) unsafe trait Kernel {
     /// then the way from L2 is no longer what they wait for.
     const ROWS_TO_L1: usize;
 
-    /// Tiles of fewer rows go on step by step: they wait for memory, which likes its questions evenly spread. From here
-    /// on what counts is that each step has few instructions beside its products.
+    /// Tiles of fewer rows go on step by step: they wait for memory, which delivers most when loads
+    /// are evenly spread. From here on what counts is that each step has few instructions beside its products.
     const ROWS_TO_UNROLL: usize;
 
     /// `LANES` sums of nothing.
@@ -149,7 +149,7 @@ pub(crate) struct Prefetch {
 
 impl Prefetch {
     /// `bytes` from `start` on, in the course of `steps` steps. Of no bytes, the line at `start` is asked for again and
-    /// again: let it be one in use, since looking for an address that nobody has takes long.
+    /// again: let it be one that is mapped, since translating the address of an unmapped page takes long.
     pub(crate) fn new(start: *const u8, bytes: usize, steps: usize) -> Self {
         let apart = bytes / STREAMS;
         Prefetch { start, apart, stride: apart.div_ceil(steps.max(1)) }
@@ -256,7 +256,7 @@ unsafe fn multiply_step<K: Kernel, const ROWS: usize>(
     }
 }
 
-/// Asks for weights of the same panel that will soon be used.
+/// Prefetches weights of the same panel that will soon be used.
 #[inline(always)]
 fn prefetch_in_panel<K: Kernel>(weights: *const u32) {
     for line in 0..lines_of_a_step::<K>() {
@@ -264,7 +264,7 @@ fn prefetch_in_panel<K: Kernel>(weights: *const u32) {
     }
 }
 
-/// Asks for what a step asks for: weights some steps on in L1, and in L2 the streams whose turn it is.
+/// Prefetches for one step: weights some steps on into L1, and into L2 the streams whose turn it is.
 #[inline(always)]
 fn prefetch_step<K: Kernel, const ROWS: usize>(
     turn: usize,
