@@ -1,4 +1,4 @@
-//! AVX2 and FMA: 8 lanes, tiles of up to 6 rows (12 sums in 16 registers).
+//! AVX2 and FMA: 8 lanes, tiles of up to 6 rows (12 sums in 16 registers), or 5 where words are kept for their second part.
 
 use super::ElementType;
 use super::kernel::Functions;
@@ -34,7 +34,7 @@ mod x86 {
     }
 
     functions!(F32, F32Kernel, "avx2,fma", rows: 1 2 3 4 5 6, of pairs: 1 2);
-    functions!(BF16, WidenedKernel, "avx2,fma", rows: 1 2 3 4 5 6, of pairs: 1 2);
+    functions!(BF16, WidenedKernel, "avx2,fma", rows: 1 2 3 4 5, of pairs: 1 2);
 
     /// f32 × f32.
     struct F32Kernel;
@@ -112,13 +112,11 @@ mod x86 {
         const PARTS: usize = 2;
         common!();
 
-        /// Reads the words again for each part: to keep them for the second would take two registers, which six rows do not
-        /// leave. A volatile read is one that the compiler does not merge with the other.
         #[inline(always)]
         unsafe fn load_weights(from: *const u32, part: usize) -> __m256 {
-            // SAFETY: the caller's promise, and words of a panel lie on 32 bytes.
+            // SAFETY: the caller's promise.
             unsafe {
-                let pairs = from.cast::<__m256i>().read_volatile();
+                let pairs = _mm256_loadu_si256(from.cast());
                 _mm256_castsi256_ps(if part == 0 {
                     _mm256_slli_epi32::<16>(pairs)
                 } else {
