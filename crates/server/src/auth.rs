@@ -1,12 +1,15 @@
-//! Who may ask: `Authorization: Bearer KEY`, where the server has keys.
+//! Who may ask: `Authorization: Bearer KEY` where the server has keys, or on `/v1/messages` also `x-api-key: KEY`.
 
 use crate::app::Shared;
 use crate::openai::ApiError;
-use axum::extract::{Request, State};
+use crate::routes::messages;
+use axum::extract::{FromRequestParts, Request, State};
 use axum::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use std::convert::Infallible;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::OnceLock;
 use subtle::ConstantTimeEq;
@@ -16,6 +19,14 @@ use subtle::ConstantTimeEq;
 pub(crate) struct Caller {
     /// Which of the server's keys was shown.
     key: Option<usize>,
+}
+
+impl FromRequestParts<Shared> for Caller {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &Shared) -> Result<Self, Infallible> {
+        Ok(parts.extensions.get().copied().unwrap_or_default())
+    }
 }
 
 impl Caller {
@@ -43,7 +54,9 @@ pub(crate) async fn require_key(State(app): State<Shared>, mut request: Request,
     if keys.is_empty() {
         return next.run(request).await;
     }
-    match shown_key(request.headers(), keys) {
+    let of_messages = request.uri().path().starts_with(messages::PREFIX);
+    let shown = shown_key(request.headers()).or_else(|| of_messages.then(|| api_key(request.headers()))?);
+    match shown.and_then(|shown| known_key(shown, keys)) {
         Some(key) => {
             request.extensions_mut().insert(Caller { key: Some(key) });
             next.run(request).await
@@ -57,13 +70,19 @@ pub(crate) async fn require_key(State(app): State<Shared>, mut request: Request,
     }
 }
 
-/// Which of the keys the headers show. How long this takes tells nothing of how much of a key is right.
-fn shown_key(headers: &HeaderMap, keys: &[String]) -> Option<usize> {
+/// The key behind `Authorization: Bearer`.
+fn shown_key(headers: &HeaderMap) -> Option<&[u8]> {
     let (scheme, shown) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-    if !scheme.eq_ignore_ascii_case("bearer") {
-        return None;
-    }
-    let shown = shown.as_bytes();
+    scheme.eq_ignore_ascii_case("bearer").then_some(shown.as_bytes())
+}
+
+/// The key as Anthropic's clients show it.
+fn api_key(headers: &HeaderMap) -> Option<&[u8]> {
+    Some(headers.get("x-api-key")?.as_bytes())
+}
+
+/// Which of the keys is shown. How long this takes tells nothing of how much of a key is right.
+fn known_key(shown: &[u8], keys: &[String]) -> Option<usize> {
     let mut found = None;
     for (index, key) in keys.iter().enumerate() {
         if bool::from(key.as_bytes().ct_eq(shown)) {
@@ -82,7 +101,7 @@ mod tests {
         let keys = ["first".to_owned(), "second key".to_owned()];
         let shown = |value: &str| {
             let headers = HeaderMap::from_iter([(AUTHORIZATION, HeaderValue::from_str(value).unwrap())]);
-            shown_key(&headers, &keys)
+            shown_key(&headers).and_then(|shown| known_key(shown, &keys))
         };
         assert_eq!(shown("Bearer first"), Some(0));
         assert_eq!(shown("bearer second key"), Some(1));
@@ -91,7 +110,7 @@ mod tests {
         {
             assert_eq!(shown(wrong), None, "{wrong}");
         }
-        assert_eq!(shown_key(&HeaderMap::new(), &keys), None);
+        assert_eq!(shown_key(&HeaderMap::new()), None);
     }
 
     #[test]

@@ -11,6 +11,9 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::error::Error as _;
 
+/// Whether a value of a field leaves everything as it is.
+pub(crate) type AsksForNothing = fn(&Value) -> bool;
+
 /// The object in a request's body.
 pub(crate) struct JsonObject(Map<String, Value>);
 
@@ -43,6 +46,16 @@ impl JsonObject {
                 },
             }
         })
+    }
+
+    /// Refuses the first of these fields that is there and asks for something.
+    pub(crate) fn refuse(&self, unsupported: &[(&str, AsksForNothing)]) -> Result<(), ApiError> {
+        for (field, asks_for_nothing) in unsupported {
+            if self.get(field).is_some_and(|value| !asks_for_nothing(value)) {
+                return Err(ApiError::field(field, "this server does not support it: leave it out"));
+            }
+        }
+        Ok(())
     }
 
     /// The value of a field; nothing if it is absent or null.

@@ -11,10 +11,12 @@
 //! takes requests and tells of tokens.
 
 mod access_log;
+mod anthropic;
 mod app;
 mod auth;
 mod body;
 mod calls;
+mod choices;
 mod generation;
 mod guide;
 mod metrics;
@@ -26,6 +28,7 @@ mod router;
 mod routes;
 mod serve;
 mod sse;
+mod turn;
 
 pub use options::{Address, Limits, MetricNames, ServedModel, ServerOptions};
 pub use parsers::{Reasoning, ToolParser};

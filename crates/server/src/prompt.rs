@@ -11,6 +11,8 @@ use serde_json::{Map, Value};
 /// A conversation, as a chat template is asked to render it.
 pub(crate) struct Conversation<'a> {
     pub(crate) messages: &'a [Message],
+    /// The field that they came from.
+    pub(crate) param: &'static str,
     pub(crate) tools: Option<&'a [Tool]>,
     pub(crate) documents: Option<&'a [Map<String, Value>]>,
     pub(crate) kwargs: Map<String, Value>,
@@ -21,7 +23,7 @@ pub(crate) struct Conversation<'a> {
 }
 
 impl<'a> Conversation<'a> {
-    pub(crate) fn of_chat(fields: &'a ChatFields, with_tools: bool) -> Self {
+    pub(crate) fn of_chat(fields: &'a ChatFields, with_tools: bool, param: &'static str) -> Self {
         let mut kwargs = fields.chat_template_kwargs.clone().unwrap_or_default();
         if let Some(effort) = &fields.reasoning_effort {
             kwargs.entry("reasoning_effort").or_insert_with(|| effort.as_str().into());
@@ -29,6 +31,7 @@ impl<'a> Conversation<'a> {
         let continued = fields.continue_final_message.unwrap_or(false);
         Conversation {
             messages: &fields.messages,
+            param,
             tools: fields.tools.as_deref().filter(|tools| with_tools && !tools.is_empty()),
             documents: fields.documents.as_deref(),
             kwargs,
@@ -39,7 +42,7 @@ impl<'a> Conversation<'a> {
 
     /// The prompt's text.
     pub(crate) fn render(&self, app: &App) -> Result<String, ApiError> {
-        let none = || ApiError::field("messages", "this model has no chat template: use /v1/completions");
+        let none = || ApiError::field(self.param, "this model has no chat template: use /v1/completions");
         let template = app.model.template.as_ref().ok_or_else(none)?;
         let messages: Vec<Value> = self.messages.iter().map(Message::for_template).collect();
         let json = |tool: &Tool| serde_json::to_value(tool).unwrap_or_default();
@@ -55,7 +58,7 @@ impl<'a> Conversation<'a> {
             continue_final_message: false,
             max_bytes: most_bytes(app),
         });
-        let text = text.map_err(|error| ApiError::field("messages", error.to_string()))?;
+        let text = text.map_err(|error| ApiError::field(self.param, error.to_string()))?;
         if self.continue_final_message { self.left_open(text, &messages) } else { Ok(text) }
     }
 

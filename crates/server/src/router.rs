@@ -18,7 +18,7 @@ use std::time::Duration;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{AllowOrigin, Any as AnyOrigin, CorsLayer};
 use tower_http::request_id::{MakeRequestUuid, PropagateRequestIdLayer, SetRequestIdLayer};
-use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{OpenApi, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
@@ -43,12 +43,17 @@ struct ApiDescription;
 
 /// The whole service.
 pub(crate) fn router(app: Shared) -> Router {
-    let protected = OpenApiRouter::new()
+    let mut protected = OpenApiRouter::new()
         .merge(routes::models::router())
         .merge(routes::completions::router())
         .merge(routes::chat::router())
+        .merge(routes::responses::router())
+        .merge(routes::messages::router())
         .merge(routes::tokenize::router())
         .route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
+    if !app.options.api_keys.is_empty() {
+        want_key(protected.get_openapi_mut());
+    }
     let open = OpenApiRouter::with_openapi(ApiDescription::openapi())
         .merge(routes::health::router())
         .merge(routes::metrics::router())
@@ -62,6 +67,7 @@ pub(crate) fn router(app: Shared) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(app.clone(), check_declared_size))
         .with_state(app);
+    let router = router.layer(middleware::from_fn(routes::messages::reword_errors));
     let router = match cors {
         Some(cors) => router.layer(cors),
         None => router,
@@ -85,10 +91,16 @@ fn describe(api: &mut utoipa::openapi::OpenApi, app: &App) {
     if let Some(RefOr::T(Schema::Object(id))) = components.schemas.get_mut(TokenId::name().as_ref()) {
         id.maximum = Some((app.model.vocab - 1).into());
     }
-    if !app.options.api_keys.is_empty() {
-        let scheme = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
-        components.add_security_scheme("key", scheme);
-        api.security = Some(vec![utoipa::openapi::SecurityRequirement::new("key", [""; 0])]);
+}
+
+/// Says of every route that it wants a key.
+fn want_key(api: &mut utoipa::openapi::OpenApi) {
+    let scheme = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
+    api.components.get_or_insert_default().add_security_scheme("key", scheme);
+    for item in api.paths.paths.values_mut() {
+        for operation in [&mut item.get, &mut item.post].into_iter().flatten() {
+            operation.security = Some(vec![SecurityRequirement::new("key", [""; 0])]);
+        }
     }
 }
 

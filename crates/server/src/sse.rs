@@ -1,8 +1,8 @@
-//! Answers as server-sent events: `data: {json}` lines, then `data: [DONE]`.
+//! Answers as server-sent events.
 
 use crate::generation::{Generation, Step};
 use crate::openai::{ApiError, Usage};
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde::Serialize;
@@ -14,18 +14,45 @@ use utoipa::ToSchema;
 /// Silence after which a comment is sent, so that nobody on the way takes the connection for dead.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// How a route words a generation as chunks.
-pub(crate) trait Chunks: Send + 'static {
-    type Chunk: Serialize + Send;
+/// One event of a stream.
+pub(crate) struct Event {
+    name: Option<&'static str>,
+    data: String,
+}
 
-    /// The chunks of a step.
-    fn step(&mut self, step: Step, out: &mut Vec<Self::Chunk>);
+impl Event {
+    /// An event without a name.
+    pub(crate) fn data(data: &impl Serialize) -> Self {
+        Event { name: None, data: json(data) }
+    }
 
-    /// The last chunk, with nothing but the usage.
-    fn last(&mut self, usage: Usage) -> Self::Chunk;
+    /// An event with one.
+    pub(crate) fn named(name: &'static str, data: &impl Serialize) -> Self {
+        Event { name: Some(name), data: json(data) }
+    }
 
-    /// Puts the usage so far on a chunk.
-    fn mark(chunk: &mut Self::Chunk, usage: Usage);
+    /// What ends a stream of OpenAI's first two routes.
+    pub(crate) fn done() -> Self {
+        Event { name: None, data: "[DONE]".to_owned() }
+    }
+
+    fn written(self) -> sse::Event {
+        let event = sse::Event::default();
+        let event = if let Some(name) = self.name { event.event(name) } else { event };
+        event.data(self.data)
+    }
+}
+
+/// How a route words a generation as events.
+pub(crate) trait Events: Send + 'static {
+    /// The events of a step; `usage` is what the answers have taken so far.
+    fn step(&mut self, step: Step, usage: Usage, out: &mut Vec<Event>);
+
+    /// The last ones, when every answer has ended.
+    fn end(&mut self, usage: Usage, out: &mut Vec<Event>);
+
+    /// The last ones, when something went wrong.
+    fn failed(&mut self, error: &ApiError, out: &mut Vec<Event>);
 }
 
 /// One event of a stream, as the description of the API has it.
@@ -36,98 +63,57 @@ pub(crate) struct StreamEvent {
     data: String,
 }
 
-/// Which usage a stream tells.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct UsageWanted {
-    /// In one more chunk at the end.
-    pub(crate) last: bool,
-    /// In every chunk.
-    pub(crate) each: bool,
-}
-
-/// The stream of a generation. What goes wrong before its first chunk is answered plainly.
-pub(crate) async fn stream<C: Chunks>(
-    generation: Generation,
-    chunks: C,
-    usage: UsageWanted,
-) -> Result<Response, ApiError> {
-    let mut writer = Writer { generation, chunks, usage, ready: VecDeque::new(), stage: Stage::Chunks };
-    let first = writer.chunk().await?;
-    writer.ready.extend(first);
+/// The stream of a generation. What goes wrong before its first event is answered plainly.
+pub(crate) async fn stream(generation: Generation, events: impl Events) -> Result<Response, ApiError> {
+    let mut writer = Writer { generation, events, ready: VecDeque::new(), ended: false };
+    while writer.ready.is_empty() && !writer.ended {
+        writer.more().await?;
+    }
     let events = stream::unfold(writer, |mut writer| async {
-        let event = writer.event().await?;
-        Some((Ok::<_, Infallible>(event), writer))
+        let event = writer.next().await?;
+        Some((Ok::<_, Infallible>(event.written()), writer))
     });
     Ok(Sse::new(events).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response())
 }
 
-struct Writer<C: Chunks> {
+struct Writer<E> {
     generation: Generation,
-    chunks: C,
-    usage: UsageWanted,
-    /// Chunks as JSON that have not been sent.
-    ready: VecDeque<String>,
-    stage: Stage,
+    events: E,
+    /// Events that have not been sent.
+    ready: VecDeque<Event>,
+    ended: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Chunks,
-    /// Only `[DONE]` is left.
-    Done,
-    Ended,
-}
-
-impl<C: Chunks> Writer<C> {
-    async fn event(&mut self) -> Option<Event> {
-        if self.stage == Stage::Chunks {
-            match self.chunk().await {
-                Ok(Some(chunk)) => return Some(Event::default().data(chunk)),
-                Ok(None) => {}
-                Err(error) => {
-                    self.stage = Stage::Done;
-                    return Some(Event::default().data(json(&error.body())));
-                }
+impl<E: Events> Writer<E> {
+    async fn next(&mut self) -> Option<Event> {
+        while self.ready.is_empty() && !self.ended {
+            if let Err(error) = self.more().await {
+                let mut last = Vec::new();
+                self.events.failed(&error, &mut last);
+                self.ready.extend(last);
+                self.ended = true;
             }
         }
-        if self.stage == Stage::Ended {
-            return None;
-        }
-        self.stage = Stage::Ended;
-        Some(Event::default().data("[DONE]"))
+        self.ready.pop_front()
     }
 
-    /// The next chunk; nothing after the last.
-    async fn chunk(&mut self) -> Result<Option<String>, ApiError> {
-        let mut chunks = Vec::new();
-        loop {
-            if let Some(chunk) = self.ready.pop_front() {
-                return Ok(Some(chunk));
-            }
-            if self.stage != Stage::Chunks {
-                return Ok(None);
-            }
-            match self.generation.next().await? {
-                Some(step) => {
-                    self.chunks.step(step, &mut chunks);
-                    if self.usage.each {
-                        let usage = self.generation.usage();
-                        chunks.iter_mut().for_each(|chunk| C::mark(chunk, usage));
-                    }
-                    self.ready.extend(chunks.drain(..).map(|chunk| json(&chunk)));
-                }
-                None => {
-                    self.stage = Stage::Done;
-                    if self.usage.last {
-                        self.ready.push_back(json(&self.chunks.last(self.generation.usage())));
-                    }
-                }
+    /// Waits for what happens next, and words it.
+    async fn more(&mut self) -> Result<(), ApiError> {
+        let (step, usage) = (self.generation.next().await?, self.generation.usage());
+        let mut events = Vec::new();
+        match step {
+            Some(step) => self.events.step(step, usage, &mut events),
+            None => {
+                self.events.end(usage, &mut events);
+                self.ended = true;
             }
         }
+        self.ready.extend(events);
+        Ok(())
     }
 }
 
-/// Chunks have no maps with keys that are no strings, so this cannot fail.
+/// Events have no maps with keys that are no strings, so this cannot fail.
 fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }

@@ -25,6 +25,7 @@ test("openai-node: an answer, and the stream that says the same", async () => {
     text += chunk.choices[0]?.delta.content ?? "";
     usage = chunk.usage ?? usage;
   }
+  assert.ok(text);
   assert.equal(text, whole.choices[0].message.content);
   assert.deepEqual(usage, whole.usage);
 });
@@ -44,6 +45,19 @@ test("openai-node: a stream that is left ends its request", async () => {
   assert.match(metrics, /num_requests_running/);
 });
 
+test("openai-node: a response, and the stream that says the same", async () => {
+  const client = new OpenAI({ baseURL, apiKey, maxRetries: 0 });
+  const input = { model, input: "Say something.", max_output_tokens: 16, temperature: 0 };
+  const whole = await client.responses.create(input);
+  const stream = client.responses.stream(input);
+  let text = "";
+  stream.on("response.output_text.delta", (event) => (text += event.delta));
+  const last = await stream.finalResponse();
+  assert.ok(text);
+  assert.equal(text, whole.output_text);
+  assert.deepEqual(last.usage, whole.usage);
+});
+
 test("Vercel AI SDK: an answer, and the stream that says the same", async () => {
   const provider = createOpenAICompatible({ name: "epsmoe", baseURL, apiKey, includeUsage: true });
   const settings = { model: provider(model), messages, maxOutputTokens: 16, temperature: 0, maxRetries: 0 };
@@ -51,5 +65,6 @@ test("Vercel AI SDK: an answer, and the stream that says the same", async () => 
   assert.ok(whole.usage.outputTokens > 0);
   let text = "";
   for await (const piece of streamText(settings).textStream) text += piece;
+  assert.ok(text);
   assert.equal(text, whole.text);
 });

@@ -19,19 +19,19 @@ pub(crate) struct ChatRequest {
     pub(crate) sampling: SamplingFields,
 }
 
-#[derive(Debug, Deserialize, ToSchema)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub(crate) struct ChatFields {
     /// The conversation so far.
     #[schema(min_items = 1)]
     pub(crate) messages: Vec<Message>,
     /// The same as `max_tokens`, and goes before it.
     #[schema(minimum = 0)]
-    max_completion_tokens: Option<i64>,
+    pub(crate) max_completion_tokens: Option<i64>,
     /// Whether log-probabilities are wanted.
-    logprobs: Option<bool>,
+    pub(crate) logprobs: Option<bool>,
     /// Alternatives of each token; wants `logprobs`.
     #[schema(minimum = 0, maximum = 20)]
-    top_logprobs: Option<i64>,
+    pub(crate) top_logprobs: Option<i64>,
     /// Functions that the model may call.
     pub(crate) tools: Option<Vec<Tool>>,
     pub(crate) tool_choice: Option<ToolChoice>,
@@ -57,20 +57,9 @@ impl ChatRequest {
     pub(crate) fn read(object: &JsonObject) -> Result<Self, ApiError> {
         let chat: ChatFields = object.read()?;
         let mut sampling = SamplingFields::read(object)?;
-        if chat.messages.is_empty() {
-            return Err(ApiError::field("messages", "the list is empty: give at least one message"));
-        }
         at_least("max_completion_tokens", chat.max_completion_tokens, 0)?;
         sampling.max_tokens = chat.max_completion_tokens.or(sampling.max_tokens);
-        check_logprobs("top_logprobs", chat.top_logprobs)?;
-        if chat.top_logprobs.is_some_and(|count| count > 0) && chat.logprobs != Some(true) {
-            return Err(ApiError::field("top_logprobs", "log-probabilities are off: set logprobs to true"));
-        }
-        if chat.continue_final_message == Some(true) && chat.add_generation_prompt == Some(true) {
-            let problem = "the last message is gone on with, or a new one begun: set only one of the two";
-            return Err(ApiError::field("continue_final_message", problem));
-        }
-        chat.check_tools()?;
+        chat.check("messages")?;
         Ok(ChatRequest { chat, sampling })
     }
 }
@@ -90,6 +79,22 @@ impl ChatFields {
             None if any => ToolChoice::Auto,
             None => ToolChoice::None,
         }
+    }
+
+    /// Refuses what contradicts itself; the conversation is in the field `messages`.
+    pub(crate) fn check(&self, messages: &str) -> Result<(), ApiError> {
+        if self.messages.is_empty() {
+            return Err(ApiError::field(messages, "the list is empty: give at least one message"));
+        }
+        check_logprobs("top_logprobs", self.top_logprobs)?;
+        if self.top_logprobs.is_some_and(|count| count > 0) && self.logprobs != Some(true) {
+            return Err(ApiError::field("top_logprobs", "log-probabilities are off: set logprobs to true"));
+        }
+        if self.continue_final_message == Some(true) && self.add_generation_prompt == Some(true) {
+            let problem = "the last message is gone on with, or a new one begun: set only one of the two";
+            return Err(ApiError::field("continue_final_message", problem));
+        }
+        self.check_tools()
     }
 
     fn check_tools(&self) -> Result<(), ApiError> {
@@ -135,7 +140,7 @@ impl ToSchema for ChatRequest {
 pub(crate) struct Message(OpenMessage);
 
 /// A message whose content has not been checked.
-#[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, ToSchema)]
 struct OpenMessage {
     /// Who speaks: `system`, `developer`, `user`, `assistant`, `tool`.
     role: String,
@@ -181,17 +186,54 @@ impl TryFrom<OpenMessage> for Message {
 }
 
 impl Message {
-    /// As chat templates read it: text in one piece, arguments of calls as objects.
-    pub(crate) fn for_template(&self) -> Value {
-        let message = &self.0;
-        let content = match &message.content {
+    /// A text that somebody says.
+    pub(crate) fn saying(role: &str, text: String) -> Self {
+        let content = Some(OneOrMany::One(text));
+        Message(OpenMessage { role: role.to_owned(), content, ..OpenMessage::default() })
+    }
+
+    /// What a call gave.
+    pub(crate) fn result(call: String, text: String) -> Self {
+        let mut message = Message::saying("tool", text);
+        message.0.tool_call_id = Some(call);
+        message
+    }
+
+    /// Adds to what is said.
+    pub(crate) fn say(&mut self, text: &str) {
+        self.0.content = Some(OneOrMany::One(self.text() + text));
+    }
+
+    /// Adds to what was thought before.
+    pub(crate) fn think(&mut self, text: &str) {
+        self.0.reasoning_content.get_or_insert_default().push_str(text);
+    }
+
+    /// Adds a call.
+    pub(crate) fn call(&mut self, call: ToolCall) {
+        self.0.tool_calls.get_or_insert_default().push(call);
+    }
+
+    /// Whether nothing is said yet, and nothing called: only thought.
+    pub(crate) fn only_thinks(&self) -> bool {
+        self.0.reasoning_content.is_some() && self.text().is_empty() && self.0.tool_calls.is_none()
+    }
+
+    /// What is said, in one piece.
+    fn text(&self) -> String {
+        match &self.0.content {
             None => String::new(),
             Some(OneOrMany::One(text)) => text.clone(),
             Some(OneOrMany::Many(parts)) => parts.iter().map(|part| part.text.as_str()).collect(),
-        };
+        }
+    }
+
+    /// As chat templates read it: text in one piece, arguments of calls as objects.
+    pub(crate) fn for_template(&self) -> Value {
+        let message = &self.0;
         let mut object = Map::new();
         object.insert("role".into(), message.role.clone().into());
-        object.insert("content".into(), content.into());
+        object.insert("content".into(), self.text().into());
         let optional = [
             ("name", &message.name),
             ("reasoning_content", &message.reasoning_content),

@@ -6,7 +6,7 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use epsmoe_engine::{EngineError, Failure, Rejected};
 use serde::Serialize;
-use utoipa::ToSchema;
+use utoipa::{IntoResponses, ToSchema};
 
 /// Seconds after which a client may try again when the queue is full.
 const RETRY_AFTER_SECONDS: u16 = 1;
@@ -40,6 +40,36 @@ struct ErrorObject {
     param: Option<String>,
     /// The HTTP status.
     code: u16,
+}
+
+/// How a request with a body is refused, for the description of the API.
+#[derive(IntoResponses)]
+#[allow(dead_code, reason = "only its description is used")]
+pub(crate) enum Refusals {
+    /// the request is wrong
+    #[response(status = 400)]
+    Wrong(#[to_schema] ErrorBody),
+    /// no key, or another one
+    #[response(status = 401)]
+    Key(#[to_schema] ErrorBody),
+    /// no such model
+    #[response(status = 404)]
+    Model(#[to_schema] ErrorBody),
+    /// the body took too long
+    #[response(status = 408)]
+    Slow(#[to_schema] ErrorBody),
+    /// the body is too large
+    #[response(status = 413)]
+    Large(#[to_schema] ErrorBody),
+    /// the body is no JSON
+    #[response(status = 415)]
+    NoJson(#[to_schema] ErrorBody),
+    /// the model has failed on the way
+    #[response(status = 500)]
+    Failed(#[to_schema] ErrorBody),
+    /// too much to do, or the server is shutting down
+    #[response(status = 503)]
+    Busy(#[to_schema] ErrorBody),
 }
 
 impl ApiError {
@@ -89,6 +119,20 @@ impl ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message)
     }
 
+    pub(crate) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The field that is to blame, if it is one.
+    pub(crate) fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    /// What is wrong, and how to mend it.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The body of the answer, also sent in the middle of a stream.
     pub(crate) fn body(&self) -> ErrorBody {
         ErrorBody {
@@ -123,6 +167,8 @@ impl IntoResponse for ApiError {
         if self.passing {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS));
         }
+        // For those on the way out who word it otherwise.
+        response.extensions_mut().insert(self);
         response
     }
 }

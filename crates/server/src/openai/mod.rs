@@ -1,6 +1,6 @@
 //! The wire format, as data: what clients send and what they are answered. Nothing here computes anything.
 //!
-//! `errors` (the error object), `sampling` (fields that both ways to generate have), `completions`, `chat`, `tools`,
+//! `errors` (the error object), `sampling` (fields that both ways to generate have), `completions`, `chat`, `responses`, `tools`,
 //! `logprobs`, `usage`, `models`, `tokenize`.
 
 pub(crate) mod chat;
@@ -9,6 +9,7 @@ pub(crate) mod errors;
 pub(crate) mod logprobs;
 pub(crate) mod models;
 pub(crate) mod one_or_many;
+pub(crate) mod responses;
 pub(crate) mod sampling;
 pub(crate) mod tokenize;
 pub(crate) mod tools;

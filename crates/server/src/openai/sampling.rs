@@ -2,7 +2,7 @@
 
 use super::one_or_many::optional_schema;
 use super::{ApiError, OneOrMany, TokenId};
-use crate::body::JsonObject;
+use crate::body::{AsksForNothing, JsonObject};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -134,9 +134,6 @@ pub(crate) struct StructuredOutputs {
     pub(crate) json_object: Option<bool>,
 }
 
-/// Whether a value of a field leaves everything as it is.
-type AsksForNothing = fn(&Value) -> bool;
-
 /// Fields that other servers have and this one does not do.
 const UNSUPPORTED: &[(&str, AsksForNothing)] = &[
     ("suffix", is_empty),
@@ -182,11 +179,7 @@ fn is_empty(value: &Value) -> bool {
 impl SamplingFields {
     /// Reads and checks the fields. Those that are known but not supported are refused by name.
     pub(crate) fn read(object: &JsonObject) -> Result<Self, ApiError> {
-        for (field, asks_for_nothing) in UNSUPPORTED {
-            if object.get(field).is_some_and(|value| !asks_for_nothing(value)) {
-                return Err(ApiError::field(field, "this server does not support it: leave it out"));
-            }
-        }
+        object.refuse(UNSUPPORTED)?;
         let fields: SamplingFields = object.read()?;
         fields.check()?;
         let (n, best_of) = (fields.n.unwrap_or(1), object.get("best_of"));
@@ -196,7 +189,7 @@ impl SamplingFields {
         Ok(fields)
     }
 
-    fn check(&self) -> Result<(), ApiError> {
+    pub(crate) fn check(&self) -> Result<(), ApiError> {
         at_least("max_tokens", self.max_tokens, 0)?;
         at_least("min_tokens", self.min_tokens, 0)?;
         at_least("n", self.n, 1)?;
@@ -256,6 +249,14 @@ fn bias_schema() -> RefOr<Schema> {
         .property_names(Some(digits))
         .additional_properties(Some(ObjectBuilder::new().schema_type(Type::Number)))
         .into()
+}
+
+/// Refuses more than one answer, where only one can be told.
+pub(crate) fn only_one_answer(fields: &SamplingFields) -> Result<(), ApiError> {
+    match fields.n {
+        Some(n) if n > 1 => Err(ApiError::field("n", "there is one answer here: leave it out")),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a number below the least.

@@ -1,9 +1,10 @@
 //! `<｜tool▁calls▁begin｜>`, then for each call its name and arguments between marks of their own: in a block of code
 //! after the word `function` (V3, R1), or plainly after the name (V3.1).
 
+use super::Piece;
 use super::held::Held;
-use super::json::{Step, ValueEnd};
-use super::{Parser, Piece};
+use super::json::ValueEnd;
+use super::steps::{Steps, arguments_until, content_until, go, say, skip_until};
 
 pub(super) const CALLS_BEGIN: &str = "<｜tool▁calls▁begin｜>";
 const CALLS_END: &str = "<｜tool▁calls▁end｜>";
@@ -14,7 +15,6 @@ const SEPARATOR: &str = "<｜tool▁sep｜>";
 pub(super) struct DeepSeek {
     /// Whether the name stands on a line of its own after the separator, and the arguments in a block of code.
     in_block: bool,
-    held: Held,
     state: State,
 }
 
@@ -33,96 +33,48 @@ enum State {
 
 impl DeepSeek {
     pub(super) fn new(in_block: bool) -> Self {
-        DeepSeek { in_block, held: Held::default(), state: State::Content }
-    }
-
-    /// One step; whether there may be another.
-    fn advance(&mut self, out: &mut Vec<Piece>) -> bool {
-        match &mut self.state {
-            State::Content => {
-                let (text, begun) = self.held.until(&[CALLS_BEGIN]);
-                if !text.is_empty() {
-                    out.push(Piece::Content(text));
-                }
-                if begun.is_some() {
-                    self.state = State::Calls;
-                }
-                begun.is_some()
-            }
-            State::Calls => {
-                let (_, which) = self.held.until(&[CALL_BEGIN, CALLS_END]);
-                match which {
-                    Some(0) => self.state = State::Head(String::new()),
-                    Some(_) => self.state = State::Content,
-                    None => {}
-                }
-                which.is_some()
-            }
-            State::Head(head) => {
-                let (text, separated) = self.held.until(&[SEPARATOR]);
-                head.push_str(&text);
-                if separated.is_some() {
-                    // In a block the head is the word `function`; else it is the name.
-                    let name = if self.in_block { String::new() } else { std::mem::take(head) };
-                    self.state = State::Name(name);
-                }
-                separated.is_some()
-            }
-            State::Name(name) => {
-                let Some(brace) = self.held.text().find('{') else { return false };
-                let before = self.held.text()[..brace].trim();
-                name.push_str(before.trim_end_matches("```json").trim());
-                out.push(Piece::Call { name: name.trim().to_owned() });
-                self.held.skip(brace);
-                self.state = State::Arguments(ValueEnd::default());
-                true
-            }
-            State::Arguments(end) => {
-                let text = self.held.take();
-                let (mut read, mut ended) = (0, false);
-                for letter in text.chars() {
-                    read += letter.len_utf8();
-                    ended = end.step(letter) == Step::Last;
-                    if ended {
-                        break;
-                    }
-                }
-                if read > 0 {
-                    out.push(Piece::Arguments(text[..read].to_owned()));
-                }
-                self.held.push(&text[read..]);
-                if ended {
-                    self.state = State::Tail;
-                }
-                ended
-            }
-            State::Tail => {
-                let (_, ended) = self.held.until(&[CALL_END]);
-                if ended.is_some() {
-                    self.state = State::Calls;
-                }
-                ended.is_some()
-            }
-        }
+        DeepSeek { in_block, state: State::Content }
     }
 }
 
-impl Parser for DeepSeek {
-    fn push(&mut self, text: &str, out: &mut Vec<Piece>) {
-        self.held.push(text);
-        while self.advance(out) {}
+impl Steps for DeepSeek {
+    fn advance(&mut self, held: &mut Held, out: &mut Vec<Piece>) -> bool {
+        let next = match &mut self.state {
+            State::Content => content_until(CALLS_BEGIN, held, out).then_some(State::Calls),
+            State::Calls => held.until(&[CALL_BEGIN, CALLS_END]).1.map(|which| match which {
+                0 => State::Head(String::new()),
+                _ => State::Content,
+            }),
+            State::Head(head) => {
+                let (text, separated) = held.until(&[SEPARATOR]);
+                head.push_str(&text);
+                // In a block the head is the word `function`; else it is the name.
+                let name = if self.in_block { String::new() } else { head.clone() };
+                separated.map(|_| State::Name(name))
+            }
+            State::Name(name) => held.text().find('{').map(|brace| {
+                let before = held.text()[..brace].trim();
+                name.push_str(before.trim_end_matches("```json").trim());
+                out.push(Piece::Call { name: name.trim().to_owned() });
+                held.skip(brace);
+                State::Arguments(ValueEnd::default())
+            }),
+            State::Arguments(end) => arguments_until(end, held, out).then_some(State::Tail),
+            State::Tail => skip_until(CALL_END, held).then_some(State::Calls),
+        };
+        go(&mut self.state, next)
     }
 
-    fn finish(&mut self, out: &mut Vec<Piece>) {
-        let rest = self.held.take();
-        if matches!(self.state, State::Content) && !rest.is_empty() {
-            out.push(Piece::Content(rest));
+    fn end(&mut self, rest: String, out: &mut Vec<Piece>) {
+        if matches!(self.state, State::Content) {
+            say(rest, out);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::steps::Stepping;
     use super::super::testing::{arguments, call, content, parsed};
     use super::*;
 
@@ -132,7 +84,7 @@ mod tests {
                     <｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>g\n```json\n{}\n```\
                     <｜tool▁call▁end｜><｜tool▁calls▁end｜>";
         let expected = [content("Look."), call("f"), arguments("{\"x\": 1}"), call("g"), arguments("{}")];
-        assert_eq!(parsed(|| Box::new(DeepSeek::new(true)), text), expected);
+        assert_eq!(parsed(|| Stepping::boxed(DeepSeek::new(true)), text), expected);
     }
 
     #[test]
@@ -140,7 +92,7 @@ mod tests {
         let text = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"x\": {\"y\": \"}\"}}\
                     <｜tool▁call▁end｜><｜tool▁calls▁end｜>after";
         let expected = [call("f"), arguments("{\"x\": {\"y\": \"}\"}}"), content("after")];
-        assert_eq!(parsed(|| Box::new(DeepSeek::new(false)), text), expected);
-        assert_eq!(parsed(|| Box::new(DeepSeek::new(false)), "a < b"), [content("a < b")]);
+        assert_eq!(parsed(|| Stepping::boxed(DeepSeek::new(false)), text), expected);
+        assert_eq!(parsed(|| Stepping::boxed(DeepSeek::new(false)), "a < b"), [content("a < b")]);
     }
 }

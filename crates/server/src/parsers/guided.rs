@@ -1,7 +1,8 @@
 //! Calls that a grammar forces: the arguments of a named function, or a list of calls.
 
 use super::held::Held;
-use super::json::{CallObject, Progress};
+use super::json::CallObject;
+use super::steps::{Steps, call_object};
 use super::{Parser, Piece};
 
 /// The whole text is the arguments of one function.
@@ -33,35 +34,33 @@ impl Parser for NamedCall {
 
 /// `[{"name": …, "arguments": …}, …]`.
 #[derive(Default)]
-pub(super) struct RequiredCalls {
-    held: Held,
-    call: Option<CallObject>,
-}
+pub(super) struct RequiredCalls(Option<CallObject>);
 
-impl Parser for RequiredCalls {
-    fn push(&mut self, text: &str, out: &mut Vec<Piece>) {
-        self.held.push(text);
-        loop {
-            let Some(call) = &mut self.call else {
-                let Some(brace) = self.held.text().find('{') else { return };
-                self.held.skip(brace);
-                self.call = Some(CallObject::default());
-                continue;
-            };
-            let text = self.held.take();
-            match call.push(&text, out) {
-                Progress::Open => return,
-                Progress::Done(read) | Progress::Broken(read) => self.held.push(&text[read..]),
+impl Steps for RequiredCalls {
+    fn advance(&mut self, held: &mut Held, out: &mut Vec<Piece>) -> bool {
+        match &mut self.0 {
+            None => {
+                let Some(brace) = held.text().find('{') else { return false };
+                held.skip(brace);
+                self.0 = Some(CallObject::default());
+                true
             }
-            self.call = None;
+            Some(call) => {
+                let ended = call_object(call, held, out).is_some();
+                if ended {
+                    self.0 = None;
+                }
+                ended
+            }
         }
     }
 
-    fn finish(&mut self, _: &mut Vec<Piece>) {}
+    fn end(&mut self, _: String, _: &mut Vec<Piece>) {}
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::steps::Stepping;
     use super::super::testing::{arguments, call, parsed};
     use super::*;
 
@@ -74,6 +73,6 @@ mod tests {
         assert_eq!(parsed(|| Box::new(NamedCall::new("f")), ""), [call("f")]);
         let two = r#"[{"name":"f","arguments":{"x":1}},{"name":"g","arguments":{}}]"#;
         let expected = [call("f"), arguments(r#"{"x":1}"#), call("g"), arguments("{}")];
-        assert_eq!(parsed(|| Box::new(RequiredCalls::default()), two), expected);
+        assert_eq!(parsed(|| Stepping::boxed(RequiredCalls::default()), two), expected);
     }
 }

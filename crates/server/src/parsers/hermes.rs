@@ -1,20 +1,15 @@
 //! `<tool_call>{"name": …, "arguments": …}</tool_call>`.
 
+use super::Piece;
 use super::held::Held;
-use super::json::{CallObject, Progress};
-use super::{Parser, Piece};
+use super::json::CallObject;
+use super::steps::{CallEnd, Steps, call_object, content_until, go, say, skip_until};
 
 pub(super) const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
 
 #[derive(Default)]
-pub(super) struct Hermes {
-    held: Held,
-    state: State,
-}
-
-#[derive(Default)]
-enum State {
+pub(super) enum Hermes {
     #[default]
     Content,
     /// In the object of a call.
@@ -25,83 +20,44 @@ enum State {
     Between,
 }
 
-impl Parser for Hermes {
-    fn push(&mut self, text: &str, out: &mut Vec<Piece>) {
-        self.held.push(text);
-        while self.advance(out) {}
-    }
-
-    fn finish(&mut self, out: &mut Vec<Piece>) {
-        let rest = match &mut self.state {
-            State::Content => self.held.take(),
-            State::Call(call) => match call.raw() {
-                raw if raw.is_empty() => String::new(),
-                raw => format!("{OPEN}{raw}"),
-            },
-            State::Closing => String::new(),
-            State::Between => self.held.take().trim_start().to_owned(),
+impl Steps for Hermes {
+    fn advance(&mut self, held: &mut Held, out: &mut Vec<Piece>) -> bool {
+        let next = match self {
+            Hermes::Content => content_until(OPEN, held, out).then(|| Hermes::Call(CallObject::default())),
+            Hermes::Call(call) => call_object(call, held, out).map(|end| match end {
+                CallEnd::Called => Hermes::Closing,
+                CallEnd::Broken(raw) => {
+                    say(format!("{OPEN}{raw}"), out);
+                    Hermes::Content
+                }
+            }),
+            Hermes::Closing => skip_until(CLOSE, held).then_some(Hermes::Between),
+            Hermes::Between => held.skip_space().then_some(Hermes::Content),
         };
-        if !rest.is_empty() {
-            out.push(Piece::Content(rest));
-        }
+        go(self, next)
     }
-}
 
-impl Hermes {
-    /// One step; whether there may be another.
-    fn advance(&mut self, out: &mut Vec<Piece>) -> bool {
-        match &mut self.state {
-            State::Content => {
-                let (text, opened) = self.held.until(&[OPEN]);
-                if !text.is_empty() {
-                    out.push(Piece::Content(text));
-                }
-                if opened.is_some() {
-                    self.state = State::Call(CallObject::default());
-                }
-                opened.is_some()
-            }
-            State::Call(call) => {
-                let text = self.held.take();
-                match call.push(&text, out) {
-                    Progress::Open => return false,
-                    Progress::Done(end) => {
-                        self.held.push(&text[end..]);
-                        self.state = State::Closing;
-                    }
-                    Progress::Broken(read) => {
-                        out.push(Piece::Content(format!("{OPEN}{}", call.raw())));
-                        self.held.push(&text[read..]);
-                        self.state = State::Content;
-                    }
-                }
-                true
-            }
-            State::Closing => {
-                let (_, closed) = self.held.until(&[CLOSE]);
-                if closed.is_some() {
-                    self.state = State::Between;
-                }
-                closed.is_some()
-            }
-            State::Between => {
-                let any = self.held.skip_space();
-                if any {
-                    self.state = State::Content;
-                }
-                any
-            }
+    fn end(&mut self, rest: String, out: &mut Vec<Piece>) {
+        match self {
+            Hermes::Content => say(rest, out),
+            Hermes::Call(call) => match call.raw() {
+                raw if raw.is_empty() => {}
+                raw => say(format!("{OPEN}{raw}"), out),
+            },
+            Hermes::Closing => {}
+            Hermes::Between => say(rest.trim_start().to_owned(), out),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::steps::Stepping;
     use super::super::testing::{arguments, call, content, parsed};
     use super::*;
 
     fn check(text: &str, expected: &[Piece]) {
-        assert_eq!(parsed(|| Box::new(Hermes::default()), text), expected, "{text}");
+        assert_eq!(parsed(|| Stepping::boxed(Hermes::default()), text), expected, "{text}");
     }
 
     #[test]

@@ -1,20 +1,15 @@
 //! `[TOOL_CALLS]` before a list of objects, or before a name and an object, with or without `[ARGS]` between them.
 
+use super::Piece;
 use super::held::Held;
-use super::json::{CallObject, Progress, Step, ValueEnd};
-use super::{Parser, Piece};
+use super::json::{CallObject, ValueEnd};
+use super::steps::{CallEnd, Steps, arguments_until, call_object, content_until, go, say};
 
 pub(super) const MARK: &str = "[TOOL_CALLS]";
 const ARGS: &str = "[ARGS]";
 
 #[derive(Default)]
-pub(super) struct Mistral {
-    held: Held,
-    state: State,
-}
-
-#[derive(Default)]
-enum State {
+pub(super) enum Mistral {
     #[default]
     Content,
     /// After the mark.
@@ -27,116 +22,66 @@ enum State {
     Arguments(ValueEnd),
 }
 
-impl Parser for Mistral {
-    fn push(&mut self, text: &str, out: &mut Vec<Piece>) {
-        self.held.push(text);
-        while self.advance(out) {}
-    }
-
-    fn finish(&mut self, out: &mut Vec<Piece>) {
-        let rest = match &mut self.state {
-            State::Content => self.held.take(),
-            State::Marked | State::InList | State::Arguments(_) => String::new(),
-            State::Named => format!("{MARK}{}", self.held.take()),
-            State::Call(call) => call.raw(),
-        };
-        if !rest.is_empty() {
-            out.push(Piece::Content(rest));
-        }
-    }
-}
-
-impl Mistral {
-    /// One step; whether there may be another.
-    fn advance(&mut self, out: &mut Vec<Piece>) -> bool {
-        match &mut self.state {
-            State::Content => {
-                let (text, marked) = self.held.until(&[MARK]);
-                if !text.is_empty() {
-                    out.push(Piece::Content(text));
+impl Steps for Mistral {
+    fn advance(&mut self, held: &mut Held, out: &mut Vec<Piece>) -> bool {
+        let next = match self {
+            Mistral::Content => content_until(MARK, held, out).then_some(Mistral::Marked),
+            Mistral::Marked => held.skip_space().then(|| {
+                if held.text().starts_with('[') {
+                    held.skip(1);
+                    Mistral::InList
+                } else {
+                    Mistral::Named
                 }
-                if marked.is_some() {
-                    self.state = State::Marked;
+            }),
+            Mistral::InList => held.skip_space().then(|| match held.text().chars().next() {
+                Some(',') => {
+                    held.skip(1);
+                    Mistral::InList
                 }
-                marked.is_some()
-            }
-            State::Marked => {
-                let any = self.held.skip_space();
-                if any && self.held.text().starts_with('[') {
-                    self.held.skip(1);
-                    self.state = State::InList;
-                } else if any {
-                    self.state = State::Named;
+                Some('{') => Mistral::Call(CallObject::default()),
+                Some(']') => {
+                    held.skip(1);
+                    Mistral::Content
                 }
-                any
-            }
-            State::InList => {
-                if !self.held.skip_space() {
-                    return false;
+                _ => Mistral::Content,
+            }),
+            Mistral::Call(call) => call_object(call, held, out).map(|end| match end {
+                CallEnd::Called => Mistral::InList,
+                CallEnd::Broken(raw) => {
+                    say(raw, out);
+                    Mistral::Content
                 }
-                match self.held.text().chars().next() {
-                    Some(',') => self.held.skip(1),
-                    Some('{') => self.state = State::Call(CallObject::default()),
-                    Some(']') => {
-                        self.held.skip(1);
-                        self.state = State::Content;
-                    }
-                    _ => self.state = State::Content,
-                }
-                true
-            }
-            State::Call(call) => {
-                let text = self.held.take();
-                let (read, broken) = match call.push(&text, out) {
-                    Progress::Open => return false,
-                    Progress::Done(read) => (read, false),
-                    Progress::Broken(read) => (read, true),
-                };
-                if broken {
-                    out.push(Piece::Content(call.raw()));
-                }
-                self.held.push(&text[read..]);
-                self.state = if broken { State::Content } else { State::InList };
-                true
-            }
-            State::Named => {
-                let Some(brace) = self.held.text().find('{') else { return false };
-                let name = self.held.text()[..brace].trim().trim_end_matches(ARGS).trim();
+            }),
+            Mistral::Named => held.text().find('{').map(|brace| {
+                let name = held.text()[..brace].trim().trim_end_matches(ARGS).trim();
                 out.push(Piece::Call { name: name.to_owned() });
-                self.held.skip(brace);
-                self.state = State::Arguments(ValueEnd::default());
-                true
-            }
-            State::Arguments(end) => {
-                let text = self.held.take();
-                let (mut read, mut ended) = (0, false);
-                for letter in text.chars() {
-                    read += letter.len_utf8();
-                    ended = end.step(letter) == Step::Last;
-                    if ended {
-                        break;
-                    }
-                }
-                if read > 0 {
-                    out.push(Piece::Arguments(text[..read].to_owned()));
-                }
-                self.held.push(&text[read..]);
-                if ended {
-                    self.state = State::Content;
-                }
-                ended
-            }
+                held.skip(brace);
+                Mistral::Arguments(ValueEnd::default())
+            }),
+            Mistral::Arguments(end) => arguments_until(end, held, out).then_some(Mistral::Content),
+        };
+        go(self, next)
+    }
+
+    fn end(&mut self, rest: String, out: &mut Vec<Piece>) {
+        match self {
+            Mistral::Content => say(rest, out),
+            Mistral::Marked | Mistral::InList | Mistral::Arguments(_) => {}
+            Mistral::Named => say(format!("{MARK}{rest}"), out),
+            Mistral::Call(call) => say(call.raw(), out),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::steps::Stepping;
     use super::super::testing::{arguments, call, content, parsed};
     use super::*;
 
     fn check(text: &str, expected: &[Piece]) {
-        assert_eq!(parsed(|| Box::new(Mistral::default()), text), expected, "{text}");
+        assert_eq!(parsed(|| Stepping::boxed(Mistral::default()), text), expected, "{text}");
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! A parser takes text in pieces of any size and gives pieces of a message; put together, these are the same however
 //! the text was cut. `reasoning` splits off what a model thinks; then one file for each way to write calls: `hermes`
-//! (also Qwen's), `qwen_coder`, `mistral`, `deepseek`, and `guided`, where a grammar forces the calls. Beside them: `held`
-//! (markers that may be cut anywhere) and `json` (where a value ends, and what a call's object says).
+//! (also Qwen's), `qwen_coder`, `mistral`, `deepseek`, and `guided`, where a grammar forces the calls. Beside them: `steps`
+//! (what these have in common), `held` (markers that may be cut anywhere) and `json` (where a value ends, and what a
+//! call's object says).
 
 mod deepseek;
 mod guided;
@@ -13,11 +14,13 @@ mod json;
 mod mistral;
 mod qwen_coder;
 mod reasoning;
+mod steps;
 
 pub use reasoning::Reasoning;
 
 use crate::openai::tools::Tool;
 use std::str::FromStr;
+use steps::Stepping;
 
 /// A piece of an assistant's message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,11 +100,11 @@ impl ToolParser {
     /// A parser for one answer.
     pub(crate) fn parser(self, tools: &[Tool]) -> Box<dyn Parser> {
         match self {
-            ToolParser::Hermes => Box::new(hermes::Hermes::default()),
-            ToolParser::QwenCoder => Box::new(qwen_coder::QwenCoder::new(tools)),
-            ToolParser::Mistral => Box::new(mistral::Mistral::default()),
-            ToolParser::DeepSeekV3 => Box::new(deepseek::DeepSeek::new(true)),
-            ToolParser::DeepSeekV31 => Box::new(deepseek::DeepSeek::new(false)),
+            ToolParser::Hermes => Stepping::boxed(hermes::Hermes::default()),
+            ToolParser::QwenCoder => Stepping::boxed(qwen_coder::QwenCoder::new(tools)),
+            ToolParser::Mistral => Stepping::boxed(mistral::Mistral::default()),
+            ToolParser::DeepSeekV3 => Stepping::boxed(deepseek::DeepSeek::new(true)),
+            ToolParser::DeepSeekV31 => Stepping::boxed(deepseek::DeepSeek::new(false)),
         }
     }
 }
@@ -113,7 +116,7 @@ pub(crate) fn named_call(function: &str) -> Box<dyn Parser> {
 
 /// The parser of an answer that a grammar makes a list of calls.
 pub(crate) fn required_calls() -> Box<dyn Parser> {
-    Box::new(guided::RequiredCalls::default())
+    Stepping::boxed(guided::RequiredCalls::default())
 }
 
 /// The parser of an answer that is only text.

@@ -1,8 +1,9 @@
 //! `<tool_call><function=name><parameter=key>value</parameter>…</function></tool_call>`: values are bare text, and what
 //! they mean follows from the function's parameters.
 
+use super::Piece;
 use super::held::Held;
-use super::{Parser, Piece};
+use super::steps::Steps;
 use crate::openai::tools::Tool;
 use serde_json::{Map, Value};
 
@@ -15,7 +16,6 @@ const CLOSE: &str = "</tool_call>";
 
 pub(super) struct QwenCoder {
     tools: Vec<Tool>,
-    held: Held,
     state: State,
     function: String,
     key: String,
@@ -39,7 +39,6 @@ impl QwenCoder {
     pub(super) fn new(tools: &[Tool]) -> Self {
         QwenCoder {
             tools: tools.to_vec(),
-            held: Held::default(),
             state: State::Content,
             function: String::new(),
             key: String::new(),
@@ -49,15 +48,42 @@ impl QwenCoder {
         }
     }
 
-    /// One step; whether there may be another.
-    fn advance(&mut self, out: &mut Vec<Piece>) -> bool {
+    fn content(&mut self, text: &str, out: &mut Vec<Piece>) {
+        let text = if self.after_mark { text.trim_start() } else { text };
+        if !text.is_empty() {
+            self.after_mark = false;
+            out.push(Piece::Content(text.to_owned()));
+        }
+    }
+
+    /// Takes in a value: as JSON where the parameter is no string and the text is JSON, else as a string.
+    fn parameter(&mut self) {
+        let key = std::mem::take(&mut self.key).trim().to_owned();
+        let value = std::mem::take(&mut self.value);
+        let text = value.strip_prefix('\n').unwrap_or(&value);
+        let text = text.strip_suffix('\n').unwrap_or(text);
+        let is_string = self.kind(&key) == Some("string");
+        let json = || serde_json::from_str(text.trim()).ok();
+        let value = if is_string { None } else { json() };
+        self.arguments.insert(key, value.unwrap_or_else(|| text.into()));
+    }
+
+    /// The type of a parameter in the function's schema.
+    fn kind(&self, parameter: &str) -> Option<&str> {
+        let tool = self.tools.iter().find(|tool| tool.function.name == self.function)?;
+        tool.function.parameters.as_ref()?.get("properties")?.get(parameter)?.get("type")?.as_str()
+    }
+}
+
+impl Steps for QwenCoder {
+    fn advance(&mut self, held: &mut Held, out: &mut Vec<Piece>) -> bool {
         let markers: &[&str] = match self.state {
             State::Content => &[FUNCTION, OPEN, CLOSE],
             State::FunctionName | State::Key => &[">"],
             State::Function => &[PARAMETER, FUNCTION_END],
             State::Value => &[PARAMETER_END],
         };
-        let (text, which) = self.held.until(markers);
+        let (text, which) = held.until(markers);
         match self.state {
             State::Content => self.content(&text, out),
             State::FunctionName => self.function.push_str(&text),
@@ -94,50 +120,11 @@ impl QwenCoder {
         true
     }
 
-    fn content(&mut self, text: &str, out: &mut Vec<Piece>) {
-        let text = if self.after_mark { text.trim_start() } else { text };
-        if !text.is_empty() {
-            self.after_mark = false;
-            out.push(Piece::Content(text.to_owned()));
-        }
-    }
-
-    /// Takes in a value: as JSON where the parameter is no string and the text is JSON, else as a string.
-    fn parameter(&mut self) {
-        let key = std::mem::take(&mut self.key).trim().to_owned();
-        let value = std::mem::take(&mut self.value);
-        let text = value.strip_prefix('\n').unwrap_or(&value);
-        let text = text.strip_suffix('\n').unwrap_or(text);
-        let is_string = self.kind(&key) == Some("string");
-        let json = || serde_json::from_str(text.trim()).ok();
-        let value = if is_string { None } else { json() };
-        self.arguments.insert(key, value.unwrap_or_else(|| text.into()));
-    }
-
-    /// The type of a parameter in the function's schema.
-    fn kind(&self, parameter: &str) -> Option<&str> {
-        let tool = self.tools.iter().find(|tool| tool.function.name == self.function)?;
-        tool.function.parameters.as_ref()?.get("properties")?.get(parameter)?.get("type")?.as_str()
-    }
-}
-
-impl Parser for QwenCoder {
-    fn push(&mut self, text: &str, out: &mut Vec<Piece>) {
-        self.held.push(text);
-        while self.advance(out) {}
-    }
-
     /// A call that was cut has the parameters that are whole.
-    fn finish(&mut self, out: &mut Vec<Piece>) {
+    fn end(&mut self, rest: String, out: &mut Vec<Piece>) {
         match self.state {
-            State::Content => {
-                let rest = self.held.take();
-                self.content(&rest, out);
-            }
-            State::FunctionName => {
-                let rest = format!("{FUNCTION}{}{}", self.function, self.held.take());
-                out.push(Piece::Content(rest));
-            }
+            State::Content => self.content(&rest, out),
+            State::FunctionName => out.push(Piece::Content(format!("{FUNCTION}{}{rest}", self.function))),
             State::Function | State::Key | State::Value => {
                 let arguments = Value::Object(std::mem::take(&mut self.arguments));
                 out.push(Piece::Arguments(arguments.to_string()));
@@ -148,6 +135,7 @@ impl Parser for QwenCoder {
 
 #[cfg(test)]
 mod tests {
+    use super::super::steps::Stepping;
     use super::super::testing::{arguments, call, content, parsed};
     use super::*;
     use serde_json::json;
@@ -168,12 +156,12 @@ mod tests {
             call("weather"),
             arguments(r#"{"city":"Rio <de> J"}"#),
         ];
-        assert_eq!(parsed(|| Box::new(QwenCoder::new(&tools)), text), expected);
+        assert_eq!(parsed(|| Stepping::boxed(QwenCoder::new(&tools)), text), expected);
     }
 
     #[test]
     fn cut_calls() {
-        let check = |text: &str| parsed(|| Box::new(QwenCoder::new(&[])), text);
+        let check = |text: &str| parsed(|| Stepping::boxed(QwenCoder::new(&[])), text);
         assert_eq!(check("a <funct"), [content("a <funct")]);
         assert_eq!(check("<function=f"), [content("<function=f")]);
         let cut = "<function=f><parameter=x>1</parameter><parameter=y>2";

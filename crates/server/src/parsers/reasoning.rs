@@ -1,6 +1,7 @@
 //! What a model thinks before it answers: `<think>…</think>`.
 
 use super::held::Held;
+use super::steps::{Stepping, Steps};
 use super::{Parser, Piece};
 use std::str::FromStr;
 
@@ -50,14 +51,13 @@ impl Reasoning {
     /// the model thinking.
     pub(crate) fn parser(self, begun: bool, answer: Box<dyn Parser>) -> Box<dyn Parser> {
         let state = if begun { State::Thinking } else { State::Start };
-        Box::new(Splitter { marks: self, state, held: Held::default(), answer })
+        Stepping::boxed(Splitter { marks: self, state, answer })
     }
 }
 
 struct Splitter {
     marks: Reasoning,
     state: State,
-    held: Held,
     answer: Box<dyn Parser>,
 }
 
@@ -73,18 +73,17 @@ enum State {
     Answer,
 }
 
-impl Splitter {
-    /// One step; whether there may be another.
-    fn advance(&mut self, out: &mut Vec<Piece>) -> bool {
+impl Steps for Splitter {
+    fn advance(&mut self, held: &mut Held, out: &mut Vec<Piece>) -> bool {
         match self.state {
             State::Start => {
-                let text = self.held.text().trim_start();
+                let text = held.text().trim_start();
                 if text.len() < self.marks.open.len() && self.marks.open.starts_with(text) {
                     return false;
                 }
                 self.state = if text.starts_with(self.marks.open) {
-                    self.held.skip_space();
-                    self.held.skip(self.marks.open.len());
+                    held.skip_space();
+                    held.skip(self.marks.open.len());
                     State::Thinking
                 } else {
                     State::Answer
@@ -92,14 +91,14 @@ impl Splitter {
                 true
             }
             State::Thinking | State::Closed => {
-                let any = self.held.skip_space();
+                let any = held.skip_space();
                 if any {
                     self.state = if self.state == State::Thinking { State::Reasoning } else { State::Answer };
                 }
                 any
             }
             State::Reasoning => {
-                let (text, closed) = self.held.until(&[self.marks.close]);
+                let (text, closed) = held.until(&[self.marks.close]);
                 if !text.is_empty() {
                     out.push(Piece::Reasoning(text));
                 }
@@ -109,21 +108,13 @@ impl Splitter {
                 closed.is_some()
             }
             State::Answer => {
-                self.answer.push(&self.held.take(), out);
+                self.answer.push(&held.take(), out);
                 false
             }
         }
     }
-}
 
-impl Parser for Splitter {
-    fn push(&mut self, text: &str, out: &mut Vec<Piece>) {
-        self.held.push(text);
-        while self.advance(out) {}
-    }
-
-    fn finish(&mut self, out: &mut Vec<Piece>) {
-        let rest = self.held.take();
+    fn end(&mut self, rest: String, out: &mut Vec<Piece>) {
         match self.state {
             State::Start | State::Answer => self.answer.push(&rest, out),
             State::Reasoning if !rest.is_empty() => out.push(Piece::Reasoning(rest)),

@@ -1,19 +1,21 @@
 //! `/v1/completions`: texts go on.
 
-use super::{grammar, usage_wanted};
+use super::grammar;
 use crate::app::Shared;
 use crate::auth::Caller;
 use crate::body::JsonObject;
-use crate::generation::{Generation, Job, Step, TokenTexts, What};
+use crate::choices::{self, Choices, Head, Sending};
+use crate::generation::{Job, Step, TokenTexts, What};
 use crate::openai::completions::{CompletionChoice, CompletionRequest, CompletionResponse};
+use crate::openai::errors::Refusals;
 use crate::openai::logprobs::CompletionLogprobs;
-use crate::openai::{ApiError, ErrorBody, Usage, new_id, now};
+use crate::openai::{ApiError, Usage};
 use crate::prompt::{aside, decode, encode_prompt};
-use crate::sse::{self, Chunks, StreamEvent};
+use crate::sse::StreamEvent;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
+use axum::response::Response;
 use epsmoe_engine::TokenLogprobs;
+use serde::Serialize;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -32,29 +34,19 @@ pub(crate) fn router() -> OpenApiRouter<Shared> {
             (CompletionResponse = "application/json"),
             (StreamEvent = "text/event-stream")
         )),
-        (status = 400, body = ErrorBody, description = "the request is wrong"),
-        (status = 401, body = ErrorBody, description = "no key"),
-        (status = 404, body = ErrorBody, description = "no such model"),
-        (status = 413, body = ErrorBody, description = "the body is too large"),
-        (status = 415, body = ErrorBody, description = "the body is no JSON"),
-        (status = 503, body = ErrorBody, description = "too much to do")
+        Refusals
     )
 )]
 async fn completions(
     State(app): State<Shared>,
-    caller: Option<Extension<Caller>>,
+    caller: Caller,
     body: JsonObject,
 ) -> Result<Response, ApiError> {
     let request = CompletionRequest::read(&body)?;
     let model = app.check_model(request.sampling.model.as_deref())?;
-    let caller = caller.map(|Extension(caller)| caller).unwrap_or_default();
-    let sampling = request.sampling.clone();
+    let sending = Sending::of(&request.sampling);
     let (job, writer) = aside(&app, move |app| prepare(app, caller, request, model)).await?;
-    let generation = Generation::start(&app, job)?;
-    if sampling.stream == Some(true) {
-        return sse::stream(generation, writer, usage_wanted(sampling.stream_options)).await;
-    }
-    writer.whole(generation).await.map(|response| Json(response).into_response())
+    choices::answer(&app, job, writer, sending).await
 }
 
 /// Everything that takes long before the engine is asked.
@@ -93,9 +85,7 @@ fn prepare(
     }
     let texts = TokenTexts::new(app, fields.return_tokens_as_token_ids.unwrap_or(false), skip_special);
     let writer = CompletionWriter {
-        id: fields.request_id.as_ref().map_or_else(|| new_id("cmpl"), |id| format!("cmpl-{id}")),
-        created: now(),
-        model,
+        head: Head::new("cmpl", fields, model),
         n: job.n,
         echoes: echo.then_some(echoes),
         offsets: vec![0; job.prompts.len() * job.n],
@@ -109,9 +99,7 @@ fn prepare(
 
 /// Writes what happens to choices as chunks, and chunks as a whole answer.
 struct CompletionWriter {
-    id: String,
-    created: u64,
-    model: String,
+    head: Head,
     n: usize,
     prompts: Vec<Vec<u32>>,
     /// Texts of the prompts, if they come before the answers.
@@ -126,42 +114,8 @@ struct CompletionWriter {
 }
 
 impl CompletionWriter {
-    /// All choices at once.
-    async fn whole(mut self, mut generation: Generation) -> Result<CompletionResponse, ApiError> {
-        let mut choices: Vec<CompletionChoice> =
-            (0..generation.len()).map(|index| self.empty(index)).collect();
-        while let Some(step) = generation.next().await? {
-            let index = step.choice;
-            if let Some(more) = self.choice(step) {
-                append(&mut choices[index], more);
-            }
-        }
-        Ok(self.response(choices, Some(generation.usage())))
-    }
-
-    fn response(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> CompletionResponse {
-        CompletionResponse {
-            id: self.id.clone(),
-            object: "text_completion",
-            created: self.created,
-            model: self.model.clone(),
-            choices,
-            usage,
-        }
-    }
-
-    /// A choice that nothing has happened to.
-    fn empty(&self, index: usize) -> CompletionChoice {
-        CompletionChoice {
-            index,
-            logprobs: self.logprobs.then(CompletionLogprobs::default),
-            token_ids: self.ids.then(Vec::new),
-            ..CompletionChoice::default()
-        }
-    }
-
     /// What a step adds to its choice; nothing if that is nothing.
-    fn choice(&mut self, step: Step) -> Option<CompletionChoice> {
+    fn part(&mut self, step: Step) -> Option<CompletionChoice> {
         let index = step.choice;
         let mut choice = self.empty(index);
         match step.what {
@@ -184,9 +138,7 @@ impl CompletionWriter {
                 }
             }
             What::Token { id, logprobs, text } => {
-                if text.is_empty() && !self.logprobs && !self.ids {
-                    return None;
-                }
+                // Also without text: a client may count chunks, and sees that the answer goes on.
                 choice.text = text;
                 choice.token_ids = self.ids.then(|| vec![id]);
                 self.token(&mut choice, id, logprobs.as_ref());
@@ -209,35 +161,51 @@ impl CompletionWriter {
     }
 }
 
-impl Chunks for CompletionWriter {
-    type Chunk = CompletionResponse;
+impl Choices for CompletionWriter {
+    type Whole = CompletionChoice;
+    type Part = CompletionChoice;
 
-    fn step(&mut self, step: Step, out: &mut Vec<CompletionResponse>) {
-        if let Some(mut choice) = self.choice(step) {
-            // A chunk without tokens has no list of them.
-            choice.logprobs = choice.logprobs.filter(|logprobs| !logprobs.tokens.is_empty());
-            out.push(self.response(vec![choice], None));
+    fn empty(&self, index: usize) -> CompletionChoice {
+        CompletionChoice {
+            index,
+            logprobs: self.logprobs.then(CompletionLogprobs::default),
+            token_ids: self.ids.then(Vec::new),
+            ..CompletionChoice::default()
         }
     }
 
-    fn last(&mut self, usage: Usage) -> CompletionResponse {
-        self.response(Vec::new(), Some(usage))
+    fn parts(&mut self, step: Step) -> Vec<CompletionChoice> {
+        self.part(step).into_iter().collect()
     }
 
-    fn mark(chunk: &mut CompletionResponse, usage: Usage) {
-        chunk.usage = Some(usage);
+    fn append(choice: &mut CompletionChoice, more: CompletionChoice) {
+        choice.text.push_str(&more.text);
+        if let (Some(all), Some(more)) = (&mut choice.logprobs, more.logprobs) {
+            all.extend(more);
+        }
+        if let (Some(all), Some(more)) = (&mut choice.token_ids, more.token_ids) {
+            all.extend(more);
+        }
+        choice.prompt_token_ids = more.prompt_token_ids.or(choice.prompt_token_ids.take());
+        choice.finish_reason = more.finish_reason.or(choice.finish_reason);
+        choice.stop_reason = more.stop_reason.or(choice.stop_reason.take());
+    }
+
+    fn answer(self, choices: Vec<CompletionChoice>, usage: Usage) -> impl Serialize {
+        response(self.head, choices, Some(usage))
+    }
+
+    fn chunk(&self, part: Option<CompletionChoice>, usage: Option<Usage>) -> impl Serialize {
+        let mut choices: Vec<CompletionChoice> = part.into_iter().collect();
+        for choice in &mut choices {
+            // A chunk without tokens has no list of them.
+            choice.logprobs = choice.logprobs.take().filter(|logprobs| !logprobs.tokens.is_empty());
+        }
+        response(self.head.clone(), choices, usage)
     }
 }
 
-fn append(choice: &mut CompletionChoice, more: CompletionChoice) {
-    choice.text.push_str(&more.text);
-    if let (Some(all), Some(more)) = (&mut choice.logprobs, more.logprobs) {
-        all.extend(more);
-    }
-    if let (Some(all), Some(more)) = (&mut choice.token_ids, more.token_ids) {
-        all.extend(more);
-    }
-    choice.prompt_token_ids = more.prompt_token_ids.or(choice.prompt_token_ids.take());
-    choice.finish_reason = more.finish_reason.or(choice.finish_reason);
-    choice.stop_reason = more.stop_reason.or(choice.stop_reason.take());
+fn response(head: Head, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> CompletionResponse {
+    let Head { id, created, model } = head;
+    CompletionResponse { id, object: "text_completion", created, model, choices, usage }
 }

@@ -3,22 +3,16 @@
 pub(crate) mod chat;
 pub(crate) mod completions;
 pub(crate) mod health;
+pub(crate) mod messages;
 pub(crate) mod metrics;
 pub(crate) mod models;
 pub(crate) mod page;
+pub(crate) mod responses;
 pub(crate) mod tokenize;
 
 use crate::guide::Grammar;
+use crate::openai::ApiError;
 use crate::openai::sampling::{ResponseFormat, SamplingFields, StructuredOutputs};
-use crate::openai::{ApiError, sampling::StreamOptions};
-use crate::sse::UsageWanted;
-
-/// Which usage a stream tells.
-fn usage_wanted(options: Option<StreamOptions>) -> UsageWanted {
-    let options = options.unwrap_or_default();
-    let each = options.continuous_usage_stats.unwrap_or(false);
-    UsageWanted { last: options.include_usage.unwrap_or(false), each }
-}
 
 /// What the answer must look like, and the field that says so.
 fn grammar(fields: &SamplingFields) -> Result<Option<(Grammar, &'static str)>, ApiError> {

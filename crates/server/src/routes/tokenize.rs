@@ -2,8 +2,9 @@
 
 use crate::app::{App, Shared};
 use crate::body::JsonObject;
+use crate::openai::ApiError;
+use crate::openai::errors::Refusals;
 use crate::openai::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
-use crate::openai::{ApiError, ErrorBody};
 use crate::prompt::{Conversation, aside, decode, encode};
 use axum::Json;
 use axum::extract::State;
@@ -22,11 +23,7 @@ pub(crate) fn router() -> OpenApiRouter<Shared> {
     request_body = TokenizeRequest,
     responses(
         (status = 200, description = "the tokens", body = TokenizeResponse),
-        (status = 400, body = ErrorBody, description = "the request is wrong"),
-        (status = 401, body = ErrorBody, description = "no key"),
-        (status = 404, body = ErrorBody, description = "no such model"),
-        (status = 413, body = ErrorBody, description = "the body is too large"),
-        (status = 415, body = ErrorBody, description = "the body is no JSON")
+        Refusals
     )
 )]
 async fn tokenize(State(app): State<Shared>, body: JsonObject) -> Result<Json<TokenizeResponse>, ApiError> {
@@ -50,6 +47,7 @@ fn tokens_of(app: &App, request: &TokenizeRequest) -> Result<TokenizeResponse, A
             let continued = request.continue_final_message.unwrap_or(false);
             let conversation = Conversation {
                 messages,
+                param: "messages",
                 tools: request.tools.as_deref(),
                 documents: None,
                 kwargs: request.chat_template_kwargs.clone().unwrap_or_default(),
@@ -72,11 +70,7 @@ fn tokens_of(app: &App, request: &TokenizeRequest) -> Result<TokenizeResponse, A
     request_body = DetokenizeRequest,
     responses(
         (status = 200, description = "the text", body = DetokenizeResponse),
-        (status = 400, body = ErrorBody, description = "the request is wrong"),
-        (status = 401, body = ErrorBody, description = "no key"),
-        (status = 404, body = ErrorBody, description = "no such model"),
-        (status = 413, body = ErrorBody, description = "the body is too large"),
-        (status = 415, body = ErrorBody, description = "the body is no JSON")
+        Refusals
     )
 )]
 async fn detokenize(

@@ -5,6 +5,7 @@
 mod answers;
 mod chat;
 mod connections;
+mod dialects;
 mod endings;
 mod errors;
 mod guided;
