@@ -4,7 +4,7 @@ use super::chat::{ChatFields, Message};
 use super::sampling::{NamedSchema, ResponseFormat, SamplingFields, at_least, only_one_answer};
 use super::tools::{FunctionCall, FunctionDefinition, FunctionWord, Tool, ToolCall, ToolChoice};
 use super::{ApiError, OneOrMany, one_or_many};
-use crate::body::JsonObject;
+use crate::body::{AsksForNothing, JsonObject};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::schema::{AnyOf, ObjectBuilder, Type};
@@ -83,7 +83,7 @@ fn echoes() -> [(&'static str, Value); 11] {
 }
 
 /// Fields that ask for what only a server with a memory can do, or for what this one does not do.
-const UNSUPPORTED: [(&str, fn(&Value) -> bool); 6] = [
+const UNSUPPORTED: [(&str, AsksForNothing); 6] = [
     ("previous_response_id", |_| false),
     ("conversation", |_| false),
     ("prompt", |_| false),
