@@ -27,7 +27,7 @@ macro_rules! phases {
 }
 
 phases! {
-    /// The batch on its way to the device.
+    /// What the host brings to the device: the batch, a slot map, a routing that was recorded.
     Input => "input",
     /// Embeddings of the step's tokens.
     Embed => "embed",

@@ -82,7 +82,7 @@ impl<B: Backend> ExpertPipeline<B> {
             [(map.slot_table()?, &self.buffers.slot_of), (map.block_starts(), &self.buffers.block_starts)];
         for (words, buffer) in tables {
             let out = buffer.rows(0..words.len())?;
-            self.compute(Place::default().phase(Phase::Maps), HostToDevice { words: words.into(), out })?;
+            self.compute(Place::default().phase(Phase::Input), HostToDevice { words: words.into(), out })?;
         }
         self.held_map.set(Some(map.digest()));
         Ok(())

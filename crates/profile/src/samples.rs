@@ -72,7 +72,8 @@ struct Pair<'a> {
     before: Option<u64>,
 }
 
-/// Every operation with its span: the same order on every lane. What overruled the router is no work of a layer.
+/// Every operation with its span: the same order on every lane. What the host brought, a routing or a slot map, is no work of
+/// a layer.
 fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> {
     let mut lanes: BTreeMap<(usize, usize), Vec<&Span>> = BTreeMap::new();
     for span in &run.timeline.spans {
@@ -83,8 +84,7 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
     for (key, on_lane) in lanes {
         let before = std::iter::once(None).chain(on_lane.iter().map(|span| Some(span.end_ns)));
         let work = on_lane.iter().copied().zip(before);
-        let of_layer = |span: &Span| span.layer.is_some() && span.phase != Phase::Input;
-        spans.insert(key, work.filter(|(span, _)| of_layer(span)).collect());
+        spans.insert(key, work.filter(|(span, _)| span.phase != Phase::Input).collect());
     }
     let all: usize = spans.values().map(Vec::len).sum();
     let mut next: BTreeMap<(usize, usize), usize> = BTreeMap::new();
