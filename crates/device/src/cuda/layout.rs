@@ -50,7 +50,8 @@ macro_rules! twin {
 }
 pub(super) use twin;
 
-/// C++ that refuses to compile where the structs of a source file, or its causes of complaint, are not those of Rust.
+/// C++ that does not compile where the structs of a source file, or its causes of complaint, are not those of Rust.
+/// `__INTADDR__` is how NVRTC spells `offsetof`, which it has not.
 pub(super) fn checks(file: &str) -> String {
     let mut text = String::new();
     // Writing to a string cannot fail.
@@ -68,7 +69,7 @@ pub(super) fn checks(file: &str) -> String {
         for Field(field, offset, bytes) in layout.fields {
             let _ = writeln!(
                 text,
-                "static_assert(__builtin_offsetof({twin}, {field}) == {offset} && sizeof({twin}::{field}) == {bytes}, \
+                "static_assert(__INTADDR__(&(({twin}*)0)->{field}) == {offset} && sizeof({twin}::{field}) == {bytes}, \
                  \"{twin}.{field} has {bytes} bytes from {offset} on in Rust\");"
             );
         }
