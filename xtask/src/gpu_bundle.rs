@@ -10,15 +10,19 @@ use std::process::Command;
 const LARGEST: u64 = 60_000_000;
 
 /// The programs of a bundle.
-const PROGRAMS: [Program; 3] = [
+const PROGRAMS: [Program; 5] = [
     Program { package: "epsmoe-device", target: Target::Test("op_suite"), name: "op_suite" },
+    Program { package: "epsmoe-device", target: Target::Units, name: "device_units" },
+    Program { package: "epsmoe-fabric", target: Target::Test("contract"), name: "fabric_suite" },
     Program { package: "epsmoe-engine", target: Target::Test("fixtures"), name: "model_suite" },
     Program { package: "epsmoe-cli", target: Target::Binary("epsmoe"), name: "epsmoe" },
 ];
 
 /// The scripts that run them, and what these read: file name and text.
-const SCRIPTS: [(&str, &str); 5] = [
+const SCRIPTS: [(&str, &str); 7] = [
     ("run-ops.sh", include_str!("run-ops.sh")),
+    ("run-ranks.sh", include_str!("run-ranks.sh")),
+    ("run-overlap.sh", include_str!("run-overlap.sh")),
     ("run-models.sh", include_str!("run-models.sh")),
     ("run-bench.sh", include_str!("run-bench.sh")),
     ("libraries.sh", include_str!("libraries.sh")),
@@ -35,6 +39,8 @@ struct Program {
 /// What cargo calls it.
 enum Target {
     Test(&'static str),
+    /// The tests in the package's own source.
+    Units,
     Binary(&'static str),
 }
 
@@ -57,7 +63,7 @@ pub(crate) fn make(out: &Path) -> anyhow::Result<()> {
     let size = size_of(out)?;
     ensure!(size <= LARGEST, "the bundle has {}, more than {}", Bytes(size), Bytes(LARGEST));
     println!(
-        "{}: {}; run its run-ops.sh, run-models.sh and run-bench.sh on a GPU host",
+        "{}: {}; run its run-ops.sh, run-ranks.sh, run-models.sh, run-bench.sh and run-overlap.sh on a GPU host",
         out.display(),
         Bytes(size)
     );
@@ -72,9 +78,11 @@ fn write_script(out: &Path, (name, text): (&str, &str)) -> anyhow::Result<()> {
 
 /// Builds a program and says where it is.
 fn built(program: &Program) -> anyhow::Result<PathBuf> {
+    let library = program.package.replace('-', "_");
     let (what, name) = match program.target {
-        Target::Test(name) => (["test", "--no-run", "--test", name], name),
-        Target::Binary(name) => (["build", "--quiet", "--bin", name], name),
+        Target::Test(name) => (vec!["test", "--no-run", "--test", name], name),
+        Target::Units => (vec!["test", "--no-run", "--lib"], library.as_str()),
+        Target::Binary(name) => (vec!["build", "--quiet", "--bin", name], name),
     };
     let cargo = Command::new("cargo")
         .args(what)

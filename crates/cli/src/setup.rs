@@ -6,16 +6,17 @@ use crate::locate::{Place, locate};
 use crate::watch::LayerSample;
 use crate::{machine, memory, output};
 use anyhow::{Context, Result, anyhow, bail};
-use epsmoe_base::{Bytes, DType, Rank};
+use epsmoe_base::{Bytes, DType, FaultCell, Rank};
 use epsmoe_device::cpu::CpuKernels;
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
+use epsmoe_device::{Backend, PeerQueue};
 use epsmoe_engine::{Engine, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode};
 use epsmoe_fabric::{Fabric, Link, PacedLink, ThreadsOptions};
 use epsmoe_model::config::Config;
-use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, preset};
+use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, preset_text};
 use epsmoe_plan::{
     CostModel, GemmKind, LayerHistograms, Policy, Schedule, SharedExpert, SlotMap, TokenHistograms,
 };
@@ -51,13 +52,13 @@ impl OpenModel {
         let name = args.model.clone();
         match locate(&name, &args.revision)? {
             Place::Preset(preset_name) => {
-                let spec = preset(&preset_name)?;
+                let Config { spec, .. } = preset_config(&preset_name, args)?;
                 let weights = Box::new(Synthetic::new(&spec, seed));
                 let generation = GenerationConfig::default();
                 Ok(OpenModel { name, spec: Arc::new(spec), generation, folder: None, weights })
             }
             Place::Folder(folder) => {
-                let Config { mut spec, says_dtype, remarks } = Config::read(&folder)?;
+                let Config { mut spec, says_dtype, remarks } = Config::read_with(&folder, &args.hf_overrides.0)?;
                 let generation = GenerationConfig::open(&folder)?;
                 let weights = Box::new(Checkpoint::open(&folder)?);
                 let unused = weights.check(&spec)?;
@@ -120,12 +121,18 @@ pub(crate) fn encode(
     Ok(tokenizer.encode(&template.render(&request)?)?)
 }
 
+/// The configuration of a preset, with what was typed instead.
+fn preset_config(name: &str, args: &ModelArgs) -> Result<Config> {
+    let text = preset_text(name)?.as_bytes();
+    Ok(Config::parse_with(text, &format!("preset {name}"), &args.hf_overrides.0)?)
+}
+
 /// What a model is, without its weights.
 pub(crate) fn spec(args: &ModelArgs) -> Result<ModelSpec> {
     Ok(match locate(&args.model, &args.revision)? {
-        Place::Preset(name) => preset(&name)?,
+        Place::Preset(name) => preset_config(&name, args)?.spec,
         Place::Folder(folder) => {
-            let config = Config::read(&folder)?;
+            let config = Config::read_with(&folder, &args.hf_overrides.0)?;
             config.remarks.iter().for_each(output::warn);
             config.spec
         }
@@ -155,25 +162,44 @@ pub(crate) struct Demand {
 enum Processor {
     Cpu,
     Reference,
-    Cuda(Arc<CudaDevice>),
+    /// The GPU of each rank; all of them may be one.
+    Cuda(Vec<Arc<CudaDevice>>),
 }
 
 impl Processor {
-    /// Opens what was typed; `auto` is a GPU only where that works.
-    fn open(kind: DeviceKind, ranks: usize, link: Option<Link>) -> Result<Self> {
+    /// Opens what was typed; `auto` is GPUs only where that works.
+    fn open(kind: DeviceKind, ranks: usize) -> Result<Self> {
         match kind {
             DeviceKind::Cpu => Ok(Processor::Cpu),
             DeviceKind::Reference => Ok(Processor::Reference),
-            DeviceKind::Cuda(_) if ranks > 1 => {
-                bail!("--device cuda runs one rank so far, not {ranks}: leave out the sizes of groups")
-            }
-            DeviceKind::Cuda(_) if link.is_some() => {
-                bail!("--link paces ranks of a CPU: leave it out with --device cuda")
-            }
-            DeviceKind::Cuda(number) => Ok(Processor::Cuda(CudaDevice::open(number)?)),
-            DeviceKind::Auto if ranks > 1 || link.is_some() => Ok(Processor::Cpu),
-            DeviceKind::Auto => Ok(CudaDevice::open(0).map_or(Processor::Cpu, Processor::Cuda)),
+            DeviceKind::Cuda => Self::on_gpus(ranks),
+            DeviceKind::CudaAt(number) => Ok(Processor::Cuda(vec![CudaDevice::open(number)?; ranks])),
+            DeviceKind::Auto => Ok(Self::on_gpus(ranks).unwrap_or(Processor::Cpu)),
         }
+    }
+
+    /// A GPU for each rank, which reach each other's memory where they can.
+    fn on_gpus(ranks: usize) -> Result<Self> {
+        let count = CudaDevice::count()?;
+        if (1..ranks).contains(&count) {
+            bail!(
+                "--device cuda gives each of {ranks} ranks a GPU of its own, but the driver shows {}: use fewer ranks, \
+                 or --device cuda:0 to let all of them share one",
+                epsmoe_base::count(count, "GPU")
+            );
+        }
+        let devices = (0..ranks).map(CudaDevice::open).collect::<Result<Vec<_>, _>>()?;
+        for (number, device) in devices.iter().enumerate() {
+            devices[..number].iter().try_for_each(|other| device.connect(other).map(|_| ()))?;
+        }
+        Ok(Processor::Cuda(devices))
+    }
+
+    /// How many ranks share the first GPU, if more than one do.
+    fn sharing(&self) -> Option<usize> {
+        let Processor::Cuda(devices) = self else { return None };
+        let sharing = devices.iter().filter(|device| Arc::ptr_eq(device, &devices[0])).count();
+        Some(sharing).filter(|&ranks| ranks > 1)
     }
 
     /// The format that `--dtype auto` means.
@@ -229,7 +255,7 @@ impl Setup {
             );
         }
         parallel.check(&model.spec, ranks)?;
-        let processor = Processor::open(args.device, ranks, args.link.0)?;
+        let processor = Processor::open(args.device, ranks)?;
         let threads = args.threads.unwrap_or((machine::cores() / ranks).max(1));
         let dtype = match args.dtype {
             Dtype::Auto => processor.dtype(model.spec.dtype),
@@ -341,58 +367,89 @@ impl Setup {
         let (threads, isa) = (self.threads, self.isa);
         match &self.processor {
             Processor::Cpu => {
-                self.engines(options, || ThreadedOptions::new(self.dtype), || CpuKernels::new(threads, isa))
+                self.engines_on_host(options, ThreadedOptions::new, || CpuKernels::new(threads, isa))
             }
             Processor::Reference => {
-                self.engines(options, || reference::options(self.dtype, self.seed), || Ok(PlainKernels))
+                let host = |dtype| reference::options(dtype, self.seed);
+                self.engines_on_host(options, host, || Ok(PlainKernels))
             }
-            Processor::Cuda(device) => self.engines_on_gpu(options, device),
+            Processor::Cuda(devices) => self.engines_on_gpus(options, devices),
         }
     }
 
-    fn engines_on_gpu(&self, options: &[EngineOptions], device: &Arc<CudaDevice>) -> Result<Vec<Started>> {
-        let spec = &self.model.spec;
-        let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
-        let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
-        let source = LayerSample { source: &*self.model.weights, bar: &bar };
-        let weights = CudaWeights::new(device)?;
-        let engine = |options: &EngineOptions| {
-            let gpu = CudaOptions::new(self.dtype);
-            let faults = gpu.faults.clone();
-            let backend = CudaBackend::new(Rank(0), device, &weights, gpu)?;
-            let ranks = vec![(Arc::new(backend), Fabric::single_rank())];
-            let engine = Engine::start(Arc::clone(spec), &source, ranks, faults, options.clone(), |_| {})?;
-            Ok(Started { engine, links: Vec::new() })
-        };
-        let engines = options.iter().map(engine).collect();
-        bar.finish_and_clear();
-        engines
+    /// How long the threads of ranks look for each other before they sleep. What computes on a host needs its cores; a GPU
+    /// leaves its rank a core, if there are enough for all of them and one that paces.
+    fn spin(&self) -> Duration {
+        match self.processor {
+            Processor::Cuda(_) if machine::cores() > self.ranks => Duration::from_micros(200),
+            _ => Duration::ZERO,
+        }
     }
 
-    fn engines<K: Kernels>(
+    fn engines_on_host<K: Kernels>(
         &self,
         options: &[EngineOptions],
-        host: impl Fn() -> ThreadedOptions,
+        host: impl Fn(DType) -> ThreadedOptions,
         kernels: impl Fn() -> Result<K, String>,
     ) -> Result<Vec<Started>> {
+        let store = Arc::new(WeightStore::default());
+        self.engines(options, |faults| {
+            let host = ThreadedOptions { faults: faults.clone(), ..host(self.dtype) };
+            let rank = |rank| {
+                let kernels = kernels().map_err(|problem| anyhow!(problem))?;
+                Ok(ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?)
+            };
+            (0..self.ranks).map(rank).collect()
+        })
+    }
+
+    /// Ranks of one GPU share their weights there.
+    fn engines_on_gpus(
+        &self,
+        options: &[EngineOptions],
+        devices: &[Arc<CudaDevice>],
+    ) -> Result<Vec<Started>> {
+        let mut stores: Vec<CudaWeights> = Vec::with_capacity(devices.len());
+        for (rank, device) in devices.iter().enumerate() {
+            let shared = devices[..rank].iter().position(|other| Arc::ptr_eq(other, device));
+            stores.push(match shared {
+                Some(other) => stores[other].clone(),
+                None => CudaWeights::new(device)?,
+            });
+        }
+        self.engines(options, |faults| {
+            let gpu = CudaOptions { faults: faults.clone(), ..CudaOptions::new(self.dtype) };
+            let ranks = devices.iter().zip(&stores).enumerate();
+            let rank = |(rank, (device, weights)): (usize, (&Arc<CudaDevice>, &CudaWeights))| {
+                Ok(CudaBackend::new(Rank(rank), device, weights, gpu.clone())?)
+            };
+            ranks.map(rank).collect()
+        })
+    }
+
+    /// Engines over the processors that `ranks` makes for a world with that fault cell.
+    fn engines<B: Backend<Queue: PeerQueue>>(
+        &self,
+        options: &[EngineOptions],
+        ranks: impl Fn(&FaultCell) -> Result<Vec<B>>,
+    ) -> Result<Vec<Started>> {
         let spec = &self.model.spec;
+        if let Some(ranks) = self.processor.sharing() {
+            output::remark(format_args!("{ranks} ranks share one GPU: what they take is no measure of {ranks} GPUs"));
+        }
         let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
         let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
         let weights = LayerSample { source: &*self.model.weights, bar: &bar };
-        let store = Arc::new(WeightStore::default());
         let engine = |options: &EngineOptions| {
-            let host = host();
-            let faults = host.faults.clone();
-            let fabric =
-                ThreadsOptions { link: self.link, ..ThreadsOptions::new(self.timeout, faults.clone()) };
+            let faults = FaultCell::default();
+            let fabric = ThreadsOptions {
+                link: self.link,
+                spin: self.spin(),
+                ..ThreadsOptions::new(self.timeout, faults.clone())
+            };
             let fabrics = Fabric::threads(self.ranks, fabric);
             let links = fabrics.iter().filter_map(|fabric| fabric.link.clone()).collect();
-            let ranks = fabrics.into_iter().enumerate().map(|(rank, fabric)| {
-                let kernels = kernels().map_err(|problem| anyhow!(problem))?;
-                let device = ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?;
-                Ok((Arc::new(device), fabric))
-            });
-            let ranks = ranks.collect::<Result<Vec<_>>>()?;
+            let ranks = ranks(&faults)?.into_iter().map(Arc::new).zip(fabrics).collect();
             let engine = Engine::start(Arc::clone(spec), &weights, ranks, faults, options.clone(), |_| {})?;
             Ok(Started { engine, links })
         };
@@ -424,12 +481,32 @@ impl Setup {
     }
 
     /// Refuses a model that the machine has too little memory for: weights, caches, and buffers of its ranks; the largest
-    /// weight is there twice while it is loaded.
+    /// weight is there twice while it is loaded. GPUs of their own each need what one rank does.
     pub(crate) fn check_memory(&self, options: &[EngineOptions]) -> Result<()> {
         let (spec, dtype) = (&self.model.spec, self.dtype);
-        let weights = spec.parameters().total.saturating_mul(dtype.bytes() as u64);
+        let (ranks, owner, available) = match &self.processor {
+            Processor::Cuda(devices) => {
+                let free = devices.iter().map(|device| device.free_bytes()).collect::<Result<Vec<_>, _>>()?;
+                let owner = if devices.len() > 1 { "a GPU" } else { "the GPU" };
+                (self.processor.sharing().unwrap_or(1), owner, free.into_iter().min())
+            }
+            _ => {
+                let memory = memory::look();
+                let owner = memory.map_or("", |memory| memory.bound.owner());
+                (self.ranks, owner, memory.map(|memory| memory.available))
+            }
+        };
+        let numbers = match ranks == self.ranks {
+            true => spec.parameters().total,
+            // Ways to run the model that differ share what they can.
+            false => {
+                let of = |options: &EngineOptions| spec.parameters_of_rank(&options.parallel, self.ranks);
+                options.iter().map(of).max().unwrap_or(0)
+            }
+        };
+        let weights = numbers.saturating_mul(dtype.bytes() as u64);
         let of_all = |bytes: &dyn Fn(&EngineOptions) -> u64| -> u64 {
-            let each = options.iter().map(|options| bytes(options).saturating_mul(self.ranks as u64));
+            let each = options.iter().map(|options| bytes(options).saturating_mul(ranks as u64));
             each.fold(0, u64::saturating_add)
         };
         let caches = of_all(&|options| {
@@ -441,18 +518,15 @@ impl Setup {
         });
         let buffers = buffers.saturating_add(spec.largest_part().saturating_mul(dtype.bytes() as u64));
         let needed = weights.saturating_add(caches).saturating_add(buffers);
-        let (owner, available) = match &self.processor {
-            Processor::Cuda(device) => ("the GPU", Some(device.free_bytes()?)),
-            _ => memory::look().map_or(("", None), |memory| (memory.bound.owner(), Some(memory.available))),
-        };
         match available {
             Some(available) if needed > available => bail!(
-                "{} needs {} for its weights in {dtype}, {} for its caches and about {} to compute in, but {owner} has \
+                "{} needs {} for its weights in {dtype}, {} for its caches and about {} to compute in{}, but {owner} has \
                  {} left: use a smaller model, shorter contexts or fewer sequences",
                 self.model.name,
                 Bytes(weights),
                 Bytes(caches),
                 Bytes(buffers),
+                self.processor.sharing().map_or(String::new(), |ranks| format!(" on {ranks} ranks")),
                 Bytes(available)
             ),
             _ => Ok(()),
@@ -479,7 +553,14 @@ impl Setup {
                 format!("cpu ({}), {} thread(s) a rank, {}", self.isa, self.threads, self.dtype)
             }
             Processor::Reference => format!("reference, {}", self.dtype),
-            Processor::Cuda(device) => format!("{}, {}", device.describe(), self.dtype),
+            Processor::Cuda(devices) => {
+                let (first, dtype) = (devices[0].describe(), self.dtype);
+                match (self.processor.sharing(), devices.len()) {
+                    (Some(ranks), _) => format!("{ranks} ranks that share one {first}, {dtype}"),
+                    (None, 1) => format!("{first}, {dtype}"),
+                    (None, count) => format!("{count} GPUs, the first {first}, {dtype}"),
+                }
+            }
         }
     }
 }

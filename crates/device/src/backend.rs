@@ -33,6 +33,18 @@ pub trait Backend: Send + Sync + 'static {
         width: usize,
     ) -> Result<Buffer, DeviceError>;
 
+    /// The same for a few numbers that the host reads in the middle of work: they lie where it reads them without asking
+    /// the processor, which writes them a little more slowly.
+    fn allocate_for_host(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        rows: usize,
+        width: usize,
+    ) -> Result<Buffer, DeviceError> {
+        self.allocate(name, dtype, rows, width)
+    }
+
     /// Bytes reserved by [`allocate`](Backend::allocate) so far.
     fn allocated_bytes(&self) -> u64;
 

@@ -11,6 +11,7 @@
 pub mod contract;
 mod control;
 mod link;
+mod signal;
 mod single_rank;
 mod transport;
 
@@ -50,7 +51,7 @@ impl<B: Backend> Fabric<B> {
     where
         B::Queue: PeerQueue,
     {
-        let controls = ThreadControl::world(size, options.timeout, &options.faults);
+        let controls = ThreadControl::world(size, &options);
         let transports = ThreadTransport::<B>::world(size, options);
         let end = |(control, transport): (ThreadControl, ThreadTransport<B>)| Fabric {
             link: transport.link(),

@@ -1,14 +1,18 @@
 //! The contract of `epsmoe_fabric::contract`, over the fabrics that there are and the processors of this machine; and
 //! what only ranks that are threads do: faults on purpose, and links with a speed. `EPSMOE_TEST_SEED` repeats a run.
+//!
+//! On GPUs all ranks share the first one, and where there are several, each has its own. What needs a GPU is skipped where
+//! there is none, unless `EPSMOE_TEST_ALL` says that nothing may be.
 
-use epsmoe_base::{DType, Fault, FaultCell, FaultKind, Lane, Layer, Place, Rank, Stage};
+use epsmoe_base::{DType, Fault, FaultCell, FaultKind, Lane, Layer, Place, Rank, Stage, env};
 use epsmoe_device::cpu::{CpuKernels, gemm::Isa};
+use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
-use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
-use epsmoe_device::{Backend, Buffer};
+use epsmoe_device::threaded::{Fill, Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
+use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_fabric::contract::{self, Lanes, PATIENT, SHORT, SLACK, Start, World, on_all_ranks};
 use epsmoe_fabric::{Exchange, Fabric, FaultInjection, InjectedFault, ThreadsOptions};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 type Node = contract::Node<Reference>;
@@ -38,7 +42,48 @@ fn threads(size: usize, seed: u64, options: ThreadsOptions) -> Vec<Node> {
     world_of(size, seed, options, || PlainKernels)
 }
 
-/// The whole contract for one way to make a world.
+/// Every GPU of this machine, opened once; none where there is none that works.
+fn gpus() -> &'static [Arc<CudaDevice>] {
+    static DEVICES: OnceLock<Vec<Arc<CudaDevice>>> = OnceLock::new();
+    DEVICES.get_or_init(|| {
+        let opened = CudaDevice::count().and_then(|count| (0..count).map(CudaDevice::open).collect());
+        match opened {
+            Ok(devices) if !Vec::is_empty(&devices) => {
+                for device in &devices {
+                    devices.iter().for_each(|other| drop(device.connect(other)));
+                }
+                devices
+            }
+            missing if env::text("EPSMOE_TEST_ALL").is_some() => panic!("{:?}", missing.map(|_| "no GPU")),
+            missing => {
+                eprintln!("skipped: {:?}", missing.map(|_| "no GPU"));
+                Vec::new()
+            }
+        }
+    })
+}
+
+/// A world of threads, rank 0 on the first of some GPUs, rank 1 on the second, and so on, round and round.
+fn world_on(
+    gpus: &[Arc<CudaDevice>],
+    size: usize,
+    options: ThreadsOptions,
+) -> Vec<contract::Node<CudaBackend>> {
+    let weights = gpus.iter().map(|gpu| CudaWeights::new(gpu).expect("a stream")).collect::<Vec<_>>();
+    let gpu = CudaOptions {
+        faults: options.faults.clone(),
+        fill: Fill::Poison,
+        ..CudaOptions::new(DType::BF16)
+    };
+    let node = |fabric: Fabric<CudaBackend>| {
+        let at = fabric.rank().0 % gpus.len();
+        let device = CudaBackend::new(fabric.rank(), &gpus[at], &weights[at], gpu.clone());
+        contract::Node { device: device.expect("streams and memory"), fabric }
+    };
+    Fabric::threads(size, options).into_iter().map(node).collect()
+}
+
+/// The whole contract for one way to make a world, of up to so many ranks; nothing is asked of a world of none.
 macro_rules! contract {
     ($name:ident, $most:expr, $start:expr) => {
         mod $name {
@@ -61,8 +106,10 @@ macro_rules! contract {
     (@ $most:expr, $start:expr, $($test:ident: $check:expr;)*) => {
         $(#[test]
         fn $test() {
-            let check: fn(&World<'_, _>) = $check;
-            check(&World { most: $most, start: &$start });
+            let (check, most): (fn(&World<'_, _>), usize) = ($check, $most);
+            if most > 0 {
+                check(&World { most, start: &$start });
+            }
         })*
     };
 }
@@ -84,27 +131,38 @@ contract!(single_rank, 1, |start: Start| {
     vec![contract::Node { device, fabric: Fabric::single_rank() }]
 });
 
-#[test]
-fn a_paced_link_carries_the_same_rows() {
-    let link = Some("1GB/s,200us".parse().expect("a link"));
-    let start =
-        |start: Start| threads(start.size, start.seed, ThreadsOptions { link, ..options(start.timeout) });
-    contract::exchanges(&World { most: 4, start: &start }, Lanes::Transfer);
-}
+contract!(ranks_that_share_a_gpu, gpus().len().min(1) * 5, |start: Start| {
+    let delay = Some(start.seed).filter(|seed| seed % 3 > 0);
+    world_on(&gpus()[..1], start.size, ThreadsOptions { delay, ..options(start.timeout) })
+});
+
+contract!(ranks_on_gpus_of_their_own, if gpus().len() > 1 { 6 } else { 0 }, |start: Start| {
+    world_on(gpus(), start.size, options(start.timeout))
+});
 
 /// What a rank does in a world where something goes wrong.
-type Script = fn(&Node) -> Result<(), Fault>;
+type Script<B> = fn(&contract::Node<B>) -> Result<(), Fault>;
+
+/// What makes a world of so many ranks, with that seed.
+type Make<B> = fn(usize, u64, ThreadsOptions) -> Vec<contract::Node<B>>;
 
 /// Runs `script` on every rank of a world with `injection`. All must end in time, with one fault: that of
 /// `texts` which belongs to the rank that saw it first, whoever that was.
-fn fails(size: usize, injection: Option<FaultInjection>, script: Script, kind: FaultKind, texts: &[&str]) {
+fn fails<B: Backend>(
+    make: Make<B>,
+    size: usize,
+    injection: Option<FaultInjection>,
+    script: Script<B>,
+    kind: FaultKind,
+    texts: &[&str],
+) {
     // Only a deadline needs to pass; what else goes wrong is to be seen before any deadline, on a loaded machine too.
     let timeout = if kind == FaultKind::Deadline { SHORT } else { PATIENT };
     for round in 0..3 {
         let options = ThreadsOptions { injection, delay: (round > 0).then_some(round), ..options(timeout) };
         let faults = options.faults.clone();
         let begin = Instant::now();
-        let answers = on_all_ranks(threads(size, round, options), script);
+        let answers = on_all_ranks(make(size, round, options), script);
         let took = begin.elapsed();
         let fault = faults.get().unwrap_or_else(|| panic!("nobody noticed; expected {texts:?}"));
         assert!(answers.iter().all(|answer| answer.as_ref() == Err(fault)), "{answers:?} is not all {fault}");
@@ -115,7 +173,13 @@ fn fails(size: usize, injection: Option<FaultInjection>, script: Script, kind: F
 }
 
 /// One exchange of a row to every rank, two rows to the next one.
-fn turn(node: &Node, name: &'static str, stage: usize, width: usize, dtype: DType) -> Result<(), Fault> {
+fn turn<B: Backend>(
+    node: &contract::Node<B>,
+    name: &'static str,
+    stage: usize,
+    width: usize,
+    dtype: DType,
+) -> Result<(), Fault> {
     let (size, me) = (node.size(), node.rank());
     let rows = |source: usize, destination: usize| 1 + usize::from((source + 1) % size == destination);
     let part = |rows| node.device.allocate("rows", dtype, rows, width).expect("memory");
@@ -125,12 +189,15 @@ fn turn(node: &Node, name: &'static str, stage: usize, width: usize, dtype: DTyp
         receive: (0..size).map(|rank| part(rows(rank, me))).collect(),
     };
     let place = Place::layer(Layer(4)).stage(Stage(stage));
-    node.fabric.transport.all_to_all_v(&node.device, Lane::Transfer, place, exchange).expect("parts for all");
+    match node.fabric.transport.all_to_all_v(&node.device, Lane::Transfer, place, exchange) {
+        Err(DeviceError::Fault(fault)) => return Err(fault),
+        enqueued => enqueued.expect("parts for all"),
+    }
     node.finish()
 }
 
 /// Five exchanges, one a stage.
-fn five_turns(node: &Node) -> Result<(), Fault> {
+fn five_turns<B: Backend>(node: &contract::Node<B>) -> Result<(), Fault> {
     (0..5).try_for_each(|stage| turn(node, "dispatch", stage, 3, DType::F32))
 }
 
@@ -138,9 +205,40 @@ fn injection(rank: usize, exchange: u64, act: InjectedFault) -> Option<FaultInje
     Some(FaultInjection { rank: Rank(rank), exchange, act })
 }
 
-#[test]
-fn a_stalled_rank_is_named() {
+/// What ranks that are threads do besides, for one way to make a world.
+macro_rules! of_threads {
+    ($name:ident, $present:expr, $make:expr) => {
+        mod $name {
+            use super::*;
+
+            of_threads!(@ $present, $make,
+                a_stalled_rank_is_named: stalled_ranks;
+                a_panicking_rank_is_named: panicking_ranks;
+                a_row_less_than_announced_is_seen: missing_rows;
+                after_a_fault_every_call_gives_it: calls_after_a_fault;
+                a_paced_link_carries_the_same_rows: paced_exchanges;
+                a_link_that_is_too_slow_is_a_deadline_not_a_hang: slow_links;
+                a_paced_exchange_takes_as_long_as_its_larger_direction: paced_directions;
+            );
+        }
+    };
+    (@ $present:expr, $make:expr, $($test:ident: $check:expr;)*) => {
+        $(#[test]
+        fn $test() {
+            if $present {
+                $check($make);
+            }
+        })*
+    };
+}
+
+of_threads!(on_the_reference, true, threads);
+of_threads!(on_one_gpu, !gpus().is_empty(), |size, _, options| world_on(&gpus()[..1], size, options));
+of_threads!(on_several_gpus, gpus().len() > 1, |size, _, options| world_on(gpus(), size, options));
+
+fn stalled_ranks<B: Backend>(make: Make<B>) {
     fails(
+        make,
         2,
         injection(1, 3, InjectedFault::Stall),
         five_turns,
@@ -148,6 +246,7 @@ fn a_stalled_rank_is_named() {
         &["rank 0, layer 4, stage 3: rank 1 did not send dispatch within 400ms"],
     );
     fails(
+        make,
         4,
         injection(2, 0, InjectedFault::Stall),
         five_turns,
@@ -160,9 +259,9 @@ fn a_stalled_rank_is_named() {
     );
 }
 
-#[test]
-fn a_panicking_rank_is_named() {
+fn panicking_ranks<B: Backend>(make: Make<B>) {
     fails(
+        make,
         1,
         injection(0, 0, InjectedFault::Panic),
         five_turns,
@@ -170,6 +269,7 @@ fn a_panicking_rank_is_named() {
         &["rank 0, layer 4, stage 0: dispatch panicked: rank 0 panics on purpose at dispatch"],
     );
     fails(
+        make,
         5,
         injection(3, 2, InjectedFault::Panic),
         five_turns,
@@ -178,9 +278,9 @@ fn a_panicking_rank_is_named() {
     );
 }
 
-#[test]
-fn a_row_less_than_announced_is_seen() {
+fn missing_rows<B: Backend>(make: Make<B>) {
     fails(
+        make,
         2,
         injection(1, 4, InjectedFault::SendOneRowLess),
         five_turns,
@@ -191,6 +291,7 @@ fn a_row_less_than_announced_is_seen() {
         ],
     );
     fails(
+        make,
         3,
         injection(2, 0, InjectedFault::SendOneRowLess),
         five_turns,
@@ -202,13 +303,36 @@ fn a_row_less_than_announced_is_seen() {
     );
 }
 
-#[test]
-fn a_link_that_is_too_slow_is_a_deadline_not_a_hang() {
+fn calls_after_a_fault<B: Backend>(make: Make<B>) {
+    let script: Script<B> = |node| {
+        let first = five_turns(node).expect_err("a fault");
+        assert_eq!(node.fabric.control.barrier(Place::default()), Err(first.clone()));
+        assert_eq!(turn(node, "combine", 1, 3, DType::F32), Err(first.clone()));
+        Err(first)
+    };
+    fails(
+        make,
+        3,
+        injection(0, 1, InjectedFault::Panic),
+        script,
+        FaultKind::Panic,
+        &["rank 0, layer 4, stage 1: dispatch panicked: rank 0 panics on purpose at dispatch"],
+    );
+}
+
+fn paced_exchanges<B: Backend>(make: Make<B>) {
+    let link = Some("1GB/s,200us".parse().expect("a link"));
+    let start =
+        |start: Start| make(start.size, start.seed, ThreadsOptions { link, ..options(start.timeout) });
+    contract::exchanges(&World { most: 4, start: &start }, Lanes::Transfer);
+}
+
+fn slow_links<B: Backend>(make: Make<B>) {
     // Eleven days for an exchange.
     let link = Some("1GB/s,1000000000ms".parse().expect("a link"));
     let options = ThreadsOptions { link, ..options(SHORT) };
     let begin = Instant::now();
-    let answers = on_all_ranks(threads(2, 0, options), |node| turn(node, "dispatch", 1, 3, DType::F32));
+    let answers = on_all_ranks(make(2, 0, options), |node| turn(node, "dispatch", 1, 3, DType::F32));
     assert!(begin.elapsed() < SHORT + SLACK, "{:?}", begin.elapsed());
     let fault = answers[0].clone().expect_err("no exchange can end in time");
     assert_eq!(answers[1], Err(fault.clone()));
@@ -218,13 +342,12 @@ fn a_link_that_is_too_slow_is_a_deadline_not_a_hang() {
 }
 
 /// What leaves and what comes travels at once, and a rank's own rows do not travel: they do not add up.
-#[test]
-fn a_paced_exchange_takes_as_long_as_its_larger_direction() {
+fn paced_directions<B: Backend>(make: Make<B>) {
     const ROW: usize = 250;
     let link = Some("100kB/s".parse().expect("a link"));
     let attempt = || {
         let begin = Instant::now();
-        on_all_ranks(threads(2, 0, ThreadsOptions { link, ..options(PATIENT) }), |node| {
+        let pacing = on_all_ranks(make(2, 0, ThreadsOptions { link, ..options(PATIENT) }), |node| {
             let part = |rows| node.device.allocate("rows", DType::F32, rows, ROW).expect("memory");
             // 10 rows to the other, 10 rows from it, 20 of one's own.
             let parts = || [10, 20].map(part).to_vec();
@@ -235,28 +358,16 @@ fn a_paced_exchange_takes_as_long_as_its_larger_direction() {
             let exchange = Exchange { name: "turn", send: ordered(parts()), receive: ordered(parts()) };
             let place = Place::default();
             node.fabric.transport.all_to_all_v(&node.device, Lane::Transfer, place, exchange).expect("parts");
-            node.finish().unwrap();
+            node.finish().expect("no fault");
+            let link = node.fabric.link.as_ref().expect("a link");
+            // Whoever paces a GPU may note it a moment later.
+            let noted = || Some(link.take_pacing()).filter(|pacing| pacing.exchanges > 0);
+            std::iter::repeat_with(noted).flatten().next().expect("an exchange")
         });
+        assert!(pacing.iter().all(|pacing| (pacing.exchanges, pacing.unresolved) == (1, 0)), "{pacing:?}");
         begin.elapsed()
     };
     // A loaded machine may take longer at times, never shorter.
     let took = (0..5).map(|_| attempt()).min().unwrap_or_default();
     assert!((100..180).contains(&took.as_millis()), "10 rows of 1000 bytes at 100 kB/s took {took:?}");
-}
-
-#[test]
-fn after_a_fault_every_call_gives_it() {
-    let script: Script = |node| {
-        let first = five_turns(node).unwrap_err();
-        assert_eq!(node.fabric.control.barrier(Place::default()), Err(first.clone()));
-        assert_eq!(turn(node, "combine", 1, 3, DType::F32), Err(first.clone()));
-        Err(first)
-    };
-    fails(
-        3,
-        injection(0, 1, InjectedFault::Panic),
-        script,
-        FaultKind::Panic,
-        &["rank 0, layer 4, stage 1: dispatch panicked: rank 0 panics on purpose at dispatch"],
-    );
 }

@@ -17,7 +17,7 @@
 //! all ranks that split it, and the partial sums are added in rank order ([`collectives`](crate::collectives)):
 //! so a token's bits depend on the strategy and the sizes, never on the batch or the schedule.
 
-use crate::{MlpSpec, ModelError, ModelSpec};
+use crate::{LayerPart, MlpSpec, ModelError, ModelSpec, Part};
 use epsmoe_base::Rank;
 use epsmoe_plan::{PlanError, SlotMap};
 use std::fmt;
@@ -107,6 +107,30 @@ impl Parallel {
     pub(crate) fn layout(&self, spec: &ModelSpec, rank: Rank, ranks: usize) -> Result<Layout, ModelError> {
         self.check(spec, ranks)?;
         Ok(Layout { tensor: self.tensor, experts: self.experts, rank, ranks })
+    }
+}
+
+impl ModelSpec {
+    /// Numbers that a rank holds at most of the model's weights, if it shares them with no other: its share of what is
+    /// split, its experts, and all of the rest. What groups of ranks hold of attention is rounded up.
+    pub fn parameters_of_rank(&self, parallel: &Parallel, ranks: usize) -> u64 {
+        use LayerPart::*;
+        let of_part = |part: Part| {
+            let numbers = self.shape(part).parameters() as u64;
+            let split_by = |count: usize| numbers.div_ceil(count.max(1) as u64);
+            let Part::Layer(layer, of_layer) = part else { return numbers };
+            match (of_layer, parallel.experts) {
+                (Expert(expert, _), Experts::Ep) => {
+                    // Experts are equal: the first stand for those of the rank that holds most.
+                    let experts = self.layers[layer.0].mlp.moe().map_or(0, |moe| moe.experts);
+                    if expert.0 < experts.div_ceil(ranks) { numbers } else { 0 }
+                }
+                (Expert(..) | Shared(_) | Dense(_) | Residual(_), Experts::Tp) => split_by(ranks),
+                (Query | Key | Value | Output | QueryUp | KvUp, _) => split_by(parallel.tensor),
+                _ => numbers,
+            }
+        };
+        self.parts().map(of_part).fold(0, u64::saturating_add)
     }
 }
 
@@ -276,6 +300,22 @@ mod tests {
             "the narrowest MLP of this model has an inner width of 1024, which cannot be split over 2048 \
              ranks: use at most 1024 ranks, or --enable-expert-parallel"
         );
+    }
+
+    #[test]
+    fn a_rank_holds_its_share_of_what_is_split_and_all_of_the_rest() {
+        let spec = preset("deepseek-v2").unwrap();
+        let (total, moe) = (spec.parameters().total, spec.layers[1].mlp.moe().unwrap());
+        let parallel = |tensor, experts| Parallel { tensor, data: None, experts };
+        let of = |parallel, ranks| spec.parameters_of_rank(&parallel, ranks);
+        assert_eq!(of(parallel(1, Experts::Ep), 1), total);
+        let layers = spec.layers.iter().filter(|layer| layer.mlp.moe().is_some()).count();
+        let expert = (3 * moe.inner * spec.hidden) as u64;
+        let elsewhere = |ranks: usize| (moe.experts - moe.experts / ranks) as u64 * expert * layers as u64;
+        assert_eq!(of(parallel(1, Experts::Ep), 8), total - elsewhere(8));
+        let split = of(parallel(8, Experts::Ep), 8);
+        assert!(split < total - elsewhere(8) && split * 8 > total, "{split}");
+        assert!((total / 8..total / 7).contains(&of(parallel(8, Experts::Tp), 8)), "all but norms and tables");
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub(crate) struct LayerBuffers {
     /// The layer's map: slot of each expert `[E, 1]`, first slot on the rank of each slot `[S, 1]`.
     pub(crate) slot_of: Buffer,
     pub(crate) block_starts: Buffer,
-    /// Slots of each token and their weights `[T, k]`, and histograms over slots `[3, S]`.
+    /// Slots of each token and their weights `[T, k]`, and histograms over slots `[3, S]`, which the host reads.
     pub(crate) slots: Buffer,
     pub(crate) slot_weights: Buffer,
     pub(crate) counts: Buffer,
@@ -87,7 +87,7 @@ impl LayerBuffers {
             block_starts: indices("block_starts", layer.slots(), 1)?,
             slots: indices("slots", tokens, top_k)?,
             slot_weights: floats("slot_weights", tokens, top_k)?,
-            counts: indices("counts", batches * 3, layer.slots())?,
+            counts: device.allocate_for_host("counts", DType::U32, batches * 3, layer.slots())?,
             send_tokens: indices("send_tokens", rows_sent, 1)?,
             send_last: indices("send_last", rows_sent, 1)?,
             send_rows: travelling("send_rows", rows_sent, wire.dispatch)?,

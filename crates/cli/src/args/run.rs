@@ -1,6 +1,8 @@
 //! What every command that runs a model takes.
 
-use super::values::{DeviceKind, Dtype, Gemm, LinkSpeed, ScheduleKind, SharedExpertPlace, TransferOrder};
+use super::values::{
+    DeviceKind, Dtype, Gemm, LinkSpeed, Overrides, ScheduleKind, SharedExpertPlace, TransferOrder,
+};
 use super::values::{bounded, seconds};
 use clap::Args;
 use clap::builder::BoolishValueParser;
@@ -27,8 +29,9 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 0)]
     pub(crate) seed: u64,
 
-    /// What the ranks compute on: `cpu`; `cuda` or `cuda:N`, the GPU of that number, for one rank; `auto`, a GPU if
-    /// there is one that fits; or `reference`, slow and plain code that is the judge of the others
+    /// What the ranks compute on: `cpu`; `cuda`, a GPU for each rank, from the first on; `cuda:N`, the GPU of that
+    /// number for all of them; `auto`, GPUs if there is one for each rank; or `reference`, slow and plain code that is
+    /// the judge of the others
     #[arg(long, env = "EPSMOE_DEVICE", value_name = "DEVICE", default_value = "cpu", help_heading = PROCESSOR)]
     pub(crate) device: DeviceKind,
 
@@ -179,4 +182,8 @@ pub(crate) struct ModelArgs {
     /// Branch, tag or commit of a model in the Hugging Face cache
     #[arg(long, env = "EPSMOE_REVISION", default_value = "main")]
     pub(crate) revision: String,
+
+    /// Other values for some keys of the model's config.json, like {"num_hidden_layers": 4}
+    #[arg(long, env = "EPSMOE_HF_OVERRIDES", value_name = "JSON", default_value = "{}")]
+    pub(crate) hf_overrides: Overrides,
 }

@@ -3,6 +3,7 @@
 use clap::ValueEnum;
 use epsmoe_fabric::Link;
 use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
+use serde_json::{Map, Value};
 use std::str::FromStr;
 
 /// What was typed after `--device`.
@@ -12,9 +13,11 @@ pub(crate) enum DeviceKind {
     Cpu,
     /// Slow and plain code that checks the order of all work: the judge of the others.
     Reference,
-    /// The GPU of that number.
-    Cuda(usize),
-    /// The first GPU if it works and there is one rank, else the processor.
+    /// A GPU for each rank, from the first one on.
+    Cuda,
+    /// The GPU of that number, for all ranks.
+    CudaAt(usize),
+    /// A GPU for each rank if there are as many and they work, else the processor.
     Auto,
 }
 
@@ -25,14 +28,27 @@ impl FromStr for DeviceKind {
         match text.split_once(':') {
             None if text == "cpu" => Ok(DeviceKind::Cpu),
             None if text == "reference" => Ok(DeviceKind::Reference),
-            None if text == "cuda" => Ok(DeviceKind::Cuda(0)),
+            None if text == "cuda" => Ok(DeviceKind::Cuda),
             None if text == "auto" => Ok(DeviceKind::Auto),
             Some(("cuda", number)) => number
                 .parse()
-                .map(DeviceKind::Cuda)
+                .map(DeviceKind::CudaAt)
                 .map_err(|_| format!("`{number}` is no number of a GPU: write cuda or cuda:0")),
             _ => Err(format!("`{text}` is no device: write cpu, cuda, cuda:N, auto or reference")),
         }
+    }
+}
+
+/// Values for keys of a config.json.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Overrides(pub(crate) Map<String, Value>);
+
+impl FromStr for Overrides {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let map = serde_json::from_str(text).map(Overrides);
+        map.map_err(|error| format!("this is no JSON object ({error}): write {{\"num_hidden_layers\": 4}}"))
     }
 }
 
@@ -238,8 +254,10 @@ mod tests {
         assert!("5,x".parse::<TokenIds>().is_err());
         assert_eq!("500mb".parse::<ShardSize>().unwrap().0, 500_000_000);
         assert!("0".parse::<ShardSize>().is_err());
-        assert_eq!("cuda".parse(), Ok(DeviceKind::Cuda(0)));
-        assert_eq!("cuda:3".parse(), Ok(DeviceKind::Cuda(3)));
+        assert_eq!("{\"a\": {\"b\": 2}}".parse::<Overrides>().unwrap().0["a"]["b"], 2);
+        assert!("3".parse::<Overrides>().is_err() && "{".parse::<Overrides>().is_err());
+        assert_eq!("cuda".parse(), Ok(DeviceKind::Cuda));
+        assert_eq!("cuda:3".parse(), Ok(DeviceKind::CudaAt(3)));
         assert!("cuda:x".parse::<DeviceKind>().is_err() && "gpu".parse::<DeviceKind>().is_err());
         assert_eq!("-1".parse(), Ok(TokenLimit::Context));
         assert_eq!("7".parse(), Ok(TokenLimit::At(7)));

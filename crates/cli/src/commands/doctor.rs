@@ -39,7 +39,11 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let load_average = machine::load_average();
     let gpu = CudaDevice::open(0);
     let mut findings =
-        vec![cores(&machine, load_average), memory(), instructions(), pipeline(), cache(), gpus(&gpu)];
+        vec![cores(&machine, load_average), memory(), instructions(), pipeline("cpu"), cache(), first_gpu(&gpu)];
+    if let Ok(device) = &gpu {
+        findings.push(pipeline("cuda:0"));
+        findings.extend(other_gpus(device));
+    }
     let probes = match &gpu {
         Ok(device) if args.probe => cuda::probe(device)
             .map_err(|error| findings.push(lacking(format!("The GPU could not be probed: {error}."))))
@@ -115,16 +119,18 @@ fn instructions() -> Finding {
     }
 }
 
-/// Runs a small model on two ranks, serial and staged, and compares every bit.
-fn pipeline() -> Finding {
-    match staged_equals_serial() {
-        Ok(()) => fine("A model on two ranks gives the same bits, serial and staged.".into()),
-        Err(error) => lacking(format!("A model on two ranks does not work: {}.", output::flattened(&error))),
+/// Runs a small model on two ranks of a device, serial and staged, and compares every bit.
+fn pipeline(device: &str) -> Finding {
+    match staged_equals_serial(device) {
+        Ok(()) => fine(format!("A model on two ranks of {device} gives the same bits, serial and staged.")),
+        Err(error) => {
+            lacking(format!("A model on two ranks of {device} does not work: {}.", output::flattened(&error)))
+        }
     }
 }
 
-fn staged_equals_serial() -> Result<()> {
-    let setup = Setup::new(&trial()?)?;
+fn staged_equals_serial(device: &str) -> Result<()> {
+    let setup = Setup::new(&trial(device)?)?;
     let serial = Policy { schedule: Schedule::Serial, ..Policy::default() };
     let demand = Demand { sequences: 1, tokens: 16, step: 16 };
     let options =
@@ -143,9 +149,10 @@ fn staged_equals_serial() -> Result<()> {
 }
 
 /// The flags of the trial, as if they were typed.
-fn trial() -> Result<RunArgs> {
+fn trial(device: &str) -> Result<RunArgs> {
     let typed = ["epsmoe", "logits", "--model", "preset:mixtral-mini", "--ids", "0", "--out", "none"];
-    let typed = typed.into_iter().chain(["--data-parallel-size", "2", "--enable-expert-parallel"]);
+    let ranks = ["--data-parallel-size", "2", "--enable-expert-parallel", "--device", device];
+    let typed = typed.into_iter().chain(ranks);
     match Cli::try_parse_from(typed)?.command {
         Command::Logits(args) => Ok(args.run),
         _ => None.context("another command was parsed. This is a bug"),
@@ -161,9 +168,37 @@ fn cache() -> Finding {
     ))
 }
 
-fn gpus(gpu: &Result<Arc<CudaDevice>, DeviceError>) -> Finding {
+fn first_gpu(gpu: &Result<Arc<CudaDevice>, DeviceError>) -> Finding {
     match gpu {
-        Ok(device) => fine(format!("A GPU can be used, with one rank: {}.", device.describe())),
+        Ok(device) => fine(format!("A GPU can be used: {}.", device.describe())),
         Err(missing) => lacking(format!("No GPU can be used: {missing}.")),
     }
+}
+
+/// What other GPUs there are, and how rows travel between each two of them.
+fn other_gpus(first: &Arc<CudaDevice>) -> Vec<Finding> {
+    let (mut findings, mut devices) = (Vec::new(), vec![Arc::clone(first)]);
+    for number in 1..CudaDevice::count().unwrap_or(0) {
+        match CudaDevice::open(number) {
+            Ok(device) => {
+                findings.push(fine(format!("GPU {number} can be used: {}.", device.describe())));
+                devices.push(device);
+            }
+            Err(missing) => findings.push(lacking(format!("GPU {number} cannot be used: {missing}."))),
+        }
+    }
+    for (index, device) in devices.iter().enumerate() {
+        for other in &devices[..index] {
+            let pair = format!("between GPU {} and GPU {}", other.ordinal(), device.ordinal());
+            findings.push(match device.connect(other) {
+                Ok(true) => fine(format!("Rows travel {pair} directly.")),
+                Ok(false) => lacking(format!(
+                    "Rows travel {pair} by way of the host's memory, because neither reaches the other's: expect that to \
+                     be slow."
+                )),
+                Err(error) => lacking(format!("Rows cannot travel {pair}: {error}.")),
+            });
+        }
+    }
+    findings
 }

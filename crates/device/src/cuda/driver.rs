@@ -118,6 +118,22 @@ impl Context {
         Ok(name.to_string_lossy().into_owned())
     }
 
+    /// Lets copies of this GPU reach the memory of another one without a detour; whether they can.
+    pub(super) fn reach(&self, peer: &Context) -> Result<bool, CudaError> {
+        let mut can = 0;
+        // SAFETY: `can` outlives the call.
+        unsafe { call!(cuDeviceCanAccessPeer(&mut can, self.device, peer.device)) }?;
+        if can == 0 {
+            return Ok(false);
+        }
+        self.bind()?;
+        // SAFETY: both contexts are retained.
+        match unsafe { call!(cuCtxEnablePeerAccess(peer.handle, 0)) } {
+            Err(error) if error.code == sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(true),
+            enabled => enabled.map(|()| true),
+        }
+    }
+
     /// Free and total bytes of the GPU's memory.
     pub(super) fn memory(&self) -> Result<(u64, u64), CudaError> {
         self.bind()?;
@@ -250,6 +266,100 @@ impl Stream {
         unsafe { call!(cuMemcpy2DAsync_v2(&described, self.handle)) }
     }
 
+    /// Copies pieces of this GPU's memory to others of it, in any order, by what computes least if there is a choice.
+    /// The driver only reads the three lists, which are of one length.
+    ///
+    /// # Safety
+    /// As [`fill`](Stream::fill), for both ends of every piece.
+    pub(super) unsafe fn copy_pieces(
+        &self,
+        from: &mut [u64],
+        to: &mut [u64],
+        sizes: &mut [usize],
+    ) -> Result<(), CudaError> {
+        let count = sizes.len();
+        if count == 0 {
+            return Ok(());
+        }
+        let nowhere =
+            sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
+        let mut attributes = sys::CUmemcpyAttributes {
+            srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
+            srcLocHint: nowhere,
+            dstLocHint: nowhere,
+            flags: sys::CUmemcpyFlags::CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE as c_uint,
+        };
+        // The attributes are those of all pieces from the first on.
+        let mut first = 0;
+        // SAFETY: the caller's promise; all lists outlive the call and are as long as it says.
+        unsafe {
+            call!(cuMemcpyBatchAsync_v2(
+                to.as_mut_ptr(),
+                from.as_mut_ptr(),
+                sizes.as_mut_ptr(),
+                count,
+                &mut attributes,
+                &mut first,
+                1,
+                self.handle,
+            ))
+        }
+    }
+
+    /// Copies rows of bytes from the memory of another GPU, directly or by way of the host, as the two can.
+    ///
+    /// # Safety
+    /// As [`copy`](Stream::copy); the source is memory of `peer`, the target of this stream's GPU.
+    pub(super) unsafe fn copy_from_peer(&self, copy: &Copy2d, peer: &Context) -> Result<(), CudaError> {
+        let (End::Device(from), End::Device(to)) = (copy.from, copy.to) else {
+            // SAFETY: the caller's promise; host memory is everybody's.
+            return unsafe { self.copy(copy) };
+        };
+        if copy.rows == 1 {
+            // SAFETY: the caller's promise.
+            return unsafe {
+                call!(cuMemcpyPeerAsync(
+                    to,
+                    self.context.handle,
+                    from,
+                    peer.handle,
+                    copy.width,
+                    self.handle
+                ))
+            };
+        }
+        let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        let described = sys::CUDA_MEMCPY3D_PEER {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcZ: 0,
+            srcLOD: 0,
+            srcMemoryType: device,
+            srcHost: null_mut(),
+            srcDevice: from,
+            srcArray: null_mut(),
+            srcContext: peer.handle,
+            srcPitch: copy.from_pitch,
+            srcHeight: copy.rows,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstZ: 0,
+            dstLOD: 0,
+            dstMemoryType: device,
+            dstHost: null_mut(),
+            dstDevice: to,
+            dstArray: null_mut(),
+            dstContext: self.context.handle,
+            dstPitch: copy.to_pitch,
+            dstHeight: copy.rows,
+            WidthInBytes: copy.width,
+            Height: copy.rows,
+            Depth: 1,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { call!(cuMemcpy3DPeerAsync(&described, self.handle)) }
+    }
+
     /// Starts a kernel of `blocks` blocks.
     ///
     /// # Safety
@@ -305,6 +415,17 @@ pub(super) struct Copy2d {
     pub(super) to_pitch: usize,
     pub(super) width: usize,
     pub(super) rows: usize,
+}
+
+impl Copy2d {
+    /// The same; rows without gaps are one long row.
+    pub(super) fn without_gaps(self) -> Self {
+        if self.rows <= 1 || (self.from_pitch == self.width && self.to_pitch == self.width) {
+            let bytes = self.width * self.rows;
+            return Copy2d { from_pitch: bytes, to_pitch: bytes, width: bytes, rows: 1, ..self };
+        }
+        self
+    }
 }
 
 /// Events that were made and are free to be recorded again.

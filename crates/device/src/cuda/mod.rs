@@ -15,6 +15,7 @@ mod launch;
 mod layout;
 mod memory;
 mod nvrtc;
+mod pacer;
 mod probe;
 mod queue;
 mod report;
@@ -32,18 +33,19 @@ use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Wei
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
-use driver::{Context, Copy2d, CudaError, DeviceMemory, End, Event, EventPool, Stream};
+use driver::{Context, Copy2d, CudaError, DeviceMemory, End, Event, EventPool, PinnedMemory, Stream};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank, panic_text};
 use half::bf16;
 use kernels::Kernels;
 use launch::{Launch, Refusal};
 use memory::Pool;
+use pacer::Pacer;
 use report::ReportPage;
 use staging::Staging;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use weights::WeightStore;
 
@@ -60,8 +62,13 @@ impl From<CudaError> for DeviceError {
 pub struct CudaDevice {
     context: Arc<Context>,
     kernels: Kernels,
+    ordinal: usize,
     description: String,
     multiprocessors: u32,
+    /// What holds the lanes of its ranks where a link is emulated.
+    pacer: Pacer,
+    /// What each of its ranks has given it to do.
+    underway: Mutex<Vec<Weak<Mutex<Underway>>>>,
 }
 
 impl CudaDevice {
@@ -79,7 +86,15 @@ impl CudaDevice {
             version / 1000,
             version % 1000 / 10
         );
-        Ok(Arc::new(CudaDevice { context, kernels, description, multiprocessors }))
+        Ok(Arc::new(CudaDevice {
+            context,
+            kernels,
+            ordinal,
+            description,
+            multiprocessors,
+            pacer: Pacer::default(),
+            underway: Mutex::default(),
+        }))
     }
 
     /// What kernels for GPU number `ordinal` are compiled for, such as `sm_90a`.
@@ -87,7 +102,8 @@ impl CudaDevice {
         Ok(Self::find(ordinal)?.1)
     }
 
-    fn find(ordinal: usize) -> Result<(Arc<Context>, String), DeviceError> {
+    /// How many GPUs the driver shows; an error where there is no driver, or an old one.
+    pub fn count() -> Result<usize, DeviceError> {
         let missing = |message: String| Err(DeviceError::Unsupported(message));
         let Some(version) = driver::driver_version() else {
             return missing(
@@ -103,19 +119,25 @@ impl CudaDevice {
                 version % 1000 / 10
             ));
         }
-        let count = driver::count_devices()?;
+        Ok(driver::count_devices()?)
+    }
+
+    fn find(ordinal: usize) -> Result<(Arc<Context>, String), DeviceError> {
+        let count = Self::count()?;
         if ordinal >= count {
-            return missing(format!(
+            return Err(DeviceError::Unsupported(format!(
                 "there is no GPU {ordinal}: the driver shows {}; look at CUDA_VISIBLE_DEVICES, or run on the CPU",
                 epsmoe_base::count(count, "GPU")
-            ));
+            )));
         }
         let context = Arc::new(Context::retain(ordinal)?);
         let name = context.name()?;
         let major = context.attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = context.attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         if major < 8 {
-            return missing(format!("{name} has compute capability {major}.{minor}, but 8.0 is needed"));
+            return Err(DeviceError::Unsupported(format!(
+                "{name} has compute capability {major}.{minor}, but 8.0 is needed"
+            )));
         }
         let architecture = match (major, minor) {
             (9, 0) => "sm_90a".to_owned(),
@@ -127,6 +149,17 @@ impl CudaDevice {
     /// The GPU in a few words: name, size, architecture, driver.
     pub fn describe(&self) -> &str {
         &self.description
+    }
+
+    /// Its number, as the driver counts.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// Lets copies go from this GPU's memory to another's and back without a detour. Whether they do: where the two
+    /// cannot reach each other, the driver takes copies by way of the host's memory.
+    pub fn connect(&self, other: &CudaDevice) -> Result<bool, DeviceError> {
+        Ok(self.context.reach(&other.context)? && other.context.reach(&self.context)?)
     }
 
     /// Bytes of memory that nobody uses at this moment.
@@ -190,6 +223,7 @@ pub struct CudaBackend {
     options: CudaOptions,
     // The order of the fields is the order of their end: lanes and memory before the GPU's context.
     order: Mutex<Order>,
+    underway: Arc<Mutex<Underway>>,
     memory: Arc<Mutex<Memory>>,
     queues: [CudaQueue; Lane::ALL.len()],
     /// For each lane, what its products draw their tiles from; zero between two of them.
@@ -222,13 +256,24 @@ fn anchor(events: &Arc<EventPool>, idle: &Stream, epoch: Instant) -> Result<(Arc
 struct Order {
     hazards: Hazards,
     staging: Staging,
-    /// Operations of each lane that are not known to be done, oldest first.
-    pending: [VecDeque<Pending>; Lane::ALL.len()],
     serial: u32,
     /// Timed operations that nobody has asked for yet.
     timed: Vec<Timed>,
     /// A timed point and where it lies, in nanoseconds since the world began.
     anchor: (Arc<Event>, u64),
+}
+
+/// Operations of a rank that are not known to be done.
+struct Underway {
+    rank: Rank,
+    /// Of each lane, oldest first.
+    lanes: [VecDeque<Pending>; Lane::ALL.len()],
+}
+
+impl Underway {
+    fn oldest(&self) -> Option<&Pending> {
+        self.lanes.iter().filter_map(VecDeque::front).min_by_key(|pending| pending.serial)
+    }
 }
 
 struct Pending {
@@ -256,16 +301,42 @@ struct Timed {
 
 struct Memory {
     pool: Pool,
-    /// Address and size of every allocation.
-    regions: Vec<(u64, usize)>,
+    regions: Vec<Region>,
+}
+
+/// An allocation.
+struct Region {
+    /// Its address on the GPU.
+    start: u64,
+    bytes: usize,
+    /// Where it lies if that is memory of the host.
+    host: Option<PinnedMemory>,
 }
 
 impl Memory {
+    fn add(&mut self, region: Region) -> AllocationId {
+        self.regions.push(region);
+        AllocationId((self.regions.len() - 1) as u32)
+    }
+
+    /// A buffer's numbers, if they lie in the host's memory.
+    fn on_host<T: bytemuck::Pod>(&self, buffer: &Buffer) -> Option<Vec<T>> {
+        let region = self.regions.get(buffer.allocation.0 as usize)?;
+        let start = region.host.as_ref()?.start.cast::<T>();
+        let inside = buffer.byte_range().end <= region.bytes;
+        assert!(inside && buffer.dtype.bytes() == size_of::<T>(), "{buffer:?} is read as another. This is a bug.");
+        let row = |row| buffer.offset + row * buffer.stride;
+        let places = (0..buffer.rows).flat_map(|at| row(at)..row(at) + buffer.width);
+        // SAFETY: inside the allocation, which is aligned for any number; the GPU wrote it before a point that the host
+        // has waited for, by the hazard check.
+        Some(places.map(|place| unsafe { start.add(place).read_volatile() }).collect())
+    }
+
     /// Address of a buffer's first element.
     fn address(&self, buffer: &Buffer) -> Result<u64, DeviceError> {
         let region = self.regions.get(buffer.allocation.0 as usize);
-        match region.filter(|(_, bytes)| buffer.byte_range().end <= *bytes) {
-            Some((start, _)) => Ok(start + (buffer.offset * buffer.dtype.bytes()) as u64),
+        match region.filter(|region| buffer.byte_range().end <= region.bytes) {
+            Some(region) => Ok(region.start + (buffer.offset * buffer.dtype.bytes()) as u64),
             None => {
                 Err(DeviceError::Shape(format!("{buffer:?} is not of this GPU's memory. This is a bug.")))
             }
@@ -297,17 +368,23 @@ impl CudaBackend {
         let order = Order {
             hazards: Hazards::default(),
             staging: Staging::new(context)?,
-            pending: Default::default(),
             serial: 0,
             timed: Vec::new(),
             anchor,
         };
         let memory = Memory { pool: Pool::new(context, Some(options.fill)), regions: Vec::new() };
         let memory = Arc::new(Mutex::new(memory));
-        let queues = for_each_lane(|| CudaQueue::new(context, &events, &memory))?;
+        let queues = for_each_lane(|| CudaQueue::new(device, &events, &memory))?;
+        let underway = Arc::new(Mutex::new(Underway { rank, lanes: Default::default() }));
+        {
+            let mut others = device.underway.lock().unwrap_or_else(PoisonError::into_inner);
+            others.retain(|other| other.strong_count() > 0);
+            others.push(Arc::downgrade(&underway));
+        }
         Ok(CudaBackend {
             rank,
             order: Mutex::new(order),
+            underway,
             memory,
             queues,
             tickets,
@@ -340,18 +417,36 @@ impl CudaBackend {
         self.options.faults.raise(Fault { kind, rank: self.rank, place, message })
     }
 
-    /// Stops the world because the GPU failed; the operation that was running is the likely cause.
-    fn gpu_failed(&self, order: &Order, error: &CudaError) -> Fault {
-        let oldest = order.pending.iter().filter_map(VecDeque::front).min_by_key(|pending| pending.serial);
-        let (name, place) =
-            oldest.map_or(("nothing", Place::default()), |pending| (pending.name, pending.place));
-        self.raise(FaultKind::Invalid, place, format!("at {name} or soon after: {error}"))
+    fn underway(&self) -> MutexGuard<'_, Underway> {
+        self.underway.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops the world because the GPU failed; the operation that was running is the likely cause, and where other ranks
+    /// share the GPU, theirs are: the driver does not say whose it was.
+    fn gpu_failed(&self, error: &CudaError) -> Fault {
+        let (place, mut message) = {
+            let underway = self.underway();
+            let oldest = underway.oldest().map_or(("nothing", Place::default()), |it| (it.name, it.place));
+            (oldest.1, format!("at {} or soon after: {error}", oldest.0))
+        };
+        let others = self.device.underway.lock().unwrap_or_else(PoisonError::into_inner);
+        for other in others.iter().filter_map(Weak::upgrade) {
+            if Arc::ptr_eq(&other, &self.underway) {
+                continue;
+            }
+            let other = other.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(Pending { name, place, .. }) = other.oldest() {
+                message += &format!("; or at {name} of {}, {place}, on the same GPU", other.rank);
+            }
+        }
+        self.raise(FaultKind::Invalid, place, message)
     }
 
     /// Stops the world if a kernel has complained.
-    fn check_report(&self, order: &Order) -> Result<(), Fault> {
+    fn check_report(&self) -> Result<(), Fault> {
         let Some(complaint) = self.report.read() else { return Ok(()) };
-        let pending = order.pending.iter().flatten().find(|pending| pending.serial == complaint.serial);
+        let underway = self.underway();
+        let pending = underway.lanes.iter().flatten().find(|pending| pending.serial == complaint.serial);
         let (name, place) =
             pending.map_or(("an operation", Place::default()), |pending| (pending.name, pending.place));
         let subject = pending.and_then(|pending| pending.subject.as_ref());
@@ -383,11 +478,11 @@ impl CudaBackend {
         order.serial = order.serial.wrapping_add(1);
         let count = order.hazards.record(lane).of(lane);
         let pending = Pending { serial: order.serial, count, name, place, subject };
-        order.pending[lane.index()].push_back(pending);
+        self.underway().lanes[lane.index()].push_back(pending);
         match self.timed(&mut order, lane, place, name, fill) {
             Ok(()) => Ok(()),
             Err(Refusal::Arguments(error)) => Err(error),
-            Err(Refusal::Gpu(error)) => Err(self.gpu_failed(&order, &error).into()),
+            Err(Refusal::Gpu(error)) => Err(self.gpu_failed(&error).into()),
             Err(Refusal::World(fault)) => Err(self.options.faults.raise(fault).into()),
         }
     }
@@ -440,6 +535,10 @@ impl CudaBackend {
             .hazards
             .advance(Agent::Host, "read", Place::default(), &Accesses::new().read(buffer))
             .map_err(|race| self.raise(FaultKind::Race, Place::default(), race.to_string()))?;
+        let on_host = self.memory.lock().unwrap_or_else(PoisonError::into_inner).on_host(buffer);
+        if let Some(values) = on_host {
+            return Ok(values);
+        }
         let mut values = vec![T::zeroed(); buffer.rows * buffer.width];
         if values.is_empty() {
             return Ok(values);
@@ -461,7 +560,7 @@ impl CudaBackend {
             unsafe { stream.copy(&copy) }?;
             stream.synchronize()
         });
-        copied.map_err(|error| self.gpu_failed(&order, &error))?;
+        copied.map_err(|error| self.gpu_failed(&error))?;
         Ok(values)
     }
 }
@@ -507,14 +606,31 @@ impl Backend for CudaBackend {
         let reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let start = memory.pool.take(bytes, &reads)?.ok_or_else(too_large)?;
-        memory.regions.push((start, bytes));
-        let allocation = AllocationId((memory.regions.len() - 1) as u32);
+        let allocation = memory.add(Region { start, bytes, host: None });
+        Ok(Buffer { allocation, name, dtype, offset: 0, rows, width, stride: width })
+    }
+
+    fn allocate_for_host(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        rows: usize,
+        width: usize,
+    ) -> Result<Buffer, DeviceError> {
+        let bytes = rows * width * dtype.bytes();
+        let host = PinnedMemory::new(&self.device.context, bytes.max(1))?;
+        if self.options.fill == Fill::Poison {
+            // SAFETY: just allocated with at least that size, and nobody else has it.
+            unsafe { host.start.write_bytes(0xff, bytes) };
+        }
+        let region = Region { start: host.device_address()?, bytes, host: Some(host) };
+        let allocation = self.memory.lock().unwrap_or_else(PoisonError::into_inner).add(region);
         Ok(Buffer { allocation, name, dtype, offset: 0, rows, width, stride: width })
     }
 
     fn allocated_bytes(&self) -> u64 {
         let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
-        memory.regions.iter().map(|region| region.1 as u64).sum()
+        memory.regions.iter().map(|region| region.bytes as u64).sum()
     }
 
     fn find(&self, name: &str) -> Option<Weight> {
@@ -568,7 +684,7 @@ impl Backend for CudaBackend {
         let mut order = self.order();
         let clock = order.hazards.record(lane);
         let recorded = self.device.context.bind().and_then(|()| self.events.record(self.stream(lane)));
-        let event = recorded.map(Arc::new).map_err(|error| self.gpu_failed(&order, &error)).ok();
+        let event = recorded.map(Arc::new).map_err(|error| self.gpu_failed(&error)).ok();
         CudaEvent { clock, event }
     }
 
@@ -578,7 +694,7 @@ impl Backend for CudaBackend {
         let Some(event) = &event.event else { return };
         let waited = self.device.context.bind().and_then(|()| self.stream(lane).wait(event));
         if let Err(error) = waited {
-            self.gpu_failed(&order, &error);
+            self.gpu_failed(&error);
         }
     }
 
@@ -589,26 +705,28 @@ impl Backend for CudaBackend {
         let asked = Instant::now();
         self.options.faults.check()?;
         let bound = self.device.context.bind();
-        bound.map_err(|error| self.gpu_failed(&self.order(), &error))?;
+        bound.map_err(|error| self.gpu_failed(&error))?;
         loop {
             self.options.faults.check()?;
             let complete = match &event.event {
                 Some(event) => event.is_complete(),
                 None => Ok(true),
             };
-            let complete = complete.map_err(|error| self.gpu_failed(&self.order(), &error))?;
+            let complete = complete.map_err(|error| self.gpu_failed(&error))?;
             if self.report.read().is_some() {
-                self.check_report(&self.order())?;
+                self.check_report()?;
             }
             if complete {
                 break;
             }
             if deadline.passed() {
-                let order = self.order();
-                let late = Lane::ALL.into_iter().find_map(|lane| {
-                    let pending = order.pending[lane.index()].front()?;
-                    (pending.count <= event.clock.of(lane)).then_some((lane, pending.name, pending.place))
-                });
+                let late = {
+                    let underway = self.underway();
+                    Lane::ALL.into_iter().find_map(|lane| {
+                        let pending = underway.lanes[lane.index()].front()?;
+                        (pending.count <= event.clock.of(lane)).then_some((lane, pending.name, pending.place))
+                    })
+                };
                 let allowed = deadline.allowed();
                 let (place, message) = match late {
                     Some((lane, name, place)) => (
@@ -625,11 +743,11 @@ impl Backend for CudaBackend {
                 std::thread::sleep(NAP);
             }
         }
-        let mut order = self.order();
-        order.hazards.wait(Agent::Host, &event.clock);
+        self.order().hazards.wait(Agent::Host, &event.clock);
+        let mut underway = self.underway();
         for lane in Lane::ALL {
             let done = event.clock.of(lane);
-            let pending = &mut order.pending[lane.index()];
+            let pending = &mut underway.lanes[lane.index()];
             while pending.front().is_some_and(|pending| pending.count <= done) {
                 pending.pop_front();
             }
@@ -693,5 +811,67 @@ impl Backend for CudaBackend {
         }
         records.sort_by_key(|record| record.end_ns);
         records
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use epsmoe_base::{Layer, Stage, env};
+
+    /// Tells the test that it is the process in which the GPU is to fail.
+    const FAILING: &str = "EPSMOE_TEST_GPU_FAULT";
+
+    /// The twin of `Mark` in `probe.cu`.
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Mark {
+        at: u64,
+        value: u32,
+        padding: u32,
+    }
+
+    /// A kernel that writes where nothing is ends all work of its process on that GPU: it gets one of its own.
+    #[test]
+    fn a_fault_of_a_gpu_names_rank_layer_and_operation() {
+        if env::text(FAILING).is_some() {
+            return fail_on_a_gpu(&CudaDevice::open(0).unwrap());
+        }
+        match CudaDevice::open(0) {
+            Err(missing) if env::text("EPSMOE_TEST_ALL").is_some() => panic!("{missing}"),
+            Err(missing) => return eprintln!("skipped: {missing}"),
+            Ok(_) => {}
+        }
+        let name = "cuda::tests::a_fault_of_a_gpu_names_rank_layer_and_operation";
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact", "--nocapture"])
+            .env(FAILING, "1")
+            .output()
+            .unwrap();
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+    }
+
+    fn fail_on_a_gpu(device: &Arc<CudaDevice>) {
+        let (weights, options) = (CudaWeights::new(device).unwrap(), CudaOptions::new(DType::F32));
+        let ranks = [0, 1].map(|rank| CudaBackend::new(Rank(rank), device, &weights, options.clone()).unwrap());
+        let mark = device.kernels.get("mark", DType::U32, DType::U32).unwrap().function;
+        let place = Place::layer(Layer(3)).stage(Stage(1));
+        let work = move |queue: &CudaQueue| {
+            let nowhere = Mark { at: 16, value: 1, padding: 0 };
+            // SAFETY: it is not: that is what is tested, in a process that does nothing else.
+            let launched = unsafe { queue.stream.launch(&mark, (1, 1), 0, &nowhere) };
+            launched.map_err(|error| panic!("{error}"))
+        };
+        let enqueued =
+            ranks[1].enqueue_external(Lane::Transfer, place, "dispatch", &Accesses::new(), work);
+        enqueued.unwrap();
+        let wait = |rank: &CudaBackend| {
+            rank.wait(&rank.record(Lane::Transfer), Deadline::after(Duration::from_secs(20))).unwrap_err()
+        };
+        let fault = wait(&ranks[1]);
+        let text = fault.to_string();
+        assert!(text.starts_with("rank 1, layer 3, stage 1: at dispatch or soon after: "), "{text}");
+        assert!(text.contains("illegal memory access"), "{text}");
+        assert_eq!(wait(&ranks[0]), fault, "every rank says the same");
     }
 }

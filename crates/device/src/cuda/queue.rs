@@ -1,8 +1,9 @@
 //! A lane of a GPU as an external transport sees it: a stream, and where buffers lie.
 
-use super::Memory;
-use super::driver::{Context, Copy2d, CudaError, End, Event, EventPool, Stream};
-use crate::{Buffer, DeviceError, PeerQueue};
+use super::driver::{Copy2d, CudaError, End, Event, EventPool, Stream};
+use super::pacer::Gate;
+use super::{CudaDevice, Memory};
+use crate::{Buffer, DeviceError, Holds, Pace, PeerQueue};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A stream and the memory of the rank that it works for.
@@ -10,7 +11,11 @@ pub struct CudaQueue {
     pub(super) stream: Stream,
     events: Arc<EventPool>,
     memory: Arc<Mutex<Memory>>,
-    context: Arc<Context>,
+    gate: Arc<Gate>,
+    /// Memory of other ranks that the stream has read, which must stay until its work is done: a rank may fail and end
+    /// while others still copy from it.
+    lent: Mutex<Vec<Arc<Mutex<Memory>>>>,
+    device: Arc<CudaDevice>,
 }
 
 /// Rows in the memory of a rank on a GPU of this process.
@@ -18,25 +23,38 @@ pub struct CudaRows {
     start: u64,
     /// Bytes between the starts of two rows.
     pitch: usize,
+    memory: Arc<Mutex<Memory>>,
+    device: Arc<CudaDevice>,
 }
 
 impl CudaQueue {
     pub(super) fn new(
-        context: &Arc<Context>,
+        device: &Arc<CudaDevice>,
         events: &Arc<EventPool>,
         memory: &Arc<Mutex<Memory>>,
     ) -> Result<Self, CudaError> {
         Ok(CudaQueue {
-            stream: Stream::new(context)?,
+            stream: Stream::new(&device.context)?,
             events: Arc::clone(events),
             memory: Arc::clone(memory),
-            context: Arc::clone(context),
+            gate: Gate::new(&device.context)?,
+            lent: Mutex::default(),
+            device: Arc::clone(device),
         })
     }
 
     /// Address of a buffer's first element.
     pub fn address(&self, buffer: &Buffer) -> Result<u64, DeviceError> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).address(buffer)
+    }
+
+    /// Keeps another rank's memory as long as this queue.
+    fn keep(&self, memory: &Arc<Mutex<Memory>>) {
+        let mut lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = lent.iter().any(|known| Arc::ptr_eq(known, memory));
+        if !known && !Arc::ptr_eq(memory, &self.memory) {
+            lent.push(Arc::clone(memory));
+        }
     }
 }
 
@@ -45,31 +63,75 @@ impl PeerQueue for CudaQueue {
     type Mark = Arc<Event>;
 
     fn share(&self, rows: &Buffer) -> Result<CudaRows, DeviceError> {
-        Ok(CudaRows { start: self.address(rows)?, pitch: rows.stride * rows.dtype.bytes() })
+        Ok(CudaRows {
+            start: self.address(rows)?,
+            pitch: rows.stride * rows.dtype.bytes(),
+            memory: Arc::clone(&self.memory),
+            device: Arc::clone(&self.device),
+        })
     }
 
     fn mark(&self) -> Result<Arc<Event>, DeviceError> {
-        self.context.bind()?;
+        self.device.context.bind()?;
         Ok(Arc::new(self.events.record(&self.stream)?))
     }
 
     fn after(&self, mark: &Arc<Event>) -> Result<(), DeviceError> {
-        self.context.bind()?;
+        self.device.context.bind()?;
         Ok(self.stream.wait(mark)?)
     }
 
-    unsafe fn copy_from(&self, from: &CudaRows, to: &Buffer) -> Result<(), DeviceError> {
-        self.context.bind()?;
-        let size = to.dtype.bytes();
-        let copy = Copy2d {
-            from: End::Device(from.start),
-            from_pitch: from.pitch,
-            to: End::Device(self.address(to)?),
-            to_pitch: to.stride * size,
-            width: to.width * size,
-            rows: to.rows,
-        };
-        // SAFETY: the caller's promise for both ends; the target lies inside its allocation, as `address` saw.
-        Ok(unsafe { self.stream.copy(&copy) }?)
+    /// Rows without gaps on this GPU go in one call of the driver, others in one each.
+    unsafe fn copy(&self, copies: &[(&CudaRows, &Buffer)]) -> Result<(), DeviceError> {
+        let context = &self.device.context;
+        context.bind()?;
+        let (mut from, mut to, mut sizes) = (Vec::new(), Vec::new(), Vec::new());
+        for (rows, buffer) in copies {
+            self.keep(&rows.memory);
+            let size = buffer.dtype.bytes();
+            let copy = Copy2d {
+                from: End::Device(rows.start),
+                from_pitch: rows.pitch,
+                to: End::Device(self.address(buffer)?),
+                to_pitch: buffer.stride * size,
+                width: buffer.width * size,
+                rows: buffer.rows,
+            }
+            .without_gaps();
+            let peer = &rows.device.context;
+            if copy.width == 0 || copy.rows == 0 {
+                continue;
+            }
+            if !Arc::ptr_eq(peer, context) {
+                // SAFETY: the caller's promise for both ends, which `share` and `address` found inside their
+                // allocations; the source is kept, above.
+                unsafe { self.stream.copy_from_peer(&copy, peer) }?;
+            } else if copy.rows > 1 {
+                // SAFETY: as above.
+                unsafe { self.stream.copy(&copy) }?;
+            } else if let (End::Device(start), End::Device(end)) = (copy.from, copy.to) {
+                from.push(start);
+                to.push(end);
+                sizes.push(copy.width);
+            }
+        }
+        // SAFETY: as above.
+        Ok(unsafe { self.stream.copy_pieces(&mut from, &mut to, &mut sizes) }?)
+    }
+
+    fn holds(&self) -> Option<&dyn Holds> {
+        Some(self)
+    }
+}
+
+impl Holds for CudaQueue {
+    fn begin(&self) -> Result<(), DeviceError> {
+        self.device.context.bind()?;
+        Ok(self.gate.begin(&self.stream)?)
+    }
+
+    fn hold(&self, pace: Box<dyn Pace>) -> Result<(), DeviceError> {
+        self.device.context.bind()?;
+        Ok(self.gate.hold(&self.stream, &self.device.pacer, pace)?)
     }
 }

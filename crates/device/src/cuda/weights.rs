@@ -107,7 +107,7 @@ impl WeightStore {
             width: bytes.len(),
             rows: 1,
         };
-        copy_now(&stream, &copy)?;
+        copy_now(&stream, copy)?;
         Ok(at)
     }
 
@@ -149,7 +149,7 @@ impl WeightStore {
                     width: lines * row,
                     rows: pieces,
                 };
-                copy_now(&stream, &copy)
+                copy_now(&stream, copy)
             };
             if stride == width {
                 // Rows that stand together are one long row.
@@ -167,7 +167,7 @@ impl WeightStore {
                         width: row,
                         rows: lines,
                     };
-                    copy_now(&stream, &copy)?;
+                    copy_now(&stream, copy)?;
                 }
             }
         }
@@ -185,12 +185,9 @@ struct Layout {
 }
 
 /// Copies and waits: host memory is free afterwards.
-fn copy_now(stream: &Stream, copy: &Copy2d) -> Result<(), CudaError> {
-    let bytes = copy.width * copy.rows;
-    let long_row = Copy2d { from_pitch: bytes, to_pitch: bytes, width: bytes, rows: 1, ..*copy };
-    let gapless = copy.from_pitch == copy.width && copy.to_pitch == copy.width;
-    // SAFETY: both ends are the caller's until the wait below; rows without gaps are one long row.
-    unsafe { stream.copy(if gapless { &long_row } else { copy }) }?;
+fn copy_now(stream: &Stream, copy: Copy2d) -> Result<(), CudaError> {
+    // SAFETY: both ends are the caller's until the wait below.
+    unsafe { stream.copy(&copy.without_gaps()) }?;
     stream.synchronize()
 }
 

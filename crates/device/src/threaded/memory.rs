@@ -2,7 +2,7 @@
 
 use super::element::Plain;
 use super::pages::{Piece, Slabs};
-use crate::{AllocationId, Buffer, DeviceError, PeerQueue};
+use crate::{AllocationId, Buffer, DeviceError, Holds, PeerQueue};
 use epsmoe_base::{Bytes, DType};
 use half::bf16;
 use std::marker::PhantomData;
@@ -132,20 +132,26 @@ impl PeerQueue for Memory {
         Ok(())
     }
 
-    unsafe fn copy_from(&self, (source, from): &(Memory, Buffer), to: &Buffer) -> Result<(), DeviceError> {
-        match to.dtype.bytes() {
-            // SAFETY: the caller's promise.
-            2 => unsafe { copy::<bf16>(self, to, source, from) },
-            // SAFETY: the caller's promise.
-            _ if to.dtype == DType::U32 => unsafe { copy::<u32>(self, to, source, from) },
-            // SAFETY: the caller's promise.
-            _ => unsafe { copy::<f32>(self, to, source, from) },
+    unsafe fn copy(&self, copies: &[(&(Memory, Buffer), &Buffer)]) -> Result<(), DeviceError> {
+        for ((source, from), to) in copies {
+            match to.dtype.bytes() {
+                // SAFETY: the caller's promise.
+                2 => unsafe { copy::<bf16>(self, to, source, from) },
+                // SAFETY: the caller's promise.
+                _ if to.dtype == DType::U32 => unsafe { copy::<u32>(self, to, source, from) },
+                // SAFETY: the caller's promise.
+                _ => unsafe { copy::<f32>(self, to, source, from) },
+            }
         }
         Ok(())
     }
+
+    fn holds(&self) -> Option<&dyn Holds> {
+        None
+    }
 }
 
-/// See [`PeerQueue::copy_from`], whose promises are handed on.
+/// See [`PeerQueue::copy`], whose promises are handed on.
 unsafe fn copy<T: Plain>(memory: &Memory, to: &Buffer, source: &Memory, from: &Buffer) {
     // SAFETY: the caller's promise.
     let (mut to, from) = unsafe { (memory.view_mut::<T>(to), source.view::<T>(from)) };

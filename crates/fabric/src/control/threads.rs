@@ -1,11 +1,12 @@
 //! Messages between threads of one process.
 
 use super::Control;
-use crate::transport::{lock, sleep};
+use crate::ThreadsOptions;
+use crate::signal::{Signal, lock};
 use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Place, Rank};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 #[derive(Clone)]
@@ -29,7 +30,8 @@ struct Shared {
     faults: FaultCell,
     /// By their number.
     rounds: Mutex<HashMap<u64, Round>>,
-    said: Condvar,
+    /// A round is complete.
+    complete: Signal,
 }
 
 /// One rank's end.
@@ -41,13 +43,13 @@ pub(crate) struct ThreadControl {
 
 impl ThreadControl {
     /// The ends of all ranks, in rank order.
-    pub(crate) fn world(size: usize, timeout: Duration, faults: &FaultCell) -> Vec<Self> {
+    pub(crate) fn world(size: usize, options: &ThreadsOptions) -> Vec<Self> {
         let shared = Arc::new(Shared {
             size,
-            timeout,
-            faults: faults.clone(),
+            timeout: options.timeout,
+            faults: options.faults.clone(),
             rounds: Mutex::default(),
-            said: Condvar::new(),
+            complete: Signal::new(options.spin),
         });
         let end =
             |rank| ThreadControl { rank: Rank(rank), shared: Arc::clone(&shared), round: AtomicU64::new(0) };
@@ -71,9 +73,11 @@ impl Control for ThreadControl {
         let mut deadline = Deadline::after(shared.timeout);
         let mut rounds = lock(&shared.rounds);
         let round = || Round { messages: vec![None; shared.size], readers: 0 };
-        rounds.entry(number).or_insert_with(round).messages[self.rank.0] =
-            Some(Message { what, place, bytes: message });
-        shared.said.notify_all();
+        let said = rounds.entry(number).or_insert_with(round);
+        said.messages[self.rank.0] = Some(Message { what, place, bytes: message });
+        if said.messages.iter().all(Option::is_some) {
+            shared.complete.notify();
+        }
         loop {
             shared.faults.check()?;
             let round = rounds.entry(number).or_insert_with(round);
@@ -96,7 +100,7 @@ impl Control for ThreadControl {
                     format!("{} did not come to {what} within {:?}", Rank(silent), deadline.allowed());
                 return raise(FaultKind::Deadline, message);
             }
-            rounds = sleep(&shared.said, rounds);
+            rounds = shared.complete.wait(&shared.rounds, rounds);
         }
     }
 

@@ -3,7 +3,7 @@
 mod threads;
 
 pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
-pub(crate) use threads::{ThreadTransport, lock, sleep};
+pub(crate) use threads::ThreadTransport;
 
 use epsmoe_base::{Lane, Place, Rank};
 use epsmoe_device::{Backend, Buffer, DeviceError};

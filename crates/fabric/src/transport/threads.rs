@@ -1,20 +1,24 @@
 //! Ranks as threads of one process. Rows are copied once, from the sender's memory to the receiver's, by the
 //! receiver's lane.
 //!
-//! An exchange as it runs on a lane: every part to send is posted under the number of the exchange; then, for each
+//! An exchange as it runs on a host's lane: every part to send is posted under the number of the exchange; then, for each
 //! source in rank order, the posted part is awaited and copied; then the exchange waits until every receiver has taken
-//! what was posted. The marks that travel with both say from when on a queue that runs apart from its host, such as a
-//! GPU's stream, may read the rows, and from when on they may be overwritten.
+//! what was posted, and until the link would have carried it.
+//!
+//! A queue that runs apart from its host, such as a GPU's stream, is only filled, by the rank's own thread, which goes on
+//! as soon as the others have filled theirs as far. The marks that travel with parts say from when on the queue may read
+//! them, and from when on they may be overwritten; and where the link is emulated, it is the queue that stands still.
 
 use super::{check_parts, check_subgroup};
+use crate::signal::{Signal, lock};
 use crate::{Exchange, Link, PacedLink, Transport};
 use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank, count};
 use epsmoe_device::op::Accesses;
-use epsmoe_device::{Backend, Buffer, DeviceError, PeerQueue};
+use epsmoe_device::{Backend, Buffer, DeviceError, Holds, Pace, PeerQueue};
 use std::collections::HashMap;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How a world of threads behaves.
@@ -30,12 +34,16 @@ pub struct ThreadsOptions {
     pub delay: Option<u64>,
     /// One thing that goes wrong, for tests.
     pub injection: Option<FaultInjection>,
+    /// How long a rank looks again and again for another before it sleeps: worth it where the threads that wait have cores
+    /// of their own, as those of ranks on GPUs do.
+    pub spin: Duration,
 }
 
 impl ThreadsOptions {
     /// A world at memory speed in which nothing goes wrong on purpose.
     pub fn new(timeout: Duration, faults: FaultCell) -> Self {
-        ThreadsOptions { timeout, faults, link: None, delay: None, injection: None }
+        let spin = Duration::ZERO;
+        ThreadsOptions { timeout, faults, link: None, delay: None, injection: None, spin }
     }
 }
 
@@ -91,14 +99,15 @@ struct Group<Q: PeerQueue> {
     options: Arc<ThreadsOptions>,
     posted: Mutex<HashMap<Route, PostedSend<Q>>>,
     /// Something was posted or taken.
-    changed: Condvar,
+    changed: Signal,
     subgroups: Mutex<Subgroups<Q>>,
 }
 
 impl<Q: PeerQueue> Group<Q> {
     fn new(ranks: Vec<Rank>, options: Arc<ThreadsOptions>) -> Arc<Self> {
         let (posted, subgroups) = (Mutex::default(), Mutex::default());
-        Arc::new(Group { ranks, options, posted, changed: Condvar::new(), subgroups })
+        let changed = Signal::new(options.spin);
+        Arc::new(Group { ranks, options, posted, changed, subgroups })
     }
 }
 
@@ -228,14 +237,60 @@ impl<Q: PeerQueue> RunningExchange<Q> {
 
     fn run(&self, queue: &Q) -> Result<(), Fault> {
         let mut deadline = Deadline::after(self.group.options.timeout);
+        match queue.holds() {
+            None => self.run_on_lane(queue, &mut deadline),
+            Some(holds) => self.fill(queue, holds, &mut deadline),
+        }
+    }
+
+    /// The caller is the lane: what is called happens, and the lane waits here.
+    fn run_on_lane(&self, queue: &Q, deadline: &mut Deadline) -> Result<(), Fault> {
         let now = Instant::now();
         let mut ready = self.end.link.as_ref().map_or(now, |link| link.begin(now));
         let taken = self.send(queue, ready)?;
         for source in 0..self.group.ranks.len() {
-            ready = ready.max(self.receive(queue, source, &mut deadline)?);
+            let part = self.receive(source, deadline)?;
+            ready = ready.max(part.posted);
+            self.copy(queue, &[(source, part)])?;
         }
-        self.await_taken(queue, &taken, &mut deadline)?;
-        self.pace(ready, &mut deadline)
+        self.await_taken(queue, &taken, deadline)?;
+        self.pace(ready, deadline)
+    }
+
+    /// The queue runs later: everything is put into it, in few calls, and the caller waits only until the other ranks have
+    /// put in as much. Parts without rows order nothing.
+    fn fill(&self, queue: &Q, holds: &dyn Holds, deadline: &mut Deadline) -> Result<(), Fault> {
+        let taken = self.send(queue, Instant::now())?;
+        let sources = 0..self.group.ranks.len();
+        let parts = sources.map(|source| Ok((source, self.receive(source, deadline)?)));
+        let parts = parts.collect::<Result<Vec<_>, Fault>>()?;
+        let bytes = self.exchange.link_bytes(self.me);
+        let pace = self.end.link.as_ref().filter(|_| bytes > 0);
+        let travels = |(source, part): &&(usize, PostedSend<Q>)| *source != self.me && part.rows.rows > 0;
+        parts
+            .iter()
+            .filter(travels)
+            .try_for_each(|(_, part)| self.of_queue(queue.after(&part.ready)))?;
+        if pace.is_some() {
+            self.of_queue(holds.begin())?;
+        }
+        self.copy(queue, &parts)?;
+        self.await_taken(queue, &taken, deadline)?;
+        let Some(link) = pace else { return Ok(()) };
+        let pace = LinkPace {
+            link: Arc::clone(link),
+            bytes,
+            due: None,
+            deadline: Deadline::after(self.group.options.timeout),
+            faults: self.group.options.faults.clone(),
+            late: Fault {
+                kind: FaultKind::Deadline,
+                rank: self.end.rank,
+                place: self.place,
+                message: format!("{} did not cross the link", self.exchange.name),
+            },
+        };
+        self.of_queue(holds.hold(Box::new(pace)))
     }
 
     /// Sleeps until the link would have carried the exchange that could start at `ready`. No sleep is longer than
@@ -278,12 +333,12 @@ impl<Q: PeerQueue> RunningExchange<Q> {
             taken.push(Arc::clone(&part.taken));
             all.insert(Route { exchange: self.number, source: self.me, destination }, part);
         }
-        self.group.changed.notify_all();
+        self.group.changed.notify();
         Ok(taken)
     }
 
-    /// Copies what `source` sent; returns when it was sent.
-    fn receive(&self, queue: &Q, source: usize, deadline: &mut Deadline) -> Result<Instant, Fault> {
+    /// Awaits what `source` sends; refuses what is not what was announced.
+    fn receive(&self, source: usize, deadline: &mut Deadline) -> Result<PostedSend<Q>, Fault> {
         let (name, sender) = (self.exchange.name, self.group.ranks[source]);
         let route = Route { exchange: self.number, source, destination: self.me };
         let part =
@@ -305,20 +360,28 @@ impl<Q: PeerQueue> RunningExchange<Q> {
                 room.dtype
             )));
         }
-        self.of_queue(queue.after(&part.ready))?;
-        // SAFETY: the room is a declared write of this exchange, and equally large. The rows are a declared read of the
-        // sender's exchange, which is not complete before `taken` says so, below.
-        self.of_queue(unsafe { queue.copy_from(&part.peer_rows, room) })?;
-        let end = self.of_queue(queue.mark())?;
-        // Each part is taken by one receiver, once.
-        let _ = part.taken.set(end);
-        // Taking the lock orders the notice after a sender's look at the mark.
-        drop(lock(&self.group.posted));
-        self.group.changed.notify_all();
-        Ok(part.posted)
+        Ok(part)
     }
 
-    /// What was sent may be overwritten once everybody has taken it.
+    /// Copies parts of some sources to their rooms, and tells those who sent them.
+    fn copy(&self, queue: &Q, parts: &[(usize, PostedSend<Q>)]) -> Result<(), Fault> {
+        let room = |source: usize| &self.exchange.receive[source];
+        let copies: Vec<_> = parts.iter().map(|(source, part)| (&part.peer_rows, room(*source))).collect();
+        // SAFETY: each room is a declared write of this exchange, and as large as its part. The rows are a declared read of
+        // the sender's exchange, which is not complete before `taken` says so, below.
+        self.of_queue(unsafe { queue.copy(&copies) })?;
+        let end = self.of_queue(queue.mark())?;
+        for (_, part) in parts {
+            // Each part is taken by one receiver, once.
+            let _ = part.taken.set(end.clone());
+        }
+        // Taking the lock orders the notice after a sender's look at the mark.
+        drop(lock(&self.group.posted));
+        self.group.changed.notify();
+        Ok(())
+    }
+
+    /// What was sent may be overwritten once everybody has taken it; what stays with this rank follows in its own queue.
     fn await_taken(
         &self,
         queue: &Q,
@@ -326,6 +389,9 @@ impl<Q: PeerQueue> RunningExchange<Q> {
         deadline: &mut Deadline,
     ) -> Result<(), Fault> {
         for (destination, taken) in taken.iter().enumerate() {
+            if destination == self.me || self.exchange.send[destination].rows == 0 {
+                continue;
+            }
             let end = self.until(
                 deadline,
                 |_| taken.get(),
@@ -355,7 +421,7 @@ impl<Q: PeerQueue> RunningExchange<Q> {
             if deadline.passed() {
                 return Err(self.late(late(), deadline));
             }
-            posted = sleep(&self.group.changed, posted);
+            posted = self.group.changed.wait(&self.group.posted, posted);
         }
     }
 
@@ -380,17 +446,42 @@ impl<Q: PeerQueue> RunningExchange<Q> {
     }
 }
 
+/// Holds a queue until the link would have carried an exchange.
+struct LinkPace {
+    link: Arc<PacedLink>,
+    bytes: u64,
+    /// When the exchange is over; not known before it begins.
+    due: Option<Instant>,
+    deadline: Deadline,
+    faults: FaultCell,
+    /// What is raised if it takes too long.
+    late: Fault,
+}
+
+impl Pace for LinkPace {
+    fn due(&mut self, begun: Instant) -> Instant {
+        self.deadline.restart();
+        let due = self.link.book(self.link.begin(begun), self.bytes);
+        *self.due.insert(due)
+    }
+
+    fn is_over(&mut self) -> bool {
+        if self.due.is_some() && self.deadline.passed() {
+            let message = format!("{} within {:?}", self.late.message, self.deadline.allowed());
+            self.faults.raise(Fault { message, ..self.late.clone() });
+        }
+        self.faults.get().is_some()
+    }
+
+    fn passed(&mut self, arrived: Instant, now: Instant) {
+        let due = self.due.unwrap_or(now);
+        self.link.note(due, arrived, now);
+    }
+}
+
 fn shorten(send: &mut [Buffer]) -> Result<(), DeviceError> {
     if let Some(part) = send.iter_mut().find(|part| part.rows > 0) {
         *part = part.rows(0..part.rows - 1)?;
     }
     Ok(())
-}
-
-pub(crate) fn sleep<'a, T>(signal: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-    signal.wait_timeout(guard, FaultCell::POLL).unwrap_or_else(PoisonError::into_inner).0
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -42,21 +42,27 @@ pub struct Config {
 impl Config {
     /// Reads the config.json of a model's folder.
     pub fn read(folder: &Path) -> Result<Config, ModelError> {
+        Config::read_with(folder, &Map::new())
+    }
+
+    /// The same with other values for some keys, however they are stored; objects are merged.
+    pub fn read_with(folder: &Path, overrides: &Map<String, Value>) -> Result<Config, ModelError> {
         let path = folder.join(FILE);
         if path.symlink_metadata().is_err()
             && let Some(files) = GgufFiles::open(folder)?
         {
-            return Config::of_gguf(&files);
+            return Config::of_gguf(&files, overrides);
         }
         let text = read_small(&path, FILE_LIMIT).map_err(|error| without_config(folder, error))?;
-        Config::parse(&text, &path.display().to_string())
+        Config::parse_with(&text, &path.display().to_string(), overrides)
     }
 
     /// The configuration in the header of a GGUF file.
-    fn of_gguf(files: &GgufFiles) -> Result<Config, ModelError> {
+    fn of_gguf(files: &GgufFiles, overrides: &Map<String, Value>) -> Result<Config, ModelError> {
         let file = files.place();
         let named = |problem| ModelError::Config { file: file.clone(), problem };
-        let keys = files.header.config().map_err(|error| named(error.to_string()))?;
+        let mut keys = files.header.config().map_err(|error| named(error.to_string()))?;
+        merge(&mut keys, overrides);
         let mut config = build_keys(&keys).map_err(|Wrong(problem)| named(problem))?;
         config.spec.naming = TensorNames::Gguf;
         config.remarks.iter_mut().for_each(|remark| *remark = format!("{file}: {remark}"));
@@ -65,8 +71,17 @@ impl Config {
 
     /// Reads the text of a config.json; `file` is its name in messages.
     pub fn parse(text: &[u8], file: &str) -> Result<Config, ModelError> {
+        Config::parse_with(text, file, &Map::new())
+    }
+
+    /// The same with other values for some keys; objects are merged.
+    pub fn parse_with(
+        text: &[u8],
+        file: &str,
+        overrides: &Map<String, Value>,
+    ) -> Result<Config, ModelError> {
         let named = |problem| ModelError::Config { file: file.to_owned(), problem };
-        let mut config = build(text).map_err(|Wrong(problem)| named(problem))?;
+        let mut config = build(text, overrides).map_err(|Wrong(problem)| named(problem))?;
         config.remarks.iter_mut().for_each(|remark| *remark = format!("{file}: {remark}"));
         Ok(config)
     }
@@ -94,13 +109,26 @@ pub fn parse(text: &[u8], file: &str) -> Result<ModelSpec, ModelError> {
     Config::parse(text, file).map(|config| config.spec)
 }
 
-fn build(text: &[u8]) -> Checked<Config> {
+fn build(text: &[u8], overrides: &Map<String, Value>) -> Checked<Config> {
     let value: Value = serde_json::from_slice(&json::from_python(text))
         .map_err(|error| Wrong(format!("this is not valid JSON ({error}); fetch the file again")))?;
-    let Value::Object(map) = value else {
+    let Value::Object(mut map) = value else {
         return wrong("this is not a JSON object; fetch the file again");
     };
+    merge(&mut map, overrides);
     build_keys(&map)
+}
+
+/// Puts other values in the place of some; of two objects, those inside.
+fn merge(map: &mut Map<String, Value>, overrides: &Map<String, Value>) {
+    for (key, value) in overrides {
+        match (map.get_mut(key), value) {
+            (Some(Value::Object(inner)), Value::Object(others)) => merge(inner, others),
+            _ => {
+                map.insert(key.clone(), value.clone());
+            }
+        }
+    }
 }
 
 fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
