@@ -58,7 +58,8 @@ impl OpenModel {
                 Ok(OpenModel { name, spec: Arc::new(spec), generation, folder: None, weights })
             }
             Place::Folder(folder) => {
-                let Config { mut spec, says_dtype, remarks } = Config::read_with(&folder, &args.hf_overrides.0)?;
+                let Config { mut spec, says_dtype, remarks } =
+                    Config::read_with(&folder, &args.hf_overrides.0)?;
                 let generation = GenerationConfig::open(&folder)?;
                 let weights = Box::new(Checkpoint::open(&folder)?);
                 let unused = weights.check(&spec)?;
@@ -435,7 +436,9 @@ impl Setup {
     ) -> Result<Vec<Started>> {
         let spec = &self.model.spec;
         if let Some(ranks) = self.processor.sharing() {
-            output::remark(format_args!("{ranks} ranks share one GPU: what they take is no measure of {ranks} GPUs"));
+            output::remark(format_args!(
+                "{ranks} ranks share one GPU: what they take is no measure of {ranks} GPUs"
+            ));
         }
         let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
         let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);

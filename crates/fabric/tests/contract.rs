@@ -70,11 +70,8 @@ fn world_on(
     options: ThreadsOptions,
 ) -> Vec<contract::Node<CudaBackend>> {
     let weights = gpus.iter().map(|gpu| CudaWeights::new(gpu).expect("a stream")).collect::<Vec<_>>();
-    let gpu = CudaOptions {
-        faults: options.faults.clone(),
-        fill: Fill::Poison,
-        ..CudaOptions::new(DType::BF16)
-    };
+    let gpu =
+        CudaOptions { faults: options.faults.clone(), fill: Fill::Poison, ..CudaOptions::new(DType::BF16) };
     let node = |fabric: Fabric<CudaBackend>| {
         let at = fabric.rank().0 % gpus.len();
         let device = CudaBackend::new(fabric.rank(), &gpus[at], &weights[at], gpu.clone());

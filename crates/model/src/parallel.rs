@@ -315,7 +315,10 @@ mod tests {
         assert_eq!(of(parallel(1, Experts::Ep), 8), total - elsewhere(8));
         let split = of(parallel(8, Experts::Ep), 8);
         assert!(split < total - elsewhere(8) && split * 8 > total, "{split}");
-        assert!((total / 8..total / 7).contains(&of(parallel(8, Experts::Tp), 8)), "all but norms and tables");
+        assert!(
+            (total / 8..total / 7).contains(&of(parallel(8, Experts::Tp), 8)),
+            "all but norms and tables"
+        );
     }
 
     #[test]

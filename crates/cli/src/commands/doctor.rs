@@ -38,8 +38,14 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let machine = Machine::look();
     let load_average = machine::load_average();
     let gpu = CudaDevice::open(0);
-    let mut findings =
-        vec![cores(&machine, load_average), memory(), instructions(), pipeline("cpu"), cache(), first_gpu(&gpu)];
+    let mut findings = vec![
+        cores(&machine, load_average),
+        memory(),
+        instructions(),
+        pipeline("cpu"),
+        cache(),
+        first_gpu(&gpu),
+    ];
     if let Ok(device) = &gpu {
         findings.push(pipeline("cuda:0"));
         findings.extend(other_gpus(device));

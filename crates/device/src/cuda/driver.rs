@@ -318,14 +318,7 @@ impl Stream {
         if copy.rows == 1 {
             // SAFETY: the caller's promise.
             return unsafe {
-                call!(cuMemcpyPeerAsync(
-                    to,
-                    self.context.handle,
-                    from,
-                    peer.handle,
-                    copy.width,
-                    self.handle
-                ))
+                call!(cuMemcpyPeerAsync(to, self.context.handle, from, peer.handle, copy.width, self.handle))
             };
         }
         let device = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;

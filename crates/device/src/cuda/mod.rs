@@ -324,7 +324,10 @@ impl Memory {
         let region = self.regions.get(buffer.allocation.0 as usize)?;
         let start = region.host.as_ref()?.start.cast::<T>();
         let inside = buffer.byte_range().end <= region.bytes;
-        assert!(inside && buffer.dtype.bytes() == size_of::<T>(), "{buffer:?} is read as another. This is a bug.");
+        assert!(
+            inside && buffer.dtype.bytes() == size_of::<T>(),
+            "{buffer:?} is read as another. This is a bug."
+        );
         let row = |row| buffer.offset + row * buffer.stride;
         let places = (0..buffer.rows).flat_map(|at| row(at)..row(at) + buffer.width);
         // SAFETY: inside the allocation, which is aligned for any number; the GPU wrote it before a point that the host
@@ -699,8 +702,12 @@ impl Backend for CudaBackend {
     }
 
     fn wait(&self, event: &CudaEvent, mut deadline: Deadline) -> Result<(), Fault> {
-        /// Waits shorter than this are spun through.
+        /// Waits shorter than this are spun through …
         const SPIN: Duration = Duration::from_micros(200);
+        /// … and shorter than this looked after often, but not so often that others wait for the driver: a host that
+        /// sleeps when a layer's counts are there keeps the GPU waiting.
+        const WATCH: Duration = Duration::from_millis(50);
+        const BETWEEN: Duration = Duration::from_micros(3);
         const NAP: Duration = Duration::from_micros(50);
         let asked = Instant::now();
         self.options.faults.check()?;
@@ -737,10 +744,14 @@ impl Backend for CudaBackend {
                 };
                 return Err(self.raise(FaultKind::Deadline, place, message));
             }
-            if asked.elapsed() < SPIN {
-                std::hint::spin_loop();
-            } else {
-                std::thread::sleep(NAP);
+            match asked.elapsed() {
+                waited if waited < SPIN => std::hint::spin_loop(),
+                waited if waited < WATCH => {
+                    while asked.elapsed() < waited + BETWEEN {
+                        std::thread::yield_now();
+                    }
+                }
+                _ => std::thread::sleep(NAP),
             }
         }
         self.order().hazards.wait(Agent::Host, &event.clock);
@@ -853,7 +864,8 @@ mod tests {
 
     fn fail_on_a_gpu(device: &Arc<CudaDevice>) {
         let (weights, options) = (CudaWeights::new(device).unwrap(), CudaOptions::new(DType::F32));
-        let ranks = [0, 1].map(|rank| CudaBackend::new(Rank(rank), device, &weights, options.clone()).unwrap());
+        let ranks =
+            [0, 1].map(|rank| CudaBackend::new(Rank(rank), device, &weights, options.clone()).unwrap());
         let mark = device.kernels.get("mark", DType::U32, DType::U32).unwrap().function;
         let place = Place::layer(Layer(3)).stage(Stage(1));
         let work = move |queue: &CudaQueue| {
@@ -862,8 +874,7 @@ mod tests {
             let launched = unsafe { queue.stream.launch(&mark, (1, 1), 0, &nowhere) };
             launched.map_err(|error| panic!("{error}"))
         };
-        let enqueued =
-            ranks[1].enqueue_external(Lane::Transfer, place, "dispatch", &Accesses::new(), work);
+        let enqueued = ranks[1].enqueue_external(Lane::Transfer, place, "dispatch", &Accesses::new(), work);
         enqueued.unwrap();
         let wait = |rank: &CudaBackend| {
             rank.wait(&rank.record(Lane::Transfer), Deadline::after(Duration::from_secs(20))).unwrap_err()

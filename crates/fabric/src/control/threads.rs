@@ -18,8 +18,10 @@ struct Message {
 
 /// One exchange while it is under way.
 struct Round {
-    /// What each rank has said so far.
+    /// What each rank has said so far …
     messages: Vec<Option<Message>>,
+    /// … and all of it once everybody has: whoever reads it copies it without the lock.
+    all: Option<Arc<[Message]>>,
     /// Ranks that have read all messages.
     readers: usize,
 }
@@ -72,30 +74,32 @@ impl Control for ThreadControl {
         let raise = |kind, message| Err(shared.faults.raise(Fault { kind, rank: self.rank, place, message }));
         let mut deadline = Deadline::after(shared.timeout);
         let mut rounds = lock(&shared.rounds);
-        let round = || Round { messages: vec![None; shared.size], readers: 0 };
+        let round = || Round { messages: vec![None; shared.size], all: None, readers: 0 };
         let said = rounds.entry(number).or_insert_with(round);
         said.messages[self.rank.0] = Some(Message { what, place, bytes: message });
         if said.messages.iter().all(Option::is_some) {
+            said.all = Some(said.messages.drain(..).flatten().collect());
             shared.complete.notify();
         }
         loop {
             shared.faults.check()?;
             let round = rounds.entry(number).or_insert_with(round);
-            let Some(silent) = round.messages.iter().position(Option::is_none) else {
-                let all: Vec<Message> = round.messages.iter().flatten().cloned().collect();
+            if let Some(all) = round.all.clone() {
                 round.readers += 1;
                 if round.readers == shared.size {
                     rounds.remove(&number);
                 }
+                drop(rounds);
                 let due = |message: &Message| (message.what, message.place) == (what, place);
                 if let Some(rank) = all.iter().position(|message| !due(message)) {
                     let Message { what: other, place: there, .. } = &all[rank];
                     let message = format!("{} came to {other} ({there}) where {what} was due", Rank(rank));
                     return raise(FaultKind::Mismatch, message);
                 }
-                return Ok(all.into_iter().map(|message| message.bytes).collect());
-            };
+                return Ok(all.iter().map(|message| message.bytes.clone()).collect());
+            }
             if deadline.passed() {
+                let silent = round.messages.iter().position(Option::is_none).unwrap_or(self.rank.0);
                 let message =
                     format!("{} did not come to {what} within {:?}", Rank(silent), deadline.allowed());
                 return raise(FaultKind::Deadline, message);

@@ -2,8 +2,8 @@
 
 mod threads;
 
-pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
 pub(crate) use threads::ThreadTransport;
+pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
 
 use epsmoe_base::{Lane, Place, Rank};
 use epsmoe_device::{Backend, Buffer, DeviceError};

@@ -267,10 +267,7 @@ impl<Q: PeerQueue> RunningExchange<Q> {
         let bytes = self.exchange.link_bytes(self.me);
         let pace = self.end.link.as_ref().filter(|_| bytes > 0);
         let travels = |(source, part): &&(usize, PostedSend<Q>)| *source != self.me && part.rows.rows > 0;
-        parts
-            .iter()
-            .filter(travels)
-            .try_for_each(|(_, part)| self.of_queue(queue.after(&part.ready)))?;
+        parts.iter().filter(travels).try_for_each(|(_, part)| self.of_queue(queue.after(&part.ready)))?;
         if pace.is_some() {
             self.of_queue(holds.begin())?;
         }

@@ -75,11 +75,7 @@ impl Config {
     }
 
     /// The same with other values for some keys; objects are merged.
-    pub fn parse_with(
-        text: &[u8],
-        file: &str,
-        overrides: &Map<String, Value>,
-    ) -> Result<Config, ModelError> {
+    pub fn parse_with(text: &[u8], file: &str, overrides: &Map<String, Value>) -> Result<Config, ModelError> {
         let named = |problem| ModelError::Config { file: file.to_owned(), problem };
         let mut config = build(text, overrides).map_err(|Wrong(problem)| named(problem))?;
         config.remarks.iter_mut().for_each(|remark| *remark = format!("{file}: {remark}"));

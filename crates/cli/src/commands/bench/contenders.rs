@@ -1,6 +1,6 @@
 //! What a bench compares, and the rounds in which it is measured.
 
-use super::times::{LayerTime, busiest, layer_times, quantile, smallest_transfer};
+use super::times::{HostTime, LayerTime, busiest, host_times, layer_times, quantile, smallest_transfer};
 use super::{Decisions, PacingFigures, Row};
 use crate::args::{BenchArgs, ContenderSpec, ScheduleKind};
 use crate::output;
@@ -122,6 +122,7 @@ pub(super) struct Contender {
     links: Vec<Arc<PacedLink>>,
     pub(super) rates: Vec<f64>,
     layers: Vec<LayerTime>,
+    hosts: Vec<HostTime>,
     smallest_transfer_ms: Option<f64>,
     /// Of all rounds.
     pub(super) pacing: Pacing,
@@ -163,6 +164,7 @@ impl Contender {
             links,
             rates: Vec::new(),
             layers: Vec::new(),
+            hosts: Vec::new(),
             smallest_transfer_ms: None,
             pacing: Pacing::default(),
             table: None,
@@ -181,6 +183,7 @@ impl Contender {
         self.rates.push(tokens as f64 / begun.elapsed().as_secs_f64());
         for step in steps {
             self.layers.extend(layer_times(&step.timeline));
+            self.hosts.extend(host_times(&step));
             let smallest = smallest_transfer(&step.timeline).into_iter().chain(self.smallest_transfer_ms);
             self.smallest_transfer_ms = smallest.reduce(f64::min);
             self.peak_bytes = self.peak_bytes.max(peak_bytes(&step));
@@ -198,6 +201,7 @@ impl Contender {
     fn forget(&mut self) {
         self.rates.clear();
         self.layers.clear();
+        self.hosts.clear();
         self.smallest_transfer_ms = None;
         self.pacing = Pacing::default();
     }
@@ -218,6 +222,7 @@ impl Contender {
         let median =
             |of: &Contender, figure: fn(&LayerTime) -> f64| quantile(of.layers.iter().map(figure), 0.5);
         let layers = |figure: fn(&LayerTime) -> f64| median(self, figure);
+        let host = |figure: fn(&HostTime) -> f64| quantile(self.hosts.iter().map(figure), 0.5).unwrap_or(0.0);
         let bound = serial.and_then(|serial| {
             Some(median(serial, |layer| layer.compute_ms)?.max(median(serial, |layer| layer.transfer_ms)?))
         });
@@ -258,6 +263,12 @@ impl Contender {
             smallest_transfer_ms: self.smallest_transfer_ms,
             exposed_transfer_ms: layers(|layer| layer.exposed_ms),
             efficiency: bound.zip(layers(|layer| layer.ms)).map(|(bound, time)| bound / time),
+            host: (!self.hosts.is_empty()).then(|| HostTime {
+                packing_us: host(|time| time.packing_us),
+                rendezvous_us: host(|time| time.rendezvous_us),
+                planning_us: host(|time| time.planning_us),
+                enqueueing_us: host(|time| time.enqueueing_us),
+            }),
             accounts,
             accounts_complete: accounts.unexplained() * 50 <= accounts.wall,
             peak_bytes: self.peak_bytes,

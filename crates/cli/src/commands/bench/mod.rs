@@ -18,8 +18,8 @@ use epsmoe_plan::{Correction, LayerSample, Schedule, TimeBreakdown};
 use serde::Serialize;
 use std::fmt;
 use std::time::{Duration, Instant};
-use times::median_layer;
 pub(crate) use times::quantile;
+use times::{HostTime, median_layer};
 
 /// Tokens of prompts come from a stream of their own under the seed.
 const PROMPTS: u64 = 0x70726f6d707473;
@@ -84,6 +84,8 @@ struct Row {
     /// `max(C, D + M) / T`: T is this row's MoE layer, C, D and M the computation, dispatch and combine of the serial
     /// schedule's, as above. 1 would hide all of the shorter behind the longer; null if the serial schedule did not run.
     efficiency: Option<f64>,
+    /// What the hosts of its ranks took for an MoE layer; null where ranks do not meet.
+    host: Option<HostTime>,
     /// Most bytes that a layer needed on a rank.
     peak_bytes: u64,
     /// Where the time of the slowest rank went in the last round, in nanoseconds.
@@ -345,6 +347,13 @@ impl Report {
             .iter()
             .find_map(Row::balance)
             .into_iter()
+            .chain(
+                self.rows
+                    .iter()
+                    .filter_map(Row::host)
+                    .max_by(|one, other| one.0.total_cmp(&other.0))
+                    .map(|it| it.1),
+            )
             .chain(self.pacing.as_ref().map(|it| it.to_string()))
         {
             table.push_str(&remark);
@@ -410,6 +419,19 @@ impl Report {
 }
 
 impl Row {
+    /// What the hosts took for a layer between its counts and its plan, and a sentence about it.
+    fn host(&self) -> Option<(f64, String)> {
+        let HostTime { packing_us, rendezvous_us, planning_us, enqueueing_us } = self.host?;
+        let blocking = packing_us + rendezvous_us + planning_us;
+        let sentence = format!(
+            "host of an MoE layer at most ({}, {}): {packing_us:.0} us to pack, {rendezvous_us:.0} us to meet, {planning_us:.0} us \
+             to plan, {enqueueing_us:.0} us to enqueue",
+            self.schedule,
+            count(self.stages, "stage")
+        );
+        Some((blocking, sentence))
+    }
+
     /// Of the serial schedule: what there is to hide, and behind what.
     fn balance(&self) -> Option<String> {
         let (transfers, experts) = (self.dispatch_and_combine_ms?, self.experts_ms?);

@@ -1,8 +1,11 @@
 //! What a timeline says about its MoE layers.
 
 use epsmoe_base::{Lane, Layer, Phase, Rank};
+use epsmoe_engine::StepReport;
 use epsmoe_plan::{LayerWindow, Span, TimeBreakdown, Timeline};
+use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 /// One MoE layer of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -17,6 +20,40 @@ pub(super) struct LayerTime {
     pub(super) experts_ms: f64,
     /// Dispatch and combine, on the rank that waits least for the others in them.
     pub(super) transfer_ms: f64,
+}
+
+/// What the hosts of the ranks took for one MoE layer, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(super) struct HostTime {
+    /// Reading the histograms and enqueueing the packing, on the rank that took longest.
+    pub(super) packing_us: f64,
+    /// The count exchange, on the rank that came last.
+    pub(super) rendezvous_us: f64,
+    /// From everybody's counts to a plan, on the rank that took longest.
+    pub(super) planning_us: f64,
+    /// From the plan to the last operation enqueued, likewise.
+    pub(super) enqueueing_us: f64,
+}
+
+/// Every MoE layer of a step whose ranks met.
+pub(super) fn host_times(step: &StepReport) -> Vec<HostTime> {
+    let layers = step.outputs.iter().map(|output| output.layers.len()).min().unwrap_or(0);
+    let between = |from: Option<Instant>, to: Option<Instant>| {
+        Some(to?.saturating_duration_since(from?).as_secs_f64() * 1e6)
+    };
+    let of_layer = |layer: usize| {
+        let mut time = HostTime { rendezvous_us: f64::INFINITY, ..HostTime::default() };
+        for output in &step.outputs {
+            let host = &output.layers[layer].host;
+            let longest = |time: &mut f64, us: f64| *time = time.max(us);
+            longest(&mut time.packing_us, between(host.counted, host.packed)?);
+            time.rendezvous_us = time.rendezvous_us.min(between(host.packed, host.exchanged)?);
+            longest(&mut time.planning_us, between(host.exchanged, host.planned)?);
+            longest(&mut time.enqueueing_us, between(host.planned, host.enqueued)?);
+        }
+        Some(time)
+    };
+    (0..layers).filter_map(of_layer).collect()
 }
 
 /// The MoE layer of a timeline whose time is the median, on all ranks.
