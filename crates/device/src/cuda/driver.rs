@@ -238,6 +238,15 @@ impl Stream {
         if copy.width == 0 || copy.rows == 0 {
             return Ok(());
         }
+        if copy.rows == 1 {
+            let address = |end: End| match end {
+                End::Host(pointer) => pointer as u64,
+                End::Device(pointer) => pointer,
+            };
+            // A single row may be longer than pitches can be. SAFETY: the caller's promise; addresses of host and GPUs
+            // are of one space, in which the driver tells them apart.
+            return unsafe { self.copy_bytes(address(copy.from), address(copy.to), copy.width) };
+        }
         let place = |end: End| match end {
             End::Host(pointer) => (sys::CUmemorytype::CU_MEMORYTYPE_HOST, pointer, 0),
             End::Device(pointer) => (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, null_mut(), pointer),
@@ -264,46 +273,6 @@ impl Stream {
         };
         // SAFETY: the caller's promise.
         unsafe { call!(cuMemcpy2DAsync_v2(&described, self.handle)) }
-    }
-
-    /// Copies pieces of this GPU's memory to others of it, in any order, by what computes least if there is a choice.
-    /// The driver only reads the three lists, which are of one length.
-    ///
-    /// # Safety
-    /// As [`fill`](Stream::fill), for both ends of every piece.
-    pub(super) unsafe fn copy_pieces(
-        &self,
-        from: &mut [u64],
-        to: &mut [u64],
-        sizes: &mut [usize],
-    ) -> Result<(), CudaError> {
-        let count = sizes.len();
-        if count == 0 {
-            return Ok(());
-        }
-        let nowhere =
-            sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
-        let mut attributes = sys::CUmemcpyAttributes {
-            srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
-            srcLocHint: nowhere,
-            dstLocHint: nowhere,
-            flags: sys::CUmemcpyFlags::CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE as c_uint,
-        };
-        // The attributes are those of all pieces from the first on.
-        let mut first = 0;
-        // SAFETY: the caller's promise; all lists outlive the call and are as long as it says.
-        unsafe {
-            call!(cuMemcpyBatchAsync_v2(
-                to.as_mut_ptr(),
-                from.as_mut_ptr(),
-                sizes.as_mut_ptr(),
-                count,
-                &mut attributes,
-                &mut first,
-                1,
-                self.handle,
-            ))
-        }
     }
 
     /// Copies rows of bytes from the memory of another GPU, directly or by way of the host, as the two can.

@@ -81,11 +81,9 @@ impl PeerQueue for CudaQueue {
         Ok(self.stream.wait(mark)?)
     }
 
-    /// Rows without gaps on this GPU go in one call of the driver, others in one each.
     unsafe fn copy(&self, copies: &[(&CudaRows, &Buffer)]) -> Result<(), DeviceError> {
         let context = &self.device.context;
         context.bind()?;
-        let (mut from, mut to, mut sizes) = (Vec::new(), Vec::new(), Vec::new());
         for (rows, buffer) in copies {
             self.keep(&rows.memory);
             let size = buffer.dtype.bytes();
@@ -99,24 +97,16 @@ impl PeerQueue for CudaQueue {
             }
             .without_gaps();
             let peer = &rows.device.context;
-            if copy.width == 0 || copy.rows == 0 {
-                continue;
-            }
-            if !Arc::ptr_eq(peer, context) {
-                // SAFETY: the caller's promise for both ends, which `share` and `address` found inside their
-                // allocations; the source is kept, above.
-                unsafe { self.stream.copy_from_peer(&copy, peer) }?;
-            } else if copy.rows > 1 {
-                // SAFETY: as above.
-                unsafe { self.stream.copy(&copy) }?;
-            } else if let (End::Device(start), End::Device(end)) = (copy.from, copy.to) {
-                from.push(start);
-                to.push(end);
-                sizes.push(copy.width);
-            }
+            // SAFETY: the caller's promise for both ends, which `share` and `address` found inside their allocations; the
+            // source is kept, above.
+            unsafe {
+                match Arc::ptr_eq(peer, context) {
+                    true => self.stream.copy(&copy),
+                    false => self.stream.copy_from_peer(&copy, peer),
+                }
+            }?;
         }
-        // SAFETY: as above.
-        Ok(unsafe { self.stream.copy_pieces(&mut from, &mut to, &mut sizes) }?)
+        Ok(())
     }
 
     fn holds(&self) -> Option<&dyn Holds> {
