@@ -4,7 +4,7 @@
 use epsmoe_base::DType;
 use epsmoe_device::op::{GroupLimit, TopKRouter};
 use epsmoe_model::config::{self, Config};
-use epsmoe_model::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, preset};
+use epsmoe_model::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, preset, preset_text};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -643,4 +643,22 @@ fn a_huge_config_is_not_read() {
         message.ends_with("1099511627776 bytes are more than such a file may have (16777216)"),
         "{message}"
     );
+}
+
+#[test]
+fn other_values_take_the_place_of_some_and_objects_are_merged() {
+    let with = |name: &str, overrides: Value| {
+        let text = preset_text(name).unwrap().as_bytes();
+        Config::parse_with(text, name, overrides.as_object().unwrap())
+    };
+    let whole = preset("deepseek-v2").unwrap();
+    let few = with("deepseek-v2", json!({ "num_hidden_layers": 3 })).unwrap().spec;
+    assert_eq!(few, ModelSpec { layers: whole.layers[..3].to_vec(), ..whole });
+    let inside = with("dbrx", json!({ "ffn_config": { "moe_num_experts": 4 } })).unwrap().spec;
+    let moe = inside.layers[0].mlp.moe().unwrap();
+    let unchanged = preset("dbrx").unwrap();
+    let before = unchanged.layers[0].mlp.moe().unwrap();
+    assert_eq!((moe.experts, moe.inner, moe.gate.top_k), (4, before.inner, before.gate.top_k));
+    let refused = with("dbrx", json!({ "d_model": "wide" })).unwrap_err().to_string();
+    assert!(refused.contains("d_model"), "{refused}");
 }
