@@ -9,9 +9,9 @@ ranks=${1:-4}
 link=${2:-40GB/s}
 for model in deepseek-v2 qwen3-30b-a3b; do
     name=overlap-$model-$ranks
-    "$here/epsmoe" bench --model preset:$model --hf-overrides '{"num_hidden_layers": 3}' --device cuda:0 --dtype bfloat16 \
+    "$here/epsmoe" bench --model preset:$model --hf-overrides '{"num_hidden_layers": 2}' --device cuda:0 --dtype bfloat16 \
         --data-parallel-size "$ranks" --enable-expert-parallel --link "$link" --batch-size $((2 * ranks)) --input-len 1024 \
-        --num-iters 5 --max-seconds 20 --contender serial --contender two-batch --contender staged:2 --contender staged:4 \
+        --num-iters 10 --max-seconds 20 --contender serial --contender two-batch --contender staged:2 --contender staged:4 \
         --contender staged:8 --contender staged:16 --contender auto --json $name.json --report $name.html \
         --trace $name.trace.json || exit 1
 done
