@@ -25,7 +25,7 @@ mod text;
 
 use epsmoe_base::DType;
 use epsmoe_model::{ModelSpec, MoeSpec};
-use epsmoe_plan::{CostModel, Machine, PlanError};
+use epsmoe_plan::{CostModel, MOST_NS, Machine, PlanError};
 use frame::{Frame, sum};
 use serde::Serialize;
 use std::fmt;
@@ -276,6 +276,10 @@ impl Advisor<'_> {
         frame: &Frame,
         experts: Experts,
     ) -> Result<Row, AdviseError> {
+        if [experts.ns, frame.attention_ns, frame.collective_ns].into_iter().any(|ns| ns >= MOST_NS) {
+            // Some part of it may be longer than it was priced at.
+            return Err(limits::beyond());
+        }
         let experts_ns = sum([experts.ns, frame.residual_ns])?;
         let layer_ns = sum([frame.attention_ns, frame.collective_ns, experts_ns])?;
         let sparse = self.model.layers.iter().filter(|layer| layer.mlp.moe().is_some()).count();

@@ -2,7 +2,7 @@
 
 use crate::{AdviseError, Load};
 use epsmoe_model::{MlpSpec, ModelSpec, MoeSpec};
-use epsmoe_plan::{KernelFigures, Machine, Piecewise};
+use epsmoe_plan::{KernelFigures, MOST_NS, Machine, Piecewise};
 use std::ops::RangeInclusive;
 
 /// Tokens of a batch.
@@ -13,8 +13,8 @@ const RANKS: usize = 4096;
 const RATES: RangeInclusive<u64> = 1_000_000..=1_000_000_000_000_000_000;
 /// What an operation or an exchange costs besides its work, in nanoseconds.
 const TIMES: RangeInclusive<u64> = 0..=1_000_000_000_000;
-/// Nanoseconds that one product may take: over a day, so that those of all layers together can be added up.
-const LONGEST_NS: f64 = 1e14;
+/// Nanoseconds that one product may take: what is priced is no longer.
+const LONGEST_NS: f64 = MOST_NS as f64;
 
 /// Refuses what would not fit into the numbers of a plan.
 pub(crate) fn check(

@@ -77,3 +77,64 @@ fn whatever_is_allowed_adds_up() {
         }
     }
 }
+
+/// Figures at the ends of what is allowed, and beyond: rows that add up, or a sentence.
+#[test]
+fn figures_at_their_ends_are_told_or_refused() {
+    let seed = test_seed();
+    eprintln!("EPSMOE_TEST_SEED={seed}");
+    let mut mix = Mix::new(seed);
+    let (mut told, mut refused) = (0, 0);
+    for _ in 0..200 {
+        let mut figure = |least: u64, most: u64| match mix.below(8) {
+            0 => least,
+            1 => most,
+            2 => most.saturating_add(1),
+            3 => least.saturating_sub(1),
+            4 => 1 << mix.below(64),
+            _ => least + mix.next_u64() % (most - least),
+        };
+        let rate = |it: u64| it.min(i64::MAX as u64);
+        let (flops, memory) = (rate(figure(1_000_000, 1 << 60)), rate(figure(1_000_000, 1 << 60)));
+        let (start, link) = (rate(figure(0, 1 << 40)), rate(figure(1_000_000, 1 << 60)));
+        let (op, permille, node) = (rate(figure(0, 1 << 40)), rate(figure(1, 1000)), figure(1, 4));
+        let (batch, sequence) = (1 << mix.below(14), 1 << mix.below(15));
+        let name = ["mixtral-8x7b", "deepseek-v2", "deepseek-v3"][mix.below(3)];
+        let kernel =
+            format!("{{ rows = [[1, {permille}], [4096, 1000]], depth = [[1, 1000]], op_ns = {op} }}");
+        let sourced = |value: u64| format!("{{ value = {value}, source = \"assumed\" }}");
+        let text = format!(
+            "[gpu.own]\nmemory_bytes = {}\nflops_per_second = {}\nmemory_bytes_per_second = {}\n\
+             [link.own]\nstart_ns = {}\nbytes_per_second = {}\n\
+             [kernels.own]\nsource = \"assumed\"\ngrouped = {kernel}\ndense = {kernel}\n\
+             attention = {{ value = [[1, {permille}]], source = \"assumed\" }}\n\
+             shares = {{ value = [{{ reserved = 0, compute = {}, compute_beside = 1000, transfer_beside = 1000 }}], \
+             source = \"assumed\" }}\n\
+             [machine.own]\nabout = \"\"\nranks = 8\nnode_ranks = {node}\ngpu = \"own\"\nkernels = \"own\"\n\
+             host = \"server\"\nnear = \"own\"\nfar = \"own\"\n",
+            sourced(1 << 40),
+            sourced(flops),
+            sourced(memory),
+            sourced(start),
+            sourced(link),
+            1000 + permille,
+        );
+        let advice = Machine::parse(&text)
+            .map_err(|error| error.to_string())
+            .and_then(|machine| ask(name, &machine, &load(batch, sequence)));
+        match advice {
+            Err(message) => {
+                refused += 1;
+                assert!(message.len() < 300 && !message.contains("corrupt"), "{message}\n{text}");
+            }
+            Ok(advice) => {
+                told += 1;
+                for row in &advice.rows {
+                    assert_eq!(row.layer_ns, row.attention_ns + row.collective_ns + row.experts_ns, "{text}");
+                    assert!(row.prefill_ns >= row.layer_ns, "{row:?}\n{text}");
+                }
+            }
+        }
+    }
+    assert!(told > 10 && refused > 10, "{told} told, {refused} refused");
+}

@@ -1,7 +1,7 @@
 //! The program `epsmoe`: Mixture-of-Experts inference with an expert pipeline.
 //!
-//! In reading order: `args` (what was typed), `setup` (what it means: a model, a world of ranks, engines), one file
-//! per command in `commands`. Beside them: `locate` (where a model is), `watch` (how far loading is), `tensors` (writing
+//! In reading order: `args` (what was typed), `setup` (what it means: a model, a world of ranks, engines), `prompt`
+//! (texts and conversations), one file per command in `commands`. Beside them: `locate` (where a model is), `watch` (how far loading is), `tensors` (writing
 //! safetensors), `output` (what goes to the terminal and to files), `machine` and `memory` (what this computer is, and
 //! what of it this process may use), `client` (asking a server).
 
@@ -12,6 +12,7 @@ mod locate;
 mod machine;
 mod memory;
 mod output;
+mod prompt;
 mod report;
 mod setup;
 mod tensors;

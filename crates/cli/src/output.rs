@@ -1,12 +1,12 @@
 //! What goes to the terminal and to files.
 
 use anyhow::{Context, Result};
+use epsmoe_base::files;
 use epsmoe_base::text::{is_obeyed, printable, shortened};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use std::fmt;
-use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, BufWriter, ErrorKind, IsTerminal, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -132,49 +132,16 @@ pub(crate) fn remember_panics() -> LastPanic {
 
 /// Refuses a place where no file can be, before anything is computed for it.
 pub(crate) fn check_place(path: &Path) -> Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let problem = match std::fs::metadata(folder) {
-        Err(error) => Some(error),
-        Ok(metadata) if !metadata.is_dir() => Some(ErrorKind::NotADirectory.into()),
-        Ok(_) => path.is_dir().then(|| ErrorKind::IsADirectory.into()),
-    };
-    problem.map_or(Ok(()), Err).with_context(|| format!("cannot write {}", path.display()))
+    files::check_place(path).with_context(|| cannot_write(path))
 }
 
-/// Writes a whole file or none: beside its place first, then renamed. What is no file, like a pipe, is written
-/// straight to.
+/// Writes a whole file or none.
 pub(crate) fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
-    check_place(path)?;
-    let is_special = |metadata: Metadata| !metadata.is_file();
-    let written = if std::fs::metadata(path).is_ok_and(is_special) {
-        OpenOptions::new().write(true).open(path).and_then(|file| fill(file, write))
-    } else {
-        write_beside(path, write)
-    };
-    written.with_context(|| format!("cannot write {}", path.display()))
+    files::write_whole(path, write).with_context(|| cannot_write(path))
 }
 
-fn write_beside(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
-    let name = path.file_name().ok_or(ErrorKind::IsADirectory)?.to_string_lossy();
-    let unfinished = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
-    let file = OpenOptions::new().write(true).create_new(true).open(&unfinished)?;
-    let written = fill(file, write).and_then(|()| std::fs::rename(&unfinished, path));
-    if written.is_err() {
-        // What cannot be removed either is not worth another message.
-        let _ = std::fs::remove_file(&unfinished);
-    }
-    written
-}
-
-fn fill(file: File, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
-    let mut file = BufWriter::with_capacity(1 << 20, file);
-    write(&mut file)?;
-    let file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
-    match file.sync_all() {
-        // Pipes and terminals cannot be synchronised.
-        Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(()),
-        synced => synced,
-    }
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write {}", path.display())
 }
 
 /// A line that says what is being done for how long, where standard error is a terminal.

@@ -1,11 +1,13 @@
 //! What the flags of a command that runs a model mean: a model, a world of ranks, and engines over it. Everything
 //! that cannot work is refused here, before weights are read.
 
-use crate::args::{DeviceKind, Dtype, Gemm, ModelArgs, RunArgs, ScheduleKind, SharedExpertPlace};
+use crate::args::{DeviceKind, Dtype, Gemm, ModelArgs, RunArgs, ScheduleKind, SharedExpertPlace, TextArgs};
 use crate::locate::{Place, locate};
+use crate::prompt::encode;
 use crate::watch::LayerSample;
 use crate::{machine, memory, output};
 use anyhow::{Context, Result, anyhow, bail};
+use epsmoe_base::files::open_plain;
 use epsmoe_base::{Bytes, DType, FaultCell, Rank};
 use epsmoe_device::cpu::CpuKernels;
 use epsmoe_device::cpu::gemm::Isa;
@@ -21,12 +23,10 @@ use epsmoe_plan::{
     CostModel, GemmKind, LayerHistograms, Policy, Schedule, SharedExpert, SlotMap, TokenHistograms,
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
-use epsmoe_text::{ChatTemplate, GenerationConfig, RenderRequest, SpecialTokens, Tokenizer};
-use serde_json::json;
+use epsmoe_text::{ChatTemplate, GenerationConfig, SpecialTokens, Tokenizer};
 use std::fmt::Display;
-use std::fs::File;
 use std::io::BufReader;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -63,8 +63,10 @@ impl OpenModel {
                 let generation = GenerationConfig::open(&folder)?;
                 let weights = Box::new(Checkpoint::open(&folder)?);
                 let unused = weights.check(&spec)?;
-                remarks.into_iter().chain(unused).for_each(output::warn);
-                spec.eos.extend(generation.eos());
+                let remarks = remarks.iter().chain(&generation.remarks).chain(&unused);
+                remarks.for_each(output::warn);
+                let eos = generation.eos().iter().filter(|&&id| (id as usize) < spec.vocab);
+                spec.eos.extend(eos);
                 if !says_dtype {
                     spec.dtype = weights.dtype(&spec).unwrap_or(spec.dtype);
                 }
@@ -73,9 +75,14 @@ impl OpenModel {
         }
     }
 
-    /// The model's tokenizer; nothing where there is none.
-    pub(crate) fn tokenizer(&self) -> Result<Option<Tokenizer>> {
-        Ok(self.folder.as_deref().map(Tokenizer::open).transpose()?.flatten())
+    /// The model's tokenizer, whose end of a text is one of the model's from now on; nothing where there is none.
+    pub(crate) fn tokenizer(&mut self) -> Result<Option<Tokenizer>> {
+        let tokenizer = self.folder.as_deref().map(Tokenizer::open).transpose()?.flatten();
+        let eos = tokenizer.as_ref().and_then(Tokenizer::eos);
+        if let Some(eos) = eos.filter(|&id| (id as usize) < self.spec.vocab && !self.spec.eos.contains(&id)) {
+            Arc::make_mut(&mut self.spec).eos.push(eos);
+        }
+        Ok(tokenizer)
     }
 
     /// The model's special tokens; none where there are none.
@@ -88,38 +95,10 @@ impl OpenModel {
         Ok(self.folder.as_deref().map(ChatTemplate::open).transpose()?.flatten())
     }
 
-    /// Token ids of a prompt.
-    pub(crate) fn encode(&self, prompt: &str, chat: Option<Chat>) -> Result<Vec<u32>> {
-        encode(self.folder.as_deref(), &self.name, prompt, chat)
+    /// Token ids of what was typed.
+    pub(crate) fn encode(&self, tokenizer: Option<&Tokenizer>, text: &TextArgs) -> Result<Vec<u32>> {
+        encode(self.folder.as_deref(), &self.name, tokenizer, text)
     }
-}
-
-/// How a prompt becomes a conversation.
-pub(crate) struct Chat<'a> {
-    /// What the system says first.
-    pub(crate) system: Option<&'a str>,
-}
-
-/// Token ids of a prompt, by the tokenizer and the chat template in a model's folder.
-pub(crate) fn encode(
-    folder: Option<&Path>,
-    model: &str,
-    prompt: &str,
-    chat: Option<Chat>,
-) -> Result<Vec<u32>> {
-    let folder = folder.with_context(|| format!("{model} has no tokenizer: give the prompt as --ids"))?;
-    let tokenizer = Tokenizer::open(folder)?
-        .with_context(|| format!("{} has no tokenizer.json: give the prompt as --ids", folder.display()))?;
-    let Some(chat) = chat else { return Ok(tokenizer.encode_special(prompt)?) };
-    let template = ChatTemplate::open(folder)?.with_context(|| {
-        format!("{} has no chat template: leave out --chat and write the whole prompt", folder.display())
-    })?;
-    let message = |role: &str, content: &str| json!({ "role": role, "content": content });
-    let system = chat.system.map(|system| message("system", system));
-    let messages: Vec<_> = system.into_iter().chain([message("user", prompt)]).collect();
-    let request =
-        RenderRequest { messages: &messages, add_generation_prompt: true, ..RenderRequest::default() };
-    Ok(tokenizer.encode(&template.render(&request)?)?)
 }
 
 /// The configuration of a preset, with what was typed instead.
@@ -568,14 +547,20 @@ impl Setup {
     }
 }
 
-/// What work costs here: as the given profile says, or the one that `epsmoe profile` left for this machine, or as nobody
-/// measured. What a paced link carries follows from the link.
+/// What work costs here: as the given profile says, or the one that `epsmoe profile` left for this machine if that can be
+/// used, or as nobody measured. What a paced link carries follows from the link.
 fn cost(args: &RunArgs, machine: &Fingerprint) -> Result<CostModel> {
     let by_default = default_path(machine);
+    let unmeasured = || CostModel::unmeasured(machine.dtype, machine.threads, machine.cores as u32);
     let cost = match &args.profile {
         Some(file) => load(file, machine)?,
-        None if by_default.exists() => load(&by_default, machine)?,
-        None => CostModel::unmeasured(machine.dtype, machine.threads, machine.cores as u32),
+        None if by_default.exists() => load(&by_default, machine).unwrap_or_else(|error| {
+            output::warn(format_args!(
+                "{error}; it is ignored, and the auto schedule begins with round figures"
+            ));
+            unmeasured()
+        }),
+        None => unmeasured(),
     };
     Ok(match args.link.0 {
         Some(link) => with_link(&cost, link),
@@ -592,12 +577,14 @@ fn parallel(args: &RunArgs) -> Parallel {
 
 /// Whether routing is written down, or read.
 fn routing(args: &RunArgs) -> Result<RoutingMode> {
-    if args.routing_record.is_some() {
+    if let Some(file) = &args.routing_record {
+        output::check_place(file)?;
         return Ok(RoutingMode::Record);
     }
     let Some(file) = &args.routing_replay else { return Ok(RoutingMode::FromRouter) };
     let cannot = || format!("cannot replay {}", file.display());
-    let text = BufReader::new(File::open(file).with_context(cannot)?);
+    let (text, _) = open_plain(file).with_context(cannot)?;
+    let text = BufReader::new(text);
     Ok(RoutingMode::Replay(Arc::new(RoutingLog::read(text).with_context(cannot)?)))
 }
 

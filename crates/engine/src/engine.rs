@@ -7,7 +7,7 @@ use crate::{
     Completion, EngineError, EngineStats, Event, Executor, Failure, Finish, Request, RequestId, StepReport,
     ThreadExecutor, TokenLogprobs,
 };
-use epsmoe_base::{FaultCell, Rank};
+use epsmoe_base::{Fault, FaultCell, Rank};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{BLOCK_SIZE, Batch, Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
@@ -15,7 +15,7 @@ use epsmoe_pipeline::RoutingLog;
 use epsmoe_plan::{Policy, ScheduleReport};
 use std::collections::HashMap;
 use std::num::NonZero;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How an engine is set up.
@@ -253,7 +253,9 @@ impl Engine {
     /// Waits for the step that was started, and takes in what it gave.
     pub(crate) fn finish(&mut self) -> Result<StepReport, EngineError> {
         let Some(launched) = self.in_flight.take() else { return Ok(StepReport::default()) };
-        let mut report = self.executor.finish()?;
+        let step = self.counts.steps;
+        let in_step = |fault: Fault| Fault { message: format!("{} (step {step})", fault.message), ..fault };
+        let mut report = self.executor.finish().map_err(in_step)?;
         for output in &mut report.outputs {
             self.routing.merge(std::mem::take(&mut output.routing));
         }
@@ -479,10 +481,19 @@ fn advance(parts: &mut [Part<'_>], vocab: usize, workspaces: &mut Vec<Workspace>
         return run(parts, &mut workspaces[0]);
     }
     let share = parts.len().div_ceil(threads);
-    std::thread::scope(|scope| {
-        for (parts, workspace) in parts.chunks_mut(share).zip(workspaces) {
-            scope.spawn(move || run(parts, workspace));
+    let shares = Mutex::new(parts.chunks_mut(share).zip(workspaces).collect::<Vec<_>>());
+    let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let work = || {
+        while let Some((parts, workspace)) = next() {
+            run(parts, workspace);
         }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // A thread that the system does not give leaves its share to the others.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, work);
+        }
+        work();
     });
 }
 

@@ -397,7 +397,7 @@ impl<B: Backend> ExpertPipeline<B> {
     }
 
     pub(crate) fn wait(&self, event: &B::Event) -> Result<(), PipelineError> {
-        Ok(self.device.wait(event, Deadline::after(2 * self.options.timeout))?)
+        Ok(self.device.wait(event, Deadline::behind(self.options.timeout))?)
     }
 
     fn note(&self, batches: &[Batch], report: &mut LayerReport) {

@@ -3,11 +3,11 @@
 //! Every time is in nanoseconds and every factor in thousandths (*permille*). All arithmetic is on integers, so the
 //! same file gives bit-identical times on every rank, whatever its processor or compiler.
 
-use crate::piecewise::scale;
+use crate::piecewise::{MOST_NS, saturated, scale};
 use crate::{GemmKind, Piecewise, Work};
 use epsmoe_base::{DType, hash_bytes};
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 /// A cost model, or a machine's description, that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -135,14 +135,15 @@ impl GemmCost {
     pub fn product(&self, columns: usize, depth: usize, element_bytes: usize) -> Product<'_> {
         let elements = columns as u128 * depth as u128;
         let computed = (columns as u128).max(self.least_columns.into()) * depth as u128;
-        let row_ps = 2 * computed * 1_000_000_000_000 * 1000
+        let row_ps = (2 * computed).saturating_mul(1_000_000_000_000 * 1000)
             / rate(self.flops_per_second)
             / self.depth_permille(depth);
-        let weight_ns = elements * element_bytes as u128 * 1_000_000_000 / rate(self.weight_bytes_per_second);
+        let weight_ns = elements.saturating_mul(element_bytes as u128 * 1_000_000_000)
+            / rate(self.weight_bytes_per_second);
         Product {
             rows: &self.rows,
-            row_ps: row_ps.max(1) as u64,
-            weight_ns: weight_ns as u64,
+            row_ps: saturated(row_ps.max(1)),
+            weight_ns: saturated(weight_ns),
             op_ns: self.op_ns,
         }
     }
@@ -163,15 +164,30 @@ impl GemmCost {
 
     fn check(&self, table: &str) -> Result<(), CostError> {
         let refuse = |problem: &str| Err(CostError::Table { table: table.into(), problem: problem.into() });
-        if self.flops_per_second == 0 || self.weight_bytes_per_second == 0 {
-            return refuse("has a rate of 0");
+        for rate in [self.flops_per_second, self.weight_bytes_per_second] {
+            if !RATES.contains(&rate) {
+                return refuse(&format!(
+                    "has a rate of {rate}, but a second holds from {} to {}",
+                    RATES.start(),
+                    RATES.end()
+                ));
+            }
+        }
+        if self.op_ns > LONGEST_NS {
+            return refuse(&longer(self.op_ns));
+        }
+        if self.least_columns > MOST_COLUMNS {
+            return refuse(&format!(
+                "has {} columns at the least, more than {MOST_COLUMNS}",
+                self.least_columns
+            ));
         }
         for curve in [&self.rows, &self.depth] {
             if !curve.is_sorted() {
                 return refuse("has an efficiency whose points do not ascend");
             }
-            if curve.points().iter().any(|&(_, permille)| permille == 0) {
-                return refuse("has an efficiency of 0");
+            if curve.points().iter().any(|&(_, permille)| !(1..=MOST_PERMILLE).contains(&permille)) {
+                return refuse(&format!("has an efficiency that is not from 1 to {MOST_PERMILLE} permille"));
             }
         }
         Ok(())
@@ -179,19 +195,19 @@ impl GemmCost {
 }
 
 impl Product<'_> {
-    /// One expert's part of an operation.
+    /// One expert's part of an operation, at most [`MOST_NS`].
     pub fn expert_ns(&self, rows: u64) -> u64 {
         if rows == 0 {
             return 0;
         }
         // Picoseconds over permille are nanoseconds.
         let compute_ns = rows.saturating_mul(self.row_ps) / self.rows.clamped(rows).max(1);
-        compute_ns.max(self.weight_ns)
+        compute_ns.max(self.weight_ns).min(MOST_NS)
     }
 
-    /// One operation over experts with so many rows each.
+    /// One operation over experts with so many rows each, at most [`MOST_NS`].
     pub fn op_ns(&self, rows: impl IntoIterator<Item = u64>) -> u64 {
-        self.op_ns + rows.into_iter().map(|rows| self.expert_ns(rows)).sum::<u64>()
+        rows.into_iter().fold(self.op_ns, |sum, rows| sum.saturating_add(self.expert_ns(rows))).min(MOST_NS)
     }
 
     /// What an operation costs besides its experts.
@@ -479,12 +495,28 @@ impl CostModel {
             if !curve.is_sorted() || curve.points().windows(2).any(|pair| pair[0].1 > pair[1].1) {
                 return refuse(table, "falls, or its points do not ascend");
             }
+            if let Some(&(_, ns)) = curve.points().iter().find(|point| point.1 > LONGEST_NS) {
+                return refuse(table, &longer(ns));
+            }
+        }
+        let times = [
+            ("link.exchange_ns", link.exchange_ns),
+            ("host.wake_ns", host.wake_ns),
+            ("host.sleep_ns", host.sleep_ns),
+            ("host.queue_ns", host.queue_ns),
+        ];
+        if let Some(&(name, ns)) = times.iter().find(|(_, ns)| *ns > LONGEST_NS) {
+            return refuse(name, &longer(ns));
         }
         if self.shares.is_empty() {
             return refuse("shares", "is empty");
         }
         if self.shares.iter().any(|s| s.compute < 1 || s.compute_beside < 1000 || s.transfer_beside < 1000) {
             return refuse("shares", "has work that speeds up beside other work");
+        }
+        let factors = |s: &ShareCost| [s.reserved, s.compute, s.compute_beside, s.transfer_beside];
+        if self.shares.iter().flat_map(factors).any(|permille| permille > MOST_PERMILLE) {
+            return refuse("shares", &format!("has a factor of more than {MOST_PERMILLE} permille"));
         }
         Ok(())
     }
@@ -550,6 +582,23 @@ impl CostModel {
     pub fn digest(&self) -> u64 {
         hash_bytes(self.to_text().as_bytes())
     }
+}
+
+/// What a processor does in a second, in operations or bytes.
+const RATES: RangeInclusive<u64> = 1_000..=1_000_000_000_000_000_000;
+
+/// The longest time in a file: a quarter of an hour. No figure is larger than that, so that prices, which are several of
+/// them or a figure times a size, fit into their numbers.
+const LONGEST_NS: u64 = 1_000_000_000_000;
+
+/// The largest factor: a hundred times as slow, or as efficient.
+const MOST_PERMILLE: u64 = 100_000;
+
+/// Columns of the widest panel, by far.
+const MOST_COLUMNS: u64 = 1 << 20;
+
+fn longer(ns: u64) -> String {
+    format!("has a time of {ns} ns, longer than any ({LONGEST_NS} ns)")
 }
 
 fn rate(per_second: u64) -> u128 {

@@ -13,9 +13,8 @@
 //! after k, and transfer time still to come after t. Of all partial plans with as many stages and the same end, the
 //! best by that bound survives.
 
-use crate::{CostModel, GemmKind, LayerSizes, Payload, Transfer, Workload};
+use crate::{CostModel, GemmKind, LayerSizes, MOST_NS, Payload, Transfer, Workload};
 use epsmoe_base::Rank;
-use std::ops::RangeInclusive;
 
 /// Predicted times of one rank's experts as running sums, so that a stage's time is a subtraction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,28 +126,31 @@ impl Loads {
     /// within `radius` experts of where [`Loads::boundary`] finds its target.
     pub(crate) fn cut(&self, kinds: &[GemmKind], targets: Option<&[u64]>, radius: usize) -> Vec<usize> {
         let (stages, experts) = (kinds.len(), self.experts());
-        let window = |stage: usize| -> RangeInclusive<usize> {
+        // A programme over all experts is quadratic in them; beyond some hundreds only every so many may begin a stage.
+        let step = experts.div_ceil(MOST_BOUNDARIES).max(1);
+        let ends = |stage: usize| -> Vec<usize> {
             match targets.and_then(|targets| targets.get(stage)) {
-                _ if stage + 1 == stages => experts..=experts,
+                _ if stage + 1 == stages => vec![experts],
                 Some(&target) => {
                     let middle = self.boundary(target);
-                    middle.saturating_sub(radius)..=(middle + radius).min(experts)
+                    (middle.saturating_sub(radius)..=(middle + radius).min(experts)).collect()
                 }
-                None => 0..=experts,
+                None => (0..experts).step_by(step).chain([experts]).collect(),
             }
         };
-        // layers[s][b - first]: the best plan of stages 0..=s that ends at b.
-        let mut layers: Vec<(usize, Vec<Option<Partial>>)> = vec![(0, vec![Some(Partial::default())])];
+        // plans[s]: where stages 0..s may end, and for each the best plan that does.
+        let mut plans: Vec<(Vec<usize>, Vec<Option<Partial>>)> =
+            vec![(vec![0], vec![Some(Partial::default())])];
         for (stage, &kind) in kinds.iter().enumerate() {
-            let (first, before) = &layers[stage];
-            let window = window(stage);
-            let plans = window.clone().map(|end| self.best(*first, before, stage, kind, end)).collect();
-            layers.push((*window.start(), plans));
+            let ends = ends(stage);
+            let best = ends.iter().map(|&end| self.best(&plans[stage], stage, kind, end)).collect();
+            plans.push((ends, best));
         }
         let mut cut = vec![experts; stages + 1];
         for stage in (0..stages).rev() {
-            let (first, plans) = &layers[stage + 1];
-            cut[stage] = plans[cut[stage + 1] - first].map_or(cut[stage + 1], |plan| plan.from);
+            let (ends, best) = &plans[stage + 1];
+            let at = ends.binary_search(&cut[stage + 1]).ok();
+            cut[stage] = at.and_then(|at| best[at]).map_or(cut[stage + 1], |plan| plan.from);
         }
         cut
     }
@@ -156,14 +158,13 @@ impl Loads {
     /// The best way to add a stage that ends at `end`.
     fn best(
         &self,
-        first: usize,
-        before: &[Option<Partial>],
+        (ends, before): &(Vec<usize>, Vec<Option<Partial>>),
         stage: usize,
         kind: GemmKind,
         end: usize,
     ) -> Option<Partial> {
         let mut best: Option<Partial> = None;
-        for (from, plan) in (first..=end).zip(before) {
+        for (&from, plan) in ends.iter().zip(before).take_while(|(from, _)| **from <= end) {
             let Some(plan) = plan else { continue };
             let dispatched = plan.transfer + self.exchange_ns(&self.dispatch, from, end);
             let compute = plan.compute.max(dispatched) + self.compute_ns(kind, from, end);
@@ -249,12 +250,19 @@ struct Partial {
     bound: u64,
 }
 
+/// The longest time of a rank's experts, so that what is multiplied by a permille fits.
+const MOST_SUM_NS: u64 = 1000 * MOST_NS;
+
+/// Places where a stage may begin, where nobody says about where: the largest published models have 512 experts, on more
+/// than one rank.
+const MOST_BOUNDARIES: usize = 512;
+
 fn running_sums(number: usize, of: impl Fn(usize) -> u64) -> Vec<u64> {
     let mut sums = Vec::with_capacity(number + 1);
     let mut sum = 0;
     sums.push(0);
     for index in 0..number {
-        sum += of(index);
+        sum = (sum + of(index).min(MOST_NS)).min(MOST_SUM_NS);
         sums.push(sum);
     }
     sums

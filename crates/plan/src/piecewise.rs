@@ -2,6 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The longest time that anything is priced at, in nanoseconds: under three hours for one operation or exchange. What
+/// would take longer takes as long, so that sums over a layer stay in 64 bits.
+pub const MOST_NS: u64 = 10_000_000_000_000;
+
 /// Points (x, y) with ascending x, joined by straight lines; all whole numbers, so that every rank reads the same
 /// value from the same points.
 ///
@@ -48,7 +52,7 @@ impl Piecewise {
     pub fn line(start: u64, per_second: u64) -> Self {
         // The far point is exact to a part in 10⁹ for rates up to 10¹⁸.
         let far = per_second.max(1);
-        Piecewise(vec![(0, start), (far, start + 1_000_000_000)])
+        Piecewise(vec![(0, start), (far, start.saturating_add(1_000_000_000))])
     }
 
     /// Whether the points ascend as they must.
@@ -71,12 +75,14 @@ impl Piecewise {
         }
     }
 
-    /// The value at `x`; after the last point, along the last line. Meant for rising curves: times by size.
+    /// The value at `x`; after the last point, along the last line, at most [`MOST_NS`]. Meant for rising curves: times by
+    /// size.
     pub fn extended(&self, x: u64) -> u64 {
-        match *self.0.as_slice() {
+        let value = match *self.0.as_slice() {
             [.., left, right] if x > right.0 && right.1 > left.1 => between(left, right, x),
             _ => self.clamped(x),
-        }
+        };
+        value.min(MOST_NS)
     }
 
     /// Every value times `permille` / 1000, rounded up.
@@ -100,7 +106,12 @@ impl Piecewise {
 
 /// `value · permille / 1000`, rounded up.
 pub(crate) fn scale(value: u64, permille: u64) -> u64 {
-    (u128::from(value) * u128::from(permille)).div_ceil(1000) as u64
+    saturated((u128::from(value) * u128::from(permille)).div_ceil(1000))
+}
+
+/// The number, or the largest there is.
+pub(crate) fn saturated(number: u128) -> u64 {
+    u64::try_from(number).unwrap_or(u64::MAX)
 }
 
 /// (x, median of its values), by ascending x.
@@ -115,9 +126,9 @@ fn between(left: (u64, u64), right: (u64, u64), x: u64) -> u64 {
     let rise = right.1.abs_diff(left.1);
     let step = match part.checked_mul(rise) {
         Some(product) => product / run,
-        None => (u128::from(part) * u128::from(rise) / u128::from(run)) as u64,
+        None => saturated(u128::from(part) * u128::from(rise) / u128::from(run)),
     };
-    if right.1 >= left.1 { left.1 + step } else { left.1 - step.min(left.1) }
+    if right.1 >= left.1 { left.1.saturating_add(step) } else { left.1 - step.min(left.1) }
 }
 
 #[cfg(test)]
@@ -133,6 +144,10 @@ mod tests {
         assert_eq!([3, 10, 50].map(|x| falling.extended(x)), [7, 0, 0]);
         assert_eq!(Piecewise::of([]).extended(5), 0);
         assert_eq!(Piecewise::flat(3).extended(u64::MAX), 3);
+        // Beyond all numbers.
+        let steep = Piecewise::of([(0, 0), (1, 1 << 40)]);
+        assert_eq!([steep.extended(u64::MAX), steep.clamped(u64::MAX)], [MOST_NS, 1 << 40]);
+        assert_eq!(Piecewise::line(u64::MAX, 1).extended(7), MOST_NS);
         assert_eq!(Piecewise::line(5, u64::MAX / 2).extended(u64::MAX / 2), 1_000_000_005);
         assert_eq!(Piecewise::line(5, 1_000_000_000).scaled(1500).extended(100), 158);
     }

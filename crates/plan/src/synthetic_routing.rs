@@ -127,11 +127,14 @@ fn repeated(placement: &SlotMap, drawn: &Routing, tokens: usize) -> Result<Token
     let (times, rest) = (tokens / drawn.tokens().max(1), tokens % drawn.tokens().max(1));
     let rest = drawn.slice(0..rest.min(drawn.tokens()));
     let rest = TokenHistograms::of(&rest.assign(placement)?);
+    let assignments = (tokens as u64).saturating_mul(drawn.top_k() as u64);
+    let number = u32::try_from(tokens).ok().filter(|_| assignments <= u64::from(u32::MAX));
+    let number = number.ok_or(PlanError::TooManyAssignments { assignments })?;
     let sum = |all: &[u32], rest: &[u32]| {
         all.iter().zip(rest).map(|(&all, &rest)| all * times as u32 + rest).collect()
     };
     Ok(TokenHistograms {
-        tokens: tokens as u32,
+        tokens: number,
         assignments: sum(&all.assignments, &rest.assignments),
         first: sum(&all.first, &rest.first),
         last: sum(&all.last, &rest.last),

@@ -152,3 +152,56 @@ fn new_buckets_are_decided_after_the_step() {
     assert!(text.starts_with("3 MoE layers planned by 2 decisions; 0 of 0 predictions"), "{text}");
     assert!(text.contains("layers of 2048 tokens or a few more on a rank"), "{text}");
 }
+
+/// A link is as slow as the rank says that waited least, whoever that is; everything else is what all ranks say.
+#[test]
+fn every_rank_is_heard() {
+    let mix = &mut Mix::new(3);
+    let (case, truth) = (case(mix), machine(mix));
+    let look = |measured_ns| PredictedMeasured { predicted_ns: 1_000_000, measured_ns };
+    let rank = |link, product, rows| Feedback {
+        link: look(link),
+        grouped: look(product),
+        dense: look(product),
+        rows: look(rows),
+    };
+    let (a, b, c) = (
+        rank(8_000_000, 1_000_000, 1_000_000),
+        rank(3_000_000, 4_000_000, 1_000_000),
+        rank(5_000_000, 1_000_000, 7_000_000),
+    );
+    let learned = |feedback: &[Feedback]| {
+        let mut planner = AutoPlanner::new(case.shape, Arc::new(truth.clone()), SearchOptions::default());
+        table(&mut planner, Layer(0), &case.placement, std::slice::from_ref(&case.counts), feedback);
+        report(&planner).correction
+    };
+    // Half way from 1 to 3, to (1 + 4 + 1) / 3 = 2 and to (1 + 1 + 7) / 3 = 3.
+    let all = Correction { link: 2000, grouped: 1500, dense: 1500, rows: 2000 };
+    for order in [[a, b, c], [a, c, b], [b, a, c], [b, c, a], [c, a, b], [c, b, a]] {
+        assert_eq!(learned(&order), all);
+    }
+    assert_ne!(learned(&[a]), all);
+}
+
+#[test]
+fn the_shared_expert_is_where_the_decision_puts_it() {
+    let mut places = Vec::new();
+    for seed in 0..60 {
+        let mix = &mut Mix::new(seed);
+        let (case, truth) = (case(mix), machine(mix));
+        let shape = LayerSizes { shared_inner: 256 + mix.below(4000), ..case.shape };
+        let workload = Workload { shape: &shape, ..case.workload() };
+        let decided = search(&workload, &truth, &SearchOptions::default()).decision.shared;
+        let mut planner = AutoPlanner::new(shape, Arc::new(truth), SearchOptions::default());
+        let counts = std::slice::from_ref(&case.counts);
+        let first = table(&mut planner, Layer(0), &case.placement, counts, &[]);
+        assert_eq!(first.shared, SharedExpert::BesideCountExchange, "before anything is decided");
+        assert_eq!(planner.ahead(&case.placement).unwrap().shared, decided, "seed {seed}");
+        let next = table(&mut planner, Layer(1), &case.placement, counts, &[]);
+        assert_eq!(next.shared, decided, "seed {seed}");
+        if !places.contains(&decided) {
+            places.push(decided);
+        }
+    }
+    assert!(places.len() > 1, "{places:?}");
+}

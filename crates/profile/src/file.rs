@@ -1,5 +1,6 @@
 //! Where a machine's cost model is kept, and for which hardware it is good.
 
+use epsmoe_base::files::{check_place, read_plain_text, write_whole};
 use epsmoe_base::{DType, env};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_fabric::Link;
@@ -9,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 /// Raised whenever kernels or the pipeline change what anything costs: older profiles are refused.
 const KERNEL_REVISION: u32 = 6;
+
+/// Bytes of a profile that is read: some hundred times what one has.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// What a profile depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,8 +118,8 @@ pub fn default_path(fingerprint: &Fingerprint) -> PathBuf {
 
 /// Reads a profile, which must be of this hardware and these kernels.
 pub fn load(path: &Path, wanted: &Fingerprint) -> Result<CostModel, ProfileError> {
-    let text =
-        std::fs::read_to_string(path).map_err(|error| ProfileError::Read { path: path.to_owned(), error })?;
+    let text = read_plain_text(path, MOST_BYTES)
+        .map_err(|error| ProfileError::Read { path: path.to_owned(), error })?;
     let cost =
         CostModel::parse(&text).map_err(|error| ProfileError::Model { path: path.to_owned(), error })?;
     let (machine, kernels, dtype) = (wanted.machine(), wanted.kernels(), wanted.dtype.to_string());
@@ -129,14 +133,21 @@ pub fn load(path: &Path, wanted: &Fingerprint) -> Result<CostModel, ProfileError
 
 /// Writes a profile, led by lines of remarks.
 pub fn store(path: &Path, cost: &CostModel, remarks: &[String]) -> Result<(), ProfileError> {
-    let failed = |error| ProfileError::Write { path: path.to_owned(), error };
-    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        std::fs::create_dir_all(folder).map_err(failed)?;
-    }
     let header: String = remarks.iter().map(|line| format!("# {line}\n")).collect();
-    let unfinished = path.with_extension(format!("{}.part", std::process::id()));
-    std::fs::write(&unfinished, header + &cost.to_text()).map_err(failed)?;
-    std::fs::rename(&unfinished, path).map_err(failed)
+    let text = header + &cost.to_text();
+    let written = make_folder(path).and_then(|()| write_whole(path, |out| out.write_all(text.as_bytes())));
+    written.map_err(|error| ProfileError::Write { path: path.to_owned(), error })
+}
+
+/// Makes the folder of a profile, and refuses a place where the profile could not be written: measuring takes a minute.
+pub fn prepare(path: &Path) -> Result<(), ProfileError> {
+    let prepared = make_folder(path).and_then(|()| check_place(path));
+    prepared.map_err(|error| ProfileError::Write { path: path.to_owned(), error })
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    folder.map_or(Ok(()), std::fs::create_dir_all)
 }
 
 /// The same machine with rows between ranks paced by a link: what the link carries follows from its own figures, and a

@@ -1,7 +1,7 @@
 //! Runs of a profile whose time was over before it was whole, kept for the next attempt to go on from.
 
 use crate::{Fingerprint, LayerRun, RankHost};
-use epsmoe_base::files::read_plain;
+use epsmoe_base::files::{read_plain, write_whole};
 use epsmoe_base::{Lane, Layer, Phase, Rank, Stage};
 use epsmoe_plan::{Span, Timeline};
 use serde::{Deserialize, Serialize};
@@ -53,12 +53,7 @@ impl Kept {
     pub(crate) fn store(&self) -> io::Result<&Path> {
         let runs = self.runs.iter().flat_map(|(&at, runs)| runs.iter().map(move |run| KeptRun::of(at, run)));
         let file = KeptFile { of: self.of.clone(), runs: runs.collect() };
-        if let Some(folder) = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-            std::fs::create_dir_all(folder)?;
-        }
-        let unfinished = self.path.with_extension(format!("{}.part", std::process::id()));
-        std::fs::write(&unfinished, serde_json::to_vec(&file)?)?;
-        std::fs::rename(&unfinished, &self.path)?;
+        write_whole(&self.path, |out| Ok(serde_json::to_writer(out, &file)?))?;
         Ok(&self.path)
     }
 

@@ -171,7 +171,7 @@ impl LayerRig {
             };
             let (job, todo) = channel();
             let (answer, faults) = (answer.clone(), faults.clone());
-            std::thread::spawn(move || {
+            let work = move || {
                 if let Err(error) = bench.serve(fabric, pipeline_options, &todo, &answer) {
                     faults.raise(Fault {
                         kind: FaultKind::Invalid,
@@ -182,7 +182,10 @@ impl LayerRig {
                     // Nobody listens any more when the rig is gone.
                     let _ = answer.send(Err(error));
                 }
-            });
+            };
+            let thread = std::thread::Builder::new().name(format!("rank{rank}")).spawn(work);
+            thread
+                .map_err(|error| DeviceError::Unsupported(format!("no thread for rank {rank}: {error}")))?;
             jobs.push(job);
         }
         Ok(LayerRig {
@@ -222,19 +225,7 @@ impl LayerRig {
             bits: 0,
         };
         for _ in 0..self.jobs.len() {
-            let done = self.answers.recv_timeout(self.timeout).map_err(|error| {
-                let late = matches!(error, RecvTimeoutError::Timeout);
-                Fault {
-                    kind: FaultKind::Deadline,
-                    rank: Rank(0),
-                    place: Place::default(),
-                    message: format!(
-                        "no rank {} within {:?}",
-                        if late { "finished a layer" } else { "is left" },
-                        self.timeout
-                    ),
-                }
-            })??;
+            let done = self.answer()??;
             run.timeline.spans.extend(done.spans);
             run.hosts[done.rank.0] = done.host;
             // Ranks answer in any order.
@@ -242,6 +233,22 @@ impl LayerRig {
         }
         run.layer_ns = run.timeline.extent().map_or(0, |extent| extent.end - extent.start);
         Ok(run)
+    }
+
+    /// What the next rank says.
+    fn answer(&self) -> Result<Answer, Fault> {
+        let mut deadline = Deadline::after(self.timeout);
+        let problem = loop {
+            match self.answers.recv_timeout(FaultCell::POLL) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Disconnected) => break "no rank is left".into(),
+                Err(RecvTimeoutError::Timeout) if deadline.passed() => {
+                    break format!("no rank finished a layer within {:?}", self.timeout);
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        };
+        Err(Fault { kind: FaultKind::Deadline, rank: Rank(0), place: Place::default(), message: problem })
     }
 }
 

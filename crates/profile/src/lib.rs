@@ -13,7 +13,7 @@ mod layer_rig;
 mod measure;
 mod samples;
 
-pub use file::{Fingerprint, ProfileError, default_path, load, store, with_link};
+pub use file::{Fingerprint, ProfileError, default_path, load, prepare, store, with_link};
 pub use kept::Kept;
 pub use layer_rig::{LayerRig, LayerRun, RankHost, RigOptions, RigShape};
 pub use measure::{Effort, MeasureError, Progress, measure};

@@ -7,6 +7,7 @@
 //! The files are somebody else's: whatever is in them, reading and using them ends, in bounded memory, with a result
 //! or with an error that names the file. This room knows no model and no wire format.
 
+mod bounds;
 mod chat;
 mod files;
 mod generation_config;

@@ -1,10 +1,9 @@
 //! Tokens to and from text.
 
+use crate::bounds::{self, Growth};
 use crate::token_bytes::{Decoding, Spelling};
 use crate::{SpecialTokens, TextError, files};
-use epsmoe_base::panic_text;
 use std::collections::{HashMap, HashSet};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use tokenizers::{AddedToken, ModelWrapper};
@@ -24,6 +23,10 @@ struct Inner {
     special: HashSet<u32>,
     spelling: Spelling,
     decoding: Decoding,
+    /// On the way to tokens.
+    growth: Growth,
+    /// Whether decoding may take long: it tries regular expressions.
+    decodes_by_regex: bool,
 }
 
 impl Tokenizer {
@@ -37,29 +40,38 @@ impl Tokenizer {
 
     /// Reads the text of the tokenizer.json at `path`.
     pub fn parse(text: &[u8], path: &Path, special: &SpecialTokens) -> Result<Self, TextError> {
-        let tokenizer = guarded(|| -> Result<_, tokenizers::Error> {
-            let mut tokenizer = tokenizers::Tokenizer::from_bytes(text)?;
-            // What belongs to training: it would cut prompts, fill them up, or make their tokens random.
-            tokenizer.with_truncation(None)?.with_padding(None);
-            if let ModelWrapper::BPE(model) = tokenizer.get_model()
-                && model.dropout.is_some()
-            {
-                let mut model = model.clone();
-                model.dropout = None;
-                tokenizer.with_model(model);
-            }
-            add_tokens(&mut tokenizer, special)?;
-            Ok(tokenizer)
-        });
-        let tokenizer = tokenizer.map_err(|problem| {
+        let unreadable = |problem: String| {
             TextError::file(path, format!("cannot be read as a tokenizer ({problem}): fetch the file again"))
-        })?;
-        let eos = special.get("eos_token").and_then(|eos| tokenizer.token_to_id(eos));
+        };
+        let growth = bounds::growth(text)
+            .map_err(|problem| TextError::file(path, format!("{problem}; do not trust this model")))?;
+        let (bytes, special) = (text.to_vec(), special.clone());
+        let names = special.clone();
+        let tokenizer =
+            bounds::within(bounds::time_for(text.len()), move || -> Result<_, tokenizers::Error> {
+                let mut tokenizer = tokenizers::Tokenizer::from_bytes(bytes)?;
+                // What belongs to training: it would cut prompts, fill them up, or make their tokens random.
+                tokenizer.with_truncation(None)?.with_padding(None);
+                if let ModelWrapper::BPE(model) = tokenizer.get_model()
+                    && model.dropout.is_some()
+                {
+                    let mut model = model.clone();
+                    model.dropout = None;
+                    tokenizer.with_model(model);
+                }
+                add_tokens(&mut tokenizer, &special)?;
+                Ok(tokenizer)
+            });
+        let tokenizer = tokenizer.map_err(unreadable)?;
+        let eos = names.get("eos_token").and_then(|eos| tokenizer.token_to_id(eos));
         let added = tokenizer.get_added_tokens_decoder();
         let special = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
         let (spelling, decoding) =
             (Spelling::of(tokenizer.get_decoder()), Decoding::of(tokenizer.get_decoder()));
-        Ok(Tokenizer(Arc::new(Inner { tokenizer, eos, special, spelling, decoding })))
+        let decoder = serde_json::to_string(&tokenizer.get_decoder()).unwrap_or_default();
+        let decodes_by_regex = decoder.contains("\"Regex\"");
+        let inner = Inner { tokenizer, eos, special, spelling, decoding, growth, decodes_by_regex };
+        Ok(Tokenizer(Arc::new(inner)))
     }
 
     /// Token ids of a text, where special tokens are found by their names.
@@ -73,16 +85,23 @@ impl Tokenizer {
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<Vec<u32>, TextError> {
-        let encoding = guarded(|| self.0.tokenizer.encode_fast(text, special)).map_err(|problem| {
-            TextError::Tokenizer(format!("cannot turn the text into tokens: {problem}"))
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        let (inner, owned) = (Arc::clone(&self.0), text.to_owned());
+        let encode = move || inner.tokenizer.encode_fast(owned, special).map(|it| it.get_ids().to_vec());
+        let ids =
+            self.0.growth.allows(text).and_then(|()| bounds::within(bounds::time_for(text.len()), encode));
+        ids.map_err(|problem| TextError::Tokenizer(format!("cannot turn the text into tokens: {problem}")))
     }
 
     /// The text of token ids, with or without special tokens.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        guarded(|| self.0.tokenizer.decode(ids, skip_special))
-            .map_err(|problem| TextError::Tokenizer(format!("cannot turn tokens into text: {problem}")))
+        let text = if self.0.decodes_by_regex {
+            let (inner, owned) = (Arc::clone(&self.0), ids.to_vec());
+            let decode = move || inner.tokenizer.decode(&owned, skip_special);
+            bounds::within(bounds::time_for(ids.len()), decode)
+        } else {
+            bounds::guarded(|| self.0.tokenizer.decode(ids, skip_special))
+        };
+        text.map_err(|problem| TextError::Tokenizer(format!("cannot turn tokens into text: {problem}")))
     }
 
     /// How the vocabulary writes a token, if it has it.
@@ -155,18 +174,11 @@ fn same(one: &AddedToken, other: &AddedToken) -> bool {
     flags(one) == flags(other)
 }
 
-/// What the library says, its panics included: a strange tokenizer.json must not end the program.
-fn guarded<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(|error| error.to_string()),
-        Err(panic) => Err(format!("the tokenizer panicked: {}", panic_text(panic.as_ref()))),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn text_goes_to_tokens_and_back() {
@@ -239,6 +251,36 @@ mod tests {
         let tokenizer = changed(plain, &[("tokenizer_config.json", decoder)]);
         assert_eq!(tokenizer.decode(&[2, 43, 76], true).unwrap(), "Hi");
         assert_eq!(tokenizer.eos(), None);
+    }
+
+    /// A pattern that tries every way to divide a word at every letter of it.
+    #[test]
+    fn slow_patterns_are_not_waited_for() {
+        let tokenizer = changed(
+            |tokenizer| {
+                let pattern = r"a(?=((?:a|a)*)*(?!.))|a";
+                tokenizer["pre_tokenizer"] = json!({ "type": "Split", "pattern": { "Regex": pattern },
+                    "behavior": "Isolated", "invert": false });
+                tokenizer["normalizer"] =
+                    json!({ "type": "Replace", "pattern": { "String": "x" }, "content": "y" });
+            },
+            &[],
+        );
+        let begun = Instant::now();
+        assert!(tokenizer.encode("a b").is_ok());
+        let _ = tokenizer.encode(&"a".repeat(100_000));
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn what_no_tokenizer_needs_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let step = json!({ "type": "Replace", "pattern": { "String": "a" }, "content": "aa" });
+        let bomb = json!({ "version": "1.0", "normalizer": { "type": "Sequence", "normalizers": vec![step; 60] },
+            "model": { "type": "WordLevel", "vocab": { "a": 0 }, "unk_token": "a" } });
+        std::fs::write(folder.path().join(FILE), bomb.to_string()).unwrap();
+        let Err(error) = Tokenizer::open(folder.path()) else { panic!("it was read") };
+        assert!(error.to_string().contains("times as long") && error.to_string().contains(FILE), "{error}");
     }
 
     #[test]

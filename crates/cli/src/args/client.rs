@@ -1,6 +1,6 @@
 //! `epsmoe chat` and `epsmoe bench serve`: clients of a server, ours or any other that speaks OpenAI's API.
 
-use super::values::bounded;
+use super::values::{JsonObject, bounded};
 use clap::builder::BoolishValueParser;
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -37,6 +37,14 @@ pub(crate) struct ChatArgs {
     /// What the conversation begins with
     #[arg(long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
+
+    /// More variables of the server's chat template, like '{"enable_thinking": false}'
+    #[arg(long, value_name = "OBJECT")]
+    pub(crate) chat_template_kwargs: Option<JsonObject>,
+
+    /// End an answer before this text; can be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
 
     /// Most new tokens of an answer
     #[arg(long, value_name = "TOKENS", default_value = "1024", value_parser = bounded(1, 1 << 20))]

@@ -1,9 +1,9 @@
 //! Prompts, sampling, and the commands that take them.
 
-use super::values::{TokenIds, TokenLimit, top_k};
+use super::values::{JsonObject, TokenIds, TokenLimit, top_k};
 use super::{ModelArgs, RunArgs};
-use clap::Args;
 use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args};
 use std::path::PathBuf;
 
 const SAMPLING: &str = "Sampling";
@@ -12,9 +12,20 @@ const SAMPLING: &str = "Sampling";
 #[derive(Args, Debug)]
 pub(crate) struct PromptArgs {
     /// The prompt as token ids, like 5,6,7
-    #[arg(long, required_unless_present = "prompt", conflicts_with_all = ["prompt", "chat", "system"])]
+    #[arg(
+        long,
+        required_unless_present_any = ["prompt", "messages"],
+        conflicts_with_all = ["prompt", "chat", "system", "messages", "chat_template_kwargs"]
+    )]
     pub(crate) ids: Option<TokenIds>,
 
+    #[command(flatten)]
+    pub(crate) text: TextArgs,
+}
+
+/// A text, or a conversation.
+#[derive(Args, Debug)]
+pub(crate) struct TextArgs {
     /// The prompt as text
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
@@ -26,6 +37,15 @@ pub(crate) struct PromptArgs {
     /// A system message before it
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub(crate) system: Option<String>,
+
+    /// A conversation, through the chat template: a file with a list of messages in OpenAI's format, or an object with
+    /// `messages` and perhaps `tools`, `documents` and `chat_template_kwargs`
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["prompt", "chat", "system"])]
+    pub(crate) messages: Option<PathBuf>,
+
+    /// More variables of the chat template, like '{"enable_thinking": false}'
+    #[arg(long, value_name = "OBJECT")]
+    pub(crate) chat_template_kwargs: Option<JsonObject>,
 }
 
 #[derive(Args, Debug)]
@@ -33,6 +53,7 @@ pub(crate) struct PromptArgs {
 Examples:
   epsmoe generate --model ./Qwen3-30B-A3B --prompt 'Once upon a time' --max-tokens 100
   epsmoe generate --model Qwen/Qwen3-30B-A3B --chat --prompt Hello --temperature 0.7 --top-p 0.9 --seed 3
+  epsmoe generate --model ./Qwen3-30B-A3B --messages turns.json --chat-template-kwargs '{\"enable_thinking\": false}'
   epsmoe generate --model ./model --ids 5,6,7 --max-tokens 16 --temperature 0 --ignore-eos --json")]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
@@ -81,6 +102,21 @@ pub(crate) struct SamplingArgs {
     #[arg(long, env = "EPSMOE_STOP", value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
 
+    /// End after any of these tokens too, like 5,6
+    #[arg(long, env = "EPSMOE_STOP_TOKEN_IDS", value_name = "IDS")]
+    pub(crate) stop_token_ids: Option<TokenIds>,
+
+    /// Leave special tokens out of the text; --stop sees them either way
+    #[arg(
+        long,
+        env = "EPSMOE_SKIP_SPECIAL_TOKENS",
+        value_name = "YES|NO",
+        default_value = "true",
+        action = ArgAction::Set,
+        value_parser = BoolishValueParser::new()
+    )]
+    pub(crate) skip_special_tokens: bool,
+
     /// Go on after a token that ends a text
     #[arg(long, env = "EPSMOE_IGNORE_EOS", value_parser = BoolishValueParser::new())]
     pub(crate) ignore_eos: bool,
@@ -105,17 +141,8 @@ pub(crate) struct TokenizeArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 
-    /// The text
-    #[arg(long, value_name = "TEXT")]
-    pub(crate) prompt: String,
-
-    /// Make it a message to the assistant, through the checkpoint's chat template
-    #[arg(long, value_parser = BoolishValueParser::new())]
-    pub(crate) chat: bool,
-
-    /// A system message before it
-    #[arg(long, value_name = "TEXT", requires = "chat")]
-    pub(crate) system: Option<String>,
+    #[command(flatten)]
+    pub(crate) text: TextArgs,
 
     /// Print one line of JSON
     #[arg(long, value_parser = BoolishValueParser::new())]

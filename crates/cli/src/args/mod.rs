@@ -17,7 +17,7 @@ mod values;
 pub(crate) use bench::{BenchArgs, BenchCommand};
 pub(crate) use client::{BenchServeArgs, ChatArgs, Dataset, Goal, GoalFigure, ServerArgs};
 pub(crate) use config_file::with_config_file;
-pub(crate) use generate::{GenerateArgs, LogitsArgs, PromptArgs, SamplingArgs, TokenizeArgs};
+pub(crate) use generate::{GenerateArgs, LogitsArgs, SamplingArgs, TextArgs, TokenizeArgs};
 pub(crate) use plan::{PlanArgs, ProfileArgs};
 pub(crate) use run::{ModelArgs, RunArgs};
 pub(crate) use serve::{LogFormat, MetricsCompat, ServeArgs};

@@ -142,6 +142,20 @@ impl FromStr for TokenIds {
     }
 }
 
+/// An object of JSON.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct JsonObject(pub(crate) Map<String, Value>);
+
+impl FromStr for JsonObject {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        serde_json::from_str(text).map(JsonObject).map_err(|error| {
+            format!("must be an object of JSON, like '{{\"enable_thinking\": false}}' ({error})")
+        })
+    }
+}
+
 /// A number of new tokens, or `-1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TokenLimit {
@@ -259,6 +273,8 @@ mod tests {
         assert_eq!("cuda".parse(), Ok(DeviceKind::Cuda));
         assert_eq!("cuda:3".parse(), Ok(DeviceKind::CudaAt(3)));
         assert!("cuda:x".parse::<DeviceKind>().is_err() && "gpu".parse::<DeviceKind>().is_err());
+        assert_eq!("{\"a\": 1}".parse::<JsonObject>().unwrap().0["a"], 1);
+        assert!("[1]".parse::<JsonObject>().is_err() && "{".parse::<JsonObject>().is_err());
         assert_eq!("-1".parse(), Ok(TokenLimit::Context));
         assert_eq!("7".parse(), Ok(TokenLimit::At(7)));
         assert!("-2".parse::<TokenLimit>().is_err() && top_k("-2").is_err());

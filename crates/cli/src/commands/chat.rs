@@ -45,6 +45,12 @@ fn answer(client: &Client, args: &ChatArgs, said: &[Value]) -> Result<String> {
         body["temperature"] = temperature.into();
     }
     let mut answer = String::new();
+    if let Some(kwargs) = &args.chat_template_kwargs {
+        body["chat_template_kwargs"] = kwargs.0.clone().into();
+    }
+    if !args.stop.is_empty() {
+        body["stop"] = args.stop.clone().into();
+    }
     client.stream("/v1/chat/completions", &body, |event| {
         let piece = event["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
         answer.push_str(piece);

@@ -1,12 +1,12 @@
 //! `epsmoe generate`: one prompt, continued.
 
-use crate::args::{GenerateArgs, PromptArgs, SamplingArgs, TokenLimit};
+use crate::args::{GenerateArgs, SamplingArgs, TokenLimit};
 use crate::output;
-use crate::setup::{Chat, Demand, OpenModel, Setup};
+use crate::setup::{Demand, Setup};
 use anyhow::{Result, bail};
 use epsmoe_base::count;
 use epsmoe_engine::{Completion, Engine, Event, Finish, Request, Sampling};
-use epsmoe_text::DecodeStream;
+use epsmoe_text::{DecodeStream, Tokenizer};
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
@@ -46,29 +46,29 @@ struct Times {
 
 /// Continues a prompt; the text goes out as it comes.
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
-    let setup = Setup::new(&args.run)?;
+    let mut setup = Setup::new(&args.run)?;
+    let tokenizer = setup.model.tokenizer()?;
     let model = &setup.model;
-    let tokenizer = model.tokenizer()?;
     if tokenizer.is_none() && !args.sampling.stop.is_empty() {
         bail!("{} has no tokenizer, so the text of --stop cannot be found: leave it out", model.name);
     }
-    let request = request(args, &setup)?;
+    let request = request(args, &setup, tokenizer.as_ref())?;
     let (step, tokens) = (request.prompt.len(), request.prompt.len().saturating_add(request.max_tokens));
     let options =
         setup.engine_options(Demand { sequences: 1, tokens, step }, setup.parallel, &setup.policy)?;
     request.check(model.spec.vocab, options.max_model_len)?;
 
     let (mut engine, load) = setup.start(options)?;
-    let stop = &args.sampling.stop;
-    let mut stream = tokenizer
+    let (stop, skip_special) = (&args.sampling.stop, args.sampling.skip_special_tokens);
+    let stream = tokenizer
         .as_ref()
-        .map(|tokenizer| DecodeStream::new(tokenizer, stop.clone(), true).after(&request.prompt));
+        .map(|tokenizer| DecodeStream::new(tokenizer, stop.clone(), skip_special).after(&request.prompt));
+    let mut text = stream.map(|stream| AnswerText::new(stream, &request, &model.spec.eos, !args.json));
     let prompt_tokens = request.prompt.len();
-    let (completion, text) = generate(&mut engine, request, stream.as_mut(), !args.json)?;
+    let completion = generate(&mut engine, request, text.as_mut())?;
     setup.write_routing(&engine)?;
     setup.explain(&engine);
-    let text = stream.is_some().then_some(text.as_str());
-
+    let text = text.as_ref().map(|text| text.all.as_str());
     let answer = Answer::new(&model.name, prompt_tokens, &completion, text, load);
     if args.json {
         return output::show_json(&answer);
@@ -81,8 +81,11 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     Ok(())
 }
 
-fn request(args: &GenerateArgs, setup: &Setup) -> Result<Request> {
-    let prompt = prompt_ids(&setup.model, &args.prompt)?;
+fn request(args: &GenerateArgs, setup: &Setup, tokenizer: Option<&Tokenizer>) -> Result<Request> {
+    let prompt = match &args.prompt.ids {
+        Some(ids) => ids.0.clone(),
+        None => setup.model.encode(tokenizer, &args.prompt.text)?,
+    };
     let room = setup.context().saturating_sub(prompt.len());
     let by_default = setup.model.generation.max_new_tokens.unwrap_or(MAX_TOKENS).min(room);
     Ok(Request {
@@ -92,20 +95,11 @@ fn request(args: &GenerateArgs, setup: &Setup) -> Result<Request> {
             None => by_default,
         },
         ignore_eos: args.sampling.ignore_eos,
+        stop_token_ids: args.sampling.stop_token_ids.as_ref().map_or_else(Vec::new, |ids| ids.0.clone()),
         sampling: sampling(&args.sampling, setup),
         prompt,
         ..Request::default()
     })
-}
-
-fn prompt_ids(model: &OpenModel, args: &PromptArgs) -> Result<Vec<u32>> {
-    match (&args.ids, &args.prompt) {
-        (Some(ids), _) => Ok(ids.0.clone()),
-        (None, Some(prompt)) => {
-            model.encode(prompt, args.chat.then_some(Chat { system: args.system.as_deref() }))
-        }
-        (None, None) => bail!("there is no prompt: give --prompt or --ids"),
-    }
 }
 
 /// What was typed goes before what the checkpoint wants. Whoever says which tokens may be drawn wants to draw.
@@ -124,37 +118,66 @@ fn sampling(args: &SamplingArgs, setup: &Setup) -> Sampling {
     }
 }
 
-/// Steps until the request has ended, and its text.
-fn generate(
-    engine: &mut Engine,
-    request: Request,
-    mut stream: Option<&mut DecodeStream>,
+/// The text of an answer as it comes.
+struct AnswerText {
+    stream: DecodeStream,
+    all: String,
+    /// Tokens that end the answer and are no part of its text.
+    silent: Vec<u32>,
+    /// Whether it is shown at once.
     aloud: bool,
-) -> Result<(Completion, String)> {
+}
+
+impl AnswerText {
+    fn new(stream: DecodeStream, request: &Request, eos: &[u32], aloud: bool) -> Self {
+        let eos = if request.ignore_eos { &[] } else { eos };
+        let silent = [eos, &request.stop_token_ids].concat();
+        AnswerText { stream, all: String::new(), silent, aloud }
+    }
+
+    fn token(&mut self, id: u32) -> Result<()> {
+        if self.silent.contains(&id) {
+            return Ok(());
+        }
+        let piece = self.stream.push(id)?;
+        self.say(&piece)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let piece = self.stream.finish()?;
+        self.say(&piece)
+    }
+
+    fn say(&mut self, piece: &str) -> Result<()> {
+        self.all.push_str(piece);
+        if self.aloud { output::show_text(piece) } else { Ok(()) }
+    }
+}
+
+/// Steps until the request has ended. A stop string ends it whatever else would.
+fn generate(engine: &mut Engine, request: Request, mut text: Option<&mut AnswerText>) -> Result<Completion> {
     let begun = Instant::now();
     let id = engine.submit(request)?;
-    let (mut completion, mut text) = (Completion::default(), String::new());
-    let mut say = |piece: String| {
-        text.push_str(&piece);
-        if aloud { output::show_text(&piece) } else { Ok(()) }
-    };
+    let mut completion = Completion::default();
     while !engine.is_idle() {
         engine.step()?;
         for (_, event) in engine.take_events() {
-            if let (Event::Token { id, .. }, Some(stream)) = (&event, &mut stream) {
-                say(stream.push(*id)?)?;
+            if let (Event::Token { id, .. }, Some(text)) = (&event, &mut text) {
+                text.token(*id)?;
             }
             completion.hear(event, begun.elapsed())?;
         }
-        if stream.as_ref().is_some_and(|stream| stream.stopped()) {
+        if text.as_ref().is_some_and(|text| text.stream.stopped()) {
             engine.abort(id);
+        }
+    }
+    if let Some(text) = text {
+        text.finish()?;
+        if text.stream.stopped() {
             completion.finish = Some(Finish::Stop);
         }
     }
-    if let Some(stream) = stream {
-        say(stream.finish()?)?;
-    }
-    Ok((completion, text))
+    Ok(completion)
 }
 
 impl<'a> Answer<'a> {

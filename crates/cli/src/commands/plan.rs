@@ -4,11 +4,15 @@ use crate::args::PlanArgs;
 use crate::{output, setup};
 use anyhow::{Context, Result};
 use epsmoe_advise::{Load, advise};
+use epsmoe_base::files::read_plain_text;
 use epsmoe_plan::Machine;
 use std::path::Path;
 
 /// Stages of the rows with a fixed number of them.
 const STAGES: usize = 4;
+
+/// Bytes of a machine's description: some hundred times what one has.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// Predicts every strategy and schedule, and says which is best and why.
 pub(crate) fn run(args: &PlanArgs) -> Result<()> {
@@ -27,9 +31,9 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
 
 /// A built-in machine, or the one that a file describes.
 fn machine(name: &str) -> Result<Machine> {
-    if !Path::new(name).is_file() {
+    if !Path::new(name).exists() {
         return Ok(Machine::built_in(name)?);
     }
-    let text = std::fs::read_to_string(name).with_context(|| format!("cannot read {name}"))?;
+    let text = read_plain_text(Path::new(name), MOST_BYTES).with_context(|| format!("cannot read {name}"))?;
     Machine::parse(&text).with_context(|| format!("{name} describes no machine"))
 }

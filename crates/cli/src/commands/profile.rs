@@ -5,18 +5,21 @@ use crate::{machine, output};
 use anyhow::{Result, bail};
 use epsmoe_base::DType;
 use epsmoe_device::cpu::gemm::Isa;
-use epsmoe_profile::{Effort, Fingerprint, Kept, RigOptions, default_path, measure, store};
+use epsmoe_profile::{Effort, Fingerprint, Kept, RigOptions, default_path, measure, prepare, store};
 use serde_json::{Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Measures this machine: one profile for every number of ranks.
 pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
-    let written = args.json.iter().filter(|file| file.as_os_str() != "-");
-    written.chain(&args.out).try_for_each(|file| output::check_place(file))?;
+    let mut written = args.json.iter().filter(|file| file.as_os_str() != "-");
+    written.try_for_each(|file| output::check_place(file))?;
     if args.out.is_some() && args.data_parallel_size.len() > 1 {
         bail!("--out names one file, but there would be a profile for each of several numbers of ranks");
+    }
+    for &ranks in &args.data_parallel_size {
+        prepare(&place(args, &settle(args, ranks).0))?;
     }
     let mut made = Vec::new();
     for &ranks in &args.data_parallel_size {
@@ -50,9 +53,14 @@ fn settle(args: &ProfileArgs, ranks: usize) -> (Fingerprint, RigOptions) {
     (Fingerprint::of_cpu(ranks, threads, isa, dtype), options)
 }
 
+/// Where a profile goes.
+fn place(args: &ProfileArgs, fingerprint: &Fingerprint) -> PathBuf {
+    args.out.clone().unwrap_or_else(|| default_path(fingerprint))
+}
+
 fn profile(args: &ProfileArgs, ranks: usize) -> Result<Value> {
     let (fingerprint, options) = settle(args, ranks);
-    let path = args.out.clone().unwrap_or_else(|| default_path(&fingerprint));
+    let path = place(args, &fingerprint);
     let (begun, load_before) = (Instant::now(), load_text());
     let bar = output::step_bar(format!("profiling {}", epsmoe_base::count(ranks, "rank")), 1);
     let effort = Effort::full(Duration::from_secs_f64(args.max_seconds));

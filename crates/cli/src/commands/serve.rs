@@ -4,6 +4,7 @@ use crate::args::{LogFormat, MetricsCompat, Parsers, ServeArgs};
 use crate::output;
 use crate::setup::{Demand, Setup};
 use anyhow::{Context, Result, bail};
+use epsmoe_base::files::read_plain_text;
 use epsmoe_engine::{EngineOptions, EngineService, ServiceOptions};
 use epsmoe_server::{
     Address, Ended, Limits, MetricNames, Reasoning, ServedModel, Server, ServerOptions, Stop, ToolParser,
@@ -20,13 +21,13 @@ const SEQUENCES: usize = 32;
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let _log = start_log(args)?;
     let server = Server::bind(&address(args))?;
-    let setup = Setup::new(&args.run)?;
+    let mut setup = Setup::new(&args.run)?;
+    let tokenizer = setup.model.tokenizer()?;
     let spec = &setup.model.spec;
     let demand = Demand { sequences: SEQUENCES, tokens: spec.max_positions, step: spec.max_positions };
     let options = setup.engine_options(demand, setup.parallel, &setup.policy)?;
     let options = EngineOptions { prefix_caching: true, ..options };
     let max_model_len = options.max_model_len;
-    let tokenizer = setup.model.tokenizer()?;
     let template = template(args, &setup)?;
     let options_of_server = server_options(args, &setup, template.as_ref());
     let (engine, load) = setup.start(options)?;
@@ -66,7 +67,8 @@ fn address(args: &ServeArgs) -> Address {
 /// The template that was named, or the model's own.
 fn template(args: &ServeArgs, setup: &Setup) -> Result<Option<ChatTemplate>> {
     let Some(file) = &args.chat_template else { return setup.model.template() };
-    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let text = read_plain_text(file, ChatTemplate::MOST_BYTES);
+    let text = text.with_context(|| format!("cannot read {}", file.display()))?;
     Ok(Some(ChatTemplate::from_source(text, file, &setup.model.special_tokens()?)?))
 }
 

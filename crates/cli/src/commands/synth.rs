@@ -4,12 +4,15 @@ use crate::args::SynthArgs;
 use crate::output;
 use crate::tensors::{TensorPlan, write_header};
 use anyhow::{Context, Result, bail};
+use epsmoe_base::files::{PART, read_plain_text};
 use epsmoe_base::{Bytes, DType, count};
 use epsmoe_model::{Synthetic, WeightSource, config, preset_text};
 use indicatif::ProgressBar;
 use serde_json::json;
-use std::io::{self, Write};
-use std::path::Path;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
 
 /// Bytes made at a time.
 const PIECE: usize = 4 << 20;
@@ -31,10 +34,15 @@ pub(crate) fn run(args: &SynthArgs) -> Result<()> {
     let shards = shards(&weights, args.max_shard_size.0);
     let total: u64 = shards.iter().flat_map(|shard| &shard.tensors).map(TensorPlan::bytes).sum();
 
-    prepare(&args.out)?;
+    let made = format!("{}seed {}, files of {} bytes\n{text}", NOTE, args.seed, args.max_shard_size.0);
+    let unfinished = Unfinished::open(&args.out, &made)?;
     let progress = output::byte_bar(format!("writing {}", args.out.display()), total);
     for shard in &shards {
-        output::write_file(&args.out.join(&shard.file), |out| write_shard(&weights, shard, out, &progress))?;
+        let file = args.out.join(&shard.file);
+        // Files get their names when they are whole.
+        if !file.exists() {
+            output::write_file(&file, |out| write_shard(&weights, shard, out, &progress))?;
+        }
     }
     progress.finish_and_clear();
     if shards.len() > 1 {
@@ -42,6 +50,7 @@ pub(crate) fn run(args: &SynthArgs) -> Result<()> {
         output::write_file(&args.out.join("model.safetensors.index.json"), |out| out.write_all(&index))?;
     }
     output::write_file(&args.out.join("config.json"), |out| out.write_all(text.as_bytes()))?;
+    unfinished.finish()?;
     let (out, files) = (args.out.display(), count(shards.len(), "file"));
     output::remark(format_args!(
         "wrote {name} with seed {}, {} in {files}, to {out}",
@@ -51,23 +60,82 @@ pub(crate) fn run(args: &SynthArgs) -> Result<()> {
     Ok(())
 }
 
-/// A configuration file of bearable size; pipes and devices may never end.
+/// A configuration file of bearable size.
 fn read(file: &Path) -> Result<String> {
     const LIMIT: u64 = 16 << 20;
-    let failed = || format!("cannot read {}", file.display());
-    let metadata = std::fs::metadata(file).with_context(failed)?;
-    if !metadata.is_file() || metadata.len() > LIMIT {
-        bail!("{} is not a config.json: give the file of a model", file.display());
-    }
-    std::fs::read_to_string(file).with_context(failed)
+    read_plain_text(file, LIMIT)
+        .with_context(|| format!("{} is not a config.json: give the file of a model", file.display()))
 }
 
-/// Makes the folder; refuses one that has something in it, which could be mistaken for part of the checkpoint.
-fn prepare(out: &Path) -> Result<()> {
-    std::fs::create_dir_all(out).with_context(|| format!("cannot make the folder {}", out.display()))?;
-    let mut entries = out.read_dir().with_context(|| format!("cannot read the folder {}", out.display()))?;
-    if entries.next().is_some() {
-        bail!("{} is not empty: give a new folder", out.display());
+/// A checkpoint's folder while its files are made. A hidden file in it says what of, and is locked as long as somebody
+/// writes: whoever comes after an interruption goes on, whoever comes meanwhile is refused.
+struct Unfinished {
+    note: PathBuf,
+    /// Holds the lock.
+    _locked: File,
+}
+
+/// The hidden file, and how it begins.
+const NOTE_NAME: &str = ".epsmoe-synth";
+const NOTE: &str = "`epsmoe synth` has not finished this checkpoint: ";
+
+impl Unfinished {
+    /// Makes the folder, or takes up one in which the same checkpoint was begun. Refuses any other that has something in
+    /// it, which could be mistaken for part of the checkpoint.
+    fn open(folder: &Path, made: &str) -> Result<Self> {
+        let shown = folder.display();
+        std::fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {shown}"))?;
+        let note = folder.join(NOTE_NAME);
+        if !note.exists() && !entries(folder)?.is_empty() {
+            bail!("{shown} is not empty: give a new folder");
+        }
+        let failed = || format!("cannot write {}", note.display());
+        let locked = OpenOptions::new().append(true).read(true).create(true).open(&note);
+        let mut locked = locked.with_context(failed)?;
+        match locked.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                bail!("another `epsmoe synth` is writing to {shown}: give a new folder")
+            }
+            Err(TryLockError::Error(error)) => return Err(error).with_context(failed),
+            Ok(()) => {}
+        }
+        // Whoever had the lock may have finished since.
+        let names = entries(folder)?;
+        if !names.iter().any(|name| name == NOTE_NAME) {
+            bail!("{shown} is not empty: give a new folder");
+        }
+        let limit = made.len() as u64 + 1;
+        let mut begun = String::new();
+        (&locked).take(limit).read_to_string(&mut begun).with_context(failed)?;
+        match begun.as_str() {
+            begun if names.len() == 1 && made.starts_with(begun) => {
+                let rest = &made.as_bytes()[begun.len()..];
+                locked.write_all(rest).and_then(|()| locked.sync_all()).with_context(failed)?;
+            }
+            begun if begun == made => remove_parts(folder, &names)?,
+            _ => bail!(
+                "{shown} has the beginning of another checkpoint: give the flags with which that was begun, or a new folder"
+            ),
+        }
+        Ok(Unfinished { note, _locked: locked })
+    }
+
+    fn finish(self) -> Result<()> {
+        std::fs::remove_file(&self.note).with_context(|| format!("cannot remove {}", self.note.display()))
+    }
+}
+
+/// Names in a folder.
+fn entries(folder: &Path) -> Result<Vec<OsString>> {
+    let entries = folder.read_dir().and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect());
+    entries.with_context(|| format!("cannot read the folder {}", folder.display()))
+}
+
+/// Removes what an interruption left of files that were not whole.
+fn remove_parts(folder: &Path, names: &[OsString]) -> Result<()> {
+    for name in names.iter().filter(|name| name.to_string_lossy().ends_with(PART)) {
+        let part = folder.join(name);
+        std::fs::remove_file(&part).with_context(|| format!("cannot remove {}", part.display()))?;
     }
     Ok(())
 }

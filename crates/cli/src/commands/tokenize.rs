@@ -1,8 +1,7 @@
 //! `epsmoe tokenize`: what a model is given for a text.
 
 use crate::args::TokenizeArgs;
-use crate::output;
-use crate::setup::{self, Chat};
+use crate::{output, prompt, setup};
 use anyhow::Result;
 use epsmoe_base::text::printable;
 use epsmoe_text::Tokenizer;
@@ -11,9 +10,8 @@ use serde_json::json;
 /// Prints the tokens of a text, one a line, or as JSON.
 pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
     let folder = setup::folder(&args.model)?;
-    let chat = args.chat.then_some(Chat { system: args.system.as_deref() });
-    let ids = setup::encode(folder.as_deref(), &args.model.model, &args.prompt, chat)?;
     let tokenizer = folder.as_deref().map(Tokenizer::open).transpose()?.flatten();
+    let ids = prompt::encode(folder.as_deref(), &args.model.model, tokenizer.as_ref(), &args.text)?;
     let token = |id: u32| tokenizer.as_ref().and_then(|tokenizer| tokenizer.token(id)).unwrap_or_default();
     if args.json {
         let tokens: Vec<String> = ids.iter().map(|&id| token(id)).collect();

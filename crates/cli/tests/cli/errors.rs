@@ -47,10 +47,7 @@ fn models_that_are_damaged() {
     check(&spoiled("model.safetensors", &[255; 64]), "damaged or incomplete");
     check(&spoiled("tokenizer.json", b"{}"), "cannot be read as a tokenizer");
     check(&spoiled("tokenizer_config.json", b"{"), "tokenizer_config.json: cannot be read");
-    check(
-        &spoiled("generation_config.json", b"{\"top_k\": \"x\"}"),
-        "generation_config.json: cannot be read",
-    );
+    check(&spoiled("generation_config.json", b"{"), "generation_config.json: cannot be read");
     let endless = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
     check(&spoiled("chat_template.jinja", endless), "does more than a chat template needs");
     check(

@@ -4,6 +4,9 @@
 
 mod commands;
 mod common;
+mod conversations;
 mod errors;
 mod hostile;
+mod places;
 mod serve;
+mod signals;

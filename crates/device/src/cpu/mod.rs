@@ -42,7 +42,13 @@ impl CpuKernels {
                 "this processor has no {isa}: use {best} or leave the choice to the program"
             ));
         }
-        Ok(CpuKernels { isa, pool: Mutex::new(ComputePool::new(threads)), slabs: Slabs::default() })
+        let pool = ComputePool::new(threads).map_err(|error| {
+            format!(
+                "the system gave this process no {threads} threads for a rank ({error}): use fewer --threads or ranks, or \
+                 raise the limit (`ulimit -u`, or that of the control group)"
+            )
+        })?;
+        Ok(CpuKernels { isa, pool: Mutex::new(pool), slabs: Slabs::default() })
     }
 
     /// What the threads can do at most: floating-point operations a second in float32 and bfloat16 on registers
@@ -85,7 +91,7 @@ impl Kernels for CpuKernels {
         format!("cpu {}, {}", self.isa, epsmoe_base::count(self.pool().threads(), "thread"))
     }
 
-    fn pack(&self, pack: &Pack<'_>) -> PackedMatrix {
+    fn pack(&self, pack: &Pack<'_>) -> Option<PackedMatrix> {
         let (mut pool, element, shape) = (self.pool(), ElementType::of(pack.dtype), [pack.n, pack.k]);
         let row = |tensor: usize| move |row: usize| source_row(&pack.tensors[tensor], row, pack.k);
         match pack.tensors.len() {

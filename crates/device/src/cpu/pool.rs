@@ -22,6 +22,7 @@
 
 use std::any::Any;
 use std::hint::spin_loop;
+use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
@@ -145,20 +146,20 @@ impl Iterator for Claims<'_> {
 impl ComputePool {
     /// A pool of `threads` threads (at least one), the caller's included.
     ///
-    /// # Panics
+    /// # Errors
     /// If the system cannot start a thread.
-    pub fn new(threads: usize) -> Self {
+    pub fn new(threads: usize) -> io::Result<Self> {
         let shared = Arc::new(Shared { gate: AtomicU64::new(0), job: AtomicPtr::new(ptr::null_mut()) });
-        let start = |index| {
-            let shared = Arc::clone(&shared);
-            thread::Builder::new()
-                .name(format!("compute-{index}"))
-                .spawn(move || shared.work(index))
-                .expect("cannot start a compute thread")
-        };
-        THREADS.fetch_add(threads, Ordering::Relaxed);
-        let workers = (1..threads).map(start).collect();
-        Self { shared, workers }
+        THREADS.fetch_add(1, Ordering::Relaxed);
+        // Where one thread cannot be started, dropping the pool ends the others.
+        let mut pool = Self { shared, workers: Vec::new() };
+        for index in 1..threads {
+            let shared = Arc::clone(&pool.shared);
+            let worker = thread::Builder::new().name(format!("compute-{index}"));
+            pool.workers.push(worker.spawn(move || shared.work(index))?);
+            THREADS.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(pool)
     }
 
     /// Number of threads that share the tasks, the caller's included.
@@ -310,7 +311,7 @@ mod tests {
     #[test]
     fn every_task_runs_once() {
         for threads in 1..=5 {
-            let mut pool = ComputePool::new(threads);
+            let mut pool = ComputePool::new(threads).expect("threads");
             for tasks in [0, 1, 2, 3, 7, 100] {
                 let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(tasks, |task| {
@@ -332,7 +333,7 @@ mod tests {
 
     #[test]
     fn look_ahead_loses_no_task() {
-        let mut pool = ComputePool::new(3);
+        let mut pool = ComputePool::new(3).expect("threads");
         for tasks in 0..40 {
             let sum = AtomicUsize::new(0);
             pool.run_claims(tasks, |mut claims| {
@@ -348,7 +349,7 @@ mod tests {
 
     #[test]
     fn many_short_jobs_back_to_back() {
-        let mut pool = ComputePool::new(4);
+        let mut pool = ComputePool::new(4).expect("threads");
         let sum = AtomicUsize::new(0);
         for round in 0..20_000 {
             pool.run(4, |_| {
@@ -360,7 +361,7 @@ mod tests {
 
     #[test]
     fn a_panic_on_any_thread_reaches_the_caller_and_the_pool_lives_on() {
-        let mut pool = ComputePool::new(3);
+        let mut pool = ComputePool::new(3).expect("threads");
         for bad in 0..6 {
             let result = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(6, |task| {

@@ -7,10 +7,12 @@ use crate::DeviceError;
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
 };
+use epsmoe_base::files::{read_plain, write_whole};
 use epsmoe_base::{DType, env, hash_bytes};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::Builder;
 
 /// The environment variable that names the folder of compiled kernels; without it they are kept in
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
@@ -281,14 +283,20 @@ impl Kernels {
     /// Compiles what the cache does not hold, and loads everything.
     pub(super) fn load(context: &Arc<Context>, architecture: &str) -> Result<Self, DeviceError> {
         let version = nvrtc::version()?;
-        let cache = Cache::open(architecture, version);
+        let cache = &Cache::open(architecture, version);
         let wanted = |source: &&Source| source.is_for(architecture) && is_first_of_file(source);
         let files: Vec<&Source> = SOURCES.iter().filter(wanted).collect();
         // A missing kernel takes about as long to compile as all others together to load: side by side.
         let cubins: Vec<Result<Vec<u8>, DeviceError>> = std::thread::scope(|scope| {
-            let tasks: Vec<_> = files.iter().map(|source| scope.spawn(|| cache.cubin(source))).collect();
+            let start = |source| Builder::new().spawn_scoped(scope, move || cache.cubin(source));
+            let tasks: Vec<_> = files.iter().map(|&source| (source, start(source))).collect();
             let crashed = || DeviceError::Unsupported("a kernel's compilation crashed".into());
-            tasks.into_iter().map(|task| task.join().unwrap_or_else(|_| Err(crashed()))).collect()
+            let done = tasks.into_iter().map(|(source, task)| match task {
+                Ok(task) => task.join().unwrap_or_else(|_| Err(crashed())),
+                // Where the system gives no more threads they are compiled one after the other.
+                Err(_) => cache.cubin(source),
+            });
+            done.collect()
         });
         let mut modules = HashMap::new();
         for (source, cubin) in files.iter().zip(cubins) {
@@ -344,6 +352,9 @@ fn short(dtype: DType) -> &'static str {
     }
 }
 
+/// Bytes of a file of machine code: some ten times what the largest has.
+const MOST_BYTES: u64 = 64 << 20;
+
 /// Compiled kernels on disk, named by what they were made of. A cache that cannot be written is only slow.
 struct Cache {
     folder: Option<PathBuf>,
@@ -367,22 +378,18 @@ impl Cache {
 
     /// What lies on disk, if it looks like machine code.
     fn kept(&self, source: &Source) -> Option<Vec<u8>> {
-        let cubin = std::fs::read(self.path(source)?).ok()?;
+        let cubin = read_plain(&self.path(source)?, MOST_BYTES).ok()?;
         cubin.starts_with(b"\x7fELF").then_some(cubin)
     }
 
-    /// Compiles, and keeps what came of it. The file gets its name only when whole, so that programs that
-    /// start at the same time never read each other's halves.
+    /// Compiles, and keeps what came of it: whole files only, so that programs that start at the same time never read
+    /// each other's halves.
     fn renew(&self, source: &Source) -> Result<Vec<u8>, DeviceError> {
         let cubin = compile(source, &options(&self.architecture))?.cubin;
         if let Some(path) = self.path(source) {
-            let draft = path.with_extension(format!("{}.draft", std::process::id()));
-            let kept = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            let kept = kept.and_then(|()| std::fs::write(&draft, &cubin));
-            if kept.and_then(|()| std::fs::rename(&draft, &path)).is_err() {
-                // Nothing is lost: the next start compiles again.
-                let _ = std::fs::remove_file(&draft);
-            }
+            let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+            // If that fails nothing is lost: the next start compiles again.
+            let _ = made.and_then(|()| write_whole(&path, |out| out.write_all(&cubin)));
         }
         Ok(cubin)
     }

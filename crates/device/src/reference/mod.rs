@@ -34,16 +34,18 @@ impl Kernels for PlainKernels {
         "reference".into()
     }
 
-    fn pack(&self, pack: &Pack<'_>) -> PlainMatrix {
+    fn pack(&self, pack: &Pack<'_>) -> Option<PlainMatrix> {
         let size = pack.n * pack.k;
-        let mut rows = vec![0.0; size * pack.tensors.len()];
+        let mut rows = Vec::new();
+        rows.try_reserve_exact(size * pack.tensors.len()).ok()?;
+        rows.resize(size * pack.tensors.len(), 0.0);
         for (tensor, rows) in pack.tensors.iter().zip(rows.chunks_exact_mut(size.max(1))) {
             tensor.convert(0, rows);
         }
         if pack.dtype == DType::BF16 {
             rows.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
         }
-        PlainMatrix { n: pack.n, k: pack.k, rows }
+        Some(PlainMatrix { n: pack.n, k: pack.k, rows })
     }
 
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -39,8 +39,9 @@ pub trait Kernels: Send + Sync + 'static {
     /// The processor and its kernels in a few words.
     fn describe(&self) -> String;
 
-    /// Packs a linear map for activations of `dtype`; several tensors of `[n, k]` lie side by side.
-    fn pack(&self, pack: &Pack<'_>) -> Self::Matrix;
+    /// Packs a linear map for activations of `dtype`; several tensors of `[n, k]` lie side by side. Nothing if the system
+    /// has no memory for it.
+    fn pack(&self, pack: &Pack<'_>) -> Option<Self::Matrix>;
 
     /// Runs `task(0..tasks)`, each once, on the lane's threads.
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));

@@ -88,7 +88,9 @@ impl<M> WeightStore<M> {
         let format = held_format(name, shape, dtype, tensors)?;
         let held = match shape {
             WeightShape::Matrix { n, k } | WeightShape::GateUp { inner: n, k } => {
-                Held::Matrix(Arc::new(kernels.pack(&Pack { n, k, tensors, dtype })))
+                let matrix = kernels.pack(&Pack { n, k, tensors, dtype });
+                let bytes = (tensors.len() * n * k * dtype.bytes()) as u64;
+                Held::Matrix(Arc::new(matrix.ok_or_else(|| out_of_memory(name, bytes))?))
             }
             WeightShape::Vector { n } => {
                 let mut vector = vec![0.0; n];

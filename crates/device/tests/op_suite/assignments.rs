@@ -2,7 +2,7 @@
 //! against orders that are sorted by their keys here.
 
 use crate::bench::Bench;
-use epsmoe_base::DType;
+use epsmoe_base::{DType, Mix};
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, Buffer};
 
@@ -232,23 +232,7 @@ fn received<B: Backend>(
     let mut cuts: Vec<u32> = (0..bench.below(3)).map(|_| bench.below(local + 1) as u32).collect();
     cuts.sort_unstable();
     let stage = |slot: u32| cuts.partition_point(|&cut| cut <= slot);
-    let mut order: Vec<usize> = (0..rows.len()).collect();
-    order.sort_by_key(|&m| (stage(rows[m].first()), rows[m].source, m));
-    let mut sums: Vec<usize> = (0..rows.len()).collect();
-    sums.sort_by_key(|&m| (stage(rows[m].last()), rows[m].source, rows[m].last(), m));
-    let mut bins = Vec::new();
-    for source in 0..sources {
-        for slot in 0..local as u32 {
-            let of = |row: &Row, key: u32| (row.source, key) == (source, slot);
-            let first = rows.iter().take_while(|row| (row.source, row.first()) < (source, slot)).count();
-            let received = order.iter().position(|&m| of(&rows[m], rows[m].first()));
-            let sum = sums.iter().position(|&m| of(&rows[m], rows[m].last()));
-            let lasts = rows.iter().filter(|row| of(row, row.last())).count();
-            let assigned = rows.iter().filter(|row| row.source == source && row.has(slot)).count();
-            let bin = [first, received.unwrap_or(7), sum.unwrap_or(7), lasts, assigned];
-            bins.extend(bin.map(|number| number as u32));
-        }
-    }
+    let Orders { order, sums, bins } = Orders::of(rows, sources, local, stage);
     let column = || bench.room(DType::U32, rows.len(), 1);
     let (order_out, sums_out) = (column(), column());
     bench.run(
@@ -276,6 +260,116 @@ fn received<B: Backend>(
     };
     sorted(bench, what, rows, &slots, Some((travelled, &order, &sums)), local);
     sorted(bench, &format!("{what}, in place"), rows, &slots, None, local);
+}
+
+/// Where rows and sums are, and what of that the counts tell.
+struct Orders {
+    /// Rows as they are computed on, and as their sums leave.
+    order: Vec<usize>,
+    sums: Vec<usize>,
+    bins: Vec<u32>,
+}
+
+impl Orders {
+    fn of(rows: &[Row], sources: usize, local: usize, stage: impl Fn(u32) -> usize) -> Self {
+        let mut order: Vec<usize> = (0..rows.len()).collect();
+        order.sort_by_key(|&m| (stage(rows[m].first()), rows[m].source, m));
+        let mut sums: Vec<usize> = (0..rows.len()).collect();
+        sums.sort_by_key(|&m| (stage(rows[m].last()), rows[m].source, rows[m].last(), m));
+        let mut bins = Vec::new();
+        for source in 0..sources {
+            for slot in 0..local as u32 {
+                let of = |row: &Row, key: u32| (row.source, key) == (source, slot);
+                let first = rows.iter().take_while(|row| (row.source, row.first()) < (source, slot)).count();
+                let received = order.iter().position(|&m| of(&rows[m], rows[m].first()));
+                let sum = sums.iter().position(|&m| of(&rows[m], rows[m].last()));
+                let lasts = rows.iter().filter(|row| of(row, row.last())).count();
+                let assigned = rows.iter().filter(|row| row.source == source && row.has(slot)).count();
+                let bin = [first, received.unwrap_or(7), sum.unwrap_or(7), lasts, assigned];
+                bins.extend(bin.map(|number| number as u32));
+            }
+        }
+        Orders { order, sums, bins }
+    }
+}
+
+/// Metadata that a rank may send instead of what it announced: it is refused by name, or what is made of it points
+/// nowhere else. Each on a processor of its own, as the first fault is the last.
+pub(crate) fn hostile<B: Backend>(fresh: &impl Fn() -> Bench<B>) {
+    const ROUNDS: u64 = 60;
+    let mut refused = 0;
+    for round in 0..ROUNDS {
+        let bench = fresh();
+        let mix = &mut Mix::keyed(bench.seed, &[round]);
+        let (sources, local, top_k) = (1 + mix.below(3), 1 + mix.below(5), 1 + mix.below(4));
+        let rows = random_rows(mix, sources, local, top_k);
+        let cut = mix.below(local + 1) as u32;
+        let Orders { bins, .. } = Orders::of(&rows, sources, local, |slot| usize::from(slot >= cut));
+        let mut words: Vec<u32> = rows.iter().flat_map(|row| metadata_of(row, top_k)).collect();
+        for _ in 0..1 + mix.below(3) {
+            let at = 2 * top_k * mix.below(rows.len()) + mix.below(top_k);
+            let any = mix.next_u64() as u32;
+            let odd = [0, 1, local as u32 - 1, local as u32, NONE, NONE - 1, 1 << 31, any];
+            words[at] = odd[mix.below(odd.len())];
+        }
+        let what = format!("seed {}, round {round}: {words:?} of {rows:?}", bench.seed);
+        let metadata = bench.put_words(&words, 2 * top_k).view;
+        let slots = metadata.columns(0..top_k).expect("inside");
+        let column = || bench.room(DType::U32, rows.len(), 1);
+        let (order, sums) = (column(), column());
+        let receive = ReceiveOrder {
+            slots: slots.clone(),
+            bins: bench.put_words(&bins, ReceiveOrder::BIN).view,
+            local,
+            order: order.view.clone(),
+            sums: sums.view.clone(),
+        };
+        if let Err(fault) = bench.try_run(receive.into()).expect("it fits") {
+            assert!(fault.message.contains("row"), "{fault}: {what}");
+            refused += 1;
+            continue;
+        }
+        for placed in [&order, &sums] {
+            let mut places = bench.get_words(&what, placed);
+            places.sort_unstable();
+            assert!(places.iter().copied().eq(0..rows.len() as u32), "{places:?}: {what}");
+        }
+        let assigned: usize = rows.iter().map(|row| row.slots.len()).sum();
+        let starts = bench.room(DType::U32, local + 1, 1);
+        let (of_assignment, terms) =
+            (bench.room(DType::U32, assigned, 1), bench.room(DType::U32, rows.len(), top_k));
+        let sort = SortBySlot {
+            slots,
+            travelled: None,
+            starts: starts.view.clone(),
+            rows: of_assignment.view.clone(),
+            terms: terms.view.clone(),
+        };
+        bench.try_run(sort.into()).expect("it fits").unwrap_or_else(|fault| panic!("{fault}: {what}"));
+        let in_range = |placed, end: usize| {
+            bench.get_words(&what, placed).into_iter().all(|it| it == NONE || (it as usize) < end)
+        };
+        assert!(in_range(&terms, assigned) && in_range(&of_assignment, rows.len()), "{what}");
+        assert!(in_range(&starts, assigned + 1), "{what}");
+    }
+    assert!(refused > ROUNDS / 2 && refused < ROUNDS, "{refused} of {ROUNDS} were refused");
+}
+
+/// Some rows from every source, in the order in which they come.
+fn random_rows(mix: &mut Mix, sources: usize, local: usize, top_k: usize) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for source in 0..sources {
+        for token in 0..1 + mix.below(6) {
+            let wanted = 1 + mix.below(top_k.min(local));
+            let mut slots: Vec<u32> = (0..local as u32).collect();
+            while slots.len() > wanted {
+                slots.remove(mix.below(slots.len()));
+            }
+            rows.push(Row { source, token, slots: slots.into_iter().map(|slot| (slot, 0.5)).collect() });
+        }
+    }
+    rows.sort_by_key(|row| (row.source, row.first(), row.token));
+    rows
 }
 
 fn sorted<B: Backend>(

@@ -1,6 +1,7 @@
 //! Arguments that do not fit are refused at the door; indices that point outside stop the world. Both say what
 //! disagrees with what.
 
+use crate::assignments;
 use crate::bench::{Bench, Sheet};
 use epsmoe_base::{DType, FaultKind, Layer, Place};
 use epsmoe_device::op::*;
@@ -11,6 +12,7 @@ pub(crate) fn suite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
     at_the_door(&fresh());
     weights(&fresh());
     while_running(&fresh);
+    assignments::hostile(&fresh);
     not_finite(fresh);
 }
 

@@ -5,6 +5,7 @@ use crate::world::{Case, Got, Setup, random_table, run};
 use epsmoe_base::{DType, Lane, Mix, Phase, Rank, Stage, env::test_seed};
 use epsmoe_plan::*;
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 /// An operation of one lane: its name, what it is for, and its stage.
 type Step = (String, Option<Phase>, Option<Stage>);
@@ -79,4 +80,21 @@ fn sum_bytes(case: &Case, routing: &Routing) -> u64 {
     let rows: usize = (0..slots.tokens()).map(|token| slots.rows(token).count()).sum();
     let shared = if case.shared.is_some() { slots.tokens() } else { 0 };
     ((rows + shared) * case.hidden * case.dtype.bytes()) as u64
+}
+
+/// Beside the count exchange means while others are waited for: a rank whose counts are there computes its shared expert
+/// before the last rank has come at all.
+#[test]
+fn the_shared_expert_does_not_wait_for_other_ranks() {
+    const LATE: Duration = Duration::from_millis(300);
+    let case = Case { layers: 1, ..Case::fixed() };
+    let shared = Some(SharedExpert::BesideCountExchange);
+    let policy = Policy { shared, schedule: Schedule::Staged, ..Policy::default() };
+    let gots = run(&case, &Setup { late: Some((1, LATE)), ..Setup::new(policy) });
+    let [early, late] = [0, 1].map(|rank| gots[rank].as_ref().expect("no fault"));
+    let of_shared = early.records.iter().filter(|record| record.place.phase == Some(Phase::Shared));
+    let ends: Vec<u64> = of_shared.map(|record| record.end_ns).collect();
+    let came = late.records.iter().map(|record| record.start_ns).min();
+    assert_eq!(ends.len(), 2, "up and down");
+    assert!(ends.iter().all(|&end| Some(end) < came), "{ends:?}, but rank 1 came at {came:?}");
 }

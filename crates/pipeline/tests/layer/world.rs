@@ -173,6 +173,8 @@ pub(crate) struct Setup {
     pub(crate) odd: Option<Odd>,
     /// A rank that comes to no layer.
     pub(crate) absent: Option<usize>,
+    /// A rank that comes so late.
+    pub(crate) late: Option<(usize, Duration)>,
     /// How long ranks wait for each other.
     pub(crate) timeout: Duration,
 }
@@ -190,6 +192,7 @@ impl Setup {
             injection: None,
             odd: None,
             absent: None,
+            late: None,
             timeout: PATIENT,
         }
     }
@@ -302,6 +305,9 @@ fn run_rank(
     let routing = pipeline.route(&layers[0], &x)?;
     device.take_records();
     device.set_recording(true);
+    if let Some((_, late)) = setup.late.filter(|&(who, _)| who == rank.0) {
+        std::thread::sleep(late);
+    }
     let mut reports = Vec::new();
     for layer in &layers {
         reports.push(match &table {

@@ -14,8 +14,9 @@ pub struct PredictedMeasured {
 
 impl PredictedMeasured {
     pub(super) fn add(&mut self, other: PredictedMeasured) {
-        self.predicted_ns += other.predicted_ns;
-        self.measured_ns += other.measured_ns;
+        // Other ranks may say anything.
+        self.predicted_ns = self.predicted_ns.saturating_add(other.predicted_ns);
+        self.measured_ns = self.measured_ns.saturating_add(other.measured_ns);
     }
 
     pub(super) fn less(self, other: PredictedMeasured) -> PredictedMeasured {
@@ -27,7 +28,8 @@ impl PredictedMeasured {
 
     /// Whether the two are more than `percent` of the measured time apart.
     pub(super) fn misses_by(self, percent: u64) -> bool {
-        self.predicted_ns.abs_diff(self.measured_ns) * 100 > self.measured_ns * percent
+        let apart = self.predicted_ns.abs_diff(self.measured_ns);
+        u128::from(apart) * 100 > u128::from(self.measured_ns) * u128::from(percent)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Runs the program of a layer: queues that wait for each other, ranks that meet, threads that share a processor.
 
 use super::program::{Program, QUEUES, Queue};
-use crate::{CostModel, ShareCost};
+use crate::{CostModel, MOST_NS, ShareCost};
 use std::ops::Range;
 
 /// When every step happened, `[rank · steps + step]`.
@@ -164,8 +164,9 @@ impl<'a> Group<'a> {
             let number = step * self.program.ranks + self.ranks.start + rank;
             self.times.begin[at] = self.now;
             head.working = true;
-            head.left = self.program.work[number] * FULL;
-            head.copies = self.program.copies[number] * FULL;
+            // A longer time would not fit into its millionths.
+            head.left = self.program.work[number].min(MOST_NS) * FULL;
+            head.copies = self.program.copies[number].min(MOST_NS) * FULL;
             self.copied[step] += usize::from(head.copies == 0);
             moved = true;
         }

@@ -3,7 +3,7 @@
 use super::arguments::{Argument, bind, required, required_text, wrong};
 use super::json;
 use super::methods::{is_space, lines};
-use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs};
+use minijinja::value::{Kwargs, Rest, Tuple, Value, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, State, filters};
 use minijinja_contrib::filters as contrib;
 
@@ -233,6 +233,21 @@ fn escape(value: Value) -> Value {
 fn escaped(text: &str) -> String {
     let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
     text.replace('\'', "&#39;").replace('"', "&#34;")
+}
+
+/// Python's `format % value`: a tuple has a value for each place, a dictionary for each name.
+pub(super) fn percent(state: &mut State, format: &Value, value: Value) -> Result<Value, Error> {
+    let values: Vec<Value> = match value.kind() {
+        ValueKind::Seq if value.downcast_object_ref::<Tuple>().is_some() => value.try_iter()?.collect(),
+        ValueKind::Map => {
+            let names = value.try_iter()?.map(|key| Ok((key.to_string(), value.get_item(&key)?)));
+            vec![Value::from(names.collect::<Result<Kwargs, Error>>()?)]
+        }
+        _ => vec![value],
+    };
+    let filter = Value::from_function(filters::format);
+    let args: Vec<Value> = std::iter::once(format.clone()).chain(values).collect();
+    filter.call(state, &args)
 }
 
 fn format(state: &mut State, format: &Value, args: Args) -> Result<Value, Error> {

@@ -4,6 +4,7 @@
 //! that holds itself, or a tree of a million levels, is beyond that. So all of this runs in a process of its own, see
 //! `worker`.
 
+use super::adapt::{self, adapted};
 use super::arguments::wrong;
 use super::{filters, json, methods};
 use minijinja::syntax::SyntaxConfig;
@@ -117,28 +118,6 @@ impl io::Write for Limited {
     }
 }
 
-/// The source with ends of lines as Jinja2 reads them, and without what means nothing for a prompt: `{% generation %}`
-/// marks the assistant's part for training, and becomes a block with a scope of its own.
-fn adapted(source: &str) -> String {
-    const MARKS: [(&str, &str); 2] = [("generation", "with"), ("endgeneration", "endwith")];
-    let source = source.replace("\r\n", "\n").replace('\r', "\n");
-    let mut plain = String::with_capacity(source.len());
-    let mut rest = source.as_str();
-    while let Some(start) = rest.find("{%") {
-        let (text, tag) = rest.split_at(start);
-        plain.push_str(text);
-        let end = tag.find("%}").unwrap_or(tag.len());
-        let inside = tag[2..end.max(2)].trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
-        match MARKS.iter().find(|(mark, _)| *mark == inside) {
-            Some((mark, meaning)) => plain.push_str(&tag[..end].replacen(mark, meaning, 1)),
-            None => plain.push_str(&tag[..end]),
-        }
-        rest = &tag[end..];
-    }
-    plain.push_str(rest);
-    plain
-}
-
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.set_syntax(
@@ -148,6 +127,8 @@ fn environment() -> Environment<'static> {
     environment.set_unknown_method_callback(methods::call);
     environment.set_formatter(print);
     filters::add(&mut environment);
+    environment.add_filter(adapt::PERCENT, filters::percent);
+    environment.add_filter(adapt::ITEMS, items);
     environment.add_test("iterable", is_iterable);
     environment.add_test("sequence", is_sequence);
     environment
@@ -180,6 +161,14 @@ fn is_iterable(value: &Value) -> bool {
 /// What has a length and items: texts and dictionaries too.
 fn is_sequence(value: &Value) -> bool {
     value.is_undefined() || matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
+}
+
+/// What a loop walks over: a text letter by letter, so that the loop knows how many there are.
+fn items(value: Value) -> Value {
+    match value.as_str() {
+        Some(text) => text.chars().map(|c| Value::from(c.to_string())).collect(),
+        None => value,
+    }
 }
 
 const REFUSAL: &str = "the template refuses this conversation: ";

@@ -3,6 +3,7 @@
 //! In reading order: this file (which template, and what it is given), `worker` (the process that renders), `jinja` (the
 //! language), `filters`, `methods` and `json` (what Python has beyond it).
 
+mod adapt;
 mod arguments;
 mod filters;
 mod jinja;
@@ -25,8 +26,7 @@ const MORE_TEMPLATES: &str = "additional_chat_templates";
 /// Where processors of images and text have it.
 const PROCESSOR: &str = "chat_template.json";
 
-/// The largest template that is read, in bytes; published ones have up to about 50 thousand.
-const LIMIT: u64 = 1 << 20;
+const LIMIT: u64 = ChatTemplate::MOST_BYTES;
 
 /// Most templates of a checkpoint; published ones have three.
 const MOST_TEMPLATES: usize = 64;
@@ -91,6 +91,9 @@ struct Template {
 }
 
 impl ChatTemplate {
+    /// The largest template that is read, in bytes; published ones have up to about 50 thousand.
+    pub const MOST_BYTES: u64 = 1 << 20;
+
     /// The template of a checkpoint folder: `chat_template.jinja` and `additional_chat_templates/`, or those in
     /// `tokenizer_config.json`, or `chat_template.json`; nothing if there is none.
     pub fn open(folder: &Path) -> Result<Option<Self>, TextError> {

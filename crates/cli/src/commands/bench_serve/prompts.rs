@@ -4,6 +4,7 @@ use crate::args::{BenchServeArgs, Dataset};
 use crate::client::Client;
 use anyhow::{Context, Result, bail};
 use epsmoe_base::Mix;
+use epsmoe_base::files::read_plain;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -56,11 +57,7 @@ fn random(args: &BenchServeArgs, number: usize) -> Value {
 
 /// First turns, and as many new tokens as the turn after has: counted by the server if it can.
 fn conversations(file: &Path, args: &BenchServeArgs, client: &Client) -> Result<Vec<(Value, usize)>> {
-    let size = std::fs::metadata(file).with_context(|| format!("cannot read {}", file.display()))?.len();
-    if size > LARGEST {
-        bail!("{} has {size} bytes, more than the {LARGEST} that are read", file.display());
-    }
-    let text = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let text = read_plain(file, LARGEST).with_context(|| format!("cannot read {}", file.display()))?;
     let all: Vec<Conversation> = serde_json::from_slice(&text)
         .with_context(|| format!("{}: is no list of conversations in ShareGPT's format", file.display()))?;
     let pairs = all.iter().filter_map(|one| match one.conversations.as_slice() {

@@ -155,7 +155,8 @@ pub struct PackedMatrix {
 }
 
 impl PackedMatrix {
-    /// Packs `W [n, k]` into a piece of `slabs`; `row(i)` gives row `i`, in any type. Uses no memory beyond the result.
+    /// Packs `W [n, k]` into a piece of `slabs`; `row(i)` gives row `i`, in any type. Uses no memory beyond the result;
+    /// nothing if there is none for that.
     ///
     /// # Panics
     /// If a row has not `k` elements or the processor does not support `isa`.
@@ -166,15 +167,15 @@ impl PackedMatrix {
         element: ElementType,
         [n, k]: [usize; 2],
         row: impl Fn(usize) -> SourceRow<'a> + Sync,
-    ) -> Self {
+    ) -> Option<Self> {
         let functions = Functions::for_weights(isa, element);
-        let mut matrix = Self::zeros(slabs, functions, element, [n, k], false);
+        let mut matrix = Self::zeros(slabs, functions, element, [n, k], false)?;
         let width = functions.width();
         matrix.fill(pool, |panel, column| {
             let n_index = panel * width + column;
             (n_index < n).then(|| row(n_index))
         });
-        matrix
+        Some(matrix)
     }
 
     /// Packs `W_gate [i, k]` and `W_up [i, k]` into one gated matrix with `i` output columns.
@@ -189,15 +190,15 @@ impl PackedMatrix {
         [i, k]: [usize; 2],
         gate: impl Fn(usize) -> SourceRow<'a> + Sync,
         up: impl Fn(usize) -> SourceRow<'a> + Sync,
-    ) -> Self {
+    ) -> Option<Self> {
         let functions = Functions::for_weights(isa, element);
-        let mut matrix = Self::zeros(slabs, functions, element, [i, k], true);
+        let mut matrix = Self::zeros(slabs, functions, element, [i, k], true)?;
         let lanes = functions.lanes;
         matrix.fill(pool, |panel, column| {
             let index = panel * lanes + column % lanes;
             (index < i).then(|| if column < lanes { gate(index) } else { up(index) })
         });
-        matrix
+        Some(matrix)
     }
 
     fn zeros(
@@ -206,11 +207,11 @@ impl PackedMatrix {
         element: ElementType,
         [columns, k]: [usize; 2],
         gated: bool,
-    ) -> Self {
-        let piece = |words: usize| slabs.cut(words * size_of::<u32>()).expect("out of memory");
-        let mut matrix = Self { memory: piece(0), columns, k, element, gated, functions };
-        matrix.memory = piece(matrix.panels() * matrix.panel_words());
-        matrix
+    ) -> Option<Self> {
+        let piece = |words: usize| slabs.cut(words.checked_mul(size_of::<u32>())?);
+        let mut matrix = Self { memory: piece(0)?, columns, k, element, gated, functions };
+        matrix.memory = piece(matrix.panels().checked_mul(matrix.panel_words())?)?;
+        Some(matrix)
     }
 
     /// Packs each panel as one task; `source(panel, column)` is `None` for padding.
@@ -375,10 +376,24 @@ mod tests {
     use super::*;
 
     fn pack_scalar(element: ElementType, [n, k]: [usize; 2], values: &[f32]) -> PackedMatrix {
-        let mut pool = ComputePool::new(2);
+        let mut pool = ComputePool::new(2).expect("threads");
         PackedMatrix::pack(&mut pool, &Slabs::default(), Isa::Scalar, element, [n, k], |row| {
             SourceRow::F32(bytemuck::cast_slice(&values[row * k..][..k]))
         })
+        .expect("memory")
+    }
+
+    #[test]
+    fn what_does_not_fit_into_memory_is_not_packed() {
+        let mut pool = ComputePool::new(1).expect("a thread");
+        for k in [1 << 40, usize::MAX / 64] {
+            let none = |_| -> SourceRow<'static> { unreachable!("there is nothing to fill") };
+            let slabs = Slabs::default();
+            assert!(
+                PackedMatrix::pack(&mut pool, &slabs, Isa::Scalar, ElementType::F32, [1 << 10, k], none)
+                    .is_none()
+            );
+        }
     }
 
     /// W [10, 3] of f32 in panels of 8 columns: W[9, 2] is in panel 1, step 2, column 1, that is at
@@ -416,13 +431,14 @@ mod tests {
 
     #[test]
     fn every_source_type_gives_the_same_words() {
-        let mut pool = ComputePool::new(2);
+        let mut pool = ComputePool::new(2).expect("threads");
         let values: Vec<f32> = (0..20 * 301).map(|index| (index % 251) as f32 - 125.0).collect();
         let as_bf16: Vec<bf16> = values.iter().map(|value| bf16::from_f32(*value)).collect();
         let as_f16: Vec<f16> = values.iter().map(|value| f16::from_f32(*value)).collect();
         for element in [ElementType::F32, ElementType::Bf16] {
             let mut pack = |row: &(dyn Fn(usize) -> SourceRow<'static> + Sync)| {
                 PackedMatrix::pack(&mut pool, &Slabs::default(), Isa::Scalar, element, [20, 301], row)
+                    .expect("memory")
                     .words()
                     .to_vec()
             };

@@ -90,7 +90,7 @@ mod tests {
 
     #[test]
     fn the_rate_counts_the_work_of_all_threads() {
-        let mut pool = ComputePool::new(3);
+        let mut pool = ComputePool::new(3).expect("threads");
         let rate = best_rate(&mut pool, |_| {
             std::thread::sleep(std::time::Duration::from_millis(2));
             1.0
