@@ -46,7 +46,14 @@ fn what_no_plan_can_be_told_for_is_named() {
         machine(&(figure("bytes_per_second", rate) + &figure("start_ns", start))).expect("a machine")
     };
     refused(load(1, 1024), &link(1, 1), "bytes_per_second of the near link is 1,");
-    refused(load(1, 1024), &link(1_000_000, 1 << 60), "start_ns of the near link is");
+    let late = machine(
+        "start_ns = { value = 1152921504606846976, source = \"assumed\" }\n\
+                        bytes_per_second = { value = 1000000, source = \"assumed\" }\n",
+    );
+    assert!(
+        late.expect_err("too long")
+            .contains("link.near of the cost model has a time of 1152921504606846976 ns")
+    );
     assert!(ask("mixtral-8x7b", &link(1_000_000, 0), &load(1 << 14, 1 << 14)).is_ok());
     let dense = r#"{"model_type": "mixtral", "num_hidden_layers": 1}"#;
     let wide = format!(
@@ -86,7 +93,7 @@ fn figures_at_their_ends_are_told_or_refused() {
     let mut mix = Mix::new(seed);
     let (mut told, mut refused) = (0, 0);
     for _ in 0..200 {
-        let mut figure = |least: u64, most: u64| match mix.below(8) {
+        let mut figure = |least: u64, most: u64| match mix.below(30) {
             0 => least,
             1 => most,
             2 => most.saturating_add(1),
@@ -136,5 +143,5 @@ fn figures_at_their_ends_are_told_or_refused() {
             }
         }
     }
-    assert!(told > 10 && refused > 10, "{told} told, {refused} refused");
+    assert!(told > 5 && refused > 5, "{told} told, {refused} refused");
 }

@@ -138,10 +138,10 @@ impl Unfinished {
             Unfinished::Texts { run, bytes, first } => {
                 if let Some(byte) = fallback_byte(&token).filter(|_| *bytes) {
                     run.push(byte);
-                    *first = First::None;
                     return Ok(String::new());
                 }
-                let (mut text, first) = (run_text(run), std::mem::replace(first, First::None));
+                let mut text = run_ended(run, first);
+                let first = std::mem::replace(first, First::None);
                 let spaced = token.replace('▁', " ");
                 match first {
                     First::None => text.push_str(&spaced),
@@ -157,7 +157,7 @@ impl Unfinished {
     fn finish(&mut self, tokenizer: &Tokenizer) -> Result<String, TextError> {
         match self {
             Unfinished::Bytes(tail) => Ok(String::from_utf8_lossy(&std::mem::take(tail)).into_owned()),
-            Unfinished::Texts { run, .. } => Ok(run_text(run)),
+            Unfinished::Texts { run, first, .. } => Ok(run_ended(run, first)),
             Unfinished::Tokens { .. } => self.settle(tokenizer, true),
         }
     }
@@ -227,7 +227,20 @@ fn certain(bytes: &mut Vec<u8>) -> String {
     text
 }
 
-/// The text of a run of bytes, which ends it.
+/// The text of a run of bytes, which ends it; at the beginning of a text it too loses a space.
+fn run_ended(run: &mut Vec<u8>, first: &mut First) -> String {
+    if run.is_empty() {
+        return String::new();
+    }
+    let text = run_text(run);
+    match std::mem::replace(first, First::None) {
+        First::None => text,
+        First::One => text.strip_prefix(' ').unwrap_or(&text).to_owned(),
+        First::All => text.replace(' ', ""),
+    }
+}
+
+/// The text of a run of bytes.
 fn run_text(run: &mut Vec<u8>) -> String {
     String::from_utf8(std::mem::take(run))
         .unwrap_or_else(|error| char::REPLACEMENT_CHARACTER.to_string().repeat(error.as_bytes().len()))
@@ -360,6 +373,9 @@ mod tests {
         assert_eq!(all(stream(&[]).after(&[1, 4, 5, 6]), &[7]).0, " time");
         assert_eq!(all(stream(&[" time"]).after(&[4, 5, 6]), &[7]), (String::new(), true));
         assert_eq!(all(stream(&[]).after(&[1, 2]), &[7]).0, "time");
+        // Bytes 0x20 and 0x31.
+        assert_eq!(all(stream(&[]), &[10 + 0x20, 10 + 0x31]).0, "1");
+        assert_eq!(all(stream(&[]), &[10 + 0x20, 7]).0, " time");
     }
 
     #[test]
