@@ -113,7 +113,7 @@ mod tests {
         std::fs::create_dir(&folder).unwrap();
         let longest = "n".repeat(255);
         write_whole(&folder.join(&longest), |out| out.write_all(b"all")).unwrap();
-        assert_eq!(names(&folder), [longest.clone()]);
+        assert_eq!(names(&folder), std::slice::from_ref(&longest));
         let failed = write_whole(&folder.join(&longest), |out| {
             out.write_all(b"half")?;
             Err(io::Error::other("the disk is gone"))
