@@ -1,7 +1,7 @@
 //! What every command that runs a model takes.
 
 use super::values::{
-    DeviceKind, Dtype, Gemm, LinkSpeed, Overrides, ScheduleKind, SharedExpertPlace, TransferOrder,
+    DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, ScheduleKind, SharedExpertPlace, TransferOrder,
 };
 use super::values::{bounded, seconds};
 use clap::Args;
@@ -185,5 +185,5 @@ pub(crate) struct ModelArgs {
 
     /// Other values for some keys of the model's config.json, like {"num_hidden_layers": 4}
     #[arg(long, env = "EPSMOE_HF_OVERRIDES", value_name = "JSON", default_value = "{}")]
-    pub(crate) hf_overrides: Overrides,
+    pub(crate) hf_overrides: JsonObject,
 }

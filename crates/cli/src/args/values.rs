@@ -39,19 +39,6 @@ impl FromStr for DeviceKind {
     }
 }
 
-/// Values for keys of a config.json.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Overrides(pub(crate) Map<String, Value>);
-
-impl FromStr for Overrides {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let map = serde_json::from_str(text).map(Overrides);
-        map.map_err(|error| format!("this is no JSON object ({error}): write {{\"num_hidden_layers\": 4}}"))
-    }
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Dtype {
     Auto,
@@ -150,9 +137,8 @@ impl FromStr for JsonObject {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        serde_json::from_str(text).map(JsonObject).map_err(|error| {
-            format!("must be an object of JSON, like '{{\"enable_thinking\": false}}' ({error})")
-        })
+        let map = serde_json::from_str(text).map(JsonObject);
+        map.map_err(|error| format!("this is no JSON object ({error}): write one like {{\"name\": 4}}"))
     }
 }
 
@@ -268,12 +254,10 @@ mod tests {
         assert!("5,x".parse::<TokenIds>().is_err());
         assert_eq!("500mb".parse::<ShardSize>().unwrap().0, 500_000_000);
         assert!("0".parse::<ShardSize>().is_err());
-        assert_eq!("{\"a\": {\"b\": 2}}".parse::<Overrides>().unwrap().0["a"]["b"], 2);
-        assert!("3".parse::<Overrides>().is_err() && "{".parse::<Overrides>().is_err());
         assert_eq!("cuda".parse(), Ok(DeviceKind::Cuda));
         assert_eq!("cuda:3".parse(), Ok(DeviceKind::CudaAt(3)));
         assert!("cuda:x".parse::<DeviceKind>().is_err() && "gpu".parse::<DeviceKind>().is_err());
-        assert_eq!("{\"a\": 1}".parse::<JsonObject>().unwrap().0["a"], 1);
+        assert_eq!("{\"a\": {\"b\": 2}}".parse::<JsonObject>().unwrap().0["a"]["b"], 2);
         assert!("[1]".parse::<JsonObject>().is_err() && "{".parse::<JsonObject>().is_err());
         assert_eq!("-1".parse(), Ok(TokenLimit::Context));
         assert_eq!("7".parse(), Ok(TokenLimit::At(7)));

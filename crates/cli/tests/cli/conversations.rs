@@ -61,10 +61,7 @@ fn conversations_come_from_a_file() {
     contains(&refusal(&["--messages", "/dev/zero"]), "cannot read /dev/zero: this is not a plain file");
     contains(&refusal(&["--messages", &list, "--prompt", "a"]), "cannot be used with");
     contains(&refusal(&["--prompt", "a", "--chat-template-kwargs", off]), "give --chat or --messages too");
-    contains(
-        &refusal(&["--prompt", "a", "--chat", "--chat-template-kwargs", "3"]),
-        "must be an object of JSON",
-    );
+    contains(&refusal(&["--prompt", "a", "--chat", "--chat-template-kwargs", "3"]), "this is no JSON object");
 }
 
 /// The answer of a model, which always says the same.
