@@ -4,8 +4,9 @@
 #
 #   tests/clients/run.sh [python|node|browser|schema ...]      all four by default
 #
-# EPSMOE_BINARY names a program that is built already. Needs Python 3.11 with pip, and Node 20 with npm; Chromium is installed where apt-get can do that. Packages are
-# pinned; they go to target/clients. What a registry does not give is skipped, and said so.
+# EPSMOE_BINARY names a program that is built already. Needs Python 3.11 with pip, and Node 20 with npm; Chromium is
+# installed where apt-get can do that. Packages are pinned; they go to target/clients. What a registry does not give is
+# skipped, and said so.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -23,17 +24,25 @@ export EPSMOE_CHECKPOINT=$root/fixtures/olmoe
 export EPSMOE_SCRATCH=$work
 export EPSMOE_MODEL=tiny
 export EPSMOE_API_KEY=key-of-the-client-tests
-port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-export EPSMOE_BASE_URL=http://127.0.0.1:$port
-"$EPSMOE_BINARY" serve "$EPSMOE_CHECKPOINT" --dtype float32 --port "$port" --served-model-name "$EPSMOE_MODEL" \
-    --api-key "$EPSMOE_API_KEY" >"$work/server.log" 2>&1 &
-server=$!
-trap 'kill $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
-for _ in $(seq 150); do
-    curl --silent --fail --output /dev/null "$EPSMOE_BASE_URL/health" && break
-    kill -0 $server || { cat "$work/server.log"; exit 1; }
-    sleep 0.2
-done
+servers=()
+trap 'for it in "${servers[@]}"; do kill $it 2>/dev/null; wait $it 2>/dev/null || true; done' EXIT
+
+# Starts a server with these flags too, and waits until it answers; EPSMOE_BASE_URL is where.
+serve() {
+    local port
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    export EPSMOE_BASE_URL=http://127.0.0.1:$port
+    "$EPSMOE_BINARY" serve "$EPSMOE_CHECKPOINT" --dtype float32 --port "$port" --served-model-name "$EPSMOE_MODEL" \
+        --api-key "$EPSMOE_API_KEY" "$@" >>"$work/server.log" 2>&1 &
+    servers+=($!)
+    for _ in $(seq 150); do
+        curl --silent --fail --output /dev/null "$EPSMOE_BASE_URL/health" && return
+        kill -0 $! || { cat "$work/server.log"; exit 1; }
+        sleep 0.2
+    done
+    echo "the server does not answer within 30 s"
+    exit 1
+}
 
 skipped() {
     echo "SKIPPED: $1" >&2
@@ -90,12 +99,20 @@ run_browser() {
 run_schema() {
     installer || { skipped "schemathesis, because it is not to be had from PyPI"; return; }
     environment python requirements.txt
+    # Who asks at random often forgets to say how many tokens are enough.
+    local others=$EPSMOE_BASE_URL
+    serve --max-model-len 512
     (cd "$work" && "$work/python/bin/schemathesis" run "$EPSMOE_BASE_URL/openapi.json" --no-color \
         --header "Authorization: Bearer $EPSMOE_API_KEY" --max-examples "${EPSMOE_SCHEMA_EXAMPLES:-25}" \
-        --seed 1 --request-timeout 60)
+        --seed 1 --request-timeout 120)
+    export EPSMOE_BASE_URL=$others
 }
 
+rm -f "$work/server.log"
+serve
 for part in "${parts[@]}"; do
     "run_$part"
 done
-kill -0 $server || { echo "the server ended on its own:"; tail -20 "$work/server.log"; exit 1; }
+for it in "${servers[@]}"; do
+    kill -0 "$it" || { echo "a server ended on its own:"; tail -20 "$work/server.log"; exit 1; }
+done

@@ -26,8 +26,13 @@ impl Client {
     /// Looks whether the server is there and has the model.
     pub(crate) fn connect(args: &ServerArgs) -> Result<Self> {
         let base = args.base_url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
+        if base.starts_with("https://") {
+            bail!(
+                "--base-url {base}: this client has no TLS: name an http:// address, of a proxy that has if need be"
+            );
+        }
         if !base.starts_with("http://") {
-            bail!("--base-url {base}: must begin with http:// (TLS is for a proxy beside this client)");
+            bail!("--base-url {base}: must begin with http://");
         }
         let config = Agent::config_builder().http_status_as_error(false).timeout_connect(Some(CONNECT));
         let agent = config.max_idle_connections_per_host(4096).max_idle_connections(4096).build().new_agent();

@@ -4,10 +4,12 @@ use crate::body::JsonObject;
 use crate::openai::chat::{ChatFields, Message};
 use crate::openai::sampling::{NamedSchema, ResponseFormat, SamplingFields, at_least, only_one_answer};
 use crate::openai::tools::{FunctionCall, FunctionDefinition, FunctionWord, Tool, ToolCall, ToolChoice};
-use crate::openai::{ApiError, OneOrMany, one_or_many};
+use crate::openai::{ApiError, Condition, OneOrMany, either, merged, one_or_many};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-use utoipa::ToSchema;
+use serde_json::{Map, Value, json};
+use utoipa::openapi::schema::Object;
+use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// A request for the assistant's next message.
 #[derive(Debug)]
@@ -17,7 +19,7 @@ pub(crate) struct MessagesRequest {
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
-pub(crate) struct MessagesFields {
+struct MessagesFields {
     /// A name that `/v1/models` lists.
     #[allow(dead_code, reason = "read with the sampling fields, and described here")]
     model: Option<String>,
@@ -78,14 +80,14 @@ impl MessagesRequest {
         sampling.response_format = config.format.map(|OutputFormat::JsonSchema { schema }| {
             ResponseFormat::JsonSchema { json_schema: NamedSchema { name: None, schema } }
         });
-        let last_is_assistants = fields.messages.last().is_some_and(|last| last.role == Role::Assistant);
+        let begun = fields.messages.last().is_some_and(InputMessage::is_begun_answer);
         let choice = fields.tool_choice;
         let mut chat = ChatFields {
             messages: messages(fields.system, fields.messages),
             tools: fields.tools.map(|tools| tools.into_iter().map(InputTool::into_chat).collect()),
             parallel_tool_calls: choice.as_ref().and_then(InputToolChoice::parallel),
             tool_choice: choice.map(InputToolChoice::into_chat),
-            continue_final_message: Some(last_is_assistants),
+            continue_final_message: Some(begun),
             reasoning_effort: config.effort,
             ..ChatFields::default()
         };
@@ -99,6 +101,60 @@ impl MessagesRequest {
         Ok(MessagesRequest { chat, sampling })
     }
 }
+
+/// A request whose tokens are only counted, for the description of the API.
+pub(crate) struct CountRequest;
+
+/// The fields, and what holds between them.
+fn described(mut fields: Object) -> RefOr<Schema> {
+    let most = ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1));
+    if fields.required.iter().any(|field| field == "max_tokens") {
+        fields.properties.insert("max_tokens".into(), most.into());
+    }
+    let idle = ["auto", "none"].map(|word| json!({ "type": word }));
+    either(fields, [[Condition::absent_or("tool_choice", &idle), Condition::has_some("tools")]])
+}
+
+impl PartialSchema for MessagesRequest {
+    fn schema() -> RefOr<Schema> {
+        let mut fields = merged(MessagesFields::schema(), RefOr::T(Schema::Object(Object::new())));
+        fields.required.push("max_tokens".into());
+        described(fields)
+    }
+}
+
+impl ToSchema for MessagesRequest {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        MessagesFields::schemas(schemas);
+    }
+}
+
+impl PartialSchema for CountRequest {
+    fn schema() -> RefOr<Schema> {
+        described(merged(MessagesFields::schema(), RefOr::T(Schema::Object(Object::new()))))
+    }
+}
+
+impl ToSchema for CountRequest {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        MessagesFields::schemas(schemas);
+    }
+}
+
+/// The words alone: that a named tool has to be among the tools, no schema can say.
+impl PartialSchema for InputToolChoice {
+    fn schema() -> RefOr<Schema> {
+        let words = ["auto", "any", "none"].map(|word| json!({ "type": word }));
+        let named = "or {\"type\": \"tool\", \"name\": …} with the name of one of the tools";
+        ObjectBuilder::new()
+            .schema_type(Type::Object)
+            .enum_values(Some(words))
+            .description(Some(named))
+            .into()
+    }
+}
+
+impl ToSchema for InputToolChoice {}
 
 /// The conversation. Results of calls stand first in what the user says, and are messages of their own elsewhere.
 fn messages(system: Option<OneOrMany<TextBlock>>, input: Vec<InputMessage>) -> Vec<Message> {
@@ -150,6 +206,17 @@ struct InputMessage {
     content: OneOrMany<Block>,
 }
 
+impl InputMessage {
+    /// Whether this is the beginning of an answer.
+    fn is_begun_answer(&self) -> bool {
+        let said = match &self.content {
+            OneOrMany::One(text) => text.clone(),
+            OneOrMany::Many(blocks) => blocks.iter().filter_map(Block::text).collect(),
+        };
+        self.role == Role::Assistant && !said.trim().is_empty()
+    }
+}
+
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -194,6 +261,15 @@ enum Block {
     },
 }
 
+impl Block {
+    fn text(&self) -> Option<&str> {
+        match self {
+            Block::Text { text } => Some(text),
+            _ => None,
+        }
+    }
+}
+
 /// A piece of text.
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -232,7 +308,7 @@ impl InputTool {
 }
 
 /// Whether the model calls functions.
-#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 enum InputToolChoice {
     Auto { disable_parallel_tool_use: Option<bool> },
@@ -372,7 +448,6 @@ impl MessageErrorBody {
 mod tests {
     use super::*;
     use crate::body::object;
-    use serde_json::json;
 
     #[test]
     fn blocks_become_a_conversation() {

@@ -2,9 +2,10 @@
 //!
 //! A request's way, in reading order: `serve` (connections, and the end of all) → `router` (all routes, and what every
 //! request passes on its way: `access_log`, `auth`) → `routes/` (one file for each group) → `body` and `openai/` (what was
-//! asked, checked field by field) → `prompt` (texts and conversations become token ids) and `guide` (grammars; `calls`: of calls) →
-//! `generation/` (requests to the engine, and what it tells) → `parsers/` (text becomes reasoning, content and calls of
-//! functions) → back in the route, which words it; streams go out through `sse`. Beside them: `app` (the state that all
+//! asked, checked field by field; `anthropic` for one route) → `turn` (what is asked of the assistant), with `prompt` (texts
+//! and conversations become token ids) and `guide` (grammars; `calls`: of calls) → `generation/` (requests to the engine, and
+//! what it tells) → `parsers/` (text becomes reasoning, content and calls of functions) → back in the route, which words it, two
+//! of them as `choices`; streams go out through `sse`. Beside them: `app` (the state that all
 //! share), `options` (how a server is set up), `metrics`.
 //!
 //! This room alone knows the wire format. It knows no devices, ranks or models: the engine behind it is a handle that

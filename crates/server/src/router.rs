@@ -1,8 +1,10 @@
 //! All routes, and what every request passes on its way to one: first id, log and panics, then other origins, the declared
 //! size, the key.
 
+use crate::anthropic::MessageErrorBody;
 use crate::app::{App, Shared};
 use crate::openai::chat::ChatChunk;
+use crate::openai::responses::{ItemCall, ItemCallOutput, ItemMessage, ItemReasoning};
 use crate::openai::{ApiError, ErrorBody, TokenId};
 use crate::{access_log, auth, body, routes};
 use axum::Router;
@@ -31,7 +33,7 @@ const LINGER: Duration = Duration::from_secs(5);
 #[derive(OpenApi)]
 #[openapi(
     info(title = "epsmoe", description = "An OpenAI-compatible server of Mixture-of-Experts models"),
-    components(schemas(ErrorBody, ChatChunk)),
+    components(schemas(ErrorBody, MessageErrorBody, ChatChunk, ItemMessage, ItemReasoning, ItemCall, ItemCallOutput)),
     tags(
         (name = "generation", description = "Answers"),
         (name = "models", description = "What is served"),

@@ -72,7 +72,7 @@ time of each token after it, ITL that between two pieces of a stream, E2EL that 
 
 Examples:
   epsmoe bench serve --num-prompts 64 --max-concurrency 32
-  epsmoe bench serve --request-rate 4 --random-input-len 512 --random-output-len 64 --goodput ttft:300 --goodput tpot:40
+  epsmoe bench serve --request-rate 4 --random-input-len 512 --random-output-len 64 --goodput ttft:300 tpot:40
   epsmoe bench serve --dataset-name sharegpt --dataset-path ShareGPT.json --json figures.json")]
 pub(crate) struct BenchServeArgs {
     #[command(flatten)]
@@ -114,8 +114,8 @@ pub(crate) struct BenchServeArgs {
     #[arg(long, value_name = "NUMBER", default_value = "0")]
     pub(crate) seed: u64,
 
-    /// Requests are good if they keep to this, in milliseconds: ttft:MS, tpot:MS or e2el:MS; can be given several times
-    #[arg(long, value_name = "WHAT:MS", value_parser = goal)]
+    /// Requests are good if they keep to these, in milliseconds: ttft:MS, tpot:MS or e2el:MS
+    #[arg(long, value_name = "WHAT:MS", value_parser = goal, num_args = 1..)]
     pub(crate) goodput: Vec<Goal>,
 
     /// Let answers end where the model ends them

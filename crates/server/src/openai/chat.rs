@@ -9,7 +9,7 @@ use crate::body::JsonObject;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::schema::AnyOf;
-use utoipa::openapi::{RefOr, Schema, Type};
+use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 /// A request for the next message of a conversation.
@@ -119,7 +119,7 @@ impl PartialSchema for ChatRequest {
         let fields = merged(ChatFields::schema(), SamplingFields::schema());
         let calls = [
             Condition::absent_or("tool_choice", &["none".into(), "auto".into()]),
-            Condition::is_there("tools", Type::Array),
+            Condition::has_some("tools"),
         ];
         let alternatives =
             [Condition::absent_or("top_logprobs", &[0.into()]), Condition::is_true("logprobs")];

@@ -21,7 +21,7 @@ pub(crate) use usage::Usage;
 
 use serde_json::Value;
 use std::time::{SystemTime, UNIX_EPOCH};
-use utoipa::openapi::schema::{AllOf, AnyOf, Object, SchemaType};
+use utoipa::openapi::schema::{AllOf, AnyOf, ArrayBuilder, Object, SchemaType};
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
@@ -59,7 +59,7 @@ pub(crate) fn merged(first: RefOr<Schema>, second: RefOr<Schema>) -> Object {
 /// What a field may be for a request to be right, in the words of JSON Schema.
 pub(crate) struct Condition {
     field: &'static str,
-    schema: Object,
+    schema: Schema,
     /// Whether it must be there.
     required: bool,
 }
@@ -69,18 +69,26 @@ impl Condition {
     pub(crate) fn absent_or(field: &'static str, values: &[Value]) -> Self {
         let values = values.iter().cloned().chain([Value::Null]);
         let any = ObjectBuilder::new().schema_type(SchemaType::AnyValue);
-        Condition { field, schema: any.enum_values(Some(values)).build(), required: false }
+        Condition { field, schema: any.enum_values(Some(values)).build().into(), required: false }
     }
 
     /// The field is true.
     pub(crate) fn is_true(field: &'static str) -> Self {
         let schema = ObjectBuilder::new().schema_type(Type::Boolean).enum_values(Some([true])).build();
-        Condition { field, schema, required: true }
+        Condition { field, schema: schema.into(), required: true }
     }
 
     /// The field is there, and not null.
     pub(crate) fn is_there(field: &'static str, kind: Type) -> Self {
-        Condition { field, schema: ObjectBuilder::new().schema_type(kind).build(), required: true }
+        let schema = ObjectBuilder::new().schema_type(kind).build();
+        Condition { field, schema: schema.into(), required: true }
+    }
+
+    /// The field is a list with something in it.
+    pub(crate) fn has_some(field: &'static str) -> Self {
+        let any = RefOr::from(ObjectBuilder::new().schema_type(SchemaType::AnyValue));
+        let schema = ArrayBuilder::new().items(any).min_items(Some(1)).build();
+        Condition { field, schema: schema.into(), required: true }
     }
 
     fn schema(self) -> Object {

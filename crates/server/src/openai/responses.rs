@@ -3,11 +3,11 @@
 use super::chat::{ChatFields, Message};
 use super::sampling::{NamedSchema, ResponseFormat, SamplingFields, at_least, only_one_answer};
 use super::tools::{FunctionCall, FunctionDefinition, FunctionWord, Tool, ToolCall, ToolChoice};
-use super::{ApiError, OneOrMany, one_or_many};
+use super::{ApiError, Condition, OneOrMany, either, one_or_many};
 use crate::body::{AsksForNothing, JsonObject};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use utoipa::openapi::schema::{AnyOf, ObjectBuilder, Type};
+use utoipa::openapi::schema::AnyOf;
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
@@ -21,7 +21,7 @@ pub(crate) struct ResponsesRequest {
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
-pub(crate) struct ResponsesFields {
+struct ResponsesFields {
     /// A name that `/v1/models` lists; without one, the first of them.
     #[allow(dead_code, reason = "read with the sampling fields, and described here")]
     model: Option<String>,
@@ -48,7 +48,8 @@ pub(crate) struct ResponsesFields {
     include: Option<Vec<String>>,
     /// Functions that the model may call.
     tools: Option<Vec<FlatTool>>,
-    #[schema(schema_with = choice_schema)]
+    /// Whether the model calls functions; `{"type": "function", "name": …}` with the name of one of the tools, too.
+    #[schema(value_type = Option<ToolChoice>)]
     tool_choice: Option<FlatChoice>,
     /// Whether one answer may have several calls; it may unless this says no.
     parallel_tool_calls: Option<bool>,
@@ -109,7 +110,7 @@ impl ResponsesRequest {
         let chat = ChatFields {
             messages: messages(fields.instructions, fields.input)?,
             logprobs: Some(logprobs),
-            top_logprobs: fields.top_logprobs,
+            top_logprobs: fields.top_logprobs.filter(|_| logprobs),
             tools: fields.tools.map(|tools| tools.into_iter().map(FlatTool::into_chat).collect()),
             tool_choice: fields.tool_choice.map(|choice| choice.0),
             parallel_tool_calls: fields.parallel_tool_calls,
@@ -126,7 +127,7 @@ fn messages(instructions: Option<String>, input: OneOrMany<Item>) -> Result<Vec<
     let mut messages: Vec<Message> = Vec::new();
     messages.extend(instructions.map(|text| Message::saying("system", text)));
     let items = match input {
-        OneOrMany::One(text) => vec![Item::Message(InputMessage::of_user(text))],
+        OneOrMany::One(text) => vec![Item::Message(ItemMessage::of_user(text))],
         OneOrMany::Many(items) => items,
     };
     let assistants = |messages: &mut Vec<Message>| {
@@ -178,10 +179,10 @@ fn joined(content: OneOrMany<InputPart>) -> String {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(try_from = "Map<String, Value>")]
 enum Item {
-    Message(InputMessage),
-    Reasoning(InputReasoning),
-    FunctionCall(InputCall),
-    FunctionCallOutput(InputCallOutput),
+    Message(ItemMessage),
+    Reasoning(ItemReasoning),
+    FunctionCall(ItemCall),
+    FunctionCallOutput(ItemCallOutput),
 }
 
 impl TryFrom<Map<String, Value>> for Item {
@@ -208,7 +209,7 @@ impl TryFrom<Map<String, Value>> for Item {
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
-struct InputMessage {
+pub(crate) struct ItemMessage {
     #[serde(default)]
     #[allow(dead_code, reason = "only its value is checked")]
     r#type: MessageWord,
@@ -218,10 +219,10 @@ struct InputMessage {
     content: OneOrMany<InputPart>,
 }
 
-impl InputMessage {
+impl ItemMessage {
     fn of_user(text: String) -> Self {
         let (r#type, content) = (MessageWord::Message, OneOrMany::One(text));
-        InputMessage { r#type, role: "user".into(), content }
+        ItemMessage { r#type, role: "user".into(), content }
     }
 }
 
@@ -252,7 +253,7 @@ impl InputPart {
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
-struct InputReasoning {
+pub(crate) struct ItemReasoning {
     #[allow(dead_code, reason = "only its value is checked")]
     r#type: ReasoningWord,
     content: Option<Vec<Thought>>,
@@ -270,7 +271,7 @@ struct Thought {
     text: String,
 }
 
-impl InputReasoning {
+impl ItemReasoning {
     fn text(self) -> String {
         let thoughts = self.content.filter(|content| !content.is_empty()).or(self.summary);
         thoughts.unwrap_or_default().iter().map(|thought| thought.text.as_str()).collect()
@@ -278,7 +279,7 @@ impl InputReasoning {
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
-struct InputCall {
+pub(crate) struct ItemCall {
     #[allow(dead_code, reason = "only its value is checked")]
     r#type: CallWord,
     call_id: String,
@@ -294,7 +295,7 @@ enum CallWord {
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, ToSchema)]
-struct InputCallOutput {
+pub(crate) struct ItemCallOutput {
     #[allow(dead_code, reason = "only its value is checked")]
     r#type: CallOutputWord,
     call_id: String,
@@ -308,14 +309,30 @@ enum CallOutputWord {
     FunctionCallOutput,
 }
 
+/// The fields, and what holds between them.
+impl PartialSchema for ResponsesRequest {
+    fn schema() -> RefOr<Schema> {
+        let RefOr::T(Schema::Object(fields)) = ResponsesFields::schema() else {
+            return ResponsesFields::schema();
+        };
+        let calls = [
+            Condition::absent_or("tool_choice", &["none".into(), "auto".into()]),
+            Condition::has_some("tools"),
+        ];
+        either(fields, [calls])
+    }
+}
+
+impl ToSchema for ResponsesRequest {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        ResponsesFields::schemas(schemas);
+    }
+}
+
 impl PartialSchema for Item {
     fn schema() -> RefOr<Schema> {
-        let forms = [
-            InputMessage::schema(),
-            InputReasoning::schema(),
-            InputCall::schema(),
-            InputCallOutput::schema(),
-        ];
+        let forms =
+            [ItemMessage::schema(), ItemReasoning::schema(), ItemCall::schema(), ItemCallOutput::schema()];
         forms.into_iter().fold(AnyOf::builder(), |any, form| any.item(form)).into()
     }
 }
@@ -350,19 +367,6 @@ impl TryFrom<Value> for FlatChoice {
         };
         serde_json::from_value(choice).map(FlatChoice).map_err(|problem| problem.to_string())
     }
-}
-
-fn choice_schema() -> RefOr<Schema> {
-    let words = ["none", "auto", "required"].map(Value::from).into_iter().chain([Value::Null]);
-    let words = ObjectBuilder::new()
-        .schema_type(utoipa::openapi::schema::SchemaType::AnyValue)
-        .enum_values(Some(words));
-    let named = ObjectBuilder::new()
-        .property("type", FunctionWord::schema())
-        .property("name", ObjectBuilder::new().schema_type(Type::String))
-        .required("type")
-        .required("name");
-    AnyOf::builder().item(words).item(named).into()
 }
 
 #[derive(Clone, Debug, Deserialize, ToSchema)]

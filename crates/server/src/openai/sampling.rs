@@ -6,9 +6,9 @@ use crate::body::{AsksForNothing, JsonObject};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
-use utoipa::ToSchema;
-use utoipa::openapi::schema::SchemaType;
+use utoipa::openapi::schema::{AnyOf, ArrayBuilder, SchemaFormat, SchemaType};
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// Most choices of one prompt.
 const MAX_CHOICES: i64 = 128;
@@ -117,22 +117,78 @@ pub(crate) struct NamedSchema {
     pub(crate) schema: Map<String, Value>,
 }
 
-#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+/// Exactly one form.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 pub(crate) struct StructuredOutputs {
     /// A JSON schema.
-    #[schema(value_type = Option<Object>)]
     pub(crate) json: Option<Value>,
     /// A regular expression that the whole answer matches.
-    #[schema(format = "regex")]
     pub(crate) regex: Option<String>,
     /// Texts of which the answer is one.
-    #[schema(min_items = 1)]
     pub(crate) choice: Option<Vec<String>>,
     /// A grammar in Lark's syntax.
     pub(crate) grammar: Option<String>,
     /// Any JSON object.
     pub(crate) json_object: Option<bool>,
 }
+
+/// What `structured_outputs` was called before, one field for each form.
+#[derive(Deserialize)]
+struct GuidedFields {
+    guided_json: Option<Value>,
+    guided_regex: Option<String>,
+    guided_choice: Option<Vec<String>>,
+    guided_grammar: Option<String>,
+    guided_json_object: Option<bool>,
+}
+
+impl GuidedFields {
+    fn structured_outputs(self) -> Option<StructuredOutputs> {
+        let forms = StructuredOutputs {
+            json: self.guided_json,
+            regex: self.guided_regex,
+            choice: self.guided_choice,
+            grammar: self.guided_grammar,
+            json_object: self.guided_json_object,
+        };
+        (forms != StructuredOutputs::default()).then_some(forms)
+    }
+}
+
+/// One of the forms, the others absent or null. What is a grammar, no schema can say.
+impl PartialSchema for StructuredOutputs {
+    fn schema() -> RefOr<Schema> {
+        let of = |kind: Type| ObjectBuilder::new().schema_type(kind);
+        let text = RefOr::from(of(Type::String).min_length(Some(1)).pattern(Some("^[ -~]+$")));
+        let forms: [(&str, &str, RefOr<Schema>); 4] = [
+            ("json", "a JSON schema", of(Type::Object).into()),
+            (
+                "regex",
+                "a regular expression that the whole answer matches",
+                of(Type::String).format(Some(SchemaFormat::Custom("regex".into()))).into(),
+            ),
+            (
+                "choice",
+                "texts of which the answer is one",
+                ArrayBuilder::new().items(text).min_items(Some(1)).into(),
+            ),
+            (
+                "json_object",
+                "any JSON object; `grammar`: a grammar in Lark's syntax",
+                of(Type::Boolean).into(),
+            ),
+        ];
+        let names = forms.each_ref().map(|(name, ..)| *name);
+        let form = |(name, meaning, schema): (&'static str, &str, RefOr<Schema>)| {
+            let others = names.into_iter().chain(["grammar"]).filter(|other| *other != name);
+            let object = of(Type::Object).property(name, schema).required(name).description(Some(meaning));
+            others.fold(object, |object, other| object.property(other, of(Type::Null)))
+        };
+        forms.into_iter().fold(AnyOf::builder(), |any, one| any.item(form(one))).into()
+    }
+}
+
+impl ToSchema for StructuredOutputs {}
 
 /// Fields that other servers have and this one does not do.
 const UNSUPPORTED: &[(&str, AsksForNothing)] = &[
@@ -180,7 +236,9 @@ impl SamplingFields {
     /// Reads and checks the fields. Those that are known but not supported are refused by name.
     pub(crate) fn read(object: &JsonObject) -> Result<Self, ApiError> {
         object.refuse(UNSUPPORTED)?;
-        let fields: SamplingFields = object.read()?;
+        let mut fields: SamplingFields = object.read()?;
+        let guided: GuidedFields = object.read()?;
+        fields.structured_outputs = fields.structured_outputs.or(guided.structured_outputs());
         fields.check()?;
         let (n, best_of) = (fields.n.unwrap_or(1), object.get("best_of"));
         if best_of.is_some_and(|best_of| best_of.as_i64() != Some(n)) {
@@ -320,6 +378,16 @@ mod tests {
         let body = r#"{"suffix": null, "best_of": 1, "modalities": ["text"], "bad_words": [], "user": "me",
             "temperature": null, "stream_options": null, "priority": 0}"#;
         assert!(SamplingFields::read(&object(body)).is_ok());
+    }
+
+    #[test]
+    fn older_names_of_forms_are_read() {
+        let fields =
+            SamplingFields::read(&object(r#"{"guided_choice": ["yes", "no"], "guided_regex": null}"#))
+                .unwrap();
+        assert_eq!(fields.structured_outputs.unwrap().choice.unwrap(), ["yes", "no"]);
+        assert!(SamplingFields::read(&object("{}")).unwrap().structured_outputs.is_none());
+        assert_eq!(param(r#"{"guided_choice": "yes"}"#), "guided_choice");
     }
 
     #[test]

@@ -1,15 +1,20 @@
 //! Text to tokens and back, without generating.
 
-use super::TokenId;
 use super::chat::Message;
 use super::tools::Tool;
+use super::{Condition, TokenId, either};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use utoipa::ToSchema;
+use utoipa::openapi::{RefOr, Schema, Type};
+use utoipa::{PartialSchema, ToSchema};
 
 /// Either `prompt` or `messages`.
+#[derive(Debug, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct TokenizeRequest(pub(crate) TokenizeFields);
+
 #[derive(Debug, Deserialize, ToSchema)]
-pub(crate) struct TokenizeRequest {
+pub(crate) struct TokenizeFields {
     pub(crate) model: Option<String>,
     /// A text.
     pub(crate) prompt: Option<String>,
@@ -17,6 +22,7 @@ pub(crate) struct TokenizeRequest {
     /// messages, whose template writes them.
     pub(crate) add_special_tokens: Option<bool>,
     /// A conversation, as the chat template renders it.
+    #[schema(min_items = 1)]
     pub(crate) messages: Option<Vec<Message>>,
     /// Whether the assistant's next message is begun; it is unless this says no.
     pub(crate) add_generation_prompt: Option<bool>,
@@ -29,6 +35,29 @@ pub(crate) struct TokenizeRequest {
     pub(crate) chat_template_kwargs: Option<Map<String, Value>>,
     /// Whether the answer also has the tokens as the vocabulary writes them.
     pub(crate) return_token_strs: Option<bool>,
+}
+
+/// The fields, and what holds between them.
+impl PartialSchema for TokenizeRequest {
+    fn schema() -> RefOr<Schema> {
+        let RefOr::T(Schema::Object(fields)) = TokenizeFields::schema() else {
+            return TokenizeFields::schema();
+        };
+        let one = [Condition::absent_or("prompt", &[]), Condition::absent_or("messages", &[])];
+        either(
+            fields,
+            [
+                one,
+                [Condition::is_there("prompt", Type::String), Condition::is_there("messages", Type::Array)],
+            ],
+        )
+    }
+}
+
+impl ToSchema for TokenizeRequest {
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        TokenizeFields::schemas(schemas);
+    }
 }
 
 #[derive(Debug, Serialize, ToSchema)]

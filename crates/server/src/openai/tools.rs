@@ -5,7 +5,7 @@ use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 use std::fmt;
-use utoipa::openapi::schema::{AnyOf, ObjectBuilder};
+use utoipa::openapi::schema::ObjectBuilder;
 use utoipa::openapi::{RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
@@ -84,14 +84,14 @@ pub(crate) enum ToolChoice {
     Named(String),
 }
 
-#[derive(Deserialize, ToSchema)]
+#[derive(Deserialize)]
 struct NamedToolChoice {
     #[allow(dead_code, reason = "only its value is checked")]
     r#type: FunctionWord,
     function: FunctionName,
 }
 
-#[derive(Deserialize, ToSchema)]
+#[derive(Deserialize)]
 struct FunctionName {
     name: String,
 }
@@ -126,19 +126,21 @@ impl<'de> Visitor<'de> for ToolChoiceVisitor {
     }
 }
 
+/// The words alone: that a named function has to be among the tools, no schema can say.
 impl PartialSchema for ToolChoice {
     fn schema() -> RefOr<Schema> {
-        let words =
-            ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["none", "auto", "required"]));
-        AnyOf::builder().item(words).item(NamedToolChoice::schema()).into()
+        let named =
+            "or {\"type\": \"function\", \"function\": {\"name\": …}} with the name of one of the tools";
+        let words = ["none", "auto", "required"];
+        ObjectBuilder::new()
+            .schema_type(Type::String)
+            .enum_values(Some(words))
+            .description(Some(named))
+            .into()
     }
 }
 
-impl ToSchema for ToolChoice {
-    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
-        NamedToolChoice::schemas(schemas);
-    }
-}
+impl ToSchema for ToolChoice {}
 
 #[cfg(test)]
 mod tests {

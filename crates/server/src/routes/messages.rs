@@ -2,7 +2,7 @@
 
 use super::grammar;
 use crate::anthropic::{
-    CountedTokens, MessageErrorBody, MessageObject, MessageUsage, MessagesFields, MessagesRequest,
+    CountRequest, CountedTokens, MessageErrorBody, MessageObject, MessageUsage, MessagesRequest,
 };
 use crate::app::Shared;
 use crate::auth::Caller;
@@ -60,7 +60,7 @@ enum Refusals {
     post,
     path = "/v1/messages",
     tag = "generation",
-    request_body = MessagesFields,
+    request_body = MessagesRequest,
     responses(
         (status = 200, description = "the answer; with `stream` as events that say what happens to it", content(
             (MessageObject = "application/json"),
@@ -89,7 +89,7 @@ async fn messages(State(app): State<Shared>, caller: Caller, body: JsonObject) -
     post,
     path = "/v1/messages/count_tokens",
     tag = "tokens",
-    request_body = MessagesFields,
+    request_body = CountRequest,
     responses((status = 200, description = "how many", body = CountedTokens), Refusals)
 )]
 async fn count_tokens(State(app): State<Shared>, body: JsonObject) -> Result<Json<CountedTokens>, ApiError> {

@@ -33,6 +33,7 @@ const PATIENCE: Duration = Duration::from_millis(500);
 const MOST_SPANS: usize = 4096;
 
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct StatusQuery {
     /// Whether the spans of an MoE layer are wanted too
     #[serde(default)]

@@ -8,7 +8,7 @@ use crate::generation::{End, Generation, Job, Step, TokenTexts, What};
 use crate::openai::errors::Refusals;
 use crate::openai::responses::{
     IncompleteDetails, InputTokensDetails, OutputTokensDetails, ResponseError, ResponseObject, ResponseUsage,
-    ResponsesFields, ResponsesRequest,
+    ResponsesRequest,
 };
 use crate::openai::{ApiError, Usage, new_id, now};
 use crate::prompt::aside;
@@ -30,7 +30,7 @@ pub(crate) fn router() -> OpenApiRouter<Shared> {
     post,
     path = "/v1/responses",
     tag = "generation",
-    request_body = ResponsesFields,
+    request_body = ResponsesRequest,
     responses(
         (status = 200, description = "the answer; with `stream` as events that say what happens to it", content(
             (ResponseObject = "application/json"),

@@ -4,7 +4,9 @@ use crate::app::{App, Shared};
 use crate::body::JsonObject;
 use crate::openai::ApiError;
 use crate::openai::errors::Refusals;
-use crate::openai::tokenize::{DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse};
+use crate::openai::tokenize::{
+    DetokenizeRequest, DetokenizeResponse, TokenizeFields, TokenizeRequest, TokenizeResponse,
+};
 use crate::prompt::{Conversation, aside, decode, encode};
 use axum::Json;
 use axum::extract::State;
@@ -27,12 +29,12 @@ pub(crate) fn router() -> OpenApiRouter<Shared> {
     )
 )]
 async fn tokenize(State(app): State<Shared>, body: JsonObject) -> Result<Json<TokenizeResponse>, ApiError> {
-    let request: TokenizeRequest = body.read()?;
+    let TokenizeRequest(request) = body.read()?;
     app.check_model(request.model.as_deref())?;
     aside(&app, move |app| tokens_of(app, &request)).await.map(Json)
 }
 
-fn tokens_of(app: &App, request: &TokenizeRequest) -> Result<TokenizeResponse, ApiError> {
+fn tokens_of(app: &App, request: &TokenizeFields) -> Result<TokenizeResponse, ApiError> {
     let special = request.add_special_tokens;
     let tokens = match (&request.prompt, &request.messages) {
         (Some(_), Some(_)) => {
