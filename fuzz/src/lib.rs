@@ -32,7 +32,7 @@ fn read<T, E: Display>(result: Result<T, E>) -> Option<T> {
 pub fn config(bytes: &[u8]) {
     let Some(spec) = read(config::parse(bytes, FILE)) else { return };
     assert!(spec.parameters().active <= spec.parameters().total);
-    assert!(spec.cache_bytes_per_token(DType::F32) > 0);
+    assert!(spec.cache_bytes_per_token(DType::F32, 1) > 0);
 }
 
 /// `model.safetensors.index.json`.

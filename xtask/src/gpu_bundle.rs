@@ -10,11 +10,12 @@ use std::process::Command;
 const LARGEST: u64 = 60_000_000;
 
 /// The programs of a bundle.
-const PROGRAMS: [Program; 5] = [
+const PROGRAMS: [Program; 6] = [
     Program { package: "epsmoe-device", target: Target::Test("op_suite"), name: "op_suite" },
     Program { package: "epsmoe-device", target: Target::Units, name: "device_units" },
     Program { package: "epsmoe-fabric", target: Target::Test("contract"), name: "fabric_suite" },
     Program { package: "epsmoe-engine", target: Target::Test("fixtures"), name: "model_suite" },
+    Program { package: "epsmoe-server", target: Target::Test("http"), name: "server_suite" },
     Program { package: "epsmoe-cli", target: Target::Binary("epsmoe"), name: "epsmoe" },
 ];
 

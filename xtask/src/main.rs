@@ -4,6 +4,7 @@
 
 mod eval;
 mod gpu_bundle;
+mod soak;
 
 use clap::Parser;
 use std::path::PathBuf;
@@ -26,6 +27,8 @@ enum Task {
     /// Hold the cost model and the auto schedule against layers that no profile was fitted to.
     #[command(subcommand)]
     Eval(eval::Question),
+    /// Serve many streams for minutes: every token must come once and be the right one, and memory stay what it was.
+    Soak(soak::SoakArgs),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -33,6 +36,7 @@ fn main() -> anyhow::Result<()> {
         Task::CheckKernels { architectures } => check_kernels(&architectures),
         Task::GpuBundle { out } => gpu_bundle::make(&out),
         Task::Eval(question) => eval::run(&question),
+        Task::Soak(args) => soak::run(&args),
     }
 }
 

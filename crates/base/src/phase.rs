@@ -101,4 +101,9 @@ impl Phase {
                 | Phase::LmHead
         )
     }
+
+    /// Whether it is one of an MoE layer, from the router to the sums of the tokens.
+    pub fn is_of_experts(self) -> bool {
+        (Phase::RouterLogits..=Phase::SharedGate).contains(&self)
+    }
 }

@@ -1,14 +1,16 @@
 //! What the flags of a command that runs a model mean: a model, a world of ranks, and engines over it. Everything
 //! that cannot work is refused here, before weights are read.
 
+mod budget;
+
 use crate::args::{DeviceKind, Dtype, Gemm, ModelArgs, RunArgs, ScheduleKind, SharedExpertPlace, TextArgs};
 use crate::locate::{Place, locate};
 use crate::prompt::encode;
 use crate::watch::LayerSample;
-use crate::{machine, memory, output};
+use crate::{machine, output};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::files::open_plain;
-use epsmoe_base::{Bytes, DType, FaultCell, Rank};
+use epsmoe_base::{DType, FaultCell, Rank};
 use epsmoe_device::cpu::CpuKernels;
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
@@ -24,7 +26,6 @@ use epsmoe_plan::{
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
 use epsmoe_text::{ChatTemplate, GenerationConfig, SpecialTokens, Tokenizer};
-use std::fmt::Display;
 use std::io::BufReader;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -460,72 +461,6 @@ impl Setup {
     pub(crate) fn write_routing(&self, engine: &Engine) -> Result<()> {
         let Some(file) = &self.record else { return Ok(()) };
         output::write_file(file, |out| engine.routing().write(out))
-    }
-
-    /// Refuses a model that the machine has too little memory for: weights, caches, and buffers of its ranks; the largest
-    /// weight is there twice while it is loaded. GPUs of their own each need what one rank does.
-    pub(crate) fn check_memory(&self, options: &[EngineOptions]) -> Result<()> {
-        let (spec, dtype) = (&self.model.spec, self.dtype);
-        let (ranks, owner, available) = match &self.processor {
-            Processor::Cuda(devices) => {
-                let free = devices.iter().map(|device| device.free_bytes()).collect::<Result<Vec<_>, _>>()?;
-                let owner = if devices.len() > 1 { "a GPU" } else { "the GPU" };
-                (self.processor.sharing().unwrap_or(1), owner, free.into_iter().min())
-            }
-            _ => {
-                let memory = memory::look();
-                let owner = memory.map_or("", |memory| memory.bound.owner());
-                (self.ranks, owner, memory.map(|memory| memory.available))
-            }
-        };
-        let numbers = match ranks == self.ranks {
-            true => spec.parameters().total,
-            // Ways to run the model that differ share what they can.
-            false => {
-                let of = |options: &EngineOptions| spec.parameters_of_rank(&options.parallel, self.ranks);
-                options.iter().map(of).max().unwrap_or(0)
-            }
-        };
-        let weights = numbers.saturating_mul(dtype.bytes() as u64);
-        let of_all = |bytes: &dyn Fn(&EngineOptions) -> u64| -> u64 {
-            let each = options.iter().map(|options| bytes(options).saturating_mul(ranks as u64));
-            each.fold(0, u64::saturating_add)
-        };
-        let caches = of_all(&|options| {
-            let tokens = (options.max_model_len as u64).saturating_mul(options.max_sequences as u64);
-            tokens.saturating_mul(spec.cache_bytes_per_token(dtype) as u64)
-        });
-        let buffers = of_all(&|options| {
-            (options.max_batched_tokens as u64).saturating_mul(spec.workspace_bytes_per_token(dtype) as u64)
-        });
-        let buffers = buffers.saturating_add(spec.largest_part().saturating_mul(dtype.bytes() as u64));
-        let needed = weights.saturating_add(caches).saturating_add(buffers);
-        match available {
-            Some(available) if needed > available => bail!(
-                "{} needs {} for its weights in {dtype}, {} for its caches and about {} to compute in{}, but {owner} has \
-                 {} left: use a smaller model, shorter contexts or fewer sequences",
-                self.model.name,
-                Bytes(weights),
-                Bytes(caches),
-                Bytes(buffers),
-                self.processor.sharing().map_or(String::new(), |ranks| format!(" on {ranks} ranks")),
-                Bytes(available)
-            ),
-            _ => Ok(()),
-        }
-    }
-
-    /// Refuses what a command keeps beside the model, if this process may not have so much.
-    pub(crate) fn check_room(&self, what: impl Display, bytes: u64) -> Result<()> {
-        match memory::look() {
-            Some(memory) if bytes > memory.available => bail!(
-                "{what} need {}, but {} has {} left: ask for fewer tokens",
-                Bytes(bytes),
-                memory.bound.owner(),
-                Bytes(memory.available)
-            ),
-            _ => Ok(()),
-        }
     }
 
     /// The processor and what is computed on it, in a few words.

@@ -104,6 +104,7 @@ pub struct Engine {
     events: Vec<(RequestId, Event)>,
     next: u64,
     recorded: bool,
+    count_experts: bool,
     counts: EngineStats,
     routing: RoutingLog,
     workspaces: Vec<Workspace>,
@@ -160,6 +161,7 @@ impl Engine {
             limits: Limits { vocab, max_model_len, cache: kv_blocks.saturating_mul(BLOCK_SIZE) },
             group_size: executor.ranks() / groups,
             recorded: options.record_spans,
+            count_experts: false,
             spec,
             options,
             executor,
@@ -331,9 +333,10 @@ impl Engine {
         std::mem::take(&mut self.events)
     }
 
-    /// Whether the next steps tell what ran when, whatever the options say.
-    pub(crate) fn record(&mut self, recorded: bool) {
-        self.recorded = recorded || self.options.record_spans;
+    /// Whether the next steps tell what ran when, whatever the options say, and how many tokens went to each expert.
+    pub(crate) fn watch(&mut self, times: bool, experts: bool) {
+        self.recorded = times || self.options.record_spans;
+        self.count_experts = experts;
     }
 
     /// Counts so far, and what there is now.
@@ -392,7 +395,8 @@ impl Engine {
 
     /// The batch of a group of ranks.
     fn batch(&self, group: usize, chunks: &[ScheduledChunk]) -> Batch {
-        let mut batch = Batch { sequence_starts: vec![0], ..Batch::default() };
+        let count_experts = self.count_experts;
+        let mut batch = Batch { sequence_starts: vec![0], count_experts, ..Batch::default() };
         for chunk in chunks {
             let found = self.scheduler.running(group, chunk.id).zip(self.requests.get(&chunk.id));
             let Some((sequence, live)) = found else { continue };

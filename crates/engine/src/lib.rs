@@ -3,12 +3,13 @@
 //! Start at [`Engine::step`]: each step gives every rank a batch, runs them together, and turns what comes back into
 //! tokens. Around it: `request` (what is asked and answered), `scheduler` (what is computed next, and who gives way),
 //! `kv_blocks` (who owns which block of the cache, and what lies in it), `executor` (the ranks), `sampler` (a token from
-//! logits). [`EngineService`] gives an engine a thread of its own, to which requests come at any time.
+//! logits), `figures` (what MoE layers did, for whoever wants to see). [`EngineService`] gives an engine a thread of its own, to which requests come at any time.
 //!
 //! This room knows no text, no wire format and no architecture.
 
 mod engine;
 mod executor;
+mod figures;
 mod kv_blocks;
 mod request;
 mod sampler;
@@ -19,6 +20,7 @@ mod tests;
 
 pub use engine::{Engine, EngineOptions};
 pub use executor::{Executor, StepReport, ThreadExecutor};
+pub use figures::{LayerFigures, LayerTimes, MoeLayerFigures};
 pub use request::{
     Completion, Constraint, Event, Failure, Finish, Request, RequestId, TokenLogprobs, TokenMask,
 };

@@ -2,11 +2,12 @@
 //! START HERE: [`EngineService::start`]; what the thread does is in [`Service::run`].
 
 use crate::engine::Limits;
-use crate::{Engine, EngineError, Event, Failure, Request, RequestId, StepReport};
+use crate::figures::Watch;
+use crate::{Engine, EngineError, Event, Failure, LayerFigures, Request, RequestId, StepReport};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, panic_text};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -80,6 +81,8 @@ impl EngineService {
             next: AtomicU64::new(0),
             door: RwLock::new(Door::Open),
             stats: Mutex::new(engine.stats()),
+            figures: Mutex::default(),
+            figures_wanted: AtomicBool::new(false),
             thread: Mutex::new(None),
         });
         let service = Service {
@@ -87,6 +90,7 @@ impl EngineService {
             shared: Arc::clone(&shared),
             sinks: HashMap::new(),
             askers: Vec::new(),
+            watch: Watch::default(),
             closing: None,
         };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || service.run(&inbox));
@@ -113,6 +117,9 @@ struct Shared {
     next: AtomicU64,
     door: RwLock<Door>,
     stats: Mutex<EngineStats>,
+    /// The last ones, and whether somebody has asked since.
+    figures: Mutex<Option<Arc<LayerFigures>>>,
+    figures_wanted: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -177,6 +184,14 @@ impl EngineHandle {
         *lock(&self.shared.stats)
     }
 
+    /// What the MoE layers did in the steps that were watched last; nothing before the first of them. Asking has the
+    /// next two steps watched, unless that was done less than a second ago: whoever asks regularly sees what was so
+    /// when it asked before, and costs two steps some time. Never waits.
+    pub fn layer_figures(&self) -> Option<Arc<LayerFigures>> {
+        self.shared.figures_wanted.store(true, Ordering::Relaxed);
+        lock(&self.shared.figures).clone()
+    }
+
     /// Describes the next step: what every rank's layers did, and when. Nothing if there is none within `patience`.
     pub fn step_report(&self, patience: Duration) -> Option<StepReport> {
         let (answer, inbox) = sync_channel(1);
@@ -222,6 +237,7 @@ struct Service {
     sinks: HashMap<RequestId, Sink>,
     /// Those who want to see the next step.
     askers: Vec<SyncSender<StepReport>>,
+    watch: Watch,
     /// When requests that are still open are aborted.
     closing: Option<Instant>,
 }
@@ -255,18 +271,30 @@ impl Service {
             if self.engine.is_idle() {
                 continue;
             }
-            self.engine.record(!self.askers.is_empty());
+            if self.shared.figures_wanted.swap(false, Ordering::Relaxed) {
+                self.watch.want();
+            }
+            let times = self.watch.times() || !self.askers.is_empty();
+            self.engine.watch(times, self.watch.experts());
             let step = self.guarded(Engine::launch).and_then(|()| {
                 self.tell();
                 self.guarded(Engine::finish)
             });
             match step {
-                Ok(report) => self.askers.drain(..).for_each(|asker| {
-                    // Whoever asked may have gone.
-                    let _ = asker.try_send(report.clone());
-                }),
+                Ok(report) => self.show(&report),
                 Err(fault) => return self.stop(fault, inbox),
             }
+        }
+    }
+
+    /// Shows a step to those who want to see it.
+    fn show(&mut self, report: &StepReport) {
+        for asker in self.askers.drain(..) {
+            // Whoever asked may have gone.
+            let _ = asker.try_send(report.clone());
+        }
+        if self.watch.take_in(report, || self.engine.schedule()) {
+            *lock(&self.shared.figures) = Some(Arc::new(self.watch.figures.clone()));
         }
     }
 
@@ -296,22 +324,30 @@ impl Service {
         }
     }
 
-    /// Hands out what happened.
+    /// Hands out what happened. Whoever hears of an end finds it in the counts.
     fn tell(&mut self) {
-        for (id, event) in self.engine.take_events() {
-            let last = matches!(event, Event::Finished(_) | Event::Failed(_));
-            let Some(sink) = self.sinks.get_mut(&id) else { continue };
-            // A listener that panics hears no more, and disturbs nobody else.
-            let heard = catch_unwind(AssertUnwindSafe(|| sink(event))).is_ok();
-            if last {
-                self.sinks.remove(&id);
-                self.shared.open.fetch_sub(1, Ordering::Relaxed);
-            } else if !heard {
-                self.sinks.insert(id, Box::new(|_| {}));
-                self.engine.abort(id);
+        loop {
+            *lock(&self.shared.stats) = self.engine.stats();
+            let events = self.engine.take_events();
+            if events.is_empty() {
+                return;
             }
+            events.into_iter().for_each(|(id, event)| self.tell_one(id, event));
         }
-        *lock(&self.shared.stats) = self.engine.stats();
+    }
+
+    fn tell_one(&mut self, id: RequestId, event: Event) {
+        let last = matches!(event, Event::Finished(_) | Event::Failed(_));
+        let Some(sink) = self.sinks.get_mut(&id) else { return };
+        // A listener that panics hears no more, and disturbs nobody else.
+        let heard = catch_unwind(AssertUnwindSafe(|| sink(event))).is_ok();
+        if last {
+            self.sinks.remove(&id);
+            self.shared.open.fetch_sub(1, Ordering::Relaxed);
+        } else if !heard {
+            self.sinks.insert(id, Box::new(|_| {}));
+            self.engine.abort(id);
+        }
     }
 
     /// The ranks have stopped: every open request learns why, also those that came in meanwhile.

@@ -10,8 +10,8 @@ use epsmoe_base::{Fault, Mix};
 use epsmoe_model::{BLOCK_SIZE, Batch, ModelSpec, StepOutput, preset};
 use epsmoe_plan::{Policy, ScheduleReport};
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 const VOCAB: usize = 50;
 const RUNS: u64 = 200;
@@ -81,6 +81,41 @@ impl Executor for Memory {
         let batches = self.started.pop_front().unwrap();
         let outputs = self.caches.iter_mut().zip(&batches).map(|(cache, batch)| Memory::run(cache, batch));
         Ok(StepReport { outputs: outputs.collect(), ..StepReport::default() })
+    }
+
+    fn schedule(&self) -> Option<ScheduleReport> {
+        None
+    }
+}
+
+/// Ranks that say how long they took: the rest of a step is the engine's own.
+struct Timed {
+    vocab: usize,
+    started: VecDeque<Arc<Batch>>,
+    took: Arc<Mutex<Duration>>,
+}
+
+impl Executor for Timed {
+    fn ranks(&self) -> usize {
+        1
+    }
+
+    fn launch(&mut self, batches: Vec<Arc<Batch>>, _: bool) -> Result<(), Fault> {
+        self.started.extend(batches);
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<StepReport, Fault> {
+        let begun = Instant::now();
+        let batch = self.started.pop_front().unwrap();
+        let whole = batch.whole.iter().filter(|&&whole| whole).count();
+        // A few likely tokens and a long tail, as models have them.
+        let likely = |at: usize| -2.0 * (1.0 + (at * 7919 % self.vocab) as f32).ln();
+        let row: Vec<f32> = (0..if whole > 0 { self.vocab } else { 0 }).map(likely).collect();
+        let logits = row.repeat(whole);
+        let output = StepOutput { tokens: vec![7; batch.logits.len()], logits, ..StepOutput::default() };
+        *self.took.lock().unwrap() += begun.elapsed();
+        Ok(StepReport { outputs: vec![output], ..StepReport::default() })
     }
 
     fn schedule(&self) -> Option<ScheduleReport> {
@@ -258,4 +293,50 @@ fn seeds_make_the_difference() {
     // The same request again, whatever was submitted before it.
     let again = together.run(vec![request(5), request(5)], |_| {}).unwrap();
     assert_eq!((&again[0].ids, &again[1].ids), (&answers[5].ids, &answers[5].ids));
+}
+
+/// What a step of decoding costs beside the ranks: `cargo test --release -p epsmoe-engine -- --ignored --nocapture speed`.
+#[test]
+#[ignore = "measures"]
+fn speed_of_steps() {
+    const STEPS: u32 = 300;
+    for (sequences, vocab, sampled) in [(1, 50, 0), (64, 50, 0), (256, 50, 0), (64, 151_936, 64)] {
+        let options = EngineOptions { max_sequences: sequences, prefix_caching: true, ..options() };
+        let took = Arc::new(Mutex::new(Duration::ZERO));
+        let executor = Box::new(Timed { vocab, started: VecDeque::new(), took: Arc::clone(&took) });
+        let spec = Arc::new(ModelSpec { vocab, ..(*spec()).clone() });
+        let mut engine = Engine::over(spec, executor, options).unwrap();
+        for number in 0..sequences {
+            let sampling = Sampling {
+                temperature: if number < sampled { 0.8 } else { 0.0 },
+                top_p: 0.95,
+                seed: number as u64,
+                ..Sampling::default()
+            };
+            let prompt = (0..100).map(|at| (number as u32 * 7 + at) % 50).collect();
+            let request =
+                Request { prompt, max_tokens: 1000, ignore_eos: true, sampling, ..Request::default() };
+            engine.submit(request).unwrap();
+        }
+        while engine.stats().running < sequences as u64
+            || engine.stats().generation_tokens < 2 * sequences as u64
+        {
+            engine.step().unwrap();
+        }
+        let steps = if sampled > 0 { STEPS / 10 } else { STEPS };
+        let (mut ahead, before, begun) = (Duration::ZERO, *took.lock().unwrap(), Instant::now());
+        for _ in 0..steps {
+            let scheduling = Instant::now();
+            engine.launch().unwrap();
+            ahead += scheduling.elapsed();
+            engine.finish().unwrap();
+            engine.take_events();
+        }
+        let own = begun.elapsed() - (*took.lock().unwrap() - before);
+        println!(
+            "{sequences} sequences, {sampled} of them sampled from {vocab} tokens: {:?} a step, {:?} of it scheduling",
+            own / steps,
+            ahead / steps
+        );
+    }
 }

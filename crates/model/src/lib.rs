@@ -28,5 +28,5 @@ mod parallel;
 mod step;
 
 pub use attention::BLOCK_SIZE;
-pub use forward::{Batch, Model, ModelOptions, RoutingMode, StepOutput};
+pub use forward::{Batch, ExpertTokens, Model, ModelOptions, RoutingMode, StepOutput};
 pub use parallel::{Experts, Parallel};

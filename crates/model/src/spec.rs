@@ -211,8 +211,13 @@ impl AttentionSpec {
 
     /// Numbers a token leaves in the cache of one layer.
     pub fn cache_width(&self) -> usize {
+        self.cache_width_of(1)
+    }
+
+    /// The same on the rank with the most key heads of `tensor` that share them; latents are whole on each.
+    fn cache_width_of(&self, tensor: usize) -> usize {
         match self {
-            AttentionSpec::Gqa(spec) => 2 * spec.kv_heads * spec.head_dim,
+            AttentionSpec::Gqa(spec) => 2 * spec.kv_heads.div_ceil(tensor.max(1)) * spec.head_dim,
             AttentionSpec::Mla(spec) => spec.kv_lora + spec.rope,
         }
     }
@@ -323,29 +328,10 @@ impl ModelSpec {
         self.parts().map(|part| self.shape(part).parameters() as u64).max().unwrap_or(0)
     }
 
-    /// Bytes that one token leaves in the caches of all layers.
-    pub fn cache_bytes_per_token(&self, dtype: DType) -> usize {
-        self.layers.len() * self.attention.cache_width() * dtype.bytes()
-    }
-
-    /// About how many bytes a token takes in the buffers of a rank while it is computed: the residual stream and what is
-    /// added to it, queries, keys and values, and rows and copies of the widest MLP.
-    pub fn workspace_bytes_per_token(&self, dtype: DType) -> usize {
-        let (attention, hidden) = (&self.attention, self.hidden);
-        let mlp = |layer: &LayerSpec| match &layer.mlp {
-            MlpSpec::Dense { inner } => 3 * inner,
-            MlpSpec::Moe(moe) => {
-                let shared = moe.shared.map_or(0, |shared| shared.inner);
-                moe.gate.top_k * (3 * moe.inner + 2 * hidden) + 3 * shared
-            }
-        };
-        let widest = self.layers.iter().map(mlp).max().unwrap_or(0);
-        let activations = attention.query_width()
-            + 2 * attention.context_width()
-            + attention.cache_width()
-            + widest
-            + 4 * hidden;
-        2 * hidden * DType::F32.bytes() + activations * dtype.bytes()
+    /// Bytes that one token leaves in the caches of all layers, on the rank that has the most of them of `tensor` ranks
+    /// that split attention.
+    pub fn cache_bytes_per_token(&self, dtype: DType, tensor: usize) -> usize {
+        self.layers.len() * self.attention.cache_width_of(tensor) * dtype.bytes()
     }
 
     /// The shape of a part the model has.

@@ -23,6 +23,8 @@ pub(crate) struct Step {
     pub(crate) index: Vec<u32>,
     /// The tokens that this rank's routers see, if routing is recorded or replayed.
     pub(crate) routed: Vec<TokenId>,
+    /// Whether this rank counts the tokens of every expert.
+    pub(crate) count_experts: bool,
 }
 
 /// The tokens that a layer computes, once it has stored the keys and values of all.

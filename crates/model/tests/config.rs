@@ -258,7 +258,7 @@ fn presets_are_as_large_as_published() {
         let close = |numbers: u64, billions: f64| (numbers as f64 / 1e9 - billions).abs() < 0.1;
         assert!(close(parameters.total, total), "{name}: {parameters:?}");
         assert!(close(parameters.active, active), "{name}: {parameters:?}");
-        assert_eq!(spec.cache_bytes_per_token(DType::BF16), cache, "{name}");
+        assert_eq!(spec.cache_bytes_per_token(DType::BF16, 1), cache, "{name}");
     }
     for (name, _) in PRESETS {
         preset(name).unwrap();

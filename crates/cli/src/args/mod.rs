@@ -20,7 +20,7 @@ pub(crate) use config_file::with_config_file;
 pub(crate) use generate::{GenerateArgs, LogitsArgs, SamplingArgs, TextArgs, TokenizeArgs};
 pub(crate) use plan::{PlanArgs, ProfileArgs};
 pub(crate) use run::{ModelArgs, RunArgs};
-pub(crate) use serve::{LogFormat, MetricsCompat, ServeArgs};
+pub(crate) use serve::{CacheArgs, LogFormat, MetricsCompat, ServeArgs};
 pub(crate) use tools::{CompletionsArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
 pub(crate) use values::{
     ContenderSpec, DeviceKind, Dtype, Gemm, Parsers, ScheduleKind, SharedExpertPlace, TokenLimit,

@@ -1,7 +1,7 @@
 //! `epsmoe serve`.
 
 use super::RunArgs;
-use super::values::{Origins, Parsers, bounded, seconds};
+use super::values::{ByteSize, Origins, Parsers, bounded, seconds, share};
 use clap::{Args, ValueEnum};
 use epsmoe_server::{Reasoning, ToolParser};
 use std::path::PathBuf;
@@ -66,6 +66,9 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "REQUESTS", default_value = "4096", value_parser = bounded(0, 1 << 20), help_heading = LIMITS)]
     pub(crate) max_num_queued_reqs: usize,
 
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+
     /// Largest body of a request in bytes
     #[arg(long, value_name = "BYTES", default_value = "33554432", value_parser = bounded(1024, 1 << 32), help_heading = LIMITS)]
     pub(crate) max_body_bytes: usize,
@@ -92,6 +95,27 @@ pub(crate) struct ServeArgs {
 
     #[command(flatten)]
     pub(crate) run: RunArgs,
+}
+
+/// How large the KV cache is.
+#[derive(Args, Debug)]
+pub(crate) struct CacheArgs {
+    /// Most of the GPU's memory, or on a CPU of the memory that this process may use, that weights, buffers and the KV
+    /// cache take together
+    #[arg(
+        long,
+        env = "EPSMOE_GPU_MEMORY_UTILIZATION",
+        value_name = "SHARE",
+        default_value = "0.9",
+        value_parser = share,
+        help_heading = LIMITS
+    )]
+    pub(crate) gpu_memory_utilization: f64,
+
+    /// Size of the KV cache of each rank, like 8GiB [default: what is left of --gpu-memory-utilization, at most what
+    /// --max-num-seqs sequences of --max-model-len need]
+    #[arg(long, env = "EPSMOE_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", help_heading = LIMITS)]
+    pub(crate) kv_cache_memory_bytes: Option<ByteSize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

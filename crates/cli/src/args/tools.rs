@@ -1,6 +1,6 @@
 //! Commands that run no model of the user's.
 
-use super::values::ShardSize;
+use super::values::ByteSize;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
@@ -25,7 +25,7 @@ pub(crate) struct SynthArgs {
 
     /// Largest weights file, like 500MB or 5GB
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
-    pub(crate) max_shard_size: ShardSize,
+    pub(crate) max_shard_size: ByteSize,
 }
 
 #[derive(Args, Debug)]

@@ -164,23 +164,35 @@ impl FromStr for TokenLimit {
     }
 }
 
-/// `500MB`, `5GB`.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ShardSize(pub(crate) u64);
+/// Bytes: `500MB`, `8GiB`, and as vLLM writes them, `8g` (decimal) and `8G` (binary).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ByteSize(pub(crate) u64);
 
-impl FromStr for ShardSize {
+impl FromStr for ByteSize {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let units = [("GB", 1_000_000_000), ("MB", 1_000_000), ("KB", 1000)];
-        let upper = text.to_uppercase();
-        let found = units.iter().find_map(|(unit, bytes)| Some((upper.strip_suffix(unit)?, *bytes)));
-        let (digits, bytes) = found.unwrap_or((upper.as_str(), 1));
-        let size = digits.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(bytes));
-        size.filter(|size| *size > 0)
-            .map(ShardSize)
-            .ok_or_else(|| format!("`{text}` is not a size: write it like 5GB"))
+        let (number, unit) =
+            text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
+        let (letter, base) = match (unit.strip_suffix("iB"), unit.strip_suffix(['B', 'b'])) {
+            (Some(letter), _) => (letter, 1024f64),
+            (None, Some(letter)) => (letter, 1000.0),
+            (None, None) if unit.chars().all(|c| c.is_ascii_uppercase()) => (unit, 1024.0),
+            (None, None) => (unit, 1000.0),
+        };
+        let power = ["", "k", "m", "g", "t"].iter().position(|known| letter.eq_ignore_ascii_case(known));
+        let number: Option<f64> = number.trim().parse().ok();
+        let size = number.zip(power).map(|(number, power)| number * base.powi(power as i32));
+        size.filter(|size| (1.0..u64::MAX as f64).contains(size))
+            .map(|size| ByteSize(size as u64))
+            .ok_or_else(|| format!("`{text}` is not a size: write it like 5GB or 8GiB"))
     }
+}
+
+/// A share of something.
+pub(crate) fn share(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number| *number > 0.0 && *number <= 1.0);
+    number.ok_or_else(|| "must be a number above 0, at most 1".to_owned())
 }
 
 /// An origin, or a JSON list of them.
@@ -252,8 +264,23 @@ mod tests {
     fn words_of_the_command_line() {
         assert_eq!("5, 6 7".parse::<TokenIds>().unwrap().0, [5, 6, 7]);
         assert!("5,x".parse::<TokenIds>().is_err());
-        assert_eq!("500mb".parse::<ShardSize>().unwrap().0, 500_000_000);
-        assert!("0".parse::<ShardSize>().is_err());
+        for (text, bytes) in [
+            ("4096", 4096),
+            ("12B", 12),
+            ("5GB", 5_000_000_000),
+            ("500mb", 500_000_000),
+            ("500 MB", 500_000_000),
+            ("8GiB", 8 << 30),
+            ("8G", 8 << 30),
+            ("25.6k", 25_600),
+            ("1K", 1024),
+            ("0.5TiB", 1 << 39),
+        ] {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+        for text in ["", "GB", "0", "-1", "5XB", "5GiBs", "NaN", "inf", "1e30", "5 G B", "99999999999TB"] {
+            assert!(text.parse::<ByteSize>().is_err(), "{text}");
+        }
         assert_eq!("cuda".parse(), Ok(DeviceKind::Cuda));
         assert_eq!("cuda:3".parse(), Ok(DeviceKind::CudaAt(3)));
         assert!("cuda:x".parse::<DeviceKind>().is_err() && "gpu".parse::<DeviceKind>().is_err());

@@ -15,7 +15,7 @@ use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 /// Sequences at once of a group of ranks when nobody says how many.
-const SEQUENCES: usize = 32;
+const SEQUENCES: usize = 256;
 
 /// Serves until a signal ends it.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
@@ -27,6 +27,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let demand = Demand { sequences: SEQUENCES, tokens: spec.max_positions, step: spec.max_positions };
     let options = setup.engine_options(demand, setup.parallel, &setup.policy)?;
     let options = EngineOptions { prefix_caching: true, ..options };
+    let options = setup.with_cache(options, &args.cache)?;
+    let cache = setup.describe_cache(&options);
     let max_model_len = options.max_model_len;
     let template = template(args, &setup)?;
     let options_of_server = server_options(args, &setup, template.as_ref());
@@ -46,7 +48,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let ready = || {
         let seconds = load.as_secs_f64();
         output::remark(format_args!(
-            "{} on {name} ({}; contexts of {max_model_len} tokens; loaded in {seconds:.1} s)",
+            "{} on {name} ({}; {cache}; loaded in {seconds:.1} s)",
             setup.model.name,
             setup.processor()
         ));

@@ -162,9 +162,9 @@ impl CudaDevice {
         Ok(self.context.reach(&other.context)? && other.context.reach(&self.context)?)
     }
 
-    /// Bytes of memory that nobody uses at this moment.
-    pub fn free_bytes(&self) -> Result<u64, DeviceError> {
-        Ok(self.context.memory()?.0)
+    /// Bytes of memory that nobody uses at this moment, and bytes of all memory.
+    pub fn memory_bytes(&self) -> Result<(u64, u64), DeviceError> {
+        Ok(self.context.memory()?)
     }
 
     /// Streaming multiprocessors.

@@ -1,9 +1,9 @@
 //! Room for one step.
 
-use super::ModelOptions;
+use super::{ModelOptions, experts};
 use crate::parallel::Layout;
-use crate::{MlpSpec, ModelSpec};
-use epsmoe_base::DType;
+use crate::{AttentionSpec, MlpSpec, ModelError, ModelSpec};
+use epsmoe_base::{DType, Rank};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 
 /// Logits are computed for this many tokens at a time.
@@ -84,6 +84,54 @@ impl StepBuffers {
             tokens: indices("tokens", tokens.min(LOGIT_ROWS), 1)?,
         })
     }
+}
+
+impl ModelOptions {
+    /// About how many bytes each of `ranks` ranks computes in, beside its weights and its cache: never less than it
+    /// reserves.
+    pub fn workspace_bytes(&self, spec: &ModelSpec, ranks: usize, dtype: DType) -> Result<u64, ModelError> {
+        let layout = self.parallel.layout(spec, Rank(0), ranks)?;
+        let (tokens, word) = (self.max_tokens, DType::U32.bytes());
+        let product = |rows: usize, bytes: usize| (rows as u64).saturating_mul(bytes as u64);
+        // Of ranks that split work: what they compute together, what comes of it, and the parts of their shards.
+        let group = |ranks: usize, together: usize| match ranks {
+            1 => 0,
+            _ => product(
+                2 * together + ranks * layout.most_in_shard(tokens),
+                spec.hidden * dtype.bytes() + word,
+            ),
+        };
+        let parts = [
+            product(tokens, bytes_per_token(spec, dtype)),
+            product(tokens.min(LOGIT_ROWS), (spec.vocab + 1) * word),
+            product(self.max_sequences + 1, (self.max_blocks + 2) * word),
+            group(layout.attention_ranks().len(), tokens),
+            group(layout.mlp_ranks().len(), layout.most_in_mlp(tokens)),
+            experts::buffer_bytes(spec, &layout, self, dtype)?,
+        ];
+        Ok(parts.into_iter().fold(0, u64::saturating_add))
+    }
+}
+
+/// Bytes of a token in all buffers but those of MoE layers, on a rank that splits nothing.
+fn bytes_per_token(spec: &ModelSpec, dtype: DType) -> usize {
+    let (values, floats) = match &spec.attention {
+        AttentionSpec::Gqa(gqa) => {
+            let (query, key) = (gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim);
+            // Query, context, key, value; query and key once more if they are normed.
+            (3 * query + 3 * key, 0)
+        }
+        AttentionSpec::Mla(mla) => {
+            let (latent, row) = (mla.q_lora.unwrap_or(0), mla.kv_lora + mla.rope);
+            let heads = mla.heads * (mla.nope + mla.rope + row + mla.kv_lora + mla.value);
+            (latent + row + heads, latent + row)
+        }
+    };
+    // The normed stream, the input of queries, what experts before attention read; the stream twice, and what is added.
+    let values = values + widest_dense(spec) + 3 * spec.hidden;
+    let floats = floats + 3 * spec.hidden + 2 * spec.rope.dim;
+    // Ids, slots, positions and places.
+    values * dtype.bytes() + floats * DType::F32.bytes() + 8 * DType::U32.bytes()
 }
 
 /// The widest dense MLP of any layer.

@@ -1,13 +1,14 @@
 //! The mixture-of-experts layers of one rank.
 
-use super::{Model, ModelOptions, RoutingMode, StepOutput};
+use super::{ExpertTokens, Model, ModelOptions, RoutingMode, StepOutput};
 use crate::parallel::Layout;
 use crate::step::Step;
 use crate::{Experts, ModelError, ModelSpec};
+use epsmoe_base::DType;
 use epsmoe_device::{Backend, Buffer};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, MoeLayer, PipelineError, PipelineOptions, PipelineSizes};
-use epsmoe_plan::{Capacity, LayerSizes, Policy, Schedule};
+use epsmoe_plan::{Capacity, LayerBytes, LayerSizes, Policy, Schedule};
 use std::sync::Arc;
 
 /// What runs the MoE layers of one rank, if the model has any: whole experts over all ranks, or a part of every
@@ -20,18 +21,8 @@ pub(super) fn pipeline<B: Backend>(
     device: &Arc<B>,
     fabric: &Fabric<B>,
 ) -> Result<Option<ExpertPipeline<B>>, ModelError> {
-    let Some(moe) = spec.layers.iter().find_map(|layer| layer.mlp.moe()) else { return Ok(None) };
-    let (placement, _) = layout.placement(moe.experts)?;
-    let inner = layout.inner();
-    let layer = LayerSizes {
-        hidden: spec.hidden,
-        inner: inner.of(moe.inner).len(),
-        shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
-        top_k: moe.gate.top_k,
-        ..LayerSizes::of(&placement, device.dtype())
-    };
-    let worst = || Capacity::worst_case(layout.most_in_mlp(options.max_tokens), &layer);
-    let capacity = options.capacity.unwrap_or_else(worst);
+    let Some(layer) = layer_sizes(spec, layout, device.dtype())? else { return Ok(None) };
+    let capacity = capacity(layout, options, &layer);
     let (policy, fabric) = match layout.experts() {
         Experts::Ep => (options.policy.clone(), fabric.clone()),
         // Experts that never travel leave stages nothing to run beside.
@@ -50,8 +41,39 @@ pub(super) fn pipeline<B: Backend>(
     Ok(Some(ExpertPipeline::new(Arc::clone(device), fabric, options)?))
 }
 
+/// The sizes of the model's MoE layers on one rank; nothing without any.
+fn layer_sizes(spec: &ModelSpec, layout: &Layout, dtype: DType) -> Result<Option<LayerSizes>, ModelError> {
+    let Some(moe) = spec.layers.iter().find_map(|layer| layer.mlp.moe()) else { return Ok(None) };
+    let (placement, _) = layout.placement(moe.experts)?;
+    let inner = layout.inner();
+    Ok(Some(LayerSizes {
+        hidden: spec.hidden,
+        inner: inner.of(moe.inner).len(),
+        shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
+        top_k: moe.gate.top_k,
+        ..LayerSizes::of(&placement, dtype)
+    }))
+}
+
+/// What MoE layers have room for.
+fn capacity(layout: &Layout, options: &ModelOptions, layer: &LayerSizes) -> Capacity {
+    let worst = || Capacity::worst_case(layout.most_in_mlp(options.max_tokens), layer);
+    options.capacity.unwrap_or_else(worst)
+}
+
+/// Bytes of the buffers that all MoE layers of one rank share.
+pub(super) fn buffer_bytes(
+    spec: &ModelSpec,
+    layout: &Layout,
+    options: &ModelOptions,
+    dtype: DType,
+) -> Result<u64, ModelError> {
+    let layer = layer_sizes(spec, layout, dtype)?;
+    Ok(layer.map_or(0, |layer| LayerBytes::of(&layer, &capacity(layout, options, &layer)).total()))
+}
+
 impl<B: Backend> Model<B> {
-    /// An MoE layer whose routing is made, recorded or replayed.
+    /// An MoE layer whose routing is made, counted, recorded or replayed.
     pub(super) fn mixture(
         &self,
         moe: &MoeLayer,
@@ -63,20 +85,29 @@ impl<B: Backend> Model<B> {
         let Some(pipeline) = &self.experts else {
             unreachable!("a model with experts has a pipeline. This is a bug.")
         };
-        let report = match &self.options.routing {
-            RoutingMode::FromRouter => pipeline.run(moe, x, y)?,
+        let routing = match &self.options.routing {
+            RoutingMode::FromRouter if step.count_experts => Some(pipeline.route(moe, x)?),
+            RoutingMode::FromRouter => None,
             RoutingMode::Record => {
                 let routing = pipeline.route(moe, x)?;
                 output.routing.record(moe.layer, &step.routed, &routing);
-                pipeline.run_routed(moe, &routing, x, y)?
+                Some(routing)
             }
             RoutingMode::Replay(log) => {
                 let (_, router) = moe.router.shape.sources();
                 let routing = log.routing(moe.layer, &step.routed, router[0], moe.gate.top_k);
-                pipeline.run_routed(moe, &routing.map_err(PipelineError::from)?, x, y)?
+                Some(routing.map_err(PipelineError::from)?)
             }
         };
-        output.layers.push(report);
+        if let Some(routing) = routing.as_ref().filter(|_| step.count_experts) {
+            let mut tokens = vec![0; moe.slots.experts()];
+            routing.experts().iter().for_each(|&expert| tokens[expert as usize] += 1);
+            output.expert_tokens.push(ExpertTokens { layer: moe.layer, tokens });
+        }
+        output.layers.push(match routing {
+            Some(routing) => pipeline.run_routed(moe, &routing, x, y)?,
+            None => pipeline.run(moe, x, y)?,
+        });
         Ok(())
     }
 }

@@ -42,6 +42,8 @@ pub struct Batch {
     pub logits: Vec<u32>,
     /// Of each of them, whether all its logits are wanted, or only the most likely next token.
     pub whole: Vec<bool>,
+    /// Whether [`StepOutput::expert_tokens`] is wanted, for which the host waits in every MoE layer.
+    pub count_experts: bool,
 }
 
 /// How a model is run; equal on all ranks.
@@ -90,6 +92,18 @@ pub struct StepOutput {
     pub layers: Vec<LayerReport>,
     /// Where the tokens went that this rank routed, if that was to be recorded.
     pub routing: RoutingLog,
+    /// How many of them went to each expert of each MoE layer, if that was to be counted. Every token of the world is
+    /// counted on one rank.
+    pub expert_tokens: Vec<ExpertTokens>,
+}
+
+/// How many tokens went to each expert of a layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpertTokens {
+    /// Which layer.
+    pub layer: Layer,
+    /// `[E]`.
+    pub tokens: Vec<u32>,
 }
 
 /// The model of one rank: its weights, its cache and its buffers.

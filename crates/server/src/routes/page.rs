@@ -164,7 +164,7 @@ fn last_moe_layer(report: &StepReport) -> Option<LayerStatus> {
     let spans = &report.timeline.spans;
     let of_experts = spans.iter().filter(|span| span.phase == Phase::GateUp);
     let layer = of_experts.filter_map(|span| span.layer).max_by_key(|layer| layer.0)?;
-    let in_layer = |span: &&Span| span.layer == Some(layer) && is_of_experts(span.phase);
+    let in_layer = |span: &&Span| span.layer == Some(layer) && span.phase.is_of_experts();
     let first = spans.iter().filter(in_layer).map(|span| span.start_ns).min()?;
     let micros = |at: u64| at.saturating_sub(first) as f64 / 1e3;
     let spans = spans.iter().filter(in_layer).take(MOST_SPANS).map(|span| SpanStatus {
@@ -177,11 +177,6 @@ fn last_moe_layer(report: &StepReport) -> Option<LayerStatus> {
     });
     let Layer(layer) = layer;
     Some(LayerStatus { layer, spans: spans.collect() })
-}
-
-/// Whether a phase is one of an MoE layer, from the router to the sums of the tokens.
-fn is_of_experts(phase: Phase) -> bool {
-    (Phase::RouterLogits..=Phase::SharedGate).contains(&phase)
 }
 
 fn lane(lane: Lane) -> &'static str {

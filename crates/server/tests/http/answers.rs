@@ -230,3 +230,24 @@ fn biases_forbid_and_force() {
     body["logit_bias"] = json!({ "77": 100 });
     assert_eq!(ids(&server.completions(body)["choices"][0]), [77; 8]);
 }
+
+/// A token that is the beginning of a character has no text of its own; its chunk says nothing, but says it in time.
+#[test]
+fn streams_have_a_chunk_for_every_token() {
+    let server = serve();
+    let chat = json!([{ "role": "user", "content": "Once" }]);
+    for (path, field, prompt) in
+        [("/v1/completions", "prompt", json!("Once")), ("/v1/chat/completions", "messages", chat)]
+    {
+        let body = json!({ field: prompt, "max_tokens": 60, "ignore_eos": true, "seed": 11 });
+        let events = server.events(path, body);
+        let of_tokens = events
+            .iter()
+            .map(|event| &event["choices"][0])
+            .filter(|choice| choice["finish_reason"].is_null() && choice["delta"]["role"].is_null());
+        let silent =
+            of_tokens.clone().filter(|choice| choice["text"] == "" || choice["delta"]["content"] == "");
+        assert_eq!(of_tokens.count(), 60, "{path}: {events:?}");
+        assert!(silent.count() > 0, "{path}: {events:?}");
+    }
+}

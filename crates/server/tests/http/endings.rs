@@ -116,6 +116,52 @@ fn patience_has_an_end() {
     assert_eq!(server.join(), Ended::Drained);
 }
 
+/// Many requests, plain and streamed, most of them waiting: whoever was let in is answered whole, or told why not.
+#[test]
+fn who_was_let_in_is_answered_or_told() {
+    for patience in [PATIENCE, Duration::from_millis(200)] {
+        let mut setup = patient();
+        setup.options.shutdown_timeout = patience;
+        let server = setup.serve();
+        let ask = |number: usize| {
+            let (length, streamed) = (400 + number, number.is_multiple_of(2));
+            let body = json!({ "prompt": "a", "max_tokens": length, "ignore_eos": true, "stream": streamed,
+                "stream_options": streamed.then(|| json!({ "include_usage": true })) });
+            let request = request("POST", "/v1/completions", &body.to_string());
+            let mut stream = server.connect();
+            stream.write_all(request.replace("host:", "connection: close\r\nhost:").as_bytes()).unwrap();
+            (length, streamed, stream)
+        };
+        let open: Vec<_> = (0..40).map(ask).collect();
+        // The first may have ended before the last is let in.
+        let ended = || {
+            let metrics = server.get("/metrics").text;
+            let counts = metrics.lines().filter(|line| line.starts_with("epsmoe_request_success_total"));
+            counts.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum::<u64>()
+        };
+        let begun = Instant::now();
+        while ended() + server.engine.stats().running + server.engine.stats().waiting < 40 {
+            assert!(begun.elapsed() < PATIENCE, "{:?}", server.engine.stats());
+        }
+        server.stop();
+        let (mut whole, mut told) = (0, 0);
+        for (length, streamed, mut stream) in open {
+            let answer = read_to_end(&mut stream);
+            if answer.contains(&format!("\"completion_tokens\":{length}")) {
+                assert!(!streamed || answer.contains("data: [DONE]"), "{answer:.300}");
+                whole += 1;
+            } else {
+                assert!(answer.contains("the server is shutting down"), "{answer:.300}");
+                assert!(streamed || answer.starts_with("HTTP/1.1 503"), "{answer:.300}");
+                told += 1;
+            }
+        }
+        assert_eq!(server.join(), Ended::Drained);
+        println!("{whole} answered whole, {told} told why not");
+        assert!(if patience == PATIENCE { told == 0 } else { told > 0 });
+    }
+}
+
 #[test]
 fn an_address_is_taken_once() {
     let server = serve();

@@ -167,3 +167,27 @@ fn a_full_queue_asks_to_try_again() {
         }
     });
 }
+
+/// A cache that holds less than a context: what can never fit is refused, what fits runs, also when it has to give way.
+#[test]
+fn a_full_cache_refuses_only_what_never_fits() {
+    let server = Setup { kv_blocks: Some(3), max_sequences: 4, ..Setup::default() }.serve();
+    let ask = |length: usize, max_tokens: usize| {
+        let prompt: Vec<usize> = (0..length).map(|at| 10 + at % 300).collect();
+        server.post(
+            "/v1/completions",
+            &json!({ "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true }),
+        )
+    };
+    let (status, error) = ask(150, 80).error();
+    let message = error["message"].as_str().unwrap();
+    assert!(status == 400 && message.contains("the KV cache, which holds 192"), "{error}");
+    std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..6).map(|number| scope.spawn(move || ask(60 + number, 100))).collect();
+        for asked in asked {
+            assert_eq!(asked.join().unwrap().ok()["usage"]["completion_tokens"], 100);
+        }
+    });
+    let stats = server.engine.stats();
+    assert!(stats.preemptions > 0 && stats.kv_blocks_used == 0, "{stats:?}");
+}

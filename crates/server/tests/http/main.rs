@@ -4,6 +4,7 @@
 
 mod answers;
 mod chat;
+mod company;
 mod connections;
 mod dialects;
 mod endings;

@@ -178,3 +178,30 @@ fn other_origins_ask_only_if_they_are_named() {
         assert!(!ask(origins, origin).contains("access-control-allow-origin"), "{origins:?} {origin}");
     }
 }
+
+/// What one key's holder asked cannot be guessed by another from how soon an answer comes.
+#[test]
+fn cached_prompts_are_those_of_one_key() {
+    let mut setup = Setup::default();
+    setup.options.api_keys = vec!["one".into(), "two".into()];
+    let server = setup.serve();
+    let prompt: Vec<usize> = (0..150).map(|at| 10 + at % 300).collect();
+    let cached = |key: &str, salt: Option<&str>, n: usize| {
+        let body = json!({ "prompt": prompt, "max_tokens": 2, "n": n, "cache_salt": salt }).to_string();
+        let head = request("POST", "/v1/completions", &body);
+        let head =
+            head.replace("host:", &format!("connection: close\r\nauthorization: Bearer {key}\r\nhost:"));
+        let mut stream = server.connect();
+        stream.write_all(head.as_bytes()).unwrap();
+        let answer = read_to_end(&mut stream);
+        let (_, rest) = answer.split_once("\"cached_tokens\":").unwrap_or_else(|| panic!("{answer}"));
+        rest[..rest.find('}').unwrap()].parse::<usize>().unwrap()
+    };
+    assert_eq!([cached("one", None, 1), cached("one", None, 1)], [0, 128]);
+    assert_eq!([cached("two", None, 1), cached("two", None, 1)], [0, 128]);
+    assert_eq!([cached("two", Some("x"), 1), cached("two", Some("x"), 1)], [0, 128]);
+    // Choices of one request share what was computed of its prompt.
+    let queries = server.engine.stats();
+    cached("one", Some("y"), 3);
+    assert_eq!(server.engine.stats().prefix_hits - queries.prefix_hits, 2 * 128);
+}

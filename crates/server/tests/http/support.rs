@@ -1,13 +1,15 @@
 //! Servers over tiny checkpoints, and clients without manners.
 
-use epsmoe_base::{DType, FaultCell, Rank};
+use epsmoe_base::{DType, FaultCell, Rank, env};
+use epsmoe_device::Backend;
 use epsmoe_device::cpu::{CpuKernels, gemm::Isa};
+use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::threaded::{ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_engine::{
     Engine, EngineHandle, EngineOptions, EngineService, Parallel, RoutingMode, ServiceOptions,
 };
 use epsmoe_fabric::{Fabric, ThreadsOptions};
-use epsmoe_model::{Checkpoint, config};
+use epsmoe_model::{Checkpoint, ModelSpec, config};
 use epsmoe_plan::Policy;
 use epsmoe_server::{
     Address, Ended, Limits, MetricNames, ServedModel, Server, ServerOptions, Stop, StopHandle,
@@ -18,8 +20,8 @@ use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -28,11 +30,23 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const MODEL: &str = "tiny";
 
+/// What a test's server computes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Processor {
+    Cpu,
+    /// The first GPU, for a world of one rank.
+    Gpu,
+}
+
 /// How a test's server is set up.
 #[derive(Clone)]
 pub(crate) struct Setup {
     pub(crate) checkpoint: &'static str,
+    pub(crate) processor: Processor,
+    pub(crate) dtype: DType,
     pub(crate) ranks: usize,
+    pub(crate) max_batched_tokens: usize,
+    pub(crate) kv_blocks: Option<usize>,
     pub(crate) max_sequences: usize,
     pub(crate) max_queued_requests: usize,
     pub(crate) max_model_len: usize,
@@ -44,7 +58,11 @@ impl Default for Setup {
     fn default() -> Self {
         Setup {
             checkpoint: "mixtral",
+            processor: Processor::Cpu,
+            dtype: DType::F32,
             ranks: 1,
+            max_batched_tokens: 256,
+            kv_blocks: None,
             max_sequences: 16,
             max_queued_requests: 512,
             max_model_len: 512,
@@ -67,13 +85,22 @@ impl Default for Setup {
 pub(crate) struct Running {
     pub(crate) address: String,
     pub(crate) engine: EngineHandle,
+    pub(crate) vocab: usize,
     pub(crate) faults: FaultCell,
     stop: StopHandle,
     thread: Option<JoinHandle<Ended>>,
 }
 
+/// `EPSMOE_TEST_FIXTURES` says where the checkpoints are on a machine without the sources.
 pub(crate) fn folder(checkpoint: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(checkpoint)
+    let here = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+    env::text("EPSMOE_TEST_FIXTURES").map_or_else(here, PathBuf::from).join(checkpoint)
+}
+
+/// The first GPU; the same for all tests.
+pub(crate) fn gpu() -> Result<Arc<CudaDevice>, String> {
+    static DEVICE: OnceLock<Result<Arc<CudaDevice>, String>> = OnceLock::new();
+    DEVICE.get_or_init(|| CudaDevice::open(0).map_err(|error| error.to_string())).clone()
 }
 
 /// A server of the first checkpoint with nothing special.
@@ -88,38 +115,12 @@ impl Setup {
         let generation = GenerationConfig::open(&folder).unwrap();
         spec.eos.extend(generation.eos());
         let (vocab, eos) = (spec.vocab, spec.eos.clone());
-        let options = ThreadedOptions::new(DType::F32);
-        let faults = options.faults.clone();
-        let store = Arc::new(WeightStore::default());
-        let ends = Fabric::threads(self.ranks, ThreadsOptions::new(PATIENCE, faults.clone()));
-        let ranks = ends.into_iter().enumerate().map(|(rank, fabric)| {
-            let kernels = CpuKernels::new(1, Isa::detect()).unwrap();
-            let device = ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&store), options.clone());
-            (Arc::new(device.unwrap()), fabric)
-        });
-        let engine_options = EngineOptions {
-            max_batched_tokens: 256,
-            max_sequences: self.max_sequences,
-            max_model_len: self.max_model_len,
-            kv_blocks: None,
-            prefix_caching: true,
-            policy: Policy::default(),
-            parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },
-            routing: RoutingMode::FromRouter,
-            timeout: PATIENCE,
-            record_spans: false,
+        let (engine, faults) = match self.processor {
+            Processor::Cpu => self.engine_on_cpu(spec),
+            Processor::Gpu => self.engine_on_gpu(spec),
         };
-        let checkpoint = Checkpoint::open(&folder).unwrap();
-        let engine = Engine::start(
-            Arc::new(spec),
-            &checkpoint,
-            ranks.collect(),
-            faults.clone(),
-            engine_options,
-            |_| {},
-        );
         let service = ServiceOptions { max_queued_requests: self.max_queued_requests };
-        let engine = EngineService::start(engine.unwrap(), service).unwrap();
+        let engine = EngineService::start(engine, service).unwrap();
         let template = match self.template {
             Some(text) => ChatTemplate::parse((b"{}", &folder), Some((text.to_owned(), &folder))).unwrap(),
             None => ChatTemplate::open(&folder).unwrap(),
@@ -143,7 +144,55 @@ impl Setup {
             server.run(model, options, asked, move || listening.send(()).unwrap()).unwrap()
         });
         ready.recv_timeout(PATIENCE).unwrap();
-        Running { address, engine, faults, stop, thread: Some(thread) }
+        Running { address, engine, vocab, faults, stop, thread: Some(thread) }
+    }
+}
+
+impl Setup {
+    fn engine_on_cpu(&self, spec: ModelSpec) -> (Engine, FaultCell) {
+        let options = ThreadedOptions::new(self.dtype);
+        let faults = options.faults.clone();
+        let store = Arc::new(WeightStore::default());
+        let ends = Fabric::threads(self.ranks, ThreadsOptions::new(PATIENCE, faults.clone()));
+        let ranks = ends.into_iter().enumerate().map(|(rank, fabric)| {
+            let kernels = CpuKernels::new(1, Isa::detect()).unwrap();
+            let device = ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&store), options.clone());
+            (Arc::new(device.unwrap()), fabric)
+        });
+        (self.engine(spec, ranks.collect(), faults.clone()), faults)
+    }
+
+    fn engine_on_gpu(&self, spec: ModelSpec) -> (Engine, FaultCell) {
+        assert_eq!(self.ranks, 1);
+        let device = gpu().unwrap();
+        let options = CudaOptions::new(self.dtype);
+        let faults = options.faults.clone();
+        let weights = CudaWeights::new(&device).unwrap();
+        let backend = CudaBackend::new(Rank(0), &device, &weights, options).unwrap();
+        let ranks = vec![(Arc::new(backend), Fabric::single_rank())];
+        (self.engine(spec, ranks, faults.clone()), faults)
+    }
+
+    fn engine<B: Backend>(
+        &self,
+        spec: ModelSpec,
+        ranks: Vec<(Arc<B>, Fabric<B>)>,
+        faults: FaultCell,
+    ) -> Engine {
+        let options = EngineOptions {
+            max_batched_tokens: self.max_batched_tokens,
+            max_sequences: self.max_sequences,
+            max_model_len: self.max_model_len,
+            kv_blocks: self.kv_blocks,
+            prefix_caching: true,
+            policy: Policy::default(),
+            parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },
+            routing: RoutingMode::FromRouter,
+            timeout: PATIENCE,
+            record_spans: false,
+        };
+        let checkpoint = Checkpoint::open(&folder(self.checkpoint)).unwrap();
+        Engine::start(Arc::new(spec), &checkpoint, ranks, faults, options, |_| {}).unwrap()
     }
 }
 

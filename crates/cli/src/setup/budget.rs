@@ -1,0 +1,212 @@
+//! What the memory of a processor is taken up by: weights, what is computed in, and the KV cache, which gets what is
+//! left.
+
+use super::{Processor, Setup};
+use crate::args::CacheArgs;
+use crate::memory;
+use anyhow::{Result, bail};
+use epsmoe_base::{Bytes, count};
+use epsmoe_engine::{EngineOptions, Parallel};
+use epsmoe_model::{BLOCK_SIZE, ModelOptions};
+use std::fmt::Display;
+
+/// The cache is sized before the model is loaded, by an estimate of what that will take: this share of what is free, in
+/// percent, stays out of the sum.
+const SPARE_PERCENT: u64 = 3;
+
+/// Memory of a processor, which some ranks share.
+struct Room {
+    owner: &'static str,
+    /// If nobody else used any.
+    total: u64,
+    available: u64,
+}
+
+/// What a model takes up in it, all of these ranks together.
+struct Needs {
+    weights: u64,
+    buffers: u64,
+    caches: u64,
+}
+
+impl Needs {
+    fn total(&self) -> u64 {
+        self.weights.saturating_add(self.buffers).saturating_add(self.caches)
+    }
+}
+
+impl Setup {
+    /// Refuses a model that the machine has too little memory for.
+    pub(crate) fn check_memory(&self, options: &[EngineOptions]) -> Result<()> {
+        // A host's memory is taken as it is touched, and experts' rows spread over the ranks.
+        let worst = matches!(self.processor, Processor::Cuda(_));
+        let needs = self.needs(options, worst)?;
+        match self.room()? {
+            Some(room) if needs.total() > room.available => bail!(
+                "{} needs {} for its weights in {}, {} for its caches and about {} to compute in{}, but {} has {} left: \
+                 use a smaller model, shorter contexts or fewer sequences",
+                self.model.name,
+                Bytes(needs.weights),
+                self.dtype,
+                Bytes(needs.caches),
+                Bytes(needs.buffers),
+                self.processor.sharing().map_or(String::new(), |ranks| format!(" on {ranks} ranks")),
+                room.owner,
+                Bytes(room.available)
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses what a command keeps beside the model, if this process may not have so much.
+    pub(crate) fn check_room(&self, what: impl Display, bytes: u64) -> Result<()> {
+        match memory::look() {
+            Some(memory) if bytes > memory.available => bail!(
+                "{what} need {}, but {} has {} left: ask for fewer tokens",
+                Bytes(bytes),
+                memory.bound.owner(),
+                Bytes(memory.available)
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same options with a cache that fits: of the size that was asked for, or else of all the memory that is left,
+    /// but no more than the most sequences of the greatest length need.
+    pub(crate) fn with_cache(&self, options: EngineOptions, args: &CacheArgs) -> Result<EngineOptions> {
+        let block = self.block_bytes(&options).max(1);
+        let most = most_blocks(&options);
+        let (fitting, from) = match (args.kv_cache_memory_bytes, self.room()?) {
+            (Some(asked), _) => (asked.0 / block, "--kv-cache-memory-bytes".to_owned()),
+            (None, Some(room)) => {
+                let needs = self.needs(&[EngineOptions { kv_blocks: Some(0), ..options.clone() }], true)?;
+                let all = share(&room, args.gpu_memory_utilization);
+                let left = all.saturating_sub(needs.total());
+                let from = format!(
+                    "what is left of {} of {} beside {} for weights and about {} to compute in",
+                    Bytes(all),
+                    room.owner,
+                    Bytes(needs.weights),
+                    Bytes(needs.buffers)
+                );
+                ((left / block / self.sharing_ranks() as u64).min(most), from)
+            }
+            (None, None) => (most, String::new()),
+        };
+        let blocks = (fitting as usize).min(u32::MAX as usize / BLOCK_SIZE);
+        let (tokens, length) = (blocks * BLOCK_SIZE, options.max_model_len);
+        if tokens < length {
+            bail!(
+                "the KV cache would hold {} ({from}), but one sequence may have {length}: lower --max-model-len{}",
+                count(tokens, "token"),
+                match args.kv_cache_memory_bytes {
+                    Some(_) => ", or raise --kv-cache-memory-bytes",
+                    None => ", or raise --gpu-memory-utilization",
+                }
+            );
+        }
+        Ok(EngineOptions { kv_blocks: Some(blocks), ..options })
+    }
+
+    /// The cache of these options, in a few words.
+    pub(crate) fn describe_cache(&self, options: &EngineOptions) -> String {
+        let blocks = options.model().cache_blocks;
+        let groups = self.ranks / options.parallel.tensor.max(1);
+        let bytes = self.block_bytes(options).saturating_mul(blocks as u64);
+        let tokens = blocks * BLOCK_SIZE;
+        let each = if groups > 1 { " for each group of ranks" } else { "" };
+        format!(
+            "KV cache of {tokens} tokens{each} ({} a rank): {:.1} sequences of {} at once",
+            Bytes(bytes),
+            tokens as f64 / options.max_model_len.max(1) as f64,
+            options.max_model_len
+        )
+    }
+
+    /// What engines with these options take up together: with all that ranks reserve for the `worst` routing, or with
+    /// what each would compute alone.
+    fn needs(&self, options: &[EngineOptions], worst: bool) -> Result<Needs> {
+        let (spec, dtype) = (&self.model.spec, self.dtype);
+        // The largest weight is there twice while it is loaded.
+        let loading = spec.largest_part().saturating_mul(dtype.bytes() as u64);
+        let ranks = self.sharing_ranks();
+        let numbers = match ranks == self.ranks {
+            true => spec.parameters().total,
+            // Ways to run the model that differ share what they can.
+            false => {
+                let of = |options: &EngineOptions| spec.parameters_of_rank(&options.parallel, self.ranks);
+                options.iter().map(of).max().unwrap_or(0)
+            }
+        };
+        let weights = numbers.saturating_mul(dtype.bytes() as u64);
+        let mut needs = Needs { weights, buffers: loading, caches: 0 };
+        for options in options {
+            let of_all = |bytes: u64| bytes.saturating_mul(ranks as u64);
+            let model = options.model();
+            let buffers = of_all(match worst {
+                true => model.workspace_bytes(spec, self.ranks, dtype)?,
+                false => {
+                    let alone = ModelOptions { parallel: Parallel::default(), ..model.clone() };
+                    alone.workspace_bytes(spec, 1, dtype)?
+                }
+            });
+            let cache = of_all(self.block_bytes(options).saturating_mul(model.cache_blocks as u64));
+            needs.buffers = needs.buffers.saturating_add(buffers);
+            needs.caches = needs.caches.saturating_add(cache);
+        }
+        Ok(needs)
+    }
+
+    /// Bytes of a block of the cache on the rank that has the most of it.
+    fn block_bytes(&self, options: &EngineOptions) -> u64 {
+        let token = self.model.spec.cache_bytes_per_token(self.dtype, options.parallel.tensor);
+        (token * BLOCK_SIZE) as u64
+    }
+
+    /// Ranks whose memory is the same: all of a host's or of one GPU, or else one.
+    fn sharing_ranks(&self) -> usize {
+        match &self.processor {
+            Processor::Cuda(_) => self.processor.sharing().unwrap_or(1),
+            _ => self.ranks,
+        }
+    }
+
+    /// The memory that ranks may use, where that is known: of several GPUs the one that has least left.
+    fn room(&self) -> Result<Option<Room>> {
+        let Processor::Cuda(devices) = &self.processor else {
+            return Ok(memory::look().map(|memory| Room {
+                owner: memory.bound.owner(),
+                total: memory.total,
+                available: memory.available,
+            }));
+        };
+        let memories = devices.iter().map(|device| device.memory_bytes()).collect::<Result<Vec<_>, _>>()?;
+        let owner = if devices.len() > 1 { "a GPU" } else { "the GPU" };
+        Ok(memories.into_iter().min().map(|(available, total)| Room { owner, total, available }))
+    }
+}
+
+/// What a model and its caches may take: a share of all memory, as far as it is free.
+fn share(room: &Room, utilization: f64) -> u64 {
+    let share = (room.total as f64 * utilization) as u64;
+    share.min(room.available - room.available / 100 * SPARE_PERCENT)
+}
+
+/// Blocks that the most sequences of the greatest length need.
+fn most_blocks(options: &EngineOptions) -> u64 {
+    EngineOptions { kv_blocks: None, ..options.clone() }.model().cache_blocks as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_keep_what_they_have() {
+        let room = |available| Room { owner: "", total: 1000, available };
+        assert_eq!(share(&room(1000), 0.9), 900);
+        assert_eq!(share(&room(500), 0.9), 485);
+        assert_eq!(share(&room(500), 0.2), 200);
+        assert_eq!(share(&room(0), 1.0), 0);
+    }
+}
