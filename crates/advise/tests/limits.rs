@@ -143,5 +143,5 @@ fn figures_at_their_ends_are_told_or_refused() {
             }
         }
     }
-    assert!(told > 5 && refused > 5, "{told} told, {refused} refused");
+    assert!(told > 0 && refused > 0, "{told} told, {refused} refused");
 }

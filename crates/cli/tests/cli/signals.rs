@@ -74,13 +74,13 @@ fn commands_end_at_once() {
 fn a_stopped_command_goes_on() {
     let folder = Folder::new();
     let typed = format!(
-        "generate --model {} --prompt Hi --ignore-eos --max-tokens 60 -dp 2 -ep --link 1GB/s,5ms --timeout 1",
+        "generate --model {} --prompt Hi --ignore-eos --max-tokens 60 -dp 2 -ep --link 1GB/s,5ms --timeout 5",
         fixture("mixtral")
     );
     let mut child = started(&typed, &folder);
     shown(&mut child);
     send("-STOP", &child);
-    std::thread::sleep(Duration::from_secs(3));
+    std::thread::sleep(Duration::from_secs(7));
     send("-CONT", &child);
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{output:?}");
