@@ -158,7 +158,9 @@ def write_gguf(config, dtype, path, whole=False):
 
 
 def run(command, errors=subprocess.PIPE):
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
+    """What a program prints. It runs in a folder of its own, where it may leave a log."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, check=False, cwd=folder)
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr or done.stdout}")
     return done.stdout
@@ -214,10 +216,11 @@ def summary(turns):
 
 def add_peers(parser):
     """Options that say whom to measure, and with which weights."""
-    parser.add_argument("--llama-cpp", type=pathlib.Path, metavar="DIR", help="programs of llama.cpp")
-    parser.add_argument("--ik-llama-cpp", type=pathlib.Path, metavar="DIR", help="programs of ik_llama.cpp")
-    parser.add_argument("--epsmoe", required=True)
-    parser.add_argument("--gguf", type=pathlib.Path, default=pathlib.Path("gguf"), help="folder of the GGUF files")
+    path = lambda text: pathlib.Path(text).resolve()
+    parser.add_argument("--llama-cpp", type=path, metavar="DIR", help="programs of llama.cpp")
+    parser.add_argument("--ik-llama-cpp", type=path, metavar="DIR", help="programs of ik_llama.cpp")
+    parser.add_argument("--epsmoe", required=True, type=path)
+    parser.add_argument("--gguf", type=path, default="gguf", help="folder of the GGUF files")
     parser.add_argument("--dtype", action="append", choices=["bfloat16", "float32"], help="default: bfloat16")
     parser.add_argument("--peer-dtype", choices=list(DTYPES), help="what peers hold weights in, if it is not the same: float16"
                         " has as many bytes as bfloat16, and they are faster with it where the processor has no bf16 products")
