@@ -20,10 +20,11 @@ const PROGRAMS: [Program; 6] = [
 ];
 
 /// The scripts that run them, and what these read: file name and text.
-const SCRIPTS: [(&str, &str); 7] = [
+const SCRIPTS: [(&str, &str); 8] = [
     ("run-ops.sh", include_str!("run-ops.sh")),
     ("run-ranks.sh", include_str!("run-ranks.sh")),
     ("run-overlap.sh", include_str!("run-overlap.sh")),
+    ("run-emulated.sh", include_str!("run-emulated.sh")),
     ("run-models.sh", include_str!("run-models.sh")),
     ("run-bench.sh", include_str!("run-bench.sh")),
     ("libraries.sh", include_str!("libraries.sh")),
@@ -64,7 +65,7 @@ pub(crate) fn make(out: &Path) -> anyhow::Result<()> {
     let size = size_of(out)?;
     ensure!(size <= LARGEST, "the bundle has {}, more than {}", Bytes(size), Bytes(LARGEST));
     println!(
-        "{}: {}; run its run-ops.sh, run-ranks.sh, run-models.sh, run-bench.sh and run-overlap.sh on a GPU host",
+        "{}: {}; run its run-ops.sh, run-ranks.sh, run-models.sh, run-bench.sh, run-overlap.sh and run-emulated.sh on a GPU host",
         out.display(),
         Bytes(size)
     );

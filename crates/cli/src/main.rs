@@ -59,6 +59,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Chat(args) => commands::chat::run(args),
         Command::Bench(args) => match &args.command {
             Some(BenchCommand::Serve(args)) => commands::bench_serve::run(args),
+            Some(BenchCommand::Layer(args)) => commands::bench::layer::run(args),
             None => commands::bench::run(args),
         },
         Command::Plan(args) => commands::plan::run(args),

@@ -3,7 +3,9 @@
 
 mod budget;
 
-use crate::args::{DeviceKind, Dtype, Gemm, ModelArgs, RunArgs, ScheduleKind, SharedExpertPlace, TextArgs};
+use crate::args::{
+    DeviceKind, Dtype, Gemm, ModelArgs, OneOf, RunArgs, ScheduleKind, SharedExpertPlace, TextArgs,
+};
 use crate::locate::{Place, locate};
 use crate::prompt::encode;
 use crate::watch::LayerSample;
@@ -18,17 +20,20 @@ use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, PeerQueue};
 use epsmoe_engine::{Engine, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode};
-use epsmoe_fabric::{Fabric, Link, PacedLink, ThreadsOptions};
+use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOptions};
 use epsmoe_model::config::Config;
 use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, preset_text};
+use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
-    CostModel, GemmKind, LayerHistograms, Policy, Schedule, SharedExpert, SlotMap, TokenHistograms,
+    Capacity, CostError, CostModel, GemmKind, LayerHistograms, LayerSizes, Machine, Policy, Schedule,
+    SharedExpert, SlotMap, TokenHistograms,
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
 use epsmoe_text::{ChatTemplate, GenerationConfig, SpecialTokens, Tokenizer};
 use std::io::BufReader;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Tokens of a rank in one step when nobody says how many: on a CPU, and on a GPU, which only many rows keep busy.
@@ -202,7 +207,11 @@ pub(crate) struct Started {
 /// Settled settings.
 pub(crate) struct Setup {
     pub(crate) model: OpenModel,
+    /// Ranks of the world.
     pub(crate) ranks: usize,
+    /// The one of them that is here, if the others are emulated, and what they do.
+    pub(crate) emulated: Option<OneOf>,
+    pub(crate) peers: Arc<RoutedPeers>,
     /// Threads of each rank.
     pub(crate) threads: usize,
     pub(crate) policy: Policy,
@@ -214,6 +223,7 @@ pub(crate) struct Setup {
     record: Option<PathBuf>,
     explain: bool,
     processor: Processor,
+    gpu_weights: OnceLock<Vec<CudaWeights>>,
     dtype: DType,
     isa: Isa,
     batched_tokens: Option<usize>,
@@ -225,10 +235,18 @@ pub(crate) struct Setup {
 impl Setup {
     /// Settles what flags mean and opens the model.
     pub(crate) fn new(args: &RunArgs) -> Result<Self> {
+        Self::of(args, None)
+    }
+
+    /// The same for one rank of a world whose other ranks are emulated: attention whole, experts spread.
+    pub(crate) fn of(args: &RunArgs, emulated: Option<OneOf>) -> Result<Self> {
         let model = OpenModel::open(&args.model, args.seed)?;
-        let parallel = parallel(args);
+        let parallel = match emulated {
+            Some(_) => Parallel { tensor: 1, data: None, experts: Experts::Ep },
+            None => parallel(args),
+        };
         let (data, tensor) = (args.data_parallel_size, parallel.tensor);
-        let ranks = data * tensor;
+        let ranks = emulated.map_or(data * tensor, |one| one.size);
         if ranks > MOST_RANKS {
             bail!(
                 "--data-parallel-size {data} times --tensor-parallel-size {tensor} are {ranks} ranks: at most {MOST_RANKS} can be \
@@ -236,8 +254,9 @@ impl Setup {
             );
         }
         parallel.check(&model.spec, ranks)?;
-        let processor = Processor::open(args.device, ranks)?;
-        let threads = args.threads.unwrap_or((machine::cores() / ranks).max(1));
+        let here = if emulated.is_some() { 1 } else { ranks };
+        let processor = Processor::open(args.device, here)?;
+        let threads = args.threads.unwrap_or((machine::cores() / here).max(1));
         let dtype = match args.dtype {
             Dtype::Auto => processor.dtype(model.spec.dtype),
             Dtype::Float32 => DType::F32,
@@ -246,10 +265,16 @@ impl Setup {
         let isa = args.isa.unwrap_or_else(Isa::detect);
         let mut policy = policy(args);
         if policy.schedule == Schedule::Auto {
-            policy.cost = Some(Arc::new(cost(args, &Fingerprint::of_cpu(ranks, threads, isa, dtype))?));
+            let machine = match &processor {
+                Processor::Cuda(devices) => Fingerprint::of_gpu(devices[0].describe(), ranks, dtype),
+                _ => Fingerprint::of_cpu(ranks, threads, isa, dtype),
+            };
+            policy.cost = Some(Arc::new(cost_model(args.profile.as_deref(), &machine, args.link.0)?));
         }
         let setup = Setup {
             ranks,
+            emulated,
+            peers: Arc::new(RoutedPeers::new(Rank(emulated.map_or(0, |one| one.rank)))),
             parallel,
             threads,
             policy,
@@ -259,6 +284,7 @@ impl Setup {
             link: args.link.0,
             seed: args.seed,
             processor,
+            gpu_weights: OnceLock::new(),
             dtype,
             isa,
             batched_tokens: args.max_num_batched_tokens,
@@ -321,8 +347,10 @@ impl Setup {
             _ => BATCHED_TOKENS,
         };
         let step = demand.step.clamp(1, most);
+        let tokens = self.batched_tokens.unwrap_or(step);
         Ok(EngineOptions {
-            max_batched_tokens: self.batched_tokens.unwrap_or(step),
+            max_batched_tokens: tokens,
+            capacity: self.emulated_capacity(tokens)?,
             max_sequences,
             max_model_len,
             kv_blocks: None,
@@ -380,16 +408,15 @@ impl Setup {
                 let kernels = kernels().map_err(|problem| anyhow!(problem))?;
                 Ok(ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?)
             };
-            (0..self.ranks).map(rank).collect()
+            self.here().map(rank).collect()
         })
     }
 
-    /// Ranks of one GPU share their weights there.
-    fn engines_on_gpus(
-        &self,
-        options: &[EngineOptions],
-        devices: &[Arc<CudaDevice>],
-    ) -> Result<Vec<Started>> {
+    /// Where the weights of each rank are. Ranks of one GPU share them there, and so do engines started one after another.
+    fn weights_on_gpus(&self, devices: &[Arc<CudaDevice>]) -> Result<Vec<CudaWeights>> {
+        if let Some(stores) = self.gpu_weights.get() {
+            return Ok(stores.clone());
+        }
         let mut stores: Vec<CudaWeights> = Vec::with_capacity(devices.len());
         for (rank, device) in devices.iter().enumerate() {
             let shared = devices[..rank].iter().position(|other| Arc::ptr_eq(other, device));
@@ -398,9 +425,18 @@ impl Setup {
                 None => CudaWeights::new(device)?,
             });
         }
+        Ok(self.gpu_weights.get_or_init(|| stores).clone())
+    }
+
+    fn engines_on_gpus(
+        &self,
+        options: &[EngineOptions],
+        devices: &[Arc<CudaDevice>],
+    ) -> Result<Vec<Started>> {
+        let stores = self.weights_on_gpus(devices)?;
         self.engines(options, |faults| {
             let gpu = CudaOptions { faults: faults.clone(), ..CudaOptions::new(self.dtype) };
-            let ranks = devices.iter().zip(&stores).enumerate();
+            let ranks = self.here().zip(devices.iter().zip(&stores));
             let rank = |(rank, (device, weights)): (usize, (&Arc<CudaDevice>, &CudaWeights))| {
                 Ok(CudaBackend::new(Rank(rank), device, weights, gpu.clone())?)
             };
@@ -430,7 +466,10 @@ impl Setup {
                 spin: self.spin(),
                 ..ThreadsOptions::new(self.timeout, faults.clone())
             };
-            let fabrics = Fabric::threads(self.ranks, fabric);
+            let fabrics = match self.emulated {
+                Some(one) => vec![self.among_peers(one, fabric)],
+                None => Fabric::threads(self.ranks, fabric),
+            };
             let links = fabrics.iter().filter_map(|fabric| fabric.link.clone()).collect();
             let ranks = ranks(&faults)?.into_iter().map(Arc::new).zip(fabrics).collect();
             let engine = Engine::start(Arc::clone(spec), &weights, ranks, faults, options.clone(), |_| {})?;
@@ -439,6 +478,19 @@ impl Setup {
         let engines = options.iter().map(engine).collect();
         bar.finish_and_clear();
         engines
+    }
+
+    /// The fabric of the rank whose others are emulated.
+    fn among_peers<B: Backend<Queue: PeerQueue>>(&self, one: OneOf, options: ThreadsOptions) -> Fabric<B> {
+        let ThreadsOptions { timeout, faults, link, .. } = options;
+        let (rank, size) = (Rank(one.rank), one.size);
+        let peers = Arc::clone(&self.peers) as Arc<dyn Peers>;
+        Fabric::emulated(EmulatedOptions { rank, size, link, timeout, faults, peers })
+    }
+
+    /// The ranks that are here.
+    fn here(&self) -> Range<usize> {
+        self.emulated.map_or(0..self.ranks, |one| one.rank..one.rank + 1)
     }
 
     /// What the auto schedule did, if that was asked for.
@@ -463,6 +515,25 @@ impl Setup {
         output::write_file(file, |out| engine.routing().write(out))
     }
 
+    /// Room for the rows of an emulated world: those of ranks whose tokens are spread about evenly. Layers whose rows are
+    /// more run in chunks.
+    fn emulated_capacity(&self, tokens: usize) -> Result<Option<Capacity>> {
+        let moe = self.model.spec.layers.iter().find_map(|layer| layer.mlp.moe());
+        let (Some(moe), Some(one)) = (moe, self.emulated) else { return Ok(None) };
+        let map = SlotMap::contiguous(moe.experts, one.size)?;
+        let sizes = LayerSizes { top_k: moe.gate.top_k, ..LayerSizes::of(&map, self.dtype) };
+        let least = Capacity::worst_case(1, &sizes);
+        let rows = tokens.saturating_mul(sizes.ranks_of_token());
+        let assignments = (tokens.saturating_mul(sizes.top_k) / 4 * 5).max(least.assignments);
+        Ok(Some(Capacity {
+            tokens,
+            rows_sent: rows.max(least.rows_sent),
+            rows_received: rows.max(least.rows_received),
+            assignments,
+            stage_assignments: assignments,
+        }))
+    }
+
     /// The processor and what is computed on it, in a few words.
     pub(crate) fn processor(&self) -> String {
         match &self.processor {
@@ -484,20 +555,33 @@ impl Setup {
 
 /// What work costs here: as the given profile says, or the one that `epsmoe profile` left for this machine if that can be
 /// used, or as nobody measured. What a paced link carries follows from the link.
-fn cost(args: &RunArgs, machine: &Fingerprint) -> Result<CostModel> {
+pub(crate) fn cost_model(
+    profile: Option<&Path>,
+    machine: &Fingerprint,
+    link: Option<Link>,
+) -> Result<CostModel> {
     let by_default = default_path(machine);
-    let unmeasured = || CostModel::unmeasured(machine.dtype, machine.threads, machine.cores as u32);
-    let cost = match &args.profile {
-        Some(file) => load(file, machine)?,
-        None if by_default.exists() => load(&by_default, machine).unwrap_or_else(|error| {
-            output::warn(format_args!(
-                "{error}; it is ignored, and the auto schedule begins with round figures"
-            ));
-            unmeasured()
-        }),
-        None => unmeasured(),
+    let unmeasured = || match machine.gpu {
+        // What the catalog of machines says of a GPU.
+        Some(_) => Ok(CostModel { dtype: machine.dtype, ..Machine::built_in("8xH200")?.cost() }),
+        None => {
+            Ok::<_, CostError>(CostModel::unmeasured(machine.dtype, machine.threads, machine.cores as u32))
+        }
     };
-    Ok(match args.link.0 {
+    let cost = match profile {
+        Some(file) => load(file, machine)?,
+        None if by_default.exists() => match load(&by_default, machine) {
+            Ok(cost) => cost,
+            Err(error) => {
+                output::warn(format_args!(
+                    "{error}; it is ignored, and the auto schedule begins with round figures"
+                ));
+                unmeasured()?
+            }
+        },
+        None => unmeasured()?,
+    };
+    Ok(match link {
         Some(link) => with_link(&cost, link),
         None => cost,
     })

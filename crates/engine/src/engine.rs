@@ -12,7 +12,7 @@ use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{BLOCK_SIZE, Batch, Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
 use epsmoe_pipeline::RoutingLog;
-use epsmoe_plan::{Policy, ScheduleReport};
+use epsmoe_plan::{Capacity, Policy, ScheduleReport};
 use std::collections::HashMap;
 use std::num::NonZero;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,6 +29,8 @@ pub struct EngineOptions {
     pub max_model_len: usize,
     /// Cache blocks of each rank; when absent, as many as `max_sequences` of the longest sequences need.
     pub kv_blocks: Option<usize>,
+    /// Room for the rows of an MoE layer on a rank; the worst case when absent. Layers that do not fit run in chunks.
+    pub capacity: Option<Capacity>,
     /// Whether sequences that begin alike share what was computed of them.
     pub prefix_caching: bool,
     /// How MoE layers are scheduled.
@@ -53,7 +55,7 @@ impl EngineOptions {
             cache_blocks: self.kv_blocks.unwrap_or(max_blocks.saturating_mul(self.max_sequences)),
             max_blocks,
             policy: self.policy.clone(),
-            capacity: None,
+            capacity: self.capacity,
             parallel: self.parallel,
             routing: self.routing.clone(),
             timeout: self.timeout,

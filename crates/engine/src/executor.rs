@@ -35,7 +35,7 @@ pub trait Executor: Send {
     fn schedule(&self) -> Option<ScheduleReport>;
 }
 
-/// Ranks that are threads of this process; dropping it lets them finish and joins them.
+/// Ranks that are threads of this process, all of a world or some; dropping it lets them finish and joins them.
 pub struct ThreadExecutor {
     faults: FaultCell,
     workers: Vec<Worker>,
@@ -43,6 +43,7 @@ pub struct ThreadExecutor {
 }
 
 struct Worker {
+    rank: Rank,
     orders: Sender<Order>,
     answers: Receiver<Result<Answer, Fault>>,
 }
@@ -63,23 +64,25 @@ impl ThreadExecutor {
     /// Starts a thread for each rank's model.
     pub fn start<B: Backend>(models: Vec<Model<B>>, faults: FaultCell) -> Result<Self, EngineError> {
         let mut executor = ThreadExecutor { faults, workers: Vec::new(), threads: Vec::new() };
-        for (rank, model) in models.into_iter().enumerate() {
+        for model in models {
+            let rank = model.device().rank();
             let (orders, inbox) = channel();
             let (outbox, answers) = channel();
             let faults = executor.faults.clone();
-            let work = move || serve(Rank(rank), &model, &faults, &inbox, &outbox);
+            let work = move || serve(rank, &model, &faults, &inbox, &outbox);
             let thread =
-                std::thread::Builder::new().name(format!("rank{rank}")).spawn(work).map_err(|error| {
-                    EngineError::Request(format!("cannot start the thread of {}: {error}", Rank(rank)))
+                std::thread::Builder::new().name(format!("rank{}", rank.0)).spawn(work).map_err(|error| {
+                    EngineError::Request(format!("cannot start the thread of {rank}: {error}"))
                 })?;
-            executor.workers.push(Worker { orders, answers });
+            executor.workers.push(Worker { rank, orders, answers });
             executor.threads.push(thread);
         }
         Ok(executor)
     }
 
     /// A rank's answer always comes: each of its waits has a deadline, and its panics are caught.
-    fn answer(&self, rank: Rank, worker: &Worker) -> Result<Answer, Fault> {
+    fn answer(&self, worker: &Worker) -> Result<Answer, Fault> {
+        let rank = worker.rank;
         loop {
             match worker.answers.recv_timeout(FaultCell::POLL) {
                 Ok(answer) => return answer,
@@ -119,8 +122,8 @@ impl Executor for ThreadExecutor {
     fn finish(&mut self) -> Result<StepReport, Fault> {
         let mut report = StepReport::default();
         let mut failed = false;
-        for (rank, worker) in self.workers.iter().enumerate() {
-            match self.answer(Rank(rank), worker) {
+        for worker in &self.workers {
+            match self.answer(worker) {
                 Ok(Answer { output, spans }) => {
                     report.outputs.push(output);
                     report.timeline.spans.extend(spans);

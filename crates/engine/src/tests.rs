@@ -134,6 +134,7 @@ fn options() -> EngineOptions {
         max_sequences: 1,
         max_model_len: 4096,
         kv_blocks: None,
+        capacity: None,
         prefix_caching: false,
         policy: Policy::default(),
         parallel: Parallel::default(),

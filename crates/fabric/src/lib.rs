@@ -4,23 +4,26 @@
 //! * [`Transport`]: rows between the memories of devices, on a lane, with sub-groups. Copies inside one process today.
 //!
 //! Both move bytes and never compute. Sums over ranks are an exchange plus a fixed-order sum on the device, so that no
-//! bit depends on the fabric. Neither knows experts or layers: a [`Place`](epsmoe_base::Place) is only a label for
+//! bit depends on the fabric. A rank whose others are not there has both [emulated](Fabric::emulated). Neither knows experts or layers: a [`Place`](epsmoe_base::Place) is only a label for
 //! messages.
 
 #[cfg(feature = "contract")]
 pub mod contract;
 mod control;
+mod emulated;
 mod link;
 mod signal;
 mod single_rank;
 mod transport;
 
 pub use control::Control;
+pub use emulated::{EmulatedOptions, Mirrored, Peers};
 pub use link::{Lateness, Link, PacedLink, Pacing};
 pub use single_rank::SingleRank;
 pub use transport::{Exchange, FaultInjection, InjectedFault, ThreadsOptions, Transport};
 
 use control::ThreadControl;
+use emulated::{EmulatedControl, EmulatedTransport};
 use epsmoe_base::Rank;
 use epsmoe_device::{Backend, PeerQueue};
 use std::sync::Arc;
@@ -59,6 +62,19 @@ impl<B: Backend> Fabric<B> {
             transport: Arc::new(transport),
         };
         controls.into_iter().zip(transports).map(end).collect()
+    }
+
+    /// The end of one rank of a world whose other ranks are not there.
+    pub fn emulated(options: EmulatedOptions) -> Self
+    where
+        B::Queue: PeerQueue,
+    {
+        let transport = EmulatedTransport::<B>::new(options.clone());
+        Fabric {
+            link: transport.link(),
+            control: Arc::new(EmulatedControl::new(options)),
+            transport: Arc::new(transport),
+        }
     }
 
     /// This rank.

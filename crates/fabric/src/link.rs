@@ -7,6 +7,7 @@
 //! late and goes on at once with its next exchange begins that when the link was free, so the delay does not add up.
 //! Nobody spins: the lane sleeps, and how late it woke up is reported.
 
+use epsmoe_base::{Deadline, Fault, FaultCell};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
@@ -163,6 +164,29 @@ impl PacedLink {
     /// How well this rank kept to its link's times since this was last asked.
     pub fn take_pacing(&self) -> Pacing {
         std::mem::take(&mut self.state().pacing)
+    }
+
+    /// Sleeps until the link would have carried `bytes` that could start at `ready`, or the deadline has passed: then it is
+    /// false. No sleep is longer than [`FaultCell::POLL`]: a link may be so slow that the world stops first.
+    pub(crate) fn carry(
+        &self,
+        ready: Instant,
+        bytes: u64,
+        faults: &FaultCell,
+        deadline: &mut Deadline,
+    ) -> Result<bool, Fault> {
+        let (due, copied) = (self.book(ready, bytes), Instant::now());
+        let mut now = copied;
+        while now < due {
+            faults.check()?;
+            if deadline.passed() {
+                return Ok(false);
+            }
+            std::thread::sleep(due.saturating_duration_since(now).min(FaultCell::POLL));
+            now = Instant::now();
+        }
+        self.note(due, copied, now);
+        Ok(true)
     }
 
     /// When an exchange that the lane comes to at `now` could have begun: when the link was free, if only waking up kept

@@ -72,7 +72,7 @@ impl WeightSource for Synthetic {
             }
             Values::Uniform(step) => {
                 let numbers = Mix::keyed(self.seed, &[hash_bytes(name.as_bytes())]);
-                fill_uniform(&numbers, step, first, into);
+                fill_by_threads(&numbers, step, first, into);
             }
         }
         Ok(())
@@ -104,6 +104,23 @@ fn values(spec: &ModelSpec, part: Part) -> Values {
 
 /// Enough to be seen, not enough to drown what it is added to.
 const BIAS_DEVIATION: f32 = 0.1;
+
+/// Bytes that are worth a thread: some ten times what starting one takes.
+const BYTES_OF_THREAD: usize = 1 << 20;
+
+/// [`fill_uniform`] in as many ranges as there are cores.
+fn fill_by_threads(numbers: &Mix, step: f32, first: usize, into: &mut [u8]) {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let piece = into.len().div_ceil(cores).max(BYTES_OF_THREAD).next_multiple_of(2);
+    if into.len() <= piece {
+        return fill_uniform(numbers, step, first, into);
+    }
+    std::thread::scope(|scope| {
+        for (index, into) in into.chunks_mut(piece).enumerate() {
+            scope.spawn(move || fill_uniform(numbers, step, first + index * piece / 2, into));
+        }
+    });
+}
 
 /// Numbers to a word of the hash.
 const LANES: usize = 4;

@@ -1,6 +1,7 @@
 //! What the ranks tell each other before anything moves: the layer's only blocking exchange.
 
 use crate::batch::{Batch, Packed, Rows, Travel};
+use crate::count_message::CountMessage;
 use crate::run::Call;
 use crate::{ExpertPipeline, HostTimes, PipelineError};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
@@ -19,21 +20,19 @@ impl<B: Backend> ExpertPipeline<B> {
         times: &mut HostTimes,
     ) -> Result<Vec<Batch>, PipelineError> {
         let map = &*call.layer.slots;
-        let learned = self.planner.borrow_mut().take_feedback().map(|feedback| feedback.encode());
-        let own = packed.iter().map(|batch| batch.counts.encode()).chain(learned);
-        let messages = self.gather(call, &own.collect::<Vec<_>>().concat(), times)?;
-        let len = TokenHistograms::encoded_len(map.slots());
+        let own = CountMessage {
+            digest: self.digest(call),
+            counts: packed.iter().map(|batch| batch.counts.clone()).collect(),
+            feedback: self.planner.borrow_mut().take_feedback(),
+        };
+        let messages = self.gather(call, &own, times)?;
         let of_batch = |number: usize| -> Result<LayerHistograms, PlanError> {
-            let of_rank = |message: &Vec<u8>| {
-                let rest = message.get(number * len..).unwrap_or_default();
-                TokenHistograms::decode(&rest[..len.min(rest.len())], map.slots())
-            };
-            let ranks = messages.iter().map(of_rank).collect::<Result<_, _>>()?;
-            LayerHistograms::new(map, call.layer.gate.top_k, ranks)
+            let of_rank =
+                |message: &CountMessage| message.counts.get(number).cloned().unwrap_or_else(nothing);
+            LayerHistograms::new(map, call.layer.gate.top_k, messages.iter().map(of_rank).collect())
         };
         let counts = (0..packed.len()).map(of_batch).collect::<Result<Vec<_>, _>>()?;
-        let feedback = messages.iter().filter_map(|message| message.get(packed.len() * len..));
-        let feedback: Vec<Feedback> = feedback.filter_map(Feedback::decode).collect();
+        let feedback: Vec<Feedback> = messages.into_iter().filter_map(|message| message.feedback).collect();
         let plan = match call.table {
             Some(table) => {
                 table.validate(map)?;
@@ -54,23 +53,21 @@ impl<B: Backend> ExpertPipeline<B> {
         batches.map(batch).collect()
     }
 
-    /// Gathers what every rank has to tell, each behind the same digest; whoever has another would plan another layer,
-    /// and is named.
+    /// Gathers what every rank has to tell; whoever has another digest would plan another layer, and is named.
     fn gather(
         &self,
         call: &Call<'_>,
-        own: &[u8],
+        own: &CountMessage,
         times: &mut HostTimes,
-    ) -> Result<Vec<Vec<u8>>, PipelineError> {
-        let (place, digest) = (Place::layer(call.layer.layer), self.digest(call).to_le_bytes());
-        let message = [digest.as_slice(), own].concat();
-        let messages = self.fabric.control.exchange("count exchange", place, message)?;
+    ) -> Result<Vec<CountMessage>, PipelineError> {
+        let (place, slots) = (Place::layer(call.layer.layer), call.layer.slots.slots());
+        let messages = self.fabric.control.exchange("count exchange", place, own.encode())?;
         times.exchanged = Some(Instant::now());
-        let stripped = messages.into_iter().enumerate().map(|(rank, message)| {
-            let told = message.strip_prefix(digest.as_slice()).map(<[u8]>::to_vec);
-            told.ok_or_else(|| disagreement(self.fabric.rank(), place, Rank(rank)).into())
-        });
-        stripped.collect()
+        let read = |(rank, message): (usize, &Vec<u8>)| match CountMessage::digest_of(message) {
+            Some(digest) if digest == own.digest => Ok(CountMessage::decode(message, slots)?),
+            _ => Err(disagreement(self.fabric.rank(), place, Rank(rank)).into()),
+        };
+        messages.iter().enumerate().map(read).collect()
     }
 
     fn digest(&self, call: &Call<'_>) -> u64 {
@@ -78,6 +75,11 @@ impl<B: Backend> ExpertPipeline<B> {
         let common = (self.settings, layer.layer, layer.gate, layer.slots.digest(), planner, call.table);
         hash_bytes(format!("{common:?}").as_bytes())
     }
+}
+
+/// What a rank announced of a batch that it does not have: contradicted where counts are checked.
+fn nothing() -> TokenHistograms {
+    TokenHistograms { tokens: 0, assignments: Vec::new(), first: Vec::new(), last: Vec::new() }
 }
 
 /// Two ranks that would compute different layers.

@@ -4,7 +4,7 @@
 //! experts, and in which slots they are), `count_exchange` (what the ranks tell each other before anything moves),
 //! `dispatch` (rows to their experts), `experts` (a stage of experts, from received rows to partial sums), `combine`
 //! (partial sums back to their tokens), and `buffers` (all the memory of it, reserved once). Beside it, `routing_log`:
-//! what routers chose, recorded and replayed.
+//! what routers chose, recorded and replayed, and `routed_peers`: the ranks that are not there when one is emulated.
 //!
 //! # One path
 //!
@@ -33,15 +33,18 @@ mod batch;
 mod buffers;
 mod combine;
 mod count_exchange;
+mod count_message;
 mod dispatch;
 mod experts;
 mod route;
+mod routed_peers;
 mod routing_log;
 mod run;
 mod spans;
 
 pub use buffers::PipelineSizes;
 pub use count_exchange::disagreement;
+pub use routed_peers::RoutedPeers;
 pub use routing_log::{Flips, RoutingLog, RoutingLogError, TokenId};
 pub use run::{ExpertPipeline, HostTimes, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp};
 pub use spans::take_spans;

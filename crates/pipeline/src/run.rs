@@ -8,8 +8,8 @@ use epsmoe_device::op::{GateRows, Gemm, HostToDevice, Op, TopKRouter};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
-    Ahead, Capacity, LayerBytes, Planner, Policy, Routing, ScheduleReport, SharedExpert, SlotMap, Span,
-    StageTable, Transfer, halves,
+    Ahead, Capacity, LayerBytes, Planner, Policy, Routing, Schedule, ScheduleReport, SharedExpert, SlotMap,
+    Span, StageTable, Transfer, halves,
 };
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -133,7 +133,7 @@ impl<B: Backend> ExpertPipeline<B> {
     /// Sizes of which not even a token per rank fits, a wire format that no operation packs rows into, and what the
     /// device refuses.
     pub fn new(device: Arc<B>, fabric: Fabric<B>, options: PipelineOptions) -> Result<Self, PipelineError> {
-        let PipelineOptions { policy, sizes, identity, .. } = &options;
+        let sizes = &options.sizes;
         let least = Capacity::worst_case(1, &sizes.layer);
         if !sizes.capacity.holds(&least) {
             // Halving a layer's tokens would never end.
@@ -153,6 +153,29 @@ impl<B: Backend> ExpertPipeline<B> {
         let tokens = buffers.every_token.clone();
         let words = (0..tokens.rows as u32).collect();
         device.enqueue(Lane::Compute, Place::default(), HostToDevice { words, out: tokens })?;
+        Self::in_buffers(device, fabric, options, buffers)
+    }
+
+    /// The same layers as others decide and carry them, in the same buffers: the two take turns.
+    ///
+    /// # Errors
+    /// A two-batch policy where this one is none: it has no room for the counts of two batches.
+    pub fn sharing(&self, policy: Policy, fabric: Fabric<B>) -> Result<Self, PipelineError> {
+        if policy.schedule == Schedule::TwoBatch && self.options.policy.schedule != Schedule::TwoBatch {
+            let message = "buffers of one batch cannot be shared with two: begin with the two-batch schedule";
+            return Err(DeviceError::Shape(message.into()).into());
+        }
+        let options = PipelineOptions { policy, ..self.options.clone() };
+        Self::in_buffers(Arc::clone(&self.device), fabric, options, self.buffers.clone())
+    }
+
+    fn in_buffers(
+        device: Arc<B>,
+        fabric: Fabric<B>,
+        options: PipelineOptions,
+        buffers: LayerBuffers,
+    ) -> Result<Self, PipelineError> {
+        let PipelineOptions { policy, sizes, identity, .. } = &options;
         let settings = hash_bytes(format!("{policy} {sizes:?} {identity}").as_bytes());
         let planner = RefCell::new(policy.planner(sizes.layer, device.dtype())?);
         let held_map = Cell::new(None);

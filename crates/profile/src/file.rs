@@ -11,12 +11,17 @@ use std::path::{Path, PathBuf};
 /// Raised whenever kernels or the pipeline change what anything costs: older profiles are refused.
 const KERNEL_REVISION: u32 = 6;
 
+/// The same for those of a GPU.
+const GPU_KERNEL_REVISION: u32 = 1;
+
 /// Bytes of a profile that is read: some hundred times what one has.
 const MOST_BYTES: u64 = 1 << 20;
 
 /// What a profile depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fingerprint {
+    /// The GPU of each rank, in words; without one ranks compute on this machine's processor.
+    pub gpu: Option<String>,
     /// The processor's name.
     pub cpu: String,
     /// Hardware threads that this process may use.
@@ -84,6 +89,7 @@ impl Fingerprint {
         let fields = info.lines().filter_map(|line| line.split_once(':'));
         let name = fields.filter(|(key, _)| key.trim() == "model name").map(|(_, name)| name.trim()).next();
         Fingerprint {
+            gpu: None,
             cpu: name.unwrap_or("unknown processor").to_owned(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             ranks,
@@ -93,8 +99,18 @@ impl Fingerprint {
         }
     }
 
+    /// A GPU, described in words, for each of so many ranks.
+    pub fn of_gpu(description: &str, ranks: usize, dtype: DType) -> Self {
+        // Which driver it has changes little.
+        let gpu = description.split(", driver").next().unwrap_or_default().to_owned();
+        Fingerprint { gpu: Some(gpu), ..Fingerprint::of_cpu(ranks, 1, Isa::Scalar, dtype) }
+    }
+
     /// The hardware, in words.
     pub fn machine(&self) -> String {
+        if let Some(gpu) = &self.gpu {
+            return gpu.clone();
+        }
         format!("{}, {}", self.cpu, epsmoe_base::count(self.cores, "core"))
     }
 
@@ -102,6 +118,9 @@ impl Fingerprint {
     pub fn kernels(&self) -> String {
         let (ranks, threads) =
             (epsmoe_base::count(self.ranks, "rank"), epsmoe_base::count(self.threads, "thread"));
+        if self.gpu.is_some() {
+            return format!("cuda revision {GPU_KERNEL_REVISION}, {ranks}");
+        }
         format!("cpu {} revision {KERNEL_REVISION}, {ranks} of {threads}", self.isa)
     }
 }

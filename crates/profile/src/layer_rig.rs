@@ -1,15 +1,15 @@
 //! Ranks that run one MoE layer again and again: given sizes, given routing, given table.
 
-use epsmoe_base::{DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, hash_bytes};
+use crate::RigShape;
+use crate::rig_rank::RigRank;
+use epsmoe_base::{DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
 use epsmoe_device::cpu::gemm::{Isa, PackedMatrix};
 use epsmoe_device::cpu::{Cpu, CpuKernels};
-use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::threaded::{ThreadedBackend, ThreadedOptions, WeightStore};
-use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
+use epsmoe_device::{Backend, DeviceError};
 use epsmoe_fabric::{Fabric, Link, ThreadsOptions};
 use epsmoe_pipeline::{
-    ExpertPipeline, HostTimes, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
-    take_spans,
+    ExpertPipeline, HostTimes, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, take_spans,
 };
 use epsmoe_plan::{
     Capacity, GemmKind, LayerHistograms, LayerSizes, Policy, Routing, SlotMap, Span, StageTable, Timeline,
@@ -18,39 +18,6 @@ use epsmoe_plan::{
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
-
-/// The widths of a layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RigShape {
-    /// Hidden width H.
-    pub hidden: usize,
-    /// Inner width of an expert, I.
-    pub inner: usize,
-    /// Experts over all ranks, E.
-    pub experts: usize,
-    /// Experts of a token, k.
-    pub top_k: usize,
-    /// Inner width of the shared expert; 0 without one.
-    pub shared_inner: usize,
-}
-
-impl RigShape {
-    /// What prices its work for these ranks and this format.
-    pub fn layer(&self, placement: &SlotMap, dtype: DType) -> LayerSizes {
-        LayerSizes {
-            hidden: self.hidden,
-            inner: self.inner,
-            shared_inner: self.shared_inner,
-            top_k: self.top_k,
-            ..LayerSizes::of(placement, dtype)
-        }
-    }
-
-    /// Bytes of a layer's experts.
-    fn bytes(&self, dtype: DType) -> usize {
-        3 * self.hidden * self.inner * self.experts * dtype.bytes()
-    }
-}
 
 /// What the ranks of a rig have in common.
 #[derive(Clone)]
@@ -102,6 +69,22 @@ pub struct RankHost {
     pub enqueued: u64,
 }
 
+impl RankHost {
+    /// From times of the host, by the timeline's beginning.
+    pub(crate) fn since(epoch: Instant, times: HostTimes) -> Self {
+        let ns = |time: Option<Instant>| {
+            time.map_or(0, |time| time.saturating_duration_since(epoch).as_nanos() as u64)
+        };
+        RankHost {
+            counted: ns(times.counted),
+            packed: ns(times.packed),
+            exchanged: ns(times.exchanged),
+            planned: ns(times.planned),
+            enqueued: ns(times.enqueued),
+        }
+    }
+}
+
 struct Job {
     layer: usize,
     routing: Routing,
@@ -150,32 +133,31 @@ impl LayerRig {
             ThreadsOptions { link: options.link, ..ThreadsOptions::new(options.timeout, faults.clone()) };
         let (answer, answers) = channel();
         let mut jobs = Vec::new();
-        for (rank, fabric) in Fabric::threads(options.ranks, fabric).into_iter().enumerate() {
+        for (number, fabric) in Fabric::threads(options.ranks, fabric).into_iter().enumerate() {
             let host =
                 ThreadedOptions { faults: faults.clone(), epoch, ..ThreadedOptions::new(options.dtype) };
             let kernels = CpuKernels::new(options.threads, options.isa).map_err(DeviceError::Unsupported)?;
-            let device = ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&options.weights), host)?;
+            let device = ThreadedBackend::new(Rank(number), kernels, Arc::clone(&options.weights), host)?;
             let pipeline_options = PipelineOptions {
                 policy: Policy::default(),
                 sizes: PipelineSizes { layer: shape.layer(&placement, options.dtype), capacity },
                 identity: 0,
                 timeout: options.timeout,
             };
-            let bench = Bench {
+            let rank = RigRank {
                 shape,
-                layers,
-                tokens: capacity.tokens,
-                epoch,
+                gate: shape.plain_gate(),
                 device: Arc::new(device),
                 placement: Arc::clone(&placement),
             };
+            let bench = Bench { rank, layers, tokens: capacity.tokens, epoch };
             let (job, todo) = channel();
             let (answer, faults) = (answer.clone(), faults.clone());
             let work = move || {
                 if let Err(error) = bench.serve(fabric, pipeline_options, &todo, &answer) {
                     faults.raise(Fault {
                         kind: FaultKind::Invalid,
-                        rank: Rank(rank),
+                        rank: Rank(number),
                         place: Place::default(),
                         message: error.to_string(),
                     });
@@ -253,7 +235,11 @@ impl LayerRig {
 }
 
 /// Room for each of the loads, whatever their tables.
-fn capacity(placement: &SlotMap, top_k: usize, loads: &[Vec<Routing>]) -> Result<Capacity, PipelineError> {
+pub(crate) fn capacity(
+    placement: &SlotMap,
+    top_k: usize,
+    loads: &[Vec<Routing>],
+) -> Result<Capacity, PipelineError> {
     let mut most = Capacity::worst_case(1, &LayerSizes { top_k, ..LayerSizes::of(placement, DType::F32) });
     for routings in loads {
         let counts = LayerHistograms::of_routings(placement, top_k, routings)?;
@@ -274,12 +260,10 @@ fn capacity(placement: &SlotMap, top_k: usize, loads: &[Vec<Routing>]) -> Result
 
 /// One rank of a rig.
 struct Bench {
-    shape: RigShape,
+    rank: RigRank<Cpu>,
     layers: usize,
     tokens: usize,
     epoch: Instant,
-    placement: Arc<SlotMap>,
-    device: Arc<Cpu>,
 }
 
 impl Bench {
@@ -290,14 +274,14 @@ impl Bench {
         todo: &Receiver<Job>,
         answers: &mpsc::Sender<Answer>,
     ) -> Result<(), PipelineError> {
-        let (device, shape) = (&self.device, &self.shape);
+        let RigRank { device, shape, .. } = &self.rank;
         let timeout = options.timeout;
         let pipeline = ExpertPipeline::new(Arc::clone(device), fabric.clone(), options)?;
         let layers: Vec<MoeLayer> =
-            (0..self.layers).map(|layer| self.load(layer)).collect::<Result<_, _>>()?;
+            (0..self.layers).map(|layer| self.rank.load(layer)).collect::<Result<_, _>>()?;
         let x = device.allocate("x", device.dtype(), self.tokens, shape.hidden)?;
         let y = device.allocate("y", device.dtype(), self.tokens, shape.hidden)?;
-        self.fill(&x)?;
+        self.rank.fill(&x, "", 256)?;
         let finish = || device.wait(&device.record(Lane::Compute), Deadline::behind(timeout));
         finish()?;
         device.set_recording(true);
@@ -309,8 +293,9 @@ impl Bench {
             let layer = &layers[job.layer];
             let report = pipeline.run_table(layer, Some(&job.routing), &job.table, &x, &y)?;
             finish()?;
-            let (rank, spans, host) = (device.rank(), take_spans(&**device), self.host(report.host));
-            let bits = if job.keep_bits { self.bits(&y)? } else { 0 };
+            let (rank, spans, host) =
+                (device.rank(), take_spans(&**device), RankHost::since(self.epoch, report.host));
+            let bits = if job.keep_bits { self.rank.bits(&y)? } else { 0 };
             if answers.send(Ok(Done { rank, spans, host, bits })).is_err() {
                 break;
             }
@@ -329,91 +314,4 @@ impl Bench {
         std::thread::sleep(start.saturating_sub(self.epoch.elapsed()));
         Ok(())
     }
-
-    fn bits(&self, y: &Buffer) -> Result<u64, Fault> {
-        let numbers = self.device.read_f32(y)?;
-        let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-        Ok(hash_bytes(&bytes))
-    }
-
-    fn host(&self, times: HostTimes) -> RankHost {
-        let ns = |time: Option<Instant>| {
-            time.map_or(0, |time| time.saturating_duration_since(self.epoch).as_nanos() as u64)
-        };
-        RankHost {
-            counted: ns(times.counted),
-            packed: ns(times.packed),
-            exchanged: ns(times.exchanged),
-            planned: ns(times.planned),
-            enqueued: ns(times.enqueued),
-        }
-    }
-
-    fn load(&self, layer: usize) -> Result<MoeLayer, DeviceError> {
-        let RigShape { hidden, inner, experts, top_k, shared_inner } = self.shape;
-        let take = |name: String, shape: WeightShape| -> Result<Weight, DeviceError> {
-            let name = format!("{hidden}x{inner} {layer} {name}");
-            match self.device.find(&name) {
-                Some(weight) => Ok(weight),
-                None => {
-                    let (tensors, dimensions) = shape.sources();
-                    let bytes = numbers(&name, dimensions.iter().product());
-                    let tensors = vec![TensorBytes { dtype: DType::BF16, bytes: &bytes }; tensors];
-                    self.device.load(&name, shape, &tensors)
-                }
-            }
-        };
-        let mlp = |name: String, inner: usize| -> Result<Mlp, DeviceError> {
-            Ok(Mlp {
-                gate_up: take(format!("{name} {inner} up"), WeightShape::GateUp { inner, k: hidden })?,
-                down: take(format!("{name} {inner} down"), WeightShape::Matrix { n: hidden, k: inner })?,
-            })
-        };
-        let shared = (shared_inner > 0).then(|| mlp("shared".into(), shared_inner)).transpose()?;
-        Ok(MoeLayer {
-            layer: Layer(layer),
-            router: take(format!("router {experts}"), WeightShape::Matrix { n: experts, k: hidden })?,
-            bias: None,
-            gate: TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 },
-            experts: self
-                .placement
-                .experts_on(self.device.rank())
-                .map(|expert| mlp(format!("expert {}", expert.0), inner))
-                .collect::<Result<_, _>>()?,
-            slots: Arc::clone(&self.placement),
-            shared: shared.map(|mlp| SharedMlp { mlp, gate: None }),
-        })
-    }
-
-    fn fill(&self, x: &Buffer) -> Result<(), DeviceError> {
-        let (device, width) = (&self.device, x.width);
-        let bytes = numbers("input", x.rows.min(256) * width);
-        let shape = WeightShape::Table { rows: x.rows.min(256), width };
-        let table = device.load(
-            &format!("input {width} {}", x.rows),
-            shape,
-            &[TensorBytes { dtype: DType::BF16, bytes: &bytes }],
-        )?;
-        let ids = device.allocate("ids", DType::U32, x.rows, 1)?;
-        let words: Vec<u32> = (0..x.rows as u32).map(|row| row % 256).collect();
-        device.enqueue(
-            Lane::Compute,
-            Place::default(),
-            HostToDevice { words: words.into(), out: ids.clone() },
-        )?;
-        device.enqueue(Lane::Compute, Place::default(), Embed { ids, table, out: x.clone() })
-    }
-}
-
-/// So many small numbers of both signs, in bfloat16.
-fn numbers(name: &str, elements: usize) -> Vec<u8> {
-    let mut mix = Mix::keyed(0, &[hash_bytes(name.as_bytes())]);
-    let mut bytes = Vec::with_capacity(2 * elements + 8);
-    while bytes.len() < 2 * elements {
-        // Sign and fraction at random, and an exponent of 1/64.
-        let word = mix.next_u64() & 0x807f_807f_807f_807f | 0x3c80_3c80_3c80_3c80;
-        bytes.extend_from_slice(&word.to_le_bytes());
-    }
-    bytes.truncate(2 * elements);
-    bytes
 }

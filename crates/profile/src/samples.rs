@@ -89,7 +89,9 @@ fn paired<'a>(run: &'a LayerRun, steps: &'a [Planned]) -> Option<Vec<Pair<'a>>> 
     let all: usize = spans.values().map(Vec::len).sum();
     let mut next: BTreeMap<(usize, usize), usize> = BTreeMap::new();
     let mut pairs = Vec::new();
-    for step in steps {
+    // Emulated ranks left no spans.
+    let is_there = |rank: Rank| spans.keys().any(|(there, _)| *there == rank.0);
+    for step in steps.iter().filter(|step| is_there(step.rank)) {
         let Some(lane) = step.lane else { continue };
         let key = (step.rank.0, lane.index());
         for work in &step.work {

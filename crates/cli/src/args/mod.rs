@@ -14,7 +14,7 @@ mod serve;
 mod tools;
 mod values;
 
-pub(crate) use bench::{BenchArgs, BenchCommand};
+pub(crate) use bench::{BenchArgs, BenchCommand, BenchLayerArgs};
 pub(crate) use client::{BenchServeArgs, ChatArgs, Dataset, Goal, GoalFigure, ServerArgs};
 pub(crate) use config_file::with_config_file;
 pub(crate) use generate::{GenerateArgs, LogitsArgs, SamplingArgs, TextArgs, TokenizeArgs};
@@ -23,7 +23,7 @@ pub(crate) use run::{ModelArgs, RunArgs};
 pub(crate) use serve::{CacheArgs, LogFormat, MetricsCompat, ServeArgs};
 pub(crate) use tools::{CompletionsArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
 pub(crate) use values::{
-    ContenderSpec, DeviceKind, Dtype, Gemm, Parsers, ScheduleKind, SharedExpertPlace, TokenLimit,
+    ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, ScheduleKind, SharedExpertPlace, TokenLimit,
 };
 
 use clap::{Arg, ArgAction, CommandFactory, Id, Parser, Subcommand};

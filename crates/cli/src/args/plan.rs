@@ -1,7 +1,7 @@
 //! Predictions, and the profiles that they are made from.
 
 use super::ModelArgs;
-use super::values::{Dtype, bounded, exponent, seconds};
+use super::values::{DeviceKind, Dtype, bounded, exponent, seconds};
 use clap::Args;
 use clap::builder::BoolishValueParser;
 use epsmoe_device::cpu::gemm::Isa;
@@ -58,7 +58,11 @@ pub(crate) struct ProfileArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
 
-    /// Number format of activations; auto is float32
+    /// What to measure: `cpu`, or `cuda` or `cuda:N`, the GPU of that number as one of the ranks, the others emulated
+    #[arg(long, env = "EPSMOE_DEVICE", value_name = "DEVICE", default_value = "cpu")]
+    pub(crate) device: DeviceKind,
+
+    /// Number format of activations; auto is float32, and on a GPU bfloat16
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto)]
     pub(crate) dtype: Dtype,
 

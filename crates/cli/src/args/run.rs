@@ -187,3 +187,10 @@ pub(crate) struct ModelArgs {
     #[arg(long, env = "EPSMOE_HF_OVERRIDES", value_name = "JSON", default_value = "{}")]
     pub(crate) hf_overrides: JsonObject,
 }
+
+impl ModelArgs {
+    /// A model as nothing else says.
+    pub(crate) fn of(model: &str) -> Self {
+        ModelArgs { model: model.into(), revision: "main".into(), hf_overrides: JsonObject::default() }
+    }
+}

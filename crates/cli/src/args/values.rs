@@ -4,6 +4,7 @@ use clap::ValueEnum;
 use epsmoe_fabric::Link;
 use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
 use serde_json::{Map, Value};
+use std::fmt;
 use std::str::FromStr;
 
 /// What was typed after `--device`.
@@ -113,6 +114,34 @@ impl FromStr for LinkSpeed {
     }
 }
 
+/// One rank of a world whose other ranks are not there: `0/8`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OneOf {
+    pub(crate) rank: usize,
+    pub(crate) size: usize,
+}
+
+impl FromStr for OneOf {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let numbers =
+            text.split_once('/').and_then(|(rank, size)| Some((rank.parse().ok()?, size.parse().ok()?)));
+        match numbers {
+            Some((rank, size)) if rank < size && (2..=1024).contains(&size) => Ok(OneOf { rank, size }),
+            _ => {
+                Err(format!("`{text}` is no rank of a world: write which of how many, at least 2, like 0/8"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for OneOf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.rank, self.size)
+    }
+}
+
 /// `5,6,7` or `5 6 7`.
 #[derive(Clone, Debug)]
 pub(crate) struct TokenIds(pub(crate) Vec<u32>);
@@ -130,7 +159,7 @@ impl FromStr for TokenIds {
 }
 
 /// An object of JSON.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct JsonObject(pub(crate) Map<String, Value>);
 
 impl FromStr for JsonObject {
@@ -259,6 +288,15 @@ pub(crate) fn exponent(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_of_several_ranks() {
+        let one: OneOf = "3/8".parse().unwrap();
+        assert_eq!((one, one.to_string()), (OneOf { rank: 3, size: 8 }, "3/8".to_owned()));
+        for wrong in ["", "0", "8/8", "0/1", "-1/8", "0/9999", "0/8/2"] {
+            assert!(wrong.parse::<OneOf>().is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn words_of_the_command_line() {

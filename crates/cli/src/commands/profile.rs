@@ -1,11 +1,17 @@
 //! `epsmoe profile`: what the work of an MoE layer costs on this machine.
 
-use crate::args::{Dtype, ProfileArgs};
+use crate::args::{DeviceKind, Dtype, ProfileArgs};
 use crate::{machine, output};
 use anyhow::{Result, bail};
-use epsmoe_base::DType;
+use epsmoe_base::{DType, FaultCell, Rank};
 use epsmoe_device::cpu::gemm::Isa;
-use epsmoe_profile::{Effort, Fingerprint, Kept, RigOptions, default_path, measure, prepare, store};
+use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
+use epsmoe_pipeline::PipelineError;
+use epsmoe_plan::{CostModel, Machine};
+use epsmoe_profile::{
+    Effort, EmulatedEffort, Fingerprint, Kept, RigOptions, default_path, measure, measure_emulated, prepare,
+    store,
+};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +25,10 @@ pub(crate) fn run(args: &ProfileArgs) -> Result<()> {
         bail!("--out names one file, but there would be a profile for each of several numbers of ranks");
     }
     for &ranks in &args.data_parallel_size {
-        prepare(&place(args, &settle(args, ranks).0))?;
+        // Where that of a GPU goes is known once the GPU is open.
+        if args.device == DeviceKind::Cpu || args.out.is_some() {
+            prepare(&place(args, &settle(args, ranks).0))?;
+        }
     }
     let mut made = Vec::new();
     for &ranks in &args.data_parallel_size {
@@ -58,10 +67,34 @@ fn place(args: &ProfileArgs, fingerprint: &Fingerprint) -> PathBuf {
     args.out.clone().unwrap_or_else(|| default_path(fingerprint))
 }
 
-fn profile(args: &ProfileArgs, ranks: usize) -> Result<Value> {
+/// What work costs on a GPU, as the first of some ranks.
+fn on_gpu(args: &ProfileArgs, number: usize, ranks: usize) -> Result<(Fingerprint, CostModel)> {
+    let dtype = match args.dtype {
+        Dtype::Auto | Dtype::Bfloat16 => DType::BF16,
+        Dtype::Float32 => DType::F32,
+    };
+    let gpu = CudaDevice::open(number)?;
+    let fingerprint = Fingerprint::of_gpu(gpu.describe(), ranks, dtype);
+    let (machine, kernels) = (fingerprint.machine(), fingerprint.kernels());
+    let start = CostModel { machine, kernels, dtype, ..Machine::built_in("8xH200")?.cost() };
+    let effort = EmulatedEffort::full(Duration::from_secs_f64(args.max_seconds));
+    let bar = output::step_bar(format!("profiling one of {}", epsmoe_base::count(ranks, "rank")), 1);
+    let processor = |faults: &FaultCell, epoch: Instant| -> Result<CudaBackend, PipelineError> {
+        let weights = CudaWeights::new(&gpu)?;
+        let options = CudaOptions { faults: faults.clone(), epoch, ..CudaOptions::new(dtype) };
+        Ok(CudaBackend::new(Rank(0), &gpu, &weights, options)?)
+    };
+    let cost = measure_emulated(processor, &start, ranks, &effort, &mut |done, of| {
+        bar.set_length(of as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    Ok((fingerprint, cost?))
+}
+
+fn on_cpu(args: &ProfileArgs, ranks: usize) -> Result<(Fingerprint, CostModel)> {
     let (fingerprint, options) = settle(args, ranks);
     let path = place(args, &fingerprint);
-    let (begun, load_before) = (Instant::now(), load_text());
     let bar = output::step_bar(format!("profiling {}", epsmoe_base::count(ranks, "rank")), 1);
     let effort = Effort::full(Duration::from_secs_f64(args.max_seconds));
     let (dtype, Effort { shapes, rows, .. }) = (options.dtype, &effort);
@@ -71,7 +104,18 @@ fn profile(args: &ProfileArgs, ranks: usize) -> Result<Value> {
         bar.set_position(done as u64);
     });
     bar.finish_and_clear();
-    let cost = cost?;
+    Ok((fingerprint, cost?))
+}
+
+fn profile(args: &ProfileArgs, ranks: usize) -> Result<Value> {
+    let (begun, load_before) = (Instant::now(), load_text());
+    let (fingerprint, cost) = match args.device {
+        DeviceKind::Cpu => on_cpu(args, ranks)?,
+        DeviceKind::Cuda => on_gpu(args, 0, ranks)?,
+        DeviceKind::CudaAt(number) => on_gpu(args, number, ranks)?,
+        DeviceKind::Auto | DeviceKind::Reference => bail!("profile measures --device cpu or cuda"),
+    };
+    let path = place(args, &fingerprint);
     let seconds = begun.elapsed().as_secs_f64();
     let remarks = [
         "What the work of an MoE layer costs on this machine; `epsmoe profile` wrote it.".into(),

@@ -39,7 +39,7 @@ impl Setup {
     /// Refuses a model that the machine has too little memory for.
     pub(crate) fn check_memory(&self, options: &[EngineOptions]) -> Result<()> {
         // A host's memory is taken as it is touched, and experts' rows spread over the ranks.
-        let worst = matches!(self.processor, Processor::Cuda(_));
+        let worst = matches!(self.processor, Processor::Cuda(_)) || self.emulated.is_some();
         let needs = self.needs(options, worst)?;
         match self.room()? {
             Some(room) if needs.total() > room.available => bail!(
@@ -131,6 +131,8 @@ impl Setup {
         let loading = spec.largest_part().saturating_mul(dtype.bytes() as u64);
         let ranks = self.sharing_ranks();
         let numbers = match ranks == self.ranks {
+            // They are there from an engine before.
+            _ if self.gpu_weights.get().is_some() => 0,
             true => spec.parameters().total,
             // Ways to run the model that differ share what they can.
             false => {
@@ -167,7 +169,7 @@ impl Setup {
     fn sharing_ranks(&self) -> usize {
         match &self.processor {
             Processor::Cuda(_) => self.processor.sharing().unwrap_or(1),
-            _ => self.ranks,
+            _ => self.here().len(),
         }
     }
 

@@ -455,3 +455,30 @@ fn kernels_are_compiled_ahead_or_not_at_all() {
         assert!(said.contains("NVRTC was not found; install CUDA 13.0"), "{said}");
     }
 }
+
+/// One rank of four: its layer alone, then its whole model, on a processor.
+#[test]
+fn one_rank_of_several_is_emulated() {
+    let folder = Folder::new();
+    let read =
+        |name: &str| -> Value { serde_json::from_slice(&std::fs::read(folder.path(name)).unwrap()).unwrap() };
+    let flags = "--model preset:deepseek-v2-mini --link 10GB/s --num-iters 1 --threads 1 --contender serial \
+                 --contender staged:2";
+    let typed = format!("bench layer {flags} --contender auto --emulate-rank 1/4 --tokens 48");
+    let shown = printed(command(&typed).args(["--json", &folder.text("layer.json")]));
+    assert!(shown.contains("rank 1/4 EMULATED over 10GB/s"), "{shown}");
+    let cell = &read("layer.json")["cells"][0];
+    let rows = ["rows_sent", "rows_received"].map(|key| cell[key].as_u64().unwrap());
+    assert!(rows.iter().all(|rows| (48..48 * 4).contains(rows)), "{cell}");
+    assert_eq!(cell["rows"].as_array().unwrap().len(), 3);
+    assert_eq!(cell["rows"][1]["cut"].as_array().unwrap().len(), 2, "{cell}");
+    assert!(cell["rows"][0]["pacing"]["transfers"].as_u64() > Some(0), "{cell}");
+    let typed = format!("bench {flags} --emulate-rank 0/4 --batch-size 8 --input-len 16");
+    let shown = printed(command(&typed).args(["--json", &folder.text("model.json")]));
+    assert!(shown.contains("4 ranks (EMULATED by one: 0/4)"), "{shown}");
+    let report = read("model.json");
+    assert_eq!((report["emulated_rank"].as_str(), report["ranks"].as_u64()), (Some("0/4"), Some(4)));
+    assert!(report["rows"][1]["dispatch_and_combine_ms"].as_f64() > Some(0.0), "{report}");
+    let refused = refused(&mut command("bench --emulate-rank 0/4 -dp 2"));
+    assert!(refused.contains("--emulate-rank"), "{refused}");
+}

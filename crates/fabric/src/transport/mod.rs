@@ -2,8 +2,8 @@
 
 mod threads;
 
-pub(crate) use threads::ThreadTransport;
 pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
+pub(crate) use threads::{LinkPace, ThreadTransport};
 
 use epsmoe_base::{Lane, Place, Rank};
 use epsmoe_device::{Backend, Buffer, DeviceError};

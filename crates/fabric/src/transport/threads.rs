@@ -290,26 +290,14 @@ impl<Q: PeerQueue> RunningExchange<Q> {
         self.of_queue(holds.hold(Box::new(pace)))
     }
 
-    /// Sleeps until the link would have carried the exchange that could start at `ready`. No sleep is longer than
-    /// [`FaultCell::POLL`]: a link may be so slow that the world stops first.
+    /// Sleeps until the link would have carried the exchange that could start at `ready`.
     fn pace(&self, ready: Instant, deadline: &mut Deadline) -> Result<(), Fault> {
         let Some(link) = &self.end.link else { return Ok(()) };
         let bytes = self.exchange.link_bytes(self.me);
-        if bytes == 0 {
+        if bytes == 0 || link.carry(ready, bytes, &self.group.options.faults, deadline)? {
             return Ok(());
         }
-        let (due, copied) = (link.book(ready, bytes), Instant::now());
-        let mut now = copied;
-        while now < due {
-            self.group.options.faults.check()?;
-            if deadline.passed() {
-                return Err(self.late(format!("{} did not cross the link", self.exchange.name), deadline));
-            }
-            std::thread::sleep(due.saturating_duration_since(now).min(FaultCell::POLL));
-            now = Instant::now();
-        }
-        link.note(due, copied, now);
-        Ok(())
+        Err(self.late(format!("{} did not cross the link", self.exchange.name), deadline))
     }
 
     /// Posts every part; gives what tells when each is taken.
@@ -444,15 +432,15 @@ impl<Q: PeerQueue> RunningExchange<Q> {
 }
 
 /// Holds a queue until the link would have carried an exchange.
-struct LinkPace {
-    link: Arc<PacedLink>,
-    bytes: u64,
+pub(crate) struct LinkPace {
+    pub(crate) link: Arc<PacedLink>,
+    pub(crate) bytes: u64,
     /// When the exchange is over; not known before it begins.
-    due: Option<Instant>,
-    deadline: Deadline,
-    faults: FaultCell,
+    pub(crate) due: Option<Instant>,
+    pub(crate) deadline: Deadline,
+    pub(crate) faults: FaultCell,
     /// What is raised if it takes too long.
-    late: Fault,
+    pub(crate) late: Fault,
 }
 
 impl Pace for LinkPace {

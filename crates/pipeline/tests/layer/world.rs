@@ -1,11 +1,12 @@
 //! Random MoE layers, and ranks that run them.
 
+use crate::emulated::Heard;
 use epsmoe_base::{
     DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, WireFormat,
     hash_bytes,
 };
 use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
-use epsmoe_device::reference::{self, PlainKernels, Reference};
+use epsmoe_device::reference::{self, PlainKernels, PlainMatrix, Reference};
 use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
 use epsmoe_fabric::{Fabric, FaultInjection, ThreadsOptions};
@@ -177,6 +178,8 @@ pub(crate) struct Setup {
     pub(crate) late: Option<(usize, Duration)>,
     /// How long ranks wait for each other.
     pub(crate) timeout: Duration,
+    /// A rank, and what writes down what the others say and send to it.
+    pub(crate) heard: Option<(usize, Arc<Heard>)>,
 }
 
 impl Setup {
@@ -194,6 +197,7 @@ impl Setup {
             absent: None,
             late: None,
             timeout: PATIENT,
+            heard: None,
         }
     }
 
@@ -235,23 +239,22 @@ pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
     let weights = Arc::<WeightStore<_>>::default();
     let (done, answers) = mpsc::channel();
     for (rank, fabric) in Fabric::threads(case.placement.ranks(), fabric).into_iter().enumerate() {
-        let skipped = setup.skipped.filter(|&(who, _)| who == rank).map(|(_, wait)| wait);
-        let host = ThreadedOptions {
-            faults: faults.clone(),
-            skipped_waits: skipped.into_iter().collect(),
-            ..reference::options(case.dtype, setup.jitter)
-        };
-        let device =
-            Reference::new(Rank(rank), PlainKernels, Arc::clone(&weights), host).expect("lane threads");
-        let (case, setup, done, faults) = (case.clone(), setup.clone(), done.clone(), faults.clone());
+        let (case, setup, done) = (case.clone(), setup.clone(), done.clone());
+        let (faults, weights) = (faults.clone(), Arc::clone(&weights));
         std::thread::spawn(move || {
-            let answer = run_rank(&case, &setup, device, fabric).map_err(|error| match error {
-                PipelineError::Fault(fault) => faults.raise(fault),
-                other => {
-                    let (kind, place, message) = (FaultKind::Invalid, Place::default(), other.to_string());
-                    faults.raise(Fault { kind, rank: Rank(rank), place, message })
-                }
-            });
+            let fabric = match &setup.heard {
+                Some((who, heard)) if *who == rank => heard.listen(fabric),
+                _ => fabric,
+            };
+            let answer =
+                run_rank_of(&case, &setup, rank, fabric, &faults, &weights).map_err(|error| match error {
+                    PipelineError::Fault(fault) => faults.raise(fault),
+                    other => {
+                        let (kind, place, message) =
+                            (FaultKind::Invalid, Place::default(), other.to_string());
+                        faults.raise(Fault { kind, rank: Rank(rank), place, message })
+                    }
+                });
             // Whoever waits for it may have failed.
             let _ = done.send((rank, answer));
         });
@@ -266,6 +269,25 @@ pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
     }
     all.sort_by_key(|&(rank, _)| rank);
     all.into_iter().map(|(_, answer)| answer).collect()
+}
+
+/// One rank of a case on a processor of its own.
+pub(crate) fn run_rank_of(
+    case: &Case,
+    setup: &Setup,
+    rank: usize,
+    fabric: Fabric<Reference>,
+    faults: &FaultCell,
+    weights: &Arc<WeightStore<PlainMatrix>>,
+) -> Result<Got, PipelineError> {
+    let skipped = setup.skipped.filter(|&(who, _)| who == rank).map(|(_, wait)| wait);
+    let host = ThreadedOptions {
+        faults: faults.clone(),
+        skipped_waits: skipped.into_iter().collect(),
+        ..reference::options(case.dtype, setup.jitter)
+    };
+    let device = Reference::new(Rank(rank), PlainKernels, Arc::clone(weights), host)?;
+    run_rank(case, setup, device, fabric)
 }
 
 fn run_rank(

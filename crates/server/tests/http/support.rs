@@ -184,6 +184,7 @@ impl Setup {
             max_sequences: self.max_sequences,
             max_model_len: self.max_model_len,
             kv_blocks: self.kv_blocks,
+            capacity: None,
             prefix_caching: true,
             policy: Policy::default(),
             parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },

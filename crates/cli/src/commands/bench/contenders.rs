@@ -27,7 +27,7 @@ pub(super) fn ways(args: &BenchArgs, setup: &Setup) -> Result<Vec<Way>> {
     }
     let policies = match args.contender.as_slice() {
         [] => policies(setup, args.run.schedule)?,
-        specs => specs.iter().map(|spec| typed(setup, spec)).collect(),
+        specs => specs.iter().map(|spec| of_spec(&setup.policy, spec)).collect(),
     };
     Ok(policies.into_iter().map(|policy| Way { parallel: setup.parallel, policy }).collect())
 }
@@ -58,13 +58,13 @@ fn ablation(setup: &Setup) -> Result<Vec<Way>> {
     Ok(ways)
 }
 
-/// A contender that was typed.
-fn typed(setup: &Setup, spec: &ContenderSpec) -> Policy {
+/// A contender that was typed, beside an auto policy.
+pub(super) fn of_spec(auto: &Policy, spec: &ContenderSpec) -> Policy {
     let ContenderSpec { schedule, stages, order } = spec.clone();
     let base = match schedule {
-        Schedule::Serial => serial(&setup.policy),
-        Schedule::Auto => setup.policy.clone(),
-        Schedule::Staged | Schedule::TwoBatch => Policy { cost: None, ..setup.policy.clone() },
+        Schedule::Serial => serial(auto),
+        Schedule::Auto => auto.clone(),
+        Schedule::Staged | Schedule::TwoBatch => Policy { cost: None, ..auto.clone() },
     };
     Policy { schedule, stages, order, ..base }
 }
@@ -120,6 +120,7 @@ pub(super) struct Contender {
     pub(super) way: Way,
     pub(super) engine: Engine,
     links: Vec<Arc<PacedLink>>,
+    stands_for: usize,
     pub(super) rates: Vec<f64>,
     layers: Vec<LayerTime>,
     hosts: Vec<HostTime>,
@@ -156,12 +157,14 @@ pub(super) fn measure(args: &BenchArgs, prompts: &[Vec<u32>], contenders: &mut [
 }
 
 impl Contender {
-    pub(super) fn new(way: Way, started: Started) -> Self {
+    /// Its engine has one of so many ranks that each have as much to do.
+    pub(super) fn new(way: Way, started: Started, stands_for: usize) -> Self {
         let Started { engine, links } = started;
         Contender {
             way,
             engine,
             links,
+            stands_for,
             rates: Vec::new(),
             layers: Vec::new(),
             hosts: Vec::new(),
@@ -176,6 +179,7 @@ impl Contender {
     /// Runs all prompts to their ends.
     fn round(&mut self, prompts: &[Vec<u32>], output_len: usize) -> Result<()> {
         let tokens: usize = prompts.iter().map(|prompt| prompt.len() + output_len).sum();
+        let tokens = tokens * self.stands_for;
         let requests = prompts.iter().map(|prompt| super::request(prompt, output_len)).collect();
         self.timeline = Timeline::default();
         let (mut steps, begun) = (Vec::new(), Instant::now());

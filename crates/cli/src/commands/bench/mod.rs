@@ -2,6 +2,8 @@
 //! All of them take turns in every round, so that what else the machine does falls on all of them.
 
 mod contenders;
+mod emulated;
+pub(crate) mod layer;
 mod times;
 
 use crate::args::BenchArgs;
@@ -37,6 +39,8 @@ struct Report {
     ranks: usize,
     /// The link that transfers between ranks were paced to: their speed is emulated.
     emulated_link: Option<String>,
+    /// The one rank of how many that was here; tokens per second are those of all of them.
+    emulated_rank: Option<String>,
     /// How well it kept its times, over all rows.
     pacing: Option<PacingFigures>,
     batch_size: usize,
@@ -158,7 +162,7 @@ struct Decisions {
 pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     args.json.iter().chain(&args.trace).chain(&args.report).try_for_each(|file| output::check_place(file))?;
     let load_average = machine::load_average();
-    let setup = Setup::new(&args.run)?;
+    let setup = Setup::of(&args.run, args.emulate_rank)?;
     let ways = ways(args, &setup)?;
     let options = ways
         .iter()
@@ -169,9 +173,15 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let prompts = prompts(args, &setup);
 
     let begun = Instant::now();
+    let prompts = match setup.emulated {
+        Some(one) => emulated::learn(&setup, one, &options, &prompts, args.output_len)?,
+        None => prompts,
+    };
     let engines = setup.start_all(&options)?;
     let load_seconds = begun.elapsed().as_secs_f64();
-    let contender = |(way, engine)| Contender::new(way, engine);
+    // A rank stands for all of its world.
+    let ranks = setup.emulated.map_or(1, |one| one.size);
+    let contender = |(way, engine)| Contender::new(way, engine, ranks);
     let mut contenders: Vec<Contender> = ways.into_iter().zip(engines).map(contender).collect();
     measure(args, &prompts, &mut contenders)?;
 
@@ -183,6 +193,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         processor: setup.processor(),
         ranks: setup.ranks,
         emulated_link: setup.link.map(|link| link.to_string()),
+        emulated_rank: setup.emulated.map(|one| one.to_string()),
         pacing: pacing(&contenders),
         batch_size: args.batch_size,
         input_len: args.input_len,
@@ -197,7 +208,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     output::show(&report.table())?;
     let auto = contenders.iter().filter(|contender| contender.way.policy.schedule == Schedule::Auto);
     auto.for_each(|contender| setup.explain(&contender.engine));
-    if !args.contender.is_empty() {
+    if !args.contender.is_empty() || setup.emulated.is_some() {
         output::show(&report.layers())?;
     }
     if let Some(file) = &args.json {
@@ -405,8 +416,10 @@ impl Report {
     fn heading(&self) -> String {
         let link =
             self.emulated_link.as_ref().map(|link| format!("; emulated link {link}")).unwrap_or_default();
+        let one = self.emulated_rank.as_ref();
+        let one = one.map(|one| format!(" (EMULATED by one: {one})")).unwrap_or_default();
         format!(
-            "{}, {} ranks, {} prompts of {} tokens and {} new, {} rounds; {}{link}",
+            "{}, {} ranks{one}, {} prompts of {} tokens and {} new, {} rounds; {}{link}",
             self.model,
             self.ranks,
             self.batch_size,
