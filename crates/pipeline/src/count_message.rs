@@ -69,7 +69,7 @@ mod tests {
         let look = PredictedMeasured { predicted_ns: 1, measured_ns: 2 };
         let feedback = Some(Feedback { link: look, ..Feedback::default() });
         for counts in [vec![], vec![counts(3)], vec![counts(3), counts(4)]] {
-            for feedback in [None, feedback.clone()] {
+            for feedback in [None, feedback] {
                 let message = CountMessage { digest: u64::MAX - 1, counts: counts.clone(), feedback };
                 let bytes = message.encode();
                 assert_eq!(CountMessage::decode(&bytes, 2).unwrap(), message);
