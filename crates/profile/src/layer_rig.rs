@@ -165,9 +165,9 @@ impl LayerRig {
                     let _ = answer.send(Err(error));
                 }
             };
-            let thread = std::thread::Builder::new().name(format!("rank{rank}")).spawn(work);
+            let thread = std::thread::Builder::new().name(format!("rank{number}")).spawn(work);
             thread
-                .map_err(|error| DeviceError::Unsupported(format!("no thread for rank {rank}: {error}")))?;
+                .map_err(|error| DeviceError::Unsupported(format!("no thread for rank {number}: {error}")))?;
             jobs.push(job);
         }
         Ok(LayerRig {
