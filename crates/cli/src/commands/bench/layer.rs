@@ -201,7 +201,7 @@ impl Bench<'_> {
         let inputs = (what.tokens * what.shape.hidden * self.dtype.bytes()) as u64 * (what.size as u64 + 2);
         let needed = what.weight_bytes(self.dtype) + LayerBytes::of(&sizes, &even).total() + inputs;
         let (owner, available) = match gpu {
-            Some(gpu) => ("the GPU", Some(gpu.free_bytes()?)),
+            Some(gpu) => ("the GPU", Some(gpu.memory_bytes()?.0)),
             None => {
                 memory::look().map_or(("", None), |memory| (memory.bound.owner(), Some(memory.available)))
             }
