@@ -2,7 +2,8 @@
 //! engine knows are asked of it when somebody looks.
 
 use crate::options::MetricNames;
-use epsmoe_engine::EngineHandle;
+use epsmoe_engine::{EngineHandle, LayerTimes, MoeLayerFigures};
+use epsmoe_plan::ScheduleReport;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, prometheus_text, text};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
@@ -63,6 +64,7 @@ impl Metrics {
         let mut registry = Registry::with_labels(labels.into_iter());
         let prefix = names.prefix();
         registry.register_collector(Box::new(EngineCollector { engine: engine.clone(), prefix }));
+        registry.register_collector(Box::new(LayerCollector { engine: engine.clone() }));
         let mut metrics = Registrar { registry: &mut registry, prefix };
         let prompt_tokens = metrics.counter("prompt_tokens", "Prompt tokens of requests");
         let generation_tokens = metrics.counter("generation_tokens", "New tokens of answers");
@@ -223,7 +225,7 @@ impl Collector for EngineCollector {
         counter("num_preemptions", "Requests that lost their blocks to an older one", stats.preemptions)?;
         counter("prefix_cache_queries", "Prompt tokens looked for in the cache", stats.prefix_queries)?;
         counter("prefix_cache_hits", "Prompt tokens found in the cache", stats.prefix_hits)?;
-        counter("engine_steps", "Steps of all ranks together", stats.steps)
+        own(&mut encoder, "engine_steps", "Steps of all ranks together", ConstCounter::new(stats.steps))
     }
 }
 
@@ -235,7 +237,122 @@ impl EngineCollector {
         help: &str,
         metric: impl EncodeMetric,
     ) -> fmt::Result {
-        let name = format!("{}{stem}", self.prefix);
-        metric.encode(encoder.encode_descriptor(&name, help, None, metric.metric_type())?)
+        put(encoder, &format!("{}{stem}", self.prefix), help, metric)
     }
+}
+
+fn put(encoder: &mut DescriptorEncoder, name: &str, help: &str, metric: impl EncodeMetric) -> fmt::Result {
+    metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
+}
+
+/// A metric that nobody else has, so that it has our name whatever the others have.
+fn own(encoder: &mut DescriptorEncoder, stem: &str, help: &str, metric: impl EncodeMetric) -> fmt::Result {
+    put(encoder, &format!("{}{stem}", MetricNames::Own.prefix()), help, metric)
+}
+
+/// One of a rank's times in a layer, in nanoseconds.
+type TimeOf = fn(&LayerTimes) -> u64;
+
+/// What the MoE layers did in the steps that were watched. Looking at it has two more watched.
+struct LayerCollector {
+    engine: EngineHandle,
+}
+
+impl fmt::Debug for LayerCollector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LayerCollector")
+    }
+}
+
+#[derive(Debug, EncodeLabelSet)]
+struct LayerLabels {
+    layer: u64,
+}
+
+#[derive(Debug, EncodeLabelSet)]
+struct RankLabels {
+    layer: u64,
+    rank: u64,
+}
+
+#[derive(Debug, EncodeLabelSet)]
+struct ExpertLabels {
+    layer: u64,
+    expert: u64,
+}
+
+impl Collector for LayerCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), fmt::Error> {
+        let Some(figures) = self.engine.layer_figures() else { return Ok(()) };
+        let encoder = &mut encoder;
+        let watched = ConstCounter::new(figures.watched);
+        own(encoder, "moe_steps_watched", "Steps whose MoE layers were watched", watched)?;
+        let layers = || figures.layers.iter().map(|figures| (figures.layer as u64, figures));
+        let stages =
+            layers().map(|(layer, figures)| (LayerLabels { layer }, ConstGauge::new(figures.stages as i64)));
+        family(encoder, "moe_stages", "Stages of a layer's plan in the step watched last", stages)?;
+        let times: [(&str, &str, TimeOf); 3] = [
+            ("moe_layer_seconds", "A rank's time in a layer, in the step watched last", |times| {
+                times.wall_ns
+            }),
+            (
+                "moe_exposed_transfer_seconds",
+                "Of that, time in which rows travelled and nothing computed",
+                |times| times.exposed_transfer_ns,
+            ),
+            ("moe_idle_seconds", "Of that, time in which nothing travelled or computed", |times| {
+                times.idle_ns
+            }),
+        ];
+        for (stem, help, time) in times {
+            let of_layer = |(layer, figures): (u64, &MoeLayerFigures)| {
+                let ranks = figures.ranks.iter().enumerate();
+                let of_rank =
+                    ranks.map(|(rank, times)| (RankLabels { layer, rank: rank as u64 }, time(times)));
+                of_rank.collect::<Vec<_>>()
+            };
+            let gauges = layers().flat_map(of_layer);
+            let gauges = gauges.map(|(labels, time)| (labels, ConstGauge::new(time as f64 / 1e9)));
+            family(encoder, stem, help, gauges)?;
+        }
+        let tokens = layers().flat_map(|(layer, figures)| {
+            let experts = figures.expert_tokens.iter().enumerate();
+            experts.map(move |(expert, &tokens)| {
+                (ExpertLabels { layer, expert: expert as u64 }, ConstCounter::new(tokens))
+            })
+        });
+        family(encoder, "moe_expert_tokens", "Tokens that went to an expert in the steps watched", tokens)?;
+        let Some(schedule) = &figures.schedule else { return Ok(()) };
+        let compared = ConstCounter::new(schedule.sampled);
+        own(encoder, "moe_predictions", "Layers whose time was predicted and compared", compared)?;
+        let missed = ConstCounter::new(schedule.mispredicted);
+        own(encoder, "moe_mispredictions", "Of these, those that were more than a fifth off", missed)?;
+        let help = "Predicted over measured time of the layers compared last";
+        match predicted_over_measured(schedule) {
+            Some(ratio) => own(encoder, "moe_predicted_over_measured", help, ConstGauge::new(ratio)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A metric of ours for each of several things.
+fn family<L: EncodeLabelSet, M: EncodeMetric>(
+    encoder: &mut DescriptorEncoder,
+    stem: &str,
+    help: &str,
+    metrics: impl Iterator<Item = (L, M)>,
+) -> fmt::Result {
+    let mut metrics = metrics.peekable();
+    let Some((_, first)) = metrics.peek() else { return Ok(()) };
+    let name = format!("{}{stem}", MetricNames::Own.prefix());
+    let mut encoder = encoder.encode_descriptor(&name, help, None, first.metric_type())?;
+    metrics.try_for_each(|(labels, metric)| metric.encode(encoder.encode_family(&labels)?))
+}
+
+/// How the time that was predicted of layers compares with what they took: of the last one compared of each plan.
+pub(crate) fn predicted_over_measured(schedule: &ScheduleReport) -> Option<f64> {
+    let samples = || schedule.plans.iter().filter_map(|plan| plan.last_sample.as_ref());
+    let predicted: u64 = samples().map(|sample| sample.layer.predicted_ns).sum();
+    let measured: u64 = samples().map(|sample| sample.layer.measured_ns).sum();
+    (measured > 0).then(|| predicted as f64 / measured as f64)
 }

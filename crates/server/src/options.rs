@@ -24,6 +24,8 @@ pub struct ServedModel {
     pub max_model_len: usize,
     /// Where it was loaded from.
     pub root: String,
+    /// What each rank computes on, for people.
+    pub ranks: Vec<String>,
 }
 
 /// How it is served.

@@ -43,6 +43,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         vocab: spec.vocab,
         max_model_len,
         root: setup.model.name.clone(),
+        ranks: vec![setup.processor(); setup.ranks],
     };
     let name = server.name().to_owned();
     let ready = || {

@@ -1,6 +1,7 @@
 //! A page for people who would rather look, and what it asks every second.
 
-use crate::app::Shared;
+use crate::app::{App, Shared};
+use crate::metrics::predicted_over_measured;
 use crate::openai::{ApiError, ErrorBody, now};
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
@@ -8,7 +9,7 @@ use axum::extract::{Query, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY};
 use axum::response::{Html, IntoResponse};
 use epsmoe_base::{Lane, Layer, Phase};
-use epsmoe_engine::{EngineStats, StepReport};
+use epsmoe_engine::{EngineStats, LayerFigures, LayerTimes, MoeLayerFigures, StepReport};
 use epsmoe_plan::Span;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -38,6 +39,9 @@ struct StatusQuery {
     /// Whether the spans of an MoE layer are wanted too
     #[serde(default)]
     layer: bool,
+    /// Whether the tokens of every expert are wanted too
+    #[serde(default)]
+    experts: bool,
 }
 
 /// How the server is now.
@@ -61,8 +65,35 @@ struct Status {
     steps: u64,
     prompt_tokens: u64,
     generation_tokens: u64,
+    ranks: Vec<RankStatus>,
+    /// How the time that was predicted of the MoE layers compared last compares with what they took
+    predicted_over_measured: Option<f64>,
     /// The last MoE layer of a recent step
     layer: Option<LayerStatus>,
+    /// Tokens of every expert in the steps that were watched, by layer
+    experts: Option<Vec<ExpertsStatus>>,
+}
+
+/// How a rank is.
+#[derive(Debug, Serialize, ToSchema)]
+struct RankStatus {
+    rank: usize,
+    /// `ready`, `stopped` where something went wrong, or `waiting` where it went wrong elsewhere
+    state: &'static str,
+    /// What it computes on
+    device: String,
+    /// Microseconds that it was in MoE layers, in the step that was watched last
+    wall_us: f64,
+    /// Of these, those in which rows travelled and nothing computed
+    exposed_transfer_us: f64,
+    /// Of these, those in which nothing travelled or computed
+    idle_us: f64,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+struct ExpertsStatus {
+    layer: usize,
+    tokens: Vec<u64>,
 }
 
 /// When each operation of an MoE layer ran, on every rank.
@@ -109,7 +140,7 @@ async fn status(
     State(app): State<Shared>,
     query: Result<Query<StatusQuery>, QueryRejection>,
 ) -> Result<Json<Status>, ApiError> {
-    let Query(query) = query.map_err(|_| ApiError::field("layer", "must be true or false"))?;
+    let Query(query) = query.map_err(|error| ApiError::bad_request(error.body_text()))?;
     let EngineStats {
         running,
         waiting,
@@ -123,6 +154,8 @@ async fn status(
         generation_tokens,
     } = app.model.engine.stats();
     let layer = if query.layer { layer(app.clone()).await } else { None };
+    let figures = if query.experts { app.model.engine.layer_figures() } else { None };
+    let schedule = figures.as_ref().and_then(|figures| figures.schedule.as_ref());
     Ok(Json(Status {
         model: app.options.served_names[0].clone(),
         version: env!("CARGO_PKG_VERSION"),
@@ -140,8 +173,40 @@ async fn status(
         steps,
         prompt_tokens,
         generation_tokens,
+        ranks: ranks(&app, figures.as_deref()),
+        predicted_over_measured: schedule.and_then(predicted_over_measured),
         layer,
+        experts: figures.as_deref().map(experts),
     }))
+}
+
+fn ranks(app: &App, figures: Option<&LayerFigures>) -> Vec<RankStatus> {
+    let fault = app.model.engine.fault();
+    let ranks = app.model.ranks.iter().enumerate().map(|(rank, device)| {
+        let layers = figures.iter().flat_map(|figures| &figures.layers);
+        let times: Vec<&LayerTimes> = layers.filter_map(|layer| layer.ranks.get(rank)).collect();
+        let micros =
+            |time: fn(&LayerTimes) -> u64| times.iter().map(|times| time(times)).sum::<u64>() as f64 / 1e3;
+        RankStatus {
+            rank,
+            state: match &fault {
+                None => "ready",
+                Some(fault) if fault.rank.0 == rank => "stopped",
+                Some(_) => "waiting",
+            },
+            device: device.clone(),
+            wall_us: micros(|times| times.wall_ns),
+            exposed_transfer_us: micros(|times| times.exposed_transfer_ns),
+            idle_us: micros(|times| times.idle_ns),
+        }
+    });
+    ranks.collect()
+}
+
+fn experts(figures: &LayerFigures) -> Vec<ExpertsStatus> {
+    let of_layer =
+        |layer: &MoeLayerFigures| ExpertsStatus { layer: layer.layer, tokens: layer.expert_tokens.clone() };
+    figures.layers.iter().map(of_layer).collect()
 }
 
 /// The layer of a step that is under way, or the one that was described last.

@@ -2,7 +2,7 @@
 
 use super::support::{MODEL, Setup, read_to_end, request, serve};
 use epsmoe_server::MetricNames;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::Write;
 
 #[test]
@@ -204,4 +204,39 @@ fn cached_prompts_are_those_of_one_key() {
     let queries = server.engine.stats();
     cached("one", Some("y"), 3);
     assert_eq!(server.engine.stats().prefix_hits - queries.prefix_hits, 2 * 128);
+}
+
+#[test]
+fn what_nobody_else_measures_is_told() {
+    for names in [MetricNames::Own, MetricNames::Vllm] {
+        let mut setup = Setup { ranks: 2, ..Setup::default() };
+        setup.options.metric_names = names;
+        let server = setup.serve();
+        let answer = json!({ "prompt": "Once", "max_tokens": 30, "ignore_eos": true });
+        // Looking has the next steps watched.
+        let mut text = String::new();
+        for _ in 0..4 {
+            text = server.get("/metrics").text;
+            server.completions(answer.clone());
+        }
+        for series in [
+            "epsmoe_moe_stages{layer=\"0\",model_name=\"tiny\"} ",
+            "epsmoe_moe_layer_seconds{layer=\"0\",rank=\"1\",model_name=\"tiny\"} ",
+            "epsmoe_moe_exposed_transfer_seconds{layer=\"1\",rank=\"0\",model_name=\"tiny\"} ",
+            "epsmoe_moe_idle_seconds{layer=\"1\",rank=\"0\",model_name=\"tiny\"} ",
+            "epsmoe_moe_expert_tokens_total{layer=\"0\",expert=\"0\",model_name=\"tiny\"} ",
+        ] {
+            assert!(text.contains(series), "{series}: {text}");
+        }
+        let status = server.get("/status?experts=true").ok();
+        let ranks = status["ranks"].as_array().unwrap();
+        assert_eq!((ranks.len(), &ranks[1]["state"]), (2, &json!("ready")));
+        assert!(ranks[0]["wall_us"].as_f64().unwrap() > 0.0, "{status}");
+        let sum = |layer: &Value| {
+            layer["tokens"].as_array().unwrap().iter().map(|it| it.as_u64().unwrap()).sum::<u64>()
+        };
+        let sums: Vec<u64> = status["experts"].as_array().unwrap().iter().map(sum).collect();
+        // Every token goes to two experts of every layer.
+        assert!(sums[0] > 0 && sums[0].is_multiple_of(2) && sums.iter().all(|&of| of == sums[0]), "{sums:?}");
+    }
 }

@@ -134,6 +134,7 @@ impl Setup {
             vocab,
             max_model_len: self.max_model_len,
             root: folder.display().to_string(),
+            ranks: vec!["cpu".into(); self.ranks],
         };
         let server = Server::bind(&Address::Tcp { host: "127.0.0.1".into(), port: 0 }).unwrap();
         let address = server.name().strip_prefix("http://").unwrap().to_owned();
