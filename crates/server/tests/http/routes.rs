@@ -220,11 +220,11 @@ fn what_nobody_else_measures_is_told() {
             server.completions(answer.clone());
         }
         for series in [
-            "epsmoe_moe_stages{layer=\"0\",model_name=\"tiny\"} ",
-            "epsmoe_moe_layer_seconds{layer=\"0\",rank=\"1\",model_name=\"tiny\"} ",
-            "epsmoe_moe_exposed_transfer_seconds{layer=\"1\",rank=\"0\",model_name=\"tiny\"} ",
-            "epsmoe_moe_idle_seconds{layer=\"1\",rank=\"0\",model_name=\"tiny\"} ",
-            "epsmoe_moe_expert_tokens_total{layer=\"0\",expert=\"0\",model_name=\"tiny\"} ",
+            "epsmoe_moe_stages{model_name=\"tiny\",layer=\"0\"} ",
+            "epsmoe_moe_layer_seconds{model_name=\"tiny\",layer=\"0\",rank=\"1\"} ",
+            "epsmoe_moe_exposed_transfer_seconds{model_name=\"tiny\",layer=\"1\",rank=\"0\"} ",
+            "epsmoe_moe_idle_seconds{model_name=\"tiny\",layer=\"1\",rank=\"0\"} ",
+            "epsmoe_moe_expert_tokens_total{model_name=\"tiny\",layer=\"0\",expert=\"0\"} ",
         ] {
             assert!(text.contains(series), "{series}: {text}");
         }
