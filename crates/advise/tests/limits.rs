@@ -54,7 +54,7 @@ fn what_no_plan_can_be_told_for_is_named() {
         late.expect_err("too long")
             .contains("link.near of the cost model has a time of 1152921504606846976 ns")
     );
-    assert!(ask("mixtral-8x7b", &link(1_000_000, 0), &load(1 << 14, 1 << 14)).is_ok());
+    ask("mixtral-8x7b", &link(1_000_000, 0), &load(1 << 4, 1 << 10)).expect("slow, but no limit");
     let dense = r#"{"model_type": "mixtral", "num_hidden_layers": 1}"#;
     let wide = format!(
         "{}, \"hidden_size\": 1048576, \"num_attention_heads\": 4096, \"head_dim\": 16384, \

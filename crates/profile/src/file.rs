@@ -164,7 +164,8 @@ pub fn prepare(path: &Path) -> Result<(), ProfileError> {
     prepared.map_err(|error| ProfileError::Write { path: path.to_owned(), error })
 }
 
-fn make_folder(path: &Path) -> io::Result<()> {
+/// Makes the folder of a file, if it is not there yet.
+pub(crate) fn make_folder(path: &Path) -> io::Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     folder.map_or(Ok(()), std::fs::create_dir_all)
 }

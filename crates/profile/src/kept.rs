@@ -1,5 +1,6 @@
 //! Runs of a profile whose time was over before it was whole, kept for the next attempt to go on from.
 
+use crate::file::make_folder;
 use crate::{Fingerprint, LayerRun, RankHost};
 use epsmoe_base::files::{read_plain, write_whole};
 use epsmoe_base::{Lane, Layer, Phase, Rank, Stage};
@@ -53,6 +54,7 @@ impl Kept {
     pub(crate) fn store(&self) -> io::Result<&Path> {
         let runs = self.runs.iter().flat_map(|(&at, runs)| runs.iter().map(move |run| KeptRun::of(at, run)));
         let file = KeptFile { of: self.of.clone(), runs: runs.collect() };
+        make_folder(&self.path)?;
         write_whole(&self.path, |out| Ok(serde_json::to_writer(out, &file)?))?;
         Ok(&self.path)
     }

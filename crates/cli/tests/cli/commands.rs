@@ -418,7 +418,10 @@ fn models_come_from_the_hugging_face_cache() {
 #[test]
 fn doctor_says_what_works() {
     let told = printed(&mut command("doctor"));
-    assert!(told.contains("[ok] A model on two ranks gives the same bits, serial and staged."), "{told}");
+    assert!(
+        told.contains("[ok] A model on two ranks of cpu gives the same bits, serial and staged."),
+        "{told}"
+    );
     assert!(json(&mut command("doctor --json"))["findings"].is_array());
 }
 
