@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 pub(crate) enum Place {
     /// A configuration by name, with weights out of nothing.
     Preset(String),
-    /// A folder with config.json.
+    /// A folder with config.json, or with GGUF files; or a GGUF file.
     Folder(PathBuf),
 }
 
@@ -25,11 +25,15 @@ pub(crate) fn locate(model: &str, revision: &str) -> Result<Place> {
     if path.is_dir() {
         return Ok(Place::Folder(path.to_owned()));
     }
-    if path.is_file() && path.extension().is_some_and(|ending| ending == "gguf") {
-        bail!("{model} is not a folder: give the folder with this GGUF file");
+    let is_gguf = path.extension().is_some_and(|ending| ending == "gguf");
+    if path.is_file() && is_gguf {
+        return Ok(Place::Folder(path.to_owned()));
     }
     if path.exists() {
-        bail!("{model} is not a folder: give the folder with config.json and the weights");
+        bail!("{model} is neither a folder nor a GGUF file: give the folder with config.json and the weights");
+    }
+    if is_gguf {
+        bail!("there is no file {model}: give a GGUF file that is there");
     }
     if let Some((organisation, name)) = hub_name(model) {
         return Cache::from_environment()?.snapshot(organisation, name, revision).map(Place::Folder);
@@ -38,7 +42,7 @@ pub(crate) fn locate(model: &str, revision: &str) -> Result<Place> {
         bail!("there is no folder {model}: for the preset, write preset:{model}");
     }
     bail!(
-        "there is no folder {model}: give a folder, preset:NAME, or org/name of a model in the Hugging Face cache"
+        "there is no folder {model}: give a folder, a GGUF file, preset:NAME, or org/name of a model in the Hugging Face cache"
     )
 }
 

@@ -1,4 +1,5 @@
-//! Prompts: a text or a conversation becomes token ids, by the tokenizer and the chat template in a model's folder.
+//! Prompts: a text or a conversation becomes token ids, by the tokenizer and the chat template in a model's folder or
+//! GGUF file.
 
 use crate::args::TextArgs;
 use anyhow::{Context, Result, bail};
@@ -13,14 +14,16 @@ const MOST_BYTES: u64 = 64 << 20;
 
 /// Token ids of what was typed.
 pub(crate) fn encode(
-    folder: Option<&Path>,
+    place: Option<&Path>,
     model: &str,
     tokenizer: Option<&Tokenizer>,
     text: &TextArgs,
 ) -> Result<Vec<u32>> {
-    let folder = folder.with_context(|| format!("{model} has no tokenizer: give the prompt as --ids"))?;
-    let tokenizer = tokenizer
-        .with_context(|| format!("{} has no tokenizer.json: give the prompt as --ids", folder.display()))?;
+    let place = place.with_context(|| format!("{model} has no tokenizer: give the prompt as --ids"))?;
+    let tokenizer = tokenizer.with_context(|| {
+        let what = if place.is_dir() { "tokenizer.json" } else { "vocabulary" };
+        format!("{} has no {what}: give the prompt as --ids", place.display())
+    })?;
     let conversation = match (&text.messages, &text.prompt) {
         (Some(file), _) => Conversation::read(file)?,
         (None, Some(prompt)) if text.chat => Conversation::of(prompt, text.system.as_deref()),
@@ -30,9 +33,9 @@ pub(crate) fn encode(
         (None, Some(prompt)) => return Ok(tokenizer.encode_special(prompt)?),
         (None, None) => bail!("there is no prompt: give --prompt or --messages"),
     };
-    let template = ChatTemplate::open(folder)?.with_context(|| {
+    let template = ChatTemplate::open(place)?.with_context(|| {
         let instead = "leave out --chat or --messages and write the whole prompt";
-        format!("{} has no chat template: {instead}", folder.display())
+        format!("{} has no chat template: {instead}", place.display())
     })?;
     let mut kwargs = conversation.kwargs.unwrap_or_default();
     kwargs.extend(text.chat_template_kwargs.iter().flat_map(|typed| typed.0.clone()));

@@ -4,7 +4,7 @@
 mod budget;
 
 use crate::args::{
-    DeviceKind, Dtype, Gemm, ModelArgs, OneOf, RunArgs, ScheduleKind, SharedExpertPlace, TextArgs,
+    DeviceKind, Dtype, Gemm, ModelArgs, OneOf, Quantisation, RunArgs, ScheduleKind, SharedExpertPlace, TextArgs,
 };
 use crate::locate::{Place, locate};
 use crate::prompt::encode;
@@ -22,7 +22,7 @@ use epsmoe_device::{Backend, PeerQueue};
 use epsmoe_engine::{Engine, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode};
 use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOptions};
 use epsmoe_model::config::Config;
-use epsmoe_model::{Checkpoint, ModelSpec, Synthetic, WeightSource, preset_text};
+use epsmoe_model::{Checkpoint, Method, ModelSpec, Synthetic, WeightSource, gguf_file, preset_text};
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
     Capacity, CostError, CostModel, GemmKind, LayerHistograms, LayerSizes, Machine, Policy, Schedule,
@@ -49,25 +49,28 @@ pub(crate) struct OpenModel {
     pub(crate) name: String,
     pub(crate) spec: Arc<ModelSpec>,
     pub(crate) generation: GenerationConfig,
-    folder: Option<PathBuf>,
+    /// What says how the model reads and writes text: its folder, or its GGUF file.
+    text: Option<PathBuf>,
     weights: Box<dyn WeightSource>,
 }
 
 impl OpenModel {
-    fn open(args: &ModelArgs, seed: u64) -> Result<Self> {
+    fn open(args: &ModelArgs, seed: u64, quantisation: Quantisation) -> Result<Self> {
         let name = args.model.clone();
         match locate(&name, &args.revision)? {
             Place::Preset(preset_name) => {
+                check_quantisation(quantisation, &name, None)?;
                 let Config { spec, .. } = preset_config(&preset_name, args)?;
                 let weights = Box::new(Synthetic::new(&spec, seed));
                 let generation = GenerationConfig::default();
-                Ok(OpenModel { name, spec: Arc::new(spec), generation, folder: None, weights })
+                Ok(OpenModel { name, spec: Arc::new(spec), generation, text: None, weights })
             }
             Place::Folder(folder) => {
                 let Config { mut spec, says_dtype, remarks } =
                     Config::read_with(&folder, &args.hf_overrides.0)?;
                 let generation = GenerationConfig::open(&folder)?;
                 let weights = Box::new(Checkpoint::open(&folder)?);
+                check_quantisation(quantisation, &name, weights.method()?)?;
                 let unused = weights.check(&spec)?;
                 let remarks = remarks.iter().chain(&generation.remarks).chain(&unused);
                 remarks.for_each(output::warn);
@@ -76,14 +79,15 @@ impl OpenModel {
                 if !says_dtype {
                     spec.dtype = weights.dtype(&spec).unwrap_or(spec.dtype);
                 }
-                Ok(OpenModel { name, spec: Arc::new(spec), generation, folder: Some(folder), weights })
+                let text = Some(text_place(folder)?);
+                Ok(OpenModel { name, spec: Arc::new(spec), generation, text, weights })
             }
         }
     }
 
     /// The model's tokenizer, whose end of a text is one of the model's from now on; nothing where there is none.
     pub(crate) fn tokenizer(&mut self) -> Result<Option<Tokenizer>> {
-        let tokenizer = self.folder.as_deref().map(Tokenizer::open).transpose()?.flatten();
+        let tokenizer = self.text.as_deref().map(Tokenizer::open).transpose()?.flatten();
         let eos = tokenizer.as_ref().and_then(Tokenizer::eos);
         if let Some(eos) = eos.filter(|&id| (id as usize) < self.spec.vocab && !self.spec.eos.contains(&id)) {
             Arc::make_mut(&mut self.spec).eos.push(eos);
@@ -93,17 +97,29 @@ impl OpenModel {
 
     /// The model's special tokens; none where there are none.
     pub(crate) fn special_tokens(&self) -> Result<SpecialTokens> {
-        Ok(self.folder.as_deref().map(SpecialTokens::open).transpose()?.unwrap_or_default())
+        Ok(self.text.as_deref().map(SpecialTokens::open).transpose()?.unwrap_or_default())
     }
 
     /// The model's chat template; nothing where there is none.
     pub(crate) fn template(&self) -> Result<Option<ChatTemplate>> {
-        Ok(self.folder.as_deref().map(ChatTemplate::open).transpose()?.flatten())
+        Ok(self.text.as_deref().map(ChatTemplate::open).transpose()?.flatten())
     }
 
     /// Token ids of what was typed.
     pub(crate) fn encode(&self, tokenizer: Option<&Tokenizer>, text: &TextArgs) -> Result<Vec<u32>> {
-        encode(self.folder.as_deref(), &self.name, tokenizer, text)
+        encode(self.text.as_deref(), &self.name, tokenizer, text)
+    }
+}
+
+/// Holds what was typed against what a checkpoint says of its weights.
+fn check_quantisation(typed: Quantisation, model: &str, found: Option<Method>) -> Result<()> {
+    let Quantisation::Method(typed) = typed else { return Ok(()) };
+    match found {
+        None => bail!("--quantization says {typed}, but the weights of {model} are not quantised: leave it out"),
+        Some(found) if typed != found => {
+            bail!("--quantization says {typed}, but {model} is quantised with {found}: leave it out")
+        }
+        Some(_) => Ok(()),
     }
 }
 
@@ -125,12 +141,20 @@ pub(crate) fn spec(args: &ModelArgs) -> Result<ModelSpec> {
     })
 }
 
-/// The folder of a model whose weights are not wanted.
-pub(crate) fn folder(args: &ModelArgs) -> Result<Option<PathBuf>> {
+/// The folder or GGUF file with the tokenizer of a model whose weights are not wanted.
+pub(crate) fn text(args: &ModelArgs) -> Result<Option<PathBuf>> {
     Ok(match locate(&args.model, &args.revision)? {
         Place::Preset(_) => None,
-        Place::Folder(folder) => Some(folder),
+        Place::Folder(folder) => Some(text_place(folder)?),
     })
+}
+
+/// Where a model's tokenizer is: in its folder, or in its GGUF file where the folder has none.
+fn text_place(model: PathBuf) -> Result<PathBuf> {
+    if model.join("tokenizer.json").exists() {
+        return Ok(model);
+    }
+    Ok(gguf_file(&model)?.unwrap_or(model))
 }
 
 /// What a command is going to ask of an engine.
@@ -240,7 +264,7 @@ impl Setup {
 
     /// The same for one rank of a world whose other ranks are emulated: attention whole, experts spread.
     pub(crate) fn of(args: &RunArgs, emulated: Option<OneOf>) -> Result<Self> {
-        let model = OpenModel::open(&args.model, args.seed)?;
+        let model = OpenModel::open(&args.model, args.seed, args.quantization)?;
         let parallel = match emulated {
             Some(_) => Parallel { tensor: 1, data: None, experts: Experts::Ep },
             None => parallel(args),

@@ -8,8 +8,8 @@ pub mod presets;
 mod spec;
 pub mod synthetic;
 
-pub use checkpoint::{Checkpoint, Kept, Stored, Tensor, WeightSource, Window};
-pub use epsmoe_quant::Hints;
+pub use checkpoint::{Checkpoint, Kept, Stored, Tensor, WeightSource, Window, gguf_file};
+pub use epsmoe_quant::{Hints, Method};
 pub use error::ModelError;
 pub use names::{LayerPart, Located, Map, Part, Source};
 pub use presets::{PRESETS, preset, preset_text};

@@ -62,11 +62,12 @@ impl<B: Backend> Loader<'_, B> {
         self.held(name, WeightShape::Vector { n: values.len() }, || Ok(vec![tensor]))
     }
 
-    /// Some rows of a matrix, which become its columns.
-    pub(crate) fn transposed(&self, part: Part, rows: Range<usize>) -> Result<Weight, ModelError> {
-        let (_, k) = self.matrix(part);
-        let (shape, window) = (WeightShape::Matrix { n: k, k: rows.len() }, Window::rows(rows));
-        self.held(&format!("{} transposed", self.name(part, &window)), shape, || {
+    /// A matrix whose rows become its columns.
+    pub(crate) fn transposed(&self, part: Part) -> Result<Weight, ModelError> {
+        let (n, k) = self.matrix(part);
+        let window = Window::whole();
+        let name = format!("{} transposed", self.name(part, &window));
+        self.held(&name, WeightShape::Matrix { n: k, k: n }, || {
             Ok(vec![self.read(part, &window)?.transposed()])
         })
     }
@@ -105,7 +106,7 @@ impl<B: Backend> Loader<'_, B> {
                 "tensor `{}` holds a NaN or an infinity, in row {}, column {column}: the file is damaged, or its \
                  training had failed; fetch it again, or use another checkpoint",
                 source.name,
-                source.first_row + row
+                source.first_row + row * source.row_step
             ),
         })
     }

@@ -1,6 +1,6 @@
 //! The parts of a model and where checkpoints keep them: one table for every architecture.
 
-use crate::spec::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, TensorNames, matrix};
+use crate::spec::{AttentionSpec, LayerSpec, MlaSpec, MlpSpec, ModelSpec, TensorNames, matrix};
 use epsmoe_base::{Expert, Layer};
 use epsmoe_device::WeightShape;
 
@@ -41,7 +41,10 @@ pub enum LayerPart {
     KvDown,
     KvDownBias,
     KvDownNorm,
-    KvUp,
+    /// Of one head.
+    KeyUp(usize),
+    /// Of one head.
+    ValueUp(usize),
     Router,
     RouterBias,
     Expert(Expert, Map),
@@ -91,8 +94,7 @@ pub struct Located {
     pub sources: Vec<Source>,
 }
 
-/// Where a part may be. A stored tensor is seen as rows of its last dimension; the part is some consecutive
-/// ones of them.
+/// Where a part may be. A stored tensor is seen as rows of its last dimension; the part is some of them, evenly spaced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     /// Name of the stored tensor.
@@ -101,8 +103,25 @@ pub struct Source {
     pub shape: Vec<usize>,
     /// The part's first row.
     pub first_row: usize,
+    /// From one row of the part to the next: 1 for neighbours, 2 where rows of two parts alternate.
+    pub row_step: usize,
     /// Whether the rows are the columns of the part.
     pub transposed: bool,
+}
+
+/// The rows of a stored tensor that a part is.
+struct Place {
+    /// Of the whole tensor.
+    shape: Vec<usize>,
+    first_row: usize,
+    transposed: bool,
+}
+
+impl Place {
+    /// Neighbours from a row on.
+    fn from(shape: Vec<usize>, first_row: usize) -> Place {
+        Place { shape, first_row, transposed: false }
+    }
 }
 
 impl ModelSpec {
@@ -135,6 +154,9 @@ impl ModelSpec {
         use LayerPart::*;
         let mut parts = vec![InputNorm];
         parts.extend(self.attention_parts());
+        if let AttentionSpec::Mla(spec) = &self.attention {
+            parts.extend((0..spec.heads).flat_map(|head| [KeyUp(head), ValueUp(head)]));
+        }
         if layer.residual_mlp.is_some() {
             parts.push(ResidualNorm);
             parts.extend(Map::ALL.map(Residual));
@@ -182,7 +204,6 @@ impl ModelSpec {
                 (KvDown, true),
                 (KvDownBias, spec.bias),
                 (KvDownNorm, true),
-                (KvUp, true),
                 (Output, true),
                 (OutputBias, spec.bias),
             ],
@@ -191,34 +212,46 @@ impl ModelSpec {
     }
 
     fn source(&self, part: Part, naming: TensorNames, name: &str) -> Source {
-        let whole = || (self.shape(part).sources().1, 0, false);
-        let Part::Layer(layer, inside) = part else {
-            let (shape, first_row, transposed) = whole();
-            return Source { name: name.to_owned(), shape, first_row, transposed };
-        };
-        let blocks = match naming {
-            TensorNames::Dbrx => "transformer.blocks",
-            TensorNames::Gguf => "blk",
-            _ => "model.layers",
-        };
-        let fused = naming == TensorNames::Dbrx || name == GGUF_FUSED;
-        let name = match inside {
-            LayerPart::Expert(expert, _) => name.replace("{e}", &expert.0.to_string()),
-            _ => name.to_owned(),
-        };
-        let (shape, first_row, transposed) = match (naming, inside) {
-            (_, LayerPart::Query | LayerPart::Key | LayerPart::Value) if fused => self.fused_heads(inside),
-            (TensorNames::Gguf, LayerPart::SharedExpertGate) => (vec![self.hidden], 0, false),
-            (TensorNames::Dbrx | TensorNames::Merged | TensorNames::Gguf, LayerPart::Expert(expert, map)) => {
-                self.stacked_expert(layer, expert, map, naming)
+        let whole = || Place::from(self.shape(part).sources().1, 0);
+        let (name, place) = match part {
+            Part::Layer(layer, inside) => {
+                let blocks = match naming {
+                    TensorNames::Dbrx => "transformer.blocks",
+                    TensorNames::Gguf => "blk",
+                    _ => "model.layers",
+                };
+                let place = self.place(layer, inside, naming, name).unwrap_or_else(whole);
+                let name = match inside {
+                    LayerPart::Expert(expert, _) => name.replace("{e}", &expert.0.to_string()),
+                    _ => name.to_owned(),
+                };
+                (format!("{blocks}.{}.{name}", layer.0), place)
             }
-            _ => whole(),
+            _ => (name.to_owned(), whole()),
         };
-        Source { name: format!("{blocks}.{}.{name}", layer.0), shape, first_row, transposed }
+        let Place { shape, first_row, transposed } = place;
+        Source { name, shape, first_row, row_step: 1, transposed }
+    }
+
+    /// Where a part of a layer is in the tensor of this name, if that is not the part alone.
+    fn place(&self, layer: Layer, part: LayerPart, naming: TensorNames, name: &str) -> Option<Place> {
+        use LayerPart::{Expert, Key, KeyUp, Query, SharedExpertGate, Value, ValueUp};
+        let fused = naming == TensorNames::Dbrx || name == GGUF_FUSED;
+        match (naming, part) {
+            (_, Query | Key | Value) if fused => Some(self.fused_heads(part)),
+            (_, KeyUp(head) | ValueUp(head)) => self.latent_head(part, head, name),
+            (TensorNames::Gguf, SharedExpertGate) => Some(Place::from(vec![self.hidden], 0)),
+            // One tensor for each.
+            (TensorNames::Gguf, Expert(..)) if name.contains("{e}") => None,
+            (TensorNames::Dbrx | TensorNames::Merged | TensorNames::Gguf, Expert(expert, map)) => {
+                Some(self.stacked_expert(layer, expert, map, naming, name))
+            }
+            _ => None,
+        }
     }
 
     /// DBRX's `Wqkv`: all query rows, all key rows, all value rows.
-    fn fused_heads(&self, part: LayerPart) -> (Vec<usize>, usize, bool) {
+    fn fused_heads(&self, part: LayerPart) -> Place {
         let query = self.attention.query_width();
         let key = self.attention.cache_width() / 2;
         let first_row = match part {
@@ -226,34 +259,59 @@ impl ModelSpec {
             LayerPart::Value => query + key,
             _ => 0,
         };
-        (vec![query + 2 * key, self.hidden], first_row, false)
+        Place::from(vec![query + 2 * key, self.hidden], first_row)
+    }
+
+    /// A head's maps out of the latent. Published: of every head, key rows and then value rows, `[heads · (nope + value), kv_lora]`.
+    /// Newer GGUF files have two tensors, `[heads, kv_lora, nope]` for keys, and `[heads, value, kv_lora]`.
+    fn latent_head(&self, part: LayerPart, head: usize, name: &str) -> Option<Place> {
+        let AttentionSpec::Mla(MlaSpec { heads, kv_lora, nope, value, .. }) = self.attention else {
+            return None;
+        };
+        let is_key = matches!(part, LayerPart::KeyUp(_));
+        Some(match name {
+            GGUF_KEYS => Place { transposed: true, ..Place::from(vec![heads, kv_lora, nope], head * kv_lora) },
+            GGUF_VALUES => Place::from(vec![heads, value, kv_lora], head * value),
+            _ => {
+                let first_row = head * (nope + value) + if is_key { 0 } else { nope };
+                Place::from(vec![heads * (nope + value), kv_lora], first_row)
+            }
+        })
     }
 
     /// One tensor for all experts. DBRX: three of `[E·I, H]`, where down is stored transposed. Merged:
-    /// gate over up `[E, 2I, H]`, and down `[E, H, I]`. GGUF: gate and up `[E, I, H]`, and down as merged.
+    /// gate over up `[E, 2I, H]`, and down `[E, H, I]`. GGUF: as merged, or gate and up apart `[E, I, H]`.
     fn stacked_expert(
         &self,
         layer: Layer,
         expert: Expert,
         map: Map,
         naming: TensorNames,
-    ) -> (Vec<usize>, usize, bool) {
+        name: &str,
+    ) -> Place {
         let (experts, inner) = self.layers[layer.0].mlp.moe().map_or((0, 0), |moe| (moe.experts, moe.inner));
         let (e, hidden) = (expert.0, self.hidden);
+        let apart = naming == TensorNames::Gguf && name != GGUF_GATE_UP;
         match (naming, map) {
-            (TensorNames::Dbrx, _) => (vec![experts * inner, hidden], e * inner, map == Map::DownProj),
-            (TensorNames::Gguf, Map::GateProj | Map::UpProj) => {
-                (vec![experts, inner, hidden], e * inner, false)
-            }
-            (_, Map::GateProj) => (vec![experts, 2 * inner, hidden], e * 2 * inner, false),
-            (_, Map::UpProj) => (vec![experts, 2 * inner, hidden], e * 2 * inner + inner, false),
-            (_, Map::DownProj) => (vec![experts, hidden, inner], e * hidden, false),
+            (TensorNames::Dbrx, _) => Place {
+                transposed: map == Map::DownProj,
+                ..Place::from(vec![experts * inner, hidden], e * inner)
+            },
+            (_, Map::DownProj) => Place::from(vec![experts, hidden, inner], e * hidden),
+            _ if apart => Place::from(vec![experts, inner, hidden], e * inner),
+            (_, Map::GateProj) => Place::from(vec![experts, 2 * inner, hidden], e * 2 * inner),
+            (_, Map::UpProj) => Place::from(vec![experts, 2 * inner, hidden], e * 2 * inner + inner),
         }
     }
 }
 
 /// GGUF's tensor of queries, keys and values.
 const GGUF_FUSED: &str = "attn_qkv.weight";
+/// GGUF's tensor of the gate and up maps of all experts.
+const GGUF_GATE_UP: &str = "ffn_gate_up_exps.weight";
+/// GGUF's tensors of the maps from latents to keys and values.
+const GGUF_KEYS: &str = "attn_k_b.weight";
+const GGUF_VALUES: &str = "attn_v_b.weight";
 
 /// What GGUF files call a part; inside a layer without the layer's prefix.
 fn gguf_names(part: Part) -> &'static [&'static str] {
@@ -286,12 +344,14 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
         KvDown => &["attn_kv_a_mqa.weight"],
         KvDownBias => &["attn_kv_a_mqa.bias"],
         KvDownNorm => &["attn_kv_a_norm.weight"],
-        KvUp => &["attn_kv_b.weight"],
+        KeyUp(_) => &[GGUF_KEYS, "attn_kv_b.weight"],
+        ValueUp(_) => &[GGUF_VALUES, "attn_kv_b.weight"],
         Router => &["ffn_gate_inp.weight"],
         RouterBias => &["exp_probs_b.bias"],
-        Expert(_, GateProj) => &["ffn_gate_exps.weight"],
-        Expert(_, UpProj) => &["ffn_up_exps.weight"],
-        Expert(_, DownProj) => &["ffn_down_exps.weight"],
+        // Files of before 2024-04 have a tensor for each expert.
+        Expert(_, GateProj) => &["ffn_gate_exps.weight", GGUF_GATE_UP, "ffn_gate.{e}.weight"],
+        Expert(_, UpProj) => &["ffn_up_exps.weight", GGUF_GATE_UP, "ffn_up.{e}.weight"],
+        Expert(_, DownProj) => &["ffn_down_exps.weight", "ffn_down.{e}.weight"],
         Shared(GateProj) => &["ffn_gate_shexp.weight"],
         Shared(UpProj) => &["ffn_up_shexp.weight"],
         Shared(DownProj) => &["ffn_down_shexp.weight"],
@@ -337,7 +397,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         KvDown => &[(Common, "self_attn.kv_a_proj_with_mqa.weight")],
         KvDownBias => &[(Common, "self_attn.kv_a_proj_with_mqa.bias")],
         KvDownNorm => &[(Common, "self_attn.kv_a_layernorm.weight")],
-        KvUp => &[(Common, "self_attn.kv_b_proj.weight")],
+        KeyUp(_) | ValueUp(_) => &[(Common, "self_attn.kv_b_proj.weight")],
 
         Router => &[
             (Common, "mlp.gate.weight"),

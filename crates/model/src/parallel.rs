@@ -126,7 +126,11 @@ impl ModelSpec {
                     if expert.0 < experts.div_ceil(ranks) { numbers } else { 0 }
                 }
                 (Expert(..) | Shared(_) | Dense(_) | Residual(_), Experts::Tp) => split_by(ranks),
-                (Query | Key | Value | Output | QueryUp | KvUp, _) => split_by(parallel.tensor),
+                (Query | Key | Value | Output | QueryUp, _) => split_by(parallel.tensor),
+                (KeyUp(head) | ValueUp(head), _) => {
+                    let heads = self.attention.heads().div_ceil(parallel.tensor.max(1));
+                    if head < heads { numbers } else { 0 }
+                }
                 _ => numbers,
             }
         };

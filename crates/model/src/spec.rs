@@ -161,7 +161,7 @@ pub enum QkNorm {
 }
 
 /// Latent attention: `c = norm(KvDown·x)` is cached with one rotated key `k_r` of width `rope`; per head,
-/// `KvUp·c` gives a key part of width `nope` and a value of width `value`.
+/// `KeyUp·c` gives a key part of width `nope`, and `ValueUp·c` a value of width `value`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MlaSpec {
     /// Query heads.
@@ -385,7 +385,8 @@ impl ModelSpec {
             (KvDown, AttentionSpec::Mla(spec)) => matrix(spec.kv_lora + spec.rope, hidden),
             (KvDownBias, AttentionSpec::Mla(spec)) => vector(spec.kv_lora + spec.rope),
             (KvDownNorm, AttentionSpec::Mla(spec)) => vector(spec.kv_lora),
-            (KvUp, AttentionSpec::Mla(spec)) => matrix(spec.heads * (spec.nope + spec.value), spec.kv_lora),
+            (KeyUp(_), AttentionSpec::Mla(spec)) => matrix(spec.nope, spec.kv_lora),
+            (ValueUp(_), AttentionSpec::Mla(spec)) => matrix(spec.value, spec.kv_lora),
             _ => return None,
         })
     }

@@ -45,11 +45,27 @@ impl Method {
         Method::Gguf,
     ];
 
-    /// The method of this name.
+    /// The method of this name, or of one that others give it.
     pub fn named(name: &str) -> Option<Method> {
-        Method::ALL.into_iter().find(|method| method.to_string() == name)
+        let own = Method::ALL.into_iter().find(|method| method.to_string() == name);
+        own.or_else(|| SYNONYMS.iter().find(|(synonym, _)| *synonym == name).map(|(_, method)| *method))
     }
 }
+
+/// Names that tell how a method is computed where kernels are chosen by hand.
+const SYNONYMS: [(&str, Method); 11] = [
+    ("fbgemm_fp8", Method::Fp8),
+    ("deepseek_v4_fp8", Method::Fp8),
+    ("gpt_oss_mxfp4", Method::Mxfp4),
+    ("auto_awq", Method::Awq),
+    ("awq_marlin", Method::Awq),
+    ("auto_gptq", Method::Gptq),
+    ("gptq_marlin", Method::Gptq),
+    ("modelopt_fp4", Method::ModelOpt),
+    ("modelopt_mxfp8", Method::ModelOpt),
+    ("modelopt_mixed", Method::ModelOpt),
+    ("compressed_tensors", Method::CompressedTensors),
+];
 
 impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -274,6 +290,7 @@ impl<'a> Section<'a> {
 
     fn awq(self) -> Result<QuantConfig, QuantError> {
         self.bits("bits", &[4])?;
+        self.bits("w_bit", &[4])?;
         self.only("version", &["gemm", "GEMM"])?;
         if self.flag("zero_point")? == Some(false) {
             let value = Value::Bool(false);
@@ -419,5 +436,7 @@ mod tests {
         for method in Method::ALL {
             assert_eq!(Method::named(&method.to_string()), Some(method));
         }
+        assert_eq!(Method::named("gptq_marlin"), Some(Method::Gptq));
+        assert_eq!(Method::named("none"), None);
     }
 }

@@ -31,8 +31,12 @@ pub struct GenerationConfig {
 }
 
 impl GenerationConfig {
-    /// Reads the file of a checkpoint folder; everything is absent if there is none.
+    /// Reads the file of a checkpoint folder; everything is absent if there is none, and where the checkpoint is a GGUF
+    /// file.
     pub fn open(folder: &Path) -> Result<Self, TextError> {
+        if folder.is_file() {
+            return Ok(GenerationConfig::default());
+        }
         let path = folder.join(FILE);
         let bytes = files::read(&path, LIMIT)?;
         bytes.map_or_else(|| Ok(GenerationConfig::default()), |bytes| GenerationConfig::parse(&bytes, &path))

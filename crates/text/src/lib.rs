@@ -1,6 +1,6 @@
 //! Text to tokens and back.
 //!
-//! Everything in a checkpoint's folder that is about text: [`Tokenizer`] (`tokenizer.json`), [`DecodeStream`] (text as
+//! Everything in a checkpoint's folder, or in the header of its GGUF file, that is about text: [`Tokenizer`] (`tokenizer.json`), [`DecodeStream`] (text as
 //! tokens come, up to a stop string), [`ChatTemplate`] (conversations become prompts), and [`GenerationConfig`] (how the
 //! makers of the checkpoint want it to be sampled).
 //!
@@ -11,6 +11,7 @@ mod bounds;
 mod chat;
 mod files;
 mod generation_config;
+mod gguf;
 mod special_tokens;
 mod stream;
 mod token_bytes;

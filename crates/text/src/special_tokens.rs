@@ -1,5 +1,6 @@
 //! Which tokens are special, and what they are called: `tokenizer_config.json` and `special_tokens_map.json`.
 
+use crate::gguf::GgufText;
 use crate::{TextError, files};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -40,8 +41,11 @@ pub(crate) struct AddedToken {
 }
 
 impl SpecialTokens {
-    /// Reads the files of a checkpoint folder; without them there are none.
+    /// Reads the files of a checkpoint folder, or the header of a GGUF file; without them there are none.
     pub fn open(folder: &Path) -> Result<Self, TextError> {
+        if GgufText::is_at(folder) {
+            return Ok(SpecialTokens::of(&GgufText::open(folder)?.config, &Map::new()));
+        }
         let (config, map) = (folder.join(CONFIG), folder.join(SPECIAL_TOKENS_MAP));
         Ok(SpecialTokens::of(
             &files::read_json(&config, LIMIT)?.unwrap_or_default(),

@@ -2,7 +2,9 @@
 
 use crate::bounds::{self, Growth};
 use crate::token_bytes::{Decoding, Spelling};
+use crate::gguf::GgufText;
 use crate::{SpecialTokens, TextError, files};
+use serde_json::Map;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -30,9 +32,14 @@ struct Inner {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a checkpoint folder, with the special tokens of its other files; nothing if there is
-    /// none.
+    /// Reads `tokenizer.json` of a checkpoint folder, with the special tokens of its other files, or the header of a GGUF
+    /// file; nothing if there is none.
     pub fn open(folder: &Path) -> Result<Option<Self>, TextError> {
+        if GgufText::is_at(folder) {
+            let text = GgufText::open(folder)?;
+            let special = SpecialTokens::of(&text.config, &Map::new());
+            return text.tokenizer.map(|it| Tokenizer::parse(&it, folder, &special)).transpose();
+        }
         let path = folder.join(FILE);
         let Some(text) = files::read(&path, LIMIT)? else { return Ok(None) };
         Tokenizer::parse(&text, &path, &SpecialTokens::open(folder)?).map(Some)

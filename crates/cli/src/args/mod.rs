@@ -23,7 +23,7 @@ pub(crate) use run::{ModelArgs, RunArgs};
 pub(crate) use serve::{CacheArgs, LogFormat, MetricsCompat, ServeArgs};
 pub(crate) use tools::{CompletionsArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
 pub(crate) use values::{
-    ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, ScheduleKind, SharedExpertPlace, TokenLimit,
+    ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, Quantisation, ScheduleKind, SharedExpertPlace, TokenLimit,
 };
 
 use clap::{Arg, ArgAction, CommandFactory, Id, Parser, Subcommand};

@@ -1,7 +1,7 @@
 //! What every command that runs a model takes.
 
 use super::values::{
-    DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, ScheduleKind, SharedExpertPlace, TransferOrder,
+    DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, Quantisation, ScheduleKind, SharedExpertPlace, TransferOrder,
 };
 use super::values::{bounded, seconds};
 use clap::Args;
@@ -11,7 +11,7 @@ use epsmoe_plan::Stages;
 use std::path::PathBuf;
 
 const WHERE_MODELS_ARE: &str = "\
-A folder with config.json and safetensors weights, preset:NAME for random weights of a known configuration, or \
+A folder with config.json and safetensors weights, a GGUF file (of a split one, any part), preset:NAME for random weights of a known configuration, or \
 org/name for a model in the Hugging Face cache, which is never downloaded";
 
 const PROCESSOR: &str = "Processor";
@@ -38,6 +38,20 @@ pub(crate) struct RunArgs {
     /// Number format of activations; auto is float32 on a CPU, and on a GPU bfloat16 unless the weights are float32
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto, help_heading = PROCESSOR)]
     pub(crate) dtype: Dtype,
+
+    /// Holds against the checkpoint that its weights are quantised so: fp8, compressed-tensors, mxfp4, awq, gptq, modelopt
+    /// or gguf; with `none` (or `dequantise`) they are computed with in bfloat16, whatever they are [default: what the
+    /// checkpoint says]
+    #[arg(
+        short,
+        long,
+        env = "EPSMOE_QUANTIZATION",
+        value_name = "METHOD",
+        default_value = "auto",
+        hide_default_value = true,
+        help_heading = PROCESSOR
+    )]
+    pub(crate) quantization: Quantisation,
 
     /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made
     /// of bfloat16 pieces: as exact, faster for prompts, 3 % slower for single tokens
@@ -175,7 +189,7 @@ pub(crate) struct RunArgs {
 /// Which model.
 #[derive(Args, Debug)]
 pub(crate) struct ModelArgs {
-    /// Folder, preset:NAME, or org/name
+    /// Folder, GGUF file, preset:NAME, or org/name
     #[arg(long, env = "EPSMOE_MODEL", long_help = WHERE_MODELS_ARE)]
     pub(crate) model: String,
 

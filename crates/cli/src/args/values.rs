@@ -2,6 +2,7 @@
 
 use clap::ValueEnum;
 use epsmoe_fabric::Link;
+use epsmoe_model::Method;
 use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -139,6 +140,33 @@ impl FromStr for OneOf {
 impl fmt::Display for OneOf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.rank, self.size)
+    }
+}
+
+/// How weights are coded, as it was typed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Quantisation {
+    /// Whatever the checkpoint says.
+    #[default]
+    Auto,
+    /// They become bfloat16, whatever the checkpoint says.
+    None,
+    /// The checkpoint must be quantised so.
+    Method(Method),
+}
+
+impl FromStr for Quantisation {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Quantisation::Auto),
+            "none" | "dequantise" | "dequantize" => Ok(Quantisation::None),
+            _ => Method::named(text).map(Quantisation::Method).ok_or_else(|| {
+                let methods: Vec<String> = Method::ALL.iter().map(Method::to_string).collect();
+                format!("`{text}` is not known: write auto, none, {}", methods.join(", "))
+            }),
+        }
     }
 }
 

@@ -9,9 +9,9 @@ use serde_json::json;
 
 /// Prints the tokens of a text, one a line, or as JSON.
 pub(crate) fn run(args: &TokenizeArgs) -> Result<()> {
-    let folder = setup::folder(&args.model)?;
-    let tokenizer = folder.as_deref().map(Tokenizer::open).transpose()?.flatten();
-    let ids = prompt::encode(folder.as_deref(), &args.model.model, tokenizer.as_ref(), &args.text)?;
+    let place = setup::text(&args.model)?;
+    let tokenizer = place.as_deref().map(Tokenizer::open).transpose()?.flatten();
+    let ids = prompt::encode(place.as_deref(), &args.model.model, tokenizer.as_ref(), &args.text)?;
     let token = |id: u32| tokenizer.as_ref().and_then(|tokenizer| tokenizer.token(id)).unwrap_or_default();
     if args.json {
         let tokens: Vec<String> = ids.iter().map(|&id| token(id)).collect();

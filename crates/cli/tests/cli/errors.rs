@@ -16,14 +16,14 @@ fn models_that_are_not_there() {
     let model = |model: &str| refused(&mut command(&format!("generate --model {model} --ids 5")));
     assert_eq!(
         model("./nowhere"),
-        "there is no folder ./nowhere: give a folder, preset:NAME, or org/name of a model in the Hugging Face cache"
+        "there is no folder ./nowhere: give a folder, a GGUF file, preset:NAME, or org/name of a model in the Hugging Face cache"
     );
     assert_eq!(
         model("mixtral-mini"),
         "there is no folder mixtral-mini: for the preset, write preset:mixtral-mini"
     );
     check(&model("preset:gpt"), "there is no preset `gpt`; there are: deepseek-v2-mini");
-    check(&model(&format!("{}/config.json", fixture("mixtral"))), "is not a folder");
+    check(&model(&format!("{}/config.json", fixture("mixtral"))), "is neither a folder nor a GGUF file");
     let empty = Folder::new();
     check(&model(empty.0.path().to_str().unwrap()), "config.json: No such file");
     std::fs::write(empty.path("config.json"), r#"{"architectures": ["LlamaForCausalLM"]}"#).unwrap();

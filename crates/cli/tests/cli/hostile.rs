@@ -128,7 +128,7 @@ fn folders_are_loaded_or_say_what_they_have() {
     std::fs::write(folder.path("model.Q4.gguf"), "GGUF").unwrap();
     contains(&refused(&mut command(&typed)), "model.Q4.gguf: the version takes 4 bytes");
     let file = format!("generate --model {place}/model.Q4.gguf --ids 5");
-    contains(&refused(&mut command(&file)), "is not a folder: give the folder with this GGUF file");
+    contains(&refused(&mut command(&file)), "model.Q4.gguf: the version takes 4 bytes");
 }
 
 #[test]

@@ -2,9 +2,9 @@
 //! decode alike, so that cached decoding has the bits of recomputation.
 //!
 //! A token leaves one row in the cache: a normed latent `c` and a rotated key that all heads share. Per head,
-//! keys and values are `KvUpK·c` and `KvUpV·c`, which need not be formed:
+//! keys and values are `KeyUp·c` and `ValueUp·c`, which need not be formed:
 //!
-//! `q·(KvUpK·c) = (KvUpKᵀ·q)·c`   and   `Σ p·(KvUpV·c) = KvUpV·(Σ p·c)`,
+//! `q·(KeyUp·c) = (KeyUpᵀ·q)·c`   and   `Σ p·(ValueUp·c) = ValueUp·(Σ p·c)`,
 //!
 //! so every head attends to the cached rows themselves, with the latent part as the value. Ranks that split the
 //! heads have the maps into latents and the cache in common, whole.
@@ -34,9 +34,9 @@ pub(crate) struct Mla {
 }
 
 struct Head {
-    /// `KvUpKᵀ` `[kv_lora, nope]`.
+    /// `KeyUpᵀ` `[kv_lora, nope]`.
     keys: Weight,
-    /// `KvUpV` `[value, kv_lora]`.
+    /// `ValueUp` `[value, kv_lora]`.
     values: Weight,
 }
 
@@ -123,7 +123,7 @@ impl Mla {
             kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
             kv_norm: loader.layer(layer, LayerPart::KvDownNorm)?,
             output: Linear::load_output(loader, layer, spec.bias, blocks(&heads, spec.value))?,
-            heads: heads.map(|head| Head::load(loader, layer, &spec, head)).collect::<Result<_, _>>()?,
+            heads: heads.map(|head| Head::load(loader, layer, head)).collect::<Result<_, _>>()?,
             cache: loader.device.allocate("cached_latents", loader.device.dtype(), slots, width)?,
             workspace: workspace.clone(),
             spec,
@@ -185,7 +185,7 @@ impl Mla {
         cx.store(&workspace.row, &self.cache)
     }
 
-    /// Per head, `KvUpKᵀ` times the unrotated part of the query, then the rotated part.
+    /// Per head, `KeyUpᵀ` times the unrotated part of the query, then the rotated part.
     fn absorb_queries<B: Backend>(
         &self,
         cx: &Context<'_, B>,
@@ -220,17 +220,9 @@ impl Mla {
 }
 
 impl Head {
-    /// Out of `KvUp` `[heads · (nope + value), kv_lora]`.
-    fn load<B: Backend>(
-        loader: &Loader<'_, B>,
-        layer: Layer,
-        spec: &MlaSpec,
-        head: usize,
-    ) -> Result<Self, ModelError> {
-        let part = LayerPart::KvUp.of(layer);
-        let rows = block(head, spec.nope + spec.value);
-        let (keys, values) = (rows.start..rows.start + spec.nope, rows.start + spec.nope..rows.end);
-        Ok(Head { keys: loader.transposed(part, keys)?, values: loader.window(part, &Window::rows(values))? })
+    fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer, head: usize) -> Result<Self, ModelError> {
+        let keys = loader.transposed(LayerPart::KeyUp(head).of(layer))?;
+        Ok(Head { keys, values: loader.layer(layer, LayerPart::ValueUp(head))? })
     }
 }
 

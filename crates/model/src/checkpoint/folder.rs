@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{ModelError, ModelSpec, Part, config};
 use epsmoe_base::{DType, json};
-use epsmoe_quant::{Hints, QuantConfig, QuantError, StoredTensor, StoredType};
+use epsmoe_quant::{Activations, Hints, Method, QuantConfig, QuantError, StoredTensor, StoredType};
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -17,6 +17,9 @@ use std::path::{Path, PathBuf};
 const SAFETENSORS: &str = ".safetensors";
 const SINGLE: &str = "model.safetensors";
 const QUANTISATION: &str = "quantization_config";
+/// Where older libraries keep what `quantization_config` says, and the method whose it is.
+const QUANTISATION_FILES: [(&str, &str); 3] =
+    [("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt")];
 const INDEX: &str = "model.safetensors.index.json";
 
 /// A folder of safetensors files, one or many with an index.
@@ -25,7 +28,14 @@ pub struct Checkpoint {
     folder: String,
     shards: Vec<Shard>,
     tensors: HashMap<String, Entry>,
-    quantisation: Result<Option<QuantConfig>, QuantError>,
+    quantisation: Quantisation,
+}
+
+/// What is said about how weights are coded, and the file that says so.
+#[derive(Debug)]
+struct Quantisation {
+    file: PathBuf,
+    config: Result<Option<QuantConfig>, QuantError>,
 }
 
 #[derive(Debug)]
@@ -44,16 +54,15 @@ struct Entry {
 }
 
 impl Checkpoint {
-    /// Reads the headers of a folder's files, not their tensors.
+    /// Reads the headers of a folder's files, or of a GGUF file and its other parts, not their tensors.
     pub fn open(folder: &Path) -> Result<Self, ModelError> {
         let mut checkpoint = Checkpoint {
             folder: folder.display().to_string(),
             shards: Vec::new(),
             tensors: HashMap::new(),
-            quantisation: quantisation(folder),
+            quantisation: Quantisation::of(folder),
         };
-        if !folder.is_dir() || (!is_there(folder, INDEX) && files_with_ending(folder, SAFETENSORS).is_empty())
-        {
+        if !has_safetensors(folder) {
             checkpoint.add_gguf(folder)?;
         } else if is_there(folder, SINGLE) {
             checkpoint.add_shard(folder, SINGLE, |_| true)?;
@@ -78,6 +87,9 @@ impl Checkpoint {
         }
         let shard = |(path, file): (PathBuf, File)| Shard { name: path.display().to_string(), file };
         self.shards = files.files.into_iter().map(shard).collect();
+        let config =
+            QuantConfig { method: Method::Gguf, hints: Hints::default(), activations: Activations::Plain };
+        self.quantisation = Quantisation { file: path.to_owned(), config: Ok(Some(config)) };
         Ok(())
     }
 
@@ -129,6 +141,11 @@ impl Checkpoint {
         Some(self.kept(&spec.locate(Part::Embedding)).ok()??.1.dtype())
     }
 
+    /// How it says that its weights are coded; None if they are plain. Tensors may be plain all the same.
+    pub fn method(&self) -> Result<Option<Method>, ModelError> {
+        Ok(self.quantisation.read()?.map(|config| config.method))
+    }
+
     /// Names of all tensors, in no order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
@@ -176,13 +193,7 @@ impl WeightSource for Checkpoint {
     }
 
     fn hints(&self) -> Result<Hints, ModelError> {
-        match &self.quantisation {
-            Ok(config) => Ok(config.map_or_else(Hints::default, |config| config.hints)),
-            Err(error) => Err(ModelError::Config {
-                file: Path::new(&self.folder).join(config::FILE).display().to_string(),
-                problem: format!("`{QUANTISATION}`: {error}"),
-            }),
-        }
+        Ok(self.quantisation.read()?.map_or_else(Hints::default, |config| config.hints))
     }
 
     fn place(&self, name: &str) -> String {
@@ -192,13 +203,41 @@ impl WeightSource for Checkpoint {
     }
 }
 
-/// What a folder's config.json says about how its weights are coded. A file that cannot be read says nothing here:
-/// whoever reads the model from it tells why.
-fn quantisation(folder: &Path) -> Result<Option<QuantConfig>, QuantError> {
-    let Ok(text) = read_small(&folder.join(config::FILE), config::FILE_LIMIT) else { return Ok(None) };
-    let Ok(value) = serde_json::from_slice::<Value>(&json::from_python(&text)) else { return Ok(None) };
-    let section = [&value, &value["text_config"]].into_iter().find_map(|of| of.get(QUANTISATION));
-    section.filter(|section| section.is_object()).map(QuantConfig::parse).transpose()
+impl Quantisation {
+    /// Of a folder: from its config.json, or a file of its own. What cannot be read says nothing here: whoever reads the
+    /// model from config.json tells why.
+    fn of(folder: &Path) -> Self {
+        let parsed = |name: &str| -> Option<Value> {
+            let text = read_small(&folder.join(name), config::FILE_LIMIT).ok()?;
+            serde_json::from_slice(&json::from_python(&text)).ok()
+        };
+        let found = |name: &str, section: Option<&Value>| {
+            let section = section.filter(|section| section.is_object())?;
+            Some(Quantisation { file: folder.join(name), config: QuantConfig::parse(section).map(Some) })
+        };
+        let config = parsed(config::FILE).unwrap_or_default();
+        let sections = [&config, &config["text_config"]].into_iter().map(|of| of.get(QUANTISATION));
+        let inside = sections.flatten().find_map(|section| found(config::FILE, Some(section)));
+        let beside = || {
+            QUANTISATION_FILES.iter().find_map(|(name, method)| {
+                let Value::Object(mut file) = parsed(name)? else { return None };
+                let mut section = match file.remove("quantization") {
+                    Some(Value::Object(section)) => section,
+                    _ => file,
+                };
+                section.entry("quant_method").or_insert((*method).into());
+                found(name, Some(&section.into()))
+            })
+        };
+        inside.or_else(beside).unwrap_or(Quantisation { file: folder.join(config::FILE), config: Ok(None) })
+    }
+
+    fn read(&self) -> Result<Option<&QuantConfig>, ModelError> {
+        self.config.as_ref().map(Option::as_ref).map_err(|error| ModelError::Config {
+            file: self.file.display().to_string(),
+            problem: format!("`{QUANTISATION}`: {error}"),
+        })
+    }
 }
 
 /// A format of safetensors.
@@ -218,6 +257,19 @@ fn stored_type(dtype: Dtype) -> StoredType {
         Dtype::BOOL => StoredType::Other("BOOL"),
         _ => StoredType::Other("of a format of its own"),
     }
+}
+
+/// Whether a path is a folder with safetensors files, or with an index of some.
+fn has_safetensors(path: &Path) -> bool {
+    path.is_dir() && (is_there(path, INDEX) || !files_with_ending(path, SAFETENSORS).is_empty())
+}
+
+/// The GGUF file that says what the model at a path is, if its weights are such files.
+pub fn gguf_file(path: &Path) -> Result<Option<PathBuf>, ModelError> {
+    if has_safetensors(path) {
+        return Ok(None);
+    }
+    Ok(GgufFiles::open(path)?.map(GgufFiles::first))
 }
 
 /// Whether a folder has a file of this name, even one that points to nothing: opening it says so.

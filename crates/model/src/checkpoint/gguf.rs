@@ -68,6 +68,11 @@ impl GgufFiles {
         Ok(())
     }
 
+    /// The file that says what the model is.
+    pub(crate) fn first(self) -> PathBuf {
+        self.files.into_iter().next().map(|(path, _)| path).unwrap_or_default()
+    }
+
     /// What to call it in messages.
     pub(crate) fn place(&self) -> String {
         self.files[0].0.display().to_string()

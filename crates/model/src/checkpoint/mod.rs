@@ -7,7 +7,7 @@ mod gguf;
 mod header;
 mod unused;
 
-pub use folder::Checkpoint;
+pub use folder::{Checkpoint, gguf_file};
 pub(crate) use folder::other_weights;
 pub(crate) use gguf::GgufFiles;
 pub use header::{Header, Index};
@@ -75,15 +75,15 @@ pub trait WeightSource: Send + Sync {
             return Err(missing(part, self.place("")));
         };
         let block = Block::new(source, part.shape, window);
-        let (dtype, shape) = (kept.dtype(), vec![block.rows.len(), block.columns.len()]);
-        let mut bytes = vec![0; block.rows.len() * block.columns.len() * dtype.bytes()];
+        let (dtype, shape) = (kept.dtype(), vec![block.rows.count, block.columns.len()]);
+        let mut bytes = vec![0; block.rows.count * block.columns.len() * dtype.bytes()];
         match kept {
             Kept::Plain(_) => {
                 block.read(dtype, &mut bytes, |first, into| self.fill(&source.name, first, into))?;
             }
             Kept::Coded(coded) => {
                 let (weights, _) = bytes.as_chunks_mut::<2>();
-                let decoded = coded.decode(&Raw(self), Rows::range(block.rows), block.columns, weights);
+                let decoded = coded.decode(&Raw(self), block.rows, block.columns, weights);
                 decoded.map_err(|error| error.of(|| self.place(&source.name)))?;
             }
         }
@@ -235,7 +235,7 @@ fn transpose<const SIZE: usize>(bytes: &[u8], rows: usize, columns: usize) -> Ve
 
 /// A rectangle of a stored tensor seen as rows.
 struct Block {
-    rows: Range<usize>,
+    rows: Rows,
     columns: Range<usize>,
     row_width: usize,
 }
@@ -255,7 +255,8 @@ impl Block {
         );
         let (rows, columns, row_width) =
             if source.transposed { (columns, rows, n) } else { (rows, columns, k) };
-        Block { rows: rows.start + source.first_row..rows.end + source.first_row, columns, row_width }
+        let (step, first) = (source.row_step, source.first_row + rows.start * source.row_step);
+        Block { rows: Rows { first, count: rows.len(), step }, columns, row_width }
     }
 
     /// Whole rows lie one after the other and are read at once, pieces of rows one by one.
@@ -266,12 +267,12 @@ impl Block {
         if bytes.is_empty() {
             return Ok(());
         }
-        if self.columns.len() == self.row_width {
-            return fill(self.rows.start * self.row_width, bytes);
+        if self.columns.len() == self.row_width && self.rows.step == 1 {
+            return fill(self.rows.first * self.row_width, bytes);
         }
         let piece = self.columns.len() * dtype.bytes();
-        let mut pieces = self.rows.clone().zip(bytes.chunks_exact_mut(piece));
-        pieces.try_for_each(|(row, into)| fill(row * self.row_width + self.columns.start, into))
+        let mut pieces = bytes.chunks_exact_mut(piece).enumerate();
+        pieces.try_for_each(|(i, into)| fill(self.rows.at(i) * self.row_width + self.columns.start, into))
     }
 }
 

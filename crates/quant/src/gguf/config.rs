@@ -103,11 +103,9 @@ impl Draft<'_> {
 
     fn special_tokens(&mut self) -> Result<(), QuantError> {
         let tokenizer = self.file.tokenizer()?;
-        self.set("bos_token_id", tokenizer.bos);
-        match tokenizer.ends.is_empty() {
-            true => self.set("eos_token_id", Value::Null),
-            false => self.set("eos_token_id", tokenizer.ends),
-        }
+        let (bos, ends) = tokenizer.map_or((None, Vec::new()), |tokenizer| (tokenizer.bos, tokenizer.ends));
+        self.set("bos_token_id", bos);
+        self.set("eos_token_id", if ends.is_empty() { Value::Null } else { ends.into() });
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! A vocabulary and how text is cut into it, for whoever makes a tokenizer of it.
 
-use super::{Gguf, damaged};
+use super::{Gguf, Value, damaged};
 use crate::QuantError;
 
 /// What a file says about its tokenizer.
@@ -36,6 +36,8 @@ pub struct Tokenizer {
     pub add_space_prefix: Option<bool>,
     /// A Jinja template.
     pub chat_template: Option<String>,
+    /// Others, by their names.
+    pub more_templates: Vec<(String, String)>,
     /// The text of a tokenizer.json, which some files have as a whole.
     pub json: Option<String>,
 }
@@ -58,17 +60,23 @@ pub enum TokenKind {
 }
 
 impl Gguf {
-    /// The file's tokenizer.
-    pub fn tokenizer(&self) -> Result<Tokenizer, QuantError> {
+    /// The file's tokenizer, if it has a vocabulary.
+    pub fn tokenizer(&self) -> Result<Option<Tokenizer>, QuantError> {
         let metadata = &self.metadata;
         let key = |name: &str| format!("tokenizer.ggml.{name}");
+        let model = metadata.text(&key("model"))?.unwrap_or_default().to_owned();
         let tokens = metadata.texts(&key("tokens"))?.unwrap_or_default().to_vec();
         if tokens.is_empty() {
-            return Err(damaged("there is no vocabulary (`tokenizer.ggml.tokens`)"));
+            return Ok(None);
         }
+        // What files of this kind leave out.
+        let sentence_piece = |id: u32| Some(id).filter(|&id| model == "llama" && (id as usize) < tokens.len());
         let id = |name: &str| -> Result<Option<u32>, QuantError> {
             let key = key(&format!("{name}_token_id"));
-            // Files say 2^32 − 1 where there is no such token.
+            // Files say 2^32 − 1, or −1, where there is no such token.
+            if metadata.get(&key) == Some(&Value::Signed(-1)) {
+                return Ok(None);
+            }
             let id = metadata.whole(&key)?.filter(|&id| id != u64::from(u32::MAX));
             match id {
                 Some(id) if id >= tokens.len() as u64 => {
@@ -85,15 +93,20 @@ impl Gguf {
             let problem = format!("`{}` has {} items for {} tokens", key(name), values.len(), tokens.len());
             Err(damaged(problem))
         };
-        let (bos, eos) = (id("bos")?, id("eos")?);
+        let (bos, eos) = (id("bos")?.or(sentence_piece(1)), id("eos")?.or(sentence_piece(2)));
         let mut ends = Vec::new();
         for end in [eos, id("eot")?, id("eom")?].into_iter().flatten() {
             if !ends.contains(&end) {
                 ends.push(end);
             }
         }
-        Ok(Tokenizer {
-            model: metadata.text(&key("model"))?.unwrap_or_default().to_owned(),
+        let mut more_templates = Vec::new();
+        for name in metadata.texts("tokenizer.chat_templates")?.unwrap_or_default() {
+            if let Some(text) = metadata.text(&format!("tokenizer.chat_template.{name}"))? {
+                more_templates.push((name.clone(), text.to_owned()));
+            }
+        }
+        Ok(Some(Tokenizer {
             split: metadata.text(&key("pre"))?.filter(|name| *name != "default").map(str::to_owned),
             kinds: each("token_type")?.into_iter().map(kind).collect::<Result<_, _>>()?,
             scores: each("scores")?.into_iter().map(|score| score as f32).collect(),
@@ -101,15 +114,17 @@ impl Gguf {
             bos,
             eos,
             ends,
-            unknown: id("unknown")?,
+            unknown: id("unknown")?.or(sentence_piece(0)),
             padding: id("padding")?,
             add_bos: metadata.flag(&key("add_bos_token"))?,
             add_eos: metadata.flag(&key("add_eos_token"))?,
             add_space_prefix: metadata.flag(&key("add_space_prefix"))?,
             chat_template: metadata.text("tokenizer.chat_template")?.map(str::to_owned),
+            more_templates,
             json: metadata.text("tokenizer.huggingface.json")?.map(str::to_owned),
             tokens,
-        })
+            model,
+        }))
     }
 }
 

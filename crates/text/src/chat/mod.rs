@@ -11,6 +11,7 @@ mod json;
 mod methods;
 mod worker;
 
+use crate::gguf::GgufText;
 use crate::{SpecialTokens, TextError, files, special_tokens};
 use jinja::Context;
 use serde_json::{Map, Value};
@@ -95,8 +96,12 @@ impl ChatTemplate {
     pub const MOST_BYTES: u64 = 1 << 20;
 
     /// The template of a checkpoint folder: `chat_template.jinja` and `additional_chat_templates/`, or those in
-    /// `tokenizer_config.json`, or `chat_template.json`; nothing if there is none.
+    /// `tokenizer_config.json`, or `chat_template.json`; or those in the header of a GGUF file. Nothing if there is none.
     pub fn open(folder: &Path) -> Result<Option<Self>, TextError> {
+        if GgufText::is_at(folder) {
+            let config = GgufText::open(folder)?.config;
+            return Ok(ChatTemplate::new(inside(&config, folder)?, &SpecialTokens::of(&config, &Map::new())));
+        }
         let mut sources = BTreeMap::new();
         let mut add = |name: &str, path: &Path| {
             let source = files::read_text(path, LIMIT)?;

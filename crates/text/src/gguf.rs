@@ -1,0 +1,361 @@
+//! The tokenizer in the header of a GGUF file, brought into the form of a tokenizer.json and a tokenizer_config.json, as
+//! which it is read and bounded like everybody's.
+
+use crate::TextError;
+use epsmoe_base::files::open_plain;
+use epsmoe_quant::QuantError;
+use epsmoe_quant::gguf::{Gguf, TokenKind, Tokenizer};
+use serde_json::{Map, Value, json};
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// What the header of a file says about text.
+pub(crate) struct GgufText {
+    /// The text of a tokenizer.json, if there is a vocabulary.
+    pub(crate) tokenizer: Option<Vec<u8>>,
+    /// The keys of a tokenizer_config.json.
+    pub(crate) config: Map<String, Value>,
+}
+
+/// What reading a header ends in where it fails.
+enum Failed {
+    Reading(io::Error),
+    Refused(QuantError),
+}
+
+impl From<QuantError> for Failed {
+    fn from(error: QuantError) -> Self {
+        Failed::Refused(error)
+    }
+}
+
+impl GgufText {
+    /// Whether a path is not a checkpoint's folder, but a GGUF file.
+    pub(crate) fn is_at(path: &Path) -> bool {
+        path.extension().is_some_and(|ending| ending == "gguf") && path.is_file()
+    }
+
+    pub(crate) fn open(path: &Path) -> Result<GgufText, TextError> {
+        let (file, length) = open_plain(path).map_err(|error| TextError::file(path, error.to_string()))?;
+        let read = |into: &mut [u8], at| file.read_exact_at(into, at).map_err(Failed::Reading);
+        let header = Gguf::read(length, read).map_err(|error| match error {
+            Failed::Reading(error) => TextError::file(path, error.to_string()),
+            Failed::Refused(error) => TextError::file(path, error.to_string()),
+        })?;
+        GgufText::of(&header).map_err(|error| TextError::file(path, error.to_string()))
+    }
+
+    pub(crate) fn of(header: &Gguf) -> Result<GgufText, QuantError> {
+        let Some(tokenizer) = header.tokenizer()? else {
+            return Ok(GgufText { tokenizer: None, config: Map::new() });
+        };
+        let config = config(&tokenizer);
+        let text = match &tokenizer.json {
+            Some(json) => json.clone().into_bytes(),
+            None => described(&tokenizer)?.to_string().into_bytes(),
+        };
+        Ok(GgufText { tokenizer: Some(text), config })
+    }
+}
+
+/// Names of special tokens, and the chat template.
+fn config(tokenizer: &Tokenizer) -> Map<String, Value> {
+    let mut config = Map::new();
+    let named = [
+        ("bos_token", tokenizer.bos),
+        ("eos_token", tokenizer.eos),
+        ("unk_token", tokenizer.unknown),
+        ("pad_token", tokenizer.padding),
+    ];
+    for (name, id) in named {
+        if let Some(id) = id {
+            config.insert(name.into(), tokenizer.tokens[id as usize].clone().into());
+        }
+    }
+    if let Some(template) = &tokenizer.chat_template {
+        let named = tokenizer.more_templates.iter().map(|(name, text)| (name.as_str(), text.as_str()));
+        let all = [("default", template.as_str())].into_iter().chain(named);
+        let all = all.map(|(name, text)| json!({ "name": name, "template": text }));
+        config.insert("chat_template".into(), all.collect());
+    }
+    config
+}
+
+/// The tokenizer.json that the file was made of, as far as it matters.
+fn described(tokenizer: &Tokenizer) -> Result<Value, QuantError> {
+    let parts = match tokenizer.model.as_str() {
+        "gpt2" => byte_level(tokenizer)?,
+        "llama" => sentence_pieces(tokenizer),
+        "t5" => unigrams(tokenizer),
+        other => {
+            return Err(QuantError::new(format!(
+                "its tokenizer is of the kind `{other}`, which is not read (gpt2, llama and t5 are); use the folder of the \
+                 unconverted model for texts"
+            )));
+        }
+    };
+    Ok(json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added_tokens(tokenizer),
+        "normalizer": parts.normalizer,
+        "pre_tokenizer": parts.pre_tokenizer,
+        "post_processor": post_processor(tokenizer, parts.adds_bos),
+        "decoder": parts.decoder,
+        "model": parts.model,
+    }))
+}
+
+/// Parts of a tokenizer.json that differ between kinds.
+struct Parts {
+    normalizer: Value,
+    pre_tokenizer: Value,
+    decoder: Value,
+    model: Value,
+    /// Whether texts begin with a special token where the file does not say.
+    adds_bos: bool,
+}
+
+/// Tokens that are found in a text before anything else.
+fn added_tokens(tokenizer: &Tokenizer) -> Vec<Value> {
+    let kinds = tokenizer.kinds.iter().zip(&tokenizer.tokens).enumerate();
+    let added = kinds.filter_map(|(id, (kind, token))| {
+        let special = match kind {
+            TokenKind::Control | TokenKind::Unknown => true,
+            TokenKind::UserDefined => false,
+            _ => return None,
+        };
+        let token = json!({
+            "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+            "special": special,
+        });
+        Some(token)
+    });
+    added.filter(|token| token["content"] != "").collect()
+}
+
+/// Special tokens around every text.
+fn post_processor(tokenizer: &Tokenizer, adds_bos: bool) -> Value {
+    let before = tokenizer.bos.filter(|_| tokenizer.add_bos.unwrap_or(adds_bos));
+    let after = tokenizer.eos.filter(|_| tokenizer.add_eos.unwrap_or(false));
+    let token = |id: u32| tokenizer.tokens[id as usize].as_str();
+    let special = |id: Option<u32>, kind: u32| id.map(|id| json!({ "SpecialToken": { "id": token(id), "type_id": kind } }));
+    let around = |name: &str, kind: u32| {
+        let text = json!({ "Sequence": { "id": name, "type_id": kind } });
+        special(before, kind).into_iter().chain([text]).chain(special(after, kind)).collect::<Vec<_>>()
+    };
+    let described = |id: u32| {
+        let text = token(id);
+        (text.to_owned(), json!({ "id": text, "ids": [id], "tokens": [text] }))
+    };
+    let tokens: Map<String, Value> = before.into_iter().chain(after).map(described).collect();
+    if tokens.is_empty() {
+        return Value::Null;
+    }
+    let pair = [around("A", 0), around("B", 1)].concat();
+    json!({ "type": "TemplateProcessing", "single": around("A", 0), "pair": pair, "special_tokens": tokens })
+}
+
+/// Ids of tokens. Of equal tokens the last one counts.
+fn vocabulary(tokenizer: &Tokenizer) -> Map<String, Value> {
+    tokenizer.tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect()
+}
+
+/// Byte-level BPE, whose merges the file has.
+fn byte_level(tokenizer: &Tokenizer) -> Result<Parts, QuantError> {
+    let split = Split::named(tokenizer.split.as_deref())?;
+    let vocabulary = vocabulary(tokenizer);
+    let merges = tokenizer.merges.iter().filter_map(|merge| {
+        // The first part may be a space.
+        let first = merge.chars().next().map_or(0, char::len_utf8);
+        let at = first + merge.get(first..)?.find(' ')?;
+        let (left, right) = (&merge[..at], &merge[at + 1..]);
+        let known = |token: &str| vocabulary.contains_key(token);
+        let fits = known(left) && known(right) && known(&[left, right].concat());
+        fits.then(|| json!([left, right]))
+    });
+    let merges: Vec<Value> = merges.collect();
+    let words = split.patterns.iter().map(|pattern| {
+        json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false })
+    });
+    let bytes = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": split.as_gpt2 });
+    let steps: Vec<Value> = words.chain([bytes.clone()]).collect();
+    Ok(Parts {
+        normalizer: if split.composed { json!({ "type": "NFC" }) } else { Value::Null },
+        pre_tokenizer: json!({ "type": "Sequence", "pretokenizers": steps }),
+        decoder: bytes,
+        model: json!({
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+            "fuse_unk": false, "byte_fallback": false, "ignore_merges": split.ignores_merges, "vocab": vocabulary, "merges": merges,
+        }),
+        adds_bos: split.adds_bos,
+    })
+}
+
+/// What takes the place of a space in SentencePiece.
+const SPACE: &str = "▁";
+
+/// BPE over scores: of two neighbours whose union is a token, those with the best one become one first.
+fn sentence_pieces(tokenizer: &Tokenizer) -> Parts {
+    let prefix = tokenizer.add_space_prefix.unwrap_or(true);
+    let spaces = json!({ "type": "Replace", "pattern": { "String": " " }, "content": SPACE });
+    let prepend = json!({ "type": "Prepend", "prepend": SPACE });
+    let normalizers = if prefix { vec![prepend, spaces] } else { vec![spaces] };
+    let mut decoders = vec![
+        json!({ "type": "Replace", "pattern": { "String": SPACE }, "content": " " }),
+        json!({ "type": "ByteFallback" }),
+        json!({ "type": "Fuse" }),
+    ];
+    if prefix {
+        decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
+    }
+    Parts {
+        normalizer: json!({ "type": "Sequence", "normalizers": normalizers }),
+        pre_tokenizer: Value::Null,
+        decoder: json!({ "type": "Sequence", "decoders": decoders }),
+        model: json!({
+            "type": "BPE", "dropout": null, "unk_token": unknown(tokenizer), "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": vocabulary(tokenizer), "merges": merges(tokenizer),
+        }),
+        adds_bos: true,
+    }
+}
+
+/// The token for what has none.
+fn unknown(tokenizer: &Tokenizer) -> Option<&str> {
+    let of_its_kind = || tokenizer.kinds.iter().position(|kind| *kind == TokenKind::Unknown).map(|id| id as u32);
+    let id = tokenizer.unknown.or_else(of_its_kind)?;
+    Some(&tokenizer.tokens[id as usize])
+}
+
+/// Bytes of the longest token that is made of others. SentencePiece's own limit is sixteen characters.
+const LONGEST_MERGED: usize = 256;
+
+/// Every way to make a token of two, those of the best score first; of equal ones the longer left part, and then the
+/// longer right part, as the converters of `transformers` have them.
+fn merges(tokenizer: &Tokenizer) -> Vec<Value> {
+    let merged = |id: usize| !matches!(tokenizer.kinds.get(id), Some(TokenKind::Control | TokenKind::Unknown | TokenKind::Byte));
+    let ids: HashMap<&str, usize> =
+        tokenizer.tokens.iter().enumerate().filter(|(id, _)| merged(*id)).map(|(id, token)| (token.as_str(), id)).collect();
+    let mut found: Vec<(f32, usize, &str, &str)> = Vec::new();
+    for (token, &id) in &ids {
+        if token.len() > LONGEST_MERGED {
+            continue;
+        }
+        let score = tokenizer.scores.get(id).copied().unwrap_or(0.0);
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if ids.contains_key(left) && ids.contains_key(right) {
+                found.push((score, id, left, right));
+            }
+        }
+    }
+    let length = |text: &str| text.chars().count();
+    found.sort_by(|a, b| {
+        let best = b.0.total_cmp(&a.0).then(length(b.2).cmp(&length(a.2))).then(length(b.3).cmp(&length(a.3)));
+        best.then(a.1.cmp(&b.1))
+    });
+    found.into_iter().map(|(_, _, left, right)| json!([left, right])).collect()
+}
+
+/// SentencePiece's other kind: the likeliest way to cut a text.
+fn unigrams(tokenizer: &Tokenizer) -> Parts {
+    let scores = tokenizer.scores.iter().map(|&score| f64::from(score)).chain(std::iter::repeat(0.0));
+    let vocabulary: Vec<Value> = tokenizer.tokens.iter().zip(scores).map(|(token, score)| json!([token, score])).collect();
+    let unknown = unknown(tokenizer).and_then(|token| tokenizer.tokens.iter().position(|other| other == token));
+    let prefix = if tokenizer.add_space_prefix.unwrap_or(true) { "always" } else { "never" };
+    let spaces = json!({ "type": "Metaspace", "replacement": SPACE, "prepend_scheme": prefix, "split": true });
+    let bytes = tokenizer.kinds.contains(&TokenKind::Byte);
+    Parts {
+        normalizer: Value::Null,
+        pre_tokenizer: spaces.clone(),
+        decoder: spaces,
+        model: json!({ "type": "Unigram", "unk_id": unknown, "vocab": vocabulary, "byte_fallback": bytes }),
+        adds_bos: false,
+    }
+}
+
+/// How a text is cut into words before its pairs become tokens.
+struct Split {
+    /// One after the other, each cuts what the ones before left.
+    patterns: &'static [&'static str],
+    /// Whether words are cut as GPT-2 did, last.
+    as_gpt2: bool,
+    /// Whether a word that is a token is that token, whatever its merges would make of it.
+    ignores_merges: bool,
+    /// Whether texts begin with a special token where the file does not say.
+    adds_bos: bool,
+    /// Whether letters and their accents are composed first.
+    composed: bool,
+}
+
+impl Split {
+    const PLAIN: Split =
+        Split { patterns: &[], as_gpt2: false, ignores_merges: false, adds_bos: false, composed: false };
+
+    /// The rule of this name in `tokenizer.ggml.pre`, as the tokenizers have it that it stands for.
+    fn named(name: Option<&str>) -> Result<Split, QuantError> {
+        Ok(match name.unwrap_or("default") {
+            "gpt-2" | "olmo" | "mpt" | "phi-2" | "jais" | "trillion" => Split { as_gpt2: true, ..Split::PLAIN },
+            "default" => Split { as_gpt2: true, ..Split::PLAIN },
+            "starcoder" | "refact" | "command-r" | "smollm" | "codeshell" | "exaone" | "minerva-7b" => {
+                Split { patterns: &[r"\p{N}"], as_gpt2: true, ..Split::PLAIN }
+            }
+            "llama3" | "llama-v3" | "llama-bpe" | "pixtral" | "falcon3" | "lfm2" => {
+                Split { patterns: &[UP_TO_THREE_DIGITS], ignores_merges: true, adds_bos: true, ..Split::PLAIN }
+            }
+            "dbrx" | "smaug-bpe" | "chatglm-bpe" => Split { patterns: &[UP_TO_THREE_DIGITS], ..Split::PLAIN },
+            "glm4" => Split { patterns: &[UP_TO_THREE_DIGITS], ignores_merges: true, ..Split::PLAIN },
+            "qwen2" | "deepseek-r1-qwen" => {
+                Split { patterns: &[ONE_DIGIT], composed: true, ..Split::PLAIN }
+            }
+            "stablelm2" | "hunyuan" => Split { patterns: &[ONE_DIGIT], ..Split::PLAIN },
+            "deepseek-llm" => Split { patterns: DEEPSEEK_LLM, ..Split::PLAIN },
+            "deepseek-coder" => Split { patterns: DEEPSEEK_CODER, ..Split::PLAIN },
+            "deepseek-v3" => Split { patterns: DEEPSEEK_V3, ..Split::PLAIN },
+            "gpt-4o" | "llama4" | "minimax-m2" => Split { patterns: &[GPT_4O], ..Split::PLAIN },
+            "tekken" => Split { patterns: &[TEKKEN], ignores_merges: true, ..Split::PLAIN },
+            other => {
+                return Err(QuantError::new(format!(
+                    "its tokenizer cuts words by the rule `{other}`, which is not known; use the folder of the unconverted \
+                     model for texts"
+                )));
+            }
+        })
+    }
+}
+
+/// Words with what stands before them, at most three digits, signs, line ends, spaces.
+const UP_TO_THREE_DIGITS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The same, every digit alone.
+const ONE_DIGIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+const DEEPSEEK_LLM: &[&str] = &[
+    r"[\r\n]",
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    r"[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}",
+];
+
+const DEEPSEEK_CODER: &[&str] =
+    &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"];
+
+const DEEPSEEK_V3: &[&str] = &[
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
+];
+
+#[cfg(test)]
+mod tests;
