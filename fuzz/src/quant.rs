@@ -4,9 +4,11 @@ use epsmoe_quant::gguf::Gguf;
 use epsmoe_quant::{
     CodedTensor, Hints, QuantConfig, QuantError, Rows, StoredTensor, StoredTensors, StoredType,
 };
+use epsmoe_text::Tokenizer;
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
+use std::path::Path;
 
 /// `quantization_config` of config.json.
 pub fn quantisation_config(bytes: &[u8]) {
@@ -22,7 +24,11 @@ pub fn gguf(bytes: &[u8]) {
         return;
     };
     says_one_line(header.config());
-    says_one_line(header.tokenizer());
+    if let Ok(Some(tokenizer)) = Tokenizer::of_gguf(&header, Path::new("untrusted.gguf")) {
+        let ids = tokenizer.encode_special("Héllo 1234 <s>\n").unwrap_or_default();
+        // Either may fail, but neither may panic.
+        let _ = tokenizer.decode(&ids, true);
+    }
     let file = File {
         bytes,
         tensors: &|name| {

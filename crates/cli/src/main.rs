@@ -1,8 +1,8 @@
 //! The program `epsmoe`: Mixture-of-Experts inference with an expert pipeline.
 //!
 //! In reading order: `args` (what was typed), `setup` (what it means: a model, a world of ranks, engines), `prompt`
-//! (texts and conversations), one file per command in `commands`. Beside them: `locate` (where a model is), `watch` (how far loading is), `tensors` (writing
-//! safetensors), `output` (what goes to the terminal and to files), `machine` and `memory` (what this computer is, and
+//! (texts and conversations), one file per command in `commands`. Beside them: `locate` (where a model is), `watch` (how far loading is), `tensors` and `unfinished` (writing
+//! checkpoints), `output` (what goes to the terminal and to files), `machine` and `memory` (what this computer is, and
 //! what of it this process may use), `client` (asking a server).
 
 mod args;
@@ -16,6 +16,7 @@ mod prompt;
 mod report;
 mod setup;
 mod tensors;
+mod unfinished;
 mod watch;
 
 use args::{BenchCommand, Cli, Command};
@@ -65,6 +66,8 @@ fn run(command: &Command) -> anyhow::Result<()> {
         Command::Plan(args) => commands::plan::run(args),
         Command::Profile(args) => commands::profile::run(args),
         Command::Synth(args) => commands::synth::run(args),
+        Command::Convert(args) => commands::convert::run(args),
+        Command::Eval(args) => commands::eval::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
         Command::Kernels(args) => commands::kernels::run(args),
         Command::Completions(args) => commands::completions::run(args),

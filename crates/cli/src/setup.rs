@@ -262,9 +262,17 @@ impl Setup {
         Self::of(args, None)
     }
 
+    /// The same with another model in the place of this one.
+    pub(crate) fn with_model(args: &RunArgs, model: &str) -> Result<Self> {
+        Self::settled(args, None, OpenModel::open(&ModelArgs::of(model), args.seed, Quantisation::Auto)?)
+    }
+
     /// The same for one rank of a world whose other ranks are emulated: attention whole, experts spread.
     pub(crate) fn of(args: &RunArgs, emulated: Option<OneOf>) -> Result<Self> {
-        let model = OpenModel::open(&args.model, args.seed, args.quantization)?;
+        Self::settled(args, emulated, OpenModel::open(&args.model, args.seed, args.quantization)?)
+    }
+
+    fn settled(args: &RunArgs, emulated: Option<OneOf>, model: OpenModel) -> Result<Self> {
         let parallel = match emulated {
             Some(_) => Parallel { tensor: 1, data: None, experts: Experts::Ep },
             None => parallel(args),

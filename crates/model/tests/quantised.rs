@@ -86,22 +86,20 @@ fn quantised(target: Target) -> Quantised {
         }
     }
     let folder = TempDir::new().unwrap();
-    write(folder.path(), &stored, &target.config().unwrap());
+    write(folder.path(), &stored, &target.config(&[]));
     Quantised { folder, stored, spec }
 }
-
-const TARGETS: [Target; 3] = [Target::Fp8PerBlock, Target::Mxfp4, Target::Int4];
 
 #[test]
 fn parts_are_what_their_codes_mean() {
     let seed = env::test_seed();
     println!("EPSMOE_TEST_SEED={seed}");
     let mut mix = Mix::new(seed);
-    for target in TARGETS {
+    for target in Target::ALL {
         let Quantised { folder, stored, spec } = quantised(target);
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         assert_eq!(checkpoint.check(&spec).unwrap(), None, "{target}: every tensor is used");
-        let hints = QuantConfig::parse(&target.config().unwrap()).unwrap().hints;
+        let hints = QuantConfig::parse(&target.config(&[])).unwrap().hints;
         let mut coded_parts = 0;
         for part in spec.parts() {
             let located = spec.locate(part);
@@ -129,7 +127,7 @@ fn parts_are_what_their_codes_mean() {
 fn refused(target: Target, quantisation: Option<&Value>, change: impl FnOnce(&mut Memory)) -> String {
     let Quantised { folder, mut stored, spec } = quantised(target);
     change(&mut stored);
-    write(folder.path(), &stored, quantisation.unwrap_or(&target.config().unwrap()));
+    write(folder.path(), &stored, quantisation.unwrap_or(&target.config(&[])));
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let read = |part: Part| checkpoint.read(&spec.locate(part), &Window::whole()).err();
     let error = checkpoint.check(&spec).err().or_else(|| spec.parts().find_map(read)).unwrap();

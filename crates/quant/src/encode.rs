@@ -1,15 +1,15 @@
 //! Weights become codes: the tensors that a checkpoint would keep of them, and what they lost.
 
 use crate::element::{E2M1, E2M1_MAX, E4M3_MAX, e8m0, to_e2m1, to_e4m3};
-use crate::{GgmlType, QuantError, StoredTensor, StoredType};
-use half::{bf16, f16};
+use crate::{QuantError, StoredTensor, StoredType};
+use half::bf16;
 use serde_json::{Value, json};
 use std::fmt;
 
 /// Rows and columns of a block of FP8.
 const FP8_BLOCK: usize = 128;
 
-/// Columns that share a scale in MXFP4 and Q8_0.
+/// Columns that share a scale in MXFP4, INT4 and Q8_0.
 const GROUP: usize = 32;
 
 /// A coding that weights can be brought into.
@@ -21,7 +21,8 @@ pub enum Target {
     Mxfp4,
     /// Four bits from −8 to 7, a bfloat16 scale for 32 weights of a row, as `compressed-tensors` has it.
     Int4,
-    /// Signed bytes, a half-precision scale for 32 weights of a row: blocks of GGUF.
+    /// Signed bytes, a scale for 32 weights of a row, as GGUF's Q8_0: four a word with a bfloat16 scale, as
+    /// `compressed-tensors` has them.
     Q8_0,
 }
 
@@ -34,33 +35,59 @@ impl Target {
         Target::ALL.into_iter().find(|target| target.to_string() == name)
     }
 
-    /// `quantization_config` of a checkpoint whose matrices are coded so; none for GGUF, which has no config.json.
-    pub fn config(self) -> Option<Value> {
-        let compressed = |format: &str, weights: Value| {
-            let group = json!({"targets": ["Linear"], "input_activations": null, "weights": weights});
+    /// `quantization_config` of a checkpoint whose matrices are coded so, but for those of modules that stay as they are.
+    pub fn config(self, plain: &[String]) -> Value {
+        let compressed = |format: &str, bits: usize, kind: &str| {
+            let weights = json!({
+                "num_bits": bits, "type": kind, "strategy": "group", "group_size": GROUP, "symmetric": true, "dynamic": false,
+            });
+            let group = json!({
+                "targets": ["Linear"], "input_activations": null, "output_activations": null, "weights": weights,
+            });
             json!({
                 "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
-                "config_groups": {"group_0": group}, "ignore": [],
-            })
-        };
-        let weights = |kind: &str| {
-            json!({
-                "num_bits": 4, "type": kind, "strategy": "group", "group_size": GROUP, "symmetric": true, "dynamic": false,
+                "kv_cache_scheme": null, "config_groups": {"group_0": group}, "ignore": plain,
             })
         };
         match self {
-            Target::Fp8PerBlock => Some(json!({
+            Target::Fp8PerBlock => json!({
                 "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-                "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-            })),
-            Target::Mxfp4 => Some(compressed("mxfp4-pack-quantized", weights("float"))),
-            Target::Int4 => Some(compressed("pack-quantized", weights("int"))),
-            Target::Q8_0 => None,
+                "weight_block_size": [FP8_BLOCK, FP8_BLOCK], "modules_to_not_convert": plain,
+            }),
+            Target::Mxfp4 => compressed("mxfp4-pack-quantized", 4, "float"),
+            Target::Int4 => compressed("pack-quantized", 4, "int"),
+            Target::Q8_0 => compressed("pack-quantized", 8, "int"),
         }
     }
 
-    /// Codes a matrix of rows of `columns` finite weights. `name` is what a plain checkpoint calls it, and ends with
-    /// `.weight`.
+    /// Whether a matrix of so many columns has such codes: groups must be whole.
+    pub fn fits(self, columns: usize) -> bool {
+        self == Target::Fp8PerBlock || columns.is_multiple_of(GROUP)
+    }
+
+    /// The tensors that a matrix `[rows, columns]` becomes: their names, formats and shapes. `name` is what a plain
+    /// checkpoint calls it.
+    pub fn tensors(self, name: &str, [rows, columns]: [usize; 2]) -> Vec<(String, StoredTensor)> {
+        let stem = name.strip_suffix(".weight").unwrap_or(name);
+        let tensor = |name: String, dtype, shape: &[usize]| (name, StoredTensor { dtype, shape: shape.to_vec() });
+        let packed = |dtype, columns| tensor(format!("{stem}.weight_packed"), dtype, &[rows, columns]);
+        let scales = |dtype| tensor(format!("{stem}.weight_scale"), dtype, &[rows, columns / GROUP]);
+        let shape = || tensor(format!("{stem}.weight_shape"), StoredType::I64, &[2]);
+        match self {
+            Target::Fp8PerBlock => {
+                let grid = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
+                vec![
+                    tensor(name.to_owned(), StoredType::E4M3, &[rows, columns]),
+                    tensor(format!("{name}_scale_inv"), StoredType::F32, &grid),
+                ]
+            }
+            Target::Mxfp4 => vec![packed(StoredType::U8, columns / 2), scales(StoredType::U8)],
+            Target::Int4 => vec![packed(StoredType::I32, columns / 8), scales(StoredType::BF16), shape()],
+            Target::Q8_0 => vec![packed(StoredType::I32, columns / 4), scales(StoredType::BF16), shape()],
+        }
+    }
+
+    /// Codes a matrix of rows of `columns` finite weights: its [`tensors`](Target::tensors).
     pub fn encode(self, name: &str, weights: &[f32], columns: usize) -> Result<Vec<Encoded>, QuantError> {
         assert!(
             columns > 0 && weights.len().is_multiple_of(columns),
@@ -71,20 +98,20 @@ impl Target {
             let (row, column, value) = (i / columns, i % columns, weights[i]);
             return refused(format!("row {row}, column {column} is {value}, which no coding has"));
         }
-        let whole = if self == Target::Fp8PerBlock { 1 } else { GROUP };
-        if !columns.is_multiple_of(whole) {
+        if !self.fits(columns) {
             return refused(format!(
-                "{self} needs whole groups of {whole} columns, of which it has {columns}"
+                "{self} needs whole groups of {GROUP} columns, of which it has {columns}"
             ));
         }
-        let stem = name.strip_suffix(".weight").unwrap_or(name);
-        let rows = weights.len() / columns;
-        Ok(match self {
-            Target::Fp8PerBlock => fp8_per_block(name, weights, [rows, columns]),
-            Target::Mxfp4 => mxfp4(stem, weights, [rows, columns]),
-            Target::Int4 => int4(stem, weights, [rows, columns]),
-            Target::Q8_0 => q8_0(name, weights, [rows, columns]),
-        })
+        let shape = [weights.len() / columns, columns];
+        let bytes = match self {
+            Target::Fp8PerBlock => fp8_per_block(weights, shape),
+            Target::Mxfp4 => mxfp4(weights),
+            Target::Int4 => int4(weights, shape),
+            Target::Q8_0 => q8_0(weights, shape),
+        };
+        let tensors = self.tensors(name, shape).into_iter().zip(bytes);
+        Ok(tensors.map(|((name, tensor), bytes)| Encoded { name, tensor, bytes }).collect())
     }
 }
 
@@ -108,12 +135,6 @@ pub struct Encoded {
     pub tensor: StoredTensor,
     /// Its bytes.
     pub bytes: Vec<u8>,
-}
-
-impl Encoded {
-    fn new(name: String, dtype: StoredType, shape: &[usize], bytes: Vec<u8>) -> Encoded {
-        Encoded { name, tensor: StoredTensor { dtype, shape: shape.to_vec() }, bytes }
-    }
 }
 
 /// What coding has changed.
@@ -151,7 +172,7 @@ fn squared(number: f32) -> f64 {
     f64::from(number).powi(2)
 }
 
-fn fp8_per_block(name: &str, weights: &[f32], [rows, columns]: [usize; 2]) -> Vec<Encoded> {
+fn fp8_per_block(weights: &[f32], [rows, columns]: [usize; 2]) -> Vec<Vec<u8>> {
     let grid = [rows.div_ceil(FP8_BLOCK), columns.div_ceil(FP8_BLOCK)];
     let mut codes = vec![0; weights.len()];
     let mut scales = Vec::with_capacity(grid[0] * grid[1] * 4);
@@ -171,10 +192,7 @@ fn fp8_per_block(name: &str, weights: &[f32], [rows, columns]: [usize; 2]) -> Ve
             }
         }
     }
-    vec![
-        Encoded::new(name.to_owned(), StoredType::E4M3, &[rows, columns], codes),
-        Encoded::new(format!("{name}_scale_inv"), StoredType::F32, &grid, scales),
-    ]
+    vec![codes, scales]
 }
 
 fn pairs(codes: impl ExactSizeIterator<Item = u8>, into: &mut Vec<u8>) {
@@ -187,7 +205,7 @@ fn pairs(codes: impl ExactSizeIterator<Item = u8>, into: &mut Vec<u8>) {
     }
 }
 
-fn mxfp4(stem: &str, weights: &[f32], [rows, columns]: [usize; 2]) -> Vec<Encoded> {
+fn mxfp4(weights: &[f32]) -> Vec<Vec<u8>> {
     let mut codes = Vec::with_capacity(weights.len() / 2);
     let mut scales = Vec::with_capacity(weights.len() / GROUP);
     for group in weights.chunks_exact(GROUP) {
@@ -195,10 +213,7 @@ fn mxfp4(stem: &str, weights: &[f32], [rows, columns]: [usize; 2]) -> Vec<Encode
         scales.push(scale);
         pairs(group.iter().map(|&weight| to_e2m1(weight / e8m0(scale))), &mut codes);
     }
-    vec![
-        Encoded::new(format!("{stem}.weight_packed"), StoredType::U8, &[rows, columns / 2], codes),
-        Encoded::new(format!("{stem}.weight_scale"), StoredType::U8, &[rows, columns / GROUP], scales),
-    ]
+    vec![codes, scales]
 }
 
 /// The scale of a group of MXFP4: of the power that brings the largest weight to between 4 and 8, and the next one, under
@@ -218,7 +233,12 @@ fn power_of_two(group: &[f32]) -> u8 {
     if lost(high) < lost(low) { high } else { low }
 }
 
-fn int4(stem: &str, weights: &[f32], [rows, columns]: [usize; 2]) -> Vec<Encoded> {
+/// Rows and columns as a tensor of their own.
+fn as_words(shape: [usize; 2]) -> Vec<u8> {
+    shape.map(|width| (width as i64).to_le_bytes()).concat()
+}
+
+fn int4(weights: &[f32], shape: [usize; 2]) -> Vec<Vec<u8>> {
     let mut codes = Vec::with_capacity(weights.len() / 2);
     let mut scales = Vec::with_capacity(weights.len() / GROUP * 2);
     for group in weights.chunks_exact(GROUP) {
@@ -226,12 +246,7 @@ fn int4(stem: &str, weights: &[f32], [rows, columns]: [usize; 2]) -> Vec<Encoded
         scales.extend(bf16::from_f32(scale).to_le_bytes());
         pairs(group.iter().map(|&weight| (int4_code(weight, scale) + 8.0) as u8), &mut codes);
     }
-    let shape = [rows, columns].map(|width| (width as i64).to_le_bytes()).concat();
-    vec![
-        Encoded::new(format!("{stem}.weight_packed"), StoredType::I32, &[rows, columns / 8], codes),
-        Encoded::new(format!("{stem}.weight_scale"), StoredType::BF16, &[rows, columns / GROUP], scales),
-        Encoded::new(format!("{stem}.weight_shape"), StoredType::I64, &[2], shape),
-    ]
+    vec![codes, scales, as_words(shape)]
 }
 
 /// The whole number from −8 to 7 that is nearest to a weight over its scale.
@@ -258,14 +273,16 @@ fn int4_scale(group: &[f32]) -> f32 {
     best.1
 }
 
-fn q8_0(name: &str, weights: &[f32], [rows, columns]: [usize; 2]) -> Vec<Encoded> {
-    let format = GgmlType::Q8_0;
-    let mut blocks = Vec::with_capacity(weights.len() / GROUP * format.block_bytes());
+/// The largest weight of a group becomes ±127. Bytes are stored plus 128.
+fn q8_0(weights: &[f32], shape: [usize; 2]) -> Vec<Vec<u8>> {
+    let mut codes = Vec::with_capacity(weights.len());
+    let mut scales = Vec::with_capacity(weights.len() / GROUP * 2);
     for group in weights.chunks_exact(GROUP) {
-        let scale = largest(group.iter().copied()) / 127.0;
-        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        blocks.extend(f16::from_f32(scale).to_le_bytes());
-        blocks.extend(group.iter().map(|&weight| (weight * inverse).round() as i8 as u8));
+        let scale = bf16::from_f32(largest(group.iter().copied()) / 127.0);
+        let scale = if scale.to_f32() < f32::MIN_POSITIVE { bf16::ONE } else { scale };
+        scales.extend(scale.to_le_bytes());
+        let code = |&weight: &f32| (weight / scale.to_f32()).round_ties_even().clamp(-128.0, 127.0) + 128.0;
+        codes.extend(group.iter().map(|weight| code(weight) as u8));
     }
-    vec![Encoded::new(name.to_owned(), StoredType::Ggml(format), &[rows, columns], blocks)]
+    vec![codes, scales, as_words(shape)]
 }

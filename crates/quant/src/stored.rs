@@ -53,6 +53,16 @@ impl StoredType {
         elements / block * bytes
     }
 
+    /// The format of weights that are kept as they are.
+    pub fn of(dtype: DType) -> StoredType {
+        match dtype {
+            DType::F32 => StoredType::F32,
+            DType::F16 => StoredType::F16,
+            DType::BF16 => StoredType::BF16,
+            DType::U32 => StoredType::Other("U32"),
+        }
+    }
+
     /// Whether it holds weights as they are.
     pub fn is_plain(self) -> bool {
         self.plain().is_some()

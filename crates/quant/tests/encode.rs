@@ -8,7 +8,7 @@ use epsmoe_quant::{CodedTensor, CodingError, Hints, QuantConfig, Rows, StoredTen
 use support::Memory;
 
 fn hints(target: Target) -> Hints {
-    target.config().map_or_else(Hints::default, |config| QuantConfig::parse(&config).unwrap().hints)
+    QuantConfig::parse(&target.config(&[])).unwrap().hints
 }
 
 fn stored(target: Target, weights: &[f32], columns: usize) -> Memory {
@@ -41,7 +41,7 @@ fn errors_are_those_of_the_formats() {
     let weights = gaussian(&mut mix, rows * columns, 0.02);
     // What the formats lose of normal numbers: 2.6 %, 11.4 % with the first power of two, 9.5 %, 0.54 %.
     for (target, bound) in
-        [(0.028, Target::Fp8PerBlock), (0.112, Target::Mxfp4), (0.093, Target::Int4), (0.0056, Target::Q8_0)]
+        [(0.028, Target::Fp8PerBlock), (0.112, Target::Mxfp4), (0.093, Target::Int4), (0.0059, Target::Q8_0)]
             .map(|(b, t)| (t, b))
     {
         let stored = stored(target, &weights, columns);
@@ -78,9 +78,6 @@ fn extreme_weights_have_codes() {
             vec![3e38; 2 * columns],
             (0..2 * columns).map(|i| if i == 5 { -60_000.0 } else { 0.0 }).collect(),
         ] {
-            if target == Target::Q8_0 && weights[0] > 1e9 {
-                continue; // Beyond any half-precision scale.
-            }
             let back = decoded(target, &stored(target, &weights, columns), 2, columns);
             let close = |(got, want): (&f32, &f32)| (got - want).abs() <= 0.3 * want.abs().max(1e-40);
             assert!(
@@ -103,20 +100,23 @@ fn numbers_that_are_none_and_parts_of_groups_are_refused() {
     assert_eq!(message, "tensor `x.weight`: row 1, column 7 is NaN, which no coding has");
 }
 
-/// Byte for byte what ggml makes of them: blocks.gguf holds no encoder's work, so the numbers are given here.
+/// The largest weight of a group is ±127 of its scale, and bytes are stored plus 128.
 #[test]
-fn q8_0_rounds_half_away_from_zero() {
+fn q8_0_is_bytes_of_a_scale() {
     let mut weights = vec![0.0; 32];
-    weights[..5].copy_from_slice(&[127.0, 0.5, -0.5, 2.5, -126.5]);
-    let block = &Target::Q8_0.encode("x.weight", &weights, 32).unwrap()[0];
-    assert_eq!(block.tensor.dtype, StoredType::Ggml(epsmoe_quant::GgmlType::Q8_0));
-    assert_eq!(block.bytes[..7], [0x00, 0x3c, 127, 1, 255, 3, 129]);
+    weights[..5].copy_from_slice(&[127.0, 0.6, -0.6, 2.4, -126.4]);
+    let [codes, scales, shape] = &Target::Q8_0.encode("x.weight", &weights, 32).unwrap()[..] else {
+        panic!("three tensors")
+    };
+    assert_eq!((codes.name.as_str(), codes.tensor.dtype), ("x.weight_packed", StoredType::I32));
+    assert_eq!(codes.bytes[..6], [255, 129, 127, 130, 2, 128]);
+    assert_eq!((scales.bytes.as_slice(), shape.tensor.shape.as_slice()), (&[0x80, 0x3f][..], &[2][..]));
 }
 
 #[test]
 fn codings_have_names_and_configs() {
     for target in Target::ALL {
         assert_eq!(Target::named(&target.to_string()), Some(target));
-        assert_eq!(target.config().is_some(), target != Target::Q8_0);
+        assert!(QuantConfig::parse(&target.config(&["lm_head".to_owned()])).is_ok(), "{target}");
     }
 }

@@ -37,14 +37,18 @@ impl GgufText {
         path.extension().is_some_and(|ending| ending == "gguf") && path.is_file()
     }
 
-    pub(crate) fn open(path: &Path) -> Result<GgufText, TextError> {
+    /// The header of the file at a path.
+    pub(crate) fn header(path: &Path) -> Result<Gguf, TextError> {
         let (file, length) = open_plain(path).map_err(|error| TextError::file(path, error.to_string()))?;
         let read = |into: &mut [u8], at| file.read_exact_at(into, at).map_err(Failed::Reading);
-        let header = Gguf::read(length, read).map_err(|error| match error {
+        Gguf::read(length, read).map_err(|error| match error {
             Failed::Reading(error) => TextError::file(path, error.to_string()),
             Failed::Refused(error) => TextError::file(path, error.to_string()),
-        })?;
-        GgufText::of(&header).map_err(|error| TextError::file(path, error.to_string()))
+        })
+    }
+
+    pub(crate) fn open(path: &Path) -> Result<GgufText, TextError> {
+        GgufText::of(&GgufText::header(path)?).map_err(|error| TextError::file(path, error.to_string()))
     }
 
     pub(crate) fn of(header: &Gguf) -> Result<GgufText, QuantError> {
@@ -87,7 +91,7 @@ fn config(tokenizer: &Tokenizer) -> Map<String, Value> {
 fn described(tokenizer: &Tokenizer) -> Result<Value, QuantError> {
     let parts = match tokenizer.model.as_str() {
         "gpt2" => byte_level(tokenizer)?,
-        "llama" => sentence_pieces(tokenizer),
+        "llama" => sentence_pieces(tokenizer)?,
         "t5" => unigrams(tokenizer),
         other => {
             return Err(QuantError::new(format!(
@@ -199,7 +203,7 @@ fn byte_level(tokenizer: &Tokenizer) -> Result<Parts, QuantError> {
 const SPACE: &str = "▁";
 
 /// BPE over scores: of two neighbours whose union is a token, those with the best one become one first.
-fn sentence_pieces(tokenizer: &Tokenizer) -> Parts {
+fn sentence_pieces(tokenizer: &Tokenizer) -> Result<Parts, QuantError> {
     let prefix = tokenizer.add_space_prefix.unwrap_or(true);
     let spaces = json!({ "type": "Replace", "pattern": { "String": " " }, "content": SPACE });
     let prepend = json!({ "type": "Prepend", "prepend": SPACE });
@@ -212,17 +216,17 @@ fn sentence_pieces(tokenizer: &Tokenizer) -> Parts {
     if prefix {
         decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
     }
-    Parts {
+    Ok(Parts {
         normalizer: json!({ "type": "Sequence", "normalizers": normalizers }),
         pre_tokenizer: Value::Null,
         decoder: json!({ "type": "Sequence", "decoders": decoders }),
         model: json!({
             "type": "BPE", "dropout": null, "unk_token": unknown(tokenizer), "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-            "vocab": vocabulary(tokenizer), "merges": merges(tokenizer),
+            "vocab": vocabulary(tokenizer), "merges": merges(tokenizer)?,
         }),
         adds_bos: true,
-    }
+    })
 }
 
 /// The token for what has none.
@@ -234,10 +238,12 @@ fn unknown(tokenizer: &Tokenizer) -> Option<&str> {
 
 /// Bytes of the longest token that is made of others. SentencePiece's own limit is sixteen characters.
 const LONGEST_MERGED: usize = 256;
+/// Ways to make tokens of two others. The largest vocabularies have half a million.
+const MOST_MERGES: usize = 1 << 22;
 
 /// Every way to make a token of two, those of the best score first; of equal ones the longer left part, and then the
 /// longer right part, as the converters of `transformers` have them.
-fn merges(tokenizer: &Tokenizer) -> Vec<Value> {
+fn merges(tokenizer: &Tokenizer) -> Result<Vec<Value>, QuantError> {
     let merged = |id: usize| !matches!(tokenizer.kinds.get(id), Some(TokenKind::Control | TokenKind::Unknown | TokenKind::Byte));
     let ids: HashMap<&str, usize> =
         tokenizer.tokens.iter().enumerate().filter(|(id, _)| merged(*id)).map(|(id, token)| (token.as_str(), id)).collect();
@@ -253,13 +259,17 @@ fn merges(tokenizer: &Tokenizer) -> Vec<Value> {
                 found.push((score, id, left, right));
             }
         }
+        if found.len() > MOST_MERGES {
+            let problem = format!("its tokens can be made of others in more than {MOST_MERGES} ways; do not trust this model");
+            return Err(QuantError::new(problem));
+        }
     }
     let length = |text: &str| text.chars().count();
     found.sort_by(|a, b| {
         let best = b.0.total_cmp(&a.0).then(length(b.2).cmp(&length(a.2))).then(length(b.3).cmp(&length(a.3)));
         best.then(a.1.cmp(&b.1))
     });
-    found.into_iter().map(|(_, _, left, right)| json!([left, right])).collect()
+    Ok(found.into_iter().map(|(_, _, left, right)| json!([left, right])).collect())
 }
 
 /// SentencePiece's other kind: the likeliest way to cut a text.

@@ -4,6 +4,7 @@ use crate::bounds::{self, Growth};
 use crate::token_bytes::{Decoding, Spelling};
 use crate::gguf::GgufText;
 use crate::{SpecialTokens, TextError, files};
+use epsmoe_quant::gguf::Gguf;
 use serde_json::Map;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -36,13 +37,18 @@ impl Tokenizer {
     /// file; nothing if there is none.
     pub fn open(folder: &Path) -> Result<Option<Self>, TextError> {
         if GgufText::is_at(folder) {
-            let text = GgufText::open(folder)?;
-            let special = SpecialTokens::of(&text.config, &Map::new());
-            return text.tokenizer.map(|it| Tokenizer::parse(&it, folder, &special)).transpose();
+            return Tokenizer::of_gguf(&GgufText::header(folder)?, folder);
         }
         let path = folder.join(FILE);
         let Some(text) = files::read(&path, LIMIT)? else { return Ok(None) };
         Tokenizer::parse(&text, &path, &SpecialTokens::open(folder)?).map(Some)
+    }
+
+    /// Builds what the header of the GGUF file at `path` describes; nothing if it has no vocabulary.
+    pub fn of_gguf(header: &Gguf, path: &Path) -> Result<Option<Self>, TextError> {
+        let text = GgufText::of(header).map_err(|error| TextError::file(path, error.to_string()))?;
+        let special = SpecialTokens::of(&text.config, &Map::new());
+        text.tokenizer.map(|it| Tokenizer::parse(&it, path, &special)).transpose()
     }
 
     /// Reads the text of the tokenizer.json at `path`.

@@ -7,6 +7,7 @@
 mod bench;
 mod client;
 mod config_file;
+mod eval;
 mod generate;
 mod plan;
 mod run;
@@ -21,7 +22,8 @@ pub(crate) use generate::{GenerateArgs, LogitsArgs, SamplingArgs, TextArgs, Toke
 pub(crate) use plan::{PlanArgs, ProfileArgs};
 pub(crate) use run::{ModelArgs, RunArgs};
 pub(crate) use serve::{CacheArgs, LogFormat, MetricsCompat, ServeArgs};
-pub(crate) use tools::{CompletionsArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
+pub(crate) use eval::{EvalArgs, EvalCommand, PerplexityArgs};
+pub(crate) use tools::{CompletionsArgs, ConvertArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
 pub(crate) use values::{
     ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, Quantisation, ScheduleKind, SharedExpertPlace, TokenLimit,
 };
@@ -76,6 +78,10 @@ pub(crate) enum Command {
     Profile(ProfileArgs),
     /// Write a checkpoint of random weights
     Synth(SynthArgs),
+    /// Write a checkpoint with its weights in codes of eight or four bits
+    Convert(ConvertArgs),
+    /// Say how well a model predicts a text
+    Eval(EvalArgs),
     /// Say what this machine is and what works on it
     Doctor(DoctorArgs),
     /// Compile GPU kernels ahead of their first use

@@ -3,6 +3,7 @@
 use super::values::ByteSize;
 use clap::builder::BoolishValueParser;
 use clap::{Args, Subcommand};
+use epsmoe_quant::Target;
 use std::path::PathBuf;
 
 #[derive(Args, Debug)]
@@ -26,6 +27,44 @@ pub(crate) struct SynthArgs {
     /// Largest weights file, like 500MB or 5GB
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     pub(crate) max_shard_size: ByteSize,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+fp8_per_block is FP8 with a scale for 128 × 128 weights; mxfp4, int4 and q8_0 have a scale for 32 weights of a row and are \
+written as compressed-tensors has them. Routers, norms, embeddings and the output projection stay as they are. A command \
+that was interrupted goes on where it was.
+
+Examples:
+  epsmoe convert --quantization int4 ./Qwen3-30B-A3B ./Qwen3-30B-A3B-int4
+  epsmoe eval perplexity text.txt --model ./Qwen3-30B-A3B-int4 --reference ./Qwen3-30B-A3B")]
+pub(crate) struct ConvertArgs {
+    /// fp8_per_block, mxfp4, int4 or q8_0
+    #[arg(short, long, value_name = "CODING", value_parser = coding)]
+    pub(crate) quantization: Target,
+
+    /// A folder with config.json and safetensors weights, or org/name of a model in the Hugging Face cache
+    #[arg(value_name = "IN")]
+    pub(crate) input: String,
+
+    /// A new or empty folder
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+
+    /// Branch, tag or commit of a model in the Hugging Face cache
+    #[arg(long, env = "EPSMOE_REVISION", default_value = "main")]
+    pub(crate) revision: String,
+
+    /// Largest weights file, like 500MB or 5GB
+    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    pub(crate) max_shard_size: ByteSize,
+}
+
+fn coding(name: &str) -> Result<Target, String> {
+    Target::named(name).ok_or_else(|| {
+        let known = Target::ALL.map(|target| target.to_string()).join(", ");
+        format!("`{name}` is not known: write one of {known}")
+    })
 }
 
 #[derive(Args, Debug)]

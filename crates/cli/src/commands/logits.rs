@@ -5,8 +5,9 @@ use crate::output;
 use crate::setup::{Demand, Setup};
 use crate::tensors::{TensorPlan, write_header};
 use anyhow::Result;
-use epsmoe_base::{Bytes, DType, count};
+use epsmoe_base::{Bytes, count};
 use epsmoe_engine::Request;
+use epsmoe_quant::StoredType;
 
 /// Runs the prompt and writes `logits` [T, V].
 pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
@@ -17,7 +18,7 @@ pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
     let options =
         setup.engine_options(Demand { sequences: 1, tokens, step: tokens }, setup.parallel, &setup.policy)?;
     request.check(vocabulary, options.max_model_len)?;
-    let tensor = TensorPlan { name: "logits".into(), dtype: DType::F32, shape: vec![tokens, vocabulary] };
+    let tensor = TensorPlan { name: "logits".into(), dtype: StoredType::F32, shape: vec![tokens, vocabulary] };
     // The engine collects them before they are written.
     setup
         .check_room(format_args!("logits of {}", count(tokens, "token")), tensor.bytes().saturating_mul(2))?;

@@ -8,5 +8,6 @@ mod conversations;
 mod errors;
 mod hostile;
 mod places;
+mod quantised;
 mod serve;
 mod signals;

@@ -172,7 +172,10 @@ fn quantised() {
 
 #[test]
 fn gguf() {
-    spoil_all("GGUF file", &coded("gguf"), readers::gguf);
+    // One with a model and a vocabulary in its header, too.
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/gguf/dbrx_clip.gguf");
+    let files = [coded("gguf"), vec![std::fs::read(fixture).unwrap()]].concat();
+    spoil_all("GGUF file", &files, readers::gguf);
 }
 
 #[test]

@@ -19,6 +19,7 @@ use epsmoe_base::files::{open_plain, read_plain};
 use epsmoe_base::text::{printable, shortened};
 use epsmoe_device::{TensorBytes, WeightShape};
 use epsmoe_quant::{CodedTensor, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType};
+use half::{bf16, f16};
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -205,6 +206,17 @@ impl Tensor {
     /// For a backend to load.
     pub fn as_bytes(&self) -> TensorBytes<'_> {
         TensorBytes { dtype: self.dtype, bytes: &self.bytes }
+    }
+
+    /// Its elements, which are weights.
+    pub fn floats(&self) -> Vec<f32> {
+        let (pairs, _) = self.bytes.as_chunks();
+        let (quads, _) = self.bytes.as_chunks();
+        match self.dtype {
+            DType::BF16 => pairs.iter().map(|&pair| bf16::from_le_bytes(pair).to_f32()).collect(),
+            DType::F16 => pairs.iter().map(|&pair| f16::from_le_bytes(pair).to_f32()).collect(),
+            _ => quads.iter().map(|&quad| f32::from_le_bytes(quad)).collect(),
+        }
     }
 
     /// Rows become columns, of a tensor of two dimensions.

@@ -41,6 +41,9 @@ impl Gguf {
     }
 }
 
+/// More layers than any model has; a header may claim any number.
+const MOST_LAYERS: u64 = 1 << 16;
+
 /// Keys gathered so far.
 struct Draft<'a> {
     file: &'a Gguf,
@@ -131,6 +134,14 @@ impl Draft<'_> {
         Ok(())
     }
 
+    /// Layers without a router have a dense MLP.
+    fn dense_layers(&mut self) -> Result<(), QuantError> {
+        let layers = 0..self.required("block_count")?.min(MOST_LAYERS);
+        let dense = layers.filter(|layer| !self.has(&format!("blk.{layer}.ffn_gate_inp.weight")));
+        self.set("mlp_only_layers", dense.collect::<Vec<_>>());
+        Ok(())
+    }
+
     /// How rotary embedding is stretched.
     fn scaling(&mut self) -> Result<(), QuantError> {
         let key = format!("{}.rope.scaling.type", self.architecture);
@@ -189,6 +200,7 @@ impl Draft<'_> {
         self.set("shared_expert_intermediate_size", shared);
         self.set("qkv_bias", self.has("blk.0.attn_q.bias"));
         self.set("norm_topk_prob", false);
+        self.dense_layers()?;
         Ok(self.keys)
     }
 
@@ -199,6 +211,7 @@ impl Draft<'_> {
         self.set("moe_intermediate_size", self.required("expert_feed_forward_length")?);
         self.set("attention_bias", self.has("blk.0.attn_q.bias"));
         self.set("norm_topk_prob", true);
+        self.dense_layers()?;
         Ok(self.keys)
     }
 
@@ -295,7 +308,7 @@ impl Draft<'_> {
         self.set("intermediate_size", self.required("expert_feed_forward_length")?);
         self.set("attention_bias", true);
         self.set("sliding_window", self.required("attention.sliding_window")?);
-        let layers = self.required("block_count")?.min(1 << 16);
+        let layers = self.required("block_count")?.min(MOST_LAYERS);
         let kind = |layer: u64| if layer.is_multiple_of(2) { "sliding_attention" } else { "full_attention" };
         self.set("layer_types", (0..layers).map(kind).collect::<Vec<_>>());
         self.set("swiglu_limit", 7.0);

@@ -1,0 +1,242 @@
+//! `epsmoe convert`: a checkpoint in codes, as others read it too.
+
+use crate::args::{ConvertArgs, ModelArgs};
+use crate::locate::{Place, locate};
+use crate::output;
+use crate::tensors::{TensorPlan, write_header};
+use crate::unfinished::{Shard, Unfinished, bytes_of, shards, write_index};
+use anyhow::{Context, Result, anyhow, bail};
+use epsmoe_base::files::read_plain;
+use epsmoe_base::{Bytes, count, json};
+use epsmoe_model::config::{self, Config};
+use epsmoe_model::{Checkpoint, LayerPart, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file};
+use epsmoe_quant::{StoredTensor, StoredType, Target};
+use indicatif::ProgressBar;
+use serde_json::{Map, Value};
+use std::io::{self, Write};
+use std::path::Path;
+
+/// Endings of files that a model's folder has beside its weights: tokenizers, templates, settings, code, licences.
+const COPIED: [&str; 8] = ["json", "jinja", "txt", "model", "tiktoken", "py", "md", "LICENSE"];
+/// Files that say something about the weights that is no longer true.
+const LEFT: [&str; 5] = [
+    config::FILE,
+    "model.safetensors.index.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+];
+const TEMPLATES: &str = "additional_chat_templates";
+/// Bytes that such a file may have.
+const FILE_LIMIT: u64 = 256 << 20;
+
+/// A stored tensor of the new checkpoint's plain twin, and what becomes of it.
+struct Item {
+    name: String,
+    /// Rows and columns; a vector is one column.
+    shape: [usize; 2],
+    /// What it is made of, and the first row and the distance of rows of each.
+    parts: Vec<(Part, usize, usize)>,
+    /// What it is stored as.
+    coding: Option<Target>,
+    tensors: Vec<TensorPlan>,
+}
+
+impl Item {
+    fn tensors(&self) -> &[TensorPlan] {
+        &self.tensors
+    }
+}
+
+/// Writes the weights, then config.json: a folder without it is not finished.
+pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
+    let model = ModelArgs { revision: args.revision.clone(), ..ModelArgs::of(&args.input) };
+    let Place::Folder(folder) = locate(&model.model, &model.revision)? else {
+        bail!("{} has no files: write them with `epsmoe synth` first", args.input);
+    };
+    if gguf_file(&folder)?.is_some() {
+        bail!("{} is a GGUF file: give the folder of the model that it was made of", folder.display());
+    }
+    let Config { spec, remarks, .. } = Config::read(&folder)?;
+    let weights = Checkpoint::open(&folder)?;
+    remarks.iter().chain(&weights.check(&spec)?).for_each(output::warn);
+    let items = items(&spec, &weights, args.quantization)?;
+    let coded = items.iter().filter(|item| item.coding.is_some()).count();
+    if coded == 0 {
+        bail!("no matrix of {} has rows of whole groups of 32: {} has no codes for it", args.input, args.quantization);
+    }
+    let config = new_config(&folder, &items, args.quantization)?;
+    let shards = shards(items, args.max_shard_size.0, Item::tensors);
+    let total = shards.iter().map(|shard| bytes_of(&shard.items, Item::tensors)).sum();
+
+    let (from, most) = (folder.display(), args.max_shard_size.0);
+    let made = format!("{from} as {}, files of {most} bytes\n{config}", args.quantization);
+    let unfinished = Unfinished::open(&args.out, "convert", &made)?;
+    let progress = output::byte_bar(format!("writing {}", args.out.display()), total);
+    for shard in &shards {
+        let file = args.out.join(&shard.file);
+        // Files get their names when they are whole.
+        if file.exists() {
+            progress.inc(bytes_of(&shard.items, Item::tensors));
+            continue;
+        }
+        output::write_file(&file, |out| write_shard(&spec, &weights, shard, out, &progress))?;
+    }
+    progress.finish_and_clear();
+    write_index(&args.out, &shards, Item::tensors)?;
+    copy_files(&folder, &args.out)?;
+    output::write_file(&args.out.join(config::FILE), |out| out.write_all(config.as_bytes()))?;
+    unfinished.finish()?;
+    output::remark(format_args!(
+        "wrote {} as {}: {} in codes, {} in {}, to {}",
+        args.input,
+        args.quantization,
+        count(coded, "map"),
+        Bytes(total),
+        count(shards.len(), "file"),
+        args.out.display()
+    ));
+    Ok(())
+}
+
+/// Whether a part is one of the maps that are coded: routers, norms, embeddings and the output stay as they are.
+fn is_coded(part: Part) -> bool {
+    use LayerPart::*;
+    let Part::Layer(_, part) = part else { return false };
+    matches!(
+        part,
+        Query | Key | Value | Output | QueryDown | QueryUp | KvDown | KeyUp(_) | ValueUp(_) | Expert(..) | Shared(_)
+            | Dense(_) | Residual(_)
+    )
+}
+
+/// The tensors of the model under the names that its architecture is published with.
+fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<Item>> {
+    let mut items: Vec<Item> = Vec::new();
+    for part in spec.parts() {
+        let located = spec.locate(part);
+        let to = &located.sources[0];
+        let place = (part, to.first_row, to.row_step);
+        // Parts of one tensor follow each other, but for those of all experts.
+        if let Some(item) = items.iter_mut().rev().take(MOST_BETWEEN).find(|item| item.name == to.name) {
+            item.parts.push(place);
+            continue;
+        }
+        let Some((_, kept)) = weights.kept(&located)? else {
+            bail!("there is no tensor `{}`: this is a bug", to.name);
+        };
+        let columns = if to.shape.len() < 2 { 1 } else { to.shape[to.shape.len() - 1] };
+        let shape = [to.shape.iter().product::<usize>() / columns.max(1), columns];
+        let coding = Some(target).filter(|target| is_coded(part) && to.shape.len() == 2 && target.fits(columns));
+        let tensors = match coding {
+            Some(target) => target.tensors(&to.name, shape),
+            None => {
+                let dtype = StoredType::of(kept.dtype());
+                vec![(to.name.clone(), StoredTensor { dtype, shape: to.shape.clone() })]
+            }
+        };
+        let plan = |(name, tensor): (String, StoredTensor)| TensorPlan {
+            name,
+            dtype: tensor.dtype,
+            shape: tensor.shape,
+        };
+        let tensors = tensors.into_iter().map(plan).collect();
+        items.push(Item { name: to.name.clone(), shape, parts: vec![place], coding, tensors });
+    }
+    Ok(items)
+}
+
+/// Tensors of a layer that parts of one may be apart: three of all experts are filled in turns.
+const MOST_BETWEEN: usize = 4;
+
+/// config.json, with how the weights are coded now.
+fn new_config(folder: &Path, items: &[Item], target: Target) -> Result<String> {
+    let path = folder.join(config::FILE);
+    let text = read_plain(&path, config::FILE_LIMIT).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut keys: Map<String, Value> = serde_json::from_slice(&json::from_python(&text))
+        .with_context(|| format!("{} is not valid JSON", path.display()))?;
+    let plain = items.iter().filter(|item| item.coding.is_none() && item.shape[1] > 1);
+    // Embeddings and norms are no linear maps, which nobody expects to be coded.
+    let modules = plain.filter_map(|item| item.name.strip_suffix(".weight"));
+    let modules = modules.filter(|name| !name.ends_with("embed_tokens") && !name.ends_with("wte"));
+    let modules: Vec<String> = modules.map(str::to_owned).collect();
+    if let Some(Value::Object(inner)) = keys.get_mut("text_config") {
+        inner.remove("quantization_config");
+    }
+    keys.insert("quantization_config".into(), target.config(&modules));
+    Ok(serde_json::to_string_pretty(&keys)? + "\n")
+}
+
+fn write_shard(
+    spec: &ModelSpec,
+    weights: &Checkpoint,
+    shard: &Shard<Item>,
+    out: &mut dyn Write,
+    progress: &ProgressBar,
+) -> io::Result<()> {
+    write_header(out, shard.items.iter().flat_map(|item| &item.tensors))?;
+    for item in &shard.items {
+        let mut write = |bytes: &[u8]| {
+            progress.inc(bytes.len() as u64);
+            out.write_all(bytes)
+        };
+        match item.coding {
+            Some(target) => {
+                let [_, columns] = item.shape;
+                let whole = whole(spec, weights, item).map_err(io::Error::other)?;
+                for coded in target.encode(&item.name, &whole.floats(), columns).map_err(io::Error::other)? {
+                    write(&coded.bytes)?;
+                }
+            }
+            None => write(&whole(spec, weights, item).map_err(io::Error::other)?.bytes)?,
+        }
+    }
+    Ok(())
+}
+
+/// The whole tensor, out of its parts.
+fn whole(spec: &ModelSpec, weights: &Checkpoint, item: &Item) -> Result<Tensor, ModelError> {
+    let mut whole: Option<Tensor> = None;
+    for &(part, first, step) in &item.parts {
+        let located = spec.locate(part);
+        let tensor = weights.read(&located, &Window::whole())?;
+        let tensor = if located.sources[0].transposed { tensor.transposed() } else { tensor };
+        let row = tensor.dtype.bytes() * item.shape[1];
+        let whole = whole.get_or_insert_with(|| Tensor {
+            dtype: tensor.dtype,
+            shape: item.shape.to_vec(),
+            bytes: vec![0; item.shape[0] * row],
+        });
+        let rows = tensor.bytes.chunks_exact(row.max(1));
+        for (i, from) in rows.enumerate() {
+            let at = (first + i * step) * row;
+            whole.bytes[at..at + row].copy_from_slice(from);
+        }
+    }
+    Ok(whole.expect("an item has parts; this is a bug"))
+}
+
+/// What the folder has beside its weights.
+fn copy_files(from: &Path, to: &Path) -> Result<()> {
+    copy_some(from, to)?;
+    if from.join(TEMPLATES).is_dir() {
+        let to = to.join(TEMPLATES);
+        std::fs::create_dir_all(&to).with_context(|| format!("cannot make the folder {}", to.display()))?;
+        copy_some(&from.join(TEMPLATES), &to)?;
+    }
+    Ok(())
+}
+
+fn copy_some(from: &Path, to: &Path) -> Result<()> {
+    let failed = || anyhow!("cannot read the folder {}", from.display());
+    for entry in from.read_dir().with_context(failed)? {
+        let path = entry.with_context(failed)?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        let ending = name.rsplit('.').next().unwrap_or_default();
+        if path.is_file() && COPIED.contains(&ending) && !LEFT.contains(&name) {
+            let bytes = read_plain(&path, FILE_LIMIT).with_context(|| format!("cannot read {}", path.display()))?;
+            output::write_file(&to.join(name), |out| out.write_all(&bytes))?;
+        }
+    }
+    Ok(())
+}

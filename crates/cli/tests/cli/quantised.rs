@@ -1,0 +1,146 @@
+//! Weights in codes, and GGUF files, from the command line.
+
+use crate::common::{Folder, command, fixture, json, printed, refused};
+use safetensors::SafeTensors;
+use std::process::Command;
+
+fn contains(message: &str, part: &str) {
+    assert!(message.contains(part), "{message}\nlacks {part}");
+}
+
+/// Logits of a few tokens.
+fn logits(model: &str, flags: &str) -> Vec<f32> {
+    let folder = Folder::new();
+    let out = folder.text("logits.safetensors");
+    printed(&mut command(&format!("logits --model {model} --ids 5,6,7,300,42 --out {out} {flags}")));
+    let bytes = std::fs::read(&out).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let words = file.tensor("logits").unwrap().data().to_vec();
+    words.as_chunks().0.iter().map(|&word| f32::from_le_bytes(word)).collect()
+}
+
+/// The largest difference.
+fn furthest(one: &[f32], other: &[f32]) -> f32 {
+    assert_eq!(one.len(), other.len());
+    one.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn a_gguf_file_is_a_model() {
+    let file = fixture("gguf/olmoe.gguf");
+    assert!(furthest(&logits(&file, ""), &logits(&fixture("olmoe"), "")) < 1e-3);
+    let tokens = |model: &str| {
+        printed(command(&format!("tokenize --model {model} --json")).args(["--prompt", "Hello, wörld <|user|> 12"]))
+    };
+    assert_eq!(tokens(&file), tokens(&fixture("olmoe")));
+    let chat = |model: &str| {
+        let typed = format!("generate --model {model} --max-tokens 5 --temperature 0 --json --chat --prompt Hi");
+        json(&mut command(&typed))["ids"].clone()
+    };
+    assert_eq!(chat(&file), chat(&fixture("olmoe")));
+    // In a folder of its own, and in parts that the name tells.
+    let folder = Folder::new();
+    std::fs::copy(&file, folder.path("model-00001-of-00001.gguf")).unwrap();
+    assert_eq!(tokens(&folder.text("")), tokens(&file));
+    assert_eq!(logits(&folder.text(""), ""), logits(&file, ""));
+    std::fs::rename(folder.path("model-00001-of-00001.gguf"), folder.path("model-00001-of-00002.gguf")).unwrap();
+    let part = folder.text("model-00001-of-00002.gguf");
+    let message = refused(&mut command(&format!("generate --model {part} --ids 5")));
+    contains(&message, "model-00002-of-00002.gguf: the file is missing; fetch it");
+    printed(&mut command(&format!("plan --model {file} --machine 8xH100 --json")));
+    contains(&refused(&mut command("generate --model ./none.gguf --ids 5")), "there is no file ./none.gguf");
+}
+
+#[test]
+fn quantization_holds_against_the_checkpoint() {
+    let of = |model: &str, method: &str| {
+        command(&format!("generate --model {model} --ids 5,6 --max-tokens 2 --temperature 0 --json -q {method}"))
+    };
+    let fp8 = fixture("deepseek_v3_fp8");
+    let ids = json(&mut of(&fp8, "fp8"))["ids"].clone();
+    for method in ["auto", "none", "dequantise", "dequantize", "deepseek_v4_fp8"] {
+        assert_eq!(json(&mut of(&fp8, method))["ids"], ids, "{method}");
+    }
+    json(&mut of(&fixture("mixtral_int4"), "compressed-tensors"));
+    json(&mut of(&fixture("gguf/olmoe.gguf"), "gguf"));
+    contains(&refused(&mut of(&fp8, "awq")), "--quantization says awq, but");
+    contains(&refused(&mut of(&fp8, "awq")), "is quantised with fp8: leave it out");
+    contains(&refused(&mut of(&fixture("mixtral"), "gptq")), "are not quantised: leave it out");
+    contains(&refused(&mut of("preset:mixtral-mini", "fp8")), "are not quantised: leave it out");
+    contains(&refused(&mut of(&fp8, "int3")), "`int3` is not known: write auto, none, fp8");
+}
+
+fn convert(model: &str, coding: &str, out: &str) -> String {
+    format!("convert --quantization {coding} {model} {out}")
+}
+
+/// Each coding is read again, is near to what it was made of, and says so.
+#[test]
+fn convert_writes_a_checkpoint_that_is_near() {
+    let (folder, model) = (Folder::new(), fixture("qwen3_moe"));
+    std::fs::write(folder.path("text"), "A text of some words, 1234 of them.\n".repeat(20)).unwrap();
+    let plain = logits(&model, "");
+    let scale = plain.iter().fold(0.0f32, |most, logit| most.max(logit.abs()));
+    let mut divergences = Vec::new();
+    for (coding, bound, method) in
+        [("q8_0", 0.02, "compressed-tensors"), ("fp8_per_block", 0.1, "fp8"), ("int4", 0.4, "compressed-tensors"), ("mxfp4", 0.5, "compressed-tensors")]
+    {
+        let out = folder.text(coding);
+        printed(&mut command(&convert(&model, coding, &out)));
+        let distance = furthest(&logits(&out, &format!("-q {method}")), &plain) / scale;
+        assert!(distance > 0.0 && distance < bound, "{coding}: {distance}");
+        let eval = format!("eval perplexity {} --model {out} --context 64 --reference {model} --json", folder.text("text"));
+        let report = json(&mut command(&eval));
+        let number = |value: &serde_json::Value| value.as_f64().unwrap();
+        let reference = &report["reference"];
+        divergences.push(number(&reference["kl_divergence"]));
+        let ratio = number(&report["perplexity"]) / number(&reference["perplexity"]);
+        assert!((0.5..2.0).contains(&ratio) && number(&reference["top_1_agreement"]) > 0.3, "{coding}: {report}");
+        for file in ["tokenizer.json", "chat_template.jinja", "generation_config.json"] {
+            assert!(folder.path(coding).join(file).exists(), "{coding}: {file}");
+        }
+    }
+    assert!(divergences.is_sorted(), "more bits are nearer: {divergences:?}");
+    let eval = format!("eval perplexity {} --model {model} --reference {model}", folder.text("text"));
+    let same = printed(&mut command(&eval));
+    contains(&same, "KL divergence 0.000000 nats");
+    contains(&same, "same most likely token 100.00 %");
+}
+
+#[test]
+fn an_interrupted_convert_goes_on() {
+    let (folder, model) = (Folder::new(), fixture("mixtral"));
+    let typed = |out: &str| convert(&model, "int4", &folder.text(out)) + " --max-shard-size 200KB";
+    printed(&mut command(&typed("whole")));
+    contains(&refused(&mut command(&typed("whole"))), "is not empty: give a new folder");
+    let mut limited = Command::new("sh");
+    let program = env!("CARGO_BIN_EXE_epsmoe");
+    // In blocks of 512 bytes; files above are cut.
+    limited.args(["-c", &format!("ulimit -f 100; exec {program} {}", typed("begun"))]);
+    assert!(!limited.output().unwrap().status.success());
+    assert!(!folder.path("begun/config.json").exists());
+    let other = typed("begun").replace("int4", "q8_0");
+    contains(&refused(&mut command(&other)), "has the beginning of another checkpoint");
+    printed(&mut command(&typed("begun")));
+    for entry in folder.path("whole").read_dir().unwrap() {
+        let name = entry.unwrap().file_name();
+        let [begun, whole] = ["begun", "whole"].map(|out| std::fs::read(folder.path(out).join(&name)).unwrap());
+        assert!(begun == whole, "{name:?}");
+    }
+    contains(&refused(&mut command(&convert("preset:mixtral-mini", "int4", &folder.text("x")))), "has no files");
+    let gguf = convert(&fixture("gguf/olmoe.gguf"), "int4", &folder.text("x"));
+    contains(&refused(&mut command(&gguf)), "is a GGUF file: give the folder of the model");
+    contains(&refused(&mut command(&convert(&model, "int5", "x"))), "`int5` is not known: write one of fp8_per_block");
+}
+
+#[test]
+fn texts_that_cannot_be_predicted_are_refused() {
+    let folder = Folder::new();
+    std::fs::write(folder.path("short"), "a").unwrap();
+    let eval = |file: &str| format!("eval perplexity {} --model {}", folder.text(file), fixture("mixtral"));
+    contains(&refused(&mut command(&eval("short"))), "of which none can be predicted: give a longer text");
+    contains(&refused(&mut command(&eval("none"))), "cannot read");
+    std::fs::write(folder.path("text"), "some words ".repeat(9)).unwrap();
+    let other = eval("text") + " --reference preset:mixtral-mini";
+    contains(&refused(&mut command(&other)), "give a reference with the same vocabulary");
+}
