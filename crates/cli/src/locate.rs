@@ -30,7 +30,9 @@ pub(crate) fn locate(model: &str, revision: &str) -> Result<Place> {
         return Ok(Place::Folder(path.to_owned()));
     }
     if path.exists() {
-        bail!("{model} is neither a folder nor a GGUF file: give the folder with config.json and the weights");
+        bail!(
+            "{model} is neither a folder nor a GGUF file: give the folder with config.json and the weights"
+        );
     }
     if is_gguf {
         bail!("there is no file {model}: give a GGUF file that is there");

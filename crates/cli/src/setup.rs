@@ -4,7 +4,8 @@
 mod budget;
 
 use crate::args::{
-    DeviceKind, Dtype, Gemm, ModelArgs, OneOf, Quantisation, RunArgs, ScheduleKind, SharedExpertPlace, TextArgs,
+    DeviceKind, Dtype, Gemm, ModelArgs, OneOf, Quantisation, RunArgs, ScheduleKind, SharedExpertPlace,
+    TextArgs,
 };
 use crate::locate::{Place, locate};
 use crate::prompt::encode;
@@ -115,7 +116,9 @@ impl OpenModel {
 fn check_quantisation(typed: Quantisation, model: &str, found: Option<Method>) -> Result<()> {
     let Quantisation::Method(typed) = typed else { return Ok(()) };
     match found {
-        None => bail!("--quantization says {typed}, but the weights of {model} are not quantised: leave it out"),
+        None => {
+            bail!("--quantization says {typed}, but the weights of {model} are not quantised: leave it out")
+        }
         Some(found) if typed != found => {
             bail!("--quantization says {typed}, but {model} is quantised with {found}: leave it out")
         }

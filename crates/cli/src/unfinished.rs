@@ -94,7 +94,11 @@ pub(crate) fn bytes_of<T>(items: &[T], tensors: impl Fn(&T) -> &[TensorPlan]) ->
 }
 
 /// Items in order, as many to a file as fit.
-pub(crate) fn shards<T>(items: Vec<T>, most_bytes: u64, tensors: impl Fn(&T) -> &[TensorPlan]) -> Vec<Shard<T>> {
+pub(crate) fn shards<T>(
+    items: Vec<T>,
+    most_bytes: u64,
+    tensors: impl Fn(&T) -> &[TensorPlan],
+) -> Vec<Shard<T>> {
     let mut groups: Vec<Vec<T>> = Vec::new();
     let mut room = 0;
     for item in items {

@@ -270,7 +270,9 @@ impl ModelSpec {
         };
         let is_key = matches!(part, LayerPart::KeyUp(_));
         Some(match name {
-            GGUF_KEYS => Place { transposed: true, ..Place::from(vec![heads, kv_lora, nope], head * kv_lora) },
+            GGUF_KEYS => {
+                Place { transposed: true, ..Place::from(vec![heads, kv_lora, nope], head * kv_lora) }
+            }
             GGUF_VALUES => Place::from(vec![heads, value, kv_lora], head * value),
             _ => {
                 let first_row = head * (nope + value) + if is_key { 0 } else { nope };

@@ -69,7 +69,8 @@ impl Target {
     /// checkpoint calls it.
     pub fn tensors(self, name: &str, [rows, columns]: [usize; 2]) -> Vec<(String, StoredTensor)> {
         let stem = name.strip_suffix(".weight").unwrap_or(name);
-        let tensor = |name: String, dtype, shape: &[usize]| (name, StoredTensor { dtype, shape: shape.to_vec() });
+        let tensor =
+            |name: String, dtype, shape: &[usize]| (name, StoredTensor { dtype, shape: shape.to_vec() });
         let packed = |dtype, columns| tensor(format!("{stem}.weight_packed"), dtype, &[rows, columns]);
         let scales = |dtype| tensor(format!("{stem}.weight_scale"), dtype, &[rows, columns / GROUP]);
         let shape = || tensor(format!("{stem}.weight_shape"), StoredType::I64, &[2]);

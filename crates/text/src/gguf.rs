@@ -146,7 +146,9 @@ fn post_processor(tokenizer: &Tokenizer, adds_bos: bool) -> Value {
     let before = tokenizer.bos.filter(|_| tokenizer.add_bos.unwrap_or(adds_bos));
     let after = tokenizer.eos.filter(|_| tokenizer.add_eos.unwrap_or(false));
     let token = |id: u32| tokenizer.tokens[id as usize].as_str();
-    let special = |id: Option<u32>, kind: u32| id.map(|id| json!({ "SpecialToken": { "id": token(id), "type_id": kind } }));
+    let special = |id: Option<u32>, kind: u32| {
+        id.map(|id| json!({ "SpecialToken": { "id": token(id), "type_id": kind } }))
+    };
     let around = |name: &str, kind: u32| {
         let text = json!({ "Sequence": { "id": name, "type_id": kind } });
         special(before, kind).into_iter().chain([text]).chain(special(after, kind)).collect::<Vec<_>>()
@@ -231,7 +233,8 @@ fn sentence_pieces(tokenizer: &Tokenizer) -> Result<Parts, QuantError> {
 
 /// The token for what has none.
 fn unknown(tokenizer: &Tokenizer) -> Option<&str> {
-    let of_its_kind = || tokenizer.kinds.iter().position(|kind| *kind == TokenKind::Unknown).map(|id| id as u32);
+    let of_its_kind =
+        || tokenizer.kinds.iter().position(|kind| *kind == TokenKind::Unknown).map(|id| id as u32);
     let id = tokenizer.unknown.or_else(of_its_kind)?;
     Some(&tokenizer.tokens[id as usize])
 }
@@ -244,9 +247,16 @@ const MOST_MERGES: usize = 1 << 22;
 /// Every way to make a token of two, those of the best score first; of equal ones the longer left part, and then the
 /// longer right part, as the converters of `transformers` have them.
 fn merges(tokenizer: &Tokenizer) -> Result<Vec<Value>, QuantError> {
-    let merged = |id: usize| !matches!(tokenizer.kinds.get(id), Some(TokenKind::Control | TokenKind::Unknown | TokenKind::Byte));
-    let ids: HashMap<&str, usize> =
-        tokenizer.tokens.iter().enumerate().filter(|(id, _)| merged(*id)).map(|(id, token)| (token.as_str(), id)).collect();
+    let merged = |id: usize| {
+        !matches!(tokenizer.kinds.get(id), Some(TokenKind::Control | TokenKind::Unknown | TokenKind::Byte))
+    };
+    let ids: HashMap<&str, usize> = tokenizer
+        .tokens
+        .iter()
+        .enumerate()
+        .filter(|(id, _)| merged(*id))
+        .map(|(id, token)| (token.as_str(), id))
+        .collect();
     let mut found: Vec<(f32, usize, &str, &str)> = Vec::new();
     for (token, &id) in &ids {
         if token.len() > LONGEST_MERGED {
@@ -260,13 +270,16 @@ fn merges(tokenizer: &Tokenizer) -> Result<Vec<Value>, QuantError> {
             }
         }
         if found.len() > MOST_MERGES {
-            let problem = format!("its tokens can be made of others in more than {MOST_MERGES} ways; do not trust this model");
+            let problem = format!(
+                "its tokens can be made of others in more than {MOST_MERGES} ways; do not trust this model"
+            );
             return Err(QuantError::new(problem));
         }
     }
     let length = |text: &str| text.chars().count();
     found.sort_by(|a, b| {
-        let best = b.0.total_cmp(&a.0).then(length(b.2).cmp(&length(a.2))).then(length(b.3).cmp(&length(a.3)));
+        let best =
+            b.0.total_cmp(&a.0).then(length(b.2).cmp(&length(a.2))).then(length(b.3).cmp(&length(a.3)));
         best.then(a.1.cmp(&b.1))
     });
     Ok(found.into_iter().map(|(_, _, left, right)| json!([left, right])).collect())
@@ -275,10 +288,13 @@ fn merges(tokenizer: &Tokenizer) -> Result<Vec<Value>, QuantError> {
 /// SentencePiece's other kind: the likeliest way to cut a text.
 fn unigrams(tokenizer: &Tokenizer) -> Parts {
     let scores = tokenizer.scores.iter().map(|&score| f64::from(score)).chain(std::iter::repeat(0.0));
-    let vocabulary: Vec<Value> = tokenizer.tokens.iter().zip(scores).map(|(token, score)| json!([token, score])).collect();
-    let unknown = unknown(tokenizer).and_then(|token| tokenizer.tokens.iter().position(|other| other == token));
+    let vocabulary: Vec<Value> =
+        tokenizer.tokens.iter().zip(scores).map(|(token, score)| json!([token, score])).collect();
+    let unknown =
+        unknown(tokenizer).and_then(|token| tokenizer.tokens.iter().position(|other| other == token));
     let prefix = if tokenizer.add_space_prefix.unwrap_or(true) { "always" } else { "never" };
-    let spaces = json!({ "type": "Metaspace", "replacement": SPACE, "prepend_scheme": prefix, "split": true });
+    let spaces =
+        json!({ "type": "Metaspace", "replacement": SPACE, "prepend_scheme": prefix, "split": true });
     let bytes = tokenizer.kinds.contains(&TokenKind::Byte);
     Parts {
         normalizer: Value::Null,
@@ -310,19 +326,22 @@ impl Split {
     /// The rule of this name in `tokenizer.ggml.pre`, as the tokenizers have it that it stands for.
     fn named(name: Option<&str>) -> Result<Split, QuantError> {
         Ok(match name.unwrap_or("default") {
-            "gpt-2" | "olmo" | "mpt" | "phi-2" | "jais" | "trillion" => Split { as_gpt2: true, ..Split::PLAIN },
+            "gpt-2" | "olmo" | "mpt" | "phi-2" | "jais" | "trillion" => {
+                Split { as_gpt2: true, ..Split::PLAIN }
+            }
             "default" => Split { as_gpt2: true, ..Split::PLAIN },
             "starcoder" | "refact" | "command-r" | "smollm" | "codeshell" | "exaone" | "minerva-7b" => {
                 Split { patterns: &[r"\p{N}"], as_gpt2: true, ..Split::PLAIN }
             }
-            "llama3" | "llama-v3" | "llama-bpe" | "pixtral" | "falcon3" | "lfm2" => {
-                Split { patterns: &[UP_TO_THREE_DIGITS], ignores_merges: true, adds_bos: true, ..Split::PLAIN }
-            }
+            "llama3" | "llama-v3" | "llama-bpe" | "pixtral" | "falcon3" | "lfm2" => Split {
+                patterns: &[UP_TO_THREE_DIGITS],
+                ignores_merges: true,
+                adds_bos: true,
+                ..Split::PLAIN
+            },
             "dbrx" | "smaug-bpe" | "chatglm-bpe" => Split { patterns: &[UP_TO_THREE_DIGITS], ..Split::PLAIN },
             "glm4" => Split { patterns: &[UP_TO_THREE_DIGITS], ignores_merges: true, ..Split::PLAIN },
-            "qwen2" | "deepseek-r1-qwen" => {
-                Split { patterns: &[ONE_DIGIT], composed: true, ..Split::PLAIN }
-            }
+            "qwen2" | "deepseek-r1-qwen" => Split { patterns: &[ONE_DIGIT], composed: true, ..Split::PLAIN },
             "stablelm2" | "hunyuan" => Split { patterns: &[ONE_DIGIT], ..Split::PLAIN },
             "deepseek-llm" => Split { patterns: DEEPSEEK_LLM, ..Split::PLAIN },
             "deepseek-coder" => Split { patterns: DEEPSEEK_CODER, ..Split::PLAIN },
@@ -349,21 +368,42 @@ const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}
 
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Letters with a case, as DeepSeek's first tokenizers list them.
+const CASED: &str = concat!(
+    r"\s?[",
+    r"A-Za-z\u{B5}\u{C0}-\u{D6}\u{D8}-\u{F6}\u{F8}-\u{1BA}\u{1BC}-\u{1BF}\u{1C4}-\u{293}\u{295}-\u{2AF}",
+    r"\u{370}-\u{373}\u{376}\u{377}\u{37B}-\u{37D}\u{37F}\u{386}\u{388}-\u{38A}\u{38C}\u{38E}-\u{3A1}",
+    r"\u{3A3}-\u{3F5}\u{3F7}-\u{481}\u{48A}-\u{52F}\u{531}-\u{556}\u{10A0}-\u{10C5}\u{13A0}-\u{13F5}",
+    r"\u{13F8}-\u{13FD}\u{1C90}-\u{1CBA}\u{1CBD}-\u{1CBF}\u{1D00}-\u{1D2B}\u{1D6B}-\u{1D77}",
+    r"\u{1D79}-\u{1D9A}\u{1E00}-\u{1F15}\u{1F18}-\u{1F1D}\u{1F20}-\u{1F45}\u{1F48}-\u{1F4D}",
+    r"\u{1F50}-\u{1F57}\u{1F59}\u{1F5B}\u{1F5D}\u{1F5F}-\u{1F7D}\u{1F80}-\u{1FB4}\u{1FB6}-\u{1FBC}\u{1FBE}",
+    r"\u{1FC2}-\u{1FC4}\u{1FC6}-\u{1FCC}\u{1FD0}-\u{1FD3}\u{1FD6}-\u{1FDB}\u{1FE0}-\u{1FEC}",
+    r"\u{1FF2}-\u{1FF4}\u{1FF6}-\u{1FFC}\u{2102}\u{2107}\u{210A}-\u{2113}\u{2115}\u{2119}-\u{211D}\u{2124}",
+    r"\u{2126}\u{2128}\u{212A}-\u{212D}\u{212F}-\u{2134}\u{2139}\u{213C}-\u{213F}\u{2145}-\u{2149}\u{214E}",
+    r"\u{2183}\u{2184}\u{2C00}-\u{2C7B}\u{2C7E}-\u{2CE4}\u{2CEB}-\u{2CEE}\u{2CF2}\u{2CF3}\u{A640}-\u{A66D}",
+    r"\u{A680}-\u{A69B}\u{A722}-\u{A76F}\u{A771}-\u{A787}\u{A78B}-\u{A78E}\u{AB70}-\u{ABBF}",
+    r"\u{FB00}-\u{FB06}\u{FB13}-\u{FB17}\u{FF21}-\u{FF3A}\u{FF41}-\u{FF5A}\u{10400}-\u{1044F}",
+    r"\u{104B0}-\u{104D3}\u{104D8}-\u{104FB}\u{10C80}-\u{10CB2}\u{10CC0}-\u{10CF2}\u{118A0}-\u{118DF}",
+    r"\u{1E900}-\u{1E943}",
+    r"]+"
+);
+
 const DEEPSEEK_LLM: &[&str] = &[
     r"[\r\n]",
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
-    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    CASED,
+    r"\s?[!-/:-~\u{FF01}-\u{FF0F}\u{FF1A}-\u{FF5E}\u{2018}-\u{201F}\u{3000}-\u{3002}]+",
     r"\s+$",
-    r"[一-龥ࠀ-一가-퟿]+",
+    IDEOGRAPHS,
     r"\p{N}",
 ];
 
-const DEEPSEEK_CODER: &[&str] =
-    &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}"];
+const IDEOGRAPHS: &str = r"[\u{4E00}-\u{9FA5}\u{800}-\u{4E00}\u{AC00}-\u{D7FF}]+";
+
+const DEEPSEEK_CODER: &[&str] = &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", IDEOGRAPHS, r"\p{N}"];
 
 const DEEPSEEK_V3: &[&str] = &[
     r"\p{N}{1,3}",
-    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[\u{4E00}-\u{9FA5}\u{3040}-\u{309F}\u{30A0}-\u{30FF}]+",
     r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##,
 ];
 

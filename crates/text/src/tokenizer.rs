@@ -1,8 +1,8 @@
 //! Tokens to and from text.
 
 use crate::bounds::{self, Growth};
-use crate::token_bytes::{Decoding, Spelling};
 use crate::gguf::GgufText;
+use crate::token_bytes::{Decoding, Spelling};
 use crate::{SpecialTokens, TextError, files};
 use epsmoe_quant::gguf::Gguf;
 use serde_json::Map;

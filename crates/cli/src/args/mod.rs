@@ -18,14 +18,17 @@ mod values;
 pub(crate) use bench::{BenchArgs, BenchCommand, BenchLayerArgs};
 pub(crate) use client::{BenchServeArgs, ChatArgs, Dataset, Goal, GoalFigure, ServerArgs};
 pub(crate) use config_file::with_config_file;
+pub(crate) use eval::{EvalArgs, EvalCommand, PerplexityArgs};
 pub(crate) use generate::{GenerateArgs, LogitsArgs, SamplingArgs, TextArgs, TokenizeArgs};
 pub(crate) use plan::{PlanArgs, ProfileArgs};
 pub(crate) use run::{ModelArgs, RunArgs};
 pub(crate) use serve::{CacheArgs, LogFormat, MetricsCompat, ServeArgs};
-pub(crate) use eval::{EvalArgs, EvalCommand, PerplexityArgs};
-pub(crate) use tools::{CompletionsArgs, ConvertArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs};
+pub(crate) use tools::{
+    CompletionsArgs, ConvertArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs,
+};
 pub(crate) use values::{
-    ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, Quantisation, ScheduleKind, SharedExpertPlace, TokenLimit,
+    ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, Quantisation, ScheduleKind, SharedExpertPlace,
+    TokenLimit,
 };
 
 use clap::{Arg, ArgAction, CommandFactory, Id, Parser, Subcommand};

@@ -1,7 +1,8 @@
 //! What every command that runs a model takes.
 
 use super::values::{
-    DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, Quantisation, ScheduleKind, SharedExpertPlace, TransferOrder,
+    DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, Quantisation, ScheduleKind, SharedExpertPlace,
+    TransferOrder,
 };
 use super::values::{bounded, seconds};
 use clap::Args;

@@ -9,7 +9,9 @@ use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::files::read_plain;
 use epsmoe_base::{Bytes, count, json};
 use epsmoe_model::config::{self, Config};
-use epsmoe_model::{Checkpoint, LayerPart, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file};
+use epsmoe_model::{
+    Checkpoint, LayerPart, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file,
+};
 use epsmoe_quant::{StoredTensor, StoredType, Target};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
@@ -63,7 +65,11 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
     let items = items(&spec, &weights, args.quantization)?;
     let coded = items.iter().filter(|item| item.coding.is_some()).count();
     if coded == 0 {
-        bail!("no matrix of {} has rows of whole groups of 32: {} has no codes for it", args.input, args.quantization);
+        bail!(
+            "no matrix of {} has rows of whole groups of 32: {} has no codes for it",
+            args.input,
+            args.quantization
+        );
     }
     let config = new_config(&folder, &items, args.quantization)?;
     let shards = shards(items, args.max_shard_size.0, Item::tensors);
@@ -105,8 +111,19 @@ fn is_coded(part: Part) -> bool {
     let Part::Layer(_, part) = part else { return false };
     matches!(
         part,
-        Query | Key | Value | Output | QueryDown | QueryUp | KvDown | KeyUp(_) | ValueUp(_) | Expert(..) | Shared(_)
-            | Dense(_) | Residual(_)
+        Query
+            | Key
+            | Value
+            | Output
+            | QueryDown
+            | QueryUp
+            | KvDown
+            | KeyUp(_)
+            | ValueUp(_)
+            | Expert(..)
+            | Shared(_)
+            | Dense(_)
+            | Residual(_)
     )
 }
 
@@ -127,7 +144,8 @@ fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<I
         };
         let columns = if to.shape.len() < 2 { 1 } else { to.shape[to.shape.len() - 1] };
         let shape = [to.shape.iter().product::<usize>() / columns.max(1), columns];
-        let coding = Some(target).filter(|target| is_coded(part) && to.shape.len() == 2 && target.fits(columns));
+        let coding =
+            Some(target).filter(|target| is_coded(part) && to.shape.len() == 2 && target.fits(columns));
         let tensors = match coding {
             Some(target) => target.tensors(&to.name, shape),
             None => {
@@ -152,7 +170,8 @@ const MOST_BETWEEN: usize = 4;
 /// config.json, with how the weights are coded now.
 fn new_config(folder: &Path, items: &[Item], target: Target) -> Result<String> {
     let path = folder.join(config::FILE);
-    let text = read_plain(&path, config::FILE_LIMIT).with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        read_plain(&path, config::FILE_LIMIT).with_context(|| format!("cannot read {}", path.display()))?;
     let mut keys: Map<String, Value> = serde_json::from_slice(&json::from_python(&text))
         .with_context(|| format!("{} is not valid JSON", path.display()))?;
     let plain = items.iter().filter(|item| item.coding.is_none() && item.shape[1] > 1);
@@ -234,7 +253,8 @@ fn copy_some(from: &Path, to: &Path) -> Result<()> {
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
         let ending = name.rsplit('.').next().unwrap_or_default();
         if path.is_file() && COPIED.contains(&ending) && !LEFT.contains(&name) {
-            let bytes = read_plain(&path, FILE_LIMIT).with_context(|| format!("cannot read {}", path.display()))?;
+            let bytes =
+                read_plain(&path, FILE_LIMIT).with_context(|| format!("cannot read {}", path.display()))?;
             output::write_file(&to.join(name), |out| out.write_all(&bytes))?;
         }
     }

@@ -110,7 +110,10 @@ fn chunks(args: &PerplexityArgs, setup: &mut Setup) -> Result<Vec<Vec<u32>>> {
     let chunks = tokens.chunks(context).filter(|chunk| chunk.len() > 1).map(<[u32]>::to_vec);
     let chunks: Vec<Vec<u32>> = chunks.take(args.chunks.unwrap_or(usize::MAX)).collect();
     if chunks.is_empty() {
-        bail!("{file} has {}, of which none can be predicted: give a longer text", count(tokens.len(), "token"));
+        bail!(
+            "{file} has {}, of which none can be predicted: give a longer text",
+            count(tokens.len(), "token")
+        );
     }
     Ok(chunks)
 }
@@ -154,7 +157,13 @@ impl Sums {
         }
     }
 
-    fn report<'a>(&self, model: &'a str, reference: Option<&'a str>, chunks: usize, context: usize) -> Report<'a> {
+    fn report<'a>(
+        &self,
+        model: &'a str,
+        reference: Option<&'a str>,
+        chunks: usize,
+        context: usize,
+    ) -> Report<'a> {
         let count = self.tokens as f64;
         let (nll, perplexity) = (self.nll / count, (self.nll / count).exp());
         let variance = (self.squared / count - nll * nll).max(0.0) / (count - 1.0).max(1.0);

@@ -18,7 +18,8 @@ pub(crate) fn run(args: &LogitsArgs) -> Result<()> {
     let options =
         setup.engine_options(Demand { sequences: 1, tokens, step: tokens }, setup.parallel, &setup.policy)?;
     request.check(vocabulary, options.max_model_len)?;
-    let tensor = TensorPlan { name: "logits".into(), dtype: StoredType::F32, shape: vec![tokens, vocabulary] };
+    let tensor =
+        TensorPlan { name: "logits".into(), dtype: StoredType::F32, shape: vec![tokens, vocabulary] };
     // The engine collects them before they are written.
     setup
         .check_room(format_args!("logits of {}", count(tokens, "token")), tensor.bytes().saturating_mul(2))?;

@@ -30,11 +30,15 @@ fn a_gguf_file_is_a_model() {
     let file = fixture("gguf/olmoe.gguf");
     assert!(furthest(&logits(&file, ""), &logits(&fixture("olmoe"), "")) < 1e-3);
     let tokens = |model: &str| {
-        printed(command(&format!("tokenize --model {model} --json")).args(["--prompt", "Hello, wörld <|user|> 12"]))
+        printed(
+            command(&format!("tokenize --model {model} --json"))
+                .args(["--prompt", "Hello, wörld <|user|> 12"]),
+        )
     };
     assert_eq!(tokens(&file), tokens(&fixture("olmoe")));
     let chat = |model: &str| {
-        let typed = format!("generate --model {model} --max-tokens 5 --temperature 0 --json --chat --prompt Hi");
+        let typed =
+            format!("generate --model {model} --max-tokens 5 --temperature 0 --json --chat --prompt Hi");
         json(&mut command(&typed))["ids"].clone()
     };
     assert_eq!(chat(&file), chat(&fixture("olmoe")));
@@ -43,7 +47,8 @@ fn a_gguf_file_is_a_model() {
     std::fs::copy(&file, folder.path("model-00001-of-00001.gguf")).unwrap();
     assert_eq!(tokens(&folder.text("")), tokens(&file));
     assert_eq!(logits(&folder.text(""), ""), logits(&file, ""));
-    std::fs::rename(folder.path("model-00001-of-00001.gguf"), folder.path("model-00001-of-00002.gguf")).unwrap();
+    std::fs::rename(folder.path("model-00001-of-00001.gguf"), folder.path("model-00001-of-00002.gguf"))
+        .unwrap();
     let part = folder.text("model-00001-of-00002.gguf");
     let message = refused(&mut command(&format!("generate --model {part} --ids 5")));
     contains(&message, "model-00002-of-00002.gguf: the file is missing; fetch it");
@@ -54,7 +59,9 @@ fn a_gguf_file_is_a_model() {
 #[test]
 fn quantization_holds_against_the_checkpoint() {
     let of = |model: &str, method: &str| {
-        command(&format!("generate --model {model} --ids 5,6 --max-tokens 2 --temperature 0 --json -q {method}"))
+        command(&format!(
+            "generate --model {model} --ids 5,6 --max-tokens 2 --temperature 0 --json -q {method}"
+        ))
     };
     let fp8 = fixture("deepseek_v3_fp8");
     let ids = json(&mut of(&fp8, "fp8"))["ids"].clone();
@@ -82,20 +89,29 @@ fn convert_writes_a_checkpoint_that_is_near() {
     let plain = logits(&model, "");
     let scale = plain.iter().fold(0.0f32, |most, logit| most.max(logit.abs()));
     let mut divergences = Vec::new();
-    for (coding, bound, method) in
-        [("q8_0", 0.02, "compressed-tensors"), ("fp8_per_block", 0.1, "fp8"), ("int4", 0.4, "compressed-tensors"), ("mxfp4", 0.5, "compressed-tensors")]
-    {
+    for (coding, bound, method) in [
+        ("q8_0", 0.02, "compressed-tensors"),
+        ("fp8_per_block", 0.1, "fp8"),
+        ("int4", 0.4, "compressed-tensors"),
+        ("mxfp4", 0.5, "compressed-tensors"),
+    ] {
         let out = folder.text(coding);
         printed(&mut command(&convert(&model, coding, &out)));
         let distance = furthest(&logits(&out, &format!("-q {method}")), &plain) / scale;
         assert!(distance > 0.0 && distance < bound, "{coding}: {distance}");
-        let eval = format!("eval perplexity {} --model {out} --context 64 --reference {model} --json", folder.text("text"));
+        let eval = format!(
+            "eval perplexity {} --model {out} --context 64 --reference {model} --json",
+            folder.text("text")
+        );
         let report = json(&mut command(&eval));
         let number = |value: &serde_json::Value| value.as_f64().unwrap();
         let reference = &report["reference"];
         divergences.push(number(&reference["kl_divergence"]));
         let ratio = number(&report["perplexity"]) / number(&reference["perplexity"]);
-        assert!((0.5..2.0).contains(&ratio) && number(&reference["top_1_agreement"]) > 0.3, "{coding}: {report}");
+        assert!(
+            (0.5..2.0).contains(&ratio) && number(&reference["top_1_agreement"]) > 0.3,
+            "{coding}: {report}"
+        );
         for file in ["tokenizer.json", "chat_template.jinja", "generation_config.json"] {
             assert!(folder.path(coding).join(file).exists(), "{coding}: {file}");
         }
@@ -124,13 +140,20 @@ fn an_interrupted_convert_goes_on() {
     printed(&mut command(&typed("begun")));
     for entry in folder.path("whole").read_dir().unwrap() {
         let name = entry.unwrap().file_name();
-        let [begun, whole] = ["begun", "whole"].map(|out| std::fs::read(folder.path(out).join(&name)).unwrap());
+        let [begun, whole] =
+            ["begun", "whole"].map(|out| std::fs::read(folder.path(out).join(&name)).unwrap());
         assert!(begun == whole, "{name:?}");
     }
-    contains(&refused(&mut command(&convert("preset:mixtral-mini", "int4", &folder.text("x")))), "has no files");
+    contains(
+        &refused(&mut command(&convert("preset:mixtral-mini", "int4", &folder.text("x")))),
+        "has no files",
+    );
     let gguf = convert(&fixture("gguf/olmoe.gguf"), "int4", &folder.text("x"));
     contains(&refused(&mut command(&gguf)), "is a GGUF file: give the folder of the model");
-    contains(&refused(&mut command(&convert(&model, "int5", "x"))), "`int5` is not known: write one of fp8_per_block");
+    contains(
+        &refused(&mut command(&convert(&model, "int5", "x"))),
+        "`int5` is not known: write one of fp8_per_block",
+    );
 }
 
 #[test]

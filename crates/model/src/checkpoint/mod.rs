@@ -7,8 +7,8 @@ mod gguf;
 mod header;
 mod unused;
 
-pub use folder::{Checkpoint, gguf_file};
 pub(crate) use folder::other_weights;
+pub use folder::{Checkpoint, gguf_file};
 pub(crate) use gguf::GgufFiles;
 pub use header::{Header, Index};
 

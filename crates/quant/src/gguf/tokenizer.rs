@@ -70,7 +70,8 @@ impl Gguf {
             return Ok(None);
         }
         // What files of this kind leave out.
-        let sentence_piece = |id: u32| Some(id).filter(|&id| model == "llama" && (id as usize) < tokens.len());
+        let sentence_piece =
+            |id: u32| Some(id).filter(|&id| model == "llama" && (id as usize) < tokens.len());
         let id = |name: &str| -> Result<Option<u32>, QuantError> {
             let key = key(&format!("{name}_token_id"));
             // Files say 2^32 − 1, or −1, where there is no such token.

@@ -41,8 +41,10 @@ fn fixture() -> (crate::Tokenizer, Builder) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/mixtral");
     let published = crate::Tokenizer::open(&folder).unwrap().unwrap();
     let text: Value = serde_json::from_slice(&std::fs::read(folder.join("tokenizer.json")).unwrap()).unwrap();
-    let names: Vec<String> = (0..published.vocab_size()).map(|id| published.token(id as u32).unwrap()).collect();
-    let all: Vec<_> = names.iter().enumerate().map(|(id, name)| (name.as_str(), 0.0, if id < 4 { 3 } else { 1 })).collect();
+    let names: Vec<String> =
+        (0..published.vocab_size()).map(|id| published.token(id as u32).unwrap()).collect();
+    let all: Vec<_> =
+        names.iter().enumerate().map(|(id, name)| (name.as_str(), 0.0, if id < 4 { 3 } else { 1 })).collect();
     let merges = text["model"]["merges"].as_array().unwrap().iter();
     let merges: Vec<String> =
         merges.map(|pair| format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap())).collect();
@@ -99,7 +101,15 @@ fn words_are_cut_as_named() {
         ("dbrx", 2),
     ];
     for (name, words) in digits {
-        let all = [("1", 0.0, 1), ("2", 0.0, 1), ("3", 0.0, 1), ("4", 0.0, 1), ("12", 0.0, 1), ("123", 0.0, 1), ("1234", 0.0, 1)];
+        let all = [
+            ("1", 0.0, 1),
+            ("2", 0.0, 1),
+            ("3", 0.0, 1),
+            ("4", 0.0, 1),
+            ("12", 0.0, 1),
+            ("123", 0.0, 1),
+            ("1234", 0.0, 1),
+        ];
         let builder = tokens(Builder::new("llama"), &all)
             .key(kv::text(&key("model"), "gpt2"))
             .key(kv::text(&key("pre"), name))
@@ -134,7 +144,9 @@ fn sentence_pieces_become_one_by_their_scores() {
         let ids = tokenizer.encode_special(text).unwrap();
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
     }
-    let bare = opened(pieces().key(kv::flag(&key("add_space_prefix"), false)).key(kv::flag(&key("add_bos_token"), false)));
+    let bare = opened(
+        pieces().key(kv::flag(&key("add_space_prefix"), false)).key(kv::flag(&key("add_bos_token"), false)),
+    );
     let bare = bare.unwrap();
     let ids = bare.encode_special("lo").unwrap();
     assert_eq!(ids.iter().map(|&id| bare.token(id).unwrap()).collect::<Vec<_>>(), ["lo"]);
@@ -175,12 +187,18 @@ fn what_is_not_known_is_refused_in_a_sentence() {
     };
     let bert = tokens(Builder::new("llama"), &[("a", 0.0, 1)]).key(kv::text(&key("model"), "bert"));
     let message = refused(bert);
-    assert!(message.contains("model.gguf: its tokenizer is of the kind `bert`, which is not read"), "{message}");
+    assert!(
+        message.contains("model.gguf: its tokenizer is of the kind `bert`, which is not read"),
+        "{message}"
+    );
     let strange = tokens(Builder::new("llama"), &[("a", 0.0, 1)])
         .key(kv::text(&key("model"), "gpt2"))
         .key(kv::text(&key("pre"), "strange"));
     let message = refused(strange);
-    assert!(message.contains("its tokenizer cuts words by the rule `strange`, which is not known"), "{message}");
+    assert!(
+        message.contains("its tokenizer cuts words by the rule `strange`, which is not known"),
+        "{message}"
+    );
     let (_folder, path) = file(Builder::new("llama"));
     assert!(crate::Tokenizer::open(&path).unwrap().is_none());
     assert!(ChatTemplate::open(&path).unwrap().is_none());
