@@ -235,10 +235,23 @@ impl ModelSpec {
 
     /// Where a part of a layer is in the tensor of this name, if that is not the part alone.
     fn place(&self, layer: Layer, part: LayerPart, naming: TensorNames, name: &str) -> Option<Place> {
-        use LayerPart::{Expert, Key, KeyUp, Query, SharedExpertGate, Value, ValueUp};
-        let fused = naming == TensorNames::Dbrx || name == GGUF_FUSED;
+        use LayerPart::{
+            Expert, Key, KeyBias, KeyUp, Query, QueryBias, SharedExpertGate, Value, ValueBias, ValueUp,
+        };
+        let fused = matches!(naming, TensorNames::Dbrx | TensorNames::Bailing) || name == GGUF_FUSED;
         match (naming, part) {
-            (_, Query | Key | Value) if fused => Some(self.fused_heads(part)),
+            (_, Query | Key | Value) if fused => {
+                let (rows, first_row) = self.fused_heads(part);
+                Some(Place::from(vec![rows, self.hidden], first_row))
+            }
+            (_, QueryBias | KeyBias | ValueBias) if fused => {
+                let (rows, first_row) = self.fused_heads(part);
+                Some(Place::from(vec![rows], first_row))
+            }
+            (TensorNames::Ernie, LayerPart::RouterBias) => {
+                let shape = self.shape(part.of(layer)).sources().1;
+                Some(Place::from([vec![1], shape].concat(), 0))
+            }
             (_, KeyUp(head) | ValueUp(head)) => self.latent_head(part, head, name),
             (TensorNames::Gguf, SharedExpertGate) => Some(Place::from(vec![self.hidden], 0)),
             // One tensor for each.
@@ -250,16 +263,17 @@ impl ModelSpec {
         }
     }
 
-    /// DBRX's `Wqkv`: all query rows, all key rows, all value rows.
-    fn fused_heads(&self, part: LayerPart) -> Place {
+    /// One map or bias for all heads: all query rows, all key rows, all value rows.
+    /// Their number, and where those of a part begin.
+    fn fused_heads(&self, part: LayerPart) -> (usize, usize) {
         let query = self.attention.query_width();
         let key = self.attention.cache_width() / 2;
         let first_row = match part {
-            LayerPart::Key => query,
-            LayerPart::Value => query + key,
+            LayerPart::Key | LayerPart::KeyBias => query,
+            LayerPart::Value | LayerPart::ValueBias => query + key,
             _ => 0,
         };
-        Place::from(vec![query + 2 * key, self.hidden], first_row)
+        (query + 2 * key, first_row)
     }
 
     /// A head's maps out of the latent. Published: of every head, key rows and then value rows, `[heads · (nope + value), kv_lora]`.
@@ -368,9 +382,15 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
 fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
     use LayerPart::*;
     use Map::*;
-    use TensorNames::{Common, Dbrx, Merged, Mixtral, Qwen};
+    use TensorNames::{Bailing, Common, Dbrx, Ernie, Hunyuan, Merged, Mixtral, Qwen};
     let part = match part {
-        Part::Embedding => return &[(Common, "model.embed_tokens.weight"), (Dbrx, "transformer.wte.weight")],
+        Part::Embedding => {
+            return &[
+                (Common, "model.embed_tokens.weight"),
+                (Dbrx, "transformer.wte.weight"),
+                (Bailing, "model.word_embeddings.weight"),
+            ];
+        }
         Part::FinalNorm => return &[(Common, "model.norm.weight"), (Dbrx, "transformer.norm_f.weight")],
         Part::LmHead => return &[(Common, "lm_head.weight")],
         Part::Layer(_, part) => part,
@@ -382,16 +402,40 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         }
         ResidualNorm => &[(Common, "residual_layernorm.weight")],
 
-        Query => &[(Common, "self_attn.q_proj.weight"), (Dbrx, "norm_attn_norm.attn.Wqkv.weight")],
-        Key => &[(Common, "self_attn.k_proj.weight"), (Dbrx, "norm_attn_norm.attn.Wqkv.weight")],
-        Value => &[(Common, "self_attn.v_proj.weight"), (Dbrx, "norm_attn_norm.attn.Wqkv.weight")],
-        Output => &[(Common, "self_attn.o_proj.weight"), (Dbrx, "norm_attn_norm.attn.out_proj.weight")],
-        QueryBias => &[(Common, "self_attn.q_proj.bias")],
-        KeyBias => &[(Common, "self_attn.k_proj.bias")],
-        ValueBias => &[(Common, "self_attn.v_proj.bias")],
-        OutputBias => &[(Common, "self_attn.o_proj.bias")],
-        QueryNorm => &[(Common, "self_attn.q_norm.weight")],
-        KeyNorm => &[(Common, "self_attn.k_norm.weight")],
+        Query => &[
+            (Common, "self_attn.q_proj.weight"),
+            (Dbrx, "norm_attn_norm.attn.Wqkv.weight"),
+            (Bailing, "attention.query_key_value.weight"),
+        ],
+        Key => &[
+            (Common, "self_attn.k_proj.weight"),
+            (Dbrx, "norm_attn_norm.attn.Wqkv.weight"),
+            (Bailing, "attention.query_key_value.weight"),
+        ],
+        Value => &[
+            (Common, "self_attn.v_proj.weight"),
+            (Dbrx, "norm_attn_norm.attn.Wqkv.weight"),
+            (Bailing, "attention.query_key_value.weight"),
+        ],
+        Output => &[
+            (Common, "self_attn.o_proj.weight"),
+            (Dbrx, "norm_attn_norm.attn.out_proj.weight"),
+            (Bailing, "attention.dense.weight"),
+        ],
+        QueryBias => &[(Common, "self_attn.q_proj.bias"), (Bailing, "attention.query_key_value.bias")],
+        KeyBias => &[(Common, "self_attn.k_proj.bias"), (Bailing, "attention.query_key_value.bias")],
+        ValueBias => &[(Common, "self_attn.v_proj.bias"), (Bailing, "attention.query_key_value.bias")],
+        OutputBias => &[(Common, "self_attn.o_proj.bias"), (Bailing, "attention.dense.bias")],
+        QueryNorm => &[
+            (Common, "self_attn.q_norm.weight"),
+            (Hunyuan, "self_attn.query_layernorm.weight"),
+            (Bailing, "attention.query_layernorm.weight"),
+        ],
+        KeyNorm => &[
+            (Common, "self_attn.k_norm.weight"),
+            (Hunyuan, "self_attn.key_layernorm.weight"),
+            (Bailing, "attention.key_layernorm.weight"),
+        ],
         QueryDown => &[(Common, "self_attn.q_a_proj.weight")],
         QueryDownBias => &[(Common, "self_attn.q_a_proj.bias")],
         QueryDownNorm => &[(Common, "self_attn.q_a_layernorm.weight")],
@@ -405,8 +449,14 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Common, "mlp.gate.weight"),
             (Mixtral, "block_sparse_moe.gate.weight"),
             (Dbrx, "ffn.router.layer.weight"),
+            (Hunyuan, "mlp.gate.wg.weight"),
         ],
-        RouterBias => &[(Common, "mlp.gate.e_score_correction_bias")],
+        RouterBias => &[
+            (Common, "mlp.gate.e_score_correction_bias"),
+            (Mixtral, "block_sparse_moe.e_score_correction_bias"),
+            (Ernie, "mlp.moe_statics.e_score_correction_bias"),
+            (Bailing, "mlp.gate.expert_bias"),
+        ],
         Expert(_, GateProj) => &[
             (Common, "mlp.experts.{e}.gate_proj.weight"),
             (Mixtral, "block_sparse_moe.experts.{e}.w1.weight"),
@@ -425,15 +475,21 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Dbrx, "ffn.experts.mlp.w2"),
             (Merged, "mlp.experts.down_proj"),
         ],
-        Shared(GateProj) => {
-            &[(Common, "mlp.shared_experts.gate_proj.weight"), (Qwen, "mlp.shared_expert.gate_proj.weight")]
-        }
-        Shared(UpProj) => {
-            &[(Common, "mlp.shared_experts.up_proj.weight"), (Qwen, "mlp.shared_expert.up_proj.weight")]
-        }
-        Shared(DownProj) => {
-            &[(Common, "mlp.shared_experts.down_proj.weight"), (Qwen, "mlp.shared_expert.down_proj.weight")]
-        }
+        Shared(GateProj) => &[
+            (Common, "mlp.shared_experts.gate_proj.weight"),
+            (Qwen, "mlp.shared_expert.gate_proj.weight"),
+            (Hunyuan, "mlp.shared_mlp.gate_proj.weight"),
+        ],
+        Shared(UpProj) => &[
+            (Common, "mlp.shared_experts.up_proj.weight"),
+            (Qwen, "mlp.shared_expert.up_proj.weight"),
+            (Hunyuan, "mlp.shared_mlp.up_proj.weight"),
+        ],
+        Shared(DownProj) => &[
+            (Common, "mlp.shared_experts.down_proj.weight"),
+            (Qwen, "mlp.shared_expert.down_proj.weight"),
+            (Hunyuan, "mlp.shared_mlp.down_proj.weight"),
+        ],
         SharedExpertGate => &[(Common, "mlp.shared_expert_gate.weight")],
         Dense(GateProj) => &[(Common, "mlp.gate_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w1.weight")],
         Dense(UpProj) => &[(Common, "mlp.up_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w3.weight")],

@@ -7,6 +7,31 @@ use epsmoe_device::WeightShape;
 use epsmoe_device::op::{NormKind, RopeStyle, TopKRouter};
 use std::fmt;
 
+macro_rules! architectures {
+    ($($(#[doc = $models:literal])* $name:ident => $class:literal, $kind:literal;)*) => {
+        /// Published architectures, named in messages only.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Architecture {
+            $($(#[doc = $models])* $name,)*
+        }
+
+        impl Architecture {
+            /// All of them.
+            pub const ALL: &'static [Architecture] = &[$(Architecture::$name,)*];
+
+            /// What `architectures` and `model_type` of a config.json call it.
+            pub fn names(self) -> (&'static str, &'static str) {
+                match self { $(Architecture::$name => ($class, $kind),)* }
+            }
+
+            /// The models that have it.
+            pub fn models(self) -> &'static str {
+                match self { $(Architecture::$name => concat!($($models),*).trim(),)* }
+            }
+        }
+    };
+}
+
 /// A whole model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
@@ -22,7 +47,7 @@ pub struct ModelSpec {
     pub max_positions: usize,
     /// The norm before attention, before the MLP and at the end.
     pub norm: NormSpec,
-    /// Attention, the same in every layer.
+    /// Attention, the same in every layer but for its window.
     pub attention: AttentionSpec,
     /// Rotary position embedding.
     pub rope: RopeSpec,
@@ -38,53 +63,37 @@ pub struct ModelSpec {
     pub eos: Vec<u32>,
 }
 
-/// Published architectures, named in messages only.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Architecture {
+architectures! {
     /// Mixtral 8x7B, 8x22B.
-    Mixtral,
+    Mixtral => "MixtralForCausalLM", "mixtral";
     /// DeepSeek-V2, V2-Lite.
-    DeepseekV2,
-    /// DeepSeek-V3, R1.
-    DeepseekV3,
+    DeepseekV2 => "DeepseekV2ForCausalLM", "deepseek_v2";
+    /// DeepSeek-V3, R1; Kimi-K2, Moonlight.
+    DeepseekV3 => "DeepseekV3ForCausalLM", "deepseek_v3";
     /// DBRX.
-    Dbrx,
+    Dbrx => "DbrxForCausalLM", "dbrx";
     /// Qwen1.5-MoE, Qwen2-57B-A14B.
-    Qwen2Moe,
+    Qwen2Moe => "Qwen2MoeForCausalLM", "qwen2_moe";
     /// Qwen3-30B-A3B, Qwen3-235B-A22B.
-    Qwen3Moe,
+    Qwen3Moe => "Qwen3MoeForCausalLM", "qwen3_moe";
     /// OLMoE-1B-7B.
-    Olmoe,
+    Olmoe => "OlmoeForCausalLM", "olmoe";
     /// Snowflake Arctic.
-    Arctic,
-}
-
-impl Architecture {
-    /// All of them.
-    pub const ALL: [Architecture; 8] = [
-        Architecture::Mixtral,
-        Architecture::DeepseekV2,
-        Architecture::DeepseekV3,
-        Architecture::Dbrx,
-        Architecture::Qwen2Moe,
-        Architecture::Qwen3Moe,
-        Architecture::Olmoe,
-        Architecture::Arctic,
-    ];
-
-    /// What `architectures` and `model_type` of a config.json call it.
-    pub fn names(self) -> (&'static str, &'static str) {
-        match self {
-            Architecture::Mixtral => ("MixtralForCausalLM", "mixtral"),
-            Architecture::DeepseekV2 => ("DeepseekV2ForCausalLM", "deepseek_v2"),
-            Architecture::DeepseekV3 => ("DeepseekV3ForCausalLM", "deepseek_v3"),
-            Architecture::Dbrx => ("DbrxForCausalLM", "dbrx"),
-            Architecture::Qwen2Moe => ("Qwen2MoeForCausalLM", "qwen2_moe"),
-            Architecture::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe"),
-            Architecture::Olmoe => ("OlmoeForCausalLM", "olmoe"),
-            Architecture::Arctic => ("ArcticForCausalLM", "arctic"),
-        }
-    }
+    Arctic => "ArcticForCausalLM", "arctic";
+    /// GLM-4.5, 4.6, 4.7.
+    Glm4Moe => "Glm4MoeForCausalLM", "glm4_moe";
+    /// GLM-4.7-Flash.
+    Glm4MoeLite => "Glm4MoeLiteForCausalLM", "glm4_moe_lite";
+    /// MiniMax-M2.
+    MinimaxM2 => "MiniMaxM2ForCausalLM", "minimax_m2";
+    /// dots.llm1.
+    Dots1 => "Dots1ForCausalLM", "dots1";
+    /// Ling 2.0, Ring 2.0.
+    BailingMoeV2 => "BailingMoeV2ForCausalLM", "bailing_moe_v2";
+    /// ERNIE-4.5-21B-A3B, ERNIE-4.5-300B-A47B.
+    Ernie45Moe => "Ernie4_5_MoeForCausalLM", "ernie4_5_moe";
+    /// Hunyuan-A13B.
+    HunyuanV1Moe => "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe";
 }
 
 impl fmt::Display for Architecture {
@@ -104,6 +113,12 @@ pub enum TensorNames {
     Mixtral,
     /// `transformer.blocks.…`, query, key and value in one tensor, all experts in one tensor.
     Dbrx,
+    /// As common, but some parts of a name of their own: the first of those that only this family has.
+    Ernie,
+    /// The same of Hunyuan.
+    Hunyuan,
+    /// The same of Ling and Ring: query, key and value in one tensor.
+    Bailing,
     /// All experts in one tensor of three dimensions, as newer libraries keep them in memory.
     Merged,
     /// `blk.3.ffn_gate_exps.weight`: GGUF, whose files know no other names.
@@ -128,7 +143,7 @@ pub enum AttentionSpec {
     Mla(MlaSpec),
 }
 
-/// Grouped-query attention. After the projections: norm of queries and keys, clip, rotary embedding.
+/// Grouped-query attention. After the projections: norm of queries and keys, clip, rotary embedding, or the norm last.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GqaSpec {
     /// Query heads.
@@ -143,10 +158,10 @@ pub struct GqaSpec {
     pub output_bias: bool,
     /// Norm of queries and keys, with the model's epsilon.
     pub qk_norm: Option<QkNorm>,
+    /// Whether that norm comes after the rotary embedding.
+    pub norm_after_rope: bool,
     /// Queries, keys and values are clamped to ± this.
     pub clip_qkv: Option<f32>,
-    /// How many positions back a token sees, itself included; everything when absent.
-    pub sliding_window: Option<usize>,
     /// Factor on the scores.
     pub scale: f32,
 }
@@ -243,6 +258,8 @@ pub struct RopeSpec {
 ///   layer's input and do not wait for attention.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
+    /// How many positions back a token sees, itself included; everything when absent.
+    pub window: Option<usize>,
     /// The MLP after attention.
     pub mlp: MlpSpec,
     /// Inner width of a dense MLP beside it.

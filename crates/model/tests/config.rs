@@ -48,8 +48,8 @@ fn attention(spec: &AttentionSpec) -> String {
                 spec.qkv_bias.then(|| "qkv bias".to_owned()),
                 spec.output_bias.then(|| "output bias".to_owned()),
                 spec.qk_norm.map(|norm| format!("norm {norm:?}")),
+                spec.norm_after_rope.then(|| "after rope".to_owned()),
                 spec.clip_qkv.map(|clip| format!("clip {clip}")),
-                spec.sliding_window.map(|window| format!("window {window}")),
             ];
             extras.into_iter().flatten().for_each(|extra| text += &format!(", {extra}"));
             text
@@ -83,6 +83,9 @@ fn layer(layer: &LayerSpec) -> String {
             text
         }
     };
+    if let Some(window) = layer.window {
+        text += &format!(", window {window}");
+    }
     if let Some(inner) = layer.residual_mlp {
         text += &format!(", residual {inner}");
     }
@@ -210,6 +213,71 @@ fn qwen() {
          4/2 heads of 16 scale 0.25000, norm PerHead
          HalfSplit 16 to 5.6234e-6 times 1.0000
          12 experts of 20, top 4 Softmax normalised x1",
+    );
+}
+
+#[test]
+fn families_with_experts_behind_a_sigmoid() {
+    check(
+        "glm4_moe",
+        "Glm4MoeForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000, qkv bias, norm PerHead
+         HalfSplit 8 to 3.1623e-5 times 1.0000
+         dense 48
+         12 experts of 16, top 4 Sigmoid normalised x2.5, bias, shared 16",
+    );
+    check(
+        "glm4_moe_lite",
+        "Glm4MoeLiteForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-5 bos 0 eos [1]
+         latent 4 heads q 24 kv 16 of 12+8 value 16 scale 0.22361 bias false eps 1e-6
+         Interleaved 8 to 3.1623e-5 times 1.0000
+         dense 48
+         12 experts of 16, top 4 in 1 of 2 groups by TopTwoSum Sigmoid normalised x2.5, bias, shared 16",
+    );
+    check(
+        "dots1",
+        "Dots1ForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/4 heads of 12 scale 0.28868, norm PerHead
+         HalfSplit 12 to 1.0000e-5 times 1.0000
+         dense 48
+         12 experts of 16, top 4 Sigmoid normalised x2.5, bias, shared 32
+         12 experts of 16, top 4 Sigmoid normalised x2.5, bias, shared 32, window 20",
+    );
+    check(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM bfloat16 V320 H48 positions 196608 Rms 1e-6 bos 0 eos [1]
+         6/2 heads of 16 scale 0.25000, norm FullWidth
+         HalfSplit 4 to 4.4721e-4 times 1.0000
+         12 experts of 20, top 4 Sigmoid normalised x1, bias",
+    );
+    check(
+        "bailing_moe_v2",
+        "BailingMoeV2ForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-6 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000, norm PerHead
+         HalfSplit 8 to 4.6388e-5 times 1.0000
+         dense 48
+         16 experts of 16, top 4 in 2 of 4 groups by TopTwoSum Sigmoid normalised x2.5, bias, shared 16",
+    );
+}
+
+#[test]
+fn ernie_and_hunyuan() {
+    check(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000
+         Interleaved 16 to 1.0314e-5 times 1.0000
+         dense 48
+         10 experts of 16, top 4 Softmax normalised x1, bias, shared 32
+         dense 48",
+    );
+    // The base: 10000 · 1000^(12/10).
+    check(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1ForCausalLM bfloat16 V320 H48 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 12 scale 0.28868, norm PerHead, after rope
+         HalfSplit 12 to 4.6416e-7 times 1.0000
+         8 experts of 24, top 3 Softmax normalised x1, shared 24",
     );
 }
 
@@ -546,7 +614,8 @@ fn what_would_change_results_is_refused() {
         json!({ "architectures": ["LlamaForCausalLM"] }),
         "architecture `LlamaForCausalLM` is not supported; supported are MixtralForCausalLM, DeepseekV2ForCausalLM, \
          DeepseekV3ForCausalLM, DbrxForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, OlmoeForCausalLM, \
-         ArcticForCausalLM",
+         ArcticForCausalLM, Glm4MoeForCausalLM, Glm4MoeLiteForCausalLM, MiniMaxM2ForCausalLM, Dots1ForCausalLM, \
+         BailingMoeV2ForCausalLM, Ernie4_5_MoeForCausalLM, HunYuanMoEV1ForCausalLM",
     );
     refused(
         "mixtral",
@@ -556,7 +625,7 @@ fn what_would_change_results_is_refused() {
     refused(
         "mixtral",
         json!({ "rope_scaling": { "rope_type": "llama3", "factor": 8.0 } }),
-        "`rope_scaling.rope_type` is \"llama3\", which is not supported; supported are default, linear and yarn",
+        "`rope_scaling.low_freq_factor` is missing; fetch the file again",
     );
     refused(
         "mixtral",
@@ -569,7 +638,7 @@ fn what_would_change_results_is_refused() {
         "`rope_parameters.full_attention` is a section; one embedding for all layers is supported",
     );
     refused(
-        "qwen2_moe",
+        "olmoe",
         json!({ "use_sliding_window": true }),
         "`use_sliding_window` is true, which is not supported",
     );
@@ -592,12 +661,13 @@ fn what_would_change_results_is_refused() {
         refused(name, json!({ "mlp_bias": true }), "`mlp_bias` is true, which is not supported");
         patched(name, json!({ "mlp_bias": false })).unwrap();
     }
-    for kind in ["dynamic", "longrope", "su", "mrope", "ntk"] {
+    for kind in ["ntk", "proportional"] {
         refused(
             "mixtral",
             json!({ "rope_scaling": { "type": kind, "factor": 2.0 } }),
             &format!(
-                "`rope_scaling.rope_type` is \"{kind}\", which is not supported; supported are default, linear and yarn"
+                "`rope_scaling.rope_type` is \"{kind}\", which is not supported; supported are default, linear, dynamic, yarn, \
+                 longrope and llama3"
             ),
         );
     }

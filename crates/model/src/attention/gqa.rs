@@ -20,6 +20,7 @@ pub(crate) struct Gqa {
     /// `[slots, kv_heads · head_dim]`.
     cached_keys: Buffer,
     cached_values: Buffer,
+    window: Option<usize>,
     workspace: Workspace,
 }
 
@@ -139,6 +140,7 @@ impl Gqa {
             output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
             cached_keys: cache("cached_keys")?,
             cached_values: cache("cached_values")?,
+            window: loader.spec.layers[layer.0].window,
             workspace: workspace.clone(),
             own: own.clone(),
         })
@@ -158,6 +160,14 @@ impl Gqa {
         cx.linear(&input, &self.query, &query)?;
         cx.linear(x, &self.key, &key)?;
         cx.linear(x, &self.value, &value)?;
+        let rotate_first = spec.norm_after_rope;
+        let rotate = |query: &Buffer, key: &Buffer| {
+            cx.rotate(cx.queries, query, spec.head_dim, 0)?;
+            cx.rotate(&cx.step.all.queries, key, spec.head_dim, 0)
+        };
+        if rotate_first {
+            rotate(&query, &key)?;
+        }
         if let Some([query_norm, key_norm]) = &self.norms {
             query =
                 self.norm_heads(cx, &query, query_norm, self.workspace.normed_query.rows(queries.clone())?)?;
@@ -171,13 +181,14 @@ impl Gqa {
                 cx.compute(Clamp { x: x.clone(), limit })?;
             }
         }
-        cx.rotate(cx.queries, &query, spec.head_dim, 0)?;
-        cx.rotate(&cx.step.all.queries, &key, spec.head_dim, 0)?;
+        if !rotate_first {
+            rotate(&query, &key)?;
+        }
         cx.store(&key, &self.cached_keys)?;
         cx.store(&value, &self.cached_values)?;
         let context = self.workspace.context.rows(queries)?;
         let (heads, kv_heads) = (own.query.len(), own.kv.len());
-        let heads = Heads { heads, kv_heads, scale: spec.scale, window: spec.sliding_window };
+        let heads = Heads { heads, kv_heads, scale: spec.scale, window: self.window };
         cx.attend(heads, &query, &self.cached_keys, &self.cached_values, &context)?;
         cx.linear(&context, &self.output, out)
     }
@@ -211,8 +222,8 @@ mod tests {
             qkv_bias: false,
             output_bias: false,
             qk_norm: None,
+            norm_after_rope: false,
             clip_qkv: None,
-            sliding_window: None,
             scale: 1.0,
         };
         let of = |index| OwnHeads::of(&spec, Share { index, count });

@@ -1,7 +1,7 @@
 //! Snowflake Arctic: a dense MLP beside the experts.
 
 use super::draft::{Defaults, Draft};
-use super::keys::{Checked, Keys, LAYERS, POSITIONS};
+use super::keys::{Checked, Keys, LAYERS};
 use super::mixtral::MIXTRAL;
 use crate::Architecture;
 use crate::spec::*;
@@ -10,10 +10,10 @@ const ARCTIC: Defaults = Defaults { kv_heads: None, top_k: 1, positions: 4096, .
 
 pub(super) fn arctic(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &ARCTIC)?;
-    let sliding_window = keys.whole("sliding_window", POSITIONS)?;
-    let attention = GqaSpec { sliding_window, ..draft.grouped(draft.kv_heads()?)? };
+    let attention = draft.grouped(draft.kv_heads()?)?;
     let every = keys.whole("moe_layer_frequency", LAYERS)?.unwrap_or(2);
-    let mut layers = draft.layers(&draft.moe(draft.inner)?, |index| (index + 1).is_multiple_of(every));
+    let layers = draft.layers(&draft.moe(draft.inner)?, |index| (index + 1).is_multiple_of(every));
+    let mut layers = draft.windowed(layers)?;
     if keys.flag("parallel_attn_mlp_res")?.unwrap_or(false) {
         for layer in layers.iter_mut().filter(|layer| layer.mlp.moe().is_some()) {
             layer.residual_mlp = Some(draft.hidden);

@@ -29,7 +29,7 @@ pub(super) fn dbrx(keys: &Keys) -> Checked<ModelSpec> {
     let attention = GqaSpec { clip_qkv: clip(&attention_keys)?, ..draft.grouped(kv_heads)? };
     // Published configs have the base here; a library that reads it only at the top is wrong about them.
     let theta = attention_keys.number("rope_theta", THETA)?.map_or_else(|| draft.theta(), Ok)?;
-    let rope = draft.rope(attention.head_dim, RopeStyle::HalfSplit, theta)?;
+    let rope = draft.rope(draft.rotated(attention.head_dim, None)?, RopeStyle::HalfSplit, theta)?;
     let layers = draft.layers(&dbrx_experts(&keys.section("ffn_config", "ffn_config.")?)?, |_| true);
     let attention = AttentionSpec::Gqa(attention);
     draft.complete((Architecture::Dbrx, TensorNames::Dbrx), NormKind::Layer, attention, rope, layers)

@@ -28,7 +28,7 @@ pub(super) fn deepseek_v2(keys: &Keys) -> Checked<ModelSpec> {
     if keys.get("num_experts_per_tok").is_none() {
         return wrong(format!("`num_experts_per_tok` is missing; {MEND}"));
     }
-    let mut moe = deepseek_experts(&draft, DeepseekDefaults { inner: 1407, shared: 2, scale: 1.0 })?;
+    let mut moe = deepseek_experts(&draft, ExpertDefaults { inner: 1407, shared: 2, scale: 1.0 })?;
     moe.gate.normalise = moe.gate.top_k > 1 && keys.flag("norm_topk_prob")?.unwrap_or(false);
     if moe.gate.normalise {
         moe.gate.scale = 1.0; // The published router does one or the other.
@@ -43,7 +43,7 @@ pub(super) fn deepseek_v2(keys: &Keys) -> Checked<ModelSpec> {
         }
     };
     let layers = deepseek_layers(&draft, &moe, 0)?;
-    deepseek(&draft, Architecture::DeepseekV2, RopeStyle::Interleaved, layers)
+    latent_model(&draft, Architecture::DeepseekV2, LATENT, layers)
 }
 
 const DEEPSEEK_V3: Defaults = Defaults {
@@ -60,26 +60,38 @@ const DEEPSEEK_V3: Defaults = Defaults {
 
 pub(super) fn deepseek_v3(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &DEEPSEEK_V3)?;
+    let defaults = ExpertDefaults { inner: 2048, shared: 1, scale: 2.5 };
+    let moe = sigmoid_experts(&draft, defaults, (8, 4), true)?;
+    let layers = deepseek_layers(&draft, &moe, 3)?;
+    latent_model(&draft, Architecture::DeepseekV3, LATENT, layers)
+}
+
+/// DeepSeek-V3's experts, which newer families have too: chosen by the sigmoid of their logits and a bias.
+pub(super) fn sigmoid_experts(
+    draft: &Draft,
+    defaults: ExpertDefaults,
+    default_groups: (usize, usize),
+    normalise: bool,
+) -> Checked<MoeSpec> {
+    let keys = draft.keys;
     keys.only("scoring_func", &["sigmoid"])?;
     keys.only("topk_method", &["noaux_tc"])?;
-    let mut moe = deepseek_experts(&draft, DeepseekDefaults { inner: 2048, shared: 1, scale: 2.5 })?;
+    let mut moe = deepseek_experts(draft, defaults)?;
     moe.correction_bias = true;
     moe.gate.score = Score::Sigmoid;
-    moe.gate.normalise = keys.flag("norm_topk_prob")?.unwrap_or(true);
-    moe.gate.groups = groups(keys, (8, 4), &moe, GroupScore::TopTwoSum)?;
-    let interleaved = keys.flag("rope_interleave")?.unwrap_or(true);
-    let style = if interleaved { RopeStyle::Interleaved } else { RopeStyle::HalfSplit };
-    let layers = deepseek_layers(&draft, &moe, 3)?;
-    deepseek(&draft, Architecture::DeepseekV3, style, layers)
+    moe.gate.normalise = keys.flag("norm_topk_prob")?.unwrap_or(normalise);
+    moe.gate.groups = groups(keys, default_groups, &moe, GroupScore::TopTwoSum)?;
+    Ok(moe)
 }
 
-struct DeepseekDefaults {
-    inner: usize,
-    shared: usize,
-    scale: f64,
+/// What a config may leave out of its experts.
+pub(super) struct ExpertDefaults {
+    pub(super) inner: usize,
+    pub(super) shared: usize,
+    pub(super) scale: f64,
 }
 
-fn deepseek_experts(draft: &Draft, defaults: DeepseekDefaults) -> Checked<MoeSpec> {
+fn deepseek_experts(draft: &Draft, defaults: ExpertDefaults) -> Checked<MoeSpec> {
     let keys = draft.keys;
     let inner = keys.whole("moe_intermediate_size", WIDTH)?.unwrap_or(defaults.inner);
     let mut moe = draft.moe(inner)?;
@@ -113,30 +125,44 @@ fn groups(
     Ok((groups > 1).then_some(GroupLimit { groups, kept, by }))
 }
 
-fn deepseek_layers(draft: &Draft, moe: &MoeSpec, default_dense: usize) -> Checked<Vec<LayerSpec>> {
+pub(super) fn deepseek_layers(draft: &Draft, moe: &MoeSpec, default_dense: usize) -> Checked<Vec<LayerSpec>> {
     let dense = draft.keys.whole("first_k_dense_replace", 0..=*LAYERS.end())?.unwrap_or(default_dense);
     let every = draft.keys.whole("moe_layer_freq", LAYERS)?.unwrap_or(1);
     Ok(draft.layers(moe, |layer| layer >= dense && layer.is_multiple_of(every)))
 }
 
-fn deepseek(
+/// What a config may leave out of latent attention.
+pub(super) struct LatentDefaults {
+    pub(super) q_lora: usize,
+    pub(super) kv_lora: usize,
+    pub(super) nope: usize,
+    pub(super) rope: usize,
+    pub(super) value: usize,
+}
+
+const LATENT: LatentDefaults =
+    LatentDefaults { q_lora: 1536, kv_lora: 512, nope: 128, rope: 64, value: 128 };
+
+pub(super) fn latent_model(
     draft: &Draft,
     architecture: Architecture,
-    style: RopeStyle,
+    defaults: LatentDefaults,
     layers: Vec<LayerSpec>,
 ) -> Checked<ModelSpec> {
     let keys = draft.keys;
-    let nope = keys.whole("qk_nope_head_dim", HEAD_WIDTH)?.unwrap_or(128);
-    let rope_dim = keys.whole("qk_rope_head_dim", HEAD_WIDTH)?.unwrap_or(64);
-    let rope = draft.rope(rope_dim, style, draft.theta()?)?;
-    let default_q_lora = (!keys.is_null("q_lora_rank")).then_some(1536);
+    let nope = keys.whole("qk_nope_head_dim", HEAD_WIDTH)?.unwrap_or(defaults.nope);
+    let rope_dim = keys.whole("qk_rope_head_dim", HEAD_WIDTH)?.unwrap_or(defaults.rope);
+    let pairs = architecture == Architecture::DeepseekV2 || keys.flag("rope_interleave")?.unwrap_or(true);
+    let style = if pairs { RopeStyle::Interleaved } else { RopeStyle::HalfSplit };
+    let rope = draft.rope(draft.rotated(rope_dim, None)?, style, draft.theta()?)?;
+    let default_q_lora = (!keys.is_null("q_lora_rank")).then_some(defaults.q_lora);
     let attention = MlaSpec {
         heads: draft.heads,
         q_lora: keys.whole("q_lora_rank", WIDTH)?.or(default_q_lora),
-        kv_lora: keys.whole("kv_lora_rank", WIDTH)?.unwrap_or(512),
+        kv_lora: keys.whole("kv_lora_rank", WIDTH)?.unwrap_or(defaults.kv_lora),
         nope,
         rope: rope_dim,
-        value: keys.whole("v_head_dim", HEAD_WIDTH)?.unwrap_or(128),
+        value: keys.whole("v_head_dim", HEAD_WIDTH)?.unwrap_or(defaults.value),
         inner_eps: 1e-6, // Whatever `rms_norm_eps` says.
         bias: keys.flag("attention_bias")?.unwrap_or(false),
         scale: (((nope + rope_dim) as f64).powf(-0.5) * rope.score_factor) as f32,

@@ -54,14 +54,25 @@ impl<'a> Draft<'a> {
     /// A model of RMS norms and half-split rotary embedding over whole heads.
     pub(super) fn grouped_model(
         &self,
+        names: (Architecture, TensorNames),
+        attention: GqaSpec,
+        layers: Vec<LayerSpec>,
+    ) -> Checked<ModelSpec> {
+        self.partial_model(names, attention, layers, None)
+    }
+
+    /// The same over a part of each head, by default the `usual` one.
+    pub(super) fn partial_model(
+        &self,
         (architecture, naming): (Architecture, TensorNames),
         attention: GqaSpec,
         layers: Vec<LayerSpec>,
+        usual: Option<f64>,
     ) -> Checked<ModelSpec> {
         // GGUF keeps rows of some models in pairs that turn together, and then says so.
         let interleaved = self.keys.flag("rope_interleave")?.unwrap_or(false);
         let style = if interleaved { RopeStyle::Interleaved } else { RopeStyle::HalfSplit };
-        let rope = self.rope(attention.head_dim, style, self.theta()?)?;
+        let rope = self.rope(self.rotated(attention.head_dim, usual)?, style, self.theta()?)?;
         self.complete((architecture, naming), NormKind::Rms, AttentionSpec::Gqa(attention), rope, layers)
     }
 
@@ -118,8 +129,8 @@ impl<'a> Draft<'a> {
             qkv_bias: false,
             output_bias: false,
             qk_norm: None,
+            norm_after_rope: false,
             clip_qkv: None,
-            sliding_window: None,
             scale: (head_dim as f64).powf(-0.5) as f32,
         })
     }
@@ -136,7 +147,47 @@ impl<'a> Draft<'a> {
     pub(super) fn layers(&self, moe: &MoeSpec, is_moe: impl Fn(usize) -> bool) -> Vec<LayerSpec> {
         let inner = self.inner;
         let mlp = |index| if is_moe(index) { MlpSpec::Moe(moe.clone()) } else { MlpSpec::Dense { inner } };
-        (0..self.layers).map(|index| LayerSpec { mlp: mlp(index), residual_mlp: None }).collect()
+        let layer = |index| LayerSpec { window: None, mlp: mlp(index), residual_mlp: None };
+        (0..self.layers).map(layer).collect()
+    }
+
+    /// The same, each layer with the window of `sliding_window`, if there is one.
+    pub(super) fn windowed(&self, mut layers: Vec<LayerSpec>) -> Checked<Vec<LayerSpec>> {
+        let window = self.keys.whole("sliding_window", POSITIONS)?;
+        layers.iter_mut().for_each(|layer| layer.window = window);
+        Ok(layers)
+    }
+
+    /// Those of some layers: which, `layer_types` says, or `usual` for the number of a layer.
+    pub(super) fn windowed_by_type(
+        &self,
+        mut layers: Vec<LayerSpec>,
+        usual: impl Fn(usize) -> bool,
+    ) -> Checked<Vec<LayerSpec>> {
+        const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
+        let kinds = self.keys.list("layer_types")?;
+        if let Some(other) = kinds.iter().find(|kind| !KINDS.map(Some).contains(&kind.as_str())) {
+            let other = shown(other);
+            return wrong(format!("`layer_types` has {other}; supported are {} and {}", KINDS[0], KINDS[1]));
+        }
+        if !kinds.is_empty() && kinds.len() < layers.len() {
+            return wrong(format!(
+                "`layer_types` has {} entries for {} layers; {MEND}",
+                kinds.len(),
+                layers.len()
+            ));
+        }
+        let window = self.keys.whole("sliding_window", POSITIONS)?;
+        for (index, layer) in layers.iter_mut().enumerate() {
+            let slides = kinds.get(index).map_or_else(|| usual(index), |kind| kind == KINDS[1]);
+            if slides && window.is_none() {
+                return wrong(format!(
+                    "layer {index} has a sliding window, but `sliding_window` is missing; {MEND}"
+                ));
+            }
+            layer.window = window.filter(|_| slides);
+        }
+        Ok(layers)
     }
 }
 

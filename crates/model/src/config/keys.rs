@@ -23,12 +23,13 @@ pub(super) const THETA: RangeInclusive<f64> = 1.0..=1e12;
 pub(super) const MOST_EXPERTS_IN_ALL: usize = 1 << 20;
 
 /// Other names of a key, in the order they are tried.
-pub(super) const SYNONYMS: [(&str, &[&str]); 6] = [
+pub(super) const SYNONYMS: [(&str, &[&str]); 7] = [
     ("hidden_size", &["d_model"]),
     ("num_attention_heads", &["n_heads"]),
     ("num_hidden_layers", &["n_layers"]),
     ("max_position_embeddings", &["max_seq_len"]),
-    ("num_experts", &["num_local_experts", "n_routed_experts"]),
+    ("num_experts", &["num_local_experts", "n_routed_experts", "moe_num_experts"]),
+    ("num_experts_per_tok", &["moe_topk", "moe_k"]),
     ("dtype", &["torch_dtype"]),
 ];
 

@@ -1,7 +1,7 @@
 //! Mixtral 8x7B, 8x22B.
 
 use super::draft::{Defaults, Draft};
-use super::keys::{Checked, Keys, POSITIONS};
+use super::keys::{Checked, Keys};
 use crate::Architecture;
 use crate::spec::*;
 
@@ -23,8 +23,7 @@ pub(super) const MIXTRAL: Defaults = Defaults {
 
 pub(super) fn mixtral(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &MIXTRAL)?;
-    let sliding_window = keys.whole("sliding_window", POSITIONS)?;
-    let attention = GqaSpec { sliding_window, ..draft.grouped(draft.kv_heads()?)? };
-    let layers = draft.layers(&draft.moe(draft.inner)?, |_| true);
+    let attention = draft.grouped(draft.kv_heads()?)?;
+    let layers = draft.windowed(draft.layers(&draft.moe(draft.inner)?, |_| true))?;
     draft.grouped_model((Architecture::Mixtral, TensorNames::Mixtral), attention, layers)
 }

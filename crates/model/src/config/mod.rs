@@ -5,10 +5,15 @@
 //! family of architectures.
 
 mod arctic;
+mod bailing;
 mod dbrx;
 mod deepseek;
 mod draft;
+mod ernie;
+mod glm;
+mod hunyuan;
 mod keys;
+mod minimax;
 mod mixtral;
 mod olmoe;
 mod qwen;
@@ -131,7 +136,7 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
     let remarks = Remarks::default();
     let keys = Keys { map: Some(map), section: "", remarks: &remarks };
     let architecture = architecture(&keys)?;
-    refuse_unsupported(&keys)?;
+    refuse_unsupported(architecture, &keys)?;
     let spec = match architecture {
         Architecture::Mixtral => mixtral::mixtral(&keys),
         Architecture::DeepseekV2 => deepseek::deepseek_v2(&keys),
@@ -141,6 +146,13 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
         Architecture::Qwen3Moe => qwen::qwen3(&keys),
         Architecture::Olmoe => olmoe::olmoe(&keys),
         Architecture::Arctic => arctic::arctic(&keys),
+        Architecture::Glm4Moe => glm::glm4_moe(&keys),
+        Architecture::Glm4MoeLite => glm::glm4_moe_lite(&keys),
+        Architecture::MinimaxM2 => minimax::minimax_m2(&keys),
+        Architecture::Dots1 => glm::dots1(&keys),
+        Architecture::BailingMoeV2 => bailing::bailing_moe_v2(&keys),
+        Architecture::Ernie45Moe => ernie::ernie4_5_moe(&keys),
+        Architecture::HunyuanV1Moe => hunyuan::hunyuan_v1_moe(&keys),
     }?;
     let experts: usize = spec.layers.iter().filter_map(|layer| layer.mlp.moe()).map(|moe| moe.experts).sum();
     if experts > MOST_EXPERTS_IN_ALL {
@@ -159,25 +171,51 @@ fn architecture(keys: &Keys) -> Checked<Architecture> {
     };
     let names = if classes.is_empty() { vec![keys.word("model_type")?.unwrap_or("none")] } else { classes };
     let known = |name: &&str| {
-        Architecture::ALL.into_iter().find(|known| [known.names().0, known.names().1].contains(name))
+        let mut all = Architecture::ALL.iter().copied();
+        all.find(|known| [known.names().0, known.names().1].contains(name))
+            .or_else(|| ALIASES.iter().find(|(alias, _)| alias == name).map(|(_, architecture)| *architecture))
     };
-    names.iter().find_map(known).map_or_else(
-        || {
-            let all = Architecture::ALL.map(|known| known.to_string()).join(", ");
-            wrong(format!("architecture `{}` is not supported; supported are {all}", quoted(names[0])))
-        },
-        Ok,
-    )
+    if let Some(known) = names.iter().find_map(known) {
+        return Ok(known);
+    }
+    if let Some((name, missing)) = UNSUPPORTED.iter().find(|(name, _)| names.contains(name)) {
+        return wrong(format!("architecture `{name}` is not supported: {missing}"));
+    }
+    let all = Architecture::ALL.iter().map(|known| known.to_string()).collect::<Vec<_>>().join(", ");
+    wrong(format!("architecture `{}` is not supported; supported are {all}", quoted(names[0])))
 }
 
+/// Other names of what is supported.
+const ALIASES: [(&str, Architecture); 2] = [
+    ("kimi_k2", Architecture::DeepseekV3),
+    ("hunyuan", Architecture::HunyuanV1Moe),
+];
+
+/// Architectures that people ask for, and what they have that is missing here.
+const UNSUPPORTED: [(&str, &str); 8] = [
+    ("DeepseekV32ForCausalLM", "its attention looks at tokens that an indexer chooses"),
+    ("GlmMoeDsaForCausalLM", "its attention looks at tokens that an indexer chooses"),
+    ("DeepseekV4ForCausalLM", "its attention looks at compressed tokens, and its residual stream is several"),
+    ("BailingMoeV2_5ForCausalLM", "most of its layers have linear attention"),
+    ("MiniMaxText01ForCausalLM", "most of its layers have lightning attention"),
+    ("MiniMaxM1ForCausalLM", "most of its layers have lightning attention"),
+    ("KimiLinearForCausalLM", "most of its layers have delta attention"),
+    ("JambaForCausalLM", "most of its layers are state space models"),
+];
+
 /// What would change results if it were passed over.
-fn refuse_unsupported(keys: &Keys) -> Checked<()> {
+fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
+    use Architecture::{Dots1, Qwen2Moe, Qwen3Moe};
     keys.only("hidden_act", &ACTIVATIONS)?;
-    rope::refuse_partial_rotation(keys)?;
+    let windows = matches!(architecture, Qwen2Moe | Qwen3Moe);
     for key in ["use_sliding_window", "mlp_bias"] {
-        if keys.flag(key)?.unwrap_or(false) {
+        if keys.flag(key)?.unwrap_or(false) && !(windows && key == "use_sliding_window") {
             return wrong(format!("`{key}` is true, which is not supported"));
         }
+    }
+    let slides = keys.flag("use_sliding_window")?.unwrap_or(false);
+    if architecture == Dots1 || (architecture == Qwen2Moe && slides) {
+        return Ok(());
     }
     let other = keys.list("layer_types")?.iter().find(|kind| kind.as_str() != Some("full_attention"));
     other.map_or(Ok(()), |kind| {

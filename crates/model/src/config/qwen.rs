@@ -30,6 +30,13 @@ pub(super) fn qwen2(keys: &Keys) -> Checked<ModelSpec> {
     let moe =
         MoeSpec { shared: Some(SharedSpec { inner: shared, gated: true }), ..qwen_experts(&draft, 1408)? };
     let layers = qwen_layers(&draft, &moe)?;
+    let layers = match keys.flag("use_sliding_window")?.unwrap_or(false) {
+        false => layers,
+        true => {
+            let sliding = keys.whole("max_window_layers", 0..=*LAYERS.end())?.unwrap_or(28);
+            draft.windowed_by_type(layers, |layer| layer.is_multiple_of(2) && layer < sliding)?
+        }
+    };
     draft.grouped_model((Architecture::Qwen2Moe, TensorNames::Qwen), attention, layers)
 }
 
@@ -46,6 +53,8 @@ pub(super) fn qwen3(keys: &Keys) -> Checked<ModelSpec> {
         ..draft.grouped(draft.kv_heads()?)?
     };
     let layers = qwen_layers(&draft, &qwen_experts(&draft, 768)?)?;
+    let slides = keys.flag("use_sliding_window")?.unwrap_or(false);
+    let layers = if slides { draft.windowed(layers)? } else { layers };
     draft.grouped_model((Architecture::Qwen3Moe, TensorNames::Common), attention, layers)
 }
 

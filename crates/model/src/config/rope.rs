@@ -1,4 +1,4 @@
-//! Rotary embedding: plain, and stretched by linear scaling or yarn.
+//! Rotary embedding: plain, and stretched in the ways that published models are.
 
 use super::draft::Draft;
 use super::keys::*;
@@ -23,19 +23,22 @@ fn rope_section<'a>(keys: &Keys<'a>) -> Checked<Keys<'a>> {
     }
 }
 
-/// Refuses embeddings that turn only a part of a head.
-pub(super) fn refuse_partial_rotation(keys: &Keys) -> Checked<()> {
-    const KEY: &str = "partial_rotary_factor";
-    let section = rope_section(keys)?;
-    for keys in [keys, &section] {
-        if let Some(part) = keys.number(KEY, 0.0..=1.0)?.filter(|&part| part != 1.0) {
-            return wrong(format!("`{}{KEY}` is {part}; only 1 is supported", keys.section));
-        }
-    }
-    Ok(())
-}
-
 impl Draft<'_> {
+    /// How many elements of a head are turned, the first ones: the part of it that a key says, or the `usual` part. Where
+    /// there is none, the model knows heads that turn as a whole only.
+    pub(super) fn rotated(&self, head_dim: usize, usual: Option<f64>) -> Checked<usize> {
+        const KEY: &str = "partial_rotary_factor";
+        let section = rope_section(self.keys)?;
+        for keys in [&section, self.keys] {
+            let Some(part) = keys.number(KEY, 0.0..=1.0)? else { continue };
+            if usual.is_none() && part != 1.0 {
+                return wrong(format!("`{}{KEY}` is {part}; only 1 is supported", keys.section));
+            }
+            return Ok((head_dim as f64 * part) as usize);
+        }
+        Ok((head_dim as f64 * usual.unwrap_or(1.0)) as usize)
+    }
+
     /// Base of the frequencies.
     pub(super) fn theta(&self) -> Checked<f64> {
         let inside = rope_section(self.keys)?.number("rope_theta", THETA)?;
@@ -44,7 +47,7 @@ impl Draft<'_> {
 
     /// The embedding of `dim` elements of a head.
     pub(super) fn rope(&self, dim: usize, style: RopeStyle, theta: f64) -> Checked<Rope> {
-        if dim % 2 == 1 {
+        if dim % 2 == 1 || dim == 0 {
             return wrong(format!("the rotated part of a head is {dim} wide, but must be even; {MEND}"));
         }
         let section = rope_section(self.keys)?;
@@ -63,7 +66,8 @@ impl Draft<'_> {
             attention_factor: attention_factor as f32,
         };
         match section.word("rope_type")?.or(section.word("type")?).unwrap_or("default") {
-            "default" => Ok(Rope { spec: spec(plain, 1.0), score_factor: 1.0, positions: self.positions }),
+            // Text has one position a token, whatever images would have.
+            "default" | "mrope" => Ok(Rope { spec: spec(plain, 1.0), score_factor: 1.0, positions: self.positions }),
             "linear" => {
                 let Some(factor) = section.number("factor", FACTOR)? else { return missing_factor(&section) };
                 let slowed = plain.into_iter().map(|frequency| frequency / factor as f32).collect();
@@ -76,13 +80,111 @@ impl Draft<'_> {
                 let spec = spec(yarn.stretch(&plain, theta), yarn.attention_factor);
                 Ok(Rope { spec, score_factor: yarn.score_factor, positions })
             }
+            "llama3" => {
+                let spec = spec(llama3(&section, &plain)?, 1.0);
+                Ok(Rope { spec, score_factor: 1.0, positions: self.positions })
+            }
+            "dynamic" => self.dynamic(&section, dim, theta, spec),
+            "longrope" | "su" => self.long_rope(&section, plain, spec),
             other => wrong(format!(
-                "`{}rope_type` is \"{}\", which is not supported; supported are default, linear and yarn",
+                "`{}rope_type` is \"{}\", which is not supported; supported are default, linear, dynamic, yarn, \
+                 longrope and llama3",
                 section.section,
                 quoted(other)
             )),
         }
     }
+
+    /// Frequencies that slow down with the length of a text beyond what the model was made for. Up to there, which is as
+    /// far as contexts go here, they are the plain ones, of a base that `alpha` has made larger once and for all.
+    fn dynamic(
+        &self,
+        section: &Keys,
+        dim: usize,
+        theta: f64,
+        spec: impl Fn(Vec<f32>, f64) -> RopeSpec,
+    ) -> Checked<Rope> {
+        let frequencies = match section.number("alpha", FACTOR)? {
+            Some(alpha) if dim > 2 => {
+                inverse_frequencies(dim, theta * alpha.powf(dim as f64 / (dim as f64 - 2.0)))
+            }
+            _ => {
+                self.unstretched(section, self.positions);
+                inverse_frequencies(dim, theta)
+            }
+        };
+        Ok(Rope { spec: spec(frequencies, 1.0), score_factor: 1.0, positions: self.positions })
+    }
+
+    /// LongRoPE (arXiv 2402.13753): each frequency divided by a factor of its own, other ones for texts longer than
+    /// the original context. A text that grows beyond it would have to be computed again, so contexts end there.
+    fn long_rope(
+        &self,
+        section: &Keys,
+        plain: Vec<f32>,
+        spec: impl Fn(Vec<f32>, f64) -> RopeSpec,
+    ) -> Checked<Rope> {
+        const ORIGINAL: &str = "original_max_position_embeddings";
+        let Some(original) = section.whole(ORIGINAL, POSITIONS)?.or(self.keys.whole(ORIGINAL, POSITIONS)?)
+        else {
+            return wrong(format!("`{}{ORIGINAL}` is missing; fetch the file again", section.section));
+        };
+        let factors = section.list("short_factor")?;
+        let numbers: Option<Vec<f64>> = factors.iter().map(serde_json::Value::as_f64).collect();
+        let numbers = numbers.filter(|numbers| {
+            numbers.len() == plain.len() && numbers.iter().all(|number| FACTOR.contains(number))
+        });
+        let Some(numbers) = numbers else {
+            return wrong(format!(
+                "`{}short_factor` must be a list of {} numbers; {MEND}",
+                section.section,
+                plain.len()
+            ));
+        };
+        let factor = section.number("factor", FACTOR)?;
+        let factor = factor.unwrap_or(self.positions as f64 / original as f64);
+        let usual = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original as f64).ln()).sqrt() };
+        let magnitude = section.number("attention_factor", FACTOR)?;
+        let magnitude = section.number("short_mscale", FACTOR)?.or(magnitude).unwrap_or(usual);
+        let slowed = plain.iter().zip(numbers).map(|(frequency, factor)| frequency / factor as f32).collect();
+        let positions = original.min(self.positions);
+        self.unstretched(section, positions);
+        Ok(Rope { spec: spec(slowed, magnitude), score_factor: 1.0, positions })
+    }
+
+    /// Says that contexts end where frequencies would have to change.
+    fn unstretched(&self, section: &Keys, positions: usize) {
+        self.keys.remark(format!(
+            "`{}` stretches longer contexts by frequencies that depend on their length, which is not supported: \
+             contexts are at most {positions} tokens long",
+            section.section.trim_end_matches('.')
+        ));
+    }
+}
+
+/// Frequencies of Llama 3.1: those of long waves are divided by a factor, those of short ones kept, those between blended.
+fn llama3(section: &Keys, plain: &[f32]) -> Checked<Vec<f32>> {
+    let needed = |key: &'static str| match section.number(key, FACTOR)? {
+        Some(number) => Ok(number),
+        None => wrong(format!("`{}{key}` is missing; fetch the file again", section.section)),
+    };
+    let (factor, low, high) = (needed("factor")?, needed("low_freq_factor")?, needed("high_freq_factor")?);
+    let Some(original) = section.whole("original_max_position_embeddings", POSITIONS)? else {
+        return wrong(format!(
+            "`{}original_max_position_embeddings` is missing; fetch the file again",
+            section.section
+        ));
+    };
+    if high <= low {
+        return wrong(format!("`high_freq_factor` ({high}) must exceed `low_freq_factor` ({low}); {MEND}"));
+    }
+    let blend = |&frequency: &f32| {
+        let turns = original as f64 * f64::from(frequency) / (2.0 * PI);
+        let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+        let frequency = f64::from(frequency);
+        ((1.0 - kept) * frequency / factor + kept * frequency) as f32
+    };
+    Ok(plain.iter().map(blend).collect())
 }
 
 /// How far a context of so many positions reaches under a factor.
