@@ -254,7 +254,7 @@ fn families_with_experts_behind_a_sigmoid() {
         "bailing_moe_v2",
         "BailingMoeV2ForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-6 bos 0 eos [1]
          4/2 heads of 16 scale 0.25000, norm PerHead
-         HalfSplit 8 to 4.6388e-5 times 1.0000
+         HalfSplit 8 to 4.6386e-5 times 1.0000
          dense 48
          16 experts of 16, top 4 in 2 of 4 groups by TopTwoSum Sigmoid normalised x2.5, bias, shared 16",
     );
@@ -266,7 +266,7 @@ fn ernie_and_hunyuan() {
         "ernie4_5_moe",
         "Ernie4_5_MoeForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-5 bos 0 eos [1]
          4/2 heads of 16 scale 0.25000
-         Interleaved 16 to 1.0314e-5 times 1.0000
+         Interleaved 16 to 1.0313e-5 times 1.0000
          dense 48
          10 experts of 16, top 4 Softmax normalised x1, bias, shared 32
          dense 48",

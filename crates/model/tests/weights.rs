@@ -14,8 +14,15 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-const FIXTURES: [&str; 14] = [
+const FIXTURES: [&str; 21] = [
     "arctic",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "dots1",
+    "minimax_m2",
+    "bailing_moe_v2",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
     "dbrx",
     "dbrx_clip",
     "deepseek_v2",

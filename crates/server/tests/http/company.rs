@@ -154,4 +154,11 @@ fixtures!(
     qwen3_moe_mxfp4,
     olmoe,
     arctic,
+    glm4_moe,
+    glm4_moe_lite,
+    dots1,
+    minimax_m2,
+    bailing_moe_v2,
+    ernie4_5_moe,
+    hunyuan_v1_moe,
 );
