@@ -140,8 +140,7 @@ pub(super) struct LatentDefaults {
     pub(super) value: usize,
 }
 
-const LATENT: LatentDefaults =
-    LatentDefaults { q_lora: 1536, kv_lora: 512, nope: 128, rope: 64, value: 128 };
+const LATENT: LatentDefaults = LatentDefaults { q_lora: 1536, kv_lora: 512, nope: 128, rope: 64, value: 128 };
 
 pub(super) fn latent_model(
     draft: &Draft,

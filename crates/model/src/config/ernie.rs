@@ -41,11 +41,8 @@ pub(super) fn ernie4_5_moe(keys: &Keys) -> Checked<ModelSpec> {
     let every = keys.whole("moe_layer_interval", LAYERS)?.unwrap_or(1);
     let sparse = |layer: usize| (layer + 1).is_multiple_of(every) && (first..=last).contains(&layer);
     let layers = draft.layers(&moe, sparse);
-    let rope = draft.rope(
-        draft.rotated(attention.head_dim, None)?,
-        RopeStyle::Interleaved,
-        draft.theta()?,
-    )?;
+    let rope =
+        draft.rope(draft.rotated(attention.head_dim, None)?, RopeStyle::Interleaved, draft.theta()?)?;
     let names = (Architecture::Ernie45Moe, TensorNames::Ernie);
     let tied = keys.flag("tie_word_embeddings")?.unwrap_or(true);
     let spec = draft.complete(names, NormKind::Rms, AttentionSpec::Gqa(attention), rope, layers)?;

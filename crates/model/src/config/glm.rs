@@ -76,7 +76,9 @@ fn sparse_layers(draft: &Draft, default_dense: usize) -> Checked<Vec<bool>> {
     let sparse: Option<Vec<bool>> = kinds.iter().map(sparse).collect();
     match sparse.filter(|sparse| sparse.len() >= draft.layers) {
         Some(sparse) => Ok(sparse),
-        None => wrong(format!("`{KEY}` must say `dense` or `sparse` for each of {} layers; {MEND}", draft.layers)),
+        None => {
+            wrong(format!("`{KEY}` must say `dense` or `sparse` for each of {} layers; {MEND}", draft.layers))
+        }
     }
 }
 

@@ -172,8 +172,9 @@ fn architecture(keys: &Keys) -> Checked<Architecture> {
     let names = if classes.is_empty() { vec![keys.word("model_type")?.unwrap_or("none")] } else { classes };
     let known = |name: &&str| {
         let mut all = Architecture::ALL.iter().copied();
-        all.find(|known| [known.names().0, known.names().1].contains(name))
-            .or_else(|| ALIASES.iter().find(|(alias, _)| alias == name).map(|(_, architecture)| *architecture))
+        all.find(|known| [known.names().0, known.names().1].contains(name)).or_else(|| {
+            ALIASES.iter().find(|(alias, _)| alias == name).map(|(_, architecture)| *architecture)
+        })
     };
     if let Some(known) = names.iter().find_map(known) {
         return Ok(known);
@@ -186,10 +187,8 @@ fn architecture(keys: &Keys) -> Checked<Architecture> {
 }
 
 /// Other names of what is supported.
-const ALIASES: [(&str, Architecture); 2] = [
-    ("kimi_k2", Architecture::DeepseekV3),
-    ("hunyuan", Architecture::HunyuanV1Moe),
-];
+const ALIASES: [(&str, Architecture); 2] =
+    [("kimi_k2", Architecture::DeepseekV3), ("hunyuan", Architecture::HunyuanV1Moe)];
 
 /// Architectures that people ask for, and what they have that is missing here.
 const UNSUPPORTED: [(&str, &str); 8] = [

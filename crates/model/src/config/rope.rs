@@ -67,7 +67,9 @@ impl Draft<'_> {
         };
         match section.word("rope_type")?.or(section.word("type")?).unwrap_or("default") {
             // Text has one position a token, whatever images would have.
-            "default" | "mrope" => Ok(Rope { spec: spec(plain, 1.0), score_factor: 1.0, positions: self.positions }),
+            "default" | "mrope" => {
+                Ok(Rope { spec: spec(plain, 1.0), score_factor: 1.0, positions: self.positions })
+            }
             "linear" => {
                 let Some(factor) = section.number("factor", FACTOR)? else { return missing_factor(&section) };
                 let slowed = plain.into_iter().map(|frequency| frequency / factor as f32).collect();
