@@ -9,6 +9,9 @@ programs take turns on them. Needs the packages `gguf` and `numpy`, and the fold
 loaded and lie in huge pages, which is what makes it fast; llama.cpp has no such switches. ik_llama.cpp's
 `llama-batched-bench` gives every sequence token 0, and so all of them the same experts: let it draw tokens at random, as
 llama.cpp's does, or its decode of eight sequences reads an eighth of the experts.
+
+With --peer-dtype q4_k_m, q8_0, q4_0 or mxfp4 weights are random codes, and epsmoe reads the same file. Widths must be whole
+blocks: --hf-overrides changes a preset's.
 """
 import argparse
 import json
@@ -21,6 +24,7 @@ import tempfile
 PRESETS = pathlib.Path(__file__).resolve().parent.parent / "crates" / "model" / "presets"
 DEFAULT = ["llamacpp-qwen3moe-mini", "llamacpp-deepseek2-mini", "llamacpp-deepseek2-lite4"]
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+QUANTISED = {"q4_k_m": "Q4_K", "q8_0": "Q8_0", "q4_0": "Q4_0", "mxfp4": "MXFP4"}
 PROMPT, NEW, SEQUENCES = 512, 64, 8
 PHASES = [f"prefill of {PROMPT}", f"decode of {NEW}", f"decode of {SEQUENCES} x {NEW}"]
 FLAGS = {"llama.cpp": [], "ik_llama.cpp": ["-rtr", "1", "-thp", "1"]}
@@ -49,6 +53,48 @@ def write_vocabulary(writer, size):
     writer.add_add_bos_token(False)
 
 
+def random_blocks(random, kind, shape):
+    """Random codes with scales such that weights deviate by about 0.02."""
+    import gguf
+    import numpy
+
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    count = int(numpy.prod(shape)) // block
+    if shape[-1] % block:
+        raise SystemExit(f"rows of {shape[-1]} are no whole blocks of {kind.name}: use other widths (--hf-overrides)")
+    blocks = random.integers(0, 256, (count, size), dtype=numpy.uint8)
+
+    def half(at, value):
+        blocks[:, at : at + 2] = numpy.frombuffer(numpy.float16(value).tobytes(), dtype=numpy.uint8)
+
+    if kind.name == "Q4_K":
+        half(0, 9e-5)
+        half(2, 6.7e-4)
+        # Scales and minima from 32 to 63.
+        blocks[:, 4:12] |= 0xA0
+        blocks[:, 12:16] |= 0x88
+    elif kind.name == "Q6_K":
+        half(208, 5.4e-5)
+        blocks[:, 192:208] = 16 + blocks[:, 192:208] % 8
+    elif kind.name == "Q8_0":
+        half(0, 2.7e-4)
+    elif kind.name == "Q4_0":
+        half(0, 4.3e-3)
+    else:
+        blocks[:, 0] = 120
+    return blocks.reshape(*shape[:-1], shape[-1] // block * size)
+
+
+def mixed(name, dtype, layers):
+    """The format of a matrix: of q4_k_m more bits for the output, and in some layers for values and down maps."""
+    if dtype != "q4_k_m":
+        return {**DTYPES, **QUANTISED}[dtype]
+    layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
+    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    better = name == "output" or (more and any(part in name for part in ("attn_v", "ffn_down")))
+    return "Q6_K" if better else "Q4_K"
+
+
 def write_gguf(config, dtype, path, whole=False):
     """The configuration's shapes with random weights, as llama.cpp's own converter lays them out. Latent attention's map to
     keys and values is cut in two there; `whole` leaves it in one, as ik_llama.cpp wants it."""
@@ -56,12 +102,14 @@ def write_gguf(config, dtype, path, whole=False):
     import numpy
 
     random = numpy.random.default_rng(1)
-    kind = gguf.GGMLQuantizationType[DTYPES[dtype]]
     latent = "kv_lora_rank" in config
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, "deepseek2" if latent else "qwen3moe")
 
     def matrix(name, *shape):
+        kind = gguf.GGMLQuantizationType[mixed(name, dtype, config["num_hidden_layers"])]
+        if dtype in QUANTISED:
+            return writer.add_tensor(f"{name}.weight", random_blocks(random, kind, shape), raw_dtype=kind)
         numbers = random.standard_normal(shape, dtype=numpy.float32) * numpy.float32(0.02)
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(numbers, kind), raw_dtype=kind)
 
@@ -181,13 +229,13 @@ def time_llama(folder, model, threads, flags):
     return [rate[True], rate[False], eight]
 
 
-def time_epsmoe(program, preset, dtype, threads):
+def time_epsmoe(program, model, dtype, threads):
     """Likewise. A prompt of one token is what a sequence that is generated from nothing begins with."""
 
     def rate(sequences, prompt, new, steps_tokens):
         with tempfile.TemporaryDirectory() as folder:
             out = os.path.join(folder, "bench.json")
-            run([program, "bench", "--model", f"preset:{preset}", "--dtype", dtype, "--data-parallel-size", "1",
+            run([program, "bench", *model, "--dtype", dtype, "--data-parallel-size", "1",
                  "--threads", str(threads), "--contender", "auto", "--batch-size", str(sequences), "--input-len", str(prompt),
                  "--output-len", str(new), "--num-iters", "3", "--json", out])
             with open(out) as file:
@@ -222,7 +270,8 @@ def add_peers(parser):
     parser.add_argument("--epsmoe", required=True, type=path)
     parser.add_argument("--gguf", type=path, default="gguf", help="folder of the GGUF files")
     parser.add_argument("--dtype", action="append", choices=["bfloat16", "float32"], help="default: bfloat16")
-    parser.add_argument("--peer-dtype", choices=list(DTYPES), help="what peers hold weights in, if it is not the same: float16"
+    parser.add_argument("--hf-overrides", type=json.loads, default={}, metavar="JSON", help="other values of a preset")
+    parser.add_argument("--peer-dtype", choices=[*DTYPES, *QUANTISED], help="what peers hold weights in, if it is not the same: float16"
                         " has as many bytes as bfloat16, and they are faster with it where the processor has no bf16 products")
     parser.add_argument("--json", type=pathlib.Path, help="turns are added to those already there")
 
@@ -234,7 +283,8 @@ def models_of(options, preset, config, dtype):
     models = {}
     for name in (name for name, programs in options.peers.items() if programs):
         whole = name == "ik_llama.cpp" and "kv_lora_rank" in config
-        models[name] = options.gguf / f"{preset}-{dtype}{'-whole' if whole else ''}.gguf"
+        other = "".join(f"-{key}-{value}" for key, value in options.hf_overrides.items())
+        models[name] = options.gguf / f"{preset}{other}-{dtype}{'-whole' if whole else ''}.gguf"
         if not models[name].exists():
             write_gguf(config, dtype, models[name], whole)
     return models
@@ -250,12 +300,16 @@ def main():
     options.peers = {"llama.cpp": options.llama_cpp, "ik_llama.cpp": options.ik_llama_cpp}
     turns = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     for preset in options.presets or DEFAULT:
-        config = json.loads((PRESETS / f"{preset}.json").read_text())
+        config = json.loads((PRESETS / f"{preset}.json").read_text()) | options.hf_overrides
         for dtype in options.dtype or ["bfloat16"]:
             models = models_of(options, preset, config, dtype)
             for _ in range(options.rounds):
                 for threads in options.threads or [os.cpu_count()]:
-                    rates = {"epsmoe": time_epsmoe(options.epsmoe, preset, dtype, threads)}
+                    own = ["--model", f"preset:{preset}", "--hf-overrides", json.dumps(options.hf_overrides)]
+                    rates = {"epsmoe": time_epsmoe(options.epsmoe, own, dtype, threads)}
+                    if options.peer_dtype in QUANTISED:
+                        file = ["--model", str(next(iter(models.values())))]
+                        rates = {"epsmoe": time_epsmoe(options.epsmoe, file, dtype, threads), "epsmoe bf16": rates["epsmoe"]}
                     for name, model in models.items():
                         rates[name] = time_llama(options.peers[name], model, threads, FLAGS[name])
                     turn = {"preset": preset, "dtype": dtype, "threads": threads, "load": os.getloadavg(), "rates": rates}

@@ -13,17 +13,19 @@ use crate::watch::LayerSample;
 use crate::{machine, output};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::files::open_plain;
-use epsmoe_base::{DType, FaultCell, Rank};
-use epsmoe_device::cpu::CpuKernels;
+use epsmoe_base::{Bytes, DType, FaultCell, Rank};
 use epsmoe_device::cpu::gemm::Isa;
+use epsmoe_device::cpu::{self, CpuKernels};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
-use epsmoe_device::{Backend, PeerQueue};
+use epsmoe_device::{Backend, PeerQueue, WeightFormat};
 use epsmoe_engine::{Engine, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode};
 use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOptions};
 use epsmoe_model::config::Config;
-use epsmoe_model::{Checkpoint, Method, ModelSpec, Synthetic, WeightSource, gguf_file, preset_text};
+use epsmoe_model::{
+    Checkpoint, HeldWeights, Method, ModelSpec, Synthetic, WeightSource, gguf_file, preset_text,
+};
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
     Capacity, CostError, CostModel, GemmKind, LayerHistograms, LayerSizes, Machine, Policy, Schedule,
@@ -72,6 +74,10 @@ impl OpenModel {
                 let generation = GenerationConfig::open(&folder)?;
                 let weights = Box::new(Checkpoint::open(&folder)?);
                 check_quantisation(quantisation, &name, weights.method()?)?;
+                let weights = match quantisation {
+                    Quantisation::None => Box::new(weights.decoded()),
+                    _ => weights,
+                };
                 let unused = weights.check(&spec)?;
                 let remarks = remarks.iter().chain(&generation.remarks).chain(&unused);
                 remarks.for_each(output::warn);
@@ -234,6 +240,8 @@ pub(crate) struct Started {
 /// Settled settings.
 pub(crate) struct Setup {
     pub(crate) model: OpenModel,
+    /// What its weights are held in.
+    held: HeldWeights,
     /// Ranks of the world.
     pub(crate) ranks: usize,
     /// The one of them that is here, if the others are emulated, and what they do.
@@ -306,7 +314,13 @@ impl Setup {
             };
             policy.cost = Some(Arc::new(cost_model(args.profile.as_deref(), &machine, args.link.0)?));
         }
+        let held = HeldWeights::of(&model.spec, &*model.weights, dtype, |format| match &processor {
+            Processor::Cpu => cpu::holds(isa, format, dtype),
+            Processor::Reference => true,
+            Processor::Cuda(_) => false,
+        })?;
         let setup = Setup {
+            held,
             ranks,
             emulated,
             peers: Arc::new(RoutedPeers::new(Rank(emulated.map_or(0, |one| one.rank)))),
@@ -569,8 +583,16 @@ impl Setup {
         }))
     }
 
-    /// The processor and what is computed on it, in a few words.
+    /// The processor, what is computed on it, and what weights are held in if that is not the same, in a few words.
     pub(crate) fn processor(&self) -> String {
+        let processor = self.processor_alone();
+        match WeightFormat::plain(self.dtype) {
+            Some(plain) if self.held.formats.iter().all(|(format, _)| *format == plain) => processor,
+            _ => format!("{processor}, weights held as {} ({})", self.held, Bytes(self.held.bytes)),
+        }
+    }
+
+    fn processor_alone(&self) -> String {
         match &self.processor {
             Processor::Cpu => {
                 format!("cpu ({}), {} thread(s) a rank, {}", self.isa, self.threads, self.dtype)

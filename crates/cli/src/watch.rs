@@ -24,6 +24,10 @@ impl WeightSource for LayerSample<'_> {
         self.source.hints()
     }
 
+    fn decodes(&self) -> bool {
+        self.source.decodes()
+    }
+
     fn place(&self, name: &str) -> String {
         self.source.place(name)
     }

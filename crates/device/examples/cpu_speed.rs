@@ -1,10 +1,11 @@
 //! How fast the CPU's expert products run beside what the machine can do at most, as tables:
 //!
 //! ```text
-//! cargo run --release -p epsmoe-device --example cpu_speed [THREADS] [scalar|avx2|avx512|amx] [float32|bfloat16]
+//! cargo run --release -p epsmoe-device --example cpu_speed [THREADS] [scalar|avx2|avx512|amx] [float32|bfloat16] \
+//!     [mxfp4|int4|q4_0|q4_k|q6_k|q8_0|fp8]
 //! ```
 //!
-//! Without arguments: as many threads as cores, the best instructions, both formats.
+//! Without arguments: as many threads as cores, the best instructions, both formats, weights in the format of activations.
 //!
 //! A line is the product of all experts of a layer, each with as many rows: gate and up, then down, FLOP-weighted, the
 //! median of rounds in which the grouped form, the dense form and a loop on registers only take turns. That loop's median
@@ -20,6 +21,7 @@ use epsmoe_device::cpu::{Cpu, CpuKernels, Peaks};
 use epsmoe_device::op::{Embed, Epilogue, Gemm, GemmPart, HostToDevice};
 use epsmoe_device::threaded::ThreadedOptions;
 use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
+use epsmoe_quant::{Code, Codes, Format, Scale};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,12 +38,30 @@ struct Asked {
     threads: usize,
     isa: Isa,
     dtypes: Vec<DType>,
+    /// What weights are held in, if not in the format of activations.
+    coded: Option<Format>,
+}
+
+/// Codings that weights can be held in, by the names of their files.
+const CODED: [(&str, Format); 7] = [
+    ("mxfp4", format(Code::E2M1, Scale::E8M0, [32, 32])),
+    ("int4", format(Code::U4, Scale::BF16, [32, 32])),
+    ("q4_0", format(Code::U4, Scale::F16, [32, 32])),
+    ("q4_k", format(Code::U4, Scale::NestedWithMinima, [256, 32])),
+    ("q6_k", format(Code::I8, Scale::Nested, [256, 16])),
+    ("q8_0", format(Code::I8, Scale::F16, [32, 32])),
+    ("fp8", format(Code::E4M3, Scale::F32, [128, 128])),
+];
+
+const fn format(code: Code, scale: Scale, [group, part]: [usize; 2]) -> Format {
+    Format { code, scale, group, part, zeros: false }
 }
 
 impl Asked {
     fn parse(words: impl Iterator<Item = String>) -> Result<Self, String> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut asked = Asked { threads: cores, isa: Isa::detect(), dtypes: vec![DType::F32, DType::BF16] };
+        let mut asked =
+            Asked { threads: cores, isa: Isa::detect(), dtypes: vec![DType::F32, DType::BF16], coded: None };
         for word in words {
             if let Ok(threads) = word.parse() {
                 asked.threads = threads;
@@ -49,8 +69,12 @@ impl Asked {
                 asked.isa = isa;
             } else if let Some(dtype) = asked.dtypes.iter().find(|dtype| dtype.to_string() == word) {
                 asked.dtypes = vec![*dtype];
+            } else if let Some((_, format)) = CODED.iter().find(|(name, _)| *name == word) {
+                asked.coded = Some(*format);
             } else {
-                return Err(format!("{word:?} is no number of threads, no instruction set and no format"));
+                return Err(format!(
+                    "{word:?} is no number of threads, no instruction set, no format and no coding"
+                ));
             }
         }
         Ok(asked)
@@ -64,6 +88,9 @@ impl Asked {
 fn main() -> Result<(), String> {
     let asked = Asked::parse(std::env::args().skip(1))?;
     println!("{}, {} threads", asked.isa, asked.threads);
+    if let Some(format) = asked.coded {
+        println!("weights held as {format}, {:.2} bits each", format.bits());
+    }
     for &dtype in &asked.dtypes {
         for shape in SHAPES {
             table(&asked, dtype, shape)?;
@@ -98,7 +125,8 @@ fn table(
         };
         let (compute, memory) = (times.peak, least(|peaks| peaks.memory));
         let map = 2.0 * (rows * experts * hidden * inner) as f64;
-        let bytes = (3 * experts * hidden * inner * dtype.bytes()) as f64;
+        let bits = asked.coded.map_or(8.0 * dtype.bytes() as f64, |format| format.bits());
+        let bytes = (3 * experts * hidden * inner) as f64 * bits / 8.0;
         let total = times.grouped[0] + times.grouped[1];
         let bound = (3.0 * map / compute).max(bytes / memory);
         println!(
@@ -143,6 +171,11 @@ impl Layer {
         let numbers: Vec<u8> = (0..hidden * inner).flat_map(|_| (0.1 * mix.signed()).to_le_bytes()).collect();
         let tensor = TensorBytes { dtype: DType::F32, bytes: &numbers };
         let load = |name: String, shape: WeightShape| {
+            if let Some(format) = asked.coded {
+                let (count, dimensions) = shape.sources();
+                let codes = codes(format, dimensions[0], dimensions[1]);
+                return device.load_codes(&name, shape, &vec![codes; count]).map_err(text);
+            }
             device.load(&name, shape, &vec![tensor; shape.sources().0]).map_err(text)
         };
         let gates = (0..experts)
@@ -209,6 +242,24 @@ impl Layer {
         let records = self.device.take_records();
         Ok(records.iter().map(|record| (record.end_ns - record.start_ns) as f64 * 1e-9).sum())
     }
+}
+
+/// Random codes; records of scales that mean small numbers, whatever their format is.
+fn codes(format: Format, rows: usize, columns: usize) -> Codes {
+    let mut mix = Mix::new(2);
+    let codes = (0..rows * format.row_bytes(columns)).map(|_| mix.below(127) as u8).collect();
+    let record: Vec<u8> = match format.scale {
+        Scale::E8M0 => vec![121],
+        Scale::F32 => 0.01f32.to_le_bytes().into(),
+        // 0x20 above is 2⁻⁷ as a half, 0x3c above about 0.01 as a bfloat16.
+        Scale::F16 => vec![0, 0x20],
+        Scale::BF16 => vec![0, 0x3c],
+        _ => {
+            (0..format.record_bytes()).map(|byte| if byte < 4 && byte % 2 == 1 { 0x10 } else { 32 }).collect()
+        }
+    };
+    let records = record.repeat(rows * format.groups(columns));
+    Codes { format, rows, columns, codes, records }
 }
 
 fn text(error: impl std::fmt::Display) -> String {

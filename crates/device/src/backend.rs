@@ -3,6 +3,7 @@
 use crate::op::{Accesses, Op};
 use crate::{Buffer, DeviceError, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{DType, Deadline, Fault, Lane, Place, Rank};
+use epsmoe_quant::{Codes, Format};
 
 /// A processor with memory, weights and two lanes.
 ///
@@ -58,6 +59,20 @@ pub trait Backend: Send + Sync + 'static {
         shape: WeightShape,
         tensors: &[TensorBytes<'_>],
     ) -> Result<Weight, DeviceError>;
+
+    /// Whether maps can stay in these codes on this processor; otherwise they are decoded before they are loaded.
+    fn holds(&self, format: &Format) -> bool {
+        let _ = format;
+        false
+    }
+
+    /// Takes a map in, in codes: as many matrices as [`WeightShape::sources`] says, all of one format that is held.
+    fn load_codes(&self, name: &str, shape: WeightShape, matrices: &[Codes]) -> Result<Weight, DeviceError> {
+        let _ = (shape, matrices);
+        Err(DeviceError::Unsupported(format!(
+            "{name}: this processor holds no weights in codes; load them decoded (--quantization dequantise)"
+        )))
+    }
 
     /// Appends an operation to a lane.
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError>;

@@ -1,6 +1,7 @@
 //! Weights: loaded once, in the backend's own layout, then only named.
 
 use epsmoe_base::DType;
+use epsmoe_quant::Format;
 use std::fmt;
 use std::sync::Arc;
 
@@ -47,6 +48,11 @@ impl WeightShape {
         }
     }
 
+    /// Whether rows are multiplied with it.
+    pub fn is_map(self) -> bool {
+        matches!(self, WeightShape::Matrix { .. } | WeightShape::GateUp { .. })
+    }
+
     /// Numbers held.
     pub fn parameters(self) -> usize {
         let (tensors, shape) = self.sources();
@@ -64,6 +70,8 @@ pub enum WeightFormat {
     Bf16,
     /// IEEE half precision: tables, which stay as the checkpoint has them.
     F16,
+    /// Codes with scales. A product with them has the bits of one with the bfloat16 numbers that they mean.
+    Coded(Format),
 }
 
 impl WeightFormat {
@@ -74,6 +82,17 @@ impl WeightFormat {
             DType::BF16 => Some(WeightFormat::Bf16),
             DType::F16 => Some(WeightFormat::F16),
             DType::U32 => None,
+        }
+    }
+}
+
+impl fmt::Display for WeightFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            WeightFormat::F32 => f.write_str("float32"),
+            WeightFormat::Bf16 => f.write_str("bfloat16"),
+            WeightFormat::F16 => f.write_str("float16"),
+            WeightFormat::Coded(format) => fmt::Display::fmt(format, f),
         }
     }
 }

@@ -8,7 +8,7 @@ pub mod presets;
 mod spec;
 pub mod synthetic;
 
-pub use checkpoint::{Checkpoint, Kept, Stored, Tensor, WeightSource, Window, gguf_file};
+pub use checkpoint::{Checkpoint, HeldWeights, Kept, Stored, Tensor, WeightSource, Window, gguf_file};
 pub use epsmoe_quant::{Hints, Method};
 pub use error::ModelError;
 pub use names::{LayerPart, Located, Map, Part, Source};

@@ -5,6 +5,7 @@ use crate::{LayerPart, Map, ModelError, ModelSpec, Part, Source, Tensor, WeightS
 use epsmoe_base::{DType, Layer};
 use epsmoe_device::{Backend, Weight, WeightShape};
 use epsmoe_pipeline::Mlp;
+use epsmoe_quant::Codes;
 use std::ops::Range;
 
 /// Reads the parts of one model into one device.
@@ -32,7 +33,7 @@ impl<B: Backend> Loader<'_, B> {
         let name = self.name(part, window);
         // With tied embeddings one stored tensor serves as a table and as a map.
         let key = if part == Part::LmHead { format!("{name} as output") } else { name };
-        self.held(&key, self.shape(part, window), || Ok(vec![self.read(part, window)?]))
+        self.map(&key, self.shape(part, window), &[part], window)
     }
 
     /// A share of the inner width of a gated MLP: rows of its gate and up maps, which lie side by side, and
@@ -49,9 +50,7 @@ impl<B: Backend> Loader<'_, B> {
         let inner = share.of(inner);
         let rows = Window::rows(inner.clone());
         let shape = WeightShape::GateUp { inner: inner.len(), k };
-        let gate_up = self.held(&format!("{} and up", self.name(gate, &rows)), shape, || {
-            Ok(vec![self.read(gate, &rows)?, self.read(up, &rows)?])
-        })?;
+        let gate_up = self.map(&format!("{} and up", self.name(gate, &rows)), shape, &[gate, up], &rows)?;
         Ok(Mlp { gate_up, down: self.window(down, &Window::columns(inner))? })
     }
 
@@ -70,6 +69,44 @@ impl<B: Backend> Loader<'_, B> {
         self.held(&name, WeightShape::Matrix { n: k, k: n }, || {
             Ok(vec![self.read(part, &window)?.transposed()])
         })
+    }
+
+    /// Windows of parts that make one weight: in the codes that they are kept in, if they all have one format and the device
+    /// holds it, else decoded.
+    fn map(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        parts: &[Part],
+        window: &Window,
+    ) -> Result<Weight, ModelError> {
+        if let Some(weight) = self.device.find(name) {
+            return Ok(weight);
+        }
+        if let Some(codes) = self.codes(shape, parts, window)? {
+            return Ok(self.device.load_codes(name, shape, &codes)?);
+        }
+        self.held(name, shape, || parts.iter().map(|&part| self.read(part, window)).collect())
+    }
+
+    /// The codes of parts that can be held in them.
+    fn codes(
+        &self,
+        shape: WeightShape,
+        parts: &[Part],
+        window: &Window,
+    ) -> Result<Option<Vec<Codes>>, ModelError> {
+        if !shape.is_map() {
+            return Ok(None);
+        }
+        let located: Vec<_> = parts.iter().map(|&part| self.spec.locate(part)).collect();
+        let formats = located.iter().map(|part| self.source.format(part, window));
+        let formats = formats.collect::<Result<Vec<_>, _>>()?;
+        let alike = formats.iter().all(|format| format.is_some() && format == &formats[0]);
+        if !alike || !formats[0].is_some_and(|format| self.device.holds(&format)) {
+            return Ok(None);
+        }
+        located.iter().map(|part| self.source.codes(part, window)).collect()
     }
 
     /// The weight of that name, loaded now unless another rank of the process already has.

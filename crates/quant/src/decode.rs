@@ -149,7 +149,7 @@ impl CodedTensor {
     }
 
     /// A rectangle of zeros: signed bytes, or words of neighbours along N, where each matrix has words of its own.
-    fn zeros<S: StoredTensors>(
+    pub(crate) fn zeros<S: StoredTensors>(
         &self,
         source: &S,
         stored: &StoredMatrix,
@@ -182,7 +182,7 @@ impl CodedTensor {
     }
 
     /// The row of scales that belongs to a row.
-    fn scale_row(&self, row: usize, blocks: Blocks) -> usize {
+    pub(crate) fn scale_row(&self, row: usize, blocks: Blocks) -> usize {
         let n = self.shape[1];
         row / n * self.scale_rows + row % n / blocks.rows
     }

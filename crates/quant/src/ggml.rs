@@ -7,6 +7,7 @@
 use crate::element::{E2M1, e8m0};
 use half::f16;
 use std::fmt;
+use std::ops::Range;
 
 /// A format of GGUF's tensors that is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,6 +97,70 @@ impl GgmlType {
         };
         let blocks = blocks.chunks_exact(self.block_bytes());
         blocks.zip(out.chunks_exact_mut(self.block())).for_each(|(block, out)| decode(block, out));
+    }
+}
+
+/// Codes and scales apart, of the formats that are held as they are ([`crate::Format`]).
+impl GgmlType {
+    /// The codes of a block, in order, a byte each: signed, or what four bits hold.
+    pub(crate) fn codes(self, block: &[u8], out: &mut [u8]) {
+        match self {
+            Q4_0 => halves_of(&block[2..], out),
+            MXFP4 => halves_of(&block[1..], out),
+            Q8_0 => out.copy_from_slice(&block[2..]),
+            Q4_K => k_codes(&block[16..], out, |_, _| 0),
+            Q5_K => k_codes(&block[48..], out, |s, i| ((block[16 + i] >> s) & 1) << 4),
+            Q6_K => q6_codes(block, |at, q| out[at] = q.wrapping_sub(32)),
+            _ => unreachable!("{self} is not held in its codes; this is a bug"),
+        }
+    }
+
+    /// Appends the record of some neighbouring parts of a block.
+    pub(crate) fn record(self, block: &[u8], parts: Range<usize>, record: &mut Vec<u8>) {
+        match self {
+            Q4_0 | Q8_0 => record.extend_from_slice(&block[..2]),
+            MXFP4 => record.push(block[0]),
+            Q4_K | Q5_K => {
+                record.extend_from_slice(&block[..4]);
+                let pairs = parts.map(|s| scale_and_min(&block[4..16], s));
+                record.extend(pairs.clone().map(|pair| pair.0));
+                record.extend(pairs.map(|pair| pair.1));
+            }
+            Q6_K => {
+                record.extend_from_slice(&block[208..]);
+                record.extend_from_slice(&block[192..208][parts]);
+            }
+            _ => unreachable!("{self} is not held in its codes; this is a bug"),
+        }
+    }
+}
+
+/// Low nibbles are the first half of the codes, high nibbles the second.
+fn halves_of(nibbles: &[u8], out: &mut [u8]) {
+    let (low, high) = out.split_at_mut(nibbles.len());
+    for ((&byte, low), high) in nibbles.iter().zip(low).zip(high) {
+        (*low, *high) = (byte & 15, byte >> 4);
+    }
+}
+
+/// Codes of Q4_K and Q5_K; `above` gives what a code of a sub-block has beyond four bits.
+fn k_codes(codes: &[u8], out: &mut [u8], above: impl Fn(usize, usize) -> u8) {
+    for (s, out) in out.chunks_exact_mut(32).enumerate() {
+        let codes = &codes[32 * (s / 2)..];
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = (codes[i] >> (4 * (s % 2))) & 15 | above(s, i);
+        }
+    }
+}
+
+/// Half a block is four rows of 32 weights: low nibbles of 64 bytes, then their high nibbles; two bits more come
+/// from 32 bytes, a row after the other.
+fn q6_codes(block: &[u8], mut code: impl FnMut(usize, u8)) {
+    let (low, high) = (&block[..128], &block[128..192]);
+    for at in 0..256 {
+        let (half, row, i) = (at / 128, at % 128 / 32, at % 32);
+        let q = (low[64 * half + 32 * (row % 2) + i] >> (4 * (row / 2))) & 15;
+        code(at, q | ((high[32 * half + i] >> (2 * row)) & 3) << 4);
     }
 }
 
@@ -231,31 +296,21 @@ fn q5_k(block: &[u8], out: &mut [f32]) {
 
 fn k_nibbles(block: &[u8], codes: &[u8], out: &mut [f32], above: impl Fn(usize, usize) -> u8) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
-    for (s, out) in out.chunks_exact_mut(32).enumerate() {
+    let mut bytes = [0; 256];
+    k_codes(codes, &mut bytes, above);
+    for (s, (out, codes)) in out.chunks_exact_mut(32).zip(bytes.chunks_exact(32)).enumerate() {
         let (scale, min) = scale_and_min(&block[4..16], s);
         let (d, m) = (d * f32::from(scale), dmin * f32::from(min));
-        let codes = &codes[32 * (s / 2)..];
-        for (i, out) in out.iter_mut().enumerate() {
-            let q = (codes[i] >> (4 * (s % 2))) & 15 | above(s, i);
-            *out = d * f32::from(q) - m;
-        }
+        out.iter_mut().zip(codes).for_each(|(out, &q)| *out = d * f32::from(q) - m);
     }
 }
 
-/// Half a block is four rows of 32 weights: low nibbles of 64 bytes, then their high nibbles; two bits more come
-/// from 32 bytes, a row after the other. Sixteen weights share a scale.
+/// Sixteen weights share a scale.
 fn q6_k(block: &[u8], out: &mut [f32]) {
-    let (low, high, scales, d) = (&block[..128], &block[128..192], &block[192..208], half_at(block, 208));
-    for (s, out) in out.chunks_exact_mut(16).enumerate() {
-        let (half, row, part) = (s / 8, s % 8 / 2, s % 2);
-        let low = &low[64 * half + 32 * (row % 2) + 16 * part..];
-        let high = &high[32 * half + 16 * part..];
-        let d = d * f32::from(scales[s] as i8);
-        for (i, out) in out.iter_mut().enumerate() {
-            let q = (low[i] >> (4 * (row / 2))) & 15 | ((high[i] >> (2 * row)) & 3) << 4;
-            *out = d * (f32::from(q) - 32.0);
-        }
-    }
+    let (scales, d) = (&block[192..208], half_at(block, 208));
+    q6_codes(block, |at, q| {
+        out[at] = d * f32::from(scales[at / 16] as i8) * (f32::from(q) - 32.0);
+    });
 }
 
 #[cfg(test)]

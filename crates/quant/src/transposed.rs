@@ -1,5 +1,6 @@
 //! Codings whose tensors are `[K, N]`: AWQ and GPTQ.
 
+use crate::codes::Codes;
 use crate::coding::{ACT_ORDER, Blocks, CodedTensor, Order};
 use crate::decode::{Value, floats};
 use crate::{Rows, StoredTensors};
@@ -20,6 +21,8 @@ struct Strip {
     words: Vec<u32>,
     /// One for each group and row n.
     scales: Vec<f32>,
+    /// The same as they are stored.
+    scale_bytes: Vec<u8>,
     /// Eight rows n in a word, for each group.
     zeros: Vec<u32>,
 }
@@ -50,6 +53,43 @@ impl CodedTensor {
         Ok(())
     }
 
+    /// The same as codes, with the records of their groups.
+    pub(crate) fn transposed_codes<S: StoredTensors>(
+        &self,
+        source: &S,
+        blocks: Blocks,
+        rows: Rows,
+        columns: Range<usize>,
+        into: &mut Codes,
+    ) -> Result<(), S::Error> {
+        self.refuse_act_order(source, blocks, &columns)?;
+        let (format, row_bytes) = (into.format, into.format.row_bytes(columns.len()));
+        let (groups, record) = (format.groups(columns.len()), format.record_bytes());
+        into.records = vec![0; rows.count * groups * record];
+        let scale_bytes = record - 1;
+        let mut at = columns.start;
+        while at < columns.end {
+            let strip = at..columns.end.min((at / STRIP + 1) * STRIP);
+            let strip = self.strip(source, blocks, rows.span(), strip)?;
+            for i in 0..rows.count {
+                let n = rows.at(i);
+                for k in strip.columns.clone() {
+                    let column = k - columns.start;
+                    into.codes[i * row_bytes + column / 2] |= (strip.code(n, k) as u8) << (4 * (column % 2));
+                    if column.is_multiple_of(format.group) {
+                        let group = k / blocks.columns - strip.columns.start / blocks.columns;
+                        let to = &mut into.records[(i * groups + column / format.group) * record..][..record];
+                        let scale = (group * strip.rows.len() + n - strip.rows.start) * scale_bytes;
+                        to[..scale_bytes].copy_from_slice(&strip.scale_bytes[scale..][..scale_bytes]);
+                        to[scale_bytes] = strip.zero(n, group) as u8;
+                    }
+                }
+            }
+            at = strip.columns.end;
+        }
+        Ok(())
+    }
+
     fn strip<S: StoredTensors>(
         &self,
         source: &S,
@@ -71,7 +111,8 @@ impl CodedTensor {
         let zeros = as_words(&bytes);
         let scales = self.part(&self.scales);
         scales.read(source, groups, rows.clone(), &mut bytes)?;
-        Ok(Strip { blocks, columns, rows, words, scales: floats(scales.dtype, &bytes), zeros })
+        let scales = floats(scales.dtype, &bytes);
+        Ok(Strip { blocks, columns, rows, words, scales, scale_bytes: bytes, zeros })
     }
 
     /// GPTQ's table of groups must say what is assumed of it: column k is in group k / `blocks.columns`.

@@ -8,6 +8,7 @@ use epsmoe_base::Mix;
 use epsmoe_quant::gguf::{Gguf, TokenKind};
 use epsmoe_quant::{CodedTensor, GgmlType, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::path::Path;
 use support::gguf::{Builder, kv};
 
@@ -47,6 +48,7 @@ fn blocks_are_what_the_oracle_says() {
     let bytes =
         std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/blocks.gguf")).unwrap();
     let file = File { header: read(&bytes).unwrap(), bytes };
+    let mut held = BTreeSet::new();
     for format in GgmlType::all() {
         let name = format.to_string().to_lowercase();
         let expected = &file.header.tensors[&format!("{name}.expected")];
@@ -67,8 +69,19 @@ fn blocks_are_what_the_oracle_says() {
             coded.decode(&file, rows, columns.clone(), &mut weights).unwrap();
             let part = (0..rows.count).flat_map(|i| &expected[rows.at(i) * shape[1]..][columns.clone()]);
             assert!(weights.iter().eq(part), "{format} {rows:?} {columns:?}");
+            let Some(codes) = coded.codes(&file, rows, columns.clone()).unwrap() else { continue };
+            held.insert(name.clone());
+            weights.chunks_exact(columns.len()).enumerate().for_each(|(row, weights)| {
+                let mut decoded = vec![f32::NAN; columns.len()];
+                codes.decode(row, &mut decoded);
+                assert_eq!(decoded, weights, "codes of {format} {rows:?} {columns:?}");
+            });
         }
     }
+    assert!(
+        held.iter().map(String::as_str).eq(["mxfp4", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0"]),
+        "{held:?}"
+    );
 }
 
 #[test]

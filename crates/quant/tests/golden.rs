@@ -8,6 +8,7 @@ use epsmoe_base::Mix;
 use epsmoe_quant::{CodedTensor, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType};
 use half::bf16;
 use safetensors::{Dtype, SafeTensors};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use support::Memory;
@@ -130,6 +131,39 @@ fn any_part_is_what_the_whole_has_there() {
                 .collect();
             assert_eq!(bits(&weights), bits(&expected), "{} {part:?} {across:?}", golden.name);
         }
+    }
+}
+
+/// Codes in one order mean what the whole has there, bit by bit, whatever the file.
+#[test]
+fn codes_mean_what_is_decoded() {
+    let seed = 2025;
+    println!("seed {seed}");
+    let mut mix = Mix::new(seed);
+    let mut held = BTreeSet::new();
+    for golden in Golden::all() {
+        let (rows, columns) = golden.size();
+        let coded = golden.coded();
+        for turn in 0..60 {
+            let step = 1 + mix.below(3);
+            let first = mix.below(rows);
+            let part = Rows { first, count: mix.below((rows - first).div_ceil(step) + 1), step };
+            let start = if turn < 20 { 0 } else { mix.below(columns.div_ceil(8)) * 8 };
+            let across = start..start + mix.below(columns - start + 1);
+            let Some(codes) = coded.codes(&golden.stored, part, across.clone()).unwrap() else { continue };
+            assert_eq!(Some(codes.format), coded.format(&across), "{}", golden.name);
+            held.insert(golden.name.clone());
+            let mut weights = vec![f32::NAN; across.len()];
+            for i in 0..part.count {
+                codes.decode(i, &mut weights);
+                let expected = &golden.expected[part.at(i) * columns..][across.clone()];
+                assert_eq!(bits(&weights), bits(expected), "{} {part:?} {across:?}", golden.name);
+            }
+        }
+    }
+    for golden in Golden::all() {
+        let without = ["nvfp4", "e5m2"].iter().any(|coding| golden.name.contains(coding));
+        assert_eq!(held.contains(&golden.name), !without, "{}", golden.name);
     }
 }
 

@@ -43,11 +43,11 @@ impl Setup {
         let needs = self.needs(options, worst)?;
         match self.room()? {
             Some(room) if needs.total() > room.available => bail!(
-                "{} needs {} for its weights in {}, {} for its caches and about {} to compute in{}, but {} has {} left: \
+                "{} needs {} for its weights ({}), {} for its caches and about {} to compute in{}, but {} has {} left: \
                  use a smaller model, shorter contexts or fewer sequences",
                 self.model.name,
                 Bytes(needs.weights),
-                self.dtype,
+                self.held,
                 Bytes(needs.caches),
                 Bytes(needs.buffers),
                 self.processor.sharing().map_or(String::new(), |ranks| format!(" on {ranks} ranks")),
@@ -140,7 +140,7 @@ impl Setup {
                 options.iter().map(of).max().unwrap_or(0)
             }
         };
-        let weights = numbers.saturating_mul(dtype.bytes() as u64);
+        let weights = self.held.bytes_of(numbers);
         let mut needs = Needs { weights, buffers: loading, caches: 0 };
         for options in options {
             let of_all = |bytes: u64| bytes.saturating_mul(ranks as u64);

@@ -13,6 +13,7 @@ use crate::threaded::{
     AttentionViews, Element, GemmViews, Kernels, LINE_BYTES, Pack, Slabs, ThreadedBackend,
 };
 use epsmoe_base::DType;
+use epsmoe_quant::{Codes, Format};
 use gemm::{ElementType, Isa, PackedMatrix, SourceRow};
 use pool::ComputePool;
 use std::ptr;
@@ -73,6 +74,12 @@ impl CpuKernels {
     }
 }
 
+/// Whether weights stay in codes of this format, for activations of `dtype`.
+pub fn holds(isa: Isa, _: &Format, dtype: DType) -> bool {
+    // Codes are decoded as they lie, and AMX wants float32 weights in another order.
+    dtype == DType::BF16 || isa != Isa::Amx
+}
+
 /// The most that some threads can do.
 #[derive(Clone, Copy, Debug)]
 pub struct Peaks {
@@ -98,6 +105,15 @@ impl Kernels for CpuKernels {
             1 => PackedMatrix::pack(&mut pool, &self.slabs, self.isa, element, shape, row(0)),
             _ => PackedMatrix::pack_gated(&mut pool, &self.slabs, self.isa, element, shape, row(0), row(1)),
         }
+    }
+
+    fn holds(&self, format: &Format, dtype: DType) -> bool {
+        holds(self.isa, format, dtype)
+    }
+
+    fn pack_codes(&self, matrices: &[Codes], dtype: DType) -> Option<PackedMatrix> {
+        let mut pool = self.pool();
+        PackedMatrix::pack_codes(&mut pool, &self.slabs, self.isa, ElementType::of(dtype), matrices)
     }
 
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

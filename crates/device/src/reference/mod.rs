@@ -6,6 +6,7 @@ use crate::threaded::{
     AttentionViews, Element, Fill, GemmViews, Kernels, Pack, ThreadedBackend, ThreadedOptions,
 };
 use epsmoe_base::DType;
+use epsmoe_quant::{Codes, Format};
 use half::bf16;
 
 /// A plain host processor.
@@ -46,6 +47,22 @@ impl Kernels for PlainKernels {
             rows.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
         }
         Some(PlainMatrix { n: pack.n, k: pack.k, rows })
+    }
+
+    fn holds(&self, _: &Format, _: DType) -> bool {
+        true
+    }
+
+    fn pack_codes(&self, matrices: &[Codes], _: DType) -> Option<PlainMatrix> {
+        let Codes { rows: n, columns: k, .. } = matrices[0];
+        let mut rows = Vec::new();
+        rows.try_reserve_exact(n * k * matrices.len()).ok()?;
+        rows.resize(n * k * matrices.len(), 0.0);
+        for (index, row) in rows.chunks_exact_mut(k.max(1)).enumerate() {
+            matrices[index / n].decode(index % n, row);
+            row.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+        }
+        Some(PlainMatrix { n, k, rows })
     }
 
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -23,6 +23,7 @@ use crate::hazard::{Agent, Clock, Hazards};
 use crate::op::{Accesses, Epilogue, ExpertGemm, GemmPart, Op};
 use crate::{Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
+use epsmoe_quant::{Codes, Format};
 use half::bf16;
 use lanes::{Lanes, Work};
 use std::collections::HashSet;
@@ -42,6 +43,13 @@ pub trait Kernels: Send + Sync + 'static {
     /// Packs a linear map for activations of `dtype`; several tensors of `[n, k]` lie side by side. Nothing if the system
     /// has no memory for it.
     fn pack(&self, pack: &Pack<'_>) -> Option<Self::Matrix>;
+
+    /// Whether [`pack_codes`](Kernels::pack_codes) takes this format for activations of `dtype`.
+    fn holds(&self, format: &Format, dtype: DType) -> bool;
+
+    /// Packs a linear map that stays in its codes; several matrices lie side by side. Nothing if the system has no memory for
+    /// it.
+    fn pack_codes(&self, matrices: &[Codes], dtype: DType) -> Option<Self::Matrix>;
 
     /// Runs `task(0..tasks)`, each once, on the lane's threads.
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
@@ -198,6 +206,14 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
         tensors: &[TensorBytes<'_>],
     ) -> Result<Weight, DeviceError> {
         self.weights.load(&*self.kernels, self.options.dtype, name, shape, tensors)
+    }
+
+    fn holds(&self, format: &Format) -> bool {
+        self.kernels.holds(format, self.options.dtype)
+    }
+
+    fn load_codes(&self, name: &str, shape: WeightShape, matrices: &[Codes]) -> Result<Weight, DeviceError> {
+        self.weights.load_codes(&*self.kernels, self.options.dtype, name, shape, matrices)
     }
 
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {

@@ -3,6 +3,7 @@
 use super::{Element, Kernels, Pages, out_of_memory};
 use crate::{DeviceError, TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};
 use epsmoe_base::DType;
+use epsmoe_quant::{Codes, Format};
 use half::{bf16, f16};
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -105,6 +106,37 @@ impl<M> WeightStore<M> {
                 Held::Table(Arc::new(Table { dtype, width, bytes: pages }))
             }
         };
+        self.keep(name, shape, format, held)
+    }
+
+    pub(super) fn load_codes<K: Kernels<Matrix = M>>(
+        &self,
+        kernels: &K,
+        dtype: DType,
+        name: &str,
+        shape: WeightShape,
+        matrices: &[Codes],
+    ) -> Result<Weight, DeviceError> {
+        let format = check_codes(name, shape, matrices)?;
+        if !kernels.holds(&format, dtype) {
+            return Err(DeviceError::Unsupported(format!(
+                "{name}: {} computes in {dtype} with no weights held as {format}; load them decoded \
+                 (--quantization dequantise)",
+                kernels.describe()
+            )));
+        }
+        let bytes = matrices.iter().map(|codes| (codes.codes.len() + codes.records.len()) as u64).sum();
+        let matrix = kernels.pack_codes(matrices, dtype).ok_or_else(|| out_of_memory(name, bytes))?;
+        self.keep(name, shape, WeightFormat::Coded(format), Held::Matrix(Arc::new(matrix)))
+    }
+
+    fn keep(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        format: WeightFormat,
+        held: Held<M>,
+    ) -> Result<Weight, DeviceError> {
         let mut inner = self.0.write().unwrap_or_else(PoisonError::into_inner);
         let slot = u32::try_from(inner.held.len()).map_err(|_| out_of_memory(name, u64::MAX))?;
         let weight = Weight { slot: WeightSlot(slot), shape, format, name: name.into() };
@@ -163,6 +195,25 @@ pub(crate) fn held_format(
     WeightFormat::plain(held).ok_or_else(|| {
         DeviceError::Shape(format!("{name}: no weight is held in {held}; store it as a float"))
     })
+}
+
+/// The format of matrices in codes, unless they are not those of [`WeightShape::sources`] or differ.
+fn check_codes(name: &str, shape: WeightShape, matrices: &[Codes]) -> Result<Format, DeviceError> {
+    let (count, dimensions) = shape.sources();
+    let kinds: Vec<_> =
+        matrices.iter().map(|codes| (vec![codes.rows, codes.columns], codes.format)).collect();
+    match kinds.first() {
+        Some((_, format))
+            if shape.is_map()
+                && kinds.len() == count
+                && kinds.iter().all(|kind| *kind == (dimensions.clone(), *format)) =>
+        {
+            Ok(*format)
+        }
+        _ => Err(DeviceError::Shape(format!(
+            "{name}: {shape:?} needs {count} × {dimensions:?} in codes of one format, given {kinds:?}"
+        ))),
+    }
 }
 
 /// Refuses tensors that are not those of [`WeightShape::sources`].

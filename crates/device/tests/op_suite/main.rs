@@ -1,5 +1,5 @@
 //! Every operation on every processor: against its definition in float64 (`definitions`), against itself
-//! with other rows around (`invariance`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
+//! with other rows around (`invariance`), with weights in codes (`coded`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
 //!
 //! A new processor is one line in `processors!`. A new operation does not compile until `Bench::run` knows it,
 //! and fails `definitions` until it is checked there. `EPSMOE_TEST_SEED` repeats a run;
@@ -7,6 +7,7 @@
 
 mod assignments;
 mod bench;
+mod coded;
 mod definitions;
 mod invariance;
 mod lanes;
@@ -73,6 +74,16 @@ macro_rules! processors {
             #[test]
             fn rows_do_not_depend_on_their_neighbours_in_bfloat16() {
                 on($bench(DType::BF16), invariance::suite);
+            }
+
+            #[test]
+            fn codes_give_the_bits_of_what_they_mean_in_float32() {
+                on($bench(DType::F32), coded::suite);
+            }
+
+            #[test]
+            fn codes_give_the_bits_of_what_they_mean_in_bfloat16() {
+                on($bench(DType::BF16), coded::suite);
             }
 
             #[test]

@@ -29,6 +29,8 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     tensors: HashMap<String, Entry>,
     quantisation: Quantisation,
+    /// See [`Checkpoint::decoded`].
+    decodes: bool,
 }
 
 /// What is said about how weights are coded, and the file that says so.
@@ -61,6 +63,7 @@ impl Checkpoint {
             shards: Vec::new(),
             tensors: HashMap::new(),
             quantisation: Quantisation::of(folder),
+            decodes: false,
         };
         if !has_safetensors(folder) {
             checkpoint.add_gguf(folder)?;
@@ -177,7 +180,18 @@ impl Checkpoint {
     }
 }
 
+impl Checkpoint {
+    /// The same, whose coded tensors become bfloat16 when they are loaded: more memory, the same numbers.
+    pub fn decoded(self) -> Self {
+        Checkpoint { decodes: true, ..self }
+    }
+}
+
 impl WeightSource for Checkpoint {
+    fn decodes(&self) -> bool {
+        self.decodes
+    }
+
     fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError> {
         Ok(self.tensors.get(name).map(|entry| Stored { dtype: entry.dtype, shape: &entry.shape }))
     }

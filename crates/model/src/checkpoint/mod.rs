@@ -5,12 +5,14 @@
 mod folder;
 mod gguf;
 mod header;
+mod held;
 mod unused;
 
 pub(crate) use folder::other_weights;
 pub use folder::{Checkpoint, gguf_file};
 pub(crate) use gguf::GgufFiles;
 pub use header::{Header, Index};
+pub use held::HeldWeights;
 
 use crate::ModelError;
 use crate::names::{Located, Source};
@@ -18,7 +20,9 @@ use epsmoe_base::DType;
 use epsmoe_base::files::{open_plain, read_plain};
 use epsmoe_base::text::{printable, shortened};
 use epsmoe_device::{TensorBytes, WeightShape};
-use epsmoe_quant::{CodedTensor, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType};
+use epsmoe_quant::{
+    CodedTensor, Codes, Format, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType,
+};
 use half::{bf16, f16};
 use std::fs::File;
 use std::ops::Range;
@@ -36,6 +40,11 @@ pub trait WeightSource: Send + Sync {
     /// What the configuration of a quantised checkpoint says that its tensors cannot.
     fn hints(&self) -> Result<Hints, ModelError> {
         Ok(Hints::default())
+    }
+
+    /// Whether coded tensors are decoded when they are loaded, wherever they could stay as they are.
+    fn decodes(&self) -> bool {
+        false
     }
 
     /// What to call the place of a tensor in messages.
@@ -68,6 +77,32 @@ pub trait WeightSource: Send + Sync {
             return Ok(None);
         }
         detect(&self.hints()?).map_err(|error| Failed::from(error).of(|| self.place(&source.name)))
+    }
+
+    /// The format that a window of a part has in its codes; nothing if it is plain, or must be decoded.
+    fn format(&self, part: &Located, window: &Window) -> Result<Option<Format>, ModelError> {
+        if self.decodes() {
+            return Ok(None);
+        }
+        Ok(match self.kept(part)? {
+            Some((source, Kept::Coded(coded))) if !source.transposed => {
+                coded.format(&Block::new(source, part.shape, window).columns)
+            }
+            _ => None,
+        })
+    }
+
+    /// Reads a window of a part in the codes of its [`format`](WeightSource::format). Nothing if there is none, or for numbers
+    /// that only decoding does justice to.
+    fn codes(&self, part: &Located, window: &Window) -> Result<Option<Codes>, ModelError> {
+        match self.kept(part)? {
+            Some((source, Kept::Coded(coded))) if !source.transposed => {
+                let block = Block::new(source, part.shape, window);
+                let codes = coded.codes(&Raw(self), block.rows, block.columns);
+                codes.map_err(|error| error.of(|| self.place(&source.name)))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Reads a part of a model, or a window of it.

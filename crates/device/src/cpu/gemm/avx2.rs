@@ -19,22 +19,27 @@ pub(super) fn functions(_: ElementType) -> &'static Functions {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{ElementType, Functions};
+    use crate::cpu::gemm::decode_avx2;
     use crate::cpu::gemm::kernel::{Kernel, functions};
     use std::arch::x86_64::*;
 
     pub(in crate::cpu::gemm) fn is_supported() -> bool {
-        is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
     }
 
     pub(in crate::cpu::gemm) fn functions(element: ElementType) -> &'static Functions {
+        static FUSED_F32: Functions = Functions { fused: &decode_avx2::FUSED, ..F32 };
+        static FUSED_BF16: Functions = Functions { fused: &decode_avx2::FUSED, ..BF16 };
         match element {
-            ElementType::F32 => &F32,
-            ElementType::Bf16 => &BF16,
+            ElementType::F32 => &FUSED_F32,
+            ElementType::Bf16 => &FUSED_BF16,
         }
     }
 
-    functions!(F32, F32Kernel, "avx2,fma", rows: 1 2 3 4 5 6, of pairs: 1 2);
-    functions!(BF16, WidenedKernel, "avx2,fma", rows: 1 2 3 4 5, of pairs: 1 2);
+    functions!(F32, F32Kernel, "avx2,fma", decode_avx2::decode, rows: 1 2 3 4 5 6, of pairs: 1 2);
+    functions!(BF16, WidenedKernel, "avx2,fma", decode_avx2::decode, rows: 1 2 3 4 5, of pairs: 1 2);
 
     /// f32 × f32.
     struct F32Kernel;

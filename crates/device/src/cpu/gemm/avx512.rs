@@ -19,12 +19,15 @@ pub(super) fn functions(_: ElementType) -> &'static Functions {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{ElementType, Functions};
+    use crate::cpu::gemm::avx2;
+    use crate::cpu::gemm::decode_avx2;
     use crate::cpu::gemm::kernel::{Kernel, functions};
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
     pub(in crate::cpu::gemm) fn is_supported() -> bool {
-        is_x86_feature_detected!("avx512f")
+        avx2::is_supported()
+            && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512dq")
@@ -43,11 +46,11 @@ mod x86 {
         }
     }
 
-    functions!(F32, F32Kernel, "avx512f,avx512bw,avx512vl,avx512dq",
+    functions!(F32, F32Kernel, "avx512f,avx512bw,avx512vl,avx512dq", decode_avx2::decode,
         rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14, of pairs: 1 2 3 4 5);
-    functions!(BF16_DOT, Bf16DotKernel, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16",
+    functions!(BF16_DOT, Bf16DotKernel, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16", decode_avx2::decode,
         rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14, of pairs: 1 2 3 4 5);
-    functions!(BF16_WIDENED, WidenedKernel, "avx512f,avx512bw,avx512vl,avx512dq",
+    functions!(BF16_WIDENED, WidenedKernel, "avx512f,avx512bw,avx512vl,avx512dq", decode_avx2::decode,
         rows: 1 2 3 4 5 6 7 8 9 10 11 12, of pairs: 1 2 3 4 5);
 
     /// f32 × f32.

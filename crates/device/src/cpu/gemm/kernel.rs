@@ -8,6 +8,7 @@
 //! f32 and multiplied, then the high halves. Activations are widened when they are packed, a word for each part: every
 //! tile of columns reads them again, and widening there would take as long as multiplying.
 
+use super::coded::{CodedTile, Layout};
 use super::epilogue::Finish;
 use super::{ElementType, Isa, amx, avx2, avx512, scalar};
 use crate::cpu::attention::KEYS;
@@ -373,6 +374,10 @@ pub(crate) struct Functions {
     pub blocks: Blocks,
     /// Where step `.0` of the `.1` that a panel of weights has lies in it.
     pub place: fn(usize, usize) -> usize,
+    /// See [`Layout::decode`].
+    pub decode: unsafe fn(&Layout, &[u8], std::ops::Range<usize>, ElementType, &mut [u32]),
+    /// Products of 1, 2, … rows with panels of codes, for as few as are decoded where they are multiplied.
+    pub fused: &'static [unsafe fn(&CodedTile<'_>)],
     /// See `epilogue::store`, into float32 and bfloat16.
     pub store_f32: unsafe fn(&Finish<'_, f32>),
     pub store_bf16: unsafe fn(&Finish<'_, half::bf16>),
@@ -417,9 +422,9 @@ impl Functions {
 }
 
 /// Defines `static $name: Functions`, compiling the generic code for a kernel type with
-/// the given target features, once for each number of rows listed.
+/// the given target features, once for each number of rows listed, and a decoder for its panels.
 macro_rules! functions {
-    ($name:ident, $kernel:ty, $($feature:literal)?, rows: $($rows:literal)+, of pairs: $($pairs:literal)*) => {
+    ($name:ident, $kernel:ty, $($feature:literal)?, $decode:path, rows: $($rows:literal)+, of pairs: $($pairs:literal)*) => {
         pub(in crate::cpu::gemm) static $name: $crate::cpu::gemm::kernel::Functions = {
             use $crate::cpu::gemm::{epilogue, kernel};
 
@@ -477,6 +482,8 @@ macro_rules! functions {
                     pack,
                 },
                 place: |step, _| step,
+                decode: $decode,
+                fused: &[],
                 store_f32: store::<f32>,
                 store_bf16: store::<half::bf16>,
                 round_to_bf16,

@@ -14,6 +14,9 @@ mod amx;
 mod amx_pieces;
 mod avx2;
 mod avx512;
+mod coded;
+#[cfg(target_arch = "x86_64")]
+mod decode_avx2;
 mod epilogue;
 mod kernel;
 mod pack;

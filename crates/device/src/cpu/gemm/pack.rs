@@ -1,11 +1,13 @@
 //! Weights packed into column panels, and the small types they are made of.
 
 use super::Isa;
+use super::coded::Layout;
 use super::epilogue::round_to_bf16;
 use super::kernel::Functions;
 use crate::cpu::pool::ComputePool;
 use crate::threaded::{Pages, Piece, Slabs};
 use epsmoe_base::DType;
+use epsmoe_quant::Codes;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::marker::PhantomData;
@@ -144,6 +146,8 @@ const PACK_ELEMENTS: usize = 128;
 ///
 /// In the gated form, panel `p` holds `width / 2` columns of gate, then the same columns of up, so that
 /// one tile has both and can store `silu(gate) · up`.
+///
+/// Weights in codes have panels of the same columns, in bytes that [`Layout`] describes; they become words when they are used.
 pub struct PackedMatrix {
     /// Words, in a slab beside the matrices packed before and after: those of a layer are read in that order.
     memory: Piece,
@@ -151,6 +155,8 @@ pub struct PackedMatrix {
     k: usize,
     element: ElementType,
     gated: bool,
+    /// How panels of codes lie.
+    coded: Option<Layout>,
     functions: &'static Functions,
 }
 
@@ -209,8 +215,45 @@ impl PackedMatrix {
         gated: bool,
     ) -> Option<Self> {
         let piece = |words: usize| slabs.cut(words.checked_mul(size_of::<u32>())?);
-        let mut matrix = Self { memory: piece(0)?, columns, k, element, gated, functions };
+        let mut matrix = Self { memory: piece(0)?, columns, k, element, gated, coded: None, functions };
         matrix.memory = piece(matrix.panels().checked_mul(matrix.panel_words())?)?;
+        Some(matrix)
+    }
+
+    /// Packs matrices in codes, one or gate and up, into a piece of `slabs`; nothing if there is no memory for them.
+    ///
+    /// # Panics
+    /// If the processor does not support `isa`, or two matrices differ in shape or format.
+    pub(crate) fn pack_codes(
+        pool: &mut ComputePool,
+        slabs: &Slabs,
+        isa: Isa,
+        element: ElementType,
+        matrices: &[Codes],
+    ) -> Option<Self> {
+        let functions = Functions::select(isa, element);
+        let Codes { format, rows, columns: k, .. } = matrices[0];
+        let layout = Layout { format, width: functions.width(), k };
+        let gated = matrices.len() > 1;
+        let alike = |other: &Codes| (other.format, other.rows, other.columns) == (format, rows, k);
+        assert!(matrices.iter().all(alike), "gate and up differ in kind");
+        let empty = slabs.cut(0)?;
+        let mut matrix =
+            Self { memory: empty, columns: rows, k, element, gated, coded: Some(layout), functions };
+        let (panels, panel_bytes) = (matrix.panels(), layout.panel_bytes()?);
+        matrix.memory = slabs.cut(panels.checked_mul(panel_bytes)?)?;
+        let each = matrix.panel_columns();
+        let bytes = SharedSlice::new(&mut matrix.memory);
+        pool.run(panels, |panel| {
+            // SAFETY: each task has its own panel.
+            let bytes = unsafe { bytes.part(panel * panel_bytes..(panel + 1) * panel_bytes) };
+            for column in 0..layout.width {
+                let row = panel * each + column % each;
+                if row < rows {
+                    layout.pack(&matrices[column / each], row, column, bytes);
+                }
+            }
+        });
         Some(matrix)
     }
 
@@ -276,7 +319,7 @@ impl PackedMatrix {
 
     /// Whether both can be used in one grouped call.
     pub(crate) fn same_kind(&self, other: &Self) -> bool {
-        let kind = |matrix: &Self| (matrix.columns, matrix.k, matrix.element, matrix.gated);
+        let kind = |matrix: &Self| (matrix.columns, matrix.k, matrix.element, matrix.gated, matrix.coded);
         kind(self) == kind(other) && std::ptr::eq(self.functions, other.functions)
     }
 
@@ -303,6 +346,17 @@ impl PackedMatrix {
 
     fn words(&self) -> &[u32] {
         bytemuck::cast_slice(&self.memory)
+    }
+
+    /// How its panels of codes lie; nothing if they are words.
+    pub(crate) fn coded(&self) -> Option<Layout> {
+        self.coded
+    }
+
+    /// The bytes of a panel of codes.
+    pub(crate) fn coded_panel(&self, layout: &Layout, panel: usize) -> &[u8] {
+        let bytes = layout.panel_bytes().expect("it was packed");
+        &self.memory[panel * bytes..][..bytes]
     }
 
     pub(crate) fn panel(&self, panel: usize) -> &[u32] {

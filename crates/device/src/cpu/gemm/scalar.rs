@@ -1,6 +1,7 @@
 //! Portable Rust: 4 lanes in an array, tiles of up to 4 rows; multiply and add round separately.
 
 use super::ElementType;
+use super::coded::decode_portable;
 use super::kernel::{Functions, Kernel, functions};
 
 pub(super) fn functions(element: ElementType) -> &'static Functions {
@@ -10,8 +11,8 @@ pub(super) fn functions(element: ElementType) -> &'static Functions {
     }
 }
 
-functions!(F32, F32Kernel, , rows: 1 2 3 4, of pairs: );
-functions!(BF16, WidenedKernel, , rows: 1 2 3 4, of pairs: );
+functions!(F32, F32Kernel, , decode_portable, rows: 1 2 3 4, of pairs: );
+functions!(BF16, WidenedKernel, , decode_portable, rows: 1 2 3 4, of pairs: );
 
 /// f32 × f32.
 struct F32Kernel;

@@ -6,9 +6,15 @@
 //! and meanwhile the block that follows is prefetched, so that each weight comes from memory once a
 //! chunk, in the background. Where a chunk has so few rows that the kernels wait for weights all the time,
 //! they take several panels at once and prefetch by themselves.
+//!
+//! Weights in codes are decoded a short block of a panel at a time, into words that stay in L1 while all tiles of rows pass over
+//! them.
 
+use super::coded::{CodedTile, Layout, SIDE};
 use super::epilogue::Finish;
-use super::kernel::{Blocks, Functions, Grouping, PANEL_BLOCK_STEPS, Prefetch, SPARE_ROWS, Tile};
+use super::kernel::{
+    BLOCK_STEPS, Blocks, Functions, Grouping, PANEL_BLOCK_STEPS, Prefetch, SPARE_ROWS, Tile,
+};
 use super::pack::{AlignedWords, ElementType, PackedMatrix};
 use crate::cpu::pool::{Claims, ComputePool};
 use crate::cpu::{prefetch, prefetch_all};
@@ -22,6 +28,9 @@ const TASKS_PER_THREAD: usize = 32;
 
 /// Below this many rows a panel's time is that of reading it, so it is counted as this many rows.
 const ROWS_OF_A_PANEL_READ: usize = 8;
+
+/// Steps of a panel of codes that are decoded at a time: a multiple of the steps in any block of activations.
+const DECODED_STEPS: usize = BLOCK_STEPS;
 
 /// Every part's product, `out[m] = x[m] · Wᵀ (+ bias)`; for a gated matrix `silu(x[m] · Gᵀ) · (x[m] · Uᵀ)`.
 /// All matrices have the same shape, type and form: the operation was checked.
@@ -154,7 +163,11 @@ impl Plan {
             for chunk in even_parts(0..count, count.div_ceil(most_tiles)) {
                 let rows = even_part(rows.clone(), count, chunk.start).start
                     ..even_part(rows.clone(), count, chunk.end).start;
-                let (tiles, grouping) = if rows.len() <= several.tiles.len() {
+                let (tiles, grouping) = if shape.coded().is_some() {
+                    // Sums of one row in one panel would wait for each other.
+                    let pairs = rows.len() == 1 && !functions.fused.is_empty();
+                    (*tiles, if pairs { Grouping::Pairs } else { Grouping::Runs(1) })
+                } else if rows.len() <= several.tiles.len() {
                     (several.tiles, several.grouping)
                 } else {
                     (*tiles, Grouping::Runs(run.max(1)))
@@ -183,6 +196,29 @@ impl Plan {
     }
 }
 
+/// Where step `step` of a panel begins; the end of the panel if there is no such step.
+fn step_at(matrix: &PackedMatrix, panel: usize, step: usize) -> *const u8 {
+    match matrix.coded() {
+        None => {
+            let words = step * matrix.functions().width();
+            matrix.panel(panel).as_ptr().wrapping_add(words).cast()
+        }
+        Some(layout) => {
+            let k = elements(matrix.element(), step..step, matrix.k()).start;
+            matrix.coded_panel(&layout, panel).as_ptr().wrapping_add(layout.offset(k))
+        }
+    }
+}
+
+/// The elements along K that some steps have.
+fn elements(element: ElementType, steps: Range<usize>, k: usize) -> Range<usize> {
+    let each = match element {
+        ElementType::F32 => 1,
+        ElementType::Bf16 => 2,
+    };
+    (steps.start * each).min(k)..(steps.end * each).min(k)
+}
+
 fn even_parts(range: Range<usize>, parts: usize) -> impl ExactSizeIterator<Item = Range<usize>> {
     (0..parts).map(move |index| even_part(range.clone(), parts, index))
 }
@@ -201,12 +237,15 @@ struct Scratch {
     activations: AlignedWords,
     /// f32 sums of a chunk for the panels at hand, tile after tile `[panels, rows, width]`.
     sums: AlignedWords,
+    /// The block of a panel at hand, if it had to be decoded.
+    weights: AlignedWords,
 }
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::new(Scratch {
         activations: AlignedWords::zeros(0),
         sums: AlignedWords::zeros(0),
+        weights: AlignedWords::zeros(0),
     });
 }
 
@@ -260,19 +299,25 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let width = self.shape.functions().width();
         let Task { chunk: Chunk { part, rows, grouping, .. }, panels, .. } = task;
         let matrix = self.parts[*part].matrix;
-        let block_steps = grouping.block_steps(steps);
+        let coded = self.shape.coded();
+        let block_steps = if coded.is_some() { DECODED_STEPS } else { grouping.block_steps(steps) };
+        if coded.is_some() {
+            scratch.weights.grow((DECODED_STEPS + SIDE) * width);
+        }
         scratch.sums.grow((grouping.most() * rows.len() + SPARE_ROWS) * width);
         for group in grouping.groups(panels.clone()) {
+            if let Some(layout) = coded.filter(|_| rows.len() <= self.shape.functions().fused.len()) {
+                self.multiply_codes(&task.chunk, group, &layout, scratch);
+                continue;
+            }
             for start in (0..steps).step_by(block_steps) {
                 let block = start..steps.min(start + block_steps);
                 let last = block.end == steps && group.first + group.count == panels.end;
                 let following = match next {
-                    Some(next) if last => {
-                        self.parts[next.chunk.part].matrix.panel(next.panels.start).as_ptr()
-                    }
-                    _ => matrix.panel(group.first).as_ptr().wrapping_add(block.end * width),
+                    Some(next) if last => step_at(self.parts[next.chunk.part].matrix, next.panels.start, 0),
+                    _ => step_at(matrix, group.first, block.end),
                 };
-                self.multiply_block(&task.chunk, group, block, following.cast(), scratch);
+                self.multiply_block(&task.chunk, group, block, following, scratch);
             }
         }
     }
@@ -294,23 +339,39 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         };
         let width = functions.width();
         let matrix = self.parts[chunk.part].matrix;
-        let [weights, last] = [group.first, group.first + (group.count - 1) * group.apart]
-            .map(|panel| &matrix.panel(panel)[block.start * width..block.end * width]);
+        let Scratch { activations: packed, sums: all_sums, weights: decoded } = scratch;
+        let ([weights, last], bytes) = match matrix.coded() {
+            None => {
+                let weights = [group.first, group.first + (group.count - 1) * group.apart]
+                    .map(|panel| &matrix.panel(panel)[block.start * width..block.end * width]);
+                (weights, size_of_val(weights[0]))
+            }
+            Some(layout) => {
+                let k = elements(matrix.element(), block.clone(), matrix.k());
+                let bytes = layout.offset(k.end) - layout.offset(k.start);
+                // SAFETY: the table exists only where its instructions do.
+                unsafe {
+                    let panel = matrix.coded_panel(&layout, group.first);
+                    (functions.decode)(&layout, panel, k, matrix.element(), decoded);
+                }
+                ([&decoded[..block.len() * width]; 2], bytes)
+            }
+        };
         let row_words = self.packed_row_words();
         let tiles = chunk.tiles();
         let count = tiles.len();
         for (index, rows) in tiles.enumerate() {
             let first_block = functions.blocks.row_words(block.start) * rows.len();
             let end = rows.end * row_words + SPARE_ROWS * functions.blocks.stride;
-            let activations = &scratch.activations[rows.start * row_words..end][first_block..];
+            let activations = &packed[rows.start * row_words..end][first_block..];
             let own_sums = group.count * rows.len() * width;
-            let sums = &mut scratch.sums[group.count * rows.start * width..][..own_sums + SPARE_ROWS * width];
+            let sums = &mut all_sums[group.count * rows.start * width..][..own_sums + SPARE_ROWS * width];
             let outputs = chunk.rows.start + rows.start..chunk.rows.start + rows.end;
             let complete = block.end == self.shape.steps();
             if complete {
                 group.panels().for_each(|panel| self.prefetch_outputs(chunk.part, outputs.clone(), panel));
             }
-            let share = size_of_val(weights) / count;
+            let share = bytes / count;
             let tile = Tile {
                 steps: block.len(),
                 panels: group.count,
@@ -330,6 +391,27 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
                     self.store(chunk.part, outputs.clone(), panel, sums);
                 }
             }
+        }
+    }
+
+    /// The product of a few rows with panels of codes.
+    fn multiply_codes(&self, chunk: &Chunk, group: PanelGroup, layout: &Layout, scratch: &mut Scratch) {
+        let (functions, matrix) = (self.shape.functions(), self.parts[chunk.part].matrix);
+        let rows = chunk.rows.len();
+        let panel = |index: usize| matrix.coded_panel(layout, group.first + index * group.apart).as_ptr();
+        let tile = CodedTile {
+            layout,
+            panels: [panel(0), panel(group.count - 1)],
+            count: group.count,
+            activations: scratch.activations.as_ptr(),
+            sums: scratch.sums.as_mut_ptr().cast(),
+        };
+        // SAFETY: the table exists only where its instructions do; the activations of the chunk are one tile of all its rows,
+        // and `sums` has a row of the panel's width for each panel and row.
+        unsafe { functions.fused[rows - 1](&tile) }
+        let sums: &[f32] = bytemuck::cast_slice(&scratch.sums[..group.count * rows * layout.width]);
+        for (panel, sums) in group.panels().zip(sums.chunks_exact(rows * layout.width)) {
+            self.store(chunk.part, chunk.rows.clone(), panel, sums);
         }
     }
 

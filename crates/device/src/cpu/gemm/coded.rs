@@ -1,0 +1,310 @@
+//! Panels of weights in their codes, and how they become words for the micro-kernels.
+//!
+//! A panel is a stream of *groups*, the columns along K that share a record of scales. A group begins with the records of the
+//! panel's columns, number by number: the first number of all columns, then the second, … Codes follow in *units* of eight
+//! columns of the product by eight along K, unit after unit of K and, for each, from the first eight columns of the panel to
+//! the last:
+//!
+//! ```text
+//! group │ header: scale of column 0, of column 1, … │ k 0..8: columns 0..8 │ k 0..8: 8..16 │ … │ k 8..16: 0..8 │ …
+//! ```
+//!
+//! In a unit of bytes the eight columns of one k lie side by side. A unit of four bits is made for shuffles of bytes within
+//! sixteen: of byte `16·(column / 4) + 8·h + 2·(column % 4) + p` the low nibble is `k = 2·h + p`, the high one `k = 4 + 2·h + p`.
+//!
+//! Decoded words are those that a matrix of bfloat16 has when it is packed, so whatever multiplies with them gives the same bits.
+
+use super::ElementType;
+use epsmoe_quant::{Codes, Format};
+use half::bf16;
+use std::ops::Range;
+
+/// Columns of the product, and of K, in a unit.
+pub(crate) const SIDE: usize = 8;
+
+/// Bytes that a record has at most: two factors, and scale and minimum of sixteen parts.
+const MOST_RECORD: usize = 36;
+
+/// How a panel of codes lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Layout {
+    pub format: Format,
+    /// Columns of the panel.
+    pub width: usize,
+    /// Length of the rows that are multiplied.
+    pub k: usize,
+}
+
+/// The operands of a product of a few rows with panels of codes, over all of K.
+pub(crate) struct CodedTile<'a> {
+    pub layout: &'a Layout,
+    /// The first panel and the last, of one or two.
+    pub panels: [*const u8; 2],
+    pub count: usize,
+    /// Activations, as [`super::Blocks`] says; float32 in words.
+    pub activations: *const u32,
+    /// Sums `[panels, rows, width]`, written at the end.
+    pub sums: *mut f32,
+}
+
+/// Units along K that have the same scales.
+pub(crate) struct Run {
+    pub group: usize,
+    /// Which part of the group.
+    pub part: usize,
+    /// Units of the group.
+    pub units: Range<usize>,
+    /// Elements along K from where decoding began to the first unit.
+    pub at: usize,
+}
+
+impl Layout {
+    /// Bytes of a unit.
+    pub(crate) fn unit_bytes(&self) -> usize {
+        SIDE * self.format.code.bits()
+    }
+
+    /// Units side by side in the panel.
+    pub(crate) fn octets(&self) -> usize {
+        self.width / SIDE
+    }
+
+    /// Bytes from the beginning of a group to its codes.
+    pub(crate) fn header_bytes(&self) -> usize {
+        self.format.record_bytes() * self.width
+    }
+
+    /// Bytes of a group.
+    pub(crate) fn group_bytes(&self) -> usize {
+        self.header_bytes() + self.format.group / SIDE * self.octets() * self.unit_bytes()
+    }
+
+    /// Bytes of a panel; nothing if there are too many.
+    pub(crate) fn panel_bytes(&self) -> Option<usize> {
+        self.format.groups(self.k).checked_mul(self.group_bytes())
+    }
+
+    /// Bytes from the beginning of a panel to the codes of element `k` along K, which begins a unit.
+    pub(crate) fn offset(&self, k: usize) -> usize {
+        let (group, unit) = (k / self.format.group, k % self.format.group / SIDE);
+        group * self.group_bytes() + self.header_bytes() + unit * self.octets() * self.unit_bytes()
+    }
+
+    /// What `k`, whole units but for the end, is made of.
+    pub(crate) fn runs(&self, k: Range<usize>) -> impl Iterator<Item = Run> + use<> {
+        let Format { group, part, .. } = self.format;
+        let mut next = k.start;
+        std::iter::from_fn(move || {
+            if next >= k.end {
+                return None;
+            }
+            let (first, within) = (next, next % group);
+            next = (first - within + (within / part + 1) * part).min(k.end);
+            let units = within / SIDE..(within + next - first).div_ceil(SIDE);
+            Some(Run { group: first / group, part: within / part, units, at: first - k.start })
+        })
+    }
+
+    /// Puts a column of a panel in its place: row `row` of `codes`.
+    pub(crate) fn pack(&self, codes: &Codes, row: usize, column: usize, panel: &mut [u8]) {
+        let Format { group, .. } = self.format;
+        let groups = panel.chunks_exact_mut(self.group_bytes());
+        for (index, panel) in groups.enumerate() {
+            let (header, units) = panel.split_at_mut(self.header_bytes());
+            let record = codes.record(row, index);
+            for field in self.format.fields() {
+                let at = field.start * self.width + column * field.len();
+                header[at..at + field.len()].copy_from_slice(&record[field]);
+            }
+            let bytes = self.format.row_bytes(group);
+            let from = codes.row(row).chunks(bytes).nth(index).unwrap_or_default();
+            let own = units.chunks_exact_mut(self.unit_bytes()).skip(column / SIDE).step_by(self.octets());
+            for (from, to) in from.chunks(self.format.row_bytes(SIDE)).zip(own) {
+                self.pack_unit(from, column % SIDE, to);
+            }
+        }
+    }
+
+    fn pack_unit(&self, from: &[u8], column: usize, to: &mut [u8]) {
+        if self.format.code.bits() == 8 {
+            from.iter().enumerate().for_each(|(k, &code)| to[SIDE * k + column] = code);
+            return;
+        }
+        let at = |pair: usize| from.get(pair).copied().unwrap_or(0);
+        for h in 0..2 {
+            let (low, high) = (at(h), at(2 + h));
+            let first = 16 * (column / 4) + 8 * h + 2 * (column % 4);
+            to[first] = low & 15 | (high & 15) << 4;
+            to[first + 1] = low >> 4 | high & 0xf0;
+        }
+    }
+
+    /// The code of element `k`, counted in the unit.
+    fn code(&self, unit: &[u8], column: usize, k: usize) -> u8 {
+        if self.format.code.bits() == 8 {
+            return unit[SIDE * k + column];
+        }
+        let byte = unit[16 * (column / 4) + 8 * (k % 4 / 2) + 2 * (column % 4) + k % 2];
+        byte >> (4 * (k / 4)) & 15
+    }
+
+    /// The words of elements `k` along K of a panel, which begin a unit, step by step `width` of them; to the end of the last
+    /// unit. Written as it is defined, for processors without vectors, and to hold the others to.
+    pub(crate) fn decode(&self, panel: &[u8], k: Range<usize>, element: ElementType, out: &mut [u32]) {
+        for run in self.runs(k) {
+            let group = &panel[run.group * self.group_bytes()..][..self.group_bytes()];
+            let (header, units) = group.split_at(self.header_bytes());
+            for column in 0..self.width {
+                let mut record = [0; MOST_RECORD];
+                for field in self.format.fields() {
+                    let from = &header[field.start * self.width + column * field.len()..][..field.len()];
+                    record[field].copy_from_slice(from);
+                }
+                let affine = self.format.affine(&record[..self.format.record_bytes()], run.part);
+                for (index, unit) in run.units.clone().enumerate() {
+                    let unit = (unit * self.octets() + column / SIDE) * self.unit_bytes();
+                    let unit = &units[unit..][..self.unit_bytes()];
+                    let words: [u32; SIDE] = std::array::from_fn(|k| {
+                        let value = self.format.code.value(self.code(unit, column % SIDE, k));
+                        let weight = (value - affine.zero) * affine.scale - affine.minimum;
+                        u32::from(bf16::from_f32(weight).to_bits()) << 16
+                    });
+                    let first = run.at + index * SIDE;
+                    match element {
+                        ElementType::F32 => {
+                            for (k, word) in words.into_iter().enumerate() {
+                                out[(first + k) * self.width + column] = word;
+                            }
+                        }
+                        ElementType::Bf16 => {
+                            for (step, pair) in words.as_chunks::<2>().0.iter().enumerate() {
+                                out[(first / 2 + step) * self.width + column] = pair[0] >> 16 | pair[1];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// [`Layout::decode`] as a kernel.
+///
+/// # Safety
+/// None is needed; those for other processors want their instructions.
+pub(crate) unsafe fn decode_portable(
+    layout: &Layout,
+    panel: &[u8],
+    k: Range<usize>,
+    element: ElementType,
+    out: &mut [u32],
+) {
+    layout.decode(panel, k, element, out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::gemm::{Isa, kernel::Functions};
+    use epsmoe_base::Mix;
+    use epsmoe_quant::{Code, Scale};
+
+    const FORMATS: [Format; 6] = [
+        Format { code: Code::E2M1, scale: Scale::E8M0, group: 32, part: 32, zeros: false },
+        Format { code: Code::U4, scale: Scale::BF16, group: 32, part: 32, zeros: false },
+        Format { code: Code::U4, scale: Scale::F16, group: 128, part: 128, zeros: true },
+        Format { code: Code::U4, scale: Scale::NestedWithMinima, group: 256, part: 32, zeros: false },
+        Format { code: Code::I8, scale: Scale::Nested, group: 256, part: 16, zeros: false },
+        Format { code: Code::E4M3, scale: Scale::F32, group: 128, part: 128, zeros: false },
+    ];
+
+    fn random(mix: &mut Mix, format: Format, rows: usize, columns: usize) -> Codes {
+        let mut byte = |below: usize| mix.below(below) as u8;
+        let codes = (0..rows * format.row_bytes(columns)).map(|_| byte(127)).collect();
+        // Halves between 2⁻¹² and 2, powers and floats about one, whatever their other bytes are.
+        let records = (0..rows * format.groups(columns)).flat_map(|_| {
+            let mut record: Vec<u8> = (0..format.record_bytes()).map(|_| byte(64)).collect();
+            match format.scale {
+                Scale::E8M0 => record[0] = 120 + byte(10),
+                Scale::F32 | Scale::BF16 => record[format.fields().next().expect("a scale").end - 1] = 0x3c,
+                _ => (),
+            }
+            record
+        });
+        Codes { format, rows, columns, codes, records: records.collect() }
+    }
+
+    /// A panel is what was packed into it, whatever the width and wherever decoding begins, and processors agree on it.
+    #[test]
+    fn panels_are_decoded_as_the_codes_are() {
+        let seed = 31;
+        println!("seed {seed}");
+        let mut mix = Mix::new(seed);
+        for (format, width, k) in FORMATS
+            .into_iter()
+            .flat_map(|format| [(8, 40), (16, 331), (32, 600)].map(|(width, k)| (format, width, k)))
+        {
+            let codes = random(&mut mix, format, width, k);
+            let layout = Layout { format, width, k };
+            let mut panel = vec![0; layout.panel_bytes().expect("small")];
+            (0..width).for_each(|column| layout.pack(&codes, column, column, &mut panel));
+            for _ in 0..20 {
+                let start = mix.below(k.div_ceil(SIDE)) * SIDE;
+                let range = start..start + 1 + mix.below(k - start);
+                for element in [ElementType::F32, ElementType::Bf16] {
+                    let each = if element == ElementType::F32 { 1 } else { 2 };
+                    let mut words = vec![0; range.len().next_multiple_of(SIDE) / each * width];
+                    layout.decode(&panel, range.clone(), element, &mut words);
+                    for column in 0..width {
+                        let mut row = vec![0.0; k];
+                        codes.decode(column, &mut row);
+                        for (within, &want) in row[range.clone()].iter().enumerate() {
+                            let word = words[within / each * width + column];
+                            let got = if each == 2 && within % 2 == 0 { word << 16 } else { word & !0xffff };
+                            let want = bf16::from_f32(want).to_f32().to_bits();
+                            assert_eq!(
+                                got, want,
+                                "{format}, width {width}, column {column}, {within} of {range:?}"
+                            );
+                        }
+                    }
+                    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+                        let mut others = vec![0; words.len()];
+                        let decode = Functions::select(isa, element).decode;
+                        // SAFETY: the table exists only where its instructions do.
+                        unsafe { decode(&layout, &panel, range.clone(), element, &mut others) }
+                        assert!(others == words, "{format}, width {width}, {range:?} by {isa}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Two groups of 32 of four bits, 16 columns wide: 32 bytes of scales, then 4 units of 2 · 32 bytes. k = 45 of column 13 is in
+    /// group 1, unit 1 of it, the second eight columns: column 5 and k 5 of the unit, so in the high nibble of byte
+    /// 16 · 1 + 8 · 0 + 2 · 1 + 1 = 19.
+    #[test]
+    fn place_of_a_code_worked_example() {
+        let layout = Layout { format: FORMATS[1], width: 16, k: 64 };
+        assert_eq!((layout.header_bytes(), layout.group_bytes()), (32, 288));
+        let mut codes = vec![0; 16 * 32];
+        codes[13 * 32 + 22] = 0xe0;
+        let codes = Codes { format: FORMATS[1], rows: 16, columns: 64, codes, records: vec![0; 16 * 4] };
+        let mut panel = vec![0; layout.panel_bytes().expect("small")];
+        (0..16).for_each(|column| layout.pack(&codes, column, column, &mut panel));
+        let at = 288 + 32 + (2 + 1) * 32 + 19;
+        assert_eq!(layout.offset(40) + 32 + 19, at);
+        let set: Vec<_> = (0..panel.len()).filter(|&at| panel[at] != 0).collect();
+        assert_eq!((set, panel[at]), (vec![at], 0xe0));
+    }
+
+    /// Rounding by multiplication is rounding to the nearest bfloat16, ties to even: every significand there is.
+    #[test]
+    fn veltkamp_rounds_as_bfloat16_does() {
+        for significand in 1u32 << 23..1 << 24 {
+            let value = f32::from_bits((127 << 23) | (significand & 0x7f_ffff));
+            let above = value * 65537.0;
+            assert_eq!(above - (above - value), bf16::from_f32(value).to_f32(), "{value:e}");
+        }
+    }
+}
