@@ -41,8 +41,8 @@ pub(crate) struct RunArgs {
     pub(crate) dtype: Dtype,
 
     /// Holds against the checkpoint that its weights are quantised so: fp8, compressed-tensors, mxfp4, awq, gptq, modelopt
-    /// or gguf; with `none` (or `dequantise`) they are computed with in bfloat16, whatever they are [default: what the
-    /// checkpoint says]
+    /// or gguf; with `none` (or `dequantise`) they are decoded to bfloat16 when they are loaded: the same bits, in more memory
+    /// [default: what the checkpoint says]
     #[arg(
         short,
         long,
