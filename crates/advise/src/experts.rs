@@ -15,24 +15,24 @@ impl Advisor<'_> {
     }
 
     fn law(&self) -> SyntheticRouting {
-        let (gate, load) = (&self.moe.gate, self.load);
+        let (router, load) = (&self.moe.router, self.load);
         SyntheticRouting {
-            top_k: gate.top_k,
-            groups: gate.groups.map(|limit| (limit.groups, limit.kept)),
+            top_k: router.top_k,
+            groups: router.groups.map(|limit| (limit.groups, limit.kept)),
             zipf_permille: load.zipf_permille,
             seed: load.seed,
         }
     }
 
     fn sizes(&self, map: &SlotMap, inner: usize, shared_inner: usize) -> LayerSizes {
-        let (hidden, top_k) = (self.model.hidden, self.moe.gate.top_k);
+        let (hidden, top_k) = (self.model.hidden, self.moe.router.top_k);
         LayerSizes { hidden, inner, shared_inner, top_k, ..LayerSizes::of(map, DTYPE) }
     }
 
     /// Every expert on one GPU: one search or table for each schedule.
     pub(crate) fn parallel(&self, strategy: Strategy) -> Result<Vec<(Running, Experts)>, AdviseError> {
         let (moe, load, ranks) = (self.moe, self.load, self.machine.ranks);
-        let placement = SlotMap::contiguous(moe.experts, ranks)?;
+        let map = SlotMap::contiguous(moe.experts, ranks)?;
         let share = |all: usize, rank: usize| all / ranks + usize::from(rank < all % ranks);
         let of_rank = |rank| match strategy.attention_split() {
             // Tokens are scattered, wherever their sequences end.
@@ -40,10 +40,10 @@ impl Advisor<'_> {
             false => share(load.batch, rank) * load.sequence,
         };
         let tokens: Vec<usize> = (0..ranks).map(of_rank).collect();
-        let counts = self.law().counts(&placement, &tokens)?;
-        let shape = self.sizes(&placement, moe.inner, self.shared_inner());
-        let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
-        let serial = StageTable::serial(&placement, GemmKind::Grouped);
+        let counts = self.law().counts(&map, &tokens)?;
+        let shape = self.sizes(&map, moe.inner, self.shared_inner());
+        let workload = Workload { map: &map, counts: &counts, shape: &shape };
+        let serial = StageTable::serial(&map, GemmKind::Grouped);
         let serial_ns = predict_ns(&serial, &workload, &self.cost);
         let mut all = vec![(Running::Serial, self.measured(&workload, &serial, serial_ns, None))];
         let most = SearchOptions::default().max_stages;
@@ -66,8 +66,8 @@ impl Advisor<'_> {
         ns: u64,
         explanation: Option<String>,
     ) -> Experts {
-        let traffic = Traffic::of(workload.placement, workload.counts, table);
-        let ranks = || workload.placement.all_ranks();
+        let traffic = Traffic::of(workload.map, workload.counts, table);
+        let ranks = || workload.map.all_ranks();
         let LayerSizes { hidden, wire, .. } = *workload.shape;
         let row_bytes = (wire.dispatch.bytes(hidden) + wire.combine.bytes(hidden)) as u64;
         let rows = |from: Rank, to: Rank| {
@@ -91,10 +91,10 @@ impl Advisor<'_> {
     /// Every expert split over all GPUs: each sees all tokens, and nobody waits for anybody inside the layer.
     pub(crate) fn split(&self) -> Result<Vec<(Running, Experts)>, AdviseError> {
         let (moe, load, ranks) = (self.moe, self.load, self.machine.ranks);
-        let placement = SlotMap::contiguous(moe.experts, 1)?;
-        let counts: LayerHistograms = self.law().counts(&placement, &[load.tokens()])?;
-        let shape = self.sizes(&placement, moe.inner.div_ceil(ranks), self.shared_inner().div_ceil(ranks));
-        let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
+        let map = SlotMap::contiguous(moe.experts, 1)?;
+        let counts: LayerHistograms = self.law().counts(&map, &[load.tokens()])?;
+        let shape = self.sizes(&map, moe.inner.div_ceil(ranks), self.shared_inner().div_ceil(ranks));
+        let workload = Workload { map: &map, counts: &counts, shape: &shape };
         let none = || Piecewise::flat(0);
         let cost = CostModel {
             link: LinkCost { exchange_ns: 0, node_ranks: 0, near: none(), far: none(), copy: none() },
@@ -102,7 +102,7 @@ impl Advisor<'_> {
             ..self.cost.clone()
         };
         let of = |kind| {
-            let table = StageTable { shared: SharedExpert::Serial, ..StageTable::serial(&placement, kind) };
+            let table = StageTable { shared: SharedExpert::Serial, ..StageTable::serial(&map, kind) };
             let ns = predict_ns(&table, &workload, &cost);
             self.measured(&workload, &table, ns, None)
         };

@@ -88,7 +88,7 @@ fn longest_product_ns(model: &ModelSpec, moe: &MoeSpec, machine: &Machine, load:
         compute.max(2.0 * elements * rate(machine.gpu.memory_bytes_per_second.value))
     };
     // The output projection sees one row of each sequence.
-    let worst = product(load.tokens() * moe.gate.top_k, 3 * widest).max(product(load.batch, model.vocab));
+    let worst = product(load.tokens() * moe.router.top_k, 3 * widest).max(product(load.batch, model.vocab));
     // As efficient as its curves say, at the least.
     let least = |kernel: &KernelFigures| {
         let lowest =

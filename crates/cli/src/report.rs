@@ -59,7 +59,7 @@ pub(crate) struct Row {
     /// Prompt tokens a second over all ranks.
     pub(crate) tokens_per_second: f64,
     /// Where the time of the slowest rank went.
-    pub(crate) accounts: TimeBreakdown,
+    pub(crate) breakdown: TimeBreakdown,
 }
 
 const WIDTH: f64 = 1000.0;
@@ -126,14 +126,14 @@ impl Report {
     }
 
     fn bars(&self, page: &mut String) -> fmt::Result {
-        let longest = self.rows.iter().map(|row| row.accounts.wall).max().unwrap_or(0).max(1) as f64;
+        let longest = self.rows.iter().map(|row| row.breakdown.wall).max().unwrap_or(0).max(1) as f64;
         let scale = (WIDTH - LABEL - 110.0) / longest;
         writeln!(page, "<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\">", BAR * self.rows.len() as f64 + 4.0)?;
         for (index, row) in self.rows.iter().enumerate() {
             let y = BAR * index as f64;
             writeln!(page, "<text x=\"0\" y=\"{:.1}\">{}</text>", y + 16.0, escape(&row.label))?;
             let mut x = LABEL;
-            for (name, time) in parts(&row.accounts) {
+            for (name, time) in parts(&row.breakdown) {
                 let width = time as f64 * scale;
                 let title = format!("{name}: {:.2} ms", time as f64 / 1e6);
                 rectangle(page, (x, y + 3.0), (width, BAR - 8.0), name, &title)?;
@@ -151,14 +151,14 @@ impl Report {
     }
 }
 
-fn parts(accounts: &TimeBreakdown) -> [(&'static str, u64); 6] {
+fn parts(breakdown: &TimeBreakdown) -> [(&'static str, u64); 6] {
     [
-        ("gemm", accounts.gemm),
-        ("attention", accounts.attention),
-        ("other", accounts.other),
-        ("exposed transfer", accounts.exposed_transfer),
-        ("count exchange", accounts.count_exchange),
-        ("idle", accounts.idle),
+        ("gemm", breakdown.gemm),
+        ("attention", breakdown.attention),
+        ("other", breakdown.other),
+        ("exposed transfer", breakdown.exposed_transfer),
+        ("count exchange", breakdown.count_exchange),
+        ("idle", breakdown.idle),
     ]
 }
 
@@ -275,11 +275,11 @@ mod tests {
             span(Lane::Compute, "gemm", 1_000_000, 3_000_000),
         ];
         let timeline = Timeline { spans };
-        let accounts = TimeBreakdown::of(&timeline, Rank(0));
+        let breakdown = TimeBreakdown::of(&timeline, Rank(0));
         let page = Report {
             title: "bench <x>".into(),
             notes: vec!["a & b".into()],
-            rows: vec![Row { label: "staged 4".into(), tokens_per_second: 1234.0, accounts }],
+            rows: vec![Row { label: "staged 4".into(), tokens_per_second: 1234.0, breakdown }],
             lanes: vec![
                 (
                     "staged 4".into(),

@@ -348,11 +348,11 @@ impl Setup {
 
     /// Experts that the busiest rank holds; none in a model without.
     pub(crate) fn most_local_experts(&self, parallel: &Parallel) -> Result<Option<usize>> {
-        Ok(self.placement(parallel)?.map(|placement| placement.max_local()))
+        Ok(self.slot_map(parallel)?.map(|map| map.max_local()))
     }
 
     /// Where experts are; nothing where every rank has a part of each.
-    fn placement(&self, parallel: &Parallel) -> Result<Option<SlotMap>> {
+    fn slot_map(&self, parallel: &Parallel) -> Result<Option<SlotMap>> {
         if parallel.experts == Experts::Tp {
             return Ok(None);
         }
@@ -362,11 +362,11 @@ impl Setup {
 
     /// A policy that cannot be followed cannot be followed for no tokens either.
     fn check_policy(&self, parallel: &Parallel, policy: &Policy) -> Result<()> {
-        let Some(placement) = self.placement(parallel)? else { return Ok(()) };
-        let zeros = || vec![0; placement.slots()];
+        let Some(map) = self.slot_map(parallel)? else { return Ok(()) };
+        let zeros = || vec![0; map.slots()];
         let none = TokenHistograms { tokens: 0, assignments: zeros(), first: zeros(), last: zeros() };
-        let counts = LayerHistograms::new(&placement, 1, vec![none; self.ranks])?;
-        policy.table(&placement, &counts)?;
+        let counts = LayerHistograms::new(&map, 1, vec![none; self.ranks])?;
+        policy.table(&map, &counts)?;
         policy.check()?;
         Ok(())
     }
@@ -570,7 +570,7 @@ impl Setup {
         let moe = self.model.spec.layers.iter().find_map(|layer| layer.mlp.moe());
         let (Some(moe), Some(one)) = (moe, self.emulated) else { return Ok(None) };
         let map = SlotMap::contiguous(moe.experts, one.size)?;
-        let sizes = LayerSizes { top_k: moe.gate.top_k, ..LayerSizes::of(&map, self.dtype) };
+        let sizes = LayerSizes { top_k: moe.router.top_k, ..LayerSizes::of(&map, self.dtype) };
         let least = Capacity::worst_case(1, &sizes);
         let rows = tokens.saturating_mul(sizes.ranks_of_token());
         let assignments = (tokens.saturating_mul(sizes.top_k) / 4 * 5).max(least.assignments);

@@ -13,11 +13,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) assign_f32_f32(const __gri
             complain(args.report, EXPERT, expert, args.slot_of.rows);
             continue;
         }
-        const u32 slot = at<u32>(args.slot_of, expert);
+        u32 sum = 0;
+        for (u32 place = 0; place < k; ++place) sum += experts[place];
+        const u32 replica = sum % args.slot_of.width, slot = row<u32>(args.slot_of, expert)[replica];
         u32 place = 0;
         for (u32 other = 0; other < k; ++other) {
             if (other == mine || experts[other] >= args.slot_of.rows) continue;
-            const u32 beside = at<u32>(args.slot_of, experts[other]);
+            const u32 beside = row<u32>(args.slot_of, experts[other])[replica];
             place += beside < slot;
             if (beside == slot && other < mine) complain(args.report, EXPERT_TWICE, token, expert);
         }

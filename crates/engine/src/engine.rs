@@ -196,12 +196,6 @@ impl Engine {
         self.options.max_sequences * self.executor.ranks() / self.group_size
     }
 
-    /// Tokens that the caches of all groups of ranks hold.
-    pub fn cache_tokens(&self) -> usize {
-        let (_, blocks) = self.scheduler.blocks();
-        blocks * BLOCK_SIZE
-    }
-
     /// Takes in a request that was checked, under a number that is new.
     pub(crate) fn enqueue(&mut self, id: RequestId, mut request: Request, submitted: Instant) {
         self.next = self.next.max(id.0 + 1);

@@ -38,7 +38,7 @@ fn load_moe<B: Backend>(
     spec: &MoeSpec,
 ) -> Result<MoeLayer, ModelError> {
     let inner = loader.layout.inner();
-    let (placement, rank) = loader.layout.placement(spec.experts)?;
+    let (map, rank) = loader.layout.slot_map(spec.experts)?;
     let expert = |expert| loader.mlp(layer, inner, |map| LayerPart::Expert(expert, map));
     let shared = |shared: &crate::SharedSpec| -> Result<SharedMlp, ModelError> {
         let gate = shared.gated.then(|| loader.layer(layer, LayerPart::SharedExpertGate)).transpose()?;
@@ -47,11 +47,11 @@ fn load_moe<B: Backend>(
     let bias = spec.correction_bias.then(|| loader.layer(layer, LayerPart::RouterBias));
     Ok(MoeLayer {
         layer,
-        router: loader.layer(layer, LayerPart::Router)?,
+        router_weight: loader.layer(layer, LayerPart::Router)?,
         bias: bias.transpose()?,
-        gate: spec.gate,
-        experts: placement.experts_on(rank).map(expert).collect::<Result<_, _>>()?,
-        slots: Arc::new(placement),
+        router: spec.router,
+        experts: map.experts_on(rank).map(expert).collect::<Result<_, _>>()?,
+        slots: Arc::new(map),
         shared: spec.shared.as_ref().map(shared).transpose()?,
     })
 }

@@ -213,8 +213,8 @@ impl Layout {
         self.attention_ranks().len() > 1 || self.mlp_ranks().len() > 1
     }
 
-    /// Which of the experts are here: on which rank of which placement this one is.
-    pub(crate) fn placement(&self, experts: usize) -> Result<(SlotMap, Rank), PlanError> {
+    /// Which of the experts are here, and which rank of their slot map this one is.
+    pub(crate) fn slot_map(&self, experts: usize) -> Result<(SlotMap, Rank), PlanError> {
         match self.experts {
             Experts::Ep => Ok((SlotMap::contiguous(experts, self.ranks)?, self.rank)),
             Experts::Tp => Ok((SlotMap::contiguous(experts, 1)?, Rank(0))),
@@ -274,7 +274,7 @@ mod tests {
         assert_eq!((layout.attention_ranks(), layout.mlp_ranks()), (2..4, 0..4));
         let layout = Layout { experts: Experts::Ep, ..layout };
         assert_eq!((layout.attention_ranks(), layout.mlp_ranks()), (2..4, 3..4));
-        assert_eq!(layout.placement(8).unwrap().1, Rank(3));
+        assert_eq!(layout.slot_map(8).unwrap().1, Rank(3));
     }
 
     #[test]

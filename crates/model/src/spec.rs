@@ -296,7 +296,7 @@ pub struct MoeSpec {
     /// Inner width I of an expert.
     pub inner: usize,
     /// How router logits choose experts.
-    pub gate: TopKRouter,
+    pub router: TopKRouter,
     /// Whether a bias is added to the scores for the choice.
     pub correction_bias: bool,
     /// The expert of every token, added to the routed sum.
@@ -331,7 +331,7 @@ impl ModelSpec {
             count.active += match part {
                 Part::Layer(layer, LayerPart::Expert(expert, _)) => {
                     // Which experts a token meets varies, but they are equal: the first stand for the chosen.
-                    let chosen = self.layers[layer.0].mlp.moe().map_or(0, |moe| moe.gate.top_k);
+                    let chosen = self.layers[layer.0].mlp.moe().map_or(0, |moe| moe.router.top_k);
                     if expert.0 < chosen { numbers } else { 0 }
                 }
                 _ => numbers,

@@ -73,7 +73,7 @@ fn layer(layer: &LayerSpec) -> String {
     let mut text = match &layer.mlp {
         MlpSpec::Dense { inner } => format!("dense {inner}"),
         MlpSpec::Moe(moe) => {
-            let mut text = format!("{} experts of {}, {}", moe.experts, moe.inner, gate(&moe.gate));
+            let mut text = format!("{} experts of {}, {}", moe.experts, moe.inner, router(&moe.router));
             if moe.correction_bias {
                 text += ", bias";
             }
@@ -92,13 +92,13 @@ fn layer(layer: &LayerSpec) -> String {
     text
 }
 
-fn gate(gate: &TopKRouter) -> String {
-    let normalise = if gate.normalise { " normalised" } else { "" };
-    let groups = match gate.groups {
+fn router(router: &TopKRouter) -> String {
+    let normalise = if router.normalise { " normalised" } else { "" };
+    let groups = match router.groups {
         Some(GroupLimit { groups, kept, by }) => format!(" in {kept} of {groups} groups by {by:?}"),
         None => String::new(),
     };
-    format!("top {}{groups} {:?}{normalise} x{}", gate.top_k, gate.score, gate.scale)
+    format!("top {}{groups} {:?}{normalise} x{}", router.top_k, router.score, router.scale)
 }
 
 #[track_caller]
@@ -728,7 +728,7 @@ fn other_values_take_the_place_of_some_and_objects_are_merged() {
     let moe = inside.layers[0].mlp.moe().unwrap();
     let unchanged = preset("dbrx").unwrap();
     let before = unchanged.layers[0].mlp.moe().unwrap();
-    assert_eq!((moe.experts, moe.inner, moe.gate.top_k), (4, before.inner, before.gate.top_k));
+    assert_eq!((moe.experts, moe.inner, moe.router.top_k), (4, before.inner, before.router.top_k));
     let refused = with("dbrx", json!({ "d_model": "wide" })).unwrap_err().to_string();
     assert!(refused.contains("d_model"), "{refused}");
 }

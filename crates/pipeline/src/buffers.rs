@@ -68,7 +68,18 @@ impl LayerBuffers {
     pub(crate) fn allocate<B: Backend>(device: &B, options: &PipelineOptions) -> Result<Self, DeviceError> {
         let PipelineSizes { layer, capacity } = options.sizes;
         let Capacity { tokens, rows_sent, rows_received, assignments, stage_assignments } = capacity;
-        let LayerSizes { hidden, inner, shared_inner, top_k, experts, ranks, local_slots, wire, .. } = layer;
+        let LayerSizes {
+            hidden,
+            inner,
+            shared_inner,
+            top_k,
+            experts,
+            ranks,
+            local_slots,
+            replicas,
+            wire,
+            ..
+        } = layer;
         // What is counted and announced is told of each micro-batch.
         let batches = if options.policy.schedule == Schedule::TwoBatch { 2 } else { 1 };
         let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
@@ -83,7 +94,7 @@ impl LayerBuffers {
             router_logits: floats("router_logits", tokens, experts)?,
             router_experts: indices("router_experts", tokens, top_k)?,
             router_weights: floats("router_weights", tokens, top_k)?,
-            slot_of: indices("slot_of", experts, 1)?,
+            slot_of: indices("slot_of", experts, replicas)?,
             block_starts: indices("block_starts", layer.slots(), 1)?,
             slots: indices("slots", tokens, top_k)?,
             slot_weights: floats("slot_weights", tokens, top_k)?,

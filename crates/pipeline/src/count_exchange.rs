@@ -29,7 +29,7 @@ impl<B: Backend> ExpertPipeline<B> {
         let of_batch = |number: usize| -> Result<LayerHistograms, PlanError> {
             let of_rank =
                 |message: &CountMessage| message.counts.get(number).cloned().unwrap_or_else(nothing);
-            LayerHistograms::new(map, call.layer.gate.top_k, messages.iter().map(of_rank).collect())
+            LayerHistograms::new(map, call.layer.router.top_k, messages.iter().map(of_rank).collect())
         };
         let counts = (0..packed.len()).map(of_batch).collect::<Result<Vec<_>, _>>()?;
         let feedback: Vec<Feedback> = messages.into_iter().filter_map(|message| message.feedback).collect();
@@ -72,7 +72,7 @@ impl<B: Backend> ExpertPipeline<B> {
 
     fn digest(&self, call: &Call<'_>) -> u64 {
         let (layer, planner) = (call.layer, self.planner.borrow().digest());
-        let common = (self.settings, layer.layer, layer.gate, layer.slots.digest(), planner, call.table);
+        let common = (self.settings, layer.layer, layer.router, layer.slots.digest(), planner, call.table);
         hash_bytes(format!("{common:?}").as_bytes())
     }
 }

@@ -35,7 +35,7 @@ impl<B: Backend> ExpertPipeline<B> {
             };
             return self.compute(place, sort);
         };
-        let (me, traffic, top_k) = (self.fabric.rank(), &travel.traffic, call.layer.gate.top_k);
+        let (me, traffic, top_k) = (self.fabric.rank(), &travel.traffic, call.layer.router.top_k);
         let bins = traffic.receive_bins(&call.layer.slots, &travel.counts, &batch.table, me);
         let announced = buffers.receive_bins.rows(0..bins.len())?;
         self.compute(place, HostToDevice { words: bins.as_flattened().into(), out: announced.clone() })?;
@@ -86,7 +86,7 @@ impl<B: Backend> ExpertPipeline<B> {
     /// All experts over the rank's own tokens: only the device knows which rows each has.
     fn run_in_place(&self, place: Place, call: &Call<'_>, batch: &Batch) -> Result<(), PipelineError> {
         let (buffers, tokens) = (&batch.buffers, 0..batch.tokens.len());
-        let assignments = 0..tokens.len() * call.layer.gate.top_k;
+        let assignments = 0..tokens.len() * call.layer.router.top_k;
         let (expanded, inner) =
             (buffers.expanded.rows(assignments.clone())?, buffers.inner.rows(assignments.clone())?);
         let outputs = buffers.outputs.rows(assignments.clone())?;

@@ -3,30 +3,30 @@
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Phase, Place};
-use epsmoe_device::Backend;
 use epsmoe_device::op::{AssignSlots, Gemm, HostToDevice, Route};
+use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_plan::{Routing, SlotMap};
 
 impl<B: Backend> ExpertPipeline<B> {
     /// Chooses every token's experts, and brings the choice to the host.
-    pub fn route(&self, layer: &MoeLayer, x: &epsmoe_device::Buffer) -> Result<Routing, PipelineError> {
+    pub fn route(&self, layer: &MoeLayer, x: &Buffer) -> Result<Routing, PipelineError> {
         self.choose(layer, x)?;
         self.wait(&self.device.record(epsmoe_base::Lane::Compute))?;
         let tokens = 0..x.rows;
         let experts = self.device.read_u32(&self.buffers.router_experts.rows(tokens.clone())?)?;
         let weights = self.device.read_f32(&self.buffers.router_weights.rows(tokens)?)?;
-        Ok(Routing::new(layer.slots.experts(), layer.gate.top_k, experts, weights)?)
+        Ok(Routing::new(layer.slots.experts(), layer.router.top_k, experts, weights)?)
     }
 
     /// Chooses every token's experts: their numbers and weights `[T, k]`, on the device.
-    pub(crate) fn choose(&self, layer: &MoeLayer, x: &epsmoe_device::Buffer) -> Result<(), PipelineError> {
+    pub(crate) fn choose(&self, layer: &MoeLayer, x: &Buffer) -> Result<(), PipelineError> {
         let (place, tokens) = (Place::layer(layer.layer), 0..x.rows);
         let logits = self.buffers.router_logits.rows(tokens.clone())?;
-        let router = Gemm::linear(x.clone(), &layer.router, logits.clone());
+        let router = Gemm::linear(x.clone(), &layer.router_weight, logits.clone());
         self.compute(place.phase(Phase::RouterLogits), router)?;
         let route = Route {
             logits,
-            gate: layer.gate,
+            router: layer.router,
             bias: layer.bias.clone(),
             experts: self.buffers.router_experts.rows(tokens.clone())?,
             weights: self.buffers.router_weights.rows(tokens)?,
@@ -51,11 +51,16 @@ impl<B: Backend> ExpertPipeline<B> {
         let assign = AssignSlots {
             experts: buffers.router_experts.rows(tokens.clone())?,
             weights: buffers.router_weights.rows(tokens.clone())?,
-            slot_of: buffers.slot_of.rows(0..layer.slots.experts())?,
+            slot_of: self.slot_table(&layer.slots)?,
             slots: buffers.slots.rows(tokens.clone())?,
             slot_weights: buffers.slot_weights.rows(tokens)?,
         };
         self.compute(Place::layer(layer.layer), assign)
+    }
+
+    /// Where the slots of every expert are `[E, m]`, once the map is held.
+    fn slot_table(&self, map: &SlotMap) -> Result<Buffer, DeviceError> {
+        self.buffers.slot_of.rows(0..map.experts())?.columns(0..map.most_replicas())
     }
 
     /// Brings a map to the device, unless it is there from the layer before.
@@ -66,22 +71,26 @@ impl<B: Backend> ExpertPipeline<B> {
         let sizes = &self.options.sizes.layer;
         let fits = map.experts() == sizes.experts
             && map.ranks() == self.fabric.size()
-            && map.max_local() <= sizes.local_slots;
+            && map.max_local() <= sizes.local_slots
+            && map.most_replicas() <= sizes.replicas;
         if !fits {
-            let (experts, ranks, local) = (sizes.experts, self.fabric.size(), sizes.local_slots);
+            let shown = |experts, ranks, local, replicas| {
+                format!(
+                    "{experts} experts on {ranks} ranks, up to {local} a rank, each up to {replicas} times"
+                )
+            };
             let message = format!(
-                "a map of {} experts on {} ranks, up to {} a rank, for layers of {experts} experts on {ranks} ranks, up \
-                 to {local} a rank: give every layer a map of its own experts",
-                map.experts(),
-                map.ranks(),
-                map.max_local()
+                "a map of {}, for layers of {}: give every layer a map of its own experts",
+                shown(map.experts(), map.ranks(), map.max_local(), map.most_replicas()),
+                shown(sizes.experts, self.fabric.size(), sizes.local_slots, sizes.replicas)
             );
-            return Err(epsmoe_device::DeviceError::Shape(message).into());
+            return Err(DeviceError::Shape(message).into());
         }
-        let tables =
-            [(map.slot_table()?, &self.buffers.slot_of), (map.block_starts(), &self.buffers.block_starts)];
-        for (words, buffer) in tables {
-            let out = buffer.rows(0..words.len())?;
+        let tables = [
+            (map.slot_table(), self.slot_table(map)?),
+            (map.block_starts(), self.buffers.block_starts.rows(0..map.slots())?),
+        ];
+        for (words, out) in tables {
             self.compute(Place::default().phase(Phase::Input), HostToDevice { words: words.into(), out })?;
         }
         self.held_map.set(Some(map.digest()));

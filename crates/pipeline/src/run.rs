@@ -39,11 +39,11 @@ pub struct MoeLayer {
     /// Which layer.
     pub layer: Layer,
     /// Router `[E, H]`.
-    pub router: Weight,
+    pub router_weight: Weight,
     /// Correction bias of the router `[E]`, if the model has one.
     pub bias: Option<Weight>,
     /// How router logits become experts.
-    pub gate: TopKRouter,
+    pub router: TopKRouter,
     /// Which rank holds which expert, in which slot; the same on all ranks.
     pub slots: Arc<SlotMap>,
     /// The experts of this rank, in the order of its slots `[L]`.
@@ -274,7 +274,7 @@ impl<B: Backend> ExpertPipeline<B> {
         };
         if let Some(table) = ahead.table.filter(|table| table.runs_in_place(map)) {
             table.validate(map)?;
-            let needed = Capacity::in_place(tokens.len(), call.layer.gate.top_k);
+            let needed = Capacity::in_place(tokens.len(), call.layer.router.top_k);
             return Ok(match capacity.holds(&needed) {
                 true => Some(vec![self.in_place(call, tokens, table)?]),
                 false => None,
@@ -306,7 +306,7 @@ impl<B: Backend> ExpertPipeline<B> {
         let mut before = Capacity::default();
         for (number, batch) in batches.iter_mut().enumerate() {
             batch.buffers = self.buffers.of_batch(number, &before)?;
-            before = batch.needed(self.fabric.rank(), call.layer.gate.top_k);
+            before = batch.needed(self.fabric.rank(), call.layer.router.top_k);
         }
         Ok(Some(batches))
     }

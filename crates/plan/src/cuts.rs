@@ -37,17 +37,13 @@ impl Loads {
     /// Of every rank, where so many permille of the processor are left to transfers.
     pub(crate) fn of(workload: &Workload<'_>, cost: &CostModel, reserved: u64) -> Vec<Loads> {
         let sums = Sums::of(workload, cost);
-        workload
-            .placement
-            .all_ranks()
-            .map(|rank| Self::of_rank(workload, cost, reserved, &sums, rank))
-            .collect()
+        workload.map.all_ranks().map(|rank| Self::of_rank(workload, cost, reserved, &sums, rank)).collect()
     }
 
     fn of_rank(workload: &Workload<'_>, cost: &CostModel, reserved: u64, sums: &Sums, rank: Rank) -> Loads {
         let LayerSizes { hidden, inner, dtype, wire, .. } = *workload.shape;
         let row_bytes = workload.shape.row_bytes() as u64;
-        let block = workload.placement.slots_of_rank(rank);
+        let block = workload.map.slots_of_rank(rank);
         let share = cost.share(reserved);
         // Curves as straight lines around what the rank has in all: of a sum of parts, the sum.
         let line = |curve: &crate::Piecewise, all: u64| {
@@ -284,8 +280,8 @@ struct Sums {
 
 impl Sums {
     fn of(workload: &Workload<'_>, cost: &CostModel) -> Self {
-        let mut assignments = vec![0; workload.placement.slots()];
-        for rank in workload.placement.all_ranks() {
+        let mut assignments = vec![0; workload.map.slots()];
+        for rank in workload.map.all_ranks() {
             add(&mut assignments, &workload.counts.of(rank).assignments);
         }
         Sums {
@@ -298,8 +294,8 @@ impl Sums {
 
 impl Side {
     fn of<'a>(workload: &Workload<'_>, cost: &CostModel, histogram: impl Fn(Rank) -> &'a [u32]) -> Self {
-        let placement = workload.placement;
-        let (experts, ranks) = (placement.slots(), placement.ranks());
+        let map = workload.map;
+        let (experts, ranks) = (map.slots(), map.ranks());
         let node = match cost.link.node_ranks as usize {
             0 => ranks,
             node => node,
@@ -314,8 +310,8 @@ impl Side {
                 sum
             })
             .collect();
-        for rank in placement.all_ranks() {
-            let block = placement.slots_of_rank(rank);
+        for rank in map.all_ranks() {
+            let block = map.slots_of_rank(rank);
             near[block.clone()].copy_from_slice(&by_node[rank.0 / node][block.clone()]);
             for (near, own) in near[block.clone()].iter_mut().zip(&histogram(rank)[block.clone()]) {
                 *near -= own;

@@ -39,14 +39,6 @@ pub enum PlanError {
         /// The expert.
         expert: usize,
     },
-    /// An expert with several slots.
-    #[error("expert {expert} is in {slots} slots: replicas cannot be served yet, give every expert one slot")]
-    Replicas {
-        /// The expert.
-        expert: usize,
-        /// How many slots it is in.
-        slots: usize,
-    },
     /// More experts per token than experts, or none.
     #[error(
         "top-{top_k} routing over {experts} experts: a token is sent to 1 to {experts} different experts"
@@ -102,7 +94,7 @@ pub enum PlanError {
     CountsRanks {
         /// Ranks whose counts were gathered.
         got: usize,
-        /// Ranks of the placement.
+        /// Ranks of the map.
         want: usize,
     },
     /// What a rank announced contradicts itself.

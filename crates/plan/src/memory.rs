@@ -108,6 +108,8 @@ pub struct LayerSizes {
     pub ranks: usize,
     /// The most slots that a rank has, L.
     pub local_slots: usize,
+    /// The most slots that an expert is in, m.
+    pub replicas: usize,
     /// The format of activations and of the experts' weights.
     pub dtype: DType,
     /// The formats that rows and partial sums travel in.
@@ -126,6 +128,7 @@ impl LayerSizes {
             experts: map.experts(),
             ranks: map.ranks(),
             local_slots: map.max_local(),
+            replicas: map.most_replicas(),
             dtype,
             wire: WireFormat::plain(dtype),
         }
@@ -204,7 +207,8 @@ impl LayerBytes {
             ]),
             index: sum(&[
                 // The map, and histograms over its slots.
-                words(experts + 4 * sizes.slots(), 1),
+                words(experts, sizes.replicas),
+                words(sizes.slots(), 4),
                 // Token and last slot of each row sent; where each token's sums are.
                 words(rows_sent, 2),
                 words(tokens, sizes.ranks_of_token()),
@@ -274,6 +278,7 @@ mod tests {
             experts: 5,
             ranks: 2,
             local_slots: 3,
+            replicas: 2,
             dtype: DType::BF16,
             // The sums travel in another format than the rows.
             wire: WireFormat { combine: RowFormat::Plain(DType::F32), ..WireFormat::plain(DType::BF16) },
@@ -292,11 +297,11 @@ mod tests {
                 combine_send: 1600,
                 combine_receive: 2000,
                 shared: 3 * (2 * 20 + 4 + 2 * 100),
-                index: 4 * (5 + 4 * 6 + 2 * 5 + 3 * 2 + 6 * 5 + 2 * 4 + 4 + 5 + 2 * 2 * 4),
+                index: 4 * (2 * 5 + 4 * 6 + 2 * 5 + 3 * 2 + 6 * 5 + 2 * 4 + 4 + 5 + 2 * 2 * 4),
             }
         );
-        assert_eq!(bytes.total(), 8524);
-        assert!(bytes.to_string().ends_with("shared expert: 732 B\nindex arrays: 432 B\ntotal: 8.3 KiB\n"));
+        assert_eq!(bytes.total(), 8544);
+        assert!(bytes.to_string().ends_with("shared expert: 732 B\nindex arrays: 452 B\ntotal: 8.3 KiB\n"));
     }
 
     #[test]

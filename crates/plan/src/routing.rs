@@ -79,19 +79,17 @@ impl Routing {
     /// map is applied to a routing on the host; a device does the same in `AssignSlots`.
     ///
     /// # Errors
-    /// An expert that the map does not have, or replicas ([`SlotMap::slot_table`]).
+    /// An expert that the map does not have.
     pub fn assign<'a>(&self, map: &'a SlotMap) -> Result<SlotRouting<'a>, PlanError> {
-        let slot_of = map.slot_table()?;
+        let (slot_of, replicas) = (map.slot_table(), map.most_replicas());
         let (mut slots, mut weights) = (self.experts.clone(), self.weights.clone());
         let tokens = slots.chunks_exact_mut(self.top_k).zip(weights.chunks_exact_mut(self.top_k));
         for (token, (slots, weights)) in tokens.enumerate() {
+            let replica = slots.iter().copied().fold(0, u32::wrapping_add) as usize % replicas;
             for slot in slots.iter_mut() {
                 let (expert, experts) = (*slot, map.experts());
-                *slot = *slot_of.get(expert as usize).ok_or(PlanError::UnknownExpert {
-                    token,
-                    expert,
-                    experts,
-                })?;
+                let at = expert as usize * replicas + replica;
+                *slot = *slot_of.get(at).ok_or(PlanError::UnknownExpert { token, expert, experts })?;
             }
             sort_together(slots, weights);
         }

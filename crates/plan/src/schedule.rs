@@ -120,11 +120,11 @@ impl Policy {
     /// The table for one layer's tokens: the same on every rank that has the same policy.
     /// For auto that is the staged one: where its decisions come from, only an [`AutoPlanner`] knows. For two-batch it is
     /// the first micro-batch's; [`Policy::micro_batches`] has both.
-    pub fn table(&self, placement: &SlotMap, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
+    pub fn table(&self, map: &SlotMap, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
         let table = match self.schedule {
-            Schedule::Serial => return self.serial(placement),
-            Schedule::Staged | Schedule::Auto => self.staged(placement, counts)?,
-            Schedule::TwoBatch => return self.micro_batches(placement).map(|[first, _]| first),
+            Schedule::Serial => return self.serial(map),
+            Schedule::Staged | Schedule::Auto => self.staged(map, counts)?,
+            Schedule::TwoBatch => return self.micro_batches(map).map(|[first, _]| first),
         };
         match &self.order {
             Some(order) => table.with_order(order.clone()),
@@ -148,27 +148,27 @@ impl Policy {
     ///
     /// # Errors
     /// Stages or a transfer order: there is one way to alternate.
-    pub fn micro_batches(&self, placement: &SlotMap) -> Result<[StageTable; 2], PlanError> {
+    pub fn micro_batches(&self, map: &SlotMap) -> Result<[StageTable; 2], PlanError> {
         self.check()?;
-        let tables = StageTable::micro_batches(placement, self.gemm());
+        let tables = StageTable::micro_batches(map, self.gemm());
         Ok(tables.map(|table| StageTable { shared: self.shared_expert(), ..table }))
     }
 
-    pub(crate) fn serial(&self, placement: &SlotMap) -> Result<StageTable, PlanError> {
+    pub(crate) fn serial(&self, map: &SlotMap) -> Result<StageTable, PlanError> {
         self.check_serial()?;
-        let table = StageTable::serial(placement, self.gemm());
+        let table = StageTable::serial(map, self.gemm());
         match &self.order {
             Some(order) => table.with_order(order.clone()),
             None => Ok(table),
         }
     }
 
-    fn staged(&self, placement: &SlotMap, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
-        let balanced = |stages| StageTable::balanced(placement, counts, stages, self.gemm());
+    fn staged(&self, map: &SlotMap, counts: &LayerHistograms) -> Result<StageTable, PlanError> {
+        let balanced = |stages| StageTable::balanced(map, counts, stages, self.gemm());
         let table = match &self.stages {
-            None => balanced(Self::DEFAULT_STAGES.min(placement.max_local()))?,
+            None => balanced(Self::DEFAULT_STAGES.min(map.max_local()))?,
             Some(Stages::Count(stages)) => balanced(*stages)?,
-            Some(Stages::Sizes(sizes)) => StageTable::sized(placement, sizes, self.gemm())?,
+            Some(Stages::Sizes(sizes)) => StageTable::sized(map, sizes, self.gemm())?,
         };
         Ok(StageTable { shared: self.shared_expert(), ..table })
     }
@@ -261,15 +261,15 @@ mod tests {
 
     /// Six experts on one rank; expert 0 has three tokens, the others one each.
     fn layer() -> (SlotMap, LayerHistograms) {
-        let placement = SlotMap::contiguous(6, 1).unwrap();
+        let map = SlotMap::contiguous(6, 1).unwrap();
         let routing = Routing::new(6, 1, vec![0, 0, 0, 1, 2, 3, 4, 5], vec![1.0; 8]).unwrap();
-        let counts = LayerHistograms::of_routings(&placement, 1, &[routing]).unwrap();
-        (placement, counts)
+        let counts = LayerHistograms::of_routings(&map, 1, &[routing]).unwrap();
+        (map, counts)
     }
 
     fn table(policy: &Policy) -> Result<StageTable, String> {
-        let (placement, counts) = layer();
-        policy.table(&placement, &counts).map_err(|error| error.to_string())
+        let (map, counts) = layer();
+        policy.table(&map, &counts).map_err(|error| error.to_string())
     }
 
     #[test]

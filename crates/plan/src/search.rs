@@ -70,12 +70,12 @@ pub struct Bucket {
 impl Bucket {
     /// The bucket of a layer: equal on all ranks, as it follows from the gathered counts.
     pub fn of(workload: &Workload<'_>) -> Self {
-        let Workload { placement, counts, .. } = *workload;
-        let tokens = placement.all_ranks().map(|rank| counts.of(rank).tokens).max().unwrap_or(0);
+        let Workload { map, counts, .. } = *workload;
+        let tokens = map.all_ranks().map(|rank| counts.of(rank).tokens).max().unwrap_or(0);
         let on_rank = |rank: Rank| -> u64 {
-            placement.slots_of_rank(rank).map(|expert| counts.assignments_of(expert) as u64).sum()
+            map.slots_of_rank(rank).map(|expert| counts.assignments_of(expert) as u64).sum()
         };
-        let assignments: Vec<u64> = placement.all_ranks().map(on_rank).collect();
+        let assignments: Vec<u64> = map.all_ranks().map(on_rank).collect();
         let (fullest, all) =
             (assignments.iter().max().copied().unwrap_or(0), assignments.iter().sum::<u64>());
         let skew = fullest * 16 * assignments.len() as u64 / all.max(1);
@@ -142,10 +142,10 @@ pub struct Considered {
 /// The plan of one layer, from its decision and its counts. The same on every rank; the transfer order, kernels,
 /// share and shared expert are the decision's.
 pub fn cuts_for(decision: &Decision, workload: &Workload<'_>, cost: &CostModel) -> StageTable {
-    let placement = workload.placement;
+    let map = workload.map;
     let Decision { gemm, order, shared, reserved, targets } = decision;
     let cuts = if gemm.len() == 1 {
-        placement.all_ranks().map(|rank| vec![0, placement.local_count(rank)]).collect()
+        map.all_ranks().map(|rank| vec![0, map.local_count(rank)]).collect()
     } else {
         best_cuts(&Loads::of(workload, cost, *reserved), targets, gemm, order)
     };
@@ -188,7 +188,7 @@ const RADIUS: usize = 2;
 /// The cheapest plan for a layer.
 pub fn search(workload: &Workload<'_>, cost: &CostModel, options: &SearchOptions) -> Choice {
     let mut search = Search { workload, cost, options, priced: 0 };
-    let most = workload.placement.max_local().min(options.max_stages).max(1);
+    let most = workload.map.max_local().min(options.max_stages).max(1);
     let stages = options.min_stages.clamp(1, most)..=most;
     let mut best_of: Vec<Plan> = Vec::new();
     for stages in stages {
@@ -278,18 +278,18 @@ impl Search<'_> {
     }
 
     fn best_cuts(&mut self, stages: usize, reserved: u64) -> Plan {
-        let Workload { placement, counts, .. } = *self.workload;
+        let Workload { map, counts, .. } = *self.workload;
         let loads = Loads::of(self.workload, self.cost, reserved);
         let shared = self.options.shared.unwrap_or(SharedExpert::BesideCountExchange);
         let kinds = self.options.kernels.clone();
-        let uniform = |kind| (kind, StageTable::equal(placement, stages, kind));
+        let uniform = |kind| (kind, StageTable::equal(map, stages, kind));
         let mut best: Option<Plan> = None;
         for (kind, equal) in kinds.into_iter().map(uniform) {
             let Ok(equal) = equal else { continue };
             let equal = StageTable { shared, reserved, ..equal };
             let timed = StageTable { cuts: cut_all(&loads, &equal.gemm), ..equal.clone() };
             let mut tables = vec![timed, equal];
-            tables.extend(StageTable::balanced(placement, counts, stages, kind).map(|table| StageTable {
+            tables.extend(StageTable::balanced(map, counts, stages, kind).map(|table| StageTable {
                 shared,
                 reserved,
                 ..table
@@ -309,7 +309,7 @@ impl Search<'_> {
             }
         }
         best.unwrap_or_else(|| {
-            let table = StageTable { shared, reserved, ..StageTable::serial(placement, GemmKind::default()) };
+            let table = StageTable { shared, reserved, ..StageTable::serial(map, GemmKind::default()) };
             self.price(table)
         })
     }
@@ -355,7 +355,7 @@ impl Search<'_> {
     /// shared expert again.
     fn improve(&mut self, plan: &mut Plan) {
         let loads = Loads::of(self.workload, self.cost, plan.table.reserved);
-        match all_cuts(self.workload.placement, plan.table.stages()) {
+        match all_cuts(self.workload.map, plan.table.stages()) {
             Some(all) => {
                 for cuts in all {
                     let table = StageTable { cuts, ..plan.table.clone() };
@@ -397,14 +397,14 @@ impl Search<'_> {
 
     /// Plans that people know, to compare with.
     fn landmarks(&mut self) -> Vec<(String, Plan)> {
-        let Workload { placement, counts, .. } = *self.workload;
+        let Workload { map, counts, .. } = *self.workload;
         let mut plans = Vec::new();
         for kind in self.options.kernels.clone() {
-            let serial = StageTable::serial(placement, kind);
+            let serial = StageTable::serial(map, kind);
             plans.push((format!("{} schedule, {kind} GEMM", Schedule::Serial), self.price(serial)));
-            let stages = placement.max_local().min(crate::Policy::DEFAULT_STAGES);
+            let stages = map.max_local().min(crate::Policy::DEFAULT_STAGES);
             let name = format!("{}, balanced by assignments, {kind} GEMM", count(stages, "stage"));
-            let balanced = StageTable::balanced(placement, counts, stages, kind);
+            let balanced = StageTable::balanced(map, counts, stages, kind);
             plans.extend(balanced.map(|table| (name, self.price(table))));
         }
         plans
@@ -412,7 +412,7 @@ impl Search<'_> {
 
     fn allows(&self, plan: &Plan) -> bool {
         let stages = plan.table.stages();
-        let fewest = self.options.min_stages.min(self.workload.placement.max_local());
+        let fewest = self.options.min_stages.min(self.workload.map.max_local());
         (fewest..=self.options.max_stages).contains(&stages)
             && self.options.shared.is_none_or(|shared| plan.table.shared == shared)
     }
@@ -463,10 +463,10 @@ fn cut_all(loads: &[Loads], gemm: &[GemmKind]) -> Vec<Vec<usize>> {
 }
 
 /// Every cut of every rank with every other's, unless these are more than [`MOST_CUTS`].
-fn all_cuts(placement: &SlotMap, stages: usize) -> Option<Vec<Vec<Vec<usize>>>> {
+fn all_cuts(map: &SlotMap, stages: usize) -> Option<Vec<Vec<Vec<usize>>>> {
     let mut all: Vec<Vec<Vec<usize>>> = vec![Vec::new()];
-    for rank in placement.all_ranks() {
-        let of_rank = rank_cuts(placement.local_count(rank), stages)?;
+    for rank in map.all_ranks() {
+        let of_rank = rank_cuts(map.local_count(rank), stages)?;
         if all.len() * of_rank.len() > MOST_CUTS {
             return None;
         }

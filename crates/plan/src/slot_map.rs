@@ -146,16 +146,25 @@ impl SlotMap {
         &self.slots_of[expert.0]
     }
 
-    /// `[E]` the slot of every expert.
+    /// The most slots that an expert is in, m.
+    pub fn most_replicas(&self) -> usize {
+        self.slots_of.iter().map(Vec::len).max().unwrap_or(1)
+    }
+
+    /// `[E, m]` the slots of every expert; one that is in fewer than m repeats them in turn. A token whose experts'
+    /// numbers add up to s goes to those in column s modulo m: whatever rank and batch it is in, its choice alone decides
+    /// which replicas compute it, so that its bits stay the same.
     ///
-    /// # Errors
-    /// An expert has several, and nothing says yet which of its replicas a token goes to.
-    pub fn slot_table(&self) -> Result<Vec<u32>, PlanError> {
-        let only = |(expert, slots): (usize, &Vec<u32>)| match slots.as_slice() {
-            &[slot] => Ok(slot),
-            slots => Err(PlanError::Replicas { expert, slots: slots.len() }),
-        };
-        self.slots_of.iter().enumerate().map(only).collect()
+    /// ```
+    /// # use epsmoe_plan::*;
+    /// // Expert 2 is on both ranks.
+    /// let map = SlotMap::new(3, &[vec![2, 0], vec![1, 2]], 0)?;
+    /// assert_eq!(map.slot_table(), [1, 1, 2, 2, 0, 3]);
+    /// # Ok::<(), PlanError>(())
+    /// ```
+    pub fn slot_table(&self) -> Vec<u32> {
+        let most = self.most_replicas();
+        self.slots_of.iter().flat_map(|slots| slots.iter().copied().cycle().take(most)).collect()
     }
 
     /// `[S]` the first slot on the rank of every slot.
@@ -186,7 +195,7 @@ mod tests {
         assert_eq!((map.slots_of_rank(Rank(0)), map.slots_of_rank(Rank(1))), (0..3, 3..5));
         assert_eq!((map.rank_of(2), map.rank_of(3)), (Rank(0), Rank(1)));
         assert_eq!((map.max_local(), map.slots()), (3, 5));
-        assert_eq!(map.slot_table().unwrap(), [0, 1, 2, 3, 4]);
+        assert_eq!(map.slot_table(), [0, 1, 2, 3, 4]);
         assert_eq!(map.block_starts(), [0, 0, 0, 3, 3]);
     }
 
@@ -212,10 +221,7 @@ mod tests {
         let map = SlotMap::new(3, &[vec![2, 0], vec![1, 2]], 4).unwrap();
         assert_eq!(map.slots_of(Expert(2)), [0, 3]);
         assert_eq!(map.experts_on(Rank(1)).collect::<Vec<_>>(), [Expert(1), Expert(2)]);
-        assert_eq!(
-            map.slot_table().unwrap_err().to_string(),
-            "expert 2 is in 2 slots: replicas cannot be served yet, give every expert one slot"
-        );
+        assert_eq!((map.slots(), map.most_replicas()), (4, 2));
         let later = SlotMap::new(3, &[vec![2, 0], vec![1, 2]], 5).unwrap();
         assert_ne!(map.digest(), later.digest());
     }

@@ -122,8 +122,8 @@ impl fmt::Display for SharedExpert {
 /// ```
 /// # use epsmoe_plan::*;
 /// # fn main() -> Result<(), PlanError> {
-/// let placement = SlotMap::contiguous(5, 2)?;
-/// let table = StageTable::sized(&placement, &[1, 2], GemmKind::Grouped)?;
+/// let map = SlotMap::contiguous(5, 2)?;
+/// let table = StageTable::sized(&map, &[1, 2], GemmKind::Grouped)?;
 /// assert_eq!(
 ///     table.to_string(),
 ///     "rank 0: 0..1 1..3\n\
@@ -152,23 +152,23 @@ pub struct StageTable {
 
 impl StageTable {
     /// One stage, and nothing beside anything: what every other table is compared with.
-    pub fn serial(placement: &SlotMap, gemm: GemmKind) -> Self {
-        let cuts = placement.all_ranks().map(|rank| vec![0, placement.local_count(rank)]).collect();
+    pub fn serial(map: &SlotMap, gemm: GemmKind) -> Self {
+        let cuts = map.all_ranks().map(|rank| vec![0, map.local_count(rank)]).collect();
         StageTable { shared: SharedExpert::Serial, ..Self::of_cuts(cuts, 1, gemm) }
     }
 
     /// As many experts in every stage as possible. Ranks with fewer experts than stages get empty stages.
-    pub fn equal(placement: &SlotMap, stages: usize, gemm: GemmKind) -> Result<Self, PlanError> {
-        check_count(placement, stages)?;
+    pub fn equal(map: &SlotMap, stages: usize, gemm: GemmKind) -> Result<Self, PlanError> {
+        check_count(map, stages)?;
         let cut = |local: usize| (0..=stages).map(|stage| stage * local / stages).collect();
-        let cuts = placement.all_ranks().map(|rank| cut(placement.local_count(rank))).collect();
+        let cuts = map.all_ranks().map(|rank| cut(map.local_count(rank))).collect();
         Ok(Self::of_cuts(cuts, stages, gemm))
     }
 
     /// `sizes[s]` experts in stage s; they add up to the most experts a rank holds. On ranks with one expert
     /// fewer, the last stage that has any is one smaller.
-    pub fn sized(placement: &SlotMap, sizes: &[usize], gemm: GemmKind) -> Result<Self, PlanError> {
-        let experts = placement.max_local();
+    pub fn sized(map: &SlotMap, sizes: &[usize], gemm: GemmKind) -> Result<Self, PlanError> {
+        let experts = map.max_local();
         let sum = sizes.iter().fold(0, |sum: usize, &size| sum.saturating_add(size));
         if sum != experts {
             return Err(PlanError::StageSizes { sum, experts });
@@ -180,24 +180,24 @@ impl StageTable {
             });
             std::iter::once(0).chain(ends).collect()
         };
-        let cuts = placement.all_ranks().map(|rank| cut(placement.local_count(rank))).collect();
+        let cuts = map.all_ranks().map(|rank| cut(map.local_count(rank))).collect();
         Ok(Self::of_cuts(cuts, sizes.len(), gemm))
     }
 
     /// On every rank, the cut whose largest stage has the fewest assignments.
     pub fn balanced(
-        placement: &SlotMap,
+        map: &SlotMap,
         counts: &LayerHistograms,
         stages: usize,
         gemm: GemmKind,
     ) -> Result<Self, PlanError> {
-        check_count(placement, stages)?;
+        check_count(map, stages)?;
         let cut = |rank| {
             let loads: Vec<usize> =
-                placement.slots_of_rank(rank).map(|expert| counts.assignments_of(expert)).collect();
+                map.slots_of_rank(rank).map(|expert| counts.assignments_of(expert)).collect();
             balanced_cut(&loads, stages)
         };
-        Ok(Self::of_cuts(placement.all_ranks().map(cut).collect(), stages, gemm))
+        Ok(Self::of_cuts(map.all_ranks().map(cut).collect(), stages, gemm))
     }
 
     /// Two micro-batches, each with all experts in a stage of its own of the two: stage 0 is the first one's, stage 1
@@ -205,14 +205,14 @@ impl StageTable {
     ///
     /// ```
     /// # use epsmoe_plan::*;
-    /// let placement = SlotMap::contiguous(5, 2)?;
-    /// let [first, second] = StageTable::micro_batches(&placement, GemmKind::Grouped);
+    /// let map = SlotMap::contiguous(5, 2)?;
+    /// let [first, second] = StageTable::micro_batches(&map, GemmKind::Grouped);
     /// assert_eq!(first.cuts, [vec![0, 3, 3], vec![0, 2, 2]]);
     /// assert_eq!(second.cuts, [vec![0, 0, 3], vec![0, 0, 2]]);
     /// # Ok::<(), PlanError>(())
     /// ```
-    pub fn micro_batches(placement: &SlotMap, gemm: GemmKind) -> [StageTable; 2] {
-        let local = || placement.all_ranks().map(|rank| placement.local_count(rank));
+    pub fn micro_batches(map: &SlotMap, gemm: GemmKind) -> [StageTable; 2] {
+        let local = || map.all_ranks().map(|rank| map.local_count(rank));
         let first = local().map(|experts| vec![0, experts, experts]).collect();
         let second = local().map(|experts| vec![0, 0, experts]).collect();
         [first, second].map(|cuts| Self::of_cuts(cuts, 2, gemm))
@@ -275,11 +275,11 @@ impl StageTable {
     }
 
     /// Refuses a table that misses an expert, or whose transfer lane would wait for itself.
-    pub fn validate(&self, placement: &SlotMap) -> Result<(), PlanError> {
+    pub fn validate(&self, map: &SlotMap) -> Result<(), PlanError> {
         let stages = self.stages();
         check_length("GEMM kinds, one per stage", stages, stages.max(1))?;
-        check_length("cuts, one per rank", self.cuts.len(), placement.ranks())?;
-        for (rank, cut) in placement.all_ranks().zip(&self.cuts) {
+        check_length("cuts, one per rank", self.cuts.len(), map.ranks())?;
+        for (rank, cut) in map.all_ranks().zip(&self.cuts) {
             let what = || format!("boundaries on {rank}");
             check_length(what(), cut.len(), stages + 1)?;
             let wrong = |boundary: usize, expected: String| {
@@ -291,8 +291,8 @@ impl StageTable {
             if let Some(stage) = (0..stages).find(|&stage| cut[stage] > cut[stage + 1]) {
                 return wrong(stage + 1, format!("at least {}", cut[stage]));
             }
-            if cut[stages] != placement.local_count(rank) {
-                return wrong(stages, placement.local_count(rank).to_string());
+            if cut[stages] != map.local_count(rank) {
+                return wrong(stages, map.local_count(rank).to_string());
             }
         }
         if self.reserved >= 1000 {
@@ -323,8 +323,8 @@ impl fmt::Display for StageTable {
     }
 }
 
-fn check_count(placement: &SlotMap, stages: usize) -> Result<(), PlanError> {
-    let experts = placement.max_local();
+fn check_count(map: &SlotMap, stages: usize) -> Result<(), PlanError> {
+    let experts = map.max_local();
     if (1..=experts).contains(&stages) { Ok(()) } else { Err(PlanError::StageCount { stages, experts }) }
 }
 
@@ -428,40 +428,39 @@ mod tests {
 
     #[test]
     fn cuts_by_count_and_by_size() {
-        let placement = SlotMap::contiguous(7, 4).unwrap(); // 2, 2, 2 and 1 experts
-        let equal = StageTable::equal(&placement, 2, GemmKind::Dense).unwrap();
+        let map = SlotMap::contiguous(7, 4).unwrap(); // 2, 2, 2 and 1 experts
+        let equal = StageTable::equal(&map, 2, GemmKind::Dense).unwrap();
         assert_eq!(equal.cuts, [vec![0, 1, 2], vec![0, 1, 2], vec![0, 1, 2], vec![0, 0, 1]]);
-        let sized = StageTable::sized(&placement, &[0, 2, 0], GemmKind::Dense).unwrap();
+        let sized = StageTable::sized(&map, &[0, 2, 0], GemmKind::Dense).unwrap();
         assert_eq!(sized.cuts[0], [0, 0, 2, 2]);
         assert_eq!(sized.cuts[3], [0, 0, 1, 1]);
         assert_eq!((sized.stage_of(Rank(0), 1), sized.stage_of(Rank(3), 0)), (Stage(1), Stage(1)));
         assert_eq!(sized.slots_of(Rank(0), Stage(0)), 0..0);
-        let serial = StageTable::serial(&placement, GemmKind::Grouped);
+        let serial = StageTable::serial(&map, GemmKind::Grouped);
         assert!(serial.is_serial() && !equal.is_serial());
         for table in [equal, sized, serial] {
-            table.validate(&placement).unwrap();
+            table.validate(&map).unwrap();
         }
     }
 
     #[test]
     fn impossible_cuts_are_refused() {
-        let placement = SlotMap::contiguous(7, 4).unwrap();
-        let count =
-            |stages| StageTable::equal(&placement, stages, GemmKind::Grouped).unwrap_err().to_string();
+        let map = SlotMap::contiguous(7, 4).unwrap();
+        let count = |stages| StageTable::equal(&map, stages, GemmKind::Grouped).unwrap_err().to_string();
         assert_eq!(count(3), "3 stages for 2 experts on a rank: use 1 to 2 stages");
         assert!(count(0).contains("0 stages"));
         assert_eq!(
-            StageTable::sized(&placement, &[1, 2], GemmKind::Grouped).unwrap_err().to_string(),
+            StageTable::sized(&map, &[1, 2], GemmKind::Grouped).unwrap_err().to_string(),
             "stage sizes add up to 3, but a rank holds 2 experts: the sizes must add up to 2"
         );
-        assert!(StageTable::sized(&placement, &[usize::MAX, 3], GemmKind::Grouped).is_err());
+        assert!(StageTable::sized(&map, &[usize::MAX, 3], GemmKind::Grouped).is_err());
 
-        let good = StageTable::equal(&placement, 2, GemmKind::Grouped).unwrap();
+        let good = StageTable::equal(&map, 2, GemmKind::Grouped).unwrap();
         let refused = |spoil: fn(&mut StageTable)| {
             let mut bad = good.clone();
             spoil(&mut bad);
             assert_ne!(bad.digest(), good.digest());
-            bad.validate(&placement).unwrap_err().to_string()
+            bad.validate(&map).unwrap_err().to_string()
         };
         assert!(
             refused(|table| table.cuts[1] = vec![0, 2, 1])
@@ -478,8 +477,8 @@ mod tests {
 
     #[test]
     fn orders_that_deadlock_are_refused() {
-        let placement = SlotMap::contiguous(4, 1).unwrap();
-        let table = StageTable::equal(&placement, 2, GemmKind::Grouped).unwrap();
+        let map = SlotMap::contiguous(4, 1).unwrap();
+        let table = StageTable::equal(&map, 2, GemmKind::Grouped).unwrap();
         let order = |text| table.clone().with_order(parse_order(text)?);
         for legal in ["d0 d1 c0 c1", "d0 c0 d1 c1", "d1 d0 c1 c0"] {
             assert_eq!(order_text(&order(legal).unwrap().order), legal);
@@ -502,12 +501,12 @@ mod tests {
 
     #[test]
     fn the_digest_sees_everything() {
-        let placement = SlotMap::contiguous(6, 2).unwrap();
-        let table = StageTable::sized(&placement, &[1, 2], GemmKind::Grouped).unwrap();
+        let map = SlotMap::contiguous(6, 2).unwrap();
+        let table = StageTable::sized(&map, &[1, 2], GemmKind::Grouped).unwrap();
         let digests = [
             table.clone(),
-            StageTable::sized(&placement, &[2, 1], GemmKind::Grouped).unwrap(),
-            StageTable::sized(&placement, &[1, 2], GemmKind::Dense).unwrap(),
+            StageTable::sized(&map, &[2, 1], GemmKind::Grouped).unwrap(),
+            StageTable::sized(&map, &[1, 2], GemmKind::Dense).unwrap(),
             table.clone().with_order(parse_order("d0 c0 d1 c1").unwrap()).unwrap(),
             StageTable { shared: SharedExpert::Serial, ..table.clone() },
             StageTable { reserved: 121, ..table.clone() },
@@ -521,12 +520,11 @@ mod tests {
 
     #[test]
     fn computation_keeps_some_of_the_processor() {
-        let placement = SlotMap::contiguous(6, 2).unwrap();
-        let reserved =
-            |reserved| StageTable { reserved, ..StageTable::serial(&placement, GemmKind::Grouped) };
-        assert_eq!(reserved(999).validate(&placement), Ok(()));
+        let map = SlotMap::contiguous(6, 2).unwrap();
+        let reserved = |reserved| StageTable { reserved, ..StageTable::serial(&map, GemmKind::Grouped) };
+        assert_eq!(reserved(999).validate(&map), Ok(()));
         assert_eq!(
-            reserved(1000).validate(&placement).unwrap_err().to_string(),
+            reserved(1000).validate(&map).unwrap_err().to_string(),
             "1000 ‰ of the processor are left to transfers: leave computation some, 999 ‰ at the most"
         );
         assert!(reserved(121).to_string().ends_with("left to transfers: 121 ‰ of the processor\n"));

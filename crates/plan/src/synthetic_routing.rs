@@ -26,26 +26,26 @@ impl SyntheticRouting {
     /// ```
     /// # use epsmoe_plan::*;
     /// # use epsmoe_base::Rank;
-    /// let placement = SlotMap::contiguous(8, 2).unwrap();
+    /// let map = SlotMap::contiguous(8, 2).unwrap();
     /// let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 7 };
-    /// let counts = law.counts(&placement, &[100_000, 0]).unwrap();
+    /// let counts = law.counts(&map, &[100_000, 0]).unwrap();
     /// assert_eq!(counts.of(Rank(0)).assignments.iter().sum::<u32>(), 200_000);
     /// assert!((22_000..28_000).contains(&counts.assignments_of(3)));
     /// ```
-    pub fn counts(&self, placement: &SlotMap, tokens: &[usize]) -> Result<LayerHistograms, PlanError> {
-        let most = (DRAWN / placement.ranks()).max(64);
-        let weights = self.popularity(placement.experts());
+    pub fn counts(&self, map: &SlotMap, tokens: &[usize]) -> Result<LayerHistograms, PlanError> {
+        let most = (DRAWN / map.ranks()).max(64);
+        let weights = self.popularity(map.experts());
         let of_rank = |(rank, &tokens): (usize, &usize)| -> Result<TokenHistograms, PlanError> {
-            let drawn = self.draw(placement, &weights, rank, tokens.min(most))?;
-            repeated(placement, &drawn, tokens)
+            let drawn = self.draw(map, &weights, rank, tokens.min(most))?;
+            repeated(map, &drawn, tokens)
         };
         let ranks = tokens.iter().enumerate().map(of_rank).collect::<Result<_, _>>()?;
-        LayerHistograms::new(placement, self.top_k, ranks)
+        LayerHistograms::new(map, self.top_k, ranks)
     }
 
     /// What the router says for `tokens` tokens of a rank, all of them drawn; weights are equal.
-    pub fn routing(&self, placement: &SlotMap, rank: Rank, tokens: usize) -> Result<Routing, PlanError> {
-        self.draw(placement, &self.popularity(placement.experts()), rank.0, tokens)
+    pub fn routing(&self, map: &SlotMap, rank: Rank, tokens: usize) -> Result<Routing, PlanError> {
+        self.draw(map, &self.popularity(map.experts()), rank.0, tokens)
     }
 
     /// `[E]` weights of all experts.
@@ -60,13 +60,7 @@ impl SyntheticRouting {
         weights
     }
 
-    fn draw(
-        &self,
-        placement: &SlotMap,
-        weights: &[u64],
-        rank: usize,
-        tokens: usize,
-    ) -> Result<Routing, PlanError> {
+    fn draw(&self, map: &SlotMap, weights: &[u64], rank: usize, tokens: usize) -> Result<Routing, PlanError> {
         let (experts, mut ids) = (weights.len(), Vec::with_capacity(tokens * self.top_k));
         let mut mix = Mix::keyed(self.seed, &[rank as u64]);
         for _ in 0..tokens {
@@ -74,7 +68,7 @@ impl SyntheticRouting {
             ids.extend(distinct(&allowed, self.top_k.min(experts), &mut mix).map(|expert| expert as u32));
         }
         let pairs = ids.len();
-        Routing::new(placement.experts(), self.top_k, ids, vec![1.0; pairs])
+        Routing::new(map.experts(), self.top_k, ids, vec![1.0; pairs])
     }
 
     /// The weights of the experts that one token may use: those of its groups.
@@ -122,11 +116,11 @@ fn distinct(weights: &[u64], number: usize, mix: &mut Mix) -> impl Iterator<Item
 }
 
 /// The counts of `tokens` tokens that repeat those drawn.
-fn repeated(placement: &SlotMap, drawn: &Routing, tokens: usize) -> Result<TokenHistograms, PlanError> {
-    let all = TokenHistograms::of(&drawn.assign(placement)?);
+fn repeated(map: &SlotMap, drawn: &Routing, tokens: usize) -> Result<TokenHistograms, PlanError> {
+    let all = TokenHistograms::of(&drawn.assign(map)?);
     let (times, rest) = (tokens / drawn.tokens().max(1), tokens % drawn.tokens().max(1));
     let rest = drawn.slice(0..rest.min(drawn.tokens()));
-    let rest = TokenHistograms::of(&rest.assign(placement)?);
+    let rest = TokenHistograms::of(&rest.assign(map)?);
     let assignments = (tokens as u64).saturating_mul(drawn.top_k() as u64);
     let number = u32::try_from(tokens).ok().filter(|_| assignments <= u64::from(u32::MAX));
     let number = number.ok_or(PlanError::TooManyAssignments { assignments })?;
@@ -147,18 +141,18 @@ mod tests {
 
     #[test]
     fn laws_hold() {
-        let placement = SlotMap::contiguous(64, 8).unwrap();
+        let map = SlotMap::contiguous(64, 8).unwrap();
         let law = SyntheticRouting { top_k: 6, groups: Some((8, 3)), zipf_permille: 0, seed: 1 };
-        let counts = law.counts(&placement, &[10_001; 8]).unwrap();
+        let counts = law.counts(&map, &[10_001; 8]).unwrap();
         let rows: u32 = counts.of(Rank(0)).first.iter().sum();
         assert!((2 * 10_001..=3 * 10_001).contains(&rows), "{rows} rows: a token uses at most three ranks");
         let skewed = SyntheticRouting { zipf_permille: 1200, groups: None, ..law };
-        let counts = skewed.counts(&placement, &[4096; 8]).unwrap();
+        let counts = skewed.counts(&map, &[4096; 8]).unwrap();
         let most = (0..64).map(|expert| counts.assignments_of(expert)).max().unwrap();
         assert!(most > 5 * 8 * 4096 * 6 / 64, "{most} assignments of the most popular expert");
-        assert_eq!(skewed.counts(&placement, &[4096; 8]).unwrap(), counts);
+        assert_eq!(skewed.counts(&map, &[4096; 8]).unwrap(), counts);
         // More experts than have any weight left.
         let all = SyntheticRouting { top_k: 64, groups: Some((8, 1)), ..law };
-        assert_eq!(all.counts(&placement, &[2; 8]).unwrap().assignments_of(9), 16);
+        assert_eq!(all.counts(&map, &[2; 8]).unwrap().assignments_of(9), 16);
     }
 }

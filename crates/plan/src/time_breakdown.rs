@@ -38,16 +38,16 @@ impl TimeBreakdown {
     /// Sorts the time of `rank`. Spans of one lane that overlap are counted twice: [`TimeBreakdown::unexplained`] shows it.
     pub fn of(timeline: &Timeline, rank: Rank) -> Self {
         let Some(wall) = timeline.extent() else { return TimeBreakdown::default() };
-        let mut accounts = TimeBreakdown { wall: wall.end - wall.start, ..TimeBreakdown::default() };
+        let mut breakdown = TimeBreakdown { wall: wall.end - wall.start, ..TimeBreakdown::default() };
         let layers = timeline.moe_layers(rank);
         let layers: Vec<_> = layers.iter().map(|layer| (layer.start_ns, layer.end_ns)).collect();
         let transfers = timeline.intervals(rank, Lane::Transfer);
         let compute = timeline.spans.iter().filter(|span| span.rank == rank && span.lane == Lane::Compute);
         for span in compute {
             let account = match span.phase {
-                phase if phase.is_product() => &mut accounts.gemm,
-                Phase::Attention => &mut accounts.attention,
-                _ => &mut accounts.other,
+                phase if phase.is_product() => &mut breakdown.gemm,
+                Phase::Attention => &mut breakdown.attention,
+                _ => &mut breakdown.other,
             };
             *account += span.duration_ns();
         }
@@ -56,14 +56,14 @@ impl TimeBreakdown {
             let in_layers =
                 |&(start, end): &(u64, u64)| shared(&layers, &(start.max(gap.start)..end.min(gap.end)));
             let planning = shared(&layers, &gap) - transfers.iter().map(in_layers).sum::<u64>();
-            accounts.exposed_transfer += exposed;
-            accounts.count_exchange += planning;
-            accounts.idle += gap.end - gap.start - exposed - planning;
+            breakdown.exposed_transfer += exposed;
+            breakdown.count_exchange += planning;
+            breakdown.idle += gap.end - gap.start - exposed - planning;
         }
-        accounts
+        breakdown
     }
 
-    /// What the accounts miss of the wall time, or have too much of it.
+    /// What the breakdown miss of the wall time, or have too much of it.
     pub fn unexplained(&self) -> u64 {
         let explained =
             self.gemm + self.attention + self.other + self.exposed_transfer + self.count_exchange + self.idle;
@@ -113,7 +113,7 @@ mod tests {
             span(Lane::Compute, Phase::Sum, None, 14..15),
             span(Lane::Compute, Phase::Attention, None, 17..20),
         ];
-        let accounts = TimeBreakdown::of(&Timeline { spans }, Rank(0));
+        let breakdown = TimeBreakdown::of(&Timeline { spans }, Rank(0));
         let expected = TimeBreakdown {
             wall: 20,
             gemm: 4,
@@ -123,8 +123,8 @@ mod tests {
             count_exchange: 2,
             idle: 2,
         };
-        assert_eq!(accounts, expected);
-        assert_eq!(accounts.unexplained(), 0);
+        assert_eq!(breakdown, expected);
+        assert_eq!(breakdown.unexplained(), 0);
     }
 
     #[test]

@@ -32,8 +32,8 @@ fn rows_are_conserved_and_parts_tile_their_buffers() {
     }
     for_random_cases(400, |case, mix| {
         let table = case.random_table(mix);
-        let traffic = Traffic::of(&case.placement, &case.counts(), &table);
-        let ranks = || case.placement.all_ranks();
+        let traffic = Traffic::of(&case.map, &case.counts(), &table);
+        let ranks = || case.map.all_ranks();
         let stages = || (0..table.stages()).map(Stage);
         for rank in ranks() {
             let (sent, received) = (traffic.rows_sent(rank), traffic.rows_received(rank));
@@ -49,7 +49,7 @@ fn rows_are_conserved_and_parts_tile_their_buffers() {
             tile(stages().map(|stage| traffic.combine_send_stage(rank, stage)), received);
             tile(ranks().map(|source| traffic.metadata_receive(rank, source)), received);
             tile(stages().map(|stage| traffic.stage_assignments(rank, stage)), traffic.assignments(rank));
-            let local = 0..case.placement.local_count(rank);
+            let local = 0..case.map.local_count(rank);
             tile(
                 local.clone().map(|expert| traffic.slot_assignments(rank, expert)),
                 traffic.assignments(rank),
@@ -79,32 +79,31 @@ fn rows_are_conserved_and_parts_tile_their_buffers() {
 #[test]
 fn tables_from_every_constructor_are_legal_and_equal_on_all_ranks() {
     for_random_cases(300, |case, mix| {
-        let most = case.placement.max_local();
+        let most = case.map.max_local();
         let counts = case.counts();
         let stages = 1 + mix.below(most);
         let mut ends: Vec<usize> = (1..stages).map(|_| mix.below(most + 1)).chain([0, most]).collect();
         ends.sort_unstable();
         let sizes: Vec<usize> = ends.windows(2).map(|ends| ends[1] - ends[0]).collect();
         let tables = [
-            Ok(StageTable::serial(&case.placement, GemmKind::Dense)),
-            StageTable::equal(&case.placement, stages, GemmKind::Grouped),
-            StageTable::sized(&case.placement, &sizes, GemmKind::Grouped),
-            StageTable::balanced(&case.placement, &counts, stages, GemmKind::Grouped),
-            Policy::default().table(&case.placement, &counts),
-            Policy { stages: Some(Stages::Sizes(sizes)), ..Policy::default() }
-                .table(&case.placement, &counts),
+            Ok(StageTable::serial(&case.map, GemmKind::Dense)),
+            StageTable::equal(&case.map, stages, GemmKind::Grouped),
+            StageTable::sized(&case.map, &sizes, GemmKind::Grouped),
+            StageTable::balanced(&case.map, &counts, stages, GemmKind::Grouped),
+            Policy::default().table(&case.map, &counts),
+            Policy { stages: Some(Stages::Sizes(sizes)), ..Policy::default() }.table(&case.map, &counts),
         ];
         for table in tables {
             let table = table.unwrap();
-            table.validate(&case.placement).unwrap();
+            table.validate(&case.map).unwrap();
             assert_eq!(parse_order(&order_text(&table.order)).unwrap(), table.order);
             let order = world::random_order(table.stages(), mix);
-            table.with_order(order).unwrap().validate(&case.placement).unwrap();
+            table.with_order(order).unwrap().validate(&case.map).unwrap();
         }
-        assert!(StageTable::equal(&case.placement, most + 1, GemmKind::Grouped).is_err());
+        assert!(StageTable::equal(&case.map, most + 1, GemmKind::Grouped).is_err());
         // Another rank works from the same bytes.
         let other = case.counts();
-        let digest = |counts| Policy::default().table(&case.placement, counts).unwrap().digest();
+        let digest = |counts| Policy::default().table(&case.map, counts).unwrap().digest();
         assert_eq!(digest(&counts), digest(&other));
     });
 }
@@ -113,9 +112,9 @@ fn tables_from_every_constructor_are_legal_and_equal_on_all_ranks() {
 fn the_worst_case_holds_any_routing() {
     for_random_cases(200, |case, mix| {
         let table = case.random_table(mix);
-        let traffic = Traffic::of(&case.placement, &case.counts(), &table);
+        let traffic = Traffic::of(&case.map, &case.counts(), &table);
         let tokens = case.routings.iter().map(Routing::tokens).max().unwrap_or(0);
-        let sizes = LayerSizes { top_k: case.top_k, ..LayerSizes::of(&case.placement, DType::F32) };
+        let sizes = LayerSizes { top_k: case.top_k, ..LayerSizes::of(&case.map, DType::F32) };
         assert!(Capacity::worst_case(tokens, &sizes).fits(&[&traffic]));
     });
 }

@@ -27,7 +27,7 @@ impl<'a> World<'a> {
             let options = SearchOptions { max_stages: 6, ..SearchOptions::default() };
             AutoPlanner::new(case.shape, Arc::clone(&believed), options)
         };
-        World { case, truth, ranks: case.placement.all_ranks().map(planner).collect() }
+        World { case, truth, ranks: case.map.all_ranks().map(planner).collect() }
     }
 
     /// A step of all ranks; returns the last layer's time on the true machine.
@@ -39,12 +39,12 @@ impl<'a> World<'a> {
                 .iter()
                 .map(|feedback| Feedback::decode(&feedback.encode()).expect("a whole message"));
             assert_eq!(messages.collect::<Vec<_>>(), feedback);
-            let (map, counts) = (&self.case.placement, std::slice::from_ref(&self.case.counts));
+            let (map, counts) = (&self.case.map, std::slice::from_ref(&self.case.counts));
             let next = |rank: &mut AutoPlanner| table(rank, layer, map, counts, &feedback);
             let tables: Vec<StageTable> = self.ranks.iter_mut().map(next).collect();
             assert!(tables.iter().all(|table| *table == tables[0]), "ranks plan alike");
             assert!(self.ranks.iter().all(|rank| rank.digest() == self.ranks[0].digest()), "and know it");
-            tables[0].validate(&self.case.placement).expect("a legal table");
+            tables[0].validate(&self.case.map).expect("a legal table");
             let real = simulate(&tables[0], &self.case.workload(), self.truth);
             time = real.layer_ns;
             for span in real.timeline.spans {
@@ -78,8 +78,8 @@ fn report(planner: &AutoPlanner) -> ScheduleReport {
 fn case(mix: &mut Mix) -> Case {
     loop {
         let case = Case::random(mix, 4, 8);
-        let tokens = case.placement.all_ranks().map(|rank| case.counts.of(rank).tokens).sum::<u32>();
-        if case.placement.ranks() > 1 && tokens > 200 {
+        let tokens = case.map.all_ranks().map(|rank| case.counts.of(rank).tokens).sum::<u32>();
+        if case.map.ranks() > 1 && tokens > 200 {
             return case;
         }
     }
@@ -131,21 +131,21 @@ fn a_right_model_is_left_alone() {
 fn new_buckets_are_decided_after_the_step() {
     let mix = &mut Mix::new(5);
     let truth = machine(mix);
-    let placement = SlotMap::contiguous(8, 2).unwrap();
+    let map = SlotMap::contiguous(8, 2).unwrap();
     let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 1 };
-    let sizes = LayerSizes { hidden: 1024, inner: 512, top_k: 2, ..LayerSizes::of(&placement, DType::BF16) };
+    let sizes = LayerSizes { hidden: 1024, inner: 512, top_k: 2, ..LayerSizes::of(&map, DType::BF16) };
     let shape = LayerSizes { shared_inner: 512, ..sizes };
     let mut planner = AutoPlanner::new(shape, Arc::new(truth), SearchOptions::default());
-    let counts = |tokens| law.counts(&placement, &[tokens, tokens]).unwrap();
+    let counts = |tokens| law.counts(&map, &[tokens, tokens]).unwrap();
     let (few, many) = (counts(16), counts(2048));
-    table(&mut planner, Layer(0), &placement, &[many], &[]);
+    table(&mut planner, Layer(0), &map, &[many], &[]);
     assert_eq!(report(&planner).searches, 1, "the first layer waits for its search");
-    let shared = planner.ahead(&placement).unwrap().shared;
-    let next = table(&mut planner, Layer(1), &placement, std::slice::from_ref(&few), &[]);
+    let shared = planner.ahead(&map).unwrap().shared;
+    let next = table(&mut planner, Layer(1), &map, std::slice::from_ref(&few), &[]);
     assert_eq!((report(&planner).searches, next.shared), (1, shared), "the next follows it");
     planner.observe(Rank(0), &[]);
     assert_eq!(report(&planner).searches, 2);
-    table(&mut planner, Layer(0), &placement, std::slice::from_ref(&few), &[]);
+    table(&mut planner, Layer(0), &map, std::slice::from_ref(&few), &[]);
     planner.observe(Rank(0), &[]);
     assert_eq!(report(&planner).searches, 2);
     let text = report(&planner).to_string();
@@ -172,7 +172,7 @@ fn every_rank_is_heard() {
     );
     let learned = |feedback: &[Feedback]| {
         let mut planner = AutoPlanner::new(case.shape, Arc::new(truth.clone()), SearchOptions::default());
-        table(&mut planner, Layer(0), &case.placement, std::slice::from_ref(&case.counts), feedback);
+        table(&mut planner, Layer(0), &case.map, std::slice::from_ref(&case.counts), feedback);
         report(&planner).correction
     };
     // Half way from 1 to 3, to (1 + 4 + 1) / 3 = 2 and to (1 + 1 + 7) / 3 = 3.
@@ -194,10 +194,10 @@ fn the_shared_expert_is_where_the_decision_puts_it() {
         let decided = search(&workload, &truth, &SearchOptions::default()).decision.shared;
         let mut planner = AutoPlanner::new(shape, Arc::new(truth), SearchOptions::default());
         let counts = std::slice::from_ref(&case.counts);
-        let first = table(&mut planner, Layer(0), &case.placement, counts, &[]);
+        let first = table(&mut planner, Layer(0), &case.map, counts, &[]);
         assert_eq!(first.shared, SharedExpert::BesideCountExchange, "before anything is decided");
-        assert_eq!(planner.ahead(&case.placement).unwrap().shared, decided, "seed {seed}");
-        let next = table(&mut planner, Layer(1), &case.placement, counts, &[]);
+        assert_eq!(planner.ahead(&case.map).unwrap().shared, decided, "seed {seed}");
+        let next = table(&mut planner, Layer(1), &case.map, counts, &[]);
         assert_eq!(next.shared, decided, "seed {seed}");
         if !places.contains(&decided) {
             places.push(decided);

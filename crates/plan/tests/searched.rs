@@ -20,12 +20,12 @@ fn never_worse_than_one_stage_and_always_legal() {
         let workload = layer.workload();
         for options in [exact(), SearchOptions::default()] {
             let choice = search(&workload, &cost, &options);
-            choice.table.validate(&layer.placement).unwrap();
+            choice.table.validate(&layer.map).unwrap();
             let predicted = predict_ns(&choice.table, &workload, &cost);
             assert_eq!(predicted, choice.predicted.layer_ns);
             for kind in [GemmKind::Grouped, GemmKind::Dense] {
                 for ShareCost { reserved, .. } in cost.shares.iter().copied() {
-                    let one = StageTable::equal(&layer.placement, 1, kind).unwrap();
+                    let one = StageTable::equal(&layer.map, 1, kind).unwrap();
                     for shared in [
                         SharedExpert::BesideCountExchange,
                         SharedExpert::BesideFirstDispatch,
@@ -43,7 +43,7 @@ fn never_worse_than_one_stage_and_always_legal() {
             // Another rank, from the same counts.
             assert_eq!(search(&workload, &cost, &options), choice);
             let again = cuts_for(&choice.decision, &workload, &cost);
-            again.validate(&layer.placement).unwrap();
+            again.validate(&layer.map).unwrap();
             assert_eq!(again, cuts_for(&choice.decision, &workload, &cost));
         }
     });
@@ -88,12 +88,12 @@ fn all_kernels(stages: usize) -> Vec<Vec<GemmKind>> {
 
 /// The cheapest of all plans of at most three stages.
 fn exhaustive(layer: &Layer, cost: &CostModel) -> u64 {
-    let (workload, placement) = (layer.workload(), &layer.placement);
+    let (workload, map) = (layer.workload(), &layer.map);
     let mut best = u64::MAX;
-    for stages in 1..=placement.max_local().min(3) {
+    for stages in 1..=map.max_local().min(3) {
         let mut cuts: Vec<Vec<Vec<usize>>> = vec![vec![]];
-        for rank in placement.all_ranks() {
-            let of_rank = all_cuts(placement.local_count(rank), stages);
+        for rank in map.all_ranks() {
+            let of_rank = all_cuts(map.local_count(rank), stages);
             let longer = cuts.iter().flat_map(|cuts| {
                 of_rank.iter().map(move |cut| [cuts.as_slice(), std::slice::from_ref(cut)].concat())
             });
@@ -143,7 +143,7 @@ fn as_good_as_trying_everything_on_small_layers() {
 
 /// DeepSeek-V2 widths on a machine without contention, one expert a token, so that rows divide evenly.
 fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
-    let placement = SlotMap::contiguous(256, 8).expect("a legal layer");
+    let map = SlotMap::contiguous(256, 8).expect("a legal layer");
     // Every rank sends one token to every expert, times 64: perfectly even.
     let histogram = vec![64; 256];
     let counts = TokenHistograms {
@@ -152,9 +152,9 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
         first: histogram.clone(),
         last: histogram,
     };
-    let counts = LayerHistograms::new(&placement, 1, vec![counts; 8]).expect("a legal layer");
+    let counts = LayerHistograms::new(&map, 1, vec![counts; 8]).expect("a legal layer");
     let law = SyntheticRouting { top_k: 1, groups: None, zipf_permille: 0, seed: 0 };
-    let sizes = LayerSizes { hidden: 1024, inner: 1024, top_k: 1, ..LayerSizes::of(&placement, DType::BF16) };
+    let sizes = LayerSizes { hidden: 1024, inner: 1024, top_k: 1, ..LayerSizes::of(&map, DType::BF16) };
     let bytes = 7 * 32 * 64 * 1024 * 2;
     let gemm = GemmCost {
         // 16384 copies · 6 · 2²⁰ FLOP in 10 ms.
@@ -179,7 +179,7 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
         host: HostCost::default(),
         shares: vec![ShareCost::FREE],
     };
-    (Layer { placement, counts, shape: LayerSizes { shared_inner: 0, ..sizes }, law }, cost)
+    (Layer { map, counts, shape: LayerSizes { shared_inner: 0, ..sizes }, law }, cost)
 }
 
 #[test]
@@ -204,7 +204,7 @@ fn the_closed_form_agrees() {
         );
         // Equal stages follow the formula, where the stages are long enough to hide what they should.
         for equal in [1, 2, 4, 8, 16] {
-            let table = StageTable::equal(&layer.placement, equal, GemmKind::Grouped).unwrap();
+            let table = StageTable::equal(&layer.map, equal, GemmKind::Grouped).unwrap();
             let ns = predict_ns(&table, &layer.workload(), &cost) as f64;
             let gain = choice.one_stage_ns() as f64 - ns;
             assert!((gain - formula(equal as f64)).abs() <= 0.03 * c, "S {equal}: {gain}");
@@ -221,16 +221,16 @@ fn the_closed_form_agrees() {
 #[test]
 fn uneven_cuts_beat_equal_ones_under_the_row_rule() {
     let machine = Machine::built_in("8xH800").unwrap();
-    let placement = SlotMap::contiguous(256, 8).unwrap();
+    let map = SlotMap::contiguous(256, 8).unwrap();
     let law = SyntheticRouting { top_k: 8, groups: None, zipf_permille: 0, seed: 1 };
-    let counts = law.counts(&placement, &[8192; 8]).unwrap();
-    let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, ..LayerSizes::of(&placement, DType::BF16) };
+    let counts = law.counts(&map, &[8192; 8]).unwrap();
+    let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, ..LayerSizes::of(&map, DType::BF16) };
     let shape = LayerSizes { shared_inner: 0, ..sizes };
-    let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
+    let workload = Workload { map: &map, counts: &counts, shape: &shape };
     let cost = machine.cost();
     for stages in [2, 4, 8] {
         let options = SearchOptions { max_stages: stages, kernels: vec![GemmKind::Grouped], ..exact() };
-        let equal = StageTable::equal(&placement, stages, GemmKind::Grouped).unwrap();
+        let equal = StageTable::equal(&map, stages, GemmKind::Grouped).unwrap();
         let divided = |share: &ShareCost| StageTable { reserved: share.reserved, ..equal.clone() };
         let priced = cost.shares.iter().map(|share| predict_ns(&divided(share), &workload, &cost));
         let equal_ns = priced.min().unwrap();
@@ -252,16 +252,16 @@ fn cached_cuts_are_nearly_as_good_as_a_search_per_layer() {
         let decision = search(&layer.workload(), &cost, &SearchOptions::default()).decision;
         // The next layer: other popular experts, about as many tokens.
         let tokens: Vec<usize> =
-            layer.placement.all_ranks().map(|rank| layer.counts.of(rank).tokens as usize).collect();
+            layer.map.all_ranks().map(|rank| layer.counts.of(rank).tokens as usize).collect();
         let law = SyntheticRouting { seed: mix.next_u64(), ..layer.law };
-        let counts = law.counts(&layer.placement, &tokens).unwrap();
+        let counts = law.counts(&layer.map, &tokens).unwrap();
         let bucket = Bucket::of(&layer.workload());
         let next = Layer { counts, ..layer };
         if Bucket::of(&next.workload()) != bucket {
             return;
         }
         let table = cuts_for(&decision, &next.workload(), &cost);
-        table.validate(&next.placement).unwrap();
+        table.validate(&next.map).unwrap();
         let cached = predict_ns(&table, &next.workload(), &cost);
         let searched = search(&next.workload(), &cost, &SearchOptions::default()).predicted.layer_ns;
         let regret = cached as f64 * 100.0 / searched as f64 - 100.0;
@@ -276,8 +276,8 @@ fn cached_cuts_are_nearly_as_good_as_a_search_per_layer() {
 
 #[test]
 fn buckets_are_quarter_octaves() {
-    let placement = SlotMap::contiguous(8, 2).unwrap();
-    let sizes = LayerSizes { hidden: 8, inner: 8, top_k: 1, ..LayerSizes::of(&placement, DType::BF16) };
+    let map = SlotMap::contiguous(8, 2).unwrap();
+    let sizes = LayerSizes { hidden: 8, inner: 8, top_k: 1, ..LayerSizes::of(&map, DType::BF16) };
     let shape = LayerSizes { shared_inner: 0, ..sizes };
     let bucket = |tokens: usize| {
         let histogram: Vec<u32> = (0..8).map(|_| tokens as u32 / 8).collect();
@@ -287,8 +287,8 @@ fn buckets_are_quarter_octaves() {
             first: histogram.clone(),
             last: histogram,
         };
-        let counts = LayerHistograms::new(&placement, 1, vec![of.clone(), of]).unwrap();
-        Bucket::of(&Workload { placement: &placement, counts: &counts, shape: &shape })
+        let counts = LayerHistograms::new(&map, 1, vec![of.clone(), of]).unwrap();
+        Bucket::of(&Workload { map: &map, counts: &counts, shape: &shape })
     };
     assert_eq!(bucket(1024).tokens + 4, bucket(2048).tokens);
     assert_eq!(bucket(1024), bucket(1024 + 248));
@@ -300,11 +300,11 @@ fn buckets_are_quarter_octaves() {
 
 /// 64 ranks with 512 experts.
 fn large() -> (Layer, CostModel) {
-    let placement = SlotMap::contiguous(512, 64).expect("a legal layer");
+    let map = SlotMap::contiguous(512, 64).expect("a legal layer");
     let law = SyntheticRouting { top_k: 8, groups: None, zipf_permille: 500, seed: 3 };
-    let counts = law.counts(&placement, &[4096; 64]).expect("a legal layer");
-    let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, ..LayerSizes::of(&placement, DType::BF16) };
-    let layer = Layer { placement, counts, shape: LayerSizes { shared_inner: 2048, ..sizes }, law };
+    let counts = law.counts(&map, &[4096; 64]).expect("a legal layer");
+    let sizes = LayerSizes { hidden: 7168, inner: 2048, top_k: 8, ..LayerSizes::of(&map, DType::BF16) };
+    let layer = Layer { map, counts, shape: LayerSizes { shared_inner: 2048, ..sizes }, law };
     (layer, Machine::built_in("8x8xH100").expect("a legal layer").cost())
 }
 
@@ -353,11 +353,11 @@ fn cuts_for_takes_microseconds() {
     for (name, experts, top_k, hidden, inner) in
         [("dsv2", 160, 6, 5120, 1536), ("dsv3", 256, 8, 7168, 2048), ("qwen3-30b", 128, 8, 2048, 768)]
     {
-        let placement = SlotMap::contiguous(experts, 8).unwrap();
+        let map = SlotMap::contiguous(experts, 8).unwrap();
         let law = SyntheticRouting { top_k, groups: None, zipf_permille: 500, seed: 3 };
-        let counts = law.counts(&placement, &[8192; 8]).unwrap();
-        let sizes = LayerSizes { hidden, inner, top_k, ..LayerSizes::of(&placement, DType::BF16) };
-        let layer = Layer { placement, counts, shape: LayerSizes { shared_inner: 0, ..sizes }, law };
+        let counts = law.counts(&map, &[8192; 8]).unwrap();
+        let sizes = LayerSizes { hidden, inner, top_k, ..LayerSizes::of(&map, DType::BF16) };
+        let layer = Layer { map, counts, shape: LayerSizes { shared_inner: 0, ..sizes }, law };
         time(&layer, &cost, name);
     }
 }

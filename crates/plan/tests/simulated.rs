@@ -21,9 +21,9 @@ fn dependencies_and_lane_order_are_respected() {
     for_random_cases(300, |mix| {
         let (layer, cost) = (Layer::random(mix, 5, 5), random_cost(mix));
         let reserved = cost.shares[mix.below(2)].reserved;
-        let table = StageTable { reserved, ..random_table(&layer.placement, mix) };
+        let table = StageTable { reserved, ..random_table(&layer.map, mix) };
         let simulation = simulate(&table, &layer.workload(), &cost);
-        for rank in layer.placement.all_ranks() {
+        for rank in layer.map.all_ranks() {
             let (compute, transfer) =
                 (lane(&simulation, rank, Lane::Compute), lane(&simulation, rank, Lane::Transfer));
             for spans in [&compute, &transfer] {
@@ -32,7 +32,7 @@ fn dependencies_and_lane_order_are_respected() {
                     assert!(pair[0].start_ns <= pair[0].end_ns);
                 }
             }
-            if table.runs_in_place(&layer.placement) {
+            if table.runs_in_place(&layer.map) {
                 assert!(transfer.is_empty(), "nothing travels");
                 continue;
             }
@@ -59,7 +59,7 @@ fn dependencies_and_lane_order_are_respected() {
         }
         // Two-sided: nobody is done before everybody has come.
         let ranks: Vec<_> =
-            layer.placement.all_ranks().map(|rank| lane(&simulation, rank, Lane::Transfer)).collect();
+            layer.map.all_ranks().map(|rank| lane(&simulation, rank, Lane::Transfer)).collect();
         for exchange in 0..ranks[0].len() {
             let came = ranks.iter().map(|spans| spans[exchange].start_ns).max();
             assert!(ranks.iter().all(|spans| Some(spans[exchange].end_ns) >= came));
@@ -77,15 +77,15 @@ fn rows_are_conserved_and_priced_by_the_link() {
         // Whatever rows travel in, activations stay as they are.
         layer.shape.wire.dispatch = RowFormat::Plain([DType::BF16, DType::F32][mix.below(2)]);
         layer.shape.wire.combine = RowFormat::Plain([DType::BF16, DType::F32][mix.below(2)]);
-        let table = random_table(&layer.placement, mix);
+        let table = random_table(&layer.map, mix);
         // A nanosecond for every byte, and nothing for anything else.
         cost.link = LinkCost::uniform(0, 1_000_000_000);
         cost.host = HostCost::default();
         let simulation = simulate(&table, &layer.workload(), &cost);
-        let traffic = Traffic::of(&layer.placement, &layer.counts, &table);
+        let traffic = Traffic::of(&layer.map, &layer.counts, &table);
         for (stage, times) in simulation.stages.iter().enumerate() {
             let moved = |format: RowFormat, rows: &dyn Fn(Rank, Rank) -> usize| -> u64 {
-                let ranks = || layer.placement.all_ranks();
+                let ranks = || layer.map.all_ranks();
                 let of = |rank: Rank| {
                     let others = || ranks().filter(move |&other| other != rank);
                     let out: usize = others().map(|other| rows(rank, other)).sum();
@@ -106,7 +106,7 @@ fn rows_are_conserved_and_priced_by_the_link() {
 fn a_faster_machine_is_not_slower_without_contention() {
     for_random_cases(300, |mix| {
         let (layer, cost) = (Layer::random(mix, 5, 5), random_cost(mix).without_contention());
-        let table = random_table(&layer.placement, mix);
+        let table = random_table(&layer.map, mix);
         let time = |cost: &CostModel| predict_ns(&table, &layer.workload(), cost);
         let before = time(&cost);
         let factor = |mix: &mut epsmoe_base::Mix| 1000 + mix.below(3000) as u64;
@@ -130,7 +130,7 @@ fn a_faster_machine_is_not_slower_without_contention() {
 fn contention_costs_time_and_a_shared_processor_costs_more() {
     for_random_cases(200, |mix| {
         let (layer, cost) = (Layer::random(mix, 4, 4), random_cost(mix));
-        let table = random_table(&layer.placement, mix);
+        let table = random_table(&layer.map, mix);
         let free = cost.without_contention();
         let price = |cost: &CostModel| predict_ns(&table, &layer.workload(), cost);
         assert!(price(&cost) >= price(&free));
@@ -148,7 +148,7 @@ fn a_full_processor_makes_transfers_wait() {
     for_random_cases(200, |mix| {
         let layer = Layer::random(mix, 4, 4);
         let cost = random_cost(mix).without_contention();
-        let table = random_table(&layer.placement, mix);
+        let table = random_table(&layer.map, mix);
         let price = |concurrent, queue_ns| {
             let host = HostCost { queue_ns, ..cost.host.clone() };
             predict_ns(&table, &layer.workload(), &CostModel { concurrent, host, ..cost.clone() })
@@ -162,10 +162,10 @@ fn a_full_processor_makes_transfers_wait() {
 /// One rank, one expert, two stages of which one is empty: every number can be checked by hand.
 #[test]
 fn a_layer_by_hand() {
-    let placement = SlotMap::contiguous(2, 2).unwrap();
+    let map = SlotMap::contiguous(2, 2).unwrap();
     let law = SyntheticRouting { top_k: 2, groups: None, zipf_permille: 0, seed: 0 };
-    let counts = law.counts(&placement, &[100, 100]).unwrap();
-    let sizes = LayerSizes { hidden: 1000, inner: 500, top_k: 2, ..LayerSizes::of(&placement, DType::BF16) };
+    let counts = law.counts(&map, &[100, 100]).unwrap();
+    let sizes = LayerSizes { hidden: 1000, inner: 500, top_k: 2, ..LayerSizes::of(&map, DType::BF16) };
     let shape = LayerSizes { shared_inner: 0, ..sizes };
     let gemm = GemmCost {
         flops_per_second: 1_000_000_000_000_000,
@@ -189,8 +189,8 @@ fn a_layer_by_hand() {
         host: HostCost { exchange: Piecewise::flat(7), ..HostCost::default() },
         shares: vec![ShareCost::FREE],
     };
-    let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
-    let table = StageTable::serial(&placement, GemmKind::Grouped);
+    let workload = Workload { map: &map, counts: &counts, shape: &shape };
+    let table = StageTable::serial(&map, GemmKind::Grouped);
     let simulation = simulate(&table, &workload, &cost);
     // Every token goes to both experts: 100 rows of 2000 bytes to the other rank, 200 assignments a rank.
     let rows = 10 + 100 * 2000 / 1000;

@@ -24,7 +24,7 @@ pub struct EmulatedShape {
     /// Widths.
     pub shape: RigShape,
     /// How router logits become experts.
-    pub gate: TopKRouter,
+    pub router: TopKRouter,
     /// The rank that is there.
     pub rank: Rank,
     /// Ranks of the world.
@@ -92,9 +92,9 @@ pub struct EmulatedRound {
 impl<B: Backend<Queue: PeerQueue>> EmulatedLayers<B> {
     /// Makes up weights and the tokens of all ranks, and routes them by the layers' routers.
     pub fn new(what: EmulatedShape, device: Arc<B>) -> Result<Self, PipelineError> {
-        let EmulatedShape { shape, gate, size, tokens, .. } = what.clone();
-        let placement = Arc::new(SlotMap::contiguous(shape.experts, size)?);
-        let rank = RigRank { shape, gate, placement: Arc::clone(&placement), device };
+        let EmulatedShape { shape, router, size, tokens, .. } = what.clone();
+        let map = Arc::new(SlotMap::contiguous(shape.experts, size)?);
+        let rank = RigRank { shape, router, map: Arc::clone(&map), device };
         let sets = what.weight_sets(rank.device.dtype());
         let sets = (0..sets).map(|set| rank.load(set)).collect::<Result<Vec<_>, _>>()?;
         let layers = sets.iter().cycle().zip(0..LAYERS);
@@ -103,29 +103,29 @@ impl<B: Backend<Queue: PeerQueue>> EmulatedLayers<B> {
         let rows = || rank.device.allocate("x", rank.device.dtype(), tokens, shape.hidden);
         let (x, y) = (rows()?, rows()?);
         let routings = route(&what, &rank, &layers, &x)?;
-        let room = capacity(&placement, shape.top_k, &routings)?;
+        let room = capacity(&map, shape.top_k, &routings)?;
         let pipeline = pipeline(&what, &rank, room)?;
         Ok(EmulatedLayers { what, rank, layers, x, y, routings, pipeline })
     }
 
     /// Where experts live.
-    pub fn placement(&self) -> &Arc<SlotMap> {
-        &self.rank.placement
+    pub fn slot_map(&self) -> &Arc<SlotMap> {
+        &self.rank.map
     }
 
     /// What prices their work.
     pub fn sizes(&self) -> LayerSizes {
-        self.what.shape.layer(self.placement(), self.rank.device.dtype())
+        self.what.shape.layer(self.slot_map(), self.rank.device.dtype())
     }
 
     /// How many tokens of every rank go where, in the first layer.
     pub fn counts(&self) -> Result<LayerHistograms, PipelineError> {
-        Ok(LayerHistograms::of_routings(self.placement(), self.what.shape.top_k, &self.routings[0])?)
+        Ok(LayerHistograms::of_routings(self.slot_map(), self.what.shape.top_k, &self.routings[0])?)
     }
 
     /// Rows that the rank sends to others in the first layer, and rows that come from them.
     pub fn traffic(&self) -> Result<(usize, usize), PipelineError> {
-        let (map, me) = (self.placement(), self.what.rank);
+        let (map, me) = (self.slot_map(), self.what.rank);
         let traffic = Traffic::of(map, &self.counts()?, &StageTable::serial(map, GemmKind::default()));
         let own = traffic.dispatch_send_all(me, me).len();
         Ok((traffic.rows_sent(me) - own, traffic.rows_received(me) - own))
@@ -136,7 +136,7 @@ impl<B: Backend<Queue: PeerQueue>> EmulatedLayers<B> {
         let EmulatedShape { rank, size, timeout, .. } = self.what;
         let peers = RoutedPeers::new(rank);
         for (layer, routings) in self.layers.iter().zip(&self.routings) {
-            peers.learn(layer.layer, &self.rank.placement, routings.clone());
+            peers.learn(layer.layer, &self.rank.map, routings.clone());
         }
         let (faults, peers) = (faults.clone(), Arc::new(peers));
         Fabric::emulated(EmulatedOptions { rank, size, link, timeout, faults, peers })
@@ -160,7 +160,7 @@ fn route<B: Backend>(
     layers: &[MoeLayer],
     x: &Buffer,
 ) -> Result<Vec<Vec<Routing>>, PipelineError> {
-    let one = LayerSizes { top_k: what.shape.top_k, ..LayerSizes::of(&rank.placement, rank.device.dtype()) };
+    let one = LayerSizes { top_k: what.shape.top_k, ..LayerSizes::of(&rank.map, rank.device.dtype()) };
     let room = Capacity { tokens: what.tokens, ..Capacity::worst_case(1, &one) };
     let pipeline = pipeline(what, rank, room)?;
     let mut all = vec![vec![None; what.size]; layers.len()];
@@ -180,7 +180,7 @@ fn pipeline<B: Backend>(
     rank: &RigRank<B>,
     capacity: Capacity,
 ) -> Result<ExpertPipeline<B>, PipelineError> {
-    let layer = what.shape.layer(&rank.placement, rank.device.dtype());
+    let layer = what.shape.layer(&rank.map, rank.device.dtype());
     let policy = Policy { schedule: Schedule::TwoBatch, ..Policy::default() };
     let sizes = PipelineSizes { layer, capacity };
     let options = PipelineOptions { policy, sizes, identity: 0, timeout: what.timeout };

@@ -105,7 +105,7 @@ type Answer = Result<Done, PipelineError>;
 /// Ranks that wait for layers to run. Dropping it ends them.
 pub struct LayerRig {
     /// Where experts live.
-    pub placement: Arc<SlotMap>,
+    pub map: Arc<SlotMap>,
     jobs: Vec<Sender<Job>>,
     answers: Receiver<Answer>,
     timeout: Duration,
@@ -125,8 +125,8 @@ impl LayerRig {
         loads: &[Vec<Routing>],
         options: &RigOptions,
     ) -> Result<Self, PipelineError> {
-        let placement = Arc::new(SlotMap::contiguous(shape.experts, options.ranks)?);
-        let capacity = capacity(&placement, shape.top_k, loads)?;
+        let map = Arc::new(SlotMap::contiguous(shape.experts, options.ranks)?);
+        let capacity = capacity(&map, shape.top_k, loads)?;
         let layers = WEIGHT_BYTES.div_ceil(shape.bytes(options.dtype).max(1)).clamp(1, 6);
         let (epoch, faults) = (Instant::now(), FaultCell::default());
         let fabric =
@@ -140,15 +140,15 @@ impl LayerRig {
             let device = ThreadedBackend::new(Rank(number), kernels, Arc::clone(&options.weights), host)?;
             let pipeline_options = PipelineOptions {
                 policy: Policy::default(),
-                sizes: PipelineSizes { layer: shape.layer(&placement, options.dtype), capacity },
+                sizes: PipelineSizes { layer: shape.layer(&map, options.dtype), capacity },
                 identity: 0,
                 timeout: options.timeout,
             };
             let rank = RigRank {
                 shape,
-                gate: shape.plain_gate(),
+                router: shape.plain_router(),
                 device: Arc::new(device),
-                placement: Arc::clone(&placement),
+                map: Arc::clone(&map),
             };
             let bench = Bench { rank, layers, tokens: capacity.tokens, epoch };
             let (job, todo) = channel();
@@ -170,15 +170,7 @@ impl LayerRig {
                 .map_err(|error| DeviceError::Unsupported(format!("no thread for rank {number}: {error}")))?;
             jobs.push(job);
         }
-        Ok(LayerRig {
-            placement,
-            jobs,
-            answers,
-            timeout: 3 * options.timeout,
-            layers,
-            next: 0,
-            keep_bits: false,
-        })
+        Ok(LayerRig { map, jobs, answers, timeout: 3 * options.timeout, layers, next: 0, keep_bits: false })
     }
 
     /// Whether runs say what their outputs were: a hash, which takes its time after each.
@@ -236,15 +228,15 @@ impl LayerRig {
 
 /// Room for each of the loads, whatever their tables.
 pub(crate) fn capacity(
-    placement: &SlotMap,
+    map: &SlotMap,
     top_k: usize,
     loads: &[Vec<Routing>],
 ) -> Result<Capacity, PipelineError> {
-    let mut most = Capacity::worst_case(1, &LayerSizes { top_k, ..LayerSizes::of(placement, DType::F32) });
+    let mut most = Capacity::worst_case(1, &LayerSizes { top_k, ..LayerSizes::of(map, DType::F32) });
     for routings in loads {
-        let counts = LayerHistograms::of_routings(placement, top_k, routings)?;
-        let traffic = Traffic::of(placement, &counts, &StageTable::serial(placement, GemmKind::Grouped));
-        for rank in placement.all_ranks() {
+        let counts = LayerHistograms::of_routings(map, top_k, routings)?;
+        let traffic = Traffic::of(map, &counts, &StageTable::serial(map, GemmKind::Grouped));
+        for rank in map.all_ranks() {
             let needed = Capacity::needed(&traffic, rank);
             most = Capacity {
                 tokens: most.tokens.max(needed.tokens),

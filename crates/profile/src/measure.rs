@@ -27,20 +27,13 @@ pub struct Effort {
 impl Effort {
     /// Everything: under two minutes on two cores.
     pub fn full(most: Duration) -> Self {
-        let shape = |hidden, inner, experts, top_k, shared_inner| RigShape {
-            hidden,
-            inner,
-            experts,
-            top_k,
-            shared_inner,
-        };
         Effort {
             most,
             shapes: vec![
-                shape(512, 256, 32, 4, 512),
-                shape(512, 1024, 8, 2, 0),
-                shape(1024, 704, 16, 4, 704),
-                shape(1536, 384, 16, 2, 0),
+                RigShape::of([512, 256, 32, 4, 512]),
+                RigShape::of([512, 1024, 8, 2, 0]),
+                RigShape::of([1024, 704, 16, 4, 704]),
+                RigShape::of([1536, 384, 16, 2, 0]),
             ],
             rows: vec![1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256, 512, 1024],
             repeats: 8,
@@ -83,7 +76,7 @@ pub enum MeasureError {
 /// A layer to run, and its runs.
 struct Experiment {
     shape: RigShape,
-    placement: SlotMap,
+    map: SlotMap,
     routings: Vec<Routing>,
     counts: LayerHistograms,
     table: StageTable,
@@ -260,8 +253,8 @@ impl Experiment {
     }
 
     fn samples(&self, options: &RigOptions, cost: &CostModel) -> Vec<Sample> {
-        let shape = self.shape.layer(&self.placement, options.dtype);
-        let workload = Workload { placement: &self.placement, counts: &self.counts, shape: &shape };
+        let shape = self.shape.layer(&self.map, options.dtype);
+        let workload = Workload { map: &self.map, counts: &self.counts, shape: &shape };
         self.runs.iter().flat_map(|run| samples(run, &self.table, &workload, cost)).collect()
     }
 }
@@ -271,7 +264,7 @@ fn of_shape(
     options: &RigOptions,
     effort: &Effort,
 ) -> Result<Vec<Experiment>, PipelineError> {
-    let placement = SlotMap::contiguous(shape.experts, options.ranks)?;
+    let map = SlotMap::contiguous(shape.experts, options.ranks)?;
     let mut experiments = Vec::new();
     for &rows in &effort.rows {
         let tokens = rows * shape.experts / (shape.top_k * options.ranks);
@@ -279,18 +272,18 @@ fn of_shape(
             continue;
         }
         let routings: Vec<Routing> =
-            placement.all_ranks().map(|rank| even(shape, rank, tokens)).collect::<Result<_, _>>()?;
-        let counts = LayerHistograms::of_routings(&placement, shape.top_k, &routings)?;
-        let stages = placement.max_local();
+            map.all_ranks().map(|rank| even(shape, rank, tokens)).collect::<Result<_, _>>()?;
+        let counts = LayerHistograms::of_routings(&map, shape.top_k, &routings)?;
+        let stages = map.max_local();
         let tables = [
-            StageTable::serial(&placement, GemmKind::Grouped),
-            StageTable::equal(&placement, stages.min(4), GemmKind::Grouped)?,
-            StageTable::serial(&placement, GemmKind::Dense),
-            StageTable::equal(&placement, stages.min(2), GemmKind::Dense)?,
+            StageTable::serial(&map, GemmKind::Grouped),
+            StageTable::equal(&map, stages.min(4), GemmKind::Grouped)?,
+            StageTable::serial(&map, GemmKind::Dense),
+            StageTable::equal(&map, stages.min(2), GemmKind::Dense)?,
         ];
         experiments.extend(tables.map(|table| Experiment {
             shape,
-            placement: placement.clone(),
+            map: map.clone(),
             routings: routings.clone(),
             counts: counts.clone(),
             table,
@@ -324,13 +317,13 @@ fn paced(
     let cost = blank(fingerprint, options);
     let mut samples = Vec::new();
     for &shape in effort.shapes.iter().take(if options.ranks > 1 { 2 } else { 0 }) {
-        let placement = SlotMap::contiguous(shape.experts, options.ranks)?;
+        let map = SlotMap::contiguous(shape.experts, options.ranks)?;
         let routings: Vec<Routing> =
-            placement.all_ranks().map(|rank| even(shape, rank, 128)).collect::<Result<_, _>>()?;
-        let counts = LayerHistograms::of_routings(&placement, shape.top_k, &routings)?;
-        let table = StageTable::equal(&placement, 8.min(placement.max_local()), GemmKind::Grouped)?;
-        let sizes = shape.layer(&placement, options.dtype);
-        let workload = Workload { placement: &placement, counts: &counts, shape: &sizes };
+            map.all_ranks().map(|rank| even(shape, rank, 128)).collect::<Result<_, _>>()?;
+        let counts = LayerHistograms::of_routings(&map, shape.top_k, &routings)?;
+        let table = StageTable::equal(&map, 8.min(map.max_local()), GemmKind::Grouped)?;
+        let sizes = shape.layer(&map, options.dtype);
+        let workload = Workload { map: &map, counts: &counts, shape: &sizes };
         for megabytes in [50, 200, 1000] {
             let link = Link { bytes_per_second: megabytes * 1_000_000, latency: Duration::from_micros(200) };
             let options = RigOptions { link: Some(link), ..options.clone() };

@@ -33,20 +33,13 @@ pub struct EmulatedEffort {
 impl EmulatedEffort {
     /// Experts of DeepSeek-V2 and V3, Qwen3-30B-A3B and Mixtral, for prompts: about a minute.
     pub fn full(most: Duration) -> Self {
-        let shape = |hidden, inner, experts, top_k, shared_inner| RigShape {
-            hidden,
-            inner,
-            experts,
-            top_k,
-            shared_inner,
-        };
         EmulatedEffort {
             most,
             shapes: vec![
-                shape(5120, 1536, 160, 6, 3072),
-                shape(7168, 2048, 256, 8, 2048),
-                shape(2048, 768, 128, 8, 0),
-                shape(4096, 14336, 8, 2, 0),
+                RigShape::of([5120, 1536, 160, 6, 3072]),
+                RigShape::of([7168, 2048, 256, 8, 2048]),
+                RigShape::of([2048, 768, 128, 8, 0]),
+                RigShape::of([4096, 14336, 8, 2, 0]),
             ],
             tokens: vec![256, 1024, 2048, 8192],
             repeats: 4,
@@ -72,8 +65,8 @@ pub fn measure_emulated<B: Backend<Queue: PeerQueue>>(
         let device = Arc::new(processor(&faults, epoch)?);
         for &tokens in &effort.tokens {
             let timeout = Duration::from_secs(60);
-            let gate = shape.plain_gate();
-            let what = EmulatedShape { shape, gate, rank: Rank(0), size, tokens, timeout, epoch };
+            let router = shape.plain_router();
+            let what = EmulatedShape { shape, router, rank: Rank(0), size, tokens, timeout, epoch };
             let emulated = EmulatedLayers::new(what, Arc::clone(&device))?;
             let may_repeat = || begun.elapsed() < effort.most;
             layers.push(Measured::of(&emulated, effort, &faults, may_repeat)?);
@@ -92,7 +85,7 @@ pub fn measure_emulated<B: Backend<Queue: PeerQueue>>(
 
 /// The runs of a layer by some tables: over no link, and over a link.
 struct Measured {
-    placement: epsmoe_plan::SlotMap,
+    map: epsmoe_plan::SlotMap,
     counts: LayerHistograms,
     sizes: LayerSizes,
     tables: Vec<(StageTable, [Vec<LayerRun>; 2])>,
@@ -105,19 +98,17 @@ impl Measured {
         faults: &FaultCell,
         may_repeat: impl Fn() -> bool,
     ) -> Result<Self, PipelineError> {
-        let placement = (**layers.placement()).clone();
-        let most = placement.max_local();
-        let mut tables = vec![
-            StageTable::serial(&placement, GemmKind::Grouped),
-            StageTable::serial(&placement, GemmKind::Dense),
-        ];
+        let map = (**layers.slot_map()).clone();
+        let most = map.max_local();
+        let mut tables =
+            vec![StageTable::serial(&map, GemmKind::Grouped), StageTable::serial(&map, GemmKind::Dense)];
         for stages in [4, 16].into_iter().filter(|&stages| stages <= most) {
-            tables.push(StageTable::equal(&placement, stages, GemmKind::Grouped)?);
+            tables.push(StageTable::equal(&map, stages, GemmKind::Grouped)?);
         }
         let mut measured = Measured {
             counts: layers.counts()?,
             sizes: layers.sizes(),
-            placement,
+            map,
             tables: tables.into_iter().map(|table| (table, Default::default())).collect(),
         };
         for (number, link) in [None, Some(effort.link)].into_iter().enumerate() {
@@ -135,7 +126,7 @@ impl Measured {
     }
 
     fn samples(&self, cost: &CostModel, link: Link) -> Vec<Sample> {
-        let workload = Workload { placement: &self.placement, counts: &self.counts, shape: &self.sizes };
+        let workload = Workload { map: &self.map, counts: &self.counts, shape: &self.sizes };
         let of_table = |(table, [alone, paced]): &(StageTable, [Vec<LayerRun>; 2])| {
             let computed = alone.iter().flat_map(|run| samples(run, table, &workload, cost));
             let late = paced.iter().flat_map(|run| delays(run, table, &workload, cost, link));

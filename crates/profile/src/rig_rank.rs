@@ -23,14 +23,19 @@ pub struct RigShape {
 }
 
 impl RigShape {
+    /// In the order of the fields.
+    pub(crate) fn of([hidden, inner, experts, top_k, shared_inner]: [usize; 5]) -> Self {
+        RigShape { hidden, inner, experts, top_k, shared_inner }
+    }
+
     /// What prices its work for these ranks and this format.
-    pub fn layer(&self, placement: &SlotMap, dtype: DType) -> LayerSizes {
+    pub fn layer(&self, map: &SlotMap, dtype: DType) -> LayerSizes {
         LayerSizes {
             hidden: self.hidden,
             inner: self.inner,
             shared_inner: self.shared_inner,
             top_k: self.top_k,
-            ..LayerSizes::of(placement, dtype)
+            ..LayerSizes::of(map, dtype)
         }
     }
 
@@ -40,7 +45,7 @@ impl RigShape {
     }
 
     /// A router that takes the best of all experts.
-    pub(crate) fn plain_gate(&self) -> TopKRouter {
+    pub(crate) fn plain_router(&self) -> TopKRouter {
         let top_k = self.top_k;
         TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 }
     }
@@ -49,8 +54,8 @@ impl RigShape {
 /// A rank of any processor.
 pub(crate) struct RigRank<B> {
     pub(crate) shape: RigShape,
-    pub(crate) gate: TopKRouter,
-    pub(crate) placement: Arc<SlotMap>,
+    pub(crate) router: TopKRouter,
+    pub(crate) map: Arc<SlotMap>,
     pub(crate) device: Arc<B>,
 }
 
@@ -79,15 +84,15 @@ impl<B: Backend> RigRank<B> {
         let shared = (shared_inner > 0).then(|| mlp("shared".into(), shared_inner)).transpose()?;
         Ok(MoeLayer {
             layer: Layer(layer),
-            router: take(format!("router {experts}"), WeightShape::Matrix { n: experts, k: hidden })?,
+            router_weight: take(format!("router {experts}"), WeightShape::Matrix { n: experts, k: hidden })?,
             bias: None,
-            gate: self.gate,
+            router: self.router,
             experts: self
-                .placement
+                .map
                 .experts_on(self.device.rank())
                 .map(|expert| mlp(format!("expert {}", expert.0), inner))
                 .collect::<Result<_, _>>()?,
-            slots: Arc::clone(&self.placement),
+            slots: Arc::clone(&self.map),
             shared: shared.map(|mlp| SharedMlp { mlp, gate: None }),
         })
     }

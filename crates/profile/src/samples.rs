@@ -17,7 +17,7 @@ pub fn samples(run: &LayerRun, table: &StageTable, workload: &Workload<'_>, cost
     let Some(paired) = paired(run, &steps) else { return Vec::new() };
     let reading =
         Reading { run, paired, contention: Contention::of(run, cost, true), wake_ns: cost.host.wake_ns };
-    let ranks = workload.placement.ranks();
+    let ranks = workload.map.ranks();
     let mut samples = reading.operations();
     samples.extend(reading.exchanges(ranks));
     samples.extend(reading.hosts(&steps, ranks));
@@ -39,7 +39,7 @@ pub(crate) fn delays(
     let contention = Contention::of(run, cost, false);
     let all_there: Vec<u64> = exchanges(run).into_iter().map(|exchange| exchange.0).collect();
     let mut samples = Vec::new();
-    for rank in workload.placement.all_ranks() {
+    for rank in workload.map.all_ranks() {
         let on =
             |lane: Lane| paired.iter().filter(move |pair| (pair.span.rank, pair.span.lane) == (rank, lane));
         for (pair, &all_there) in on(Lane::Transfer).zip(&all_there) {

@@ -28,27 +28,27 @@ fn case(mix: &mut Mix) -> Case {
     let shared_inner = [0, 512][mix.below(2)];
     let shape = RigShape { hidden: 512, inner: 256, experts: 16, top_k: 4, shared_inner };
     let ranks = 1 + mix.below(2);
-    let placement = SlotMap::contiguous(shape.experts, ranks).expect("ranks that hold experts");
+    let map = SlotMap::contiguous(shape.experts, ranks).expect("ranks that hold experts");
     let zipf_permille = [0, 1200][mix.below(2)];
     let law = SyntheticRouting { top_k: shape.top_k, groups: None, zipf_permille, seed: mix.next_u64() };
     let tokens = 16 << mix.below(6);
-    let routings: Vec<Routing> = placement
+    let routings: Vec<Routing> = map
         .all_ranks()
-        .map(|rank| law.routing(&placement, rank, tokens).expect("a law of these experts"))
+        .map(|rank| law.routing(&map, rank, tokens).expect("a law of these experts"))
         .collect();
     let (stages, kind) = (1 << mix.below(4), [GemmKind::Grouped, GemmKind::Dense][mix.below(2)]);
-    let table = StageTable::equal(&placement, stages, kind).expect("no more stages than experts");
+    let table = StageTable::equal(&map, stages, kind).expect("no more stages than experts");
     let what = format!("{ranks} ranks of {tokens} tokens, zipf {zipf_permille}, {stages} stages, {kind}");
     Case { what, shape, ranks, routings, table }
 }
 
-fn counts(case: &Case, placement: &SlotMap) -> LayerHistograms {
+fn counts(case: &Case, map: &SlotMap) -> LayerHistograms {
     let ranks = case
         .routings
         .iter()
-        .map(|routing| TokenHistograms::of(&routing.assign(placement).expect("every expert has a slot")))
+        .map(|routing| TokenHistograms::of(&routing.assign(map).expect("every expert has a slot")))
         .collect();
-    LayerHistograms::new(placement, case.shape.top_k, ranks).expect("counts of this placement")
+    LayerHistograms::new(map, case.shape.top_k, ranks).expect("counts of this map")
 }
 
 /// Figures in which every kind of work has a price of its own.
@@ -61,17 +61,17 @@ fn model(concurrent: u32) -> CostModel {
 }
 
 fn simulated(case: &Case, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
-    let placement = SlotMap::contiguous(case.shape.experts, case.ranks).expect("ranks that hold experts");
-    let counts = counts(case, &placement);
-    let shape = case.shape.layer(&placement, DType::F32);
-    let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
+    let map = SlotMap::contiguous(case.shape.experts, case.ranks).expect("ranks that hold experts");
+    let counts = counts(case, &map);
+    let shape = case.shape.layer(&map, DType::F32);
+    let workload = Workload { map: &map, counts: &counts, shape: &shape };
     let simulation = simulate(&case.table, &workload, cost);
     let mut timeline = simulation.timeline;
     // A dense stage is one span of the simulation, and one for each expert of a run.
     if case.table.gemm.contains(&GemmKind::Dense) {
         let steps = planned(&case.table, &workload, cost);
         let mut spans = Vec::new();
-        for rank in placement.all_ranks() {
+        for rank in map.all_ranks() {
             for lane in epsmoe_base::Lane::ALL {
                 let on_lane = timeline.spans.iter().filter(|span| (span.rank, span.lane) == (rank, lane));
                 let works = steps.iter().filter(|step| (step.rank, step.lane) == (rank, Some(lane)));
@@ -157,11 +157,11 @@ fn spans_of_another_table_say_nothing() {
     let cases = cases(20);
     let case = cases.iter().find(|case| case.ranks == 2 && case.table.stages() > 1).expect("such a case");
     let (run, _) = simulated(case, &cost);
-    let placement = SlotMap::contiguous(case.shape.experts, case.ranks).unwrap();
-    let counts = counts(case, &placement);
-    let shape = case.shape.layer(&placement, DType::F32);
-    let workload = Workload { placement: &placement, counts: &counts, shape: &shape };
-    let other = StageTable::serial(&placement, GemmKind::Grouped);
+    let map = SlotMap::contiguous(case.shape.experts, case.ranks).unwrap();
+    let counts = counts(case, &map);
+    let shape = case.shape.layer(&map, DType::F32);
+    let workload = Workload { map: &map, counts: &counts, shape: &shape };
+    let other = StageTable::serial(&map, GemmKind::Grouped);
     assert_eq!(samples(&run, &other, &workload, &cost), []);
     assert_eq!(run.timeline.spans.iter().filter(|span| span.rank == Rank(2)).count(), 0);
     assert!(run.timeline.spans.iter().any(|span| span.stage == Some(Stage(1))));

@@ -460,18 +460,15 @@ mod tests {
             {"role": "assistant", "content": "Two"}]}"#;
         let request = MessagesRequest::read(&object(body), false).unwrap();
         assert_eq!(request.chat.continue_final_message, Some(true));
-        let messages: Vec<Value> = request.chat.messages.iter().map(Message::for_template).collect();
-        let call =
-            json!({ "id": "1", "type": "function", "function": { "name": "f", "arguments": { "x": 1 } } });
         let expected = json!([
             { "role": "system", "content": "Be brief." },
             { "role": "user", "content": "Weather?" },
-            { "role": "assistant", "content": "I look.", "reasoning_content": "Hm.", "tool_calls": [call] },
+            { "role": "assistant", "content": "I look.", "reasoning_content": "Hm.", "tool_calls": [{ "id": "1", "type": "function", "function": { "name": "f", "arguments": { "x": 1 } } }] },
             { "role": "tool", "content": "2", "tool_call_id": "1" },
             { "role": "user", "content": "And?" },
             { "role": "assistant", "content": "Two" },
         ]);
-        assert_eq!(Value::from(messages), expected);
+        assert_eq!(request.chat.conversation(), expected);
     }
 
     #[test]

@@ -47,7 +47,7 @@ fn case(mix: &mut Mix) -> Result<Case, PipelineError> {
     let (name, [hidden, inner, experts, top_k, shared_inner]) = SHAPES[mix.below(SHAPES.len())];
     let shape = RigShape { hidden, inner, experts, top_k, shared_inner };
     let ranks = [1, 2, 2, 4][mix.below(4)];
-    let placement = SlotMap::contiguous(experts, ranks)?;
+    let map = SlotMap::contiguous(experts, ranks)?;
     let most = if hidden > 1024 { 512 } else { 2048 / ranks.max(2) * 2 };
     let size = (16 << mix.below((most / 16).ilog2() as usize + 1)).min(most);
     let tokens: Vec<usize> = (0..ranks).map(|_| (size / 2 + mix.below(size / 2 + 1)).max(16)).collect();
@@ -58,10 +58,10 @@ fn case(mix: &mut Mix) -> Result<Case, PipelineError> {
         zipf_permille: [0, 800, 1200, 0][skew],
         seed: mix.next_u64(),
     };
-    let mut routings: Vec<Routing> = placement
+    let mut routings: Vec<Routing> = map
         .all_ranks()
         .zip(&tokens)
-        .map(|(rank, &tokens)| law.routing(&placement, rank, tokens))
+        .map(|(rank, &tokens)| law.routing(&map, rank, tokens))
         .collect::<Result<_, _>>()?;
     if skew == 3 {
         let hot = mix.below(experts) as u32;
@@ -74,12 +74,12 @@ fn case(mix: &mut Mix) -> Result<Case, PipelineError> {
         bytes_per_second: megabytes * 1_000_000,
         latency: Duration::from_micros(microseconds),
     });
-    let stages = (1 << mix.below(4)).min(placement.max_local());
+    let stages = (1 << mix.below(4)).min(map.max_local());
     let kind = [GemmKind::Grouped, GemmKind::Dense][mix.below(2)];
-    let counts = counts(&placement, top_k, &routings)?;
+    let counts = counts(&map, top_k, &routings)?;
     let mut table = match mix.below(2) {
-        0 => StageTable::equal(&placement, stages, kind)?,
-        _ => StageTable::balanced(&placement, &counts, stages, kind)?,
+        0 => StageTable::equal(&map, stages, kind)?,
+        _ => StageTable::balanced(&map, &counts, stages, kind)?,
     };
     let orders = sensible_orders(stages);
     table.order = orders[mix.below(orders.len())].clone();
@@ -108,11 +108,11 @@ fn heated(routing: &Routing, experts: usize, hot: u32) -> Result<Routing, Pipeli
 }
 
 pub(super) fn counts(
-    placement: &SlotMap,
+    map: &SlotMap,
     top_k: usize,
     routings: &[Routing],
 ) -> Result<LayerHistograms, PipelineError> {
-    Ok(LayerHistograms::of_routings(placement, top_k, routings)?)
+    Ok(LayerHistograms::of_routings(map, top_k, routings)?)
 }
 
 /// What is known about ranks of one number: what their work costs at memory speed, and how to start them.
@@ -129,7 +129,7 @@ pub(super) type Models = BTreeMap<usize, Model>;
 
 /// A case with all that pricing it takes.
 pub(super) struct Question {
-    pub(super) placement: SlotMap,
+    pub(super) map: SlotMap,
     pub(super) counts: LayerHistograms,
     pub(super) shape: LayerSizes,
     /// Of its ranks and its link.
@@ -138,15 +138,15 @@ pub(super) struct Question {
 
 impl Question {
     pub(super) fn of(case: &Case, cost: &CostModel, dtype: DType) -> Result<Self, PipelineError> {
-        let placement = SlotMap::contiguous(case.shape.experts, case.ranks)?;
-        let counts = counts(&placement, case.shape.top_k, &case.routings)?;
-        let shape = case.shape.layer(&placement, dtype);
+        let map = SlotMap::contiguous(case.shape.experts, case.ranks)?;
+        let counts = counts(&map, case.shape.top_k, &case.routings)?;
+        let shape = case.shape.layer(&map, dtype);
         let cost = case.link.map_or_else(|| cost.clone(), |link| with_link(cost, link));
-        Ok(Question { placement, counts, shape, cost })
+        Ok(Question { map, counts, shape, cost })
     }
 
     pub(super) fn workload(&self) -> Workload<'_> {
-        Workload { placement: &self.placement, counts: &self.counts, shape: &self.shape }
+        Workload { map: &self.map, counts: &self.counts, shape: &self.shape }
     }
 }
 
@@ -180,12 +180,12 @@ mod tests {
         }
         assert_ne!(words(cases(SEED + 1, 20).unwrap()), words(some));
         for case in &all {
-            let placement = SlotMap::contiguous(case.shape.experts, case.ranks).unwrap();
-            case.table.validate(&placement).unwrap();
+            let map = SlotMap::contiguous(case.shape.experts, case.ranks).unwrap();
+            case.table.validate(&map).unwrap();
             assert_eq!(case.routings.len(), case.ranks);
             assert!(case.ranks > 1 || case.link.is_none(), "one rank has no link: {}", case.what);
             let hot = case.what.contains("hot expert");
-            let counts = counts(&placement, case.shape.top_k, &case.routings).unwrap();
+            let counts = counts(&map, case.shape.top_k, &case.routings).unwrap();
             let busiest = (0..case.shape.experts).map(|expert| counts.assignments_of(expert)).max().unwrap();
             let tokens: usize = case.routings.iter().map(|routing| routing.tokens()).sum();
             assert!(!hot || busiest == tokens, "every token visits the hot expert: {}", case.what);

@@ -86,9 +86,9 @@ const TOP: usize = 5;
 pub(super) fn regret(case: &Case, model: &Model, pairs: usize) -> Result<Regret, PipelineError> {
     let question = Question::of(case, &model.cost, model.options.dtype)?;
     let chosen = next_table(&mut *auto(&question, question.cost.clone())?, Layer(0), &question, &[])?;
-    let one = StageTable::serial(&question.placement, GemmKind::Grouped);
+    let one = StageTable::serial(&question.map, GemmKind::Grouped);
     let mut rig = Case::rig(&[case], &model.options)?;
-    let all = sweep(&question.placement, &question.counts)?;
+    let all = sweep(&question.map, &question.counts)?;
     // Once each, then again those that might be among the best.
     let hopeful = fastest(&mut rig, case, all, 1, 2 * TOP)?;
     let mut best = fastest(&mut rig, case, hopeful, 3, TOP)?;
@@ -120,7 +120,7 @@ fn next_table(
     feedback: &[Feedback],
 ) -> Result<StageTable, PipelineError> {
     let counts = std::slice::from_ref(&question.counts);
-    let plan = planner.plan(layer, &question.placement, counts, feedback)?;
+    let plan = planner.plan(layer, &question.map, counts, feedback)?;
     Ok(plan.tables.into_iter().next().unwrap_or_else(|| unreachable!("a table for every batch")))
 }
 
@@ -144,14 +144,13 @@ fn median(mut times: Vec<u64>) -> u64 {
 }
 
 /// 1, 2, 4 and 8 stages, equal and balanced, in all sensible orders, with both kernels.
-fn sweep(placement: &SlotMap, counts: &LayerHistograms) -> Result<Vec<StageTable>, PipelineError> {
+fn sweep(map: &SlotMap, counts: &LayerHistograms) -> Result<Vec<StageTable>, PipelineError> {
     let mut tables: Vec<StageTable> = Vec::new();
-    for stages in [1, 2, 4, 8].into_iter().filter(|&stages| stages <= placement.max_local()) {
+    for stages in [1, 2, 4, 8].into_iter().filter(|&stages| stages <= map.max_local()) {
         for kind in [GemmKind::Grouped, GemmKind::Dense] {
-            for table in [
-                StageTable::equal(placement, stages, kind)?,
-                StageTable::balanced(placement, counts, stages, kind)?,
-            ] {
+            for table in
+                [StageTable::equal(map, stages, kind)?, StageTable::balanced(map, counts, stages, kind)?]
+            {
                 for order in sensible_orders(stages) {
                     let table = StageTable { order, ..table.clone() };
                     if !tables.contains(&table) {
@@ -188,7 +187,7 @@ pub(super) fn uneven(case: &Case, model: &Model, pairs: usize) -> Result<Option<
     let workload = question.workload();
     let options = SearchOptions { min_stages: stages, max_stages: stages, ..SearchOptions::default() };
     let uneven = search(&workload, &question.cost, &options).table;
-    let equal = StageTable::equal(&question.placement, stages, GemmKind::Grouped)?;
+    let equal = StageTable::equal(&question.map, stages, GemmKind::Grouped)?;
     let equal = StageTable { cuts: equal.cuts, ..uneven.clone() };
     if equal == uneven {
         return Ok(None);
@@ -237,7 +236,7 @@ pub(super) fn recovery(case: &Case, model: &Model, pairs: usize) -> Result<Recov
     let question = Question::of(case, &model.cost, model.options.dtype)?;
     let right = next_table(&mut *auto(&question, question.cost.clone())?, Layer(0), &question, &[])?;
     let wrong = question.cost.corrected(&WRONG);
-    let ranks = question.placement.all_ranks().map(|_| auto(&question, wrong.clone()));
+    let ranks = question.map.all_ranks().map(|_| auto(&question, wrong.clone()));
     let mut ranks: Vec<Box<dyn Planner>> = ranks.collect::<Result<_, _>>()?;
     let mut rig = Case::rig(&[case], &model.options)?;
     rig.keep_bits(true);

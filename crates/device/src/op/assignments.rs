@@ -1,7 +1,7 @@
 //! Index arrays of an MoE layer: which row goes where, found by the processor from what the router chose, so that no
 //! host has to wait for the choice to look at it.
 //!
-//! A *slot* is a place for an expert on a rank; slots are numbered rank by rank, and a placement says which expert is
+//! A *slot* is a place for an expert on a rank; slots are numbered rank by rank, and a slot map says which expert is
 //! in which. An *assignment* is one (token, slot) pair. In a world of one rank [`AssignSlots`] and [`SortBySlot`] are
 //! all that happens; over ranks, in the order of the data:
 //!
@@ -27,10 +27,13 @@ pub const NONE: u32 = u32::MAX;
 
 /// Each token's experts as slots, in ascending order, with their weights: the order in which sums are folded.
 ///
+/// An expert may be in several slots. A token whose experts' numbers add up to s takes those in column s modulo m: its
+/// choice alone decides, not its row or rank.
+///
 /// ```text
-/// slot_of       [2, 0, 1]           expert 0 is in slot 2, expert 1 in slot 0, expert 2 in slot 1
-/// experts       [[2, 0], [0, 1]]    weights       [[0.7, 0.3], [0.6, 0.4]]
-/// slots         [[1, 2], [0, 2]]    slot_weights  [[0.7, 0.3], [0.4, 0.6]]
+/// slot_of       [[2, 2], [0, 3], [1, 1]]    expert 0 is in slot 2, expert 1 in slots 0 and 3, expert 2 in slot 1
+/// experts       [[2, 0], [0, 1]]            weights       [[0.7, 0.3], [0.6, 0.4]]
+/// slots         [[1, 2], [2, 3]]            slot_weights  [[0.7, 0.3], [0.6, 0.4]]
 /// ```
 #[derive(Clone, Debug)]
 pub struct AssignSlots {
@@ -38,7 +41,7 @@ pub struct AssignSlots {
     pub experts: Buffer,
     /// Their weights `[T, k]`, float32.
     pub weights: Buffer,
-    /// Slot of each expert `[E, 1]`, uint32, all different.
+    /// Slots of each expert `[E, m]`, uint32, different from those of others.
     pub slot_of: Buffer,
     /// Slots of each token, ascending `[T, k]`, uint32.
     pub slots: Buffer,
@@ -52,7 +55,7 @@ impl AssignSlots {
         same_rows("assign_slots", &[experts, weights, slots, slot_weights])?;
         expect("assign_slots", "experts", experts, DType::U32, experts.width)?;
         expect("assign_slots", "weights", weights, DType::F32, experts.width)?;
-        expect("assign_slots", "slot_of", slot_of, DType::U32, 1)?;
+        expect("assign_slots", "slot_of", slot_of, DType::U32, slot_of.width.max(1))?;
         expect("assign_slots", "slots", slots, DType::U32, experts.width)?;
         expect("assign_slots", "slot_weights", slot_weights, DType::F32, experts.width)
     }

@@ -83,7 +83,7 @@ pub struct Route {
     /// Router logits `[T, E]`, float32.
     pub logits: Buffer,
     /// The rule.
-    pub gate: TopKRouter,
+    pub router: TopKRouter,
     /// Correction bias `[E]` added to the scores for the choice only.
     pub bias: Option<Weight>,
     /// Chosen experts `[T, k]`, uint32.
@@ -94,7 +94,7 @@ pub struct Route {
 
 impl Route {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        let (e, k) = (self.logits.width, self.gate.top_k);
+        let (e, k) = (self.logits.width, self.router.top_k);
         same_rows("route", &[&self.logits, &self.experts, &self.weights])?;
         let shape = |message: String| Err(DeviceError::Shape(format!("route: {message}")));
         if k == 0 || k > e {
@@ -110,7 +110,7 @@ impl Route {
         if let Some(bias) = self.bias.as_ref().filter(|bias| bias.shape != WeightShape::Vector { n: e }) {
             return shape(format!("bias {} is {:?}, but there are {e} experts", bias.name, bias.shape));
         }
-        if let Some(limit) = self.gate.groups {
+        if let Some(limit) = self.router.groups {
             let fits = limit.groups > 0 && e.is_multiple_of(limit.groups) && limit.kept <= limit.groups;
             if !fits || k > limit.kept * (e / limit.groups.max(1)) {
                 return shape(format!("{e} experts and top {k} do not fit {limit:?}"));

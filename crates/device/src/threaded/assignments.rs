@@ -14,9 +14,10 @@ impl<K: Kernels> Rows<'_, K> {
         for t in 0..experts.rows {
             let (experts, weights) = (experts.row(t), weights.row(t));
             let (slots, slot_weights) = (slots.row(t), slot_weights.row(t));
+            let replica = experts.iter().copied().fold(0, u32::wrapping_add) as usize % slot_of.width;
             // Insertion sort: k is small, and routers often answer in order.
             for (sorted, (&expert, &weight)) in experts.iter().zip(weights).enumerate() {
-                let slot = slot_of.at(in_range("expert", expert, slot_of.rows)?);
+                let slot = slot_of.row(in_range("expert", expert, slot_of.rows)?)[replica];
                 let mut at = sorted;
                 while at > 0 && slots[at - 1] > slot {
                     (slots[at], slot_weights[at]) = (slots[at - 1], slot_weights[at - 1]);

@@ -215,7 +215,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         self.for_rows_from(&experts, logits.width * size_of::<f32>(), |t, experts| {
             // SAFETY: each row is asked for once.
             let weights = unsafe { weights.row_shared(t) };
-            choose(&op.gate, logits.row(t), bias.as_deref(), experts, weights);
+            choose(&op.router, logits.row(t), bias.as_deref(), experts, weights);
         });
         Ok(())
     }
@@ -390,26 +390,32 @@ fn check_sequences(
 }
 
 /// Chooses the experts of one token; see [`TopKRouter`].
-fn choose(gate: &TopKRouter, logits: &[f32], bias: Option<&[f32]>, experts: &mut [u32], weights: &mut [f32]) {
-    let scores = scores(gate.score, logits);
+fn choose(
+    router: &TopKRouter,
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    experts: &mut [u32],
+    weights: &mut [f32],
+) {
+    let scores = scores(router.score, logits);
     let mut preference: Vec<f32> = match bias {
         Some(bias) => scores.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
         None => scores.clone(),
     };
-    if let Some(limit) = gate.groups {
+    if let Some(limit) = router.groups {
         keep_best_groups(limit, &mut preference);
     }
-    for (slot, expert) in best(&preference, gate.top_k).into_iter().enumerate() {
+    for (slot, expert) in best(&preference, router.top_k).into_iter().enumerate() {
         experts[slot] = expert as u32;
         weights[slot] = scores[expert];
     }
     let total: f32 = weights.iter().sum();
-    let divisor = match (gate.normalise, gate.score) {
+    let divisor = match (router.normalise, router.score) {
         (false, _) => 1.0,
         (true, Score::Softmax) => total,
         (true, Score::Sigmoid) => total + TopKRouter::EPSILON,
     };
-    weights.iter_mut().for_each(|weight| *weight = *weight / divisor * gate.scale);
+    weights.iter_mut().for_each(|weight| *weight = *weight / divisor * router.scale);
 }
 
 fn scores(score: Score, logits: &[f32]) -> Vec<f32> {

@@ -491,11 +491,11 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
 }
 
 /// Experts and weights of one token, by the definition: pick the best one, again and again.
-fn routed(gate: &TopKRouter, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f64>) {
+fn routed(router: &TopKRouter, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f64>) {
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let power = |&logit: &f32| (f64::from(logit) - f64::from(most)).exp();
     let total: f64 = logits.iter().map(power).sum();
-    let score = |logit: &f32| match gate.score {
+    let score = |logit: &f32| match router.score {
         Score::Softmax => power(logit) / total,
         Score::Sigmoid => sigmoid(f64::from(*logit)),
     };
@@ -506,7 +506,7 @@ fn routed(gate: &TopKRouter, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>,
         .map(|(e, score)| score + bias.map_or(0.0, |bias| f64::from(bias[e])))
         .collect();
     let experts = logits.len();
-    let allowed: Vec<usize> = match gate.groups {
+    let allowed: Vec<usize> = match router.groups {
         None => (0..experts).collect(),
         Some(limit) => {
             let size = experts / limit.groups;
@@ -524,10 +524,10 @@ fn routed(gate: &TopKRouter, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>,
                 .collect()
         }
     };
-    let chosen = first(&allowed, &preference, gate.top_k);
+    let chosen = first(&allowed, &preference, router.top_k);
     let sum: f64 = chosen.iter().map(|&expert| scores[expert]).sum();
-    let divisor = if gate.normalise { sum } else { 1.0 };
-    let weights = chosen.iter().map(|&expert| scores[expert] / divisor * f64::from(gate.scale)).collect();
+    let divisor = if router.normalise { sum } else { 1.0 };
+    let weights = chosen.iter().map(|&expert| scores[expert] / divisor * f64::from(router.scale)).collect();
     (chosen.iter().map(|&expert| expert as u32).collect(), weights)
 }
 
@@ -568,7 +568,7 @@ fn routes<B: Backend>(bench: &Bench<B>) {
             (Score::Sigmoid, false, true),
             (Score::Sigmoid, true, false),
         ] {
-            let gate = TopKRouter { top_k, score, groups, normalise, scale: 2.5 };
+            let router = TopKRouter { top_k, score, groups, normalise, scale: 2.5 };
             // Logits that differ by 1/32 or more and are not symmetric about zero, biases that are whole: no two
             // experts or groups are so close that rounding decides.
             let whole = |_| 2.0 * bench.below(4) as f32;
@@ -577,21 +577,21 @@ fn routes<B: Backend>(bench: &Bench<B>) {
                 .flat_map(|_| bench.shuffled(experts.max(100)).into_iter().take(experts))
                 .map(|word| word as f32 / 32.0 - 1.99)
                 .collect();
-            route(bench, &gate, &Sheet { rows: tokens, width: experts, values: logits }, bias.as_deref());
+            route(bench, &router, &Sheet { rows: tokens, width: experts, values: logits }, bias.as_deref());
         }
     }
 }
 
-fn route<B: Backend>(bench: &Bench<B>, gate: &TopKRouter, logits: &Sheet, bias: Option<&[f32]>) {
-    let what = format!("{gate:?} of {} experts, bias {}", logits.width, bias.is_some());
-    let experts = bench.room(DType::U32, logits.rows, gate.top_k);
-    let weights = bench.room(DType::F32, logits.rows, gate.top_k);
+fn route<B: Backend>(bench: &Bench<B>, router: &TopKRouter, logits: &Sheet, bias: Option<&[f32]>) {
+    let what = format!("{router:?} of {} experts, bias {}", logits.width, bias.is_some());
+    let experts = bench.room(DType::U32, logits.rows, router.top_k);
+    let weights = bench.room(DType::F32, logits.rows, router.top_k);
     let vector = |bias: &[f32]| bench.vector(&Sheet { rows: 1, width: bias.len(), values: bias.to_vec() });
     bench.run(
         &what,
         Route {
             logits: bench.put_as(DType::F32, logits).view,
-            gate: *gate,
+            router: *router,
             bias: bias.map(vector),
             experts: experts.view.clone(),
             weights: weights.view.clone(),
@@ -599,7 +599,7 @@ fn route<B: Backend>(bench: &Bench<B>, gate: &TopKRouter, logits: &Sheet, bias: 
     );
     let (mut want_experts, mut want_weights) = (Vec::new(), Vec::new());
     for token in 0..logits.rows {
-        let (experts, weights) = routed(gate, logits.row(token), bias);
+        let (experts, weights) = routed(router, logits.row(token), bias);
         want_experts.extend(experts);
         want_weights.extend(weights);
     }
@@ -609,23 +609,23 @@ fn route<B: Backend>(bench: &Bench<B>, gate: &TopKRouter, logits: &Sheet, bias: 
 
 /// Ties and limits, worked by hand.
 fn chosen_experts<B: Backend>(bench: &Bench<B>) {
-    let gate = TopKRouter { top_k: 2, score: Score::Sigmoid, groups: None, normalise: false, scale: 1.0 };
-    let by = |groups, kept, by| TopKRouter { groups: Some(GroupLimit { groups, kept, by }), ..gate };
+    let router = TopKRouter { top_k: 2, score: Score::Sigmoid, groups: None, normalise: false, scale: 1.0 };
+    let by = |groups, kept, by| TopKRouter { groups: Some(GroupLimit { groups, kept, by }), ..router };
     /// What it shows, the rule, logits, biases and the experts chosen.
     type Choice<'a> = (&'a str, TopKRouter, &'a [f32], &'a [f32], &'a [u32]);
     let cases: &[Choice<'_>] = &[
-        ("ties go to the lower number", gate, &[1.0, 1.0, 1.0, 1.0], &[0.0; 4], &[0, 1]),
-        ("the best comes first", gate, &[0.0, 1.0, 2.0, 1.0], &[0.0; 4], &[2, 1]),
-        ("a bias chooses", gate, &[0.0, 1.0, 2.0, 1.0], &[5.0, 0.0, 0.0, 0.0], &[0, 2]),
+        ("ties go to the lower number", router, &[1.0, 1.0, 1.0, 1.0], &[0.0; 4], &[0, 1]),
+        ("the best comes first", router, &[0.0, 1.0, 2.0, 1.0], &[0.0; 4], &[2, 1]),
+        ("a bias chooses", router, &[0.0, 1.0, 2.0, 1.0], &[5.0, 0.0, 0.0, 0.0], &[0, 2]),
         ("ties of groups too", by(2, 1, GroupScore::Max), &[0.0, 3.0, 3.0, 2.0], &[0.0; 4], &[1, 0]),
         ("by the best", by(2, 1, GroupScore::Max), &[3.0, -9.0, 2.0, 2.0], &[0.0; 4], &[0, 1]),
         ("by the two best", by(2, 1, GroupScore::TopTwoSum), &[3.0, -9.0, 2.0, 2.0], &[0.0; 4], &[2, 3]),
         ("negative preferences", by(2, 1, GroupScore::Max), &[0.0; 4], &[-3.0, -2.0, -4.0, -4.0], &[1, 0]),
     ];
-    for (what, gate, logits, bias, want) in cases {
+    for (what, router, logits, bias, want) in cases {
         let logits = Sheet { rows: 1, width: 4, values: logits.to_vec() };
-        assert_eq!(routed(gate, &logits.values, Some(bias)).0, *want, "the definition: {what}");
-        route(bench, gate, &logits, Some(bias));
+        assert_eq!(routed(router, &logits.values, Some(bias)).0, *want, "the definition: {what}");
+        route(bench, router, &logits, Some(bias));
     }
 }
 

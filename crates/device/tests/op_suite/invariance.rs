@@ -137,13 +137,13 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
         ("reduce", [narrow; 2], &reduce),
         ("reduce into float32", [narrow, DType::F32], &reduce),
         ("route", [narrow, DType::F32], &|rows, x, out| {
-            let gate =
+            let router =
                 TopKRouter { top_k: WIDTH, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
             let wide = bench.room(DType::F32, rows.len(), WIDTH).view;
             let logits = if x.dtype == DType::F32 { x } else { wide };
             bench.fill(&logits, &logits_of(&gates, rows.clone(), WIDTH));
             let experts = bench.room(DType::U32, rows.len(), WIDTH).view;
-            Route { logits, gate, bias: None, experts, weights: out }.into()
+            Route { logits, router, bias: None, experts, weights: out }.into()
         }),
     ];
     for (what, [from, to], operation) in operations {

@@ -48,10 +48,10 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     };
     let parts =
         |parts: Vec<GemmPart>, bias: Option<&Weight>, epilogue| Gemm { parts, bias: bias.cloned(), epilogue };
-    let gate = TopKRouter { top_k: 2, score: Score::Softmax, groups: None, normalise: false, scale: 1.0 };
-    let route = |gate, bias: Option<&Weight>| Route {
+    let router = TopKRouter { top_k: 2, score: Score::Softmax, groups: None, normalise: false, scale: 1.0 };
+    let route = |router, bias: Option<&Weight>| Route {
         logits: x.clone(),
-        gate,
+        router,
         bias: bias.cloned(),
         experts: u32s(bench, "experts", 3, 2),
         weights: f32s(bench, "weights", 3, 2),
@@ -229,21 +229,21 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             Attention { sequence_starts: u32s(bench, "starts", 2, 1), ..attention }.into(),
             "attention: starts[2, 1] uint32 does not delimit the sequences of blocks[2, 2] uint32",
         ),
-        (route(TopKRouter { top_k: 0, ..gate }, None).into(), "route: top_k is 0, but there are 4 experts"),
-        (route(TopKRouter { top_k: 5, ..gate }, None).into(), "route: top_k is 5, but there are 4 experts"),
+        (route(TopKRouter { top_k: 0, ..router }, None).into(), "route: top_k is 0, but there are 4 experts"),
+        (route(TopKRouter { top_k: 5, ..router }, None).into(), "route: top_k is 5, but there are 4 experts"),
         (
-            route(TopKRouter { top_k: 1, ..gate }, None).into(),
+            route(TopKRouter { top_k: 1, ..router }, None).into(),
             "route: top_k is 1, but outputs are experts[3, 2] uint32 and weights[3, 2] float32",
         ),
         (
-            route(TopKRouter { groups: groups(3, 1), ..gate }, None).into(),
+            route(TopKRouter { groups: groups(3, 1), ..router }, None).into(),
             "route: 4 experts and top 2 do not fit GroupLimit { groups: 3, kept: 1, by: Max }",
         ),
         (
-            route(TopKRouter { groups: groups(4, 1), ..gate }, None).into(),
+            route(TopKRouter { groups: groups(4, 1), ..router }, None).into(),
             "route: 4 experts and top 2 do not fit GroupLimit { groups: 4, kept: 1, by: Max }",
         ),
-        (route(gate, Some(&long)).into(), "route: bias long is Vector { n: 5 }, but there are 4 experts"),
+        (route(router, Some(&long)).into(), "route: bias long is Vector { n: 5 }, but there are 4 experts"),
         (
             Gather { x: x.clone(), index: ids.clone(), out: narrow.clone() }.into(),
             "gather: output is narrow[3, 2] float32, but must be float32 of width 4",

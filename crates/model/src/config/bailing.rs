@@ -38,7 +38,7 @@ pub(super) fn bailing_moe_v2(keys: &Keys) -> Checked<ModelSpec> {
     let defaults = ExpertDefaults { inner: 512, shared: 0, scale: 2.5 };
     let mut moe = sigmoid_experts(&draft, defaults, (8, 4), true)?;
     if let Some(scale) = keys.number("routed_scaling_factor", FACTOR)? {
-        moe.gate.scale = scale as f32;
+        moe.router.scale = scale as f32;
     }
     let shared = keys.whole("num_shared_experts", 0..=64)?.unwrap_or(0);
     let inner = keys.whole("moe_shared_expert_intermediate_size", WIDTH)?.unwrap_or(moe.inner);

@@ -44,6 +44,6 @@ fn dbrx_experts(keys: &Keys) -> Checked<MoeSpec> {
     keys.read(NORMALISE, "1 or null, the norms supported", |power| {
         (power.as_f64() == Some(1.0)).then_some(())
     })?;
-    moe.gate.normalise = !keys.is_null(NORMALISE);
+    moe.router.normalise = !keys.is_null(NORMALISE);
     Ok(moe)
 }

@@ -29,11 +29,11 @@ pub(super) fn deepseek_v2(keys: &Keys) -> Checked<ModelSpec> {
         return wrong(format!("`num_experts_per_tok` is missing; {MEND}"));
     }
     let mut moe = deepseek_experts(&draft, ExpertDefaults { inner: 1407, shared: 2, scale: 1.0 })?;
-    moe.gate.normalise = moe.gate.top_k > 1 && keys.flag("norm_topk_prob")?.unwrap_or(false);
-    if moe.gate.normalise {
-        moe.gate.scale = 1.0; // The published router does one or the other.
+    moe.router.normalise = moe.router.top_k > 1 && keys.flag("norm_topk_prob")?.unwrap_or(false);
+    if moe.router.normalise {
+        moe.router.scale = 1.0; // The published router does one or the other.
     }
-    moe.gate.groups = match keys.word("topk_method")?.unwrap_or("greedy") {
+    moe.router.groups = match keys.word("topk_method")?.unwrap_or("greedy") {
         "greedy" => None,
         "group_limited_greedy" => groups(keys, (1, 1), &moe, GroupScore::Max)?,
         other => {
@@ -78,9 +78,9 @@ pub(super) fn sigmoid_experts(
     keys.only("topk_method", &["noaux_tc"])?;
     let mut moe = deepseek_experts(draft, defaults)?;
     moe.correction_bias = true;
-    moe.gate.score = Score::Sigmoid;
-    moe.gate.normalise = keys.flag("norm_topk_prob")?.unwrap_or(normalise);
-    moe.gate.groups = groups(keys, default_groups, &moe, GroupScore::TopTwoSum)?;
+    moe.router.score = Score::Sigmoid;
+    moe.router.normalise = keys.flag("norm_topk_prob")?.unwrap_or(normalise);
+    moe.router.groups = groups(keys, default_groups, &moe, GroupScore::TopTwoSum)?;
     Ok(moe)
 }
 
@@ -98,7 +98,7 @@ fn deepseek_experts(draft: &Draft, defaults: ExpertDefaults) -> Checked<MoeSpec>
     let default_shared = if keys.is_null("n_shared_experts") { 0 } else { defaults.shared };
     let shared = keys.whole("n_shared_experts", 0..=64)?.unwrap_or(default_shared);
     moe.shared = (shared > 0).then_some(SharedSpec { inner: shared * inner, gated: false });
-    moe.gate.scale = keys.number("routed_scaling_factor", FACTOR)?.unwrap_or(defaults.scale) as f32;
+    moe.router.scale = keys.number("routed_scaling_factor", FACTOR)?.unwrap_or(defaults.scale) as f32;
     Ok(moe)
 }
 
@@ -113,10 +113,10 @@ fn groups(
     let kept = keys.whole("topk_group", 1..=groups)?.unwrap_or(default_kept.min(groups));
     divides(("`n_group`", groups), ("the number of experts", moe.experts))?;
     let size = moe.experts / groups;
-    if moe.gate.top_k > kept * size {
+    if moe.router.top_k > kept * size {
         return wrong(format!(
             "`num_experts_per_tok` is {}, but {kept} groups of {size} experts are kept; {MEND}",
-            moe.gate.top_k
+            moe.router.top_k
         ));
     }
     if by == GroupScore::TopTwoSum && size < 2 && groups > 1 {

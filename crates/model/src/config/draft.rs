@@ -135,7 +135,7 @@ impl<'a> Draft<'a> {
         })
     }
 
-    /// Experts of some width behind the commonest gate: softmax over all, the best taken, their weights
+    /// Experts of some width behind the commonest router: softmax over all, the best taken, their weights
     /// divided by their sum.
     pub(super) fn moe(&self, inner: usize) -> Checked<MoeSpec> {
         let experts = self.keys.whole("num_experts", EXPERTS)?.unwrap_or(self.defaults.experts);
@@ -251,11 +251,11 @@ pub(super) fn top_k(keys: &Keys, key: &'static str, default: usize, experts: usi
 }
 
 pub(super) fn softmax_moe(experts: usize, inner: usize, top_k: usize) -> MoeSpec {
-    let gate = TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
-    MoeSpec { experts, inner, gate, correction_bias: false, shared: None }
+    let router = TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
+    MoeSpec { experts, inner, router, correction_bias: false, shared: None }
 }
 
 pub(super) fn normalised_if_asked(keys: &Keys, mut moe: MoeSpec) -> Checked<MoeSpec> {
-    moe.gate.normalise = keys.flag("norm_topk_prob")?.unwrap_or(false);
+    moe.router.normalise = keys.flag("norm_topk_prob")?.unwrap_or(false);
     Ok(moe)
 }

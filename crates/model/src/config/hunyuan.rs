@@ -41,7 +41,7 @@ pub(super) fn hunyuan_v1_moe(keys: &Keys) -> Checked<ModelSpec> {
     let inner = alike(keys, "moe_intermediate_size", WIDTH)?.unwrap_or(draft.inner);
     let top_k = alike(keys, "num_experts_per_tok", 1..=experts)?.unwrap_or(HUNYUAN.top_k);
     let mut moe = super::draft::softmax_moe(experts, inner, top_k);
-    moe.gate.normalise = keys.flag("norm_topk_prob")?.unwrap_or(true);
+    moe.router.normalise = keys.flag("norm_topk_prob")?.unwrap_or(true);
     let shared = alike(keys, "num_shared_expert", 0..=64)?.unwrap_or(1);
     moe.shared = (shared > 0).then_some(SharedSpec { inner: shared * draft.inner, gated: false });
     let dense = keys.whole("moe_layer_num_skipped", 0..=draft.layers)?.unwrap_or(0);

@@ -29,7 +29,7 @@ pub(super) fn minimax_m2(keys: &Keys) -> Checked<ModelSpec> {
     let norm = keys.flag("use_qk_norm")?.unwrap_or(true).then_some(QkNorm::FullWidth);
     let attention = GqaSpec { qk_norm: norm, ..draft.grouped(draft.kv_heads()?)? };
     let mut moe = draft.moe(draft.inner)?;
-    moe.gate.score = Score::Sigmoid;
+    moe.router.score = Score::Sigmoid;
     moe.correction_bias = keys.flag("use_routing_bias")?.unwrap_or(true);
     let layers = draft.layers(&moe, |_| true);
     let rotated = keys.whole("rotary_dim", HEAD_WIDTH)?.map(|dim| dim as f64 / attention.head_dim as f64);

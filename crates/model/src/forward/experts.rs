@@ -44,14 +44,14 @@ pub(super) fn pipeline<B: Backend>(
 /// The sizes of the model's MoE layers on one rank; nothing without any.
 fn layer_sizes(spec: &ModelSpec, layout: &Layout, dtype: DType) -> Result<Option<LayerSizes>, ModelError> {
     let Some(moe) = spec.layers.iter().find_map(|layer| layer.mlp.moe()) else { return Ok(None) };
-    let (placement, _) = layout.placement(moe.experts)?;
+    let (map, _) = layout.slot_map(moe.experts)?;
     let inner = layout.inner();
     Ok(Some(LayerSizes {
         hidden: spec.hidden,
         inner: inner.of(moe.inner).len(),
         shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
-        top_k: moe.gate.top_k,
-        ..LayerSizes::of(&placement, dtype)
+        top_k: moe.router.top_k,
+        ..LayerSizes::of(&map, dtype)
     }))
 }
 
@@ -94,8 +94,8 @@ impl<B: Backend> Model<B> {
                 Some(routing)
             }
             RoutingMode::Replay(log) => {
-                let (_, router) = moe.router.shape.sources();
-                let routing = log.routing(moe.layer, &step.routed, router[0], moe.gate.top_k);
+                let (_, router) = moe.router_weight.shape.sources();
+                let routing = log.routing(moe.layer, &step.routed, router[0], moe.router.top_k);
                 Some(routing.map_err(PipelineError::from)?)
             }
         };

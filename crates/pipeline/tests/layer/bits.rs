@@ -25,7 +25,7 @@ fn check(cases: u64, layers: usize, variants: u64, vary: impl Fn(&Case, &mut Mix
         let want =
             bits(&runs(&case, &Setup::serial(), &format!("serial, seed {seed}, case {index}, {case:?}")));
         for _ in 0..variants {
-            let policy = random_policy(&case.placement, &mut mix);
+            let policy = random_policy(&case.map, &mut mix);
             let mut setup = Setup { jitter: mix.next_u64(), ..Setup::new(policy.clone()) };
             vary(&case, &mut mix, &mut setup);
             let shown = format!("{policy}, seed {seed}, case {index}, {case:?}");
@@ -49,7 +49,7 @@ fn schedules_do_not_change_bits() {
 
 #[test]
 fn tables_with_cuts_and_kernels_for_each_rank_and_stage_do_not_change_bits() {
-    let gots = check(12, 2, 6, |case, mix, setup| setup.table = Some(random_table(&case.placement, mix)));
+    let gots = check(12, 2, 6, |case, mix, setup| setup.table = Some(random_table(&case.map, mix)));
     assert!(gots.iter().any(|got| got.reports[0].tables[0].gemm.windows(2).any(|pair| pair[0] != pair[1])));
 }
 
@@ -92,13 +92,13 @@ fn each_room_alone_splits_a_layer() {
 #[test]
 fn micro_batches_of_any_size_do_not_change_bits() {
     for ranks in 1..=3 {
-        let placement = SlotMap::contiguous(7, ranks).unwrap();
+        let map = SlotMap::contiguous(7, ranks).unwrap();
         for tokens in
             [vec![0, 0, 0], vec![1, 0, 0], vec![0, 1, 2], vec![1, 1, 1], vec![0, 23, 1], vec![5, 0, 8]]
         {
             for hot in [None, Some(6)] {
                 let case = Case {
-                    placement: placement.clone(),
+                    map: map.clone(),
                     hot,
                     tokens: tokens[..ranks].to_vec(),
                     seed: test_seed(),

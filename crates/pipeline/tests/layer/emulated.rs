@@ -122,7 +122,7 @@ fn alone(case: &Case, setup: &Setup, rank: usize, peers: Arc<dyn Peers>) -> Got 
     let faults = FaultCell::default();
     let options = EmulatedOptions {
         rank: Rank(rank),
-        size: case.placement.ranks(),
+        size: case.map.ranks(),
         link: None,
         timeout: LONG,
         faults: faults.clone(),
@@ -153,8 +153,8 @@ fn a_rank_that_is_told_what_the_others_sent_gives_the_same_bits() {
     for index in 0..24 {
         let mut mix = Mix::keyed(seed, &[index]);
         let case = Case::random(mix.next_u64(), DType::F32, 2);
-        let policy = random_policy(&case.placement, &mut mix);
-        let rank = mix.below(case.placement.ranks());
+        let policy = random_policy(&case.map, &mut mix);
+        let rank = mix.below(case.map.ranks());
         let heard = Arc::<Heard>::default();
         let setup = Setup::new(policy.clone());
         let listened = Setup { heard: Some((rank, Arc::clone(&heard))), ..setup.clone() };
@@ -182,19 +182,19 @@ fn a_rank_that_knows_the_others_routing_has_the_counts_of_their_world() {
         let mut mix = Mix::keyed(seed, &[100 + index]);
         let dtype = [DType::F32, DType::BF16][mix.below(2)];
         let random = Case::random(mix.next_u64(), dtype, 1);
-        let tokens = vec![1 + mix.below(24); random.placement.ranks()];
+        let tokens = vec![1 + mix.below(24); random.map.ranks()];
         let case = Case { tokens, ..random };
-        let policy = random_policy(&case.placement, &mut mix);
+        let policy = random_policy(&case.map, &mut mix);
         let setup = Setup::new(policy.clone());
-        let rank = mix.below(case.placement.ranks());
+        let rank = mix.below(case.map.ranks());
         let world = of_world(&case, &setup);
         let peers = RoutedPeers::new(Rank(rank));
         let routings = world.iter().map(|got| got.routing.clone()).collect();
-        peers.learn(epsmoe_base::Layer(0), &Arc::new(case.placement.clone()), routings);
+        peers.learn(epsmoe_base::Layer(0), &Arc::new(case.map.clone()), routings);
         let got = alone(&case, &setup, rank, Arc::new(peers));
         let shown = format!("rank {rank}, {policy}, seed {seed}, case {index}, {case:?}");
         assert_eq!(tables(&got), tables(&world[rank]), "{shown}");
-        for token in stay_at_home(&got.routing, &case.placement, rank) {
+        for token in stay_at_home(&got.routing, &case.map, rank) {
             let row = token * case.hidden..(token + 1) * case.hidden;
             assert_eq!(bits(&got)[row.clone()], bits(&world[rank])[row], "token {token}: {shown}");
             stayed += 1;
@@ -209,14 +209,14 @@ fn mirrored_ranks_have_this_ranks_tokens() {
     for index in 0..8 {
         let mut mix = Mix::keyed(seed, &[200 + index]);
         let random = Case::random(mix.next_u64(), DType::BF16, 2);
-        let case = Case { tokens: vec![1 + mix.below(24); random.placement.ranks()], ..random };
-        let policy = random_policy(&case.placement, &mut mix);
-        let rank = mix.below(case.placement.ranks());
+        let case = Case { tokens: vec![1 + mix.below(24); random.map.ranks()], ..random };
+        let policy = random_policy(&case.map, &mut mix);
+        let rank = mix.below(case.map.ranks());
         let setup = Setup::new(policy.clone());
         let mirrored = alone(&case, &setup, rank, Arc::new(Mirrored));
         let peers = RoutedPeers::new(Rank(rank));
-        let map = Arc::new(case.placement.clone());
-        let routings = vec![mirrored.routing.clone(); case.placement.ranks()];
+        let map = Arc::new(case.map.clone());
+        let routings = vec![mirrored.routing.clone(); case.map.ranks()];
         peers.learn(epsmoe_base::Layer(0), &map, routings);
         // The second layer, of which the peers know nothing, follows the first.
         let told = alone(&case, &setup, rank, Arc::new(peers));

@@ -130,8 +130,7 @@ fn a_stalled_rank_is_named_with_layer_and_stage() {
     ] {
         fails(&case, setup, kind, &[text]);
     }
-    let three =
-        Case { tokens: vec![9, 0, 5], placement: epsmoe_plan::SlotMap::contiguous(12, 3).unwrap(), ..case };
+    let three = Case { tokens: vec![9, 0, 5], map: epsmoe_plan::SlotMap::contiguous(12, 3).unwrap(), ..case };
     fails(
         &three,
         at(1, 5, InjectedFault::Stall),
@@ -204,13 +203,13 @@ fn ranks_that_were_started_otherwise_are_named_when_counts_meet() {
          checkpoint and the same flags",
     ];
     let same = Setup::new(four_stages());
-    let serial = StageTable::serial(&Case::fixed().placement, GemmKind::Grouped);
+    let serial = StageTable::serial(&Case::fixed().map, GemmKind::Grouped);
     let dense = Policy { gemm: Some(GemmKind::Dense), ..four_stages() };
     for setup in [
         Setup { policies: vec![four_stages(), dense], ..same.clone() },
         Setup { policies: vec![four_stages(), Policy::default()], ..same.clone() },
         Setup { identities: vec![1, 2], ..same.clone() },
-        Setup { odd: Some(Odd::Gate), ..same.clone() },
+        Setup { odd: Some(Odd::Router), ..same.clone() },
         Setup { odd: Some(Odd::Sizes), ..same.clone() },
         Setup { odd: Some(Odd::Map), ..same.clone() },
         Setup { odd: Some(Odd::Table), table: Some(serial), ..same },
@@ -236,8 +235,8 @@ fn rows_travel_in_a_format_that_can_be_packed() {
 #[test]
 fn every_buffer_is_accounted_for() {
     for ranks in [1, 2] {
-        let placement = epsmoe_plan::SlotMap::contiguous(8, ranks).unwrap();
-        let case = Case { placement, tokens: vec![24; ranks], dtype: DType::BF16, ..Case::fixed() };
+        let map = epsmoe_plan::SlotMap::contiguous(8, ranks).unwrap();
+        let case = Case { map, tokens: vec![24; ranks], dtype: DType::BF16, ..Case::fixed() };
         let capacity = Capacity::worst_case(24, &case.sizes());
         for got in run(&case, &Setup::serial()) {
             let bytes = LayerBytes::of(&case.sizes(), &capacity).total();

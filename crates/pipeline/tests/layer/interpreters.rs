@@ -30,7 +30,7 @@ fn what_ran_is_what_was_priced() {
         let mut mix = Mix::keyed(seed, &[index]);
         // No gate on the shared expert: nothing prices it.
         let case = Case { shared_gate: false, ..Case::random(mix.next_u64(), DType::F32, 1) };
-        let map = &case.placement;
+        let map = &case.map;
         let table = random_table(map, &mut mix);
         let shown = format!("seed {seed}, case {index}, {case:?}\n{table}");
         let setup = Setup { table: Some(table.clone()), ..Setup::serial() };
@@ -39,9 +39,9 @@ fn what_ran_is_what_was_priced() {
             .map(|got| got.unwrap_or_else(|fault| panic!("{fault}: {shown}")))
             .collect();
         let routings: Vec<Routing> = gots.iter().map(|got| got.routing.clone()).collect();
-        let counts = LayerHistograms::of_routings(map, case.gate.top_k, &routings).expect("true counts");
+        let counts = LayerHistograms::of_routings(map, case.router.top_k, &routings).expect("true counts");
         let sizes = case.sizes();
-        let workload = Workload { placement: map, counts: &counts, shape: &sizes };
+        let workload = Workload { map, counts: &counts, shape: &sizes };
         let steps = planned(&table, &workload, &CostModel::unmeasured(DType::F32, 1, 0));
         for (rank, got) in map.all_ranks().zip(&gots) {
             for lane in Lane::ALL {
@@ -76,7 +76,7 @@ fn last_sum(steps: &[Planned], rank: Rank) -> u64 {
 
 /// Bytes that it reads: a row from every rank that a token goes to, and the shared expert's.
 fn sum_bytes(case: &Case, routing: &Routing) -> u64 {
-    let slots = routing.assign(&case.placement).expect("experts of the map");
+    let slots = routing.assign(&case.map).expect("experts of the map");
     let rows: usize = (0..slots.tokens()).map(|token| slots.rows(token).count()).sum();
     let shared = if case.shared.is_some() { slots.tokens() } else { 0 };
     ((rows + shared) * case.hidden * case.dtype.bytes()) as u64

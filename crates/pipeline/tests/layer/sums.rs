@@ -22,10 +22,10 @@ fn mlp(case: &Case, name: &str, inner: usize, x: &[f64]) -> Vec<f64> {
 
 /// One token through the first layer, in float64; nothing if its choice of experts is too close to call.
 fn definition(case: &Case, x: &[f64]) -> Option<Vec<f64>> {
-    let experts = case.placement.experts();
+    let experts = case.map.experts();
     let logits = times(&case.tensor("0 router", experts, case.hidden), x);
     let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
-    let score = |logit: &f64| match case.gate.score {
+    let score = |logit: &f64| match case.router.score {
         Score::Softmax => logit.exp() / total,
         Score::Sigmoid => sigmoid(*logit),
     };
@@ -35,16 +35,17 @@ fn definition(case: &Case, x: &[f64]) -> Option<Vec<f64>> {
         |expert: usize| scores[expert] + bias.as_ref().map_or(0.0, |bias| f64::from(bias[expert]));
     let mut order: Vec<usize> = (0..experts).collect();
     order.sort_by(|&a, &b| preference(b).total_cmp(&preference(a)));
-    let (chosen, others) = order.split_at(case.gate.top_k);
+    let (chosen, others) = order.split_at(case.router.top_k);
     if others.first().is_some_and(|&next| preference(chosen[chosen.len() - 1]) - preference(next) < 1e-5) {
         return None;
     }
-    let sum: f64 = if case.gate.normalise { chosen.iter().map(|&expert| scores[expert]).sum() } else { 1.0 };
+    let sum: f64 =
+        if case.router.normalise { chosen.iter().map(|&expert| scores[expert]).sum() } else { 1.0 };
     let mut y = vec![0.0; case.hidden];
     let mut add =
         |factor: f64, more: Vec<f64>| y.iter_mut().zip(more).for_each(|(y, more)| *y += factor * more);
     for &expert in chosen {
-        let weight = scores[expert] / sum * f64::from(case.gate.scale);
+        let weight = scores[expert] / sum * f64::from(case.router.scale);
         add(weight, mlp(case, &format!("0 expert {expert}"), case.inner, x));
     }
     if let Some(inner) = case.shared {
@@ -60,7 +61,7 @@ fn check(dtype: DType) {
     for index in 0..40 {
         let mut mix = Mix::keyed(seed, &[index]);
         let case = Case::random(mix.next_u64(), dtype, 1);
-        let policy = random_policy(&case.placement, &mut mix);
+        let policy = random_policy(&case.map, &mut mix);
         let shown = format!("seed {seed}, case {index}, {policy}, {case:?}");
         for (rank, got) in run(&case, &Setup::new(policy)).into_iter().enumerate() {
             let y = got.unwrap_or_else(|fault| panic!("{fault}: {shown}")).y;

@@ -27,10 +27,10 @@ pub(crate) const PATIENT: Duration = Duration::from_secs(30);
 pub(crate) struct Case {
     pub(crate) seed: u64,
     pub(crate) dtype: DType,
-    pub(crate) placement: SlotMap,
+    pub(crate) map: SlotMap,
     pub(crate) hidden: usize,
     pub(crate) inner: usize,
-    pub(crate) gate: TopKRouter,
+    pub(crate) router: TopKRouter,
     /// Expert that a strong bias sends every token to.
     pub(crate) hot: Option<usize>,
     /// Inner width of the shared expert.
@@ -49,7 +49,7 @@ impl Case {
         let mut mix = Mix::keyed(seed, &[1]);
         let ranks = 1 + mix.below(4);
         let experts = ranks + mix.below(3 * ranks + 2);
-        let gate = TopKRouter {
+        let router = TopKRouter {
             top_k: 1 + mix.below(experts.min(4)),
             score: [Score::Softmax, Score::Sigmoid][mix.below(2)],
             groups: None,
@@ -61,10 +61,10 @@ impl Case {
             tokens: (0..ranks).map(tokens).collect(),
             seed,
             dtype,
-            placement: random_map(experts, ranks, &mut mix),
+            map: random_map(experts, ranks, &mut mix),
             hidden: 1 + mix.below(20),
             inner: 1 + mix.below(12),
-            gate,
+            router,
             hot: (mix.below(3) == 0).then(|| mix.below(experts)),
             shared: (mix.below(3) > 0).then(|| 1 + mix.below(9)),
             shared_gate: mix.below(2) == 0,
@@ -75,14 +75,15 @@ impl Case {
 
     /// Two ranks of four experts, top 3, with 24 tokens each: rows in every stage, whatever the cut.
     pub(crate) fn fixed() -> Self {
-        let gate = TopKRouter { top_k: 3, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
+        let router =
+            TopKRouter { top_k: 3, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
         Case {
             seed: 7,
             dtype: DType::F32,
-            placement: SlotMap::contiguous(8, 2).expect("two ranks"),
+            map: SlotMap::contiguous(8, 2).expect("two ranks"),
             hidden: 16,
             inner: 5,
-            gate,
+            router,
             hot: None,
             shared: Some(3),
             shared_gate: false,
@@ -112,16 +113,16 @@ impl Case {
             hidden: self.hidden,
             inner: self.inner,
             shared_inner: self.shared.unwrap_or(0),
-            top_k: self.gate.top_k,
+            top_k: self.router.top_k,
             wire: self.wire.unwrap_or(WireFormat::plain(self.dtype)),
-            ..LayerSizes::of(&self.placement, self.dtype)
+            ..LayerSizes::of(&self.map, self.dtype)
         }
     }
 
     /// The router's correction bias.
     pub(crate) fn bias(&self, layer: usize) -> Option<Vec<f32>> {
         let hot = self.hot?;
-        let mut bias = self.tensor(&format!("{layer} bias"), 1, self.placement.experts());
+        let mut bias = self.tensor(&format!("{layer} bias"), 1, self.map.experts());
         bias[hot] = 50.0;
         Some(bias)
     }
@@ -136,6 +137,13 @@ fn random_map(experts: usize, ranks: usize, mix: &mut Mix) -> SlotMap {
     (1..experts).for_each(|last| order.swap(last, mix.below(last + 1)));
     let mut by_rank: Vec<Vec<u32>> = order[..ranks].iter().map(|&expert| vec![expert]).collect();
     order[ranks..].iter().for_each(|&expert| by_rank[mix.below(ranks)].push(expert));
+    // Some are on other ranks too.
+    for _ in 0..mix.below(2) * (1 + mix.below(experts)) {
+        let (expert, held) = (mix.below(experts) as u32, &mut by_rank[mix.below(ranks)]);
+        if !held.contains(&expert) {
+            held.insert(mix.below(held.len() + 1), expert);
+        }
+    }
     SlotMap::new(experts, &by_rank, mix.next_u64()).expect("every expert once")
 }
 
@@ -147,7 +155,7 @@ fn rounded(dtype: DType, value: f32) -> f32 {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Odd {
     /// A router that scales weights otherwise.
-    Gate,
+    Router,
     /// A table with another kernel.
     Table,
     /// Room for one token more.
@@ -238,7 +246,7 @@ pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
     };
     let weights = Arc::<WeightStore<_>>::default();
     let (done, answers) = mpsc::channel();
-    for (rank, fabric) in Fabric::threads(case.placement.ranks(), fabric).into_iter().enumerate() {
+    for (rank, fabric) in Fabric::threads(case.map.ranks(), fabric).into_iter().enumerate() {
         let (case, setup, done) = (case.clone(), setup.clone(), done.clone());
         let (faults, weights) = (faults.clone(), Arc::clone(&weights));
         std::thread::spawn(move || {
@@ -261,7 +269,7 @@ pub(crate) fn run(case: &Case, setup: &Setup) -> Vec<Result<Got, Fault>> {
     }
     drop(done);
     let mut all = Vec::new();
-    while all.len() < case.placement.ranks() {
+    while all.len() < case.map.ranks() {
         match answers.recv_timeout(4 * PATIENT) {
             Ok(answer) => all.push(answer),
             Err(error) => panic!("{} ranks answered, then {error}: {case:?}", all.len()),
@@ -307,7 +315,7 @@ fn run_rank(
     let mut layers: Vec<MoeLayer> = (0..case.layers).map(|layer| load(case, &device, Layer(layer))).collect();
     let mut table = setup.table.clone();
     match odd {
-        Some(Odd::Gate) => layers[0].gate.scale = 3.0,
+        Some(Odd::Router) => layers[0].router.scale = 3.0,
         Some(Odd::Map) => layers[0].slots = Arc::new(later(&layers[0].slots)),
         Some(Odd::Table) => table.iter_mut().for_each(|table| table.gemm[0] = GemmKind::Dense),
         Some(Odd::Sizes) | None => {}
@@ -363,7 +371,7 @@ fn options(case: &Case, setup: &Setup, rank: Rank) -> PipelineOptions {
 }
 
 fn load(case: &Case, device: &Reference, layer: Layer) -> MoeLayer {
-    let (hidden, experts) = (case.hidden, case.placement.experts());
+    let (hidden, experts) = (case.hidden, case.map.experts());
     let take = |name: String, shape: WeightShape, tensors: &[Vec<f32>]| -> Weight {
         let bytes = |tensor: &Vec<f32>| tensor.iter().flat_map(|value| value.to_le_bytes()).collect();
         let bytes: Vec<Vec<u8>> = tensors.iter().map(bytes).collect();
@@ -388,14 +396,14 @@ fn load(case: &Case, device: &Reference, layer: Layer) -> MoeLayer {
         mlp: mlp(format!("{number} shared"), inner),
         gate: case.shared_gate.then(|| map(format!("{number} shared gate"), 1, hidden)),
     };
-    let held = case.placement.experts_on(device.rank());
+    let held = case.map.experts_on(device.rank());
     MoeLayer {
         layer,
-        router: map(format!("{number} router"), experts, hidden),
+        router_weight: map(format!("{number} router"), experts, hidden),
         bias: case.bias(number).map(bias),
-        gate: case.gate,
+        router: case.router,
         experts: held.map(|expert| mlp(format!("{number} expert {}", expert.0), case.inner)).collect(),
-        slots: Arc::new(case.placement.clone()),
+        slots: Arc::new(case.map.clone()),
         shared: case.shared.map(shared),
     }
 }
@@ -413,10 +421,10 @@ fn fill(device: &Reference, out: &Buffer, values: &[f32]) {
     compute(Embed { ids, table, out: out.clone() }.into());
 }
 
-/// Any policy that the placement allows: stages with and without experts, in any legal order.
-pub(crate) fn random_policy(placement: &SlotMap, mix: &mut Mix) -> Policy {
+/// Any policy that the map allows: stages with and without experts, in any legal order.
+pub(crate) fn random_policy(map: &SlotMap, mix: &mut Mix) -> Policy {
     let gemm = Some([GemmKind::Grouped, GemmKind::Dense][mix.below(2)]);
-    let most = placement.max_local();
+    let most = map.max_local();
     if mix.below(8) == 0 {
         return Policy { schedule: Schedule::Auto, ..Policy::default() };
     }
@@ -454,15 +462,15 @@ fn random_place(mix: &mut Mix) -> Option<SharedExpert> {
     ][mix.below(5)]
 }
 
-/// Any table that the placement allows: each rank with cuts of its own, each stage with a kernel of its own.
-pub(crate) fn random_table(placement: &SlotMap, mix: &mut Mix) -> StageTable {
+/// Any table that the map allows: each rank with cuts of its own, each stage with a kernel of its own.
+pub(crate) fn random_table(map: &SlotMap, mix: &mut Mix) -> StageTable {
     let stages = 1 + mix.below(5);
     let mut cut = |local: usize| {
         let mut cut: Vec<usize> = (1..stages).map(|_| mix.below(local + 1)).chain([0, local]).collect();
         cut.sort_unstable();
         cut
     };
-    let cuts = placement.all_ranks().map(|rank| cut(placement.local_count(rank))).collect();
+    let cuts = map.all_ranks().map(|rank| cut(map.local_count(rank))).collect();
     let shared = [
         SharedExpert::BesideCountExchange,
         SharedExpert::BesideFirstDispatch,

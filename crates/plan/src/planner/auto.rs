@@ -157,7 +157,7 @@ impl AutoPlanner {
     /// layer of a run waits for its search.
     fn table(&mut self, layer: Layer, map: &SlotMap, counts: &LayerHistograms) -> StageTable {
         let shape = self.shape;
-        let workload = Workload { placement: map, counts, shape: &shape };
+        let workload = Workload { map, counts, shape: &shape };
         let bucket = Bucket::of(&workload);
         let shared = self.shared;
         if self.decisions.is_empty() {
@@ -197,7 +197,7 @@ impl AutoPlanner {
 
     fn decide(&mut self, bucket: Bucket, map: &SlotMap, counts: &LayerHistograms) {
         let shape = self.shape;
-        let workload = Workload { placement: map, counts, shape: &shape };
+        let workload = Workload { map, counts, shape: &shape };
         let choice = search(&workload, &self.cost, &self.options);
         let before = self.decisions.get(&bucket);
         let (layers, last_sample) =
@@ -212,7 +212,7 @@ impl AutoPlanner {
     fn compare(&mut self, rank: Rank, ran: &Ran, spans: &[Span]) -> Feedback {
         let measured: Vec<&Span> =
             spans.iter().filter(|span| span.layer == Some(ran.layer) && span.rank == rank).collect();
-        let workload = Workload { placement: &ran.map, counts: &ran.counts, shape: &self.shape };
+        let workload = Workload { map: &ran.map, counts: &ran.counts, shape: &self.shape };
         let predicted = simulate(&ran.table, &workload, &self.cost).timeline;
         let all: Vec<&Span> = predicted.spans.iter().filter(|span| span.rank == rank).collect();
         let feedback = Feedback::of(rank, &ran.table, &predicted, &measured);

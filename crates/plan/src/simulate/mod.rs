@@ -42,7 +42,7 @@ use program::Program;
 #[derive(Clone, Copy, Debug)]
 pub struct Workload<'a> {
     /// Where experts live.
-    pub placement: &'a SlotMap,
+    pub map: &'a SlotMap,
     /// How many tokens go where.
     pub counts: &'a LayerHistograms,
     /// How wide they are.

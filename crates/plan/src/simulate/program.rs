@@ -118,13 +118,13 @@ impl Program {
         cost: &CostModel,
         described: Option<Vec<Vec<Work>>>,
     ) -> Self {
-        let ranks = workload.placement.ranks();
-        let traffic = Traffic::of(workload.placement, workload.counts, table);
+        let ranks = workload.map.ranks();
+        let traffic = Traffic::of(workload.map, workload.counts, table);
         let (steps, work, copies) = (Vec::new(), Vec::new(), Vec::new());
         let program = Program { ranks, steps, exchanged_and_planned: None, work, copies, described };
         let compute_permille = cost.share(table.reserved).compute;
         let mut builder = Builder { table, workload, cost, traffic, compute_permille, program };
-        if table.runs_in_place(workload.placement) {
+        if table.runs_in_place(workload.map) {
             builder.in_place()
         } else {
             builder.layer()
@@ -147,7 +147,7 @@ impl Builder<'_> {
     /// A layer whose rows travel.
     fn layer(&mut self) {
         let sizes = *self.workload.shape;
-        let (slots, ranks) = (self.workload.placement.slots() as u64, self.program.ranks as u64);
+        let (slots, ranks) = (self.workload.map.slots() as u64, self.program.ranks as u64);
         let shared = self.table.shared;
         self.route();
         let counted = self.index("count_slots", Phase::Count, [None, None], Self::pairs_sent);
@@ -352,7 +352,7 @@ impl Builder<'_> {
 
     /// Router, choice of experts, and their slots.
     fn route(&mut self) {
-        let (hidden, experts) = (self.workload.shape.hidden, self.workload.placement.experts());
+        let (hidden, experts) = (self.workload.shape.hidden, self.workload.map.experts());
         self.linear(Phase::RouterLogits, [experts, hidden], None);
         let logits = |this: &Self, rank| (this.traffic.tokens(rank) * experts) as u64;
         self.rows(Label::lane("route", Phase::Route), [None, None], Work::Route, logits);
@@ -414,9 +414,7 @@ impl Builder<'_> {
     /// What was announced, and the index arrays of the stages, which follow from it and from the metadata.
     fn receive(&mut self, planned: usize, metadata: usize) {
         let ranks = self.program.ranks;
-        self.host_to_device(Some(planned), |this, rank| {
-            5 * ranks * this.workload.placement.local_count(rank)
-        });
+        self.host_to_device(Some(planned), |this, rank| 5 * ranks * this.workload.map.local_count(rank));
         self.index("receive_order", Phase::Maps, [Some(metadata), None], Self::pairs_received);
         self.index("sort_by_slot", Phase::Maps, [None, None], Self::pairs_received);
     }

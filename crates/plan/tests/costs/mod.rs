@@ -64,9 +64,9 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
     }
 }
 
-/// A layer's placement, counts and widths.
+/// A layer's map, counts and widths.
 pub(crate) struct Layer {
-    pub(crate) placement: SlotMap,
+    pub(crate) map: SlotMap,
     pub(crate) counts: LayerHistograms,
     pub(crate) shape: LayerSizes,
     /// Where the counts come from.
@@ -77,7 +77,7 @@ impl Layer {
     pub(crate) fn random(mix: &mut Mix, most_ranks: usize, most_local: usize) -> Self {
         let ranks = 1 + mix.below(most_ranks);
         let experts = ranks * (1 + mix.below(most_local));
-        let placement = SlotMap::contiguous(experts, ranks).expect("ranks ≤ experts");
+        let map = SlotMap::contiguous(experts, ranks).expect("ranks ≤ experts");
         let law = SyntheticRouting {
             top_k: 1 + mix.below(experts.min(6)),
             groups: None,
@@ -86,31 +86,31 @@ impl Layer {
         };
         let size = [16, 256, 2048][mix.below(3)];
         let tokens: Vec<usize> = (0..ranks).map(|_| mix.below(2) * size + mix.below(size)).collect();
-        let counts = law.counts(&placement, &tokens).expect("a real routing");
+        let counts = law.counts(&map, &tokens).expect("a real routing");
         let sizes = LayerSizes {
             hidden: 256 << mix.below(4),
             inner: 128 << mix.below(5),
             top_k: law.top_k,
-            ..LayerSizes::of(&placement, DType::BF16)
+            ..LayerSizes::of(&map, DType::BF16)
         };
         let shape = LayerSizes { shared_inner: mix.below(2) * 512, ..sizes };
-        Layer { placement, counts, shape, law }
+        Layer { map, counts, shape, law }
     }
 
     pub(crate) fn workload(&self) -> Workload<'_> {
-        Workload { placement: &self.placement, counts: &self.counts, shape: &self.shape }
+        Workload { map: &self.map, counts: &self.counts, shape: &self.shape }
     }
 }
 
 /// Any cut, kernels, legal order and place of the shared expert.
-pub(crate) fn random_table(placement: &SlotMap, mix: &mut Mix) -> StageTable {
+pub(crate) fn random_table(map: &SlotMap, mix: &mut Mix) -> StageTable {
     let stages = 1 + mix.below(5);
     let mut cut = |local: usize| {
         let mut cut: Vec<usize> = (1..stages).map(|_| mix.below(local + 1)).chain([0, local]).collect();
         cut.sort_unstable();
         cut
     };
-    let cuts = placement.all_ranks().map(|rank| cut(placement.local_count(rank))).collect();
+    let cuts = map.all_ranks().map(|rank| cut(map.local_count(rank))).collect();
     let orders = sensible_orders(stages);
     let shared = [
         SharedExpert::BesideCountExchange,

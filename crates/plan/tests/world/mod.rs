@@ -6,7 +6,7 @@ use epsmoe_plan::*;
 /// One layer's routing on every rank.
 #[derive(Debug)]
 pub(crate) struct Case {
-    pub(crate) placement: SlotMap,
+    pub(crate) map: SlotMap,
     pub(crate) top_k: usize,
     pub(crate) routings: Vec<Routing>,
 }
@@ -16,7 +16,7 @@ impl Case {
     pub(crate) fn random(mix: &mut Mix) -> Case {
         let ranks = 1 + mix.below(8);
         let experts = ranks + mix.below(24);
-        let placement = random_map(experts, ranks, mix);
+        let map = random_map(experts, ranks, mix);
         let top_k = 1 + mix.below(experts.min(8));
         // Tokens choose from a shuffled list: all of it, or only its beginning.
         let mut wanted: Vec<usize> = (0..experts).collect();
@@ -47,19 +47,19 @@ impl Case {
             Routing::new(experts, top_k, ids, weights).expect("distinct experts")
         });
         let routings = routings.collect();
-        Case { placement, top_k, routings }
+        Case { map, top_k, routings }
     }
 
     /// Any cut, different on every rank, with empty stages, and any legal order.
     pub(crate) fn random_table(&self, mix: &mut Mix) -> StageTable {
         let stages = 1 + mix.below(6);
         let cut = |rank| {
-            let local = self.placement.local_count(rank);
+            let local = self.map.local_count(rank);
             let mut cut: Vec<usize> = (1..stages).map(|_| mix.below(local + 1)).chain([0, local]).collect();
             cut.sort_unstable();
             cut
         };
-        let cuts = self.placement.all_ranks().map(cut).collect();
+        let cuts = self.map.all_ranks().map(cut).collect();
         let table = StageTable {
             cuts,
             order: random_order(stages, mix),
@@ -67,13 +67,13 @@ impl Case {
             shared: SharedExpert::Serial,
             reserved: 0,
         };
-        table.validate(&self.placement).expect("a legal table");
+        table.validate(&self.map).expect("a legal table");
         table
     }
 
     /// The counts after they met, by way of bytes.
     pub(crate) fn counts(&self) -> LayerHistograms {
-        let map = &self.placement;
+        let map = &self.map;
         let send = |routing: &Routing| {
             TokenHistograms::of(&routing.assign(map).expect("experts of the map")).encode()
         };
@@ -92,8 +92,8 @@ impl Case {
         stage: Stage,
         choose: fn(&[u32]) -> Option<&u32>,
     ) -> usize {
-        let slots = self.routings[source.0].assign(&self.placement).expect("experts of the map");
-        let start = self.placement.slots_of_rank(rank).start;
+        let slots = self.routings[source.0].assign(&self.map).expect("experts of the map");
+        let start = self.map.slots_of_rank(rank).start;
         let rows = (0..slots.tokens()).flat_map(|token| slots.rows(token)).filter(|row| row.0 == rank);
         let in_stage = |slots: &[u32]| {
             choose(slots).is_some_and(|&slot| table.slots_of(rank, stage).contains(&(slot as usize - start)))
@@ -112,6 +112,13 @@ fn random_map(experts: usize, ranks: usize, mix: &mut Mix) -> SlotMap {
     // Every rank has one, and the others are anywhere.
     let mut by_rank: Vec<Vec<u32>> = order[..ranks].iter().map(|&expert| vec![expert]).collect();
     order[ranks..].iter().for_each(|&expert| by_rank[mix.below(ranks)].push(expert));
+    // Some are on other ranks too.
+    for _ in 0..mix.below(2) * (1 + mix.below(experts)) {
+        let (expert, held) = (mix.below(experts) as u32, &mut by_rank[mix.below(ranks)]);
+        if !held.contains(&expert) {
+            held.insert(mix.below(held.len() + 1), expert);
+        }
+    }
     SlotMap::new(experts, &by_rank, mix.next_u64()).expect("every expert once")
 }
 

@@ -47,6 +47,11 @@ impl Job {
     ) -> Result<Self, ApiError> {
         let count = |number: Option<i64>| number.map(|number| number.max(0) as usize);
         let max_tokens = count(fields.max_tokens);
+        let min_tokens = count(fields.min_tokens).unwrap_or(0);
+        if let Some(max_tokens) = max_tokens.filter(|&most| min_tokens > most) {
+            let problem = format!("{min_tokens} is more than max_tokens, which is {max_tokens}");
+            return Err(ApiError::field("min_tokens", problem));
+        }
         let most = app.model.max_model_len;
         for prompt in &prompts {
             check_prompt(prompt, app.model.vocab, param)?;
@@ -61,7 +66,7 @@ impl Job {
             prompts,
             n: count(fields.n).unwrap_or(1),
             max_tokens,
-            min_tokens: count(fields.min_tokens).unwrap_or(0),
+            min_tokens,
             ignore_eos: fields.ignore_eos.unwrap_or(false),
             stop_token_ids: fields.stop_token_ids.clone().unwrap_or_default(),
             stop: fields.stop_texts(),

@@ -4,7 +4,7 @@ use super::completions::{MAX_LOGPROBS, StopReason, check_logprobs};
 use super::logprobs::ChatLogprobs;
 use super::sampling::{SamplingFields, at_least};
 use super::tools::{Tool, ToolCall, ToolCallDelta, ToolChoice};
-use super::{ApiError, Condition, OneOrMany, Usage, either, merged, one_or_many, streamed};
+use super::{ApiError, Condition, OneOrMany, Usage, either, least_and_most, merged, one_or_many, streamed};
 use crate::body::JsonObject;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -65,6 +65,12 @@ impl ChatRequest {
 }
 
 impl ChatFields {
+    /// The conversation as templates see it.
+    #[cfg(test)]
+    pub(crate) fn conversation(&self) -> Value {
+        self.messages.iter().map(Message::for_template).collect()
+    }
+
     /// Alternatives of each token, if log-probabilities are wanted.
     pub(crate) fn logprobs(&self) -> Option<usize> {
         let alternatives = self.top_logprobs.unwrap_or(0).clamp(0, MAX_LOGPROBS) as usize;
@@ -123,7 +129,8 @@ impl PartialSchema for ChatRequest {
         ];
         let alternatives =
             [Condition::absent_or("top_logprobs", &[0.into()]), Condition::is_true("logprobs")];
-        either(fields, [streamed(), calls, alternatives])
+        let lengths = ["max_tokens", "max_completion_tokens"].into_iter().flat_map(least_and_most);
+        either(fields, [streamed(), calls, alternatives].into_iter().chain(lengths))
     }
 }
 

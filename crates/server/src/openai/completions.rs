@@ -2,7 +2,7 @@
 
 use super::logprobs::CompletionLogprobs;
 use super::sampling::{SamplingFields, at_least};
-use super::{ApiError, TokenId, Usage, either, merged, streamed};
+use super::{ApiError, TokenId, Usage, either, least_and_most, merged, streamed};
 use crate::body::JsonObject;
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Error, SeqAccess, Visitor};
@@ -16,6 +16,9 @@ use utoipa::{PartialSchema, ToSchema};
 const MAX_PROMPTS: usize = 2048;
 /// Most alternatives of a token.
 pub(crate) const MAX_LOGPROBS: i64 = 20;
+
+/// Most new tokens of an answer to a request that does not say, as everywhere in this API.
+const DEFAULT_TOKENS: i64 = 16;
 
 /// A request to continue texts.
 #[derive(Debug)]
@@ -48,7 +51,8 @@ struct Prompts(Vec<Prompt>);
 impl CompletionRequest {
     pub(crate) fn read(object: &JsonObject) -> Result<Self, ApiError> {
         let fields: CompletionFields = object.read()?;
-        let sampling = SamplingFields::read(object)?;
+        let mut sampling = SamplingFields::read(object)?;
+        sampling.max_tokens.get_or_insert(DEFAULT_TOKENS.max(sampling.min_tokens.unwrap_or(0)));
         let prompt = fields.prompt.0;
         if prompt.is_empty() {
             return Err(ApiError::field("prompt", "the list is empty: give at least one prompt"));
@@ -78,7 +82,10 @@ pub(crate) fn check_logprobs(field: &str, count: Option<i64>) -> Result<(), ApiE
 
 impl PartialSchema for CompletionRequest {
     fn schema() -> RefOr<Schema> {
-        either(merged(CompletionFields::schema(), SamplingFields::schema()), [streamed()])
+        either(
+            merged(CompletionFields::schema(), SamplingFields::schema()),
+            least_and_most("max_tokens").into_iter().chain([streamed()]),
+        )
     }
 }
 

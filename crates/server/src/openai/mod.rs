@@ -91,6 +91,13 @@ impl Condition {
         Condition { field, schema: schema.into(), required: true }
     }
 
+    /// The field is absent, null, or a number in a range.
+    fn absent_or_within(field: &'static str, least: i64, most: Option<i64>) -> Self {
+        let number = ObjectBuilder::new().schema_type(SchemaType::from_iter([Type::Integer, Type::Null]));
+        let schema = number.minimum(Some(least)).maximum(most).build();
+        Condition { field, schema: schema.into(), required: false }
+    }
+
     fn schema(self) -> Object {
         let object = ObjectBuilder::new().schema_type(SchemaType::AnyValue).property(self.field, self.schema);
         if self.required { object.required(self.field).build() } else { object.build() }
@@ -101,6 +108,17 @@ impl Condition {
 pub(crate) fn either(object: Object, pairs: impl IntoIterator<Item = [Condition; 2]>) -> RefOr<Schema> {
     let any = |[one, other]: [Condition; 2]| AnyOf::builder().item(one.schema()).item(other.schema());
     pairs.into_iter().fold(AllOf::builder().item(object), |all, pair| all.item(any(pair))).into()
+}
+
+/// The least of an answer is no more than its most, in `most`. No schema compares two fields: both are on one side of a
+/// number, or one of them is not said.
+pub(crate) fn least_and_most(most: &'static str) -> [[Condition; 2]; 2] {
+    const BORDER: i64 = 16;
+    let within = Condition::absent_or_within;
+    [
+        [within("min_tokens", 0, Some(BORDER)), Condition::absent_or(most, &[])],
+        [within(most, BORDER, None), Condition::absent_or("min_tokens", &[0.into()])],
+    ]
 }
 
 /// `stream_options` want a stream.

@@ -491,18 +491,15 @@ mod tests {
                 {"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "Two.", "annotations": []}]},
                 {"role": "user", "content": "Thanks"}]}"#,
         );
-        let messages: Vec<Value> = request.chat.messages.iter().map(Message::for_template).collect();
-        let call =
-            json!({ "id": "1", "type": "function", "function": { "name": "f", "arguments": { "x": 1 } } });
         let expected = json!([
             { "role": "system", "content": "Be brief." },
             { "role": "user", "content": "Weather?" },
-            { "role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call] },
+            { "role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [{ "id": "1", "type": "function", "function": { "name": "f", "arguments": { "x": 1 } } }] },
             { "role": "tool", "content": "2", "tool_call_id": "1" },
             { "role": "assistant", "content": "Two." },
             { "role": "user", "content": "Thanks" },
         ]);
-        assert_eq!(Value::from(messages), expected);
+        assert_eq!(request.chat.conversation(), expected);
     }
 
     #[test]
@@ -541,7 +538,7 @@ mod tests {
             (r#"{"input": "x", "n": 2}"#, "n"),
         ] {
             let error = ResponsesRequest::read(&object(body)).unwrap_err();
-            assert_eq!(serde_json::to_value(error.body()).unwrap()["error"]["param"], param, "{body}");
+            assert_eq!(error.param(), Some(param), "{body}");
         }
     }
 }

@@ -22,7 +22,8 @@ const MAX_STOP_BYTES: usize = 4096;
 pub(crate) struct SamplingFields {
     /// A name that `/v1/models` lists; without one, the first of them.
     pub(crate) model: Option<String>,
-    /// Most new tokens, end-of-text tokens included; what the context has room for is the limit in any case.
+    /// Most new tokens, end-of-text tokens included; what the context has room for is the limit in any case. Without it a
+    /// completion has 16, and a chat what there is room for.
     #[schema(minimum = 0)]
     pub(crate) max_tokens: Option<i64>,
     /// New tokens before which the answer does not end by itself.

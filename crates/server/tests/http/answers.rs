@@ -220,6 +220,21 @@ fn tokens_end_answers_when_they_may() {
 }
 
 #[test]
+fn completions_have_16_tokens_unless_they_say() {
+    let server = serve();
+    for (fields, tokens) in [
+        (json!({}), 16),
+        (json!({ "max_tokens": null }), 16),
+        (json!({ "min_tokens": 20 }), 20),
+        (json!({ "max_tokens": 17, "min_tokens": 17 }), 17),
+    ] {
+        let mut body = json!({ "prompt": "Once", "ignore_eos": true });
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        assert_eq!(server.completions(body.clone())["usage"]["completion_tokens"], tokens, "{body}");
+    }
+}
+
+#[test]
 fn biases_forbid_and_force() {
     let server = serve();
     let plain = ids(&server.completions(greedy("Once", 8))["choices"][0]);

@@ -24,6 +24,8 @@ fn fields_are_checked_by_name() {
         ("max_tokens", json!(-1)),
         ("max_tokens", json!("5")),
         ("max_tokens", json!(1.5)),
+        ("min_tokens", json!(-1)),
+        ("min_tokens", json!(2)),
         ("n", json!(0)),
         ("stop", json!(5)),
         ("stream", json!("yes")),

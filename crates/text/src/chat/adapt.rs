@@ -3,8 +3,10 @@
 
 use std::ops::Range;
 
-/// The filter behind `'…' % …`.
-pub(super) const PERCENT: &str = "printf_formatted";
+/// The filter behind `… % …`.
+pub(super) const PERCENT: &str = "percent";
+/// The filter behind what `~` joins.
+pub(super) const PRINTED: &str = "printed";
 /// The filter around what a loop walks over.
 pub(super) const ITEMS: &str = "as_loop_items";
 
@@ -14,7 +16,8 @@ pub(super) const ITEMS: &str = "as_loop_items";
 /// |---|---|
 /// | `{% generation %}`, which marks the assistant's part for training | a block with a scope of its own |
 /// | `+x` | `x` |
-/// | `'%s' % x` | `'%s'` through [`PERCENT`] |
+/// | `x % y` | `x` through [`PERCENT`], which formats a text and divides a number |
+/// | `x ~ y` | `x` and `y` through [`PRINTED`], for floats |
 /// | `{% for x in y %}` | `y` through [`ITEMS`], so that a text has a length |
 pub(super) fn adapted(source: &str) -> String {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
@@ -103,36 +106,98 @@ fn expression(inside: &str, words: &[Word]) -> String {
     let text = |at: usize| words.get(at).map_or("", |word| &inside[word.at.clone()]);
     let mut out = String::with_capacity(inside.len());
     let mut copied = 0;
-    // Where a closing bracket goes, for each opened.
-    let mut closes: Vec<usize> = Vec::new();
+    let print = format!("|{PRINTED}");
+    // What goes behind operands that have begun: before which word, and what.
+    let mut ends: Vec<(usize, &str)> = Vec::new();
     for (number, word) in words.iter().enumerate() {
-        while closes.last() == Some(&number) {
-            closes.pop();
+        while let Some((_, suffix)) = ends.pop_if(|end| end.0 == number) {
             let end = words[number - 1].at.end;
             out.push_str(&inside[copied..end]);
-            out.push(')');
+            out.push_str(suffix);
             copied = end;
         }
-        let before = number.checked_sub(1).map(text);
-        let begins_operand = before.is_none_or(|before| before.ends_with(OPENS) || is_keyword(before));
-        if text(number) == "+" && begins_operand {
-            out.push_str(&inside[copied..word.at.start]);
-            copied = word.at.end;
-        }
-        let before_text = number.checked_sub(2).map(text);
-        let is_factor = before_text.is_some_and(|it| ["*", "/", "//", "%", "**", "|"].contains(&it));
-        if text(number) == "%" && number > 0 && words[number - 1].is_text && !is_factor {
-            out.push_str(&inside[copied..word.at.start]);
-            out.push_str(&format!("|{PERCENT}("));
-            copied = word.at.end;
-            closes.push(operand_end(words, &text, number + 1));
+        match text(number) {
+            "+" if begins_operand(&text, number) => {
+                out.push_str(&inside[copied..word.at.start]);
+                copied = word.at.end;
+            }
+            "%" if number > 0 => {
+                let (start, end) = (operand_start(&text, number), operand_end(words, &text, number + 1));
+                if !is_bound(&text, start) && text(end) != "**" {
+                    out.push_str(&inside[copied..word.at.start]);
+                    out.push_str(&format!("|{PERCENT}("));
+                    copied = word.at.end;
+                    ends.push((end, ")"));
+                }
+            }
+            "~" if number > 0 => {
+                let (start, end) = (operand_start(&text, number), operand_end(words, &text, number + 1));
+                let only_text =
+                    |at: usize, of: usize| of == at + 1 && words.get(at).is_some_and(|word| word.is_text);
+                if text(start.wrapping_sub(1)) != "~" && !is_bound(&text, start) && !only_text(start, number)
+                {
+                    out.push_str(&inside[copied..words[number - 1].at.end]);
+                    out.push_str(&print);
+                    copied = words[number - 1].at.end;
+                }
+                let signed = ["-", "+"].contains(&text(number + 1));
+                if !signed && !FACTORS.contains(&text(end)) && !only_text(number + 1, end) {
+                    ends.push((end, &print));
+                }
+            }
+            _ => {}
         }
     }
     let end = words.last().map_or(0, |word| word.at.end).max(copied);
     out.push_str(&inside[copied..end]);
-    out.extend(closes.iter().map(|_| ')'));
+    out.extend(ends.iter().rev().map(|end| end.1));
     out.push_str(&inside[end..]);
     out
+}
+
+/// What binds its operands tighter than `~` does.
+const FACTORS: [&str; 5] = ["*", "/", "//", "%", "**"];
+
+/// Whether an operand begins here: the word is a sign of one number, not between two.
+fn begins_operand<'a>(text: &impl Fn(usize) -> &'a str, number: usize) -> bool {
+    let before = number.checked_sub(1).map(text);
+    before.is_none_or(|before| before.ends_with(OPENS) || is_keyword(before))
+}
+
+/// Whether the operand that begins here belongs to an operator before it: a factor's, or a sign.
+fn is_bound<'a>(text: &impl Fn(usize) -> &'a str, start: usize) -> bool {
+    let Some(before) = start.checked_sub(1) else { return false };
+    FACTORS.contains(&text(before)) || text(before) == "-" && begins_operand(text, before)
+}
+
+/// The first word of the value that ends before `end`: what is called or picked of it belongs to it.
+fn operand_start<'a>(text: &impl Fn(usize) -> &'a str, end: usize) -> usize {
+    let mut at = end - 1;
+    loop {
+        if [")", "]", "}"].contains(&text(at)) {
+            let mut depth = 0usize;
+            loop {
+                match text(at) {
+                    ")" | "]" | "}" => depth += 1,
+                    "(" | "[" | "{" => depth = depth.saturating_sub(1),
+                    _ => {}
+                }
+                if depth == 0 || at == 0 {
+                    break;
+                }
+                at -= 1;
+            }
+            // A call or a subscript of what stands before it.
+            if text(at) != "{" && !begins_operand(text, at) {
+                at -= 1;
+                continue;
+            }
+        }
+        match at.checked_sub(1).map(text) {
+            Some("." | "|") if at >= 2 => at -= 2,
+            _ => return at,
+        }
+    }
 }
 
 /// What an operand may follow.
@@ -275,14 +340,22 @@ mod tests {
         ] {
             assert_eq!(adapted(source), want, "{source}");
         }
-        let formatted = |operand: &str| format!("'%s' |{PERCENT}({operand})");
+        let percent = |left: &str, right: &str| format!("{left} |{PERCENT}({right})");
         for (source, want) in [
-            ("'%s' % x", formatted(" x")),
-            ("'%s' % (x, y) ~ z", formatted(" (x, y)") + " ~ z"),
-            ("'%s' % x.y[0].z(1)|upper + w", formatted(" x.y[0].z(1)|upper") + " + w"),
-            ("f('%s' % -x, 2)", format!("f('%s' |{PERCENT}( -x), 2)")),
-            ("a % b", "a % b".into()),
+            ("'%s' % x", percent("'%s'", " x")),
+            ("'%s' % (x, y) ~ z", percent("'%s'", " (x, y)") + " ~ z|printed"),
+            ("'%s' % x.y[0].z(1)|upper + w", percent("'%s'", " x.y[0].z(1)|upper") + " + w"),
+            ("f('%s' % -x, 2)", format!("f({}, 2)", percent("'%s'", " -x"))),
+            ("a % b", percent("a", " b")),
+            ("a - b.c(d)[0]|e(1) % b", percent("a - b.c(d)[0]|e(1)", " b")),
+            ("not (a, b) % (c % d)", percent("not (a, b)", &format!(" ({})", percent("c", " d")))),
+            ("a % b % c", percent("a", " b") + " % c"),
+            ("-a % b ** c", "-a % b ** c".into()),
             ("2 * '%s' % x", "2 * '%s' % x".into()),
+            ("a ~ b.c ~ '%'", "a|printed ~ b.c|printed ~ '%'".into()),
+            ("[a] ~ 'b' ~ f(c ~ 1)", "[a]|printed ~ 'b' ~ f(c|printed ~ 1|printed)|printed".into()),
+            ("2 * a ~ b * c ~ -d", "2 * a ~ b * c ~ -d".into()),
+            ("a ~ b % c", format!("a|printed ~ {}", percent("b", " c"))),
         ] {
             assert_eq!(adapted(&format!("{{{{ {source} }}}}")), format!("{{{{ {want} }}}}"), "{source}");
         }
@@ -303,6 +376,7 @@ mod tests {
         let mut mix = epsmoe_base::Mix::new(epsmoe_base::env::test_seed());
         let parts = [
             "{{",
+            "~",
             "}}",
             "{%",
             "%}",

@@ -235,19 +235,52 @@ fn escaped(text: &str) -> String {
     text.replace('\'', "&#39;").replace('"', "&#34;")
 }
 
-/// Python's `format % value`: a tuple has a value for each place, a dictionary for each name.
-pub(super) fn percent(state: &mut State, format: &Value, value: Value) -> Result<Value, Error> {
-    let values: Vec<Value> = match value.kind() {
-        ValueKind::Seq if value.downcast_object_ref::<Tuple>().is_some() => value.try_iter()?.collect(),
+/// Python's `left % right`: a text is formatted, a number divided, for what is left over.
+pub(super) fn percent(state: &mut State, left: &Value, right: Value) -> Result<Value, Error> {
+    if left.kind() != ValueKind::String {
+        return remainder(left, &right);
+    }
+    // A tuple has a value for each place, a dictionary for each name.
+    let values: Vec<Value> = match right.kind() {
+        ValueKind::Seq if right.downcast_object_ref::<Tuple>().is_some() => right.try_iter()?.collect(),
         ValueKind::Map => {
-            let names = value.try_iter()?.map(|key| Ok((key.to_string(), value.get_item(&key)?)));
+            let names = right.try_iter()?.map(|key| Ok((key.to_string(), right.get_item(&key)?)));
             vec![Value::from(names.collect::<Result<Kwargs, Error>>()?)]
         }
-        _ => vec![value],
+        _ => vec![right],
     };
     let filter = Value::from_function(filters::format);
-    let args: Vec<Value> = std::iter::once(format.clone()).chain(values).collect();
+    let args: Vec<Value> = std::iter::once(left.clone()).chain(values).collect();
     filter.call(state, &args)
+}
+
+/// The remainder, which has the sign of the divisor.
+fn remainder(left: &Value, right: &Value) -> Result<Value, Error> {
+    let is_number = |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool);
+    if !is_number(left) || !is_number(right) {
+        return Err(wrong(format!("cannot divide {} by {}", left.kind(), right.kind())));
+    }
+    let whole = |value: &Value| match value.kind() {
+        ValueKind::Bool => Some(i128::from(value.is_true())),
+        _ if value.is_integer() => i128::try_from(value.clone()).ok(),
+        _ => None,
+    };
+    if let (Some(left), Some(right)) = (whole(left), whole(right)) {
+        let rest = left.checked_rem(right).ok_or_else(|| wrong("division by zero"))?;
+        return Ok(Value::from(if rest != 0 && (rest < 0) != (right < 0) { rest + right } else { rest }));
+    }
+    let float = |value: &Value| match value.kind() {
+        ValueKind::Bool => Ok(f64::from(u8::from(value.is_true()))),
+        _ => f64::try_from(value.clone()),
+    };
+    let (left, right) = (float(left)?, float(right)?);
+    if right == 0.0 {
+        return Err(wrong("division by zero"));
+    }
+    let rest = left % right;
+    let rest = if rest != 0.0 && (rest < 0.0) != (right < 0.0) { rest + right } else { rest };
+    // A zero has the divisor's sign too.
+    Ok(Value::from(if rest == 0.0 { 0f64.copysign(right) } else { rest }))
 }
 
 fn format(state: &mut State, format: &Value, args: Args) -> Result<Value, Error> {

@@ -8,7 +8,7 @@ use super::adapt::{self, adapted};
 use super::arguments::wrong;
 use super::{filters, json, methods};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Serde, Value, ValueKind};
+use minijinja::value::{Kwargs, Rest, Serde, Tuple, Value, ValueKind};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, Output, State, functions};
 use minijinja_contrib::globals;
 use serde::{Deserialize, Serialize};
@@ -129,6 +129,7 @@ fn environment() -> Environment<'static> {
     filters::add(&mut environment);
     environment.add_filter(adapt::PERCENT, filters::percent);
     environment.add_filter(adapt::ITEMS, items);
+    environment.add_filter(adapt::PRINTED, printed);
     environment.add_test("iterable", is_iterable);
     environment.add_test("sequence", is_sequence);
     environment
@@ -143,14 +144,63 @@ fn environment() -> Environment<'static> {
 
 /// Prints as Python does; the library does so too, but for constants and floats.
 fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
-    let text: Cow<str> = match value.kind() {
+    match printed_otherwise(value)? {
+        Some(text) => out.write_str(&text).map_err(Error::from),
+        None => minijinja::escape_formatter(out, state, value),
+    }
+}
+
+/// What becomes of a value as a part of a text.
+fn printed(value: Value) -> Result<Value, Error> {
+    Ok(printed_otherwise(&value)?.map_or(value, Value::from))
+}
+
+/// The text that Python has for a value, where the library has another.
+fn printed_otherwise(value: &Value) -> Result<Option<Cow<'static, str>>, Error> {
+    Ok(Some(match value.kind() {
         ValueKind::None => "None".into(),
         ValueKind::Bool if value.is_true() => "True".into(),
         ValueKind::Bool => "False".into(),
         ValueKind::Number if !value.is_integer() => json::float(f64::try_from(value.clone())?).into(),
-        _ => return minijinja::escape_formatter(out, state, value),
+        ValueKind::Seq | ValueKind::Map if holds_float(value)? => represented(value)?.into(),
+        _ => return Ok(None),
+    }))
+}
+
+fn holds_float(value: &Value) -> Result<bool, Error> {
+    match value.kind() {
+        ValueKind::Number => Ok(!value.is_integer()),
+        ValueKind::Seq => value.try_iter()?.try_fold(false, |found, item| Ok(found || holds_float(&item)?)),
+        ValueKind::Map => {
+            value.try_iter()?.try_fold(false, |found, key| Ok(found || holds_float(&value.get_item(&key)?)?))
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Python's `repr`.
+fn represented(value: &Value) -> Result<String, Error> {
+    let items = |value: &Value| -> Result<Vec<String>, Error> {
+        value.try_iter()?.map(|item| represented(&item)).collect()
     };
-    out.write_str(&text).map_err(Error::from)
+    Ok(match value.kind() {
+        ValueKind::Seq if value.downcast_object_ref::<Tuple>().is_some() => match &items(value)?[..] {
+            [only] => format!("({only},)"),
+            items => format!("({})", items.join(", ")),
+        },
+        ValueKind::Seq => format!("[{}]", items(value)?.join(", ")),
+        ValueKind::Map => {
+            let pair =
+                |key: Value| Ok(format!("{}: {}", represented(&key)?, represented(&value.get_item(&key)?)?));
+            let pairs: Result<Vec<String>, Error> = value.try_iter()?.map(pair).collect();
+            format!("{{{}}}", pairs?.join(", "))
+        }
+        _ => match printed_otherwise(value)? {
+            Some(text) => text.into_owned(),
+            // The library quotes texts in lists as Python does.
+            None => Value::from(vec![value.clone()]).to_string().trim_matches(['[', ']']).to_owned(),
+        },
+    })
 }
 
 /// Python cannot iterate over `None`; an undefined value has no items.

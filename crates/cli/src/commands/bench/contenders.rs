@@ -230,7 +230,7 @@ impl Contender {
         let bound = serial.and_then(|serial| {
             Some(median(serial, |layer| layer.compute_ms)?.max(median(serial, |layer| layer.transfer_ms)?))
         });
-        let accounts = busiest(&self.timeline);
+        let breakdown = busiest(&self.timeline);
         let ratio_to = |other: &Contender| {
             quantile(self.rates.iter().zip(&other.rates).map(|(own, other)| own / other), 0.5)
         };
@@ -273,8 +273,8 @@ impl Contender {
                 planning_us: host(|time| time.planning_us),
                 enqueueing_us: host(|time| time.enqueueing_us),
             }),
-            accounts,
-            accounts_complete: accounts.unexplained() * 50 <= accounts.wall,
+            breakdown,
+            accounts_complete: breakdown.unexplained() * 50 <= breakdown.wall,
             peak_bytes: self.peak_bytes,
             ratio_to_serial: serial.and_then(ratio_to),
             ratio_to_base: base.and_then(ratio_to),

@@ -60,7 +60,7 @@ pub(super) fn learn(
         let map = Arc::new(SlotMap::contiguous(moe.experts, one.size)?);
         let routing = |tokens: &Vec<TokenId>| -> Result<Routing> {
             let tokens = computed(spec, Layer(number), tokens);
-            Ok(engine.routing().routing(Layer(number), &tokens, moe.experts, moe.gate.top_k)?)
+            Ok(engine.routing().routing(Layer(number), &tokens, moe.experts, moe.router.top_k)?)
         };
         setup.peers.learn(Layer(number), &map, tokens.iter().map(routing).collect::<Result<_>>()?);
     }

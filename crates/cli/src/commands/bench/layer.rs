@@ -172,10 +172,10 @@ impl Bench<'_> {
                 hidden,
                 inner: moe.inner,
                 experts: moe.experts,
-                top_k: moe.gate.top_k,
+                top_k: moe.router.top_k,
                 shared_inner: moe.shared.map_or(0, |shared| shared.inner),
             },
-            gate: moe.gate,
+            router: moe.router,
             rank: Rank(self.args.emulate_rank.rank),
             size: self.args.emulate_rank.size,
             tokens,
@@ -187,8 +187,8 @@ impl Bench<'_> {
     /// Refuses what the processor cannot hold, before anything is made: weights, inputs of all ranks, buffers of rows
     /// that are spread evenly.
     fn check_room(&self, model: &str, what: &EmulatedShape, gpu: Option<&CudaDevice>) -> Result<()> {
-        let placement = SlotMap::contiguous(what.shape.experts, what.size)?;
-        let sizes = what.shape.layer(&placement, self.dtype);
+        let map = SlotMap::contiguous(what.shape.experts, what.size)?;
+        let sizes = what.shape.layer(&map, self.dtype);
         let assignments = what.tokens.saturating_mul(what.shape.top_k);
         let rows = what.tokens.saturating_mul(sizes.ranks_of_token());
         let even = Capacity {
@@ -243,7 +243,7 @@ impl Bench<'_> {
         let cost = setup::cost_model(self.args.profile.as_deref(), &self.fingerprint, link)?;
         let cost = Arc::new(CostModel { concurrent: 0, ..cost });
         let mut contenders = Vec::new();
-        for policy in self.policies(layers.placement().max_local(), &cost) {
+        for policy in self.policies(layers.slot_map().max_local(), &cost) {
             contenders.push(Contender::new(layers.schedule(policy.clone(), &fabric)?, policy));
         }
         for contender in &mut contenders {

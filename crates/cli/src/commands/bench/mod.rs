@@ -93,8 +93,8 @@ struct Row {
     /// Most bytes that a layer needed on a rank.
     peak_bytes: u64,
     /// Where the time of the slowest rank went in the last round, in nanoseconds.
-    accounts: TimeBreakdown,
-    /// Whether the accounts make up that time within 2 %.
+    breakdown: TimeBreakdown,
+    /// Whether the breakdown make up that time within 2 %.
     accounts_complete: bool,
     /// Tokens per second over those of the serial schedule in the same round, of the same strategy and kernel; null
     /// if it did not run.
@@ -246,7 +246,7 @@ fn page(report: &Report, contenders: &[Contender]) -> Page {
     let bar = |row: &Row| report::Row {
         label: label(row),
         tokens_per_second: row.tokens_per_second,
-        accounts: row.accounts,
+        breakdown: row.breakdown,
     };
     let mut notes = vec![
         report.heading(),

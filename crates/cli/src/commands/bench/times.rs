@@ -127,11 +127,11 @@ fn inside(spans: &[&Span], start: u64, end: u64) -> Timeline {
     Timeline { spans: cut.collect() }
 }
 
-/// The accounts of the rank that had the least time to spare.
+/// The breakdown of the rank that had the least time to spare.
 pub(super) fn busiest(timeline: &Timeline) -> TimeBreakdown {
     let ranks: BTreeSet<Rank> = timeline.spans.iter().map(|span| span.rank).collect();
-    let accounts = ranks.into_iter().map(|rank| TimeBreakdown::of(timeline, rank));
-    accounts.min_by_key(|accounts| accounts.count_exchange + accounts.idle).unwrap_or_default()
+    let breakdown = ranks.into_iter().map(|rank| TimeBreakdown::of(timeline, rank));
+    breakdown.min_by_key(|breakdown| breakdown.count_exchange + breakdown.idle).unwrap_or_default()
 }
 
 fn ms(ns: u64) -> f64 {

@@ -1,6 +1,6 @@
 //! The index arrays of an MoE layer: blocks that count and then place, a kernel or two for each operation.
 
-use super::{Launch, Refusal, Rows};
+use super::{Columns, Launch, Refusal, Rows};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{AssignSlots, CountSlots, ReceiveOrder, SendOrder, SortBySlot};
@@ -78,8 +78,7 @@ impl Launch<'_> {
             slot_weights: self.rows(&op.slot_weights)?,
             report: self.report,
         };
-        let pairs = op.experts.rows * op.experts.width;
-        self.threads("assign", DType::F32, DType::F32, &op.experts, pairs, arguments)
+        self.by_columns(Columns::Each, "assign", DType::F32, DType::F32, &op.experts, arguments)
     }
 
     pub(super) fn count_slots(&mut self, op: &CountSlots) -> Result<(), Refusal> {
@@ -118,7 +117,7 @@ impl Launch<'_> {
             local: op.local as u32,
             padding: 0,
         };
-        self.threads("receive_rows", DType::F32, DType::F32, &op.order, op.order.rows, arguments)?;
+        self.by_columns(Columns::Each, "receive_rows", DType::F32, DType::F32, &op.order, arguments)?;
         self.blocks("receive_sums", op.local, arguments)
     }
 

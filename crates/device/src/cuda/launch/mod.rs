@@ -33,6 +33,28 @@ const RUN: usize = 8;
 const WARP: usize = 32;
 const STRETCH: usize = 4 * WARP * RUN;
 
+/// What a row is cut into.
+#[derive(Clone, Copy)]
+enum Columns {
+    /// Single ones, each a thread's.
+    Each,
+    /// Runs, each a thread's.
+    Runs,
+    /// Stretches, each a warp's.
+    Stretches,
+}
+
+impl Columns {
+    /// Threads for a row of `width` columns.
+    fn threads(self, width: usize) -> usize {
+        match self {
+            Columns::Each => width,
+            Columns::Runs => width.div_ceil(RUN),
+            Columns::Stretches => width.div_ceil(STRETCH) * WARP,
+        }
+    }
+}
+
 /// Most blocks along the second axis of a grid.
 const MOST_ROWS: usize = 65_535;
 
@@ -144,45 +166,21 @@ impl Launch<'_> {
         }
     }
 
-    /// Starts a kernel over the rows of `over`, whose threads take runs of columns; its arguments are the kernel's own
-    /// struct.
-    fn runs<A: Copy>(
+    /// Starts a kernel over the rows of `over`, cut into `columns`; its arguments are the kernel's own struct.
+    fn by_columns<A: Copy>(
         &mut self,
+        columns: Columns,
         operation: &'static str,
         from: DType,
         to: DType,
         over: &Buffer,
-        arguments: A,
-    ) -> Result<(), Refusal> {
-        self.threads(operation, from, to, over, over.rows * over.width.div_ceil(RUN), arguments)
-    }
-
-    /// Starts a kernel over the rows of `over`, whose warps take stretches of columns; its arguments are the kernel's
-    /// own struct.
-    fn stretches<A: Copy>(
-        &mut self,
-        operation: &'static str,
-        from: DType,
-        to: DType,
-        over: &Buffer,
-        arguments: A,
-    ) -> Result<(), Refusal> {
-        self.threads(operation, from, to, over, over.rows * over.width.div_ceil(STRETCH) * WARP, arguments)
-    }
-
-    fn threads<A: Copy>(
-        &mut self,
-        operation: &'static str,
-        from: DType,
-        to: DType,
-        over: &Buffer,
-        threads: usize,
         arguments: A,
     ) -> Result<(), Refusal> {
         if is_empty(over) {
             return Ok(());
         }
         let kernel = self.kernels.get(operation, from, to)?;
+        let threads = over.rows * columns.threads(over.width);
         // A kernel counts all threads in 32 bits.
         if threads > u32::MAX as usize / 2 {
             let message = format!("{operation}: {over:?} is too large for one launch");

@@ -1,6 +1,6 @@
 //! Weighted sums of rows.
 
-use super::{Launch, Refusal, Rows};
+use super::{Columns, Launch, Refusal, Rows};
 use crate::Buffer;
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
@@ -33,6 +33,6 @@ impl Launch<'_> {
             weighted: u32::from(op.weights.is_some()),
             added: u32::from(op.addend.is_some()),
         };
-        self.stretches("reduce", op.x.dtype, op.out.dtype, &op.out, arguments)
+        self.by_columns(Columns::Stretches, "reduce", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 }

@@ -27,16 +27,16 @@ impl Launch<'_> {
         if is_empty(&op.logits) {
             return Ok(());
         }
-        let groups = op.gate.groups;
+        let groups = op.router.groups;
         let arguments = RouteArgs {
             logits: self.rows(&op.logits)?,
             experts: self.rows(&op.experts)?,
             weights: self.rows(&op.weights)?,
             bias: op.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
-            scale: op.gate.scale,
-            top_k: op.gate.top_k as u32,
-            sigmoid: u32::from(op.gate.score == Score::Sigmoid),
-            normalise: u32::from(op.gate.normalise),
+            scale: op.router.scale,
+            top_k: op.router.top_k as u32,
+            sigmoid: u32::from(op.router.score == Score::Sigmoid),
+            normalise: u32::from(op.router.normalise),
             groups: groups.map_or(0, |limit| limit.groups as u32),
             kept: groups.map_or(0, |limit| limit.kept as u32),
             two_best: u32::from(groups.is_some_and(|limit| limit.by == GroupScore::TopTwoSum)),

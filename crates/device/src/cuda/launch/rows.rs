@@ -1,6 +1,6 @@
 //! Operations that go row by row and element by element.
 
-use super::{Launch, Refusal, Rows, is_empty};
+use super::{Columns, Launch, Refusal, Rows, is_empty};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{Add, ArgMax, Clamp, Copy, Embed, GateRows, Gather, KvWrite};
@@ -94,38 +94,38 @@ impl Launch<'_> {
         };
         let (ids, out) = (self.rows(&op.ids)?, self.rows(&op.out)?);
         let arguments = EmbedArgs { ids, table: rows, out, report: self.report };
-        self.runs("embed", table.dtype, op.out.dtype, &op.out, arguments)
+        self.by_columns(Columns::Runs, "embed", table.dtype, op.out.dtype, &op.out, arguments)
     }
 
     pub(super) fn kv_write(&mut self, op: &KvWrite) -> Result<(), Refusal> {
         let (x, slots, cache) = (self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?);
         let arguments = KvWriteArgs { x, slots, cache, report: self.report };
-        self.runs("kv_write", op.x.dtype, op.cache.dtype, &op.x, arguments)
+        self.by_columns(Columns::Runs, "kv_write", op.x.dtype, op.cache.dtype, &op.x, arguments)
     }
 
     pub(super) fn gather(&mut self, op: &Gather) -> Result<(), Refusal> {
         let (x, index, out) = (self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?);
         let arguments = GatherArgs { x, index, out, report: self.report };
-        self.stretches("gather", op.x.dtype, op.out.dtype, &op.out, arguments)
+        self.by_columns(Columns::Stretches, "gather", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
     pub(super) fn add(&mut self, op: &Add) -> Result<(), Refusal> {
         let arguments = AddArgs { x: self.rows(&op.x)?, out: self.rows(&op.out)? };
-        self.runs("add", op.x.dtype, op.out.dtype, &op.out, arguments)
+        self.by_columns(Columns::Runs, "add", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
     pub(super) fn copy(&mut self, op: &Copy) -> Result<(), Refusal> {
         let arguments = CopyArgs { x: self.rows(&op.x)?, out: self.rows(&op.out)? };
-        self.runs("copy", op.x.dtype, op.out.dtype, &op.out, arguments)
+        self.by_columns(Columns::Runs, "copy", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
     pub(super) fn clamp(&mut self, op: &Clamp) -> Result<(), Refusal> {
         let arguments = ClampArgs { x: self.rows(&op.x)?, limit: op.limit, padding: 0 };
-        self.runs("clamp", op.x.dtype, op.x.dtype, &op.x, arguments)
+        self.by_columns(Columns::Runs, "clamp", op.x.dtype, op.x.dtype, &op.x, arguments)
     }
 
     pub(super) fn gate_rows(&mut self, op: &GateRows) -> Result<(), Refusal> {
         let arguments = GateRowsArgs { gate: self.rows(&op.gate)?, x: self.rows(&op.x)? };
-        self.runs("gate_rows", op.x.dtype, op.x.dtype, &op.x, arguments)
+        self.by_columns(Columns::Runs, "gate_rows", op.x.dtype, op.x.dtype, &op.x, arguments)
     }
 }

@@ -94,7 +94,7 @@ impl<T> Known<T> {
     }
 }
 
-/// What a GPU of this machine can be relied on for. Whoever lets kernels wait for transfers asks here first.
+/// What a GPU of this machine can be relied on for.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Capabilities {
     /// Multiprocessors that a waiting kernel must leave free for copies in one piece to progress, in any direction.
@@ -151,20 +151,6 @@ impl Capabilities {
             ("products beside device copies, times as long", format!("{:.2}", self.device_copy_slowdown)),
             ("copies released by the host end late by, µs", format!("{:.1}", self.pacing_error_us)),
         ]
-    }
-
-    /// Whether kernels that leave `free` multiprocessors may wait for copies on other streams; if not, why.
-    pub fn permit_waiting_kernels(&self, free: u32) -> Result<(), String> {
-        match &self.free_for_copies {
-            Known::NotAvailable(reason) => Err(format!("copies beside a waiting kernel: {reason}")),
-            Known::Measured(needed) if *needed > free => Err(format!(
-                "copies progress beside a waiting kernel only if it leaves {needed} multiprocessors free, not {free}"
-            )),
-            Known::Measured(_) => match &self.signal_us {
-                Known::NotAvailable(reason) => Err(format!("streams that wait for a word: {reason}")),
-                Known::Measured(_) => Ok(()),
-            },
-        }
     }
 }
 
@@ -251,30 +237,5 @@ mod tests {
         assert_eq!(kernels(&[1, 3]), Some(16));
         assert_eq!(kernels(&[4]), None);
         assert_eq!(least_free(&table(&[1, 2, 3, 4]), |work| work == Work::Fill(1 << 20)), Some(0));
-    }
-
-    #[test]
-    fn waiting_kernels_need_copies_and_signals() {
-        fn absent<T>(reason: &str) -> Known<T> {
-            Known::NotAvailable(reason.to_owned())
-        }
-        let all = Capabilities {
-            free_for_copies: Known::Measured(4),
-            free_for_row_copies: absent("none"),
-            free_for_kernels: Known::Measured(8),
-            signal_us: Known::Measured(3.0),
-            partition_signal_us: absent("none"),
-            partitions: absent("none"),
-            partitions_run_together: absent("none"),
-            queues: Known::Measured(8),
-            device_copy_slowdown: Known::Measured(1.1),
-            pacing_error_us: Known::Measured(5.0),
-        };
-        assert_eq!(all.permit_waiting_kernels(4), Ok(()));
-        assert!(all.permit_waiting_kernels(0).is_err());
-        let silent = Capabilities { signal_us: absent("no signals"), ..all.clone() };
-        assert!(silent.permit_waiting_kernels(4).is_err_and(|reason| reason.contains("no signals")));
-        let stuck = Capabilities { free_for_copies: absent("never"), ..all };
-        assert!(stuck.permit_waiting_kernels(16).is_err());
     }
 }
