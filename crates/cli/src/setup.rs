@@ -22,6 +22,7 @@ use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightS
 use epsmoe_device::{Backend, PeerQueue, WeightFormat};
 use epsmoe_engine::{Engine, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode};
 use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOptions};
+use epsmoe_model::checkpoint;
 use epsmoe_model::config::Config;
 use epsmoe_model::{
     Checkpoint, HeldWeights, Method, ModelSpec, Synthetic, WeightSource, gguf_file, preset_text,
@@ -147,6 +148,14 @@ pub(crate) fn spec(args: &ModelArgs) -> Result<ModelSpec> {
             config.remarks.iter().for_each(output::warn);
             config.spec
         }
+    })
+}
+
+/// How a model says that its weights are coded, if it does.
+pub(crate) fn method(args: &ModelArgs) -> Result<Option<Method>> {
+    Ok(match locate(&args.model, &args.revision)? {
+        Place::Preset(_) => None,
+        Place::Folder(folder) => checkpoint::method(&folder)?,
     })
 }
 

@@ -30,18 +30,20 @@ pub enum Method {
     Awq,
     Gptq,
     ModelOpt,
+    Quark,
     Gguf,
 }
 
 impl Method {
     /// All methods.
-    pub const ALL: [Method; 7] = [
+    pub const ALL: [Method; 8] = [
         Method::Fp8,
         Method::CompressedTensors,
         Method::Mxfp4,
         Method::Awq,
         Method::Gptq,
         Method::ModelOpt,
+        Method::Quark,
         Method::Gguf,
     ];
 
@@ -76,6 +78,7 @@ impl fmt::Display for Method {
             Method::Awq => "awq",
             Method::Gptq => "gptq",
             Method::ModelOpt => "modelopt",
+            Method::Quark => "quark",
             Method::Gguf => "gguf",
         })
     }
@@ -109,6 +112,7 @@ impl QuantConfig {
             "awq" => section.awq(),
             "gptq" => section.gptq(),
             "modelopt" => section.modelopt(),
+            "quark" => Ok(weight_only(Method::Quark, Hints::default())),
             other => {
                 let methods: Vec<String> = Method::ALL.iter().map(Method::to_string).collect();
                 Err(QuantError::new(format!(

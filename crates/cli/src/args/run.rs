@@ -40,8 +40,8 @@ pub(crate) struct RunArgs {
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto, help_heading = PROCESSOR)]
     pub(crate) dtype: Dtype,
 
-    /// Holds against the checkpoint that its weights are quantised so: fp8, compressed-tensors, mxfp4, awq, gptq, modelopt
-    /// or gguf; with `none` (or `dequantise`) they are decoded to bfloat16 when they are loaded: the same bits, in more memory
+    /// Holds against the checkpoint that its weights are quantised so: fp8, compressed-tensors, mxfp4, awq, gptq, modelopt,
+    /// quark or gguf; with `none` (or `dequantise`) they are decoded to bfloat16 when they are loaded: the same bits, in more memory
     /// [default: what the checkpoint says]
     #[arg(
         short,

@@ -12,7 +12,7 @@ use epsmoe_model::config::{self, Config};
 use epsmoe_model::{
     Checkpoint, LayerPart, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file,
 };
-use epsmoe_quant::{StoredTensor, StoredType, Target};
+use epsmoe_quant::{QuantError, StoredTensor, StoredType, Target};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
 use std::io::{self, Write};
@@ -201,17 +201,45 @@ fn write_shard(
         };
         match item.coding {
             Some(target) => {
-                let [_, columns] = item.shape;
                 let whole = whole(spec, weights, item).map_err(io::Error::other)?;
-                for coded in target.encode(&item.name, &whole.floats(), columns).map_err(io::Error::other)? {
-                    write(&coded.bytes)?;
-                }
+                let coded = in_bands(target, item, &whole.floats()).map_err(io::Error::other)?;
+                coded.iter().try_for_each(|bytes| write(bytes))?;
             }
             None => write(&whole(spec, weights, item).map_err(io::Error::other)?.bytes)?,
         }
     }
     Ok(())
 }
+
+/// The bytes of an item's tensors, coded by all cores, some rows each.
+fn in_bands(target: Target, item: &Item, weights: &[f32]) -> Result<Vec<Vec<u8>>, QuantError> {
+    let [rows, columns] = item.shape;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    // Blocks of rows stay whole.
+    let band = rows.div_ceil(cores).next_multiple_of(BAND) * columns;
+    let encode = |band: &[f32]| target.encode(&item.name, band, columns);
+    let bands: Vec<_> = std::thread::scope(|scope| {
+        let bands: Vec<_> = weights.chunks(band).map(|band| scope.spawn(move || encode(band))).collect();
+        bands.into_iter().map(|band| band.join().expect("a thread that codes does not panic")).collect()
+    });
+    let mut bytes: Vec<Vec<u8>> = vec![Vec::new(); item.tensors.len()];
+    for band in bands {
+        for (bytes, coded) in bytes.iter_mut().zip(band?) {
+            bytes.extend(coded.bytes);
+        }
+    }
+    // What says the shape says that of a band.
+    for (bytes, tensor) in
+        bytes.iter_mut().zip(&item.tensors).filter(|(_, tensor)| tensor.dtype == StoredType::I64)
+    {
+        *bytes = item.shape.map(|width| (width as i64).to_le_bytes()).concat();
+        debug_assert_eq!(bytes.len() as u64, tensor.bytes());
+    }
+    Ok(bytes)
+}
+
+/// Rows that no band cuts: those of the largest block.
+const BAND: usize = 128;
 
 /// The whole tensor, out of its parts.
 fn whole(spec: &ModelSpec, weights: &Checkpoint, item: &Item) -> Result<Tensor, ModelError> {

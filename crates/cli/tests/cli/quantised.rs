@@ -52,7 +52,14 @@ fn a_gguf_file_is_a_model() {
     let part = folder.text("model-00001-of-00002.gguf");
     let message = refused(&mut command(&format!("generate --model {part} --ids 5")));
     contains(&message, "model-00002-of-00002.gguf: the file is missing; fetch it");
-    printed(&mut command(&format!("plan --model {file} --machine 8xH100 --json")));
+    for model in [&file, &fixture("deepseek_v3_fp8"), &fixture("qwen3_moe_mxfp4"), &fixture("mixtral_int4")] {
+        let output = command(&format!("plan --model {model} --machine 8xH100 --json")).output().unwrap();
+        let remark = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            output.status.success() && remark.contains("they are counted and computed with in bfloat16"),
+            "{remark}"
+        );
+    }
     contains(&refused(&mut command("generate --model ./none.gguf --ids 5")), "there is no file ./none.gguf");
 }
 
@@ -84,7 +91,7 @@ fn convert(model: &str, coding: &str, out: &str) -> String {
 /// Each coding is read again, is near to what it was made of, and says so.
 #[test]
 fn convert_writes_a_checkpoint_that_is_near() {
-    let (folder, model) = (Folder::new(), fixture("qwen3_moe"));
+    let (folder, model) = (Folder::new(), fixture("mixtral"));
     std::fs::write(folder.path("text"), "A text of some words, 1234 of them.\n".repeat(20)).unwrap();
     let plain = logits(&model, "");
     let scale = plain.iter().fold(0.0f32, |most, logit| most.max(logit.abs()));

@@ -211,9 +211,12 @@ impl WeightSource for Checkpoint {
     }
 
     fn place(&self, name: &str) -> String {
-        self.tensors
-            .get(name)
-            .map_or_else(|| self.folder.clone(), |entry| self.shards[entry.shard].name.clone())
+        // Of a coded tensor only the parts are there.
+        let stem = name.strip_suffix(".weight").unwrap_or(name);
+        let packed = ["weight_packed", "qweight"].map(|part| format!("{stem}.{part}"));
+        let entry =
+            [name].into_iter().chain(packed.iter().map(String::as_str)).find_map(|it| self.tensors.get(it));
+        entry.map_or_else(|| self.folder.clone(), |entry| self.shards[entry.shard].name.clone())
     }
 }
 
@@ -284,6 +287,14 @@ pub fn gguf_file(path: &Path) -> Result<Option<PathBuf>, ModelError> {
         return Ok(None);
     }
     Ok(GgufFiles::open(path)?.map(GgufFiles::first))
+}
+
+/// How the model at a path says that its weights are coded; None if they are plain. Nothing of its weights is read.
+pub fn method(path: &Path) -> Result<Option<Method>, ModelError> {
+    if gguf_file(path)?.is_some() {
+        return Ok(Some(Method::Gguf));
+    }
+    Ok(Quantisation::of(path).read()?.map(|config| config.method))
 }
 
 /// Whether a folder has a file of this name, even one that points to nothing: opening it says so.

@@ -9,7 +9,7 @@ mod held;
 mod unused;
 
 pub(crate) use folder::other_weights;
-pub use folder::{Checkpoint, gguf_file};
+pub use folder::{Checkpoint, gguf_file, method};
 pub(crate) use gguf::GgufFiles;
 pub use header::{Header, Index};
 pub use held::HeldWeights;
