@@ -15,6 +15,7 @@ use epsmoe_model::{
 use epsmoe_quant::{QuantError, StoredTensor, StoredType, Target};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
+use std::collections::HashMap;
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -130,15 +131,16 @@ fn is_coded(part: Part) -> bool {
 /// The tensors of the model under the names that its architecture is published with.
 fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<Item>> {
     let mut items: Vec<Item> = Vec::new();
+    let mut by_name: HashMap<String, usize> = HashMap::new();
     for part in spec.parts() {
         let located = spec.locate(part);
         let to = &located.sources[0];
         let place = (part, to.first_row, to.row_step);
-        // Parts of one tensor follow each other, but for those of all experts.
-        if let Some(item) = items.iter_mut().rev().take(MOST_BETWEEN).find(|item| item.name == to.name) {
-            item.parts.push(place);
+        if let Some(&index) = by_name.get(&to.name) {
+            items[index].parts.push(place);
             continue;
         }
+        by_name.insert(to.name.clone(), items.len());
         let Some((_, kept)) = weights.kept(&located)? else {
             bail!("there is no tensor `{}`: this is a bug", to.name);
         };
@@ -163,9 +165,6 @@ fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<I
     }
     Ok(items)
 }
-
-/// Tensors of a layer that parts of one may be apart: three of all experts are filled in turns.
-const MOST_BETWEEN: usize = 4;
 
 /// config.json, with how the weights are coded now.
 fn new_config(folder: &Path, items: &[Item], target: Target) -> Result<String> {
