@@ -8,6 +8,7 @@ use crate::unfinished::{Shard, Unfinished, bytes_of, shards, write_index};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::files::read_plain;
 use epsmoe_base::{Bytes, count, json};
+use epsmoe_device::WeightShape;
 use epsmoe_model::config::{self, Config};
 use epsmoe_model::{
     Checkpoint, LayerPart, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file,
@@ -144,7 +145,10 @@ fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<I
         let Some((_, kept)) = weights.kept(&located)? else {
             bail!("there is no tensor `{}`: this is a bug", to.name);
         };
-        let columns = if to.shape.len() < 2 { 1 } else { to.shape[to.shape.len() - 1] };
+        let columns = match located.shape {
+            WeightShape::Vector { .. } => 1,
+            _ => to.shape.last().copied().unwrap_or(1),
+        };
         let shape = [to.shape.iter().product::<usize>() / columns.max(1), columns];
         let coding =
             Some(target).filter(|target| is_coded(part) && to.shape.len() == 2 && target.fits(columns));
