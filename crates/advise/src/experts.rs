@@ -25,8 +25,8 @@ impl Advisor<'_> {
     }
 
     fn sizes(&self, map: &SlotMap, inner: usize, shared_inner: usize) -> LayerSizes {
-        let (hidden, top_k) = (self.model.hidden, self.moe.router.top_k);
-        LayerSizes { hidden, inner, shared_inner, top_k, ..LayerSizes::of(map, DTYPE) }
+        let (hidden, top_k, wire) = (self.model.hidden, self.moe.router.top_k, self.load.wire());
+        LayerSizes { hidden, inner, shared_inner, top_k, wire, ..LayerSizes::of(map, DTYPE) }
     }
 
     /// Every expert on one GPU: one search or table for each schedule.

@@ -23,7 +23,7 @@ mod frame;
 mod limits;
 mod text;
 
-use epsmoe_base::DType;
+use epsmoe_base::{DType, WireDType, WireFormat};
 use epsmoe_model::{ModelSpec, MoeSpec};
 use epsmoe_plan::{CostModel, MOST_NS, Machine, PlanError};
 use frame::{Frame, sum};
@@ -123,12 +123,18 @@ pub struct Load {
     pub seed: u64,
     /// Stages of [`Running::Staged`].
     pub stages: usize,
+    /// What rows travel to their experts in.
+    pub wire: WireDType,
 }
 
 impl Load {
     /// All tokens, P.
     fn tokens(&self) -> usize {
         self.batch * self.sequence // `limits` has looked at it.
+    }
+
+    fn wire(&self) -> WireFormat {
+        WireFormat::of(self.wire, DTYPE)
     }
 }
 
@@ -192,6 +198,8 @@ pub struct Advice {
     pub batch: usize,
     /// Tokens of a sequence.
     pub sequence: usize,
+    /// What rows travel in.
+    pub wire: String,
     /// Memory of a GPU.
     pub memory_bytes: u64,
     /// Strategies by schedules.
@@ -202,8 +210,9 @@ pub struct Advice {
     pub why: String,
 }
 
-/// Activations and weights, and bytes of an element.
-const DTYPE: DType = DType::BF16;
+/// What activations and weights are in.
+pub const DTYPE: DType = DType::BF16;
+/// Bytes of an element of them.
 const ELEMENT: usize = DTYPE.bytes();
 
 /// Share of a GPU's memory that can be filled, in permille: the rest is the driver's and fragmentation.
@@ -237,6 +246,7 @@ pub fn advise(name: &str, model: &ModelSpec, machine: &Machine, load: &Load) -> 
         machine: machine.name.clone(),
         batch: load.batch,
         sequence: load.sequence,
+        wire: load.wire().to_string(),
         memory_bytes: machine.gpu.memory_bytes.value,
         rows,
         best,

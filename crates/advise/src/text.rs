@@ -57,12 +57,13 @@ impl fmt::Display for Advice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} on {}, batch {} x sequence {}, {} a GPU",
+            "{} on {}, batch {} x sequence {}, {} a GPU, {}",
             self.model,
             self.machine,
             self.batch,
             self.sequence,
-            Bytes(self.memory_bytes)
+            Bytes(self.memory_bytes),
+            self.wire
         )?;
         writeln!(
             f,

@@ -1,6 +1,7 @@
 //! The planner against the tables of EPS-MoE (arXiv 2410.12247): signs, not sizes; see `docs/paper-check.md`.
 
 use epsmoe_advise::*;
+use epsmoe_base::WireDType;
 use epsmoe_model::{ModelSpec, preset};
 use epsmoe_plan::Machine;
 
@@ -21,7 +22,7 @@ fn ask(model: &ModelSpec, machine: &Machine, load: &Load) -> Advice {
 }
 
 fn load(batch: usize, sequence: usize, stages: usize) -> Load {
-    Load { batch, sequence, zipf_permille: 0, seed: 1, stages }
+    Load { batch, sequence, zipf_permille: 0, seed: 1, stages, wire: WireDType::Auto }
 }
 
 /// A machine with the kernels of the paper's time.

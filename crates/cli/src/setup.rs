@@ -13,7 +13,7 @@ use crate::watch::LayerSample;
 use crate::{machine, output};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::files::open_plain;
-use epsmoe_base::{Bytes, DType, FaultCell, Rank};
+use epsmoe_base::{Bytes, DType, FaultCell, Rank, WireDType, WireFormat};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{self, CpuKernels};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
@@ -269,6 +269,7 @@ pub(crate) struct Setup {
     processor: Processor,
     gpu_weights: OnceLock<Vec<CudaWeights>>,
     dtype: DType,
+    wire: WireDType,
     isa: Isa,
     batched_tokens: Option<usize>,
     sequences: Option<usize>,
@@ -314,6 +315,7 @@ impl Setup {
             Dtype::Float32 => DType::F32,
             Dtype::Bfloat16 => DType::BF16,
         };
+        let wire = args.wire_dtype.of(dtype)?;
         let isa = args.isa.unwrap_or_else(Isa::detect);
         let mut policy = policy(args);
         if policy.schedule == Schedule::Auto {
@@ -344,6 +346,7 @@ impl Setup {
             processor,
             gpu_weights: OnceLock::new(),
             dtype,
+            wire,
             isa,
             batched_tokens: args.max_num_batched_tokens,
             sequences: args.max_num_seqs,
@@ -414,6 +417,7 @@ impl Setup {
             kv_blocks: None,
             prefix_caching: false,
             policy: policy.clone(),
+            wire: self.wire,
             parallel,
             routing: self.routing.clone(),
             timeout: self.timeout,
@@ -594,7 +598,10 @@ impl Setup {
 
     /// The processor, what is computed on it, and what weights are held in if that is not the same, in a few words.
     pub(crate) fn processor(&self) -> String {
-        let processor = self.processor_alone();
+        let mut processor = self.processor_alone();
+        if self.wire == WireDType::Fp8 {
+            processor += &format!(", {}", WireFormat::of(self.wire, self.dtype));
+        }
         match WeightFormat::plain(self.dtype) {
             Some(plain) if self.held.formats.iter().all(|(format, _)| *format == plain) => processor,
             _ => format!("{processor}, weights held as {} ({})", self.held, Bytes(self.held.bytes)),

@@ -7,7 +7,7 @@ use crate::{
     Completion, EngineError, EngineStats, Event, Executor, Failure, Finish, Request, RequestId, StepReport,
     ThreadExecutor, TokenLogprobs,
 };
-use epsmoe_base::{Fault, FaultCell, Rank};
+use epsmoe_base::{Fault, FaultCell, Rank, WireDType};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{BLOCK_SIZE, Batch, Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
@@ -35,6 +35,8 @@ pub struct EngineOptions {
     pub prefix_caching: bool,
     /// How MoE layers are scheduled.
     pub policy: Policy,
+    /// What rows travel between ranks in.
+    pub wire: WireDType,
     /// How the model is spread over ranks.
     pub parallel: Parallel,
     /// What decides where tokens go, and whether that is recorded.
@@ -56,6 +58,7 @@ impl EngineOptions {
             max_blocks,
             policy: self.policy.clone(),
             capacity: self.capacity,
+            wire: self.wire,
             parallel: self.parallel,
             routing: self.routing.clone(),
             timeout: self.timeout,

@@ -6,7 +6,7 @@ use crate::{
     StepReport,
 };
 use epsmoe_base::env::test_seed;
-use epsmoe_base::{Fault, Mix};
+use epsmoe_base::{Fault, Mix, WireDType};
 use epsmoe_model::{BLOCK_SIZE, Batch, ModelSpec, StepOutput, preset};
 use epsmoe_plan::{Policy, ScheduleReport};
 use std::collections::{HashMap, VecDeque};
@@ -137,6 +137,7 @@ fn options() -> EngineOptions {
         capacity: None,
         prefix_caching: false,
         policy: Policy::default(),
+        wire: WireDType::Auto,
         parallel: Parallel::default(),
         routing: RoutingMode::FromRouter,
         timeout: Duration::from_secs(10),

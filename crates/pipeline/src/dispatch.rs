@@ -5,7 +5,7 @@ use crate::buffers::LayerBuffers;
 use crate::run::Call;
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Lane, Phase, Place, Rank, Stage};
-use epsmoe_device::op::{CountSlots, Gather, SendOrder};
+use epsmoe_device::op::{CountSlots, Fp8, SendOrder};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_fabric::Exchange;
 use epsmoe_plan::TokenHistograms;
@@ -57,7 +57,8 @@ impl<B: Backend> ExpertPipeline<B> {
         };
         self.compute(place, order)?;
         let x = call.x.rows(tokens.clone())?;
-        self.compute(place.phase(Phase::Pack), Gather { x, index, out: buffers.send_rows.rows(rows)? })?;
+        let packed = [x, index, buffers.send_rows.rows(rows)?];
+        self.gather_rows(place.phase(Phase::Pack), Fp8::Encode, packed)?;
         Ok(Packed { tokens, buffers, counts })
     }
 

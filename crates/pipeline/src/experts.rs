@@ -5,7 +5,7 @@ use crate::run::{Call, Mlp};
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{DType, Lane, Phase, Place, Stage};
 use epsmoe_device::op::{
-    Epilogue, ExpertGemm, Gather, Gemm, GemmPart, HostToDevice, ReceiveOrder, Reduce, SortBySlot, Travelled,
+    Epilogue, ExpertGemm, Fp8, Gemm, GemmPart, HostToDevice, ReceiveOrder, Reduce, SortBySlot, Travelled,
 };
 use epsmoe_device::{Backend, Buffer, Weight};
 use epsmoe_plan::GemmKind;
@@ -91,8 +91,12 @@ impl<B: Backend> ExpertPipeline<B> {
             (buffers.expanded.rows(assignments.clone())?, buffers.inner.rows(assignments.clone())?);
         let outputs = buffers.outputs.rows(assignments.clone())?;
         let index = buffers.expand_index.rows(assignments)?;
-        let expand = Gather { x: batch.x.clone(), index, out: expanded.clone() };
-        self.compute(place.phase(Phase::Expand), expand)?;
+        // As if the rows had travelled: a rank that is alone gives what it would give among others.
+        self.gather_rows(
+            place.phase(Phase::Expand),
+            Fp8::Through,
+            [batch.x.clone(), index, expanded.clone()],
+        )?;
         let starts = buffers.slot_starts.rows(0..call.layer.experts.len() + 1)?;
         let product = |x, weight: fn(&Mlp) -> &Weight, epilogue, out| ExpertGemm {
             x,
@@ -121,12 +125,12 @@ impl<B: Backend> ExpertPipeline<B> {
     ) -> Result<(), PipelineError> {
         let (me, traffic, buffers) = (self.fabric.rank(), &travel.traffic, &batch.buffers);
         let assignments = traffic.stage_assignments(me, stage);
-        let expand = Gather {
-            x: buffers.received_rows.rows(0..traffic.dispatch_receive_stage(me, stage).end)?,
-            index: buffers.expand_index.rows(assignments.clone())?,
-            out: buffers.expanded.rows(0..assignments.len())?,
-        };
-        self.compute(place.phase(Phase::Expand), expand)?;
+        let expand = [
+            buffers.received_rows.rows(0..traffic.dispatch_receive_stage(me, stage).end)?,
+            buffers.expand_index.rows(assignments.clone())?,
+            buffers.expanded.rows(0..assignments.len())?,
+        ];
+        self.gather_rows(place.phase(Phase::Expand), Fp8::Decode, expand)?;
         let slots = batch.table.slots_of(me, stage);
         let (mut gate_up, mut down) = (Vec::new(), Vec::new());
         for (slot, mlp) in slots.clone().zip(&call.layer.experts[slots]) {

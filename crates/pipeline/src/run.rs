@@ -3,8 +3,8 @@
 use crate::PipelineError;
 use crate::batch::{Batch, Rows, batch_of};
 use crate::buffers::{LayerBuffers, PipelineSizes};
-use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, Stage, WireFormat, hash_bytes};
-use epsmoe_device::op::{GateRows, Gemm, HostToDevice, Op, TopKRouter};
+use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, RowFormat, Stage, WireDType, WireFormat, hash_bytes};
+use epsmoe_device::op::{Fp8, GateRows, Gather, GatherFp8, Gemm, HostToDevice, Op, TopKRouter};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
@@ -141,11 +141,12 @@ impl<B: Backend> ExpertPipeline<B> {
                 format!("one token of every rank needs {least:?}, but there is {:?}", sizes.capacity);
             return Err(DeviceError::Shape(message).into());
         }
-        let (wire, plain) = (sizes.layer.wire, WireFormat::plain(device.dtype()));
-        if wire != plain {
+        let (wire, dtype) = (sizes.layer.wire, device.dtype());
+        let packed = [WireDType::Auto, WireDType::Fp8].map(|asked| WireFormat::of(asked, dtype));
+        if !packed.contains(&wire) {
+            let [plain, fp8] = packed;
             let message = format!(
-                "the wire format ({wire}) does not go with activations in {}: use {plain}",
-                device.dtype()
+                "the wire format ({wire}) does not go with activations in {dtype}: use {plain}, or {fp8}"
             );
             return Err(DeviceError::Unsupported(message).into());
         }
@@ -416,6 +417,20 @@ impl<B: Backend> ExpertPipeline<B> {
     pub(crate) fn after(&self, lane: Lane, event: Option<&B::Event>) {
         if let Some(event) = event {
             self.device.lane_wait(lane, event);
+        }
+    }
+
+    /// Rows of `x` in the order of `index`, as the format that rows travel in has them: to it, from it, or to what numbers
+    /// become that went through it without travelling.
+    pub(crate) fn gather_rows(
+        &self,
+        place: Place,
+        how: Fp8,
+        [x, index, out]: [Buffer; 3],
+    ) -> Result<(), PipelineError> {
+        match self.options.sizes.layer.wire.dispatch {
+            RowFormat::Plain(_) => self.compute(place, Gather { x, index, out }),
+            RowFormat::Fp8 => self.compute(place, GatherFp8 { x, index, out, how }),
         }
     }
 

@@ -4,7 +4,7 @@
 use crate::RigShape;
 use crate::layer_rig::{RankHost, capacity};
 use crate::rig_rank::RigRank;
-use epsmoe_base::{DType, Deadline, FaultCell, Lane, Layer, Rank};
+use epsmoe_base::{DType, Deadline, FaultCell, Lane, Layer, Rank, WireDType, WireFormat};
 use epsmoe_device::op::TopKRouter;
 use epsmoe_device::{Backend, Buffer, PeerQueue};
 use epsmoe_fabric::{EmulatedOptions, Fabric, Link, Pacing};
@@ -31,6 +31,8 @@ pub struct EmulatedShape {
     pub size: usize,
     /// Tokens of every rank.
     pub tokens: usize,
+    /// What rows travel to their experts in.
+    pub wire: WireDType,
     /// The longest wait.
     pub timeout: Duration,
     /// The world's birth, which the processor's times count from.
@@ -38,6 +40,11 @@ pub struct EmulatedShape {
 }
 
 impl EmulatedShape {
+    /// What prices its layers, with experts where `placement` has them, in numbers of `dtype`.
+    pub fn layer(&self, placement: &SlotMap, dtype: DType) -> LayerSizes {
+        LayerSizes { wire: WireFormat::of(self.wire, dtype), ..self.shape.layer(placement, dtype) }
+    }
+
     /// Bytes of the weights that are made up: the rank's experts, router and shared expert, of as many layers as no cache
     /// holds.
     pub fn weight_bytes(&self, dtype: DType) -> u64 {
@@ -115,7 +122,7 @@ impl<B: Backend<Queue: PeerQueue>> EmulatedLayers<B> {
 
     /// What prices their work.
     pub fn sizes(&self) -> LayerSizes {
-        self.what.shape.layer(self.slot_map(), self.rank.device.dtype())
+        self.what.layer(self.slot_map(), self.rank.device.dtype())
     }
 
     /// How many tokens of every rank go where, in the first layer.
@@ -180,7 +187,7 @@ fn pipeline<B: Backend>(
     rank: &RigRank<B>,
     capacity: Capacity,
 ) -> Result<ExpertPipeline<B>, PipelineError> {
-    let layer = what.shape.layer(&rank.map, rank.device.dtype());
+    let layer = what.layer(&rank.map, rank.device.dtype());
     let policy = Policy { schedule: Schedule::TwoBatch, ..Policy::default() };
     let sizes = PipelineSizes { layer, capacity };
     let options = PipelineOptions { policy, sizes, identity: 0, timeout: what.timeout };

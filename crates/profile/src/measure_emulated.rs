@@ -3,7 +3,7 @@
 use crate::emulated_layer::{EmulatedLayers, EmulatedSchedule, EmulatedShape};
 use crate::samples::delays;
 use crate::{LayerRun, RigShape, samples};
-use epsmoe_base::{FaultCell, Lane, Rank};
+use epsmoe_base::{FaultCell, Lane, Rank, WireDType};
 use epsmoe_device::{Backend, PeerQueue};
 use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
@@ -65,8 +65,8 @@ pub fn measure_emulated<B: Backend<Queue: PeerQueue>>(
         let device = Arc::new(processor(&faults, epoch)?);
         for &tokens in &effort.tokens {
             let timeout = Duration::from_secs(60);
-            let router = shape.plain_router();
-            let what = EmulatedShape { shape, router, rank: Rank(0), size, tokens, timeout, epoch };
+            let (router, rank, wire) = (shape.plain_router(), Rank(0), WireDType::Auto);
+            let what = EmulatedShape { shape, router, rank, size, tokens, wire, timeout, epoch };
             let emulated = EmulatedLayers::new(what, Arc::clone(&device))?;
             let may_repeat = || begun.elapsed() < effort.most;
             layers.push(Measured::of(&emulated, effort, &faults, may_repeat)?);

@@ -1,6 +1,6 @@
 //! `epsmoe bench`.
 
-use super::values::{ContenderSpec, DeviceKind, Dtype, LinkSpeed, OneOf, bounded, seconds};
+use super::values::{ContenderSpec, DeviceKind, Dtype, LinkSpeed, OneOf, WireDtype, bounded, seconds};
 use super::{BenchServeArgs, RunArgs};
 use clap::builder::BoolishValueParser;
 use clap::{Args, Subcommand};
@@ -42,6 +42,11 @@ pub(crate) struct BenchLayerArgs {
     #[arg(long, value_name = "RATE,LATENCY", default_value = "155GB/s")]
     pub(crate) link: Vec<LinkSpeed>,
 
+    /// What rows travel to their experts in; auto is what activations are in. fp8 sends half the bytes and is no longer
+    /// exact: e4m3 with a scale for every 128, whether a rank has others or not; sums come back as activations are
+    #[arg(long, env = "EPSMOE_WIRE_DTYPE", value_enum, value_name = "FORMAT", default_value_t = WireDtype::Auto)]
+    pub(crate) wire_dtype: WireDtype,
+
     /// Schedules, as bench takes them [default: serial, two-batch, staged in 1, 2, 4, 8 and 16 stages, auto]
     #[arg(long, value_name = "SCHEDULE")]
     pub(crate) contender: Vec<ContenderSpec>,
@@ -69,6 +74,10 @@ pub(crate) struct BenchLayerArgs {
     /// Rounds in which the schedules take turns
     #[arg(long, value_name = "NUMBER", default_value = "7", value_parser = bounded(1, 1 << 20))]
     pub(crate) num_iters: usize,
+
+    /// Also say which calls of a GPU's driver a layer makes, and how long they take the host
+    #[arg(long, value_parser = BoolishValueParser::new())]
+    pub(crate) driver_calls: bool,
 
     /// Longest wait for a lane, in seconds
     #[arg(long, env = "EPSMOE_TIMEOUT", value_name = "SECONDS", default_value = "60", value_parser = seconds)]

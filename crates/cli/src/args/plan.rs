@@ -1,7 +1,7 @@
 //! Predictions, and the profiles that they are made from.
 
 use super::ModelArgs;
-use super::values::{DeviceKind, Dtype, bounded, exponent, seconds};
+use super::values::{DeviceKind, Dtype, WireDtype, bounded, exponent, seconds};
 use clap::Args;
 use clap::builder::BoolishValueParser;
 use epsmoe_device::cpu::gemm::Isa;
@@ -30,6 +30,10 @@ pub(crate) struct PlanArgs {
     /// Tokens of each
     #[arg(long, value_name = "TOKENS", default_value = "1024", value_parser = bounded(1, 1 << 24))]
     pub(crate) seq: usize,
+
+    /// What rows travel to their experts in: bfloat16, which auto is too, or fp8 with a scale for every 128
+    #[arg(long, env = "EPSMOE_WIRE_DTYPE", value_enum, value_name = "FORMAT", default_value_t = WireDtype::Auto)]
+    pub(crate) wire_dtype: WireDtype,
 
     /// How unevenly experts are chosen: the exponent of a Zipf law; 0 is even
     #[arg(long, value_name = "EXPONENT", default_value = "0", value_parser = exponent)]

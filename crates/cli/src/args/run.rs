@@ -2,7 +2,7 @@
 
 use super::values::{
     DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, Quantisation, ScheduleKind, SharedExpertPlace,
-    TransferOrder,
+    TransferOrder, WireDtype,
 };
 use super::values::{bounded, seconds};
 use clap::Args;
@@ -106,6 +106,11 @@ pub(crate) struct RunArgs {
         help_heading = PARALLELISM
     )]
     pub(crate) link: LinkSpeed,
+
+    /// What rows travel to their experts in; auto is what activations are in. fp8 sends half the bytes and is no longer
+    /// exact: e4m3 with a scale for every 128, whether a rank has others or not; sums come back as activations are
+    #[arg(long, env = "EPSMOE_WIRE_DTYPE", value_enum, value_name = "FORMAT", default_value_t = WireDtype::Auto, help_heading = PARALLELISM)]
+    pub(crate) wire_dtype: WireDtype,
 
     /// One stage with nothing beside anything; stages that compute while others travel; what a cost model predicts to
     /// be fastest; or, to compare with, two halves of the tokens that alternate [default: auto, or staged with --stages

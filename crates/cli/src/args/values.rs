@@ -1,6 +1,8 @@
 //! Words that flags take.
 
+use anyhow::{Result, bail};
 use clap::ValueEnum;
+use epsmoe_base::{DType, WireDType};
 use epsmoe_fabric::Link;
 use epsmoe_model::Method;
 use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
@@ -47,6 +49,31 @@ pub(crate) enum Dtype {
     #[value(alias = "float")]
     Float32,
     Bfloat16,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WireDtype {
+    Auto,
+    Bfloat16,
+    Fp8,
+}
+
+impl WireDtype {
+    /// What was asked for, of activations of `dtype`.
+    ///
+    /// # Errors
+    /// bfloat16 rows of float32 activations.
+    pub(crate) fn of(self, dtype: DType) -> Result<WireDType> {
+        match self {
+            WireDtype::Auto => Ok(WireDType::Auto),
+            WireDtype::Fp8 => Ok(WireDType::Fp8),
+            WireDtype::Bfloat16 if dtype == DType::BF16 => Ok(WireDType::BFloat16),
+            WireDtype::Bfloat16 => bail!(
+                "--wire-dtype bfloat16 sends activations in bfloat16, but they are in {dtype}: add --dtype bfloat16, or \
+                 leave --wire-dtype out"
+            ),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

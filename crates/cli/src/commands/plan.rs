@@ -3,7 +3,7 @@
 use crate::args::PlanArgs;
 use crate::{output, setup};
 use anyhow::{Context, Result};
-use epsmoe_advise::{Load, advise};
+use epsmoe_advise::{DTYPE, Load, advise};
 use epsmoe_base::files::read_plain_text;
 use epsmoe_plan::Machine;
 use std::path::Path;
@@ -24,6 +24,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
         zipf_permille: (args.zipf * 1000.0).round() as u32,
         seed: args.seed,
         stages: STAGES,
+        wire: args.wire_dtype.of(DTYPE)?,
     };
     if let Some(method) = setup::method(&args.model)? {
         output::remark(format_args!(

@@ -73,6 +73,7 @@ sources! {
     "clamp": ["clamp"] in SAME, 256 threads;
     "gate_rows": ["gate_rows"] in SAME, 256 threads;
     "gather": ["gather"] in ANY, 256 threads;
+    "gather_fp8": ["to_fp8", "from_fp8", "through_fp8"] in SAME, 256 threads;
     "kv_write": ["kv_write"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
     "embed": ["embed"] in [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, F32), (F16, BF16)], 256 threads;
     "norm": ["norm"] in ANY, 256 threads;

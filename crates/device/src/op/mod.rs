@@ -16,7 +16,7 @@ pub(crate) use norm::not_finite;
 pub use norm::{Norm, NormKind, Origin};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
-pub use rows::{Add, Clamp, Copy, Embed, GateRows, Gather, HostToDevice, Reduce};
+pub use rows::{Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce};
 
 use crate::{AllocationId, Buffer, DeviceError, Weight, WeightSlot};
 use epsmoe_base::{DType, Phase};
@@ -78,6 +78,7 @@ ops! {
     ReceiveOrder => "receive_order", Maps;
     SortBySlot => "sort_by_slot", Maps;
     Gather => "gather", Other;
+    GatherFp8 => "gather_fp8", Other;
     Reduce => "reduce", Other;
     Add => "add", Residual;
     Copy => "copy", Other;

@@ -4,7 +4,7 @@
 use super::NONE;
 use super::{Accesses, expect, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
-use epsmoe_base::DType;
+use epsmoe_base::{DType, RowFormat};
 use std::sync::Arc;
 
 /// `out = words`, row by row: indices, or the bits of floats, from the host.
@@ -79,6 +79,55 @@ impl Gather {
         same_rows("gather", &[&self.index, &self.out])?;
         expect("gather", "index", &self.index, DType::U32, 1)?;
         expect("gather", "output", &self.out, self.x.dtype, self.x.width)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.x).read(&self.index).write(&self.out)
+    }
+}
+
+/// What becomes of rows in [`GatherFp8`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fp8 {
+    /// Numbers become codes and scales.
+    Encode,
+    /// Codes and scales become numbers.
+    Decode,
+    /// The one, then the other: numbers become those that codes stand for.
+    Through,
+}
+
+/// `out[m] = how(x[index[m]])`: [`Gather`] to or from rows of e4m3 codes that share a float32 scale by 128s, as
+/// [`encode_row`](epsmoe_base::float8::encode_row) writes them. What is encoded is first rounded to bfloat16, so that
+/// rows have the same codes wherever they are made.
+#[derive(Clone, Debug)]
+pub struct GatherFp8 {
+    /// Source rows `[N, W]`, or codes and scales `[N, scaled words of W]`, uint32: exactly those that the index may name.
+    pub x: Buffer,
+    /// Source row of each output row `[M, 1]`, uint32.
+    pub index: Buffer,
+    /// Output, likewise.
+    pub out: Buffer,
+    /// Which of the two is in codes.
+    pub how: Fp8,
+}
+
+impl GatherFp8 {
+    /// The side that is in numbers; both are, or the one of them that is not in codes.
+    pub(crate) fn numbers(&self) -> &Buffer {
+        if self.how == Fp8::Decode { &self.out } else { &self.x }
+    }
+
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("gather_fp8", &[&self.index, &self.out])?;
+        expect("gather_fp8", "index", &self.index, DType::U32, 1)?;
+        let numbers = self.numbers();
+        let (dtype, words) = RowFormat::Fp8.elements(numbers.width);
+        match self.how {
+            Fp8::Encode => expect("gather_fp8", "output", &self.out, dtype, words),
+            Fp8::Decode => expect("gather_fp8", "source", &self.x, dtype, words),
+            Fp8::Through => expect("gather_fp8", "output", &self.out, numbers.dtype, numbers.width),
+        }
     }
 
     pub(super) fn accesses(&self) -> Accesses {

@@ -345,6 +345,7 @@ fn run<K: Kernels>(
         Op::KvWrite(op) => typed!(op.x.dtype, kv_write, op),
         Op::Attention(op) => typed!(op.q.dtype, attention, op),
         Op::Gather(op) => typed!(op.x.dtype, gather, op),
+        Op::GatherFp8(op) => typed!(op.numbers().dtype, gather_fp8, op),
         Op::Reduce(op) => typed!(op.x.dtype, op.out.dtype, reduce, op),
         Op::Add(op) => typed!(op.x.dtype, add, op),
         Op::Copy(op) if op.x.dtype == op.out.dtype => typed!(op.x.dtype, copy, op),

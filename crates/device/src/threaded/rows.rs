@@ -4,10 +4,12 @@ use super::element::{Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::Buffer;
 use crate::op::{
-    Add, ArgMax, Attention, Clamp, Copy, Embed, GateRows, Gather, GroupLimit, GroupScore, HostToDevice,
-    KvWrite, NONE, Norm, NormKind, Origin, Reduce, RopeStyle, RopeTable, Rotate, Route, Score, TopKRouter,
-    not_finite,
+    Add, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, GroupLimit, GroupScore,
+    HostToDevice, KvWrite, NONE, Norm, NormKind, Origin, Reduce, RopeStyle, RopeTable, Rotate, Route, Score,
+    TopKRouter, not_finite,
 };
+use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words};
+use half::bf16;
 use std::cmp::Ordering;
 use std::sync::atomic::{AtomicUsize, Ordering as AtomicOrdering};
 
@@ -242,6 +244,36 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
+    pub(super) fn gather_fp8<T: Element>(&self, op: &GatherFp8) -> Result<(), String> {
+        let index = self.view::<u32>(&op.index);
+        all_in_range("row", &index, op.x.rows)?;
+        match op.how {
+            Fp8::Encode => {
+                let (x, out) = (self.view::<T>(&op.x), self.view_mut::<u32>(&op.out));
+                self.for_rows_from(&out, x.width * size_of::<T>(), |m, out| {
+                    encode(x.row(index.at(m) as usize), out);
+                });
+            }
+            Fp8::Decode => {
+                let (x, out) = (self.view::<u32>(&op.x), self.view_mut::<T>(&op.out));
+                self.for_rows(&out, |m, out| decode_row(x.row(index.at(m) as usize), out, T::from_f32));
+            }
+            Fp8::Through => {
+                let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
+                self.for_rows(&out, |m, out| {
+                    let x = x.row(index.at(m) as usize);
+                    for (x, out) in x.chunks(SCALE_GROUP).zip(out.chunks_mut(SCALE_GROUP)) {
+                        let mut words = [0; scaled_words(SCALE_GROUP)];
+                        let words = &mut words[..scaled_words(x.len())];
+                        encode(x, words);
+                        decode_row(words, out, T::from_f32);
+                    }
+                });
+            }
+        }
+        Ok(())
+    }
+
     pub(super) fn reduce<X: Element, Y: Element>(&self, op: &Reduce) -> Result<(), String> {
         /// Columns that are summed at a time: the rows of a token's terms are read side by side, which memory serves faster
         /// than one after the other.
@@ -309,6 +341,11 @@ impl<'a, K: Kernels> Rows<'a, K> {
         });
         Ok(())
     }
+}
+
+/// Writes a row in codes. What is encoded is bfloat16 everywhere: of float32 rows what they round to.
+fn encode<T: Element>(row: &[T], words: &mut [u32]) {
+    encode_row(row, |x| Element::to_f32(<bf16 as Element>::from_f32(x.to_f32())), words);
 }
 
 /// The first row of an operation's input that is not finite, found by all threads.

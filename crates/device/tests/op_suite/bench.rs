@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 22;
+const OPERATIONS: usize = 23;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -86,6 +86,7 @@ fn number(op: &Op) -> usize {
         Op::CountSlots(_) => 19,
         Op::SendOrder(_) => 20,
         Op::ReceiveOrder(_) => 21,
+        Op::GatherFp8(_) => 22,
     }
 }
 

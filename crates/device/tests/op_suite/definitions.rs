@@ -2,9 +2,11 @@
 
 use crate::assignments;
 use crate::bench::{Bench, CacheParts, Heads, Placed, Sequences, Sheet};
-use epsmoe_base::DType;
+use epsmoe_base::float8::E4M3;
+use epsmoe_base::{DType, RowFormat};
 use epsmoe_device::op::*;
-use epsmoe_device::{Backend, WeightShape};
+use epsmoe_device::{Backend, Buffer, WeightShape};
+use half::bf16;
 
 /// `[rows, width]` that row operations are tried on: nothing, one, odd, more than a vector register, enough for several
 /// threads.
@@ -16,8 +18,10 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
         norms(&bench, rows, width);
         elementwise(&bench, rows, width);
         gathers(&bench, rows, width);
+        coded_rows(&bench, rows, width);
         reductions(&bench, rows, width);
     }
+    coded_rows_that_are_not_finite(&bench);
     folding_order(&bench);
     stored_formats(&bench);
     rotations(&bench);
@@ -141,6 +145,83 @@ fn gathers<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
         cache.values[slot as usize * width..][..width].copy_from_slice(x.row(row));
     }
     bench.check_exactly(&what, &held, &cache.values);
+}
+
+/// Codes and scales of a row, and what they stand for, by the definition: the nearest of all values, the even code of
+/// two that are as near, over the scale of its 128 neighbours.
+fn fp8_of(row: &[f32]) -> (Vec<u32>, Vec<f32>) {
+    let row: Vec<f32> = row.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+    let (mut bytes, mut scales, mut numbers) = (Vec::new(), Vec::new(), Vec::new());
+    for group in row.chunks(128) {
+        let scale = group.iter().fold(1e-4f32, |most, x| most.max(x.abs())) / 448.0;
+        for x in group {
+            let size = f64::from((x / scale).abs());
+            let distance = |code: usize| (f64::from(E4M3[code]) - size).abs();
+            let best =
+                (0..0x7f).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))));
+            let code = best.unwrap() + if x.is_sign_negative() { 128 } else { 0 };
+            bytes.push(code as u8);
+            numbers.push(E4M3[code] * scale);
+        }
+        scales.push(scale.to_bits());
+    }
+    bytes.resize(row.len().next_multiple_of(4), 0);
+    let words = bytes.chunks(4).map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]]));
+    (words.chain(scales).collect(), numbers)
+}
+
+fn coded_rows<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
+    let what = format!("rows in fp8 [{rows}, {width}]");
+    // Groups of very different sizes, one of them nothing but zeros.
+    let mut x = bench.random(6, width, 3.0);
+    let size = |at: usize| [1.0, 0.0, 256.0, 1.0 / 4096.0][at % width / 128 % 4];
+    x.values.iter_mut().enumerate().for_each(|(at, x)| *x *= size(at));
+    let index: Vec<u32> = (0..rows).map(|_| bench.below(6) as u32).collect();
+    let (source, places) = (bench.put(&x).view, bench.put_words(&index, 1).view);
+    let of_rows = || index.iter().map(|&row| fp8_of(x.row(row as usize)));
+    let (words, numbers): (Vec<_>, Vec<_>) = of_rows().unzip();
+    let (_, coded_width) = RowFormat::Fp8.elements(width);
+    let gather = |x: &Buffer, out: &Placed, how| {
+        let (x, index, out) = (x.clone(), places.clone(), out.view.clone());
+        bench.run(&what, GatherFp8 { x, index, out, how });
+    };
+    let coded = bench.room(DType::U32, rows, coded_width);
+    gather(&source, &coded, Fp8::Encode);
+    assert_eq!(bench.get_words(&what, &coded), words.concat(), "{what}, seed {}", bench.seed);
+    let round =
+        |number: f32| if bench.dtype == DType::BF16 { bf16::from_f32(number).to_f32() } else { number };
+    let want: Vec<f32> = numbers.concat().into_iter().map(round).collect();
+    let through = bench.room(bench.dtype, rows, width);
+    gather(&source, &through, Fp8::Through);
+    bench.check_exactly(&format!("{what}, there and back"), &through, &want);
+    // Back from codes, in another order.
+    let all: Vec<u32> = (0..6).flat_map(|row| fp8_of(x.row(row)).0).collect();
+    let (codes, decoded) = (bench.put_words(&all, coded_width).view, bench.room(bench.dtype, rows, width));
+    gather(&codes, &decoded, Fp8::Decode);
+    bench.check_exactly(&format!("{what}, decoded"), &decoded, &want);
+}
+
+/// A number that is not finite spoils its group on the other side, and nothing else.
+fn coded_rows_that_are_not_finite<B: Backend>(bench: &Bench<B>) {
+    const WIDTH: usize = 300;
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = bench.random(1, WIDTH, 3.0);
+        let at = bench.below(WIDTH);
+        x.values[at] = bad;
+        let (source, index) = (bench.put(&x).view, bench.put_words(&[0], 1).view);
+        let (dtype, words) = RowFormat::Fp8.elements(WIDTH);
+        let (coded, out) = (bench.room(dtype, 1, words).view, bench.room(bench.dtype, 1, WIDTH).view);
+        let to = GatherFp8 { x: source.clone(), index: index.clone(), out: coded.clone(), how: Fp8::Encode };
+        bench.run("to fp8", to);
+        for (x, how) in [(coded, Fp8::Decode), (source, Fp8::Through)] {
+            bench.run("from fp8", GatherFp8 { x, index: index.clone(), out: out.clone(), how });
+            let got = bench.device.read_f32(&out).expect("ordered by the host");
+            let spoilt = |column: usize| column / 128 == at / 128;
+            for (column, value) in got.iter().enumerate() {
+                assert_eq!(value.is_nan(), spoilt(column), "{bad} at {at}, seed {}: {column}", bench.seed);
+            }
+        }
+    }
 }
 
 /// Sums of zero to four terms.

@@ -249,6 +249,18 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             "gather: output is narrow[3, 2] float32, but must be float32 of width 4",
         ),
         (
+            GatherFp8 { x: x.clone(), index: ids.clone(), out: narrow.clone(), how: Fp8::Encode }.into(),
+            "gather_fp8: output is narrow[3, 2] float32, but must be uint32 of width 2",
+        ),
+        (
+            GatherFp8 { x: x.clone(), index: ids.clone(), out: y.clone(), how: Fp8::Decode }.into(),
+            "gather_fp8: source is x[3, 4] float32, but must be uint32 of width 2",
+        ),
+        (
+            GatherFp8 { x: x.clone(), index: ids.clone(), out: half.clone(), how: Fp8::Through }.into(),
+            "gather_fp8: output is half[3, 4] bfloat16, but must be float32 of width 4",
+        ),
+        (
             Reduce { out: half.clone(), ..reduce(&index, None, None) }.into(),
             "reduce: output is half[3, 4] bfloat16, but must be float32 of width 4",
         ),
@@ -419,6 +431,16 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         let x = bench.put(&bench.random(4, 4, 1.0)).view;
         Gather { x, index: bench.put_words(index, 1).view, out }.into()
     }
+    fn gather_fp8<B: Backend>(bench: &Bench<B>, index: &[u32], how: Fp8) -> Op {
+        let (x, words) = (bench.put(&bench.random(4, 4, 1.0)).view, u32s(bench, "coded", 4, 2));
+        let out = f32s(bench, "out", index.len(), 4);
+        let index = bench.put_words(index, 1).view;
+        match how {
+            Fp8::Encode => GatherFp8 { out: u32s(bench, "out", index.rows, 2), x, index, how }.into(),
+            Fp8::Decode => GatherFp8 { x: words, index, out, how }.into(),
+            Fp8::Through => GatherFp8 { x, index, out, how }.into(),
+        }
+    }
     fn reduce<B: Backend>(bench: &Bench<B>, index: &[u32]) -> Op {
         Reduce {
             x: bench.put(&bench.random(4, 4, 1.0)).view,
@@ -488,7 +510,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         .into()
     }
     type Case<'a, B> = (&'a str, &'a dyn Fn(&Bench<B>) -> Op);
-    let cases: [Case<'_, B>; 23] = [
+    let cases: [Case<'_, B>; 26] = [
         ("assign_slots: expert 3 is not below 3", &|bench| assign(bench, &[0, 1, 0, 3])),
         ("assign_slots: token 1 is sent to expert 2 twice", &|bench| assign(bench, &[0, 1, 2, 2])),
         ("count_slots: slot 9 is not below 3", &|bench| count(bench, &[0, 1, 1, 9])),
@@ -527,6 +549,9 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         }),
         ("gather: row 4 is not below 4", &|bench| gather(bench, &[0, 4])),
         ("gather: row 4294967295 is not below 4", &|bench| gather(bench, &[u32::MAX])),
+        ("gather_fp8: row 4 is not below 4", &|bench| gather_fp8(bench, &[0, 4], Fp8::Encode)),
+        ("gather_fp8: row 5 is not below 4", &|bench| gather_fp8(bench, &[5], Fp8::Decode)),
+        ("gather_fp8: row 6 is not below 4", &|bench| gather_fp8(bench, &[6, 1], Fp8::Through)),
         ("reduce: row 9 is not below 4", &|bench| reduce(bench, &[0, NONE, 1, 9])),
         ("attention: sequences hold 1 of 2 tokens", &|bench| sequences(bench, &[0, 1], &[0, 1], &[0, 1])),
         ("attention: sequence 0 spans tokens 1..2", &|bench| sequences(bench, &[1, 2], &[0, 1], &[0, 1])),

@@ -4,7 +4,7 @@ use super::{ExpertTokens, Model, ModelOptions, RoutingMode, StepOutput};
 use crate::parallel::Layout;
 use crate::step::Step;
 use crate::{Experts, ModelError, ModelSpec};
-use epsmoe_base::DType;
+use epsmoe_base::{DType, WireDType, WireFormat};
 use epsmoe_device::{Backend, Buffer};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, MoeLayer, PipelineError, PipelineOptions, PipelineSizes};
@@ -21,7 +21,7 @@ pub(super) fn pipeline<B: Backend>(
     device: &Arc<B>,
     fabric: &Fabric<B>,
 ) -> Result<Option<ExpertPipeline<B>>, ModelError> {
-    let Some(layer) = layer_sizes(spec, layout, device.dtype())? else { return Ok(None) };
+    let Some(layer) = layer_sizes(spec, layout, options.wire, device.dtype())? else { return Ok(None) };
     let capacity = capacity(layout, options, &layer);
     let (policy, fabric) = match layout.experts() {
         Experts::Ep => (options.policy.clone(), fabric.clone()),
@@ -42,7 +42,12 @@ pub(super) fn pipeline<B: Backend>(
 }
 
 /// The sizes of the model's MoE layers on one rank; nothing without any.
-fn layer_sizes(spec: &ModelSpec, layout: &Layout, dtype: DType) -> Result<Option<LayerSizes>, ModelError> {
+fn layer_sizes(
+    spec: &ModelSpec,
+    layout: &Layout,
+    wire: WireDType,
+    dtype: DType,
+) -> Result<Option<LayerSizes>, ModelError> {
     let Some(moe) = spec.layers.iter().find_map(|layer| layer.mlp.moe()) else { return Ok(None) };
     let (map, _) = layout.slot_map(moe.experts)?;
     let inner = layout.inner();
@@ -51,6 +56,7 @@ fn layer_sizes(spec: &ModelSpec, layout: &Layout, dtype: DType) -> Result<Option
         inner: inner.of(moe.inner).len(),
         shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
         top_k: moe.router.top_k,
+        wire: WireFormat::of(wire, dtype),
         ..LayerSizes::of(&map, dtype)
     }))
 }
@@ -68,7 +74,7 @@ pub(super) fn buffer_bytes(
     options: &ModelOptions,
     dtype: DType,
 ) -> Result<u64, ModelError> {
-    let layer = layer_sizes(spec, layout, dtype)?;
+    let layer = layer_sizes(spec, layout, options.wire, dtype)?;
     Ok(layer.map_or(0, |layer| LayerBytes::of(&layer, &capacity(layout, options, &layer)).total()))
 }
 

@@ -13,7 +13,7 @@ use crate::parallel::Layout;
 use crate::step::{LayerTokens, Step};
 use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use buffers::StepBuffers;
-use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, hash_bytes};
+use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
 use epsmoe_device::op::{Add, Gather, Gemm, HostToDevice, Norm, Op, Origin};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
@@ -61,6 +61,8 @@ pub struct ModelOptions {
     pub policy: Policy,
     /// Room for the tokens of an MoE layer; the worst case when absent. Layers that do not fit run in chunks.
     pub capacity: Option<Capacity>,
+    /// What rows travel between ranks in.
+    pub wire: WireDType,
     /// How the model is spread over ranks.
     pub parallel: Parallel,
     /// What decides where tokens go.

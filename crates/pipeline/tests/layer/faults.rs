@@ -224,7 +224,7 @@ fn rows_travel_in_a_format_that_can_be_packed() {
     let wire = WireFormat { combine: RowFormat::Plain(DType::BF16), ..WireFormat::plain(DType::F32) };
     let case = Case { wire: Some(wire), ..Case::fixed() };
     let text = "the wire format (rows in float32, partial sums in bfloat16) does not go with activations in float32: \
-                use rows in float32, partial sums in float32";
+                use rows in float32, partial sums in float32, or rows in fp8, partial sums in float32";
     let got = run(&case, &Setup::serial());
     for fault in got.into_iter().map(|got| got.unwrap_err()) {
         assert!(fault.message.ends_with(text), "{fault}");

@@ -1,8 +1,10 @@
 //! The layer equals the plain mixture of experts that it stands for.
 
-use crate::world::{Case, Setup, random_policy, run};
-use epsmoe_base::{DType, Mix, env::test_seed};
+use crate::world::{Case, Setup, random_policy, rounded, run};
+use epsmoe_base::float8::{decode_row, encode_row};
+use epsmoe_base::{DType, Mix, RowFormat, WireDType, WireFormat, env::test_seed};
 use epsmoe_device::op::Score;
+use epsmoe_plan::SlotMap;
 
 /// `Σ a[i] · b[i]` for every row of `matrix`.
 fn times(matrix: &[f32], x: &[f64]) -> Vec<f64> {
@@ -18,6 +20,18 @@ fn mlp(case: &Case, name: &str, inner: usize, x: &[f64]) -> Vec<f64> {
     let part = |part: &str| times(&case.tensor(&format!("{name} {part}"), inner, case.hidden), x);
     let gated: Vec<f64> = part("gate").iter().zip(part("up")).map(|(g, u)| g * sigmoid(*g) * u).collect();
     times(&case.tensor(&format!("{name} down"), case.hidden, inner), &gated)
+}
+
+/// A token as its experts see it, whether it travelled or not.
+fn travelled(case: &Case, x: &[f64]) -> Vec<f64> {
+    if case.wire.is_none_or(|wire| wire.dispatch != RowFormat::Fp8) {
+        return x.to_vec();
+    }
+    let mut words = vec![0; RowFormat::Fp8.elements(x.len()).1];
+    encode_row(x, |x| rounded(DType::BF16, x as f32), &mut words);
+    let mut back = vec![0.0; x.len()];
+    decode_row(&words, &mut back, |number| f64::from(rounded(case.dtype, number)));
+    back
 }
 
 /// One token through the first layer, in float64; nothing if its choice of experts is too close to call.
@@ -41,12 +55,13 @@ fn definition(case: &Case, x: &[f64]) -> Option<Vec<f64>> {
     }
     let sum: f64 =
         if case.router.normalise { chosen.iter().map(|&expert| scores[expert]).sum() } else { 1.0 };
+    let travelled = travelled(case, x);
     let mut y = vec![0.0; case.hidden];
     let mut add =
         |factor: f64, more: Vec<f64>| y.iter_mut().zip(more).for_each(|(y, more)| *y += factor * more);
     for &expert in chosen {
         let weight = scores[expert] / sum * f64::from(case.router.scale);
-        add(weight, mlp(case, &format!("0 expert {expert}"), case.inner, x));
+        add(weight, mlp(case, &format!("0 expert {expert}"), case.inner, &travelled));
     }
     if let Some(inner) = case.shared {
         let gate = || sigmoid(times(&case.tensor("0 shared gate", 1, case.hidden), x)[0]);
@@ -89,4 +104,19 @@ fn a_layer_is_the_plain_mixture_in_float32() {
 #[test]
 fn a_layer_is_the_plain_mixture_in_bfloat16() {
     check(DType::BF16);
+}
+
+/// Experts that see rows in FP8 give something else than experts that see them whole, on one rank as on two.
+#[test]
+fn rows_in_fp8_are_rows_in_fp8() {
+    for ranks in [1, 2] {
+        let map = SlotMap::contiguous(8, ranks).unwrap();
+        let plain = Case { map, tokens: vec![24; ranks], layers: 1, ..Case::fixed() };
+        let coded = Case { wire: Some(WireFormat::of(WireDType::Fp8, plain.dtype)), ..plain.clone() };
+        let y = |case| run(case, &Setup::serial()).into_iter().flat_map(|got| got.unwrap().y);
+        let pairs = || y(&plain).zip(y(&coded));
+        let rms = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
+        let error = rms(&mut pairs().map(|(plain, coded)| plain - coded)) / rms(&mut y(&plain));
+        assert!((0.003..0.06).contains(&error), "{ranks} ranks: {error}");
+    }
 }

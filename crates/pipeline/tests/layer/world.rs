@@ -2,8 +2,8 @@
 
 use crate::emulated::Heard;
 use epsmoe_base::{
-    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, WireFormat,
-    hash_bytes,
+    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, WireDType,
+    WireFormat, hash_bytes,
 };
 use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::reference::{self, PlainKernels, PlainMatrix, Reference};
@@ -69,7 +69,7 @@ impl Case {
             shared: (mix.below(3) > 0).then(|| 1 + mix.below(9)),
             shared_gate: mix.below(2) == 0,
             layers,
-            wire: None,
+            wire: (mix.below(3) == 0).then(|| WireFormat::of(WireDType::Fp8, dtype)),
         }
     }
 
@@ -147,7 +147,7 @@ fn random_map(experts: usize, ranks: usize, mix: &mut Mix) -> SlotMap {
     SlotMap::new(experts, &by_rank, mix.next_u64()).expect("every expert once")
 }
 
-fn rounded(dtype: DType, value: f32) -> f32 {
+pub(crate) fn rounded(dtype: DType, value: f32) -> f32 {
     if dtype == DType::BF16 { bf16::from_f32(value).to_f32() } else { value }
 }
 

@@ -1,6 +1,6 @@
 //! Servers over tiny checkpoints, and clients without manners.
 
-use epsmoe_base::{DType, FaultCell, Rank, env};
+use epsmoe_base::{DType, FaultCell, Rank, WireDType, env};
 use epsmoe_device::Backend;
 use epsmoe_device::cpu::{CpuKernels, gemm::Isa};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
@@ -188,6 +188,7 @@ impl Setup {
             capacity: None,
             prefix_caching: true,
             policy: Policy::default(),
+            wire: WireDType::Auto,
             parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },
             routing: RoutingMode::FromRouter,
             timeout: PATIENCE,

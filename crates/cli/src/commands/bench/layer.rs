@@ -8,10 +8,12 @@ use crate::machine::{self, Machine};
 use crate::setup;
 use crate::{memory, output};
 use anyhow::{Context, Result, anyhow, bail};
-use epsmoe_base::{Bytes, DType, FaultCell, Rank};
+use epsmoe_base::{Bytes, DType, FaultCell, Rank, RowFormat, WireDType, WireFormat};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{Cpu, CpuKernels};
-use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
+use epsmoe_device::cuda::{
+    CudaBackend, CudaDevice, CudaOptions, CudaWeights, DriverCalls, count_driver_calls, take_driver_calls,
+};
 use epsmoe_device::threaded::ThreadedOptions;
 use epsmoe_device::{Backend, PeerQueue};
 use epsmoe_fabric::Link;
@@ -21,6 +23,7 @@ use epsmoe_plan::{
 };
 use epsmoe_profile::{EmulatedLayers, EmulatedSchedule, EmulatedShape, Fingerprint, RigShape};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,10 +47,13 @@ struct Cell {
     /// The link that its transfers were paced to.
     emulated_link: Option<String>,
     tokens: usize,
-    /// Rows that the rank sends to others, and that come from them; bytes of the busier direction.
+    /// What rows and partial sums travel in.
+    wire: String,
+    /// Rows that the rank sends to others, and that come from them; bytes of the busier direction, of rows and of sums.
     rows_sent: usize,
     rows_received: usize,
-    link_bytes: u64,
+    dispatch_bytes: u64,
+    combine_bytes: u64,
     rows: Vec<Row>,
 }
 
@@ -72,12 +78,25 @@ struct Row {
     transfer_order: Option<String>,
     shared_expert: Option<String>,
     pacing: Option<PacingFigures>,
+    /// Of the host, from the plan to the last operation's enqueueing.
+    enqueue_us: Option<f64>,
+    /// Calls of the GPU's driver that a layer makes, if they were counted, longest first.
+    driver_calls: Vec<CallFigures>,
+}
+
+/// Calls of a function of the GPU's driver, by all threads, in one layer.
+#[derive(Serialize)]
+struct CallFigures {
+    function: &'static str,
+    count: f64,
+    us: f64,
 }
 
 /// What is measured of every model, whatever its processor.
 struct Bench<'a> {
     args: &'a BenchLayerArgs,
     dtype: DType,
+    wire: WireDType,
     fingerprint: Fingerprint,
 }
 
@@ -102,6 +121,7 @@ pub(crate) fn run(args: &BenchLayerArgs) -> Result<()> {
             }
         }
     };
+    let wire = args.wire_dtype.of(dtype)?;
     let (threads, isa) = (args.threads.unwrap_or(machine::cores()), Isa::detect());
     let size = args.emulate_rank.size;
     let fingerprint = match &gpu {
@@ -113,7 +133,9 @@ pub(crate) fn run(args: &BenchLayerArgs) -> Result<()> {
         Some(gpu) => format!("{}, {dtype}", gpu.describe()),
         None => format!("cpu ({isa}), {threads} thread(s), {dtype}"),
     };
-    let bench = Bench { args, dtype, fingerprint };
+    let processor = format!("{processor}, {}", WireFormat::of(wire, dtype));
+    count_driver_calls(args.driver_calls);
+    let bench = Bench { args, dtype, wire, fingerprint };
     let mut report = Report {
         cells: Vec::new(),
         command: std::env::args().collect::<Vec<_>>().join(" "),
@@ -179,6 +201,7 @@ impl Bench<'_> {
             rank: Rank(self.args.emulate_rank.rank),
             size: self.args.emulate_rank.size,
             tokens,
+            wire: self.wire,
             timeout: Duration::from_secs_f64(self.args.timeout),
             epoch: Instant::now(),
         }
@@ -188,7 +211,7 @@ impl Bench<'_> {
     /// that are spread evenly.
     fn check_room(&self, model: &str, what: &EmulatedShape, gpu: Option<&CudaDevice>) -> Result<()> {
         let map = SlotMap::contiguous(what.shape.experts, what.size)?;
-        let sizes = what.shape.layer(&map, self.dtype);
+        let sizes = what.layer(&map, self.dtype);
         let assignments = what.tokens.saturating_mul(what.shape.top_k);
         let rows = what.tokens.saturating_mul(sizes.ranks_of_token());
         let even = Capacity {
@@ -258,7 +281,9 @@ impl Bench<'_> {
             progress.inc(1);
         }
         progress.finish_and_clear();
-        let traffic = layers.traffic()?;
+        let (traffic, wire) = (layers.traffic()?, WireFormat::of(self.wire, self.dtype));
+        let busier = traffic.0.max(traffic.1);
+        let bytes = |format: RowFormat| (busier * format.bytes(what.shape.hidden)) as u64;
         let serial = contenders.iter().find(|contender| contender.policy.schedule == Schedule::Serial);
         Ok(Cell {
             model: model.to_owned(),
@@ -267,7 +292,9 @@ impl Bench<'_> {
             tokens: what.tokens,
             rows_sent: traffic.0,
             rows_received: traffic.1,
-            link_bytes: (traffic.0.max(traffic.1) * what.shape.hidden * self.dtype.bytes()) as u64,
+            wire: wire.to_string(),
+            dispatch_bytes: bytes(wire.dispatch),
+            combine_bytes: bytes(wire.combine),
             rows: contenders.iter().map(|contender| contender.row(serial, what.rank)).collect(),
         })
     }
@@ -312,13 +339,30 @@ struct Contender<'a, B: Backend> {
     recorded: Vec<LayerTime>,
     table: Option<StageTable>,
     pacing: epsmoe_fabric::Pacing,
+    /// Of the host, the last layer of every round.
+    enqueue_us: Vec<f64>,
+    calls: BTreeMap<&'static str, DriverCalls>,
+    /// Layers in which calls were counted.
+    counted: usize,
 }
 
 impl<'a, B: Backend> Contender<'a, B> {
     fn new(schedule: EmulatedSchedule<'a, B>, policy: Policy) -> Self {
         let (layer_us, recorded) = (Vec::new(), Vec::new());
         let pacing = epsmoe_fabric::Pacing::default();
-        Contender { policy, schedule, layers: 4, layer_us, recorded, table: None, pacing }
+        let (enqueue_us, calls) = (Vec::new(), BTreeMap::new());
+        Contender {
+            policy,
+            schedule,
+            layers: 4,
+            layer_us,
+            recorded,
+            table: None,
+            pacing,
+            enqueue_us,
+            calls,
+            counted: 0,
+        }
     }
 
     fn warm_up(&mut self) -> Result<()> {
@@ -336,7 +380,17 @@ impl<'a, B: Backend> Contender<'a, B> {
     }
 
     fn round(&mut self, recorded: bool) -> Result<()> {
+        take_driver_calls();
         let round = self.schedule.run(self.layers, None, false)?;
+        for (function, calls) in take_driver_calls() {
+            let all = self.calls.entry(function).or_default();
+            *all = DriverCalls { count: all.count + calls.count, time: all.time + calls.time };
+        }
+        self.counted += round.layers;
+        let host = round.host;
+        if host.planned > 0 {
+            self.enqueue_us.push(host.enqueued.saturating_sub(host.planned) as f64 / 1e3);
+        }
         self.layer_us.push(round.time.as_secs_f64() * 1e6 / round.layers as f64);
         self.table = round.tables.into_iter().next();
         self.pacing.add(&self.schedule.take_pacing());
@@ -350,6 +404,18 @@ impl<'a, B: Backend> Contender<'a, B> {
 
     fn median(&self, figure: fn(&LayerTime) -> f64) -> Option<f64> {
         quantile(self.recorded.iter().map(figure), 0.5).map(|ms| ms * 1e3)
+    }
+
+    fn driver_calls(&self) -> Vec<CallFigures> {
+        let layers = self.counted.max(1) as f64;
+        let figures = |(&function, calls): (&&'static str, &DriverCalls)| CallFigures {
+            function,
+            count: calls.count as f64 / layers,
+            us: calls.time.as_secs_f64() * 1e6 / layers,
+        };
+        let mut all: Vec<CallFigures> = self.calls.iter().map(figures).collect();
+        all.sort_by(|a, b| b.us.total_cmp(&a.us));
+        all
     }
 
     fn row(&self, serial: Option<&Self>, rank: Rank) -> Row {
@@ -381,6 +447,8 @@ impl<'a, B: Backend> Contender<'a, B> {
             transfer_order: table.filter(|_| !two).map(|table| order_text(&table.order)),
             shared_expert: table.map(|table| table.shared.to_string()),
             pacing: PacingFigures::of(&self.pacing),
+            enqueue_us: quantile(self.enqueue_us.iter().copied(), 0.5),
+            driver_calls: self.driver_calls(),
         }
     }
 }
@@ -398,11 +466,13 @@ impl Cell {
 
     fn table(&self) -> String {
         let mut text = format!(
-            "\n{}: {} rows out, {} in, {} the busier way\n{}\n",
+            "\n{}: {} rows out, {} in, {}; {} and {} the busier way\n{}\n",
             self.heading(),
             self.rows_sent,
             self.rows_received,
-            Bytes(self.link_bytes),
+            self.wire,
+            Bytes(self.dispatch_bytes),
+            Bytes(self.combine_bytes),
             line([
                 "schedule",
                 "layer us",
@@ -412,6 +482,7 @@ impl Cell {
                 "experts",
                 "D+M us",
                 "exposed",
+                "enqueue",
                 "late us",
                 "short",
                 "cut; order"
@@ -431,12 +502,20 @@ impl Cell {
                 &us(row.experts_us),
                 &us(row.dispatch_and_combine_us),
                 &us(row.exposed_us),
+                &us(row.enqueue_us),
                 &pacing.map_or("-".into(), |pacing| format!("{:.1}", pacing.late_us_median)),
                 &pacing.map_or("-".into(), |pacing| pacing.unresolved.to_string()),
                 &format!("{cut}; {}", row.transfer_order.as_deref().unwrap_or("dA dB cA cB")),
             ];
             text.push_str(&line(cells));
             text.push('\n');
+            let call =
+                |calls: &CallFigures| format!("{} {:.1}x {:.0}", calls.function, calls.count, calls.us);
+            if !row.driver_calls.is_empty() {
+                let all: f64 = row.driver_calls.iter().map(|calls| calls.us).sum();
+                let each = row.driver_calls.iter().map(call).collect::<Vec<_>>().join(", ");
+                text.push_str(&format!("    driver calls of a layer, {all:.0} us: {each}\n"));
+            }
         }
         text
     }
@@ -457,10 +536,11 @@ impl Report {
     }
 }
 
-fn line(cells: [&str; 11]) -> String {
-    let [schedule, layer, ratio, efficiency, compute, experts, transfers, exposed, late, short, cut] = cells;
+fn line(cells: [&str; 12]) -> String {
+    let [schedule, layer, ratio, efficiency, compute, experts, transfers, exposed, enqueue, late, short, cut] =
+        cells;
     format!(
-        "{schedule:<18}{layer:>9}{ratio:>7}{efficiency:>11}{compute:>8}{experts:>8}{transfers:>8}{exposed:>8}{late:>8}\
-         {short:>6}  {cut}"
+        "{schedule:<18}{layer:>9}{ratio:>7}{efficiency:>11}{compute:>8}{experts:>8}{transfers:>8}{exposed:>8}{enqueue:>8}\
+         {late:>8}{short:>6}  {cut}"
     )
 }

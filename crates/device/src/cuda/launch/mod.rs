@@ -96,6 +96,7 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     rows::EmbedArgs::LAYOUT,
     rows::GateRowsArgs::LAYOUT,
     rows::GatherArgs::LAYOUT,
+    rows::GatherFp8Args::LAYOUT,
     rows::KvWriteArgs::LAYOUT,
 ];
 
@@ -159,6 +160,7 @@ impl Launch<'_> {
             Op::Embed(op) => self.embed(op),
             Op::KvWrite(op) => self.kv_write(op),
             Op::Gather(op) => self.gather(op),
+            Op::GatherFp8(op) => self.gather_fp8(op),
             Op::Add(op) => self.add(op),
             Op::Copy(op) => self.copy(op),
             Op::Clamp(op) => self.clamp(op),

@@ -1,9 +1,10 @@
 //! Operations that go row by row and element by element.
 
 use super::{Columns, Launch, Refusal, Rows, is_empty};
+use crate::Buffer;
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
-use crate::op::{Add, ArgMax, Clamp, Copy, Embed, GateRows, Gather, KvWrite};
+use crate::op::{Add, ArgMax, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, KvWrite};
 use epsmoe_base::DType;
 
 twin! {
@@ -34,6 +35,15 @@ twin! {
 
 twin! {
     pub(super) struct GatherArgs = "Args" in "gather.cu" {
+        x: Rows,
+        index: Rows,
+        out: Rows,
+        report: Report,
+    }
+}
+
+twin! {
+    pub(super) struct GatherFp8Args = "Args" in "gather_fp8.cu" {
         x: Rows,
         index: Rows,
         out: Rows,
@@ -107,6 +117,19 @@ impl Launch<'_> {
         let (x, index, out) = (self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?);
         let arguments = GatherArgs { x, index, out, report: self.report };
         self.by_columns(Columns::Stretches, "gather", op.x.dtype, op.out.dtype, &op.out, arguments)
+    }
+
+    pub(super) fn gather_fp8(&mut self, op: &GatherFp8) -> Result<(), Refusal> {
+        let (x, index, out) = (self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?);
+        let arguments = GatherFp8Args { x, index, out, report: self.report };
+        let numbers = op.numbers();
+        let kernel = match op.how {
+            Fp8::Encode => "to_fp8",
+            Fp8::Decode => "from_fp8",
+            Fp8::Through => "through_fp8",
+        };
+        let over = Buffer { rows: op.out.rows, ..numbers.clone() };
+        self.by_columns(Columns::Stretches, kernel, numbers.dtype, numbers.dtype, &over, arguments)
     }
 
     pub(super) fn add(&mut self, op: &Add) -> Result<(), Refusal> {

@@ -1,0 +1,163 @@
+// out[m] = x[index[m]], to or from rows of e4m3 codes: four codes a word, the first in its lowest byte, then a float32
+// scale for every GROUP of columns. What is encoded is rounded to bfloat16 first. A half warp has a group at a time.
+#include "common.cuh"
+
+struct Args { Rows x, index, out; Report report; };
+
+constexpr u32 GROUP = 128;
+constexpr f32 LARGEST = 448.0f, LEAST = 1e-4f;
+
+// The larger magnitude; a NaN stays.
+__device__ __forceinline__ f32 larger(f32 most, f32 value) {
+    const f32 size = fabsf(value);
+    return size > most || size != size ? size : most;
+}
+
+// The scale of the group that the lane's run is of: the largest magnitude of the half warp's runs, and never 0.
+__device__ __forceinline__ f32 scale_of(const Run& run) {
+    f32 most = LEAST;
+#pragma unroll
+    for (f32 value : run.values) most = larger(most, value);
+#pragma unroll
+    for (u32 step = 8; step > 0; step >>= 1) most = larger(most, __shfl_xor_sync(~0u, most, step));
+    return most / LARGEST;
+}
+
+// The codes nearest to two values, the first in the lower byte, ties to even; what is beyond 448 becomes 448.
+__device__ __forceinline__ u32 encode(f32 low, f32 high) {
+#if __CUDA_ARCH__ >= 890
+    unsigned short codes;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+    return codes;
+#else
+    const auto code = [](f32 value) {
+        const u32 sign = __float_as_uint(value) >> 24 & 0x80u;
+        const f32 size = fabsf(value);
+        if (size != size) return sign | 0x7fu;
+        if (size >= LARGEST) return sign | 0x7eu;
+        // Below 2^-6 codes are multiples of 2^-9.
+        if (size < 1.0f / 64.0f) return sign | u32(rintf(size * 512.0f));
+        const u32 bits = __float_as_uint(size);
+        return sign | ((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120u << 3);
+    };
+    return code(low) | code(high) << 8;
+#endif
+}
+
+// What a code stands for: its bits are those of a float32 whose exponent counts from elsewhere.
+__device__ __forceinline__ f32 decode(u32 code) {
+    if ((code & 0x7fu) == 0x7fu) return __uint_as_float(0x7fffffffu);
+    return __uint_as_float((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 0x1p120f;
+}
+
+// The words of a run's codes.
+struct Codes { u32 words[RUN / 4]; };
+
+__device__ __forceinline__ Codes encode(const Run& run, f32 scale) {
+    Codes codes;
+#pragma unroll
+    for (u32 i = 0; i < RUN; i += 4)
+        codes.words[i / 4] = encode(run.values[i] / scale, run.values[i + 1] / scale) |
+                             encode(run.values[i + 2] / scale, run.values[i + 3] / scale) << 16;
+    return codes;
+}
+
+__device__ __forceinline__ Run decode(const Codes& codes, f32 scale) {
+    Run run;
+#pragma unroll
+    for (u32 i = 0; i < RUN; ++i) run.values[i] = decode(codes.words[i / 4] >> i % 4 * 8 & 0xffu) * scale;
+    return run;
+}
+
+template <typename T> __device__ __forceinline__ void read_rounded(Run (&runs)[RUNS], const T* row, u32 n, u32 width) {
+    read_runs(runs, row, n, width);
+#pragma unroll
+    for (u32 i = 0; i < RUNS * RUN; ++i) runs[i / RUN].values[i % RUN] = wide(narrow<bf16>(runs[i / RUN].values[i % RUN]));
+}
+
+// The row that a row of the output comes from; all threads of a warp have the same.
+__device__ __forceinline__ bool source_of(const Args& args, u32 m, u32& source) {
+    source = at<u32>(args.index, m);
+    if (source < args.x.rows) return true;
+    complain(args.report, SOURCE_ROW, source, args.x.rows);
+    return false;
+}
+
+template <typename X, typename> __device__ void to_fp8(const Args& args) {
+    const u32 width = args.x.width, words = (width + 3) / 4;
+    const Rows numbers = {0, 0, args.out.rows, width};
+    FOR_STRETCHES(numbers, m, n) {
+        u32 source;
+        if (!source_of(args, m, source)) continue;
+        Run runs[RUNS];
+        read_rounded(runs, row<X>(args.x, source), n, width);
+        u32* to = row<u32>(args.out, m);
+#pragma unroll
+        for (u32 i = 0; i < RUNS; ++i) {
+            const f32 scale = scale_of(runs[i]);
+            const Codes codes = encode(runs[i], scale);
+            const u32 column = n + i * STRIDE;
+            if (column >= width) continue;
+            u32* place = to + column / 4;
+            if (width - column > 4 && reinterpret_cast<u64>(place) % 8 == 0) {
+                *reinterpret_cast<uint2*>(place) = make_uint2(codes.words[0], codes.words[1]);
+            } else {
+                place[0] = codes.words[0];
+                if (width - column > 4) place[1] = codes.words[1];
+            }
+            if (column % GROUP == 0) to[words + column / GROUP] = __float_as_uint(scale);
+        }
+    }
+}
+
+template <typename Y, typename> __device__ void from_fp8(const Args& args) {
+    const u32 width = args.out.width, words = (width + 3) / 4;
+    FOR_STRETCHES(args.out, m, n) {
+        u32 source;
+        if (!source_of(args, m, source)) continue;
+        const u32* from = row<u32>(args.x, source);
+        Codes codes[RUNS] = {};
+        f32 scales[RUNS] = {};
+#pragma unroll
+        for (u32 i = 0; i < RUNS; ++i) {
+            const u32 column = n + i * STRIDE;
+            if (column >= width) continue;
+            const u32* place = from + column / 4;
+            if (width - column > 4 && reinterpret_cast<u64>(place) % 8 == 0) {
+                const uint2 both = *reinterpret_cast<const uint2*>(place);
+                codes[i].words[0] = both.x;
+                codes[i].words[1] = both.y;
+            } else {
+                codes[i].words[0] = place[0];
+                if (width - column > 4) codes[i].words[1] = place[1];
+            }
+            scales[i] = __uint_as_float(from[words + column / GROUP]);
+        }
+        Run runs[RUNS];
+#pragma unroll
+        for (u32 i = 0; i < RUNS; ++i) runs[i] = decode(codes[i], scales[i]);
+        write_runs(row<Y>(args.out, m), runs, n, width);
+    }
+}
+
+template <typename X, typename> __device__ void through_fp8(const Args& args) {
+    FOR_STRETCHES(args.out, m, n) {
+        u32 source;
+        if (!source_of(args, m, source)) continue;
+        Run runs[RUNS];
+        read_rounded(runs, row<X>(args.x, source), n, args.out.width);
+#pragma unroll
+        for (u32 i = 0; i < RUNS; ++i) {
+            const f32 scale = scale_of(runs[i]);
+            runs[i] = decode(encode(runs[i], scale), scale);
+        }
+        write_runs(row<X>(args.out, m), runs, n, args.out.width);
+    }
+}
+
+KERNEL(to_fp8, Args, f32, f32)
+KERNEL(to_fp8, Args, bf16, bf16)
+KERNEL(from_fp8, Args, f32, f32)
+KERNEL(from_fp8, Args, bf16, bf16)
+KERNEL(through_fp8, Args, f32, f32)
+KERNEL(through_fp8, Args, bf16, bf16)
