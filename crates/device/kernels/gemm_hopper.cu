@@ -19,7 +19,8 @@
 
 typedef unsigned short u16;
 
-constexpr u32 CLUSTER = 2; // CTAs that share token rows by multicast
+constexpr u32 CLUSTER = 2;     // CTAs that share token rows by multicast
+constexpr u32 OWN_BLOCKS = 64; // blocks that fit into the arguments
 
 // How TMA finds a matrix, as the driver wrote it. The twin of `driver::TensorMap`.
 struct alignas(128) TensorMap {
@@ -30,8 +31,8 @@ struct alignas(128) TensorMap {
 struct HopperArgs {
     TensorMap rows; // boxes of ROW_BOX rows by K_BLOCK
     TensorMap out;  // boxes of ROW_BOX rows by the columns of a warpgroup
-    u64 blocks;     // Block[count] in device memory; null: the one block here
-    Block only;
+    u64 blocks; // Block[count] in device memory; null: those here
+    Block own[OWN_BLOCKS];
     u64 out_start;  // bf16, row-major
     u64 ticket;     // two words, zero before the first launch; every launch leaves them zero
     u32 count;
@@ -285,7 +286,7 @@ __device__ __forceinline__ u32 round_up(u32 a, u32 b) { return div_up(a, b) * b;
 __device__ __forceinline__ u32 even_tile(u32 rows, u32 limit) { return rows ? round_up(div_up(rows, div_up(rows, limit)), ROW_BOX) : 0; }
 
 __device__ __forceinline__ const Block* blocks_of(const HopperArgs& a) {
-    return a.blocks ? reinterpret_cast<const Block*>(a.blocks) : &a.only;
+    return a.blocks ? reinterpret_cast<const Block*>(a.blocks) : a.own;
 }
 
 // Which tile of an expert the i-th ticket gets: up to 8 row tiles by as many weight pairs as there are clusters

@@ -41,12 +41,14 @@ fn check(call: &'static str, code: sys::CUresult) -> Result<(), CudaError> {
 /// Calls the driver: `call!(cuFunction(arguments))`. The unsafe block around it says why it is sound.
 macro_rules! call {
     ($function:ident($($argument:expr),* $(,)?)) => {
-        check(stringify!($function), sys::$function($($argument),*))
+        check(stringify!($function), account::counted(stringify!($function), || sys::$function($($argument),*)))
     };
 }
 
+mod account;
 mod partition;
 
+pub use account::{DriverCalls, count_driver_calls, take_driver_calls};
 pub(super) use partition::Partition;
 
 /// The version of CUDA that the driver speaks, as 1000 · major + 10 · minor; absent without a driver.

@@ -20,6 +20,9 @@ pub(super) const WEIGHT_PIECE: (u32, u32) = (128, 64);
 /// Rows of x and out that one copy moves.
 const ROW_BOX: u32 = 32;
 
+/// Blocks that fit into a kernel's arguments; more of them are listed in device memory. Repeats the number of the source.
+pub(super) const OWN_BLOCKS: usize = 64;
+
 /// Shared memory of a block: the ring, two staging areas, slots and barriers, and room to start on 1024 bytes.
 pub(super) const SHARED_BYTES: usize = 231_424;
 
@@ -41,7 +44,7 @@ twin! {
         pub(super) rows: TensorMap,
         pub(super) out: TensorMap,
         pub(super) blocks: u64,
-        pub(super) only: Block,
+        pub(super) own: [Block; OWN_BLOCKS],
         pub(super) out_start: u64,
         pub(super) ticket: u64,
         pub(super) count: u32,
@@ -127,6 +130,8 @@ pub(super) fn plan(blocks: &[Block], n: usize, k: usize, multiprocessors: u32) -
     const FEW: u64 = 512;
     let clusters = (multiprocessors / 2).max(1) as usize;
     let (pairs, depth) = (n.div_ceil(256).max(1) as u64, k.div_ceil(64) as u64);
+    // A little sooner is not worth reading weights more often.
+    let sooner = |end: u64, soonest: u64| end * 1000 < soonest * 985;
     let mut best: Option<(u64, u32, u64)> = None;
     let mut seen = Vec::new();
     for limit in (1..=8).rev().map(|boxes| boxes * ROW_BOX) {
@@ -140,31 +145,33 @@ pub(super) fn plan(blocks: &[Block], n: usize, k: usize, multiprocessors: u32) -
         let tiles: u64 =
             busy().map(|(block, &height)| u64::from(block.rows.div_ceil(height))).sum::<u64>() * pairs;
         let tallest = heights.iter().copied().max().unwrap_or(0).max(ROW_BOX);
+        let work = |(block, &height): (&Block, &u32)| {
+            let rest = block.rows % height;
+            u64::from(block.rows / height) * cost(height) + if rest > 0 { cost(rest) } else { 0 }
+        };
+        let even = busy().map(work).sum::<u64>() * pairs / clusters as u64;
+        if best.is_some_and(|(soonest, ..)| !sooner(even, soonest)) {
+            // However its tiles are handed out, this height is not the one.
+            continue;
+        }
         let end = if tiles <= FEW {
             let mut free: BinaryHeap<Reverse<u64>> = vec![Reverse(0); clusters].into();
             let mut end = 0;
             for (block, &height) in busy() {
                 for _ in 0..pairs {
                     for row in (0..block.rows).step_by(height as usize) {
-                        let Some(Reverse(start)) = free.pop() else { continue };
-                        let done = start + cost(height.min(block.rows - row));
-                        end = end.max(done);
-                        free.push(Reverse(done));
+                        let Some(mut start) = free.peek_mut() else { continue };
+                        start.0 += cost(height.min(block.rows - row));
+                        end = end.max(start.0);
                     }
                 }
             }
             end
         } else {
-            let work = |(block, &height): (&Block, &u32)| {
-                let full = block.rows / height;
-                let rest = block.rows % height;
-                u64::from(full) * cost(height) + if rest > 0 { cost(rest) } else { 0 }
-            };
             // The last tiles end half a tile apart on average.
-            busy().map(work).sum::<u64>() * pairs / clusters as u64 + cost(tallest) / 2
+            even + cost(tallest) / 2
         };
-        // A little sooner is not worth reading weights more often.
-        if best.is_none_or(|(soonest, ..)| end * 1000 < soonest * 985) {
+        if best.is_none_or(|(soonest, ..)| sooner(end, soonest)) {
             best = Some((end, tallest, tiles));
         }
         seen = heights;

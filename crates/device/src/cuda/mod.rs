@@ -22,6 +22,7 @@ mod report;
 mod staging;
 mod weights;
 
+pub use driver::{DriverCalls, count_driver_calls, take_driver_calls};
 pub use kernels::{CACHE_VARIABLE, KernelUse, Warmed, check_kernels, warm_kernels};
 pub use probe::{Capabilities, Figure, Known, Probes, Table, probe};
 pub use queue::{CudaQueue, CudaRows};

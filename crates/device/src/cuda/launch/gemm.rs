@@ -8,6 +8,7 @@ use crate::cuda::report::Report;
 use crate::cuda::staging::Staged;
 use crate::op::{self, Epilogue, ExpertGemm, Gemm};
 use crate::{Buffer, DeviceError, Weight};
+use bytemuck::Zeroable;
 use epsmoe_base::DType;
 
 twin! {
@@ -209,12 +210,20 @@ impl Launch<'_> {
         let plan = hopper::plan(&blocks, weight.rows, weight.width, self.multiprocessors);
         let rows = blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize;
         let (x, out) = hopper::maps(first, rows, weight.width, products.columns, gated)?;
-        let (staged, listed) = self.list(&blocks, products, "list_blocks")?;
+        let mut own = [hopper::Block::zeroed(); hopper::OWN_BLOCKS];
+        // Few go with the arguments: a copy of their own would take the host and the lane longer than they do.
+        let (staged, listed) = match own.get_mut(..blocks.len()) {
+            Some(own) if products.decided.is_none() => {
+                own.copy_from_slice(&blocks);
+                (None, 0)
+            }
+            _ => self.list(&blocks, products, "list_blocks")?,
+        };
         let arguments = HopperArgs {
             rows: x,
             out,
             blocks: listed,
-            only: blocks[0],
+            own,
             out_start: first.out,
             ticket: self.tickets,
             count: blocks.len() as u32,
