@@ -96,6 +96,7 @@ pub struct CostModel {
 ///     weight_bytes_per_second: 10_000_000_000,
 ///     op_ns: 3_000,
 ///     least_columns: 0,
+///     tiles: None,
 /// };
 /// let product = gemm.product(1000, 1000, 2);
 /// assert_eq!(product.expert_ns(100), 400_000);
@@ -118,6 +119,81 @@ pub struct GemmCost {
     /// A product of fewer columns computes as long as one of so many: kernels multiply whole panels.
     #[serde(default)]
     pub least_columns: u64,
+    /// How a processor of many that work on tiles side by side multiplies. Where it is there, the tiles of an operation
+    /// take the place of `flops_per_second`, and the two efficiencies are of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tiles: Option<TileCost>,
+}
+
+/// An operation cut into tiles of some rows of one expert and `columns` columns, `at_once` of them computed at a time. As its
+/// kernels choose the height that is done soonest, so does the price: with tiles of r rows of depth K, `K/64 ·
+/// max(step + r · row, least) + end` each, the operation takes as long as all of them over `at_once` and half a tile, as
+/// the last ones end at different times; and never less than one tile.
+///
+/// Two experts of 200 and 100 rows, 512 columns, K = 64, four tiles at a time: each expert is one tile high, of 224 and of
+/// 128 rows, and two across. At 1 ns a row and 1 µs a tile they take 1224 and 1128 ns, all of them 4704 ns, a fourth of
+/// that is 1176 ns, and with half of the longest it is 1788 ns. Lower tiles would be more, and take longer.
+///
+/// ```
+/// # use epsmoe_plan::*;
+/// let tiles = TileCost { columns: 256, at_once: 4, step_ps: 0, row_ps: 1000, least_ps: 0, end_ps: 1_000_000 };
+/// let gemm = GemmCost { tiles: Some(tiles), ..CostModel::unmeasured(epsmoe_base::DType::BF16, 1, 1).grouped };
+/// let gemm = GemmCost { op_ns: 0, rows: Piecewise::flat(1000), depth: Piecewise::flat(1000), ..gemm };
+/// assert_eq!(gemm.product(512, 64, 0).op_ns([200, 100]), 1788);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TileCost {
+    /// Columns of a tile.
+    pub columns: u64,
+    /// Tiles that are computed at once.
+    pub at_once: u64,
+    /// Picoseconds of 64 steps of K, besides the rows …
+    pub step_ps: u64,
+    /// … of each row of them …
+    pub row_ps: u64,
+    /// … and at the least.
+    pub least_ps: u64,
+    /// Picoseconds of a tile that do not depend on K.
+    pub end_ps: u64,
+}
+
+impl TileCost {
+    /// Rows of the tallest tile, and of the steps in which heights differ.
+    const MOST_ROWS: u64 = 256;
+    const ROWS: u64 = 32;
+    /// Heights that are tried.
+    const LIMITS: [u64; 4] = [256, 192, 128, 64];
+
+    /// What products on Hopper take at 1.55 GHz, which their own choice of tiles goes by too.
+    pub fn hopper(multiprocessors: u32) -> Self {
+        TileCost {
+            columns: 256,
+            at_once: u64::from(multiprocessors / 2).max(1),
+            step_ps: 83_900,
+            row_ps: 2_390,
+            least_ps: 355_000,
+            end_ps: 968_000,
+        }
+    }
+
+    fn tile_ps(&self, rows: u64, steps: u64) -> u64 {
+        let step = (self.step_ps + rows * self.row_ps).max(self.least_ps);
+        (steps * step + self.end_ps).max(1)
+    }
+
+    fn check(&self, table: &str) -> Result<(), CostError> {
+        let Self { columns, at_once, step_ps, row_ps, least_ps, end_ps } = *self;
+        let times = [step_ps, row_ps, least_ps, end_ps];
+        if (1..=MOST_COLUMNS).contains(&columns)
+            && (1..=MOST_COLUMNS).contains(&at_once)
+            && times.iter().all(|&ps| ps <= MOST_TILE_PS)
+        {
+            return Ok(());
+        }
+        let problem = format!("has tiles that no processor has: {self:?}");
+        Err(CostError::Table { table: table.into(), problem })
+    }
 }
 
 /// [`GemmCost`] for one matrix shape, ready to be asked many times.
@@ -128,6 +204,63 @@ pub struct Product<'a> {
     row_ps: u64,
     weight_ns: u64,
     op_ns: u64,
+    tiles: Option<Tiles>,
+}
+
+/// Tiles of one matrix shape.
+#[derive(Clone, Copy, Debug)]
+struct Tiles {
+    cost: TileCost,
+    /// Tiles side by side, and 64-deep steps of each.
+    across: u64,
+    steps: u64,
+    depth_permille: u64,
+}
+
+impl Tiles {
+    /// How many tiles an expert is high, each of how many rows, where they may have up to `limit`.
+    fn cut(rows: u64, limit: u64) -> (u64, u64) {
+        let high = rows.div_ceil(limit).max(1);
+        (high, rows.div_ceil(high).next_multiple_of(TileCost::ROWS))
+    }
+
+    /// Tiles of an expert that is so many high.
+    fn all(&self, high: u64) -> u128 {
+        u128::from(high) * u128::from(self.across)
+    }
+
+    /// Picoseconds of a tile of an expert with so many rows.
+    fn tile_ps(&self, rows: u64, height: u64, efficiency: &Piecewise) -> u64 {
+        let ps = self.cost.tile_ps(height, self.steps);
+        let permille = u128::from(efficiency.clamped(rows).max(1)) * u128::from(self.depth_permille);
+        saturated(u128::from(ps) * 1_000_000 / permille.max(1)).min(MOST_NS)
+    }
+
+    /// One expert's share of a long operation.
+    fn expert_ns(&self, rows: u64, efficiency: &Piecewise) -> u64 {
+        let of_limit = |limit| {
+            let (high, height) = Self::cut(rows, limit);
+            let all = self.all(high) * u128::from(self.tile_ps(rows, height, efficiency));
+            saturated(all / u128::from(self.cost.at_once) / 1000)
+        };
+        TileCost::LIMITS.map(of_limit).into_iter().min().unwrap_or(0)
+    }
+
+    /// An operation over experts with so many rows each.
+    fn op_ns(&self, experts: &[u64], efficiency: &Piecewise) -> u64 {
+        let of_limit = |limit| {
+            let (mut all, mut tallest) = (0u128, 0);
+            for &rows in experts {
+                let (high, height) = Self::cut(rows, limit);
+                let tile = self.tile_ps(rows, height, efficiency);
+                all += self.all(high) * u128::from(tile);
+                tallest = tallest.max(tile);
+            }
+            let even = saturated(all / u128::from(self.cost.at_once));
+            tallest.max(even.saturating_add(tallest / 2)) / 1000
+        };
+        TileCost::LIMITS.map(of_limit).into_iter().min().unwrap_or(0)
+    }
 }
 
 impl GemmCost {
@@ -140,11 +273,18 @@ impl GemmCost {
             / self.depth_permille(depth);
         let weight_ns = elements.saturating_mul(element_bytes as u128 * 1_000_000_000)
             / rate(self.weight_bytes_per_second);
+        let tiles = self.tiles.map(|cost| Tiles {
+            cost,
+            across: (columns as u64).max(self.least_columns).div_ceil(cost.columns).max(1),
+            steps: (depth as u64).div_ceil(64).min(MOST_STEPS),
+            depth_permille: self.depth_permille(depth) as u64,
+        });
         Product {
             rows: &self.rows,
             row_ps: saturated(row_ps.max(1)),
             weight_ns: saturated(weight_ns),
             op_ns: self.op_ns,
+            tiles,
         }
     }
 
@@ -158,6 +298,13 @@ impl GemmCost {
             flops_per_second: divided(self.flops_per_second, permille),
             weight_bytes_per_second: divided(self.weight_bytes_per_second, permille),
             op_ns: scale(self.op_ns, permille),
+            tiles: self.tiles.map(|tiles| TileCost {
+                step_ps: scale(tiles.step_ps, permille),
+                row_ps: scale(tiles.row_ps, permille),
+                least_ps: scale(tiles.least_ps, permille),
+                end_ps: scale(tiles.end_ps, permille),
+                ..tiles
+            }),
             ..self.clone()
         }
     }
@@ -176,6 +323,7 @@ impl GemmCost {
         if self.op_ns > LONGEST_NS {
             return refuse(&longer(self.op_ns));
         }
+        self.tiles.map_or(Ok(()), |tiles| tiles.check(table))?;
         if self.least_columns > MOST_COLUMNS {
             return refuse(&format!(
                 "has {} columns at the least, more than {MOST_COLUMNS}",
@@ -200,6 +348,9 @@ impl Product<'_> {
         if rows == 0 {
             return 0;
         }
+        if let Some(tiles) = &self.tiles {
+            return tiles.expert_ns(rows, self.rows).max(self.weight_ns).min(MOST_NS);
+        }
         // Picoseconds over permille are nanoseconds.
         let compute_ns = rows.saturating_mul(self.row_ps) / self.rows.clamped(rows).max(1);
         compute_ns.max(self.weight_ns).min(MOST_NS)
@@ -207,12 +358,21 @@ impl Product<'_> {
 
     /// One operation over experts with so many rows each, at most [`MOST_NS`].
     pub fn op_ns(&self, rows: impl IntoIterator<Item = u64>) -> u64 {
+        if let Some(tiles) = &self.tiles {
+            let rows: Vec<u64> = rows.into_iter().filter(|&rows| rows > 0).collect();
+            let read = self.weight_ns.saturating_mul(rows.len() as u64);
+            return self.op_ns.saturating_add(tiles.op_ns(&rows, self.rows).max(read)).min(MOST_NS);
+        }
         rows.into_iter().fold(self.op_ns, |sum, rows| sum.saturating_add(self.expert_ns(rows))).min(MOST_NS)
     }
 
     /// What an operation costs besides its experts.
     pub fn overhead_ns(&self) -> u64 {
-        self.op_ns
+        let last = self.tiles.map_or(0, |tiles| {
+            let ps = tiles.tile_ps(TileCost::MOST_ROWS, TileCost::MOST_ROWS, self.rows);
+            ps / 2000
+        });
+        self.op_ns + last
     }
 }
 
@@ -309,7 +469,7 @@ pub struct HostCost {
     pub exchange: Piecewise,
     /// Slots × ranks → ns: checking the counts, cutting the stages, laying out the buffers.
     pub plan: Piecewise,
-    /// Operations, and products in them → ns: handing them to a lane. 0 where lanes never wait for that.
+    /// Calls of a whole layer that hand its operations and copies to the lanes → ns. 0 where lanes never wait for that.
     #[serde(default)]
     pub enqueue: Piecewise,
     /// From an event to the moment at which a lane, or the host, that waited for it goes on.
@@ -397,7 +557,7 @@ impl CostModel {
     }
 
     /// What this program writes and reads.
-    pub const VERSION: u32 = 4;
+    pub const VERSION: u32 = 5;
 
     /// Round figures of a server's CPU, for a machine that nobody measured: ranks of `threads` threads, of which
     /// `concurrent` in all run at full speed at once (0: every rank has a processor of its own). Good enough to begin with; a [`AutoPlanner`](crate::AutoPlanner)
@@ -411,6 +571,7 @@ impl CostModel {
             weight_bytes_per_second: 12_000_000_000 * lanes.min(2),
             op_ns,
             least_columns: 48,
+            tiles: None,
         };
         let per_second = |start, rate| Piecewise::line(start, rate);
         CostModel {
@@ -593,6 +754,12 @@ const LONGEST_NS: u64 = 1_000_000_000_000;
 
 /// The largest factor: a hundred times as slow, or as efficient.
 const MOST_PERMILLE: u64 = 100_000;
+
+/// A tenth of a millisecond: longer than any 64 steps of a tile.
+const MOST_TILE_PS: u64 = 100_000_000;
+
+/// 64-deep steps of the deepest product, by far.
+const MOST_STEPS: u64 = 1 << 20;
 
 /// Columns of the widest panel, by far.
 const MOST_COLUMNS: u64 = 1 << 20;

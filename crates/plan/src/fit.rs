@@ -41,7 +41,7 @@ pub enum Work {
     CountExchange(u64),
     /// Host: slots × ranks.
     Plan(u64),
-    /// Host: operations handed to a lane, and products in them.
+    /// Host: calls that hand operations to a lane.
     Enqueue(u64),
     /// An exchange as a whole: what `Near`, `Far` and `Copy` are parts of.
     Exchange(Payload),
@@ -194,8 +194,11 @@ fn fit_shares(shares: &[ShareCost], samples: &[Sample]) -> Vec<ShareCost> {
 }
 
 /// One GEMM sample: its arithmetic, its weights, its time.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Point {
+    /// Rows of each expert.
+    experts: Vec<u64>,
+    columns: usize,
     /// Rows per expert.
     rows: u64,
     depth: u64,
@@ -217,7 +220,10 @@ fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes
     let same = |left: &Point, right: &Point| {
         (left.flops, left.weight_bytes, left.rows) == (right.flops, right.weight_bytes, right.rows)
     };
-    let mut points: Vec<Point> = points.chunk_by(same).map(|equal| equal[equal.len() / 2]).collect();
+    let mut points: Vec<Point> = points.chunk_by(same).map(|equal| equal[equal.len() / 2].clone()).collect();
+    if before.tiles.is_some() {
+        return fit_tiles(before, &points);
+    }
     let per_second =
         |amount: u64, ns: u64| (u128::from(amount) * 1_000_000_000 / u128::from(ns.max(1))) as u64;
     let best = |points: &[Point], amount: fn(&Point) -> u64| {
@@ -228,8 +234,8 @@ fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes
         (seconds(point.flops, flops), seconds(point.weight_bytes, bytes))
     };
     let (flops, bytes) = (best(&points, |point| point.flops), best(&points, |point| point.weight_bytes));
-    let smallest = points[0];
-    let (compute, read) = ideal(&smallest, flops, bytes);
+    let smallest = &points[0];
+    let (compute, read) = ideal(smallest, flops, bytes);
     let op_ns = smallest.ns.saturating_sub(compute.max(read)).min(smallest.ns * 9 / 10);
     // What is left of operations that hardly take longer than that is noise.
     if points.iter().any(|point| 2 * point.ns > 3 * op_ns) {
@@ -244,7 +250,7 @@ fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes
     let most = points.iter().filter(|point| reads(point)).map(|point| point.rows).max().unwrap_or(0);
     let efficiency = |point: &Point| (ideal(point, flops, bytes).0 * 1000 / point.ns).clamp(1, 1000);
     let with_efficiency = |wanted: &dyn Fn(&Point) -> bool| -> Vec<(Point, u64)> {
-        points.iter().filter(|point| wanted(point)).map(|point| (*point, efficiency(point))).collect()
+        points.iter().filter(|point| wanted(point)).map(|point| (point.clone(), efficiency(point))).collect()
     };
     let hidden = with_efficiency(&|point| point.rows == most);
     let (rows, depth) = match with_efficiency(&|point| point.rows > most) {
@@ -261,8 +267,59 @@ fn fit_gemm(before: &GemmCost, kind: GemmKind, samples: &[Sample], element_bytes
         weight_bytes_per_second: bytes,
         op_ns,
         least_columns: 0,
+        tiles: None,
     };
     let least_columns = least_columns(&fitted, kind, samples, element_bytes);
+    GemmCost { least_columns, ..fitted }
+}
+
+/// What an operation of tiles costs besides them, and their efficiencies: how much sooner than said they are done, by rows of
+/// an expert (in powers of two, as finely as they can be told from their neighbours) and by depth, where reading the
+/// weights does not take all the time. Narrow products, a router's, are done by other kernels: they tell how many columns
+/// they take the time of.
+fn fit_tiles(before: &GemmCost, points: &[Point]) -> GemmCost {
+    /// Products of fewer columns are narrow.
+    const WIDE: usize = 512;
+    let flat = || Piecewise::flat(1000);
+    let plain = GemmCost { rows: flat(), depth: flat(), op_ns: 0, least_columns: 0, ..before.clone() };
+    let told = |point: &Point| {
+        let product = plain.product(point.columns, point.depth as usize, 0);
+        product.op_ns(point.experts.iter().copied())
+    };
+    let (wide, narrow): (Vec<&Point>, Vec<&Point>) = points.iter().partition(|point| point.columns >= WIDE);
+    let rate = |point: &&Point| {
+        (u128::from(point.weight_bytes) * 1_000_000_000 / u128::from(point.ns.max(1))) as u64
+    };
+    let bytes = wide.iter().map(rate).max().unwrap_or(0).max(before.weight_bytes_per_second.min(1));
+    let read_ns =
+        |point: &Point| (u128::from(point.weight_bytes) * 1_000_000_000 / u128::from(bytes.max(1))) as u64;
+    // The shortest tell what is not of tiles.
+    let mut by_length = wide.clone();
+    by_length.sort_by_key(|point| (told(point), point.ns));
+    let short = by_length.iter().take(by_length.len().div_ceil(5));
+    let besides = short.map(|point| (0, point.ns.saturating_sub(told(point).max(read_ns(point)))));
+    let op_ns = medians(besides).first().map_or(before.op_ns, |&(_, ns)| ns);
+    let shown = wide.iter().filter_map(|&point| {
+        let ns = point.ns.saturating_sub(op_ns).max(1);
+        let (told, rows) = (told(point), point.rows.next_power_of_two());
+        let long = told > 2 * op_ns && 10 * ns > 12 * read_ns(point);
+        long.then(|| (Point { rows, ..point.clone() }, (told * 1000 / ns).clamp(200, 5000)))
+    });
+    let shown: Vec<(Point, u64)> = shown.collect();
+    let (rows, depth) = if shown.is_empty() { (flat(), flat()) } else { two_factors(&shown) };
+    let fitted = GemmCost {
+        rows,
+        depth,
+        op_ns,
+        weight_bytes_per_second: if wide.is_empty() { before.weight_bytes_per_second } else { bytes },
+        ..plain
+    };
+    let columns = plain.tiles.map_or(1, |tiles| tiles.columns);
+    let as_many = narrow.iter().map(|point| {
+        let ns = point.ns.saturating_sub(op_ns);
+        (0, columns * ns / told(point).max(1))
+    });
+    let least_columns = medians(as_many).first().map_or(0, |&(_, columns)| columns.min(1 << 16));
     GemmCost { least_columns, ..fitted }
 }
 
@@ -292,6 +349,8 @@ fn point(sample: &Sample, wanted: GemmKind, element_bytes: u64) -> Option<Point>
     }
     let elements = (columns * depth) as u64;
     Some(Point {
+        experts: rows.clone(),
+        columns: *columns,
         rows: all / experts,
         depth: *depth as u64,
         flops: 2 * all * elements,

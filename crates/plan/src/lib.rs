@@ -72,6 +72,7 @@ pub mod traffic;
 
 pub use cost::{
     Correction, CostError, CostModel, GemmCost, HostCost, LinkCost, Payload, Product, RowsCost, ShareCost,
+    TileCost,
 };
 pub use error::PlanError;
 pub use fit::{Sample, Work};

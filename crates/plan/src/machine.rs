@@ -189,6 +189,7 @@ impl Machine {
             weight_bytes_per_second: memory,
             op_ns: figures.op_ns,
             least_columns: 0,
+            tiles: None,
         };
         // A kernel over rows: launch, then every byte read and written once.
         let moved = |parts: u64| Piecewise::line(kernels.dense.op_ns, memory / parts);

@@ -87,10 +87,10 @@ fn files_come_back_and_wrong_ones_are_refused() {
     let refused =
         |from: &str, to: &str| CostModel::parse(&text.replacen(from, to, 1)).unwrap_err().to_string();
     assert_eq!(
-        refused("version = 4", "version = 7"),
-        "the cost model has version 7, this program reads version 4: measure it again"
+        refused("version = 5", "version = 7"),
+        "the cost model has version 7, this program reads version 5: measure it again"
     );
-    assert!(refused("version = 4", "").contains("version 0"));
+    assert!(refused("version = 5", "").contains("version 0"));
     assert!(refused("machine =", "engine =").contains("engine"));
     assert!(
         refused("compute_beside = ", "compute_beside = 0 # ").contains("shares of the cost model has work")

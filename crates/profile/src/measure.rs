@@ -348,6 +348,7 @@ fn blank(fingerprint: &Fingerprint, options: &RigOptions) -> CostModel {
         weight_bytes_per_second: 1_000_000_000,
         op_ns: 0,
         least_columns: 0,
+        tiles: None,
     };
     let free = Piecewise::default;
     CostModel {

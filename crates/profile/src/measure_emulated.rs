@@ -1,7 +1,7 @@
 //! A cost model of a GPU: layers of one rank of several, the others emulated, in a few shapes and sizes.
 
 use crate::emulated_layer::{EmulatedLayers, EmulatedSchedule, EmulatedShape};
-use crate::samples::delays;
+use crate::samples::{calls, delays};
 use crate::{LayerRun, RigShape, samples};
 use epsmoe_base::{FaultCell, Lane, Rank, WireDType};
 use epsmoe_device::{Backend, PeerQueue};
@@ -9,7 +9,7 @@ use epsmoe_fabric::Link;
 use epsmoe_pipeline::PipelineError;
 use epsmoe_plan::{
     CostModel, GemmKind, LayerHistograms, LayerSizes, Policy, Sample, ShareCost, Span, StageTable, Work,
-    Workload,
+    Workload, planned,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -88,7 +88,15 @@ struct Measured {
     map: epsmoe_plan::SlotMap,
     counts: LayerHistograms,
     sizes: LayerSizes,
-    tables: Vec<(StageTable, [Vec<LayerRun>; 2])>,
+    tables: Vec<MeasuredTable>,
+}
+
+struct MeasuredTable {
+    table: StageTable,
+    /// Recorded, over no link and over one.
+    runs: [Vec<LayerRun>; 2],
+    /// What the host took to hand over the last of some layers that nothing recorded: recording doubles its calls.
+    enqueued_ns: Vec<u64>,
 }
 
 impl Measured {
@@ -109,15 +117,20 @@ impl Measured {
             counts: layers.counts()?,
             sizes: layers.sizes(),
             map,
-            tables: tables.into_iter().map(|table| (table, Default::default())).collect(),
+            tables: tables
+                .into_iter()
+                .map(|table| MeasuredTable { table, runs: Default::default(), enqueued_ns: Vec::new() })
+                .collect(),
         };
         for (number, link) in [None, Some(effort.link)].into_iter().enumerate() {
             let schedule = layers.schedule(Policy::default(), &layers.fabric(link, faults))?;
-            for (table, runs) in &mut measured.tables {
+            for MeasuredTable { table, runs, enqueued_ns } in &mut measured.tables {
                 run(&schedule, table)?;
                 for repeat in 0..effort.repeats {
                     if repeat == 0 || may_repeat() {
                         runs[number].push(run(&schedule, table)?);
+                        let host = schedule.run(LAYERS, Some(table), false)?.host;
+                        enqueued_ns.push(host.enqueued.saturating_sub(host.planned));
                     }
                 }
             }
@@ -127,15 +140,21 @@ impl Measured {
 
     fn samples(&self, cost: &CostModel, link: Link) -> Vec<Sample> {
         let workload = Workload { map: &self.map, counts: &self.counts, shape: &self.sizes };
-        let of_table = |(table, [alone, paced]): &(StageTable, [Vec<LayerRun>; 2])| {
+        let of_table = |MeasuredTable { table, runs: [alone, paced], enqueued_ns }: &MeasuredTable| {
             let computed = alone.iter().flat_map(|run| samples(run, table, &workload, cost));
+            let computed = computed.filter(|sample| !matches!(sample.work, Work::Enqueue(_)));
+            let calls = calls(&planned(table, &workload, cost), Rank(0));
+            let handed = enqueued_ns.iter().map(|&ns| Sample { work: Work::Enqueue(calls), ns });
             let late = paced.iter().flat_map(|run| delays(run, table, &workload, cost, link));
             let late = late.filter(|sample| sample.work == Work::Sleep);
-            computed.chain(late).chain(beside(alone, paced)).collect::<Vec<_>>()
+            computed.chain(handed).chain(late).chain(beside(alone, paced)).collect::<Vec<_>>()
         };
         self.tables.iter().flat_map(of_table).collect()
     }
 }
+
+/// Layers that follow each other where the host's time is measured.
+const LAYERS: usize = 3;
 
 /// One layer by a table, recorded.
 fn run<B: Backend>(

@@ -256,7 +256,6 @@ impl Reading<'_> {
     fn hosts(&self, steps: &[Planned], ranks: usize) -> Vec<Sample> {
         let mut samples = Vec::new();
         let last_packed = self.run.hosts.iter().map(|host| host.packed).max().unwrap_or(0);
-        let mut handed: BTreeMap<usize, u64> = BTreeMap::new();
         for step in steps.iter().filter(|step| step.lane.is_none()) {
             let host = self.run.hosts[step.rank.0];
             for work in &step.work {
@@ -266,10 +265,6 @@ impl Reading<'_> {
                     }
                     Work::CountExchange(_) => (last_packed, host.exchanged),
                     Work::Plan(_) => (host.exchanged, host.planned),
-                    Work::Enqueue(operations) => {
-                        *handed.entry(step.rank.0).or_default() += operations;
-                        continue;
-                    }
                     _ => continue,
                 };
                 samples.extend(self.sample(work, from, to));
@@ -277,9 +272,15 @@ impl Reading<'_> {
         }
         for rank in 0..ranks {
             let host = self.run.hosts[rank];
-            let operations = handed.get(&rank).copied().unwrap_or(0);
-            samples.extend(self.sample(&Work::Enqueue(operations), host.planned, host.enqueued));
+            let work = Work::Enqueue(calls(steps, Rank(rank)));
+            samples.extend(self.sample(&work, host.planned, host.enqueued));
         }
         samples
     }
+}
+
+/// Calls in which a rank's host hands a layer to its lanes.
+pub(crate) fn calls(steps: &[Planned], rank: Rank) -> u64 {
+    let of_rank = steps.iter().filter(|step| step.rank == rank).flat_map(|step| &step.work);
+    of_rank.map(|work| if let Work::Enqueue(calls) = work { *calls } else { 0 }).sum()
 }

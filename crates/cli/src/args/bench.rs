@@ -51,6 +51,14 @@ pub(crate) struct BenchLayerArgs {
     #[arg(long, value_name = "SCHEDULE")]
     pub(crate) contender: Vec<ContenderSpec>,
 
+    /// Also run so many schedules drawn at random in every cell, to hold predictions against
+    #[arg(long, value_name = "NUMBER", default_value = "0", value_parser = bounded(0, 1 << 10))]
+    pub(crate) draw: usize,
+
+    /// Seed that schedules are drawn by
+    #[arg(long, env = "EPSMOE_SEED", value_name = "NUMBER", default_value_t = 0)]
+    pub(crate) seed: u64,
+
     /// `cpu`, or `cuda` or `cuda:N`, the GPU of that number
     #[arg(long, env = "EPSMOE_DEVICE", value_name = "DEVICE", default_value = "cpu")]
     pub(crate) device: DeviceKind,

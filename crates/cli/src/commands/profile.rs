@@ -7,7 +7,7 @@ use epsmoe_base::{DType, FaultCell, Rank};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_pipeline::PipelineError;
-use epsmoe_plan::{CostModel, Machine};
+use epsmoe_plan::{CostModel, Machine, TileCost};
 use epsmoe_profile::{
     Effort, EmulatedEffort, Fingerprint, Kept, RigOptions, default_path, measure, measure_emulated, prepare,
     store,
@@ -76,7 +76,11 @@ fn on_gpu(args: &ProfileArgs, number: usize, ranks: usize) -> Result<(Fingerprin
     let gpu = CudaDevice::open(number)?;
     let fingerprint = Fingerprint::of_gpu(gpu.describe(), ranks, dtype);
     let (machine, kernels) = (fingerprint.machine(), fingerprint.kernels());
-    let start = CostModel { machine, kernels, dtype, ..Machine::built_in("8xH200")?.cost() };
+    let mut start = CostModel { machine, kernels, dtype, ..Machine::built_in("8xH200")?.cost() };
+    if gpu.multiplies_by_tiles(dtype) {
+        let tiles = Some(TileCost::hopper(gpu.multiprocessors()));
+        (start.grouped.tiles, start.dense.tiles) = (tiles, tiles);
+    }
     let effort = EmulatedEffort::full(Duration::from_secs_f64(args.max_seconds));
     let bar = output::step_bar(format!("profiling one of {}", epsmoe_base::count(ranks, "rank")), 1);
     let processor = |faults: &FaultCell, epoch: Instant| -> Result<CudaBackend, PipelineError> {

@@ -41,14 +41,19 @@ fn check(call: &'static str, code: sys::CUresult) -> Result<(), CudaError> {
 /// Calls the driver: `call!(cuFunction(arguments))`. The unsafe block around it says why it is sound.
 macro_rules! call {
     ($function:ident($($argument:expr),* $(,)?)) => {
-        check(stringify!($function), account::counted(stringify!($function), || sys::$function($($argument),*)))
+        check(
+            stringify!($function),
+            $crate::cuda::driver::account::counted(stringify!($function), || sys::$function($($argument),*)),
+        )
     };
 }
 
 mod account;
+mod copies;
 mod partition;
 
 pub use account::{DriverCalls, count_driver_calls, take_driver_calls};
+pub(super) use copies::{CopyGraph, Piece};
 pub(super) use partition::Partition;
 
 /// The version of CUDA that the driver speaks, as 1000 · major + 10 · minor; absent without a driver.
@@ -382,6 +387,13 @@ pub(super) struct Copy2d {
 }
 
 impl Copy2d {
+    /// The copy as one piece of a GPU's memory, if it is one that a graph can hold.
+    pub(super) fn piece(&self) -> Option<Piece> {
+        let (End::Device(from), End::Device(to)) = (self.from, self.to) else { return None };
+        let bytes = self.width;
+        (self.rows == 1 && (1..=Piece::LONGEST).contains(&bytes)).then_some(Piece { from, to, bytes })
+    }
+
     /// The same; rows without gaps are one long row.
     pub(super) fn without_gaps(self) -> Self {
         if self.rows <= 1 || (self.from_pitch == self.width && self.to_pitch == self.width) {

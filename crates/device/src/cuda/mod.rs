@@ -168,6 +168,11 @@ impl CudaDevice {
         Ok(self.context.memory()?)
     }
 
+    /// Whether products of such numbers run on the kernels for Hopper, whose tiles `TileCost` of the plan room prices.
+    pub fn multiplies_by_tiles(&self, dtype: DType) -> bool {
+        dtype == DType::BF16 && self.kernels.has_hopper()
+    }
+
     /// Streaming multiprocessors.
     pub fn multiprocessors(&self) -> u32 {
         self.multiprocessors
@@ -861,6 +866,30 @@ mod tests {
             .output()
             .unwrap();
         assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stderr));
+    }
+
+    #[test]
+    fn memory_of_a_gpu_that_is_not_there_is_refused_by_name() {
+        let device = match CudaDevice::open(0) {
+            Err(missing) if env::text("EPSMOE_TEST_ALL").is_some() => panic!("{missing}"),
+            Err(missing) => return eprintln!("skipped: {missing}"),
+            Ok(device) => device,
+        };
+        let (weights, options) = (CudaWeights::new(&device).unwrap(), CudaOptions::new(DType::F32));
+        let rank = CudaBackend::new(Rank(3), &device, &weights, options).unwrap();
+        // As much as no GPU has, and more than can be counted.
+        for rows in [1 << 24, usize::MAX / 8] {
+            let refused = rank.allocate("received_rows", DType::F32, rows, 1 << 20).unwrap_err().to_string();
+            assert!(refused.contains(&format!("received_rows [{rows}, 1048576] float32")), "{refused}");
+            assert!(refused.contains("lower --max-num-batched-tokens"), "{refused}");
+        }
+        // What comes after is not the worse for it.
+        let place = Place::default();
+        let words = rank.allocate("words", DType::U32, 1, 4).unwrap();
+        let op = crate::op::HostToDevice { words: [1, 2, 3, 4].into(), out: words.clone() };
+        rank.enqueue(Lane::Compute, place, op).unwrap();
+        rank.wait(&rank.record(Lane::Compute), Deadline::after(Duration::from_secs(20))).unwrap();
+        assert_eq!(rank.read_u32(&words).unwrap(), [1, 2, 3, 4]);
     }
 
     fn fail_on_a_gpu(device: &Arc<CudaDevice>) {

@@ -1,9 +1,11 @@
 //! A lane of a GPU as an external transport sees it: a stream, and where buffers lie.
 
-use super::driver::{Copy2d, CudaError, End, Event, EventPool, Stream};
+use super::driver::{Copy2d, CopyGraph, CudaError, End, Event, EventPool, Piece, Stream};
 use super::pacer::Gate;
 use super::{CudaDevice, Memory};
 use crate::{Buffer, DeviceError, Holds, Pace, PeerQueue};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A stream and the memory of the rank that it works for.
@@ -15,6 +17,8 @@ pub struct CudaQueue {
     /// Memory of other ranks that the stream has read, which must stay until its work is done: a rank may fail and end
     /// while others still copy from it.
     lent: Mutex<Vec<Arc<Mutex<Memory>>>>,
+    /// For so many copies at once.
+    graphs: Mutex<BTreeMap<usize, CopyGraph>>,
     device: Arc<CudaDevice>,
 }
 
@@ -26,6 +30,9 @@ pub struct CudaRows {
     memory: Arc<Mutex<Memory>>,
     device: Arc<CudaDevice>,
 }
+
+/// The most copies of a graph: an exchange of as many ranks.
+const MOST_AT_ONCE: usize = 32;
 
 impl CudaQueue {
     pub(super) fn new(
@@ -39,6 +46,7 @@ impl CudaQueue {
             memory: Arc::clone(memory),
             gate: Gate::new(&device.context)?,
             lent: Mutex::default(),
+            graphs: Mutex::default(),
             device: Arc::clone(device),
         })
     }
@@ -46,6 +54,29 @@ impl CudaQueue {
     /// Address of a buffer's first element.
     pub fn address(&self, buffer: &Buffer) -> Result<u64, DeviceError> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner).address(buffer)
+    }
+
+    /// Copies pieces of the GPU's own memory, in one call where they are several.
+    ///
+    /// # Safety
+    /// As [`Stream::copy`], for both ends of every piece.
+    unsafe fn copy_pieces(&self, pieces: &[Piece]) -> Result<(), CudaError> {
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        for pieces in pieces.chunks(MOST_AT_ONCE) {
+            if let [Piece { from, to, bytes }] = *pieces {
+                // SAFETY: the caller's promise.
+                unsafe { self.stream.copy_bytes(from, to, bytes) }?;
+                continue;
+            }
+            let graph = match graphs.entry(pieces.len()) {
+                Entry::Occupied(made) => made.into_mut(),
+                // SAFETY: the caller's promise.
+                Entry::Vacant(none) => none.insert(unsafe { CopyGraph::new(&self.device.context, pieces) }?),
+            };
+            // SAFETY: the caller's promise.
+            unsafe { graph.start(pieces, &self.stream) }?;
+        }
+        Ok(())
     }
 
     /// Keeps another rank's memory as long as this queue.
@@ -84,6 +115,7 @@ impl PeerQueue for CudaQueue {
     unsafe fn copy(&self, copies: &[(&CudaRows, &Buffer)]) -> Result<(), DeviceError> {
         let context = &self.device.context;
         context.bind()?;
+        let mut pieces = Vec::with_capacity(copies.len());
         for (rows, buffer) in copies {
             self.keep(&rows.memory);
             let size = buffer.dtype.bytes();
@@ -97,16 +129,18 @@ impl PeerQueue for CudaQueue {
             }
             .without_gaps();
             let peer = &rows.device.context;
-            // SAFETY: the caller's promise for both ends, which `share` and `address` found inside their allocations; the
-            // source is kept, above.
-            unsafe {
-                match Arc::ptr_eq(peer, context) {
-                    true => self.stream.copy(&copy),
-                    false => self.stream.copy_from_peer(&copy, peer),
-                }
-            }?;
+            let near = Arc::ptr_eq(peer, context);
+            match copy.piece().filter(|_| near) {
+                Some(piece) => pieces.push(piece),
+                // SAFETY: the caller's promise for both ends, which `share` and `address` found inside their allocations; the
+                // source is kept, above.
+                None if near => unsafe { self.stream.copy(&copy) }?,
+                // SAFETY: as above.
+                None => unsafe { self.stream.copy_from_peer(&copy, peer) }?,
+            }
         }
-        Ok(())
+        // SAFETY: as above.
+        Ok(unsafe { self.copy_pieces(&pieces) }?)
     }
 
     fn holds(&self) -> Option<&dyn Holds> {

@@ -123,7 +123,8 @@ impl Program {
         let (steps, work, copies) = (Vec::new(), Vec::new(), Vec::new());
         let program = Program { ranks, steps, exchanged_and_planned: None, work, copies, described };
         let compute_permille = cost.share(table.reserved).compute;
-        let mut builder = Builder { table, workload, cost, traffic, compute_permille, program };
+        let handed = vec![0; ranks];
+        let mut builder = Builder { table, workload, cost, traffic, compute_permille, handed, program };
         if table.runs_in_place(workload.map) {
             builder.in_place()
         } else {
@@ -133,6 +134,9 @@ impl Program {
     }
 }
 
+/// Calls of an operation, with its marks and its share of what the host does besides.
+const CALLS: u64 = 2;
+
 /// Writes the program of a layer, in the order in which the pipeline enqueues it.
 struct Builder<'a> {
     table: &'a StageTable,
@@ -140,6 +144,8 @@ struct Builder<'a> {
     cost: &'a CostModel,
     traffic: Traffic,
     compute_permille: u64,
+    /// `[rank]` calls that the host has made so far to hand over operations.
+    handed: Vec<u64>,
     program: Program,
 }
 
@@ -158,9 +164,10 @@ impl Builder<'_> {
         let exchanged = self.host("count exchange", true, [None, None], Work::CountExchange, |_, _| messages);
         let planned = self.host("plan", false, [None, None], Work::Plan, |_, _| slots * ranks);
         self.program.exchanged_and_planned = Some([exchanged, planned]);
+        let handed = self.enqueue(None, Self::calls_of_exchange);
         let metadata = self.exchange(
             Label::lane("metadata", Phase::Metadata),
-            [Some(ready), Some(planned)],
+            [Some(ready), Some(handed.unwrap_or(planned))],
             8 * sizes.top_k,
             |traffic, rank, other| traffic.dispatch_send_all(rank, other).len(),
             |traffic, rank, other| traffic.metadata_receive(rank, other).len(),
@@ -173,7 +180,7 @@ impl Builder<'_> {
         for &transfer in &self.table.order {
             match transfer {
                 Transfer::Dispatch(stage) => {
-                    let handed = if first { None } else { self.enqueue(Some(stage), |_, _| 1) };
+                    let handed = self.enqueue(Some(stage), Self::calls_of_exchange);
                     last_transfer = self.exchange(
                         Label::lane("dispatch", Phase::Dispatch).of(Some(stage)),
                         [handed, None],
@@ -183,7 +190,10 @@ impl Builder<'_> {
                     );
                     dispatched[stage.0] = Some(last_transfer);
                     if first {
-                        self.shared_if(shared == SharedExpert::BesideFirstDispatch, Some(planned));
+                        if shared == SharedExpert::BesideFirstDispatch && sizes.shared_inner > 0 {
+                            let handed = self.enqueue(None, |_, _| 2 * CALLS);
+                            self.shared_if(true, Some(handed.unwrap_or(planned)));
+                        }
                         self.receive(planned, metadata);
                         first = false;
                     }
@@ -193,7 +203,7 @@ impl Builder<'_> {
                     }
                 }
                 Transfer::Combine(stage) => {
-                    let handed = self.enqueue(Some(stage), |_, _| 1);
+                    let handed = self.enqueue(Some(stage), Self::calls_of_exchange);
                     last_transfer = self.exchange(
                         Label::lane("combine", Phase::Combine).of(Some(stage)),
                         [Some(reduced[stage.0]), handed],
@@ -278,19 +288,25 @@ impl Builder<'_> {
         self.push(step, |this, rank| vec![work(size(this, rank))], |this, rank| (ns(this, rank), 0))
     }
 
-    /// The host hands operations, and products in them, to a lane; nothing where that is free.
-    fn enqueue(&mut self, stage: Option<Stage>, size: impl Fn(&Self, Rank) -> u64) -> Option<usize> {
-        let costs = self.cost.host.enqueue.extended(1 << 20) > 0 || self.program.described.is_some();
+    /// The host hands something to a lane in so many calls; nothing where that is free. The curve was measured over whole
+    /// layers, so what a layer's calls cost together is what it says of them all.
+    fn enqueue(&mut self, stage: Option<Stage>, calls: impl Fn(&Self, Rank) -> u64) -> Option<usize> {
+        if self.cost.host.enqueue.extended(1 << 20) == 0 && self.program.described.is_none() {
+            return None;
+        }
         let label = Label::host("enqueue").of(stage);
         let step = Step { queue: Queue::Host, label, after: [None, None], meets: false };
-        let ns = |this: &Self, rank| this.cost.sized_ns(&Work::Enqueue(size(this, rank)));
-        costs.then(|| {
-            self.push(
-                step,
-                |this, rank| vec![Work::Enqueue(size(this, rank))],
-                |this, rank| (ns(this, rank), 0),
-            )
-        })
+        let calls: Vec<u64> = (0..self.program.ranks).map(|rank| calls(self, Rank(rank))).collect();
+        let until = |calls: u64| if calls == 0 { 0 } else { self.cost.sized_ns(&Work::Enqueue(calls)) };
+        let ns = |(&before, &calls): (&u64, &u64)| until(before + calls).saturating_sub(until(before));
+        let ns: Vec<u64> = self.handed.iter().zip(&calls).map(ns).collect();
+        self.handed.iter_mut().zip(&calls).for_each(|(handed, calls)| *handed += calls);
+        Some(self.push(step, |_, rank| vec![Work::Enqueue(calls[rank.0])], |_, rank| (ns[rank.0], 0)))
+    }
+
+    /// Marks, and copies from all ranks, of which several are one call.
+    fn calls_of_exchange(&self, _: Rank) -> u64 {
+        2 * CALLS + self.program.ranks as u64 / 4
     }
 
     /// Adds a step: what it is on every rank, and how long it takes there, on its lane and of the processor besides.
@@ -414,7 +430,10 @@ impl Builder<'_> {
     /// What was announced, and the index arrays of the stages, which follow from it and from the metadata.
     fn receive(&mut self, planned: usize, metadata: usize) {
         let ranks = self.program.ranks;
-        self.host_to_device(Some(planned), |this, rank| 5 * ranks * this.workload.map.local_count(rank));
+        let handed = self.enqueue(None, |_, _| 3 * CALLS);
+        self.host_to_device(Some(handed.unwrap_or(planned)), |this, rank| {
+            5 * ranks * this.workload.map.local_count(rank)
+        });
         self.index("receive_order", Phase::Maps, [Some(metadata), None], Self::pairs_received);
         self.index("sort_by_slot", Phase::Maps, [None, None], Self::pairs_received);
     }
@@ -431,9 +450,8 @@ impl Builder<'_> {
         };
         let handed = dispatched.and_then(|_| {
             self.enqueue(place, |this, rank| {
-                let products = 2 * loaded(this, rank).len() as u64;
                 // Expand and reduce, and the products in two operations or in as many as there are.
-                2 + products + if kind == GemmKind::Dense { products } else { 2 }
+                CALLS * if kind == GemmKind::Dense { 2 + 2 * loaded(this, rank).len() as u64 } else { 4 }
             })
         });
         let of_stage = |name, phase| Label::lane(name, phase).of(place);

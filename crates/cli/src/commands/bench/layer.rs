@@ -8,7 +8,7 @@ use crate::machine::{self, Machine};
 use crate::setup;
 use crate::{memory, output};
 use anyhow::{Context, Result, anyhow, bail};
-use epsmoe_base::{Bytes, DType, FaultCell, Rank, RowFormat, WireDType, WireFormat};
+use epsmoe_base::{Bytes, DType, FaultCell, Mix, Rank, RowFormat, WireDType, WireFormat};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{Cpu, CpuKernels};
 use epsmoe_device::cuda::{
@@ -19,7 +19,8 @@ use epsmoe_device::{Backend, PeerQueue};
 use epsmoe_fabric::Link;
 use epsmoe_model::MoeSpec;
 use epsmoe_plan::{
-    Capacity, CostModel, LayerBytes, Policy, Schedule, SlotMap, StageTable, Stages, order_text,
+    Capacity, CostModel, LayerBytes, LayerSizes, Policy, Schedule, SharedExpert, SlotMap, StageTable, Stages,
+    Workload, order_text, predict_ns, sensible_orders,
 };
 use epsmoe_profile::{EmulatedLayers, EmulatedSchedule, EmulatedShape, Fingerprint, RigShape};
 use serde::Serialize;
@@ -64,6 +65,8 @@ struct Row {
     /// A layer of a round in which nothing was recorded.
     layer_us: f64,
     layer_us_range: [f64; 2],
+    /// What the cost model says of the last layer's plan, before anything was learned.
+    predicted_us: Option<f64>,
     /// Over the serial schedule's of the same round.
     ratio_to_serial: Option<f64>,
     /// `max(C, D + M) / T`, C, D and M those of the serial schedule.
@@ -266,7 +269,8 @@ impl Bench<'_> {
         let cost = setup::cost_model(self.args.profile.as_deref(), &self.fingerprint, link)?;
         let cost = Arc::new(CostModel { concurrent: 0, ..cost });
         let mut contenders = Vec::new();
-        for policy in self.policies(layers.slot_map().max_local(), &cost) {
+        let drawn = self.drawn(&layers.sizes(), what.tokens);
+        for policy in self.policies(layers.slot_map().max_local(), &cost).into_iter().chain(drawn) {
             contenders.push(Contender::new(layers.schedule(policy.clone(), &fabric)?, policy));
         }
         for contender in &mut contenders {
@@ -284,6 +288,9 @@ impl Bench<'_> {
         let (traffic, wire) = (layers.traffic()?, WireFormat::of(self.wire, self.dtype));
         let busier = traffic.0.max(traffic.1);
         let bytes = |format: RowFormat| (busier * format.bytes(what.shape.hidden)) as u64;
+        let (counts, sizes) = (layers.counts()?, layers.sizes());
+        let workload = Workload { map: layers.slot_map(), counts: &counts, shape: &sizes };
+        let predicted = |table: &StageTable| predict_ns(table, &workload, &cost) as f64 / 1e3;
         let serial = contenders.iter().find(|contender| contender.policy.schedule == Schedule::Serial);
         Ok(Cell {
             model: model.to_owned(),
@@ -295,8 +302,38 @@ impl Bench<'_> {
             wire: wire.to_string(),
             dispatch_bytes: bytes(wire.dispatch),
             combine_bytes: bytes(wire.combine),
-            rows: contenders.iter().map(|contender| contender.row(serial, what.rank)).collect(),
+            rows: contenders.iter().map(|contender| contender.row(serial, what.rank, &predicted)).collect(),
         })
+    }
+
+    /// Schedules at random: stages, cuts, transfer order and place of the shared expert. The same for every link.
+    fn drawn(&self, sizes: &LayerSizes, tokens: usize) -> Vec<Policy> {
+        let mut mix = Mix::keyed(self.args.seed, &[sizes.hidden as u64, tokens as u64]);
+        let mut draw = |_| {
+            let most = sizes.local_slots.min(Policy::AUTO_STAGES);
+            let stages = 1 + mix.below(most);
+            let mut cuts: Vec<usize> = (1..sizes.local_slots).collect();
+            while cuts.len() > stages - 1 {
+                cuts.swap_remove(mix.below(cuts.len()));
+            }
+            cuts.sort_unstable();
+            let ends = cuts.iter().copied().chain([sizes.local_slots]);
+            let starts = std::iter::once(0).chain(cuts.iter().copied());
+            let orders = sensible_orders(stages);
+            let places = [
+                SharedExpert::BesideCountExchange,
+                SharedExpert::BesideFirstDispatch,
+                SharedExpert::BesideLastCombine,
+            ];
+            Policy {
+                schedule: Schedule::Staged,
+                stages: Some(Stages::Sizes(starts.zip(ends).map(|(start, end)| end - start).collect())),
+                order: Some(orders[mix.below(orders.len())].clone()),
+                shared: Some(places[mix.below(places.len())]),
+                ..Policy::default()
+            }
+        };
+        (0..self.args.draw).map(&mut draw).collect()
     }
 
     /// What was typed, or everything that a rank with so many experts can do.
@@ -418,7 +455,7 @@ impl<'a, B: Backend> Contender<'a, B> {
         all
     }
 
-    fn row(&self, serial: Option<&Self>, rank: Rank) -> Row {
+    fn row(&self, serial: Option<&Self>, rank: Rank, predicted: &dyn Fn(&StageTable) -> f64) -> Row {
         let time = |share| quantile(self.layer_us.iter().copied(), share).unwrap_or(0.0);
         let bound = serial.and_then(|serial| {
             Some(serial.median(|layer| layer.compute_ms)?.max(serial.median(|layer| layer.transfer_ms)?))
@@ -435,6 +472,7 @@ impl<'a, B: Backend> Contender<'a, B> {
             },
             layer_us: time(0.5),
             layer_us_range: [time(0.25), time(0.75)],
+            predicted_us: table.filter(|_| !two).map(predicted),
             ratio_to_serial: serial.and_then(ratio),
             efficiency: bound.map(|bound| bound / time(0.5)),
             compute_us: self.median(|layer| layer.compute_ms),
@@ -476,6 +514,7 @@ impl Cell {
             line([
                 "schedule",
                 "layer us",
+                "predicted",
                 "ratio",
                 "efficiency",
                 "C us",
@@ -496,6 +535,7 @@ impl Cell {
             let cells = [
                 row.schedule.as_str(),
                 &us(Some(row.layer_us)),
+                &us(row.predicted_us),
                 &ratio(row.ratio_to_serial),
                 &ratio(row.efficiency),
                 &us(row.compute_us),
@@ -532,15 +572,42 @@ impl Report {
             let rows = cell.rows.iter().map(of).collect::<Vec<_>>().join("  ");
             text.push_str(&format!("{}: {rows}\n", cell.heading()));
         }
+        text + &self.predictions()
+    }
+
+    /// How far predictions were off, and how far auto was behind the best schedule of its cell.
+    fn predictions(&self) -> String {
+        let rows = || self.cells.iter().flat_map(|cell| &cell.rows);
+        let off = |row: &Row| Some((row.predicted_us? / row.layer_us - 1.0).abs() * 100.0);
+        let errors = || rows().filter_map(off);
+        let behind = |cell: &Cell| {
+            let best = cell.rows.iter().map(|row| row.layer_us).reduce(f64::min)?;
+            let auto = cell.rows.iter().find(|row| row.schedule == Schedule::Auto.to_string())?;
+            Some((auto.layer_us / best - 1.0) * 100.0)
+        };
+        let regrets: Vec<f64> = self.cells.iter().filter_map(behind).collect();
+        let mut text = String::new();
+        if let Some((median, most)) = quantile(errors(), 0.5).zip(quantile(errors(), 0.9)) {
+            let count = errors().count();
+            text += &format!(
+                "predictions of {count} layers are off by {median:.1} % at the median, {most:.1} % at the 90th percentile\n"
+            );
+        }
+        if let Some(most) = regrets.iter().copied().reduce(f64::max) {
+            let mean = regrets.iter().sum::<f64>() / regrets.len() as f64;
+            text += &format!(
+                "auto is behind the best schedule of its cell by {mean:.1} % on average, {most:.1} % at most\n"
+            );
+        }
         text
     }
 }
 
-fn line(cells: [&str; 12]) -> String {
-    let [schedule, layer, ratio, efficiency, compute, experts, transfers, exposed, enqueue, late, short, cut] =
-        cells;
+fn line(cells: [&str; 13]) -> String {
+    let [schedule, layer, predicted, ratio, efficiency, rest @ ..] = cells;
+    let [compute, experts, transfers, exposed, enqueue, late, short, cut] = rest;
     format!(
-        "{schedule:<18}{layer:>9}{ratio:>7}{efficiency:>11}{compute:>8}{experts:>8}{transfers:>8}{exposed:>8}{enqueue:>8}\
+        "{schedule:<18}{layer:>9}{predicted:>10}{ratio:>7}{efficiency:>11}{compute:>8}{experts:>8}{transfers:>8}{exposed:>8}{enqueue:>8}\
          {late:>8}{short:>6}  {cut}"
     )
 }
