@@ -14,7 +14,8 @@ if [ "$what" != model ]; then
             set -- "$@" --contender "staged:$stages"
         done
         "$here/epsmoe" bench layer --device cuda --model "preset:$name" --emulate-rank 0/8 --tokens 2048,8192 --num-iters 5 \
-            --link 50GB/s --link 155GB/s --link 320GB/s "$@" --contender auto --json "layer-$name.json" >"layer-$name.txt" ||
+            --link 50GB/s --link 155GB/s --link 320GB/s "$@" --contender auto --draw 3 --seed 20 --driver-calls \
+            --json "layer-$name.json" >"layer-$name.txt" ||
             exit 1
     done
 fi

@@ -145,6 +145,8 @@ impl Measured {
             let computed = computed.filter(|sample| !matches!(sample.work, Work::Enqueue(_)));
             let calls = calls(&planned(table, &workload, cost), Rank(0));
             let handed = enqueued_ns.iter().map(|&ns| Sample { work: Work::Enqueue(calls), ns });
+            // The curve begins where nothing is handed over.
+            let handed = handed.chain([Sample { work: Work::Enqueue(0), ns: 0 }]);
             let late = paced.iter().flat_map(|run| delays(run, table, &workload, cost, link));
             let late = late.filter(|sample| sample.work == Work::Sleep);
             computed.chain(handed).chain(late).chain(beside(alone, paced)).collect::<Vec<_>>()

@@ -275,6 +275,8 @@ impl Reading<'_> {
             let work = Work::Enqueue(calls(steps, Rank(rank)));
             samples.extend(self.sample(&work, host.planned, host.enqueued));
         }
+        // The curve begins where nothing is handed over.
+        samples.push(Sample { work: Work::Enqueue(0), ns: 0 });
         samples
     }
 }
