@@ -174,6 +174,7 @@ fn a_layer_by_hand() {
         weight_bytes_per_second: 1_000_000_000_000_000_000,
         op_ns: 0,
         least_columns: 0,
+        tiles: None,
     };
     let cost = CostModel {
         version: CostModel::VERSION,

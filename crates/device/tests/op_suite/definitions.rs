@@ -159,7 +159,7 @@ fn fp8_of(row: &[f32]) -> (Vec<u32>, Vec<f32>) {
             let distance = |code: usize| (f64::from(E4M3[code]) - size).abs();
             let best =
                 (0..0x7f).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1))));
-            let code = best.unwrap() + if x.is_sign_negative() { 128 } else { 0 };
+            let code = best.expect("there are codes") + if x.is_sign_negative() { 128 } else { 0 };
             bytes.push(code as u8);
             numbers.push(E4M3[code] * scale);
         }

@@ -16,6 +16,7 @@ pub(crate) fn random_cost(mix: &mut Mix) -> CostModel {
         weight_bytes_per_second: 100_000_000_000 << mix.below(4),
         op_ns: mix.below(20_000) as u64,
         least_columns: mix.below(80) as u64,
+        tiles: None,
     };
     let line = |mix: &mut Mix, start: usize, rate: u64| {
         Piecewise::line(mix.below(start) as u64, rate << mix.below(6))
