@@ -40,9 +40,9 @@ pub struct EmulatedShape {
 }
 
 impl EmulatedShape {
-    /// What prices its layers, with experts where `placement` has them, in numbers of `dtype`.
-    pub fn layer(&self, placement: &SlotMap, dtype: DType) -> LayerSizes {
-        LayerSizes { wire: WireFormat::of(self.wire, dtype), ..self.shape.layer(placement, dtype) }
+    /// What prices its layers, with experts where `map` has them, in numbers of `dtype`.
+    pub fn layer(&self, map: &SlotMap, dtype: DType) -> LayerSizes {
+        LayerSizes { wire: WireFormat::of(self.wire, dtype), ..self.shape.layer(map, dtype) }
     }
 
     /// Bytes of the weights that are made up: the rank's experts, router and shared expert, of as many layers as no cache
