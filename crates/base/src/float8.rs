@@ -186,7 +186,7 @@ mod tests {
         println!("seed {seed}");
         let mut mix = Mix::new(seed);
         for width in [1, 3, 4, 127, 128, 129, 200, 512, 1000] {
-            let size = |at: usize| if at / SCALE_GROUP % 2 == 0 { 1.0 } else { 1000.0 };
+            let size = |at: usize| if (at / SCALE_GROUP).is_multiple_of(2) { 1.0 } else { 1000.0 };
             let row: Vec<f32> = (0..width).map(|at| mix.signed() * size(at)).collect();
             let back = through(&row);
             for (at, (value, back)) in row.iter().zip(&back).enumerate() {
