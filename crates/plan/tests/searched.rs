@@ -164,6 +164,7 @@ fn ideal(transfer_ns: u64, overhead_ns: u64) -> (Layer, CostModel) {
         weight_bytes_per_second: 1_000_000_000_000_000,
         op_ns: overhead_ns / 2,
         least_columns: 0,
+        tiles: None,
     };
     let cost = CostModel {
         version: CostModel::VERSION,
