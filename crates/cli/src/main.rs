@@ -63,6 +63,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
             Some(BenchCommand::Layer(args)) => commands::bench::layer::run(args),
             None => commands::bench::run(args),
         },
+        Command::Models => commands::models::run(),
         Command::Plan(args) => commands::plan::run(args),
         Command::Profile(args) => commands::profile::run(args),
         Command::Synth(args) => commands::synth::run(args),

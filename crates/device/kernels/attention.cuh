@@ -15,6 +15,7 @@ constexpr u32 LINE = 8; // elements of a piece of 16 bytes
 struct Args {
     Rows q, keys, values, starts, positions, blocks, out;
     Report report;
+    u64 sinks; // a score of each head that belongs to no key; 0: none
     u32 block_size, heads, kv_heads;
     f32 scale;
     u32 window;  // positions seen, itself included; 0: all
@@ -131,6 +132,11 @@ template <u32 HEIGHT> struct Sight {
         return token[r] == NONE ? nullptr : row<bf16>(view, token[r]) + head[r] * width;
     }
 };
+
+// The score of a head that belongs to no key; args.sinks is not 0.
+__device__ __forceinline__ f32 sink_of(const Args& args, u32 head) {
+    return reinterpret_cast<const f32*>(args.sinks)[head];
+}
 
 // The softmax of a row, carried from step to step.
 struct Softmax {

@@ -77,6 +77,16 @@ template <u32 WIDTH> __device__ __forceinline__ void attention(const Args& args)
     if (warp_rows > 0) warp_end = __reduce_max_sync(~0u, sight.end[warp * 32 + lane]);
     const f32 scale = args.scale * 1.4426950408889634f;
     Softmax softmax[4];
+    if (args.sinks) {
+        // A sink is a score that came before all others, of a value that is zero; scores are counted before their factor.
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const u32 line = warp * 32 + lane / 4 + 8 * i;
+            if (sight.token[line] == NONE) continue;
+            softmax[i].most = sink_of(args, sight.head[line]) / args.scale;
+            softmax[i].total = lane % 4 == 0 ? 1.0f : 0.0f;
+        }
+    }
     f32 sums[2][COLUMNS][4] = {};
 
     if (high > 0 && thread < STEP) {

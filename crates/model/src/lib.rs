@@ -14,7 +14,7 @@ pub use error::ModelError;
 pub use names::{LayerPart, Located, Map, Part, Source};
 pub use presets::{PRESETS, preset, preset_text};
 pub use spec::{
-    Architecture, AttentionSpec, GqaSpec, LayerSpec, MlaSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec,
+    Architecture, AttentionSpec, GqaSpec, Judge, LayerSpec, MlaSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec,
     Parameters, QkNorm, RopeSpec, SharedSpec, TensorNames,
 };
 pub use synthetic::Synthetic;

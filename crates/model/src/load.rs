@@ -54,6 +54,60 @@ impl<B: Backend> Loader<'_, B> {
         Ok(Mlp { gate_up, down: self.window(down, &Window::columns(inner))? })
     }
 
+    /// The same of an MLP whose activation is an operation of its own: gate rows over up rows, one matrix.
+    pub(crate) fn open_mlp(
+        &self,
+        layer: Layer,
+        share: Share,
+        map: impl Fn(Map) -> LayerPart,
+    ) -> Result<Mlp, ModelError> {
+        let (gate, up, down) =
+            (map(Map::GateProj).of(layer), map(Map::UpProj).of(layer), map(Map::DownProj).of(layer));
+        let (inner, k) = self.matrix(gate);
+        let inner = share.of(inner);
+        let rows = Window::rows(inner.clone());
+        let shape = WeightShape::Matrix { n: 2 * inner.len(), k };
+        let gate_up = self.held(&format!("{} over up", self.name(gate, &rows)), shape, || {
+            self.joined([(gate, rows.clone()), (up, rows.clone())], vec![2 * inner.len(), k])
+        })?;
+        Ok(Mlp { gate_up, down: self.window(down, &Window::columns(inner))? })
+    }
+
+    /// Vectors one after the other, as one.
+    pub(crate) fn vectors(&self, parts: &[(Part, Window)]) -> Result<Weight, ModelError> {
+        let n = parts.iter().map(|(part, window)| self.shape(*part, window).parameters()).sum();
+        let [Some((first, rows)), Some((last, _))] = [parts.first(), parts.last()] else {
+            unreachable!("no vectors are joined. This is a bug.")
+        };
+        let name = format!("{} to {}", self.name(*first, rows), self.name(*last, rows));
+        self.held(&name, WeightShape::Vector { n }, || self.joined(parts.iter().cloned(), vec![n]))
+    }
+
+    /// Parts of one format, one after the other.
+    fn joined(
+        &self,
+        parts: impl IntoIterator<Item = (Part, Window)>,
+        shape: Vec<usize>,
+    ) -> Result<Vec<Tensor>, ModelError> {
+        let mut whole = Tensor { dtype: DType::F32, shape, bytes: Vec::new() };
+        for (part, window) in parts {
+            let tensor = self.read(part, &window)?;
+            if !whole.bytes.is_empty() && whole.dtype != tensor.dtype {
+                let names = self.spec.locate(part).sources;
+                return Err(ModelError::Weights {
+                    file: self.source.place(&names[0].name),
+                    problem: format!(
+                        "tensor `{}` is {}, but those beside it are {}; fetch the weights again",
+                        names[0].name, tensor.dtype, whole.dtype
+                    ),
+                });
+            }
+            whole.dtype = tensor.dtype;
+            whole.bytes.extend(tensor.bytes);
+        }
+        Ok(vec![whole])
+    }
+
     /// Numbers computed from the configuration rather than stored.
     pub(crate) fn vector(&self, name: &str, values: &[f32]) -> Result<Weight, ModelError> {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -124,12 +178,12 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.device.load(name, shape, &bytes)?)
     }
 
-    /// Reads a part, all of whose numbers are finite. A router's bias alone may hold infinities: they put experts out
+    /// Reads a part, all of whose numbers are finite. A router's correction bias alone may hold infinities: they put experts out
     /// of reach.
     fn read(&self, part: Part, window: &Window) -> Result<Tensor, ModelError> {
         let located = self.spec.locate(part);
         let tensor = self.source.read(&located, window)?;
-        let infinite = matches!(part, Part::Layer(_, LayerPart::RouterBias));
+        let infinite = matches!(part, Part::Layer(_, LayerPart::CorrectionBias));
         let Some(at) = first_not_finite(&tensor, infinite) else { return Ok(tensor) };
         let there = |source: &&Source| self.source.find(&source.name).is_ok_and(|found| found.is_some());
         let source = located.sources.iter().find(there).unwrap_or(&located.sources[0]);
@@ -143,7 +197,7 @@ impl<B: Backend> Loader<'_, B> {
                 "tensor `{}` holds a NaN or an infinity, in row {}, column {column}: the file is damaged, or its \
                  training had failed; fetch it again, or use another checkpoint",
                 source.name,
-                source.first_row + row * source.row_step
+                source.first_row + row * source.turn.of + source.turn.at
             ),
         })
     }

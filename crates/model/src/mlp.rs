@@ -1,10 +1,10 @@
 //! The MLP of a layer: dense, a mixture of experts, or both.
 
 use crate::load::Loader;
-use crate::{LayerPart, MlpSpec, ModelError, MoeSpec};
+use crate::{LayerPart, Map, MlpSpec, ModelError, MoeSpec, Part, Window};
 use epsmoe_base::Layer;
 use epsmoe_device::{Backend, Weight};
-use epsmoe_pipeline::{Mlp, MoeLayer, SharedMlp};
+use epsmoe_pipeline::{ExpertActivation, Mlp, MoeLayer, SharedMlp};
 use std::sync::Arc;
 
 /// The MLP weights of one layer on one rank.
@@ -39,16 +39,46 @@ fn load_moe<B: Backend>(
 ) -> Result<MoeLayer, ModelError> {
     let inner = loader.layout.inner();
     let (map, rank) = loader.layout.slot_map(spec.experts)?;
-    let expert = |expert| loader.mlp(layer, inner, |map| LayerPart::Expert(expert, map));
+    let expert = |expert| {
+        let part = |map| LayerPart::Expert(expert, map);
+        match spec.activation {
+            None => loader.mlp(layer, inner, part),
+            Some(_) => loader.open_mlp(layer, inner, part),
+        }
+    };
+    let biases = |part: Map, window: &Window| -> Vec<(Part, Window)> {
+        let of = |expert| (LayerPart::ExpertBias(expert, part).of(layer), window.clone());
+        map.experts_on(rank).map(of).collect()
+    };
+    let own = Window::rows(inner.of(spec.inner));
+    let gate_up_bias = || {
+        let (gates, ups) = (biases(Map::GateProj, &own), biases(Map::UpProj, &own));
+        let pairs: Vec<_> = gates.into_iter().zip(ups).flat_map(|(gate, up)| [gate, up]).collect();
+        loader.vectors(&pairs)
+    };
+    let down_bias = || loader.vectors(&biases(Map::DownProj, &Window::whole()));
+    let biased = spec.expert_bias && map.experts_on(rank).next().is_some();
+    let activation = |swish| -> Result<ExpertActivation, ModelError> {
+        Ok(ExpertActivation {
+            swish,
+            gate_up_bias: biased.then(gate_up_bias).transpose()?,
+            // Of ranks that split the inner width, whose products are added, the first adds it.
+            down_bias: (biased && inner.index == 0).then(down_bias).transpose()?,
+        })
+    };
+    let activation = spec.activation.map(activation).transpose()?;
     let shared = |shared: &crate::SharedSpec| -> Result<SharedMlp, ModelError> {
         let gate = shared.gated.then(|| loader.layer(layer, LayerPart::SharedExpertGate)).transpose()?;
         Ok(SharedMlp { mlp: loader.mlp(layer, inner, LayerPart::Shared)?, gate })
     };
-    let bias = spec.correction_bias.then(|| loader.layer(layer, LayerPart::RouterBias));
+    let router_bias = spec.router_bias.then(|| loader.layer(layer, LayerPart::RouterBias));
+    let bias = spec.correction_bias.then(|| loader.layer(layer, LayerPart::CorrectionBias));
     Ok(MoeLayer {
         layer,
         router_weight: loader.layer(layer, LayerPart::Router)?,
+        router_bias: router_bias.transpose()?,
         bias: bias.transpose()?,
+        activation,
         router: spec.router,
         experts: map.experts_on(rank).map(expert).collect::<Result<_, _>>()?,
         slots: Arc::new(map),

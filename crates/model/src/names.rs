@@ -34,6 +34,7 @@ pub enum LayerPart {
     OutputBias,
     QueryNorm,
     KeyNorm,
+    Sinks,
     QueryDown,
     QueryDownBias,
     QueryDownNorm,
@@ -47,7 +48,9 @@ pub enum LayerPart {
     ValueUp(usize),
     Router,
     RouterBias,
+    CorrectionBias,
     Expert(Expert, Map),
+    ExpertBias(Expert, Map),
     Shared(Map),
     SharedExpertGate,
     Dense(Map),
@@ -101,12 +104,42 @@ pub struct Source {
     pub name: String,
     /// Its whole shape.
     pub shape: Vec<usize>,
-    /// The part's first row.
+    /// The first row of its place: the part's own, unless rows of several parts alternate from there on.
     pub first_row: usize,
-    /// From one row of the part to the next: 1 for neighbours, 2 where rows of two parts alternate.
-    pub row_step: usize,
     /// Whether the rows are the columns of the part.
     pub transposed: bool,
+    /// Where in each turn the part's rows are, if rows of several parts alternate.
+    pub turn: Turn,
+    /// The only form in which this place may hold the part, where another place of the same name is for the other.
+    pub only: Option<Form>,
+}
+
+/// Rows of several parts that take turns: this part has row `at` of each `of`. In a transposed tensor, columns do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Turn {
+    /// Its place in each turn.
+    pub at: usize,
+    /// How many take turns.
+    pub of: usize,
+}
+
+impl Turn {
+    /// A part whose rows are neighbours.
+    pub const ALONE: Turn = Turn { at: 0, of: 1 };
+
+    /// Gate and up, which alternate.
+    fn gate_up(map: Map) -> Turn {
+        Turn { at: usize::from(map == Map::UpProj), of: 2 }
+    }
+}
+
+/// How a tensor is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Element by element.
+    Plain,
+    /// In codes.
+    Coded,
 }
 
 /// The rows of a stored tensor that a part is.
@@ -115,12 +148,14 @@ struct Place {
     shape: Vec<usize>,
     first_row: usize,
     transposed: bool,
+    turn: Turn,
+    only: Option<Form>,
 }
 
 impl Place {
     /// Neighbours from a row on.
     fn from(shape: Vec<usize>, first_row: usize) -> Place {
-        Place { shape, first_row, transposed: false }
+        Place { shape, first_row, transposed: false, turn: Turn::ALONE, only: None }
     }
 }
 
@@ -143,7 +178,10 @@ impl ModelSpec {
             gguf_names(kept_as).iter().map(|name| (TensorNames::Gguf, *name)).collect()
         } else {
             let mut names = names(kept_as).to_vec();
-            names.sort_by_key(|(naming, _)| *naming != self.naming);
+            names.sort_by_key(|(naming, _)| {
+                let in_codes = (self.naming, *naming) == (TensorNames::GptOss, TensorNames::GptOssCoded);
+                *naming != self.naming && !in_codes
+            });
             names
         };
         let sources = names.into_iter().map(|(naming, name)| self.source(kept_as, naming, name)).collect();
@@ -162,21 +200,27 @@ impl ModelSpec {
             parts.extend(Map::ALL.map(Residual));
         }
         parts.push(PostAttentionNorm);
-        let mut experts = 0;
+        let (mut experts, mut biases) = (0, false);
         match &layer.mlp {
             MlpSpec::Dense { .. } => parts.extend(Map::ALL.map(Dense)),
             MlpSpec::Moe(moe) => {
-                experts = moe.experts;
+                (experts, biases) = (moe.experts, moe.expert_bias);
                 parts.push(Router);
-                parts.extend(moe.correction_bias.then_some(RouterBias));
+                parts.extend(moe.router_bias.then_some(RouterBias));
+                parts.extend(moe.correction_bias.then_some(CorrectionBias));
                 if let Some(shared) = moe.shared {
                     parts.extend(Map::ALL.map(Shared));
                     parts.extend(shared.gated.then_some(SharedExpertGate));
                 }
             }
         }
-        let experts = (0..experts)
-            .flat_map(|expert| Map::ALL.map(|map| LayerPart::Expert(epsmoe_base::Expert(expert), map)));
+        let experts = (0..experts).map(epsmoe_base::Expert).flat_map(move |expert| {
+            let bias = move |map| biases.then_some(LayerPart::ExpertBias(expert, map));
+            Map::ALL
+                .map(|map| LayerPart::Expert(expert, map))
+                .into_iter()
+                .chain(Map::ALL.into_iter().filter_map(bias))
+        });
         parts.into_iter().chain(experts)
     }
 
@@ -194,6 +238,7 @@ impl ModelSpec {
                 (ValueBias, spec.qkv_bias),
                 (Output, true),
                 (OutputBias, spec.output_bias),
+                (Sinks, spec.sinks),
             ],
             AttentionSpec::Mla(spec) => vec![
                 (Query, spec.q_lora.is_none()),
@@ -229,8 +274,8 @@ impl ModelSpec {
             }
             _ => (name.to_owned(), whole()),
         };
-        let Place { shape, first_row, transposed } = place;
-        Source { name, shape, first_row, row_step: 1, transposed }
+        let Place { shape, first_row, transposed, turn, only } = place;
+        Source { name, shape, first_row, transposed, turn, only }
     }
 
     /// Where a part of a layer is in the tensor of this name, if that is not the part alone.
@@ -248,7 +293,7 @@ impl ModelSpec {
                 let (rows, first_row) = self.fused_heads(part);
                 Some(Place::from(vec![rows], first_row))
             }
-            (TensorNames::Ernie, LayerPart::RouterBias) => {
+            (TensorNames::Ernie, LayerPart::CorrectionBias) => {
                 let shape = self.shape(part.of(layer)).sources().1;
                 Some(Place::from([vec![1], shape].concat(), 0))
             }
@@ -256,8 +301,20 @@ impl ModelSpec {
             (TensorNames::Gguf, SharedExpertGate) => Some(Place::from(vec![self.hidden], 0)),
             // One tensor for each.
             (TensorNames::Gguf, Expert(..)) if name.contains("{e}") => None,
-            (TensorNames::Dbrx | TensorNames::Merged | TensorNames::Gguf, Expert(expert, map)) => {
-                Some(self.stacked_expert(layer, expert, map, naming, name))
+            (
+                TensorNames::Dbrx
+                | TensorNames::Merged
+                | TensorNames::GptOss
+                | TensorNames::GptOssCoded
+                | TensorNames::Granite
+                | TensorNames::Gguf,
+                Expert(expert, map),
+            ) => Some(self.stacked_expert(layer, expert, map, naming, name)),
+            (_, LayerPart::ExpertBias(expert, map)) => Some(self.expert_bias(layer, expert, map, naming)),
+            (TensorNames::Granite, LayerPart::Shared(map @ (Map::GateProj | Map::UpProj))) => {
+                let inner = self.shape(part.of(layer)).sources().1[0];
+                let first_row = if map == Map::UpProj { inner } else { 0 };
+                Some(Place::from(vec![2 * inner, self.hidden], first_row))
             }
             _ => None,
         }
@@ -296,7 +353,8 @@ impl ModelSpec {
     }
 
     /// One tensor for all experts. DBRX: three of `[E·I, H]`, where down is stored transposed. Merged:
-    /// gate over up `[E, 2I, H]`, and down `[E, H, I]`. GGUF: as merged, or gate and up apart `[E, I, H]`.
+    /// gate over up `[E, 2I, H]`, and down `[E, H, I]`; Granite too. GGUF: as merged, or gate and up apart `[E, I, H]`.
+    /// gpt-oss: gate and up in turn, and everything transposed unless it is coded.
     fn stacked_expert(
         &self,
         layer: Layer,
@@ -305,7 +363,7 @@ impl ModelSpec {
         naming: TensorNames,
         name: &str,
     ) -> Place {
-        let (experts, inner) = self.layers[layer.0].mlp.moe().map_or((0, 0), |moe| (moe.experts, moe.inner));
+        let (experts, inner) = self.expert_sizes(layer);
         let (e, hidden) = (expert.0, self.hidden);
         let apart = naming == TensorNames::Gguf && name != GGUF_GATE_UP;
         match (naming, map) {
@@ -313,11 +371,46 @@ impl ModelSpec {
                 transposed: map == Map::DownProj,
                 ..Place::from(vec![experts * inner, hidden], e * inner)
             },
+            (TensorNames::GptOss, Map::DownProj) => Place {
+                transposed: true,
+                only: Some(Form::Plain),
+                ..Place::from(vec![experts, inner, hidden], e * inner)
+            },
+            (TensorNames::GptOss, _) => Place {
+                transposed: true,
+                turn: Turn::gate_up(map),
+                only: Some(Form::Plain),
+                ..Place::from(vec![experts, hidden, 2 * inner], e * hidden)
+            },
+            (TensorNames::GptOssCoded, Map::DownProj) => {
+                Place { only: Some(Form::Coded), ..Place::from(vec![experts, hidden, inner], e * hidden) }
+            }
+            (TensorNames::GptOssCoded, _) => Place {
+                turn: Turn::gate_up(map),
+                only: Some(Form::Coded),
+                ..Place::from(vec![experts, 2 * inner, hidden], e * 2 * inner)
+            },
             (_, Map::DownProj) => Place::from(vec![experts, hidden, inner], e * hidden),
             _ if apart => Place::from(vec![experts, inner, hidden], e * inner),
             (_, Map::GateProj) => Place::from(vec![experts, 2 * inner, hidden], e * 2 * inner),
             (_, Map::UpProj) => Place::from(vec![experts, 2 * inner, hidden], e * 2 * inner + inner),
         }
+    }
+
+    /// A part of the biases of all experts: gate and up in turn, or, in GGUF, each map its own.
+    fn expert_bias(&self, layer: Layer, expert: Expert, map: Map, naming: TensorNames) -> Place {
+        let (experts, inner) = self.expert_sizes(layer);
+        let (width, turn) = match (map, naming) {
+            (Map::DownProj, _) => (self.hidden, Turn::ALONE),
+            (_, TensorNames::Gguf) => (inner, Turn::ALONE),
+            _ => (2 * inner, Turn::gate_up(map)),
+        };
+        Place { turn, ..Place::from(vec![experts, width], expert.0 * width) }
+    }
+
+    /// Experts of a layer, and their inner width.
+    fn expert_sizes(&self, layer: Layer) -> (usize, usize) {
+        self.layers[layer.0].mlp.moe().map_or((0, 0), |moe| (moe.experts, moe.inner))
     }
 }
 
@@ -341,6 +434,7 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
     };
     match part {
         InputNorm => &["attn_norm.weight"],
+        Sinks => &["attn_sinks.weight"],
         PostAttentionNorm => &["ffn_norm.weight", "attn_output_norm.weight", "post_attention_norm.weight"],
         ResidualNorm => &["ffn_norm_exps.weight"],
         Query => &["attn_q.weight", GGUF_FUSED],
@@ -363,7 +457,11 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
         KeyUp(_) => &[GGUF_KEYS, "attn_kv_b.weight"],
         ValueUp(_) => &[GGUF_VALUES, "attn_kv_b.weight"],
         Router => &["ffn_gate_inp.weight"],
-        RouterBias => &["exp_probs_b.bias"],
+        RouterBias => &["ffn_gate_inp.bias"],
+        CorrectionBias => &["exp_probs_b.bias"],
+        ExpertBias(_, GateProj) => &["ffn_gate_exps.bias"],
+        ExpertBias(_, UpProj) => &["ffn_up_exps.bias"],
+        ExpertBias(_, DownProj) => &["ffn_down_exps.bias"],
         // Files of before 2024-04 have a tensor for each expert.
         Expert(_, GateProj) => &["ffn_gate_exps.weight", GGUF_GATE_UP, "ffn_gate.{e}.weight"],
         Expert(_, UpProj) => &["ffn_up_exps.weight", GGUF_GATE_UP, "ffn_up.{e}.weight"],
@@ -382,7 +480,9 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
 fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
     use LayerPart::*;
     use Map::*;
-    use TensorNames::{Bailing, Common, Dbrx, Ernie, Hunyuan, Merged, Mixtral, Qwen};
+    use TensorNames::{
+        Bailing, Common, Dbrx, Ernie, GptOss, GptOssCoded, Granite, Hunyuan, Merged, Mixtral, Qwen,
+    };
     let part = match part {
         Part::Embedding => {
             return &[
@@ -450,8 +550,12 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Mixtral, "block_sparse_moe.gate.weight"),
             (Dbrx, "ffn.router.layer.weight"),
             (Hunyuan, "mlp.gate.wg.weight"),
+            (GptOss, "mlp.router.weight"),
+            (Granite, "block_sparse_moe.router.layer.weight"),
         ],
-        RouterBias => &[
+        RouterBias => &[(Common, "mlp.router.bias")],
+        Sinks => &[(Common, "self_attn.sinks")],
+        CorrectionBias => &[
             (Common, "mlp.gate.e_score_correction_bias"),
             (Mixtral, "block_sparse_moe.e_score_correction_bias"),
             (Ernie, "mlp.moe_statics.e_score_correction_bias"),
@@ -462,33 +566,47 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Mixtral, "block_sparse_moe.experts.{e}.w1.weight"),
             (Dbrx, "ffn.experts.mlp.w1"),
             (Merged, "mlp.experts.gate_up_proj"),
+            (GptOss, "mlp.experts.gate_up_proj"),
+            (GptOssCoded, "mlp.experts.gate_up_proj"),
+            (Granite, "block_sparse_moe.input_linear.weight"),
         ],
         Expert(_, UpProj) => &[
             (Common, "mlp.experts.{e}.up_proj.weight"),
             (Mixtral, "block_sparse_moe.experts.{e}.w3.weight"),
             (Dbrx, "ffn.experts.mlp.v1"),
             (Merged, "mlp.experts.gate_up_proj"),
+            (GptOss, "mlp.experts.gate_up_proj"),
+            (GptOssCoded, "mlp.experts.gate_up_proj"),
+            (Granite, "block_sparse_moe.input_linear.weight"),
         ],
         Expert(_, DownProj) => &[
             (Common, "mlp.experts.{e}.down_proj.weight"),
             (Mixtral, "block_sparse_moe.experts.{e}.w2.weight"),
             (Dbrx, "ffn.experts.mlp.w2"),
             (Merged, "mlp.experts.down_proj"),
+            (GptOss, "mlp.experts.down_proj"),
+            (GptOssCoded, "mlp.experts.down_proj"),
+            (Granite, "block_sparse_moe.output_linear.weight"),
         ],
+        ExpertBias(_, GateProj | UpProj) => &[(Common, "mlp.experts.gate_up_proj_bias")],
+        ExpertBias(_, DownProj) => &[(Common, "mlp.experts.down_proj_bias")],
         Shared(GateProj) => &[
             (Common, "mlp.shared_experts.gate_proj.weight"),
             (Qwen, "mlp.shared_expert.gate_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.gate_proj.weight"),
+            (Granite, "shared_mlp.input_linear.weight"),
         ],
         Shared(UpProj) => &[
             (Common, "mlp.shared_experts.up_proj.weight"),
             (Qwen, "mlp.shared_expert.up_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.up_proj.weight"),
+            (Granite, "shared_mlp.input_linear.weight"),
         ],
         Shared(DownProj) => &[
             (Common, "mlp.shared_experts.down_proj.weight"),
             (Qwen, "mlp.shared_expert.down_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.down_proj.weight"),
+            (Granite, "shared_mlp.output_linear.weight"),
         ],
         SharedExpertGate => &[(Common, "mlp.shared_expert_gate.weight")],
         Dense(GateProj) => &[(Common, "mlp.gate_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w1.weight")],

@@ -1,14 +1,35 @@
 //! What a model is: sizes and choices that the forward pass interprets. Nothing after this room's door asks
 //! for an architecture's name.
 
-use crate::names::{LayerPart, Part};
+use crate::names::{LayerPart, Map, Part};
 use epsmoe_base::DType;
 use epsmoe_device::WeightShape;
-use epsmoe_device::op::{NormKind, RopeStyle, TopKRouter};
+use epsmoe_device::op::{NormKind, RopeStyle, Swish, TopKRouter};
 use std::fmt;
 
+/// What the logits of an architecture are held against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Judge {
+    /// Its implementation in transformers.
+    Transformers,
+    /// The authors' published code, written anew in plain PyTorch.
+    Authors,
+    /// A model of the same equations in transformers, under other names.
+    Twin,
+}
+
+impl fmt::Display for Judge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Judge::Transformers => "transformers",
+            Judge::Authors => "its authors' code",
+            Judge::Twin => "transformers' GLM-4.5",
+        })
+    }
+}
+
 macro_rules! architectures {
-    ($($(#[doc = $models:literal])* $name:ident => $class:literal, $kind:literal;)*) => {
+    ($($(#[doc = $models:literal])* $name:ident => $class:literal, $kind:literal, $judge:ident, $gguf:literal;)*) => {
         /// Published architectures, named in messages only.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Architecture {
@@ -26,7 +47,19 @@ macro_rules! architectures {
 
             /// The models that have it.
             pub fn models(self) -> &'static str {
-                match self { $(Architecture::$name => concat!($($models),*).trim(),)* }
+                let models = match self { $(Architecture::$name => concat!($($models),*),)* };
+                models.trim().trim_end_matches('.')
+            }
+
+            /// What its logits are held against.
+            pub fn judge(self) -> Judge {
+                match self { $(Architecture::$name => Judge::$judge,)* }
+            }
+
+            /// What GGUF files call it, if they are read.
+            pub fn gguf(self) -> Option<&'static str> {
+                let name = match self { $(Architecture::$name => $gguf,)* };
+                (!name.is_empty()).then_some(name)
             }
         }
     };
@@ -53,6 +86,8 @@ pub struct ModelSpec {
     pub rope: RopeSpec,
     /// The layers, from the embedding on.
     pub layers: Vec<LayerSpec>,
+    /// Factors that the model puts on its streams; all 1 in most.
+    pub factors: Factors,
     /// Whether the output projection is the embedding table.
     pub tie_embeddings: bool,
     /// The format its weights are published in.
@@ -65,35 +100,41 @@ pub struct ModelSpec {
 
 architectures! {
     /// Mixtral 8x7B, 8x22B.
-    Mixtral => "MixtralForCausalLM", "mixtral";
+    Mixtral => "MixtralForCausalLM", "mixtral", Transformers, "llama";
     /// DeepSeek-V2, V2-Lite.
-    DeepseekV2 => "DeepseekV2ForCausalLM", "deepseek_v2";
+    DeepseekV2 => "DeepseekV2ForCausalLM", "deepseek_v2", Transformers, "deepseek2";
     /// DeepSeek-V3, R1; Kimi-K2, Moonlight.
-    DeepseekV3 => "DeepseekV3ForCausalLM", "deepseek_v3";
+    DeepseekV3 => "DeepseekV3ForCausalLM", "deepseek_v3", Transformers, "deepseek2";
     /// DBRX.
-    Dbrx => "DbrxForCausalLM", "dbrx";
+    Dbrx => "DbrxForCausalLM", "dbrx", Transformers, "dbrx";
     /// Qwen1.5-MoE, Qwen2-57B-A14B.
-    Qwen2Moe => "Qwen2MoeForCausalLM", "qwen2_moe";
+    Qwen2Moe => "Qwen2MoeForCausalLM", "qwen2_moe", Transformers, "qwen2moe";
     /// Qwen3-30B-A3B, Qwen3-235B-A22B.
-    Qwen3Moe => "Qwen3MoeForCausalLM", "qwen3_moe";
+    Qwen3Moe => "Qwen3MoeForCausalLM", "qwen3_moe", Transformers, "qwen3moe";
     /// OLMoE-1B-7B.
-    Olmoe => "OlmoeForCausalLM", "olmoe";
+    Olmoe => "OlmoeForCausalLM", "olmoe", Transformers, "olmoe";
     /// Snowflake Arctic.
-    Arctic => "ArcticForCausalLM", "arctic";
+    Arctic => "ArcticForCausalLM", "arctic", Authors, "";
     /// GLM-4.5, 4.6, 4.7.
-    Glm4Moe => "Glm4MoeForCausalLM", "glm4_moe";
+    Glm4Moe => "Glm4MoeForCausalLM", "glm4_moe", Transformers, "";
     /// GLM-4.7-Flash.
-    Glm4MoeLite => "Glm4MoeLiteForCausalLM", "glm4_moe_lite";
+    Glm4MoeLite => "Glm4MoeLiteForCausalLM", "glm4_moe_lite", Transformers, "";
     /// MiniMax-M2.
-    MinimaxM2 => "MiniMaxM2ForCausalLM", "minimax_m2";
+    MinimaxM2 => "MiniMaxM2ForCausalLM", "minimax_m2", Transformers, "";
     /// dots.llm1.
-    Dots1 => "Dots1ForCausalLM", "dots1";
+    Dots1 => "Dots1ForCausalLM", "dots1", Transformers, "";
     /// Ling 2.0, Ring 2.0.
-    BailingMoeV2 => "BailingMoeV2ForCausalLM", "bailing_moe_v2";
+    BailingMoeV2 => "BailingMoeV2ForCausalLM", "bailing_moe_v2", Twin, "";
     /// ERNIE-4.5-21B-A3B, ERNIE-4.5-300B-A47B.
-    Ernie45Moe => "Ernie4_5_MoeForCausalLM", "ernie4_5_moe";
+    Ernie45Moe => "Ernie4_5_MoeForCausalLM", "ernie4_5_moe", Transformers, "";
     /// Hunyuan-A13B.
-    HunyuanV1Moe => "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe";
+    HunyuanV1Moe => "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", Transformers, "";
+    /// gpt-oss-20b, gpt-oss-120b.
+    GptOss => "GptOssForCausalLM", "gpt_oss", Transformers, "gpt-oss";
+    /// Granite 3 MoE.
+    GraniteMoe => "GraniteMoeForCausalLM", "granitemoe", Transformers, "";
+    /// Granite MoE with a shared expert.
+    GraniteMoeShared => "GraniteMoeSharedForCausalLM", "granitemoeshared", Transformers, "";
 }
 
 impl fmt::Display for Architecture {
@@ -119,10 +160,33 @@ pub enum TensorNames {
     Hunyuan,
     /// The same of Ling and Ring: query, key and value in one tensor.
     Bailing,
+    /// The same of gpt-oss: all experts in one tensor, rows of gate and up in turn.
+    GptOss,
+    /// The same in codes.
+    GptOssCoded,
+    /// The same of Granite: all experts in one tensor, the shared expert's gate over its up.
+    Granite,
     /// All experts in one tensor of three dimensions, as newer libraries keep them in memory.
     Merged,
     /// `blk.3.ffn_gate_exps.weight`: GGUF, whose files know no other names.
     Gguf,
+}
+
+/// Factors on what flows between the parts of a model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Factors {
+    /// On embeddings.
+    pub embedding: f32,
+    /// On what attention and MLPs add to the residual stream.
+    pub residual: f32,
+    /// On logits.
+    pub logits: f32,
+}
+
+impl Default for Factors {
+    fn default() -> Self {
+        Factors { embedding: 1.0, residual: 1.0, logits: 1.0 }
+    }
 }
 
 /// A norm over the hidden width.
@@ -162,6 +226,8 @@ pub struct GqaSpec {
     pub norm_after_rope: bool,
     /// Queries, keys and values are clamped to ± this.
     pub clip_qkv: Option<f32>,
+    /// Whether each head has a score of its own in the softmax that belongs to no key.
+    pub sinks: bool,
     /// Factor on the scores.
     pub scale: f32,
 }
@@ -297,8 +363,14 @@ pub struct MoeSpec {
     pub inner: usize,
     /// How router logits choose experts.
     pub router: TopKRouter,
+    /// Whether the router has a bias.
+    pub router_bias: bool,
     /// Whether a bias is added to the scores for the choice.
     pub correction_bias: bool,
+    /// What experts do between their maps, if it is not `silu(gate) ⊙ up`.
+    pub activation: Option<Swish>,
+    /// Whether the maps of experts have biases; with an activation of their own only.
+    pub expert_bias: bool,
     /// The expert of every token, added to the routed sum.
     pub shared: Option<SharedSpec>,
 }
@@ -329,7 +401,7 @@ impl ModelSpec {
             let numbers = self.shape(part).parameters() as u64;
             count.total += numbers;
             count.active += match part {
-                Part::Layer(layer, LayerPart::Expert(expert, _)) => {
+                Part::Layer(layer, LayerPart::Expert(expert, _) | LayerPart::ExpertBias(expert, _)) => {
                     // Which experts a token meets varies, but they are equal: the first stand for the chosen.
                     let chosen = self.layers[layer.0].mlp.moe().map_or(0, |moe| moe.router.top_k);
                     if expert.0 < chosen { numbers } else { 0 }
@@ -368,7 +440,9 @@ impl ModelSpec {
         let shape = match (part, &layer.mlp, layer.residual_mlp) {
             (InputNorm | PostAttentionNorm | ResidualNorm, ..) => Some(vector(hidden)),
             (Router, MlpSpec::Moe(moe), _) => Some(matrix(moe.experts, hidden)),
-            (RouterBias, MlpSpec::Moe(moe), _) => Some(vector(moe.experts)),
+            (RouterBias | CorrectionBias, MlpSpec::Moe(moe), _) => Some(vector(moe.experts)),
+            (ExpertBias(_, Map::DownProj), MlpSpec::Moe(_), _) => Some(vector(hidden)),
+            (ExpertBias(..), MlpSpec::Moe(moe), _) => Some(vector(moe.inner)),
             (Expert(_, map), MlpSpec::Moe(moe), _) => Some(map.shape(hidden, moe.inner)),
             (Shared(map), MlpSpec::Moe(MoeSpec { shared: Some(shared), .. }), _) => {
                 Some(map.shape(hidden, shared.inner))
@@ -390,6 +464,7 @@ impl ModelSpec {
             (Query, _) => matrix(attention.query_width(), hidden),
             (QueryBias, _) => vector(attention.query_width()),
             (Key | Value, AttentionSpec::Gqa(spec)) => matrix(spec.kv_heads * spec.head_dim, hidden),
+            (Sinks, AttentionSpec::Gqa(spec)) => vector(spec.heads),
             (KeyBias | ValueBias, AttentionSpec::Gqa(spec)) => vector(spec.kv_heads * spec.head_dim),
             (QueryNorm | KeyNorm, AttentionSpec::Gqa(spec)) => vector(match (spec.qk_norm?, part) {
                 (QkNorm::PerHead, _) => spec.head_dim,

@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use epsmoe_base::DType;
-use epsmoe_device::op::{GroupLimit, TopKRouter};
+use epsmoe_device::op::{GroupLimit, Swish, TopKRouter};
 use epsmoe_model::config::{self, Config};
 use epsmoe_model::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, preset, preset_text};
 use serde_json::{Value, json};
@@ -49,6 +49,7 @@ fn attention(spec: &AttentionSpec) -> String {
                 spec.output_bias.then(|| "output bias".to_owned()),
                 spec.qk_norm.map(|norm| format!("norm {norm:?}")),
                 spec.norm_after_rope.then(|| "after rope".to_owned()),
+                spec.sinks.then(|| "sinks".to_owned()),
                 spec.clip_qkv.map(|clip| format!("clip {clip}")),
             ];
             extras.into_iter().flatten().for_each(|extra| text += &format!(", {extra}"));
@@ -74,6 +75,15 @@ fn layer(layer: &LayerSpec) -> String {
         MlpSpec::Dense { inner } => format!("dense {inner}"),
         MlpSpec::Moe(moe) => {
             let mut text = format!("{} experts of {}, {}", moe.experts, moe.inner, router(&moe.router));
+            if moe.router_bias {
+                text += ", router bias";
+            }
+            if let Some(Swish { alpha, limit, shift }) = moe.activation {
+                text += &format!(", swish {alpha} to {limit} + {shift}");
+            }
+            if moe.expert_bias {
+                text += ", expert bias";
+            }
             if moe.correction_bias {
                 text += ", bias";
             }
@@ -279,6 +289,202 @@ fn ernie_and_hunyuan() {
          HalfSplit 12 to 4.6416e-7 times 1.0000
          8 experts of 24, top 3 Softmax normalised x1, shared 24",
     );
+}
+
+#[test]
+fn gpt_oss_and_granite() {
+    let layer =
+        "8 experts of 20, top 3 Softmax normalised x1, router bias, swish 1.702 to 7 + 1, expert bias";
+    // Yarn: the first frequencies as they are, the last a thirty-second, and 0.1 · ln 32 + 1 on both.
+    check(
+        "gpt_oss",
+        &format!(
+            "GptOssForCausalLM bfloat16 V320 H48 positions 2048 Rms 1e-5 bos 0 eos [1]
+             4/2 heads of 16 scale 0.25000, qkv bias, output bias, sinks
+             HalfSplit 16 to 9.2287e-7 times 1.3466
+             {layer}, window 20
+             {layer}
+             {layer}, window 20"
+        ),
+    );
+    check(
+        "granitemoeshared",
+        "GraniteMoeSharedForCausalLM bfloat16 V320 H48 positions 4096 Rms 1e-6 bos 0 eos [1]
+         4/2 heads of 12 scale 0.20000
+         HalfSplit 12 to 4.6416e-4 times 1.0000
+         8 experts of 24, top 3 Softmax normalised x1, shared 40",
+    );
+    let factors = config::read(&fixture("granitemoeshared")).unwrap().factors;
+    assert_eq!((factors.embedding, factors.residual, factors.logits), (1.5, 0.7, 0.8));
+}
+
+/// Configurations as published, with what their authors say of their size: billions of parameters, all and active.
+#[test]
+fn published_configurations_are_read() {
+    let glm = json!({
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "attention_bias": true, "head_dim": 128,
+        "num_attention_heads": 96, "num_key_value_heads": 8, "partial_rotary_factor": 0.5, "rope_theta": 1000000,
+        "max_position_embeddings": 131_072, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "norm_topk_prob": true,
+        "num_experts_per_tok": 8, "num_nextn_predict_layers": 1, "vocab_size": 151_552, "rms_norm_eps": 1e-5,
+        "hidden_size": 4096, "intermediate_size": 10_944, "moe_intermediate_size": 1408, "n_routed_experts": 128,
+        "num_hidden_layers": 46, "first_k_dense_replace": 1, "use_qk_norm": false, "routed_scaling_factor": 1.0,
+        "rope_scaling": null, "torch_dtype": "bfloat16", "eos_token_id": [151_329, 151_336, 151_338]
+    });
+    let large = json!({
+        "hidden_size": 5120, "intermediate_size": 12_288, "moe_intermediate_size": 1536, "n_routed_experts": 160,
+        "num_hidden_layers": 92, "first_k_dense_replace": 3, "use_qk_norm": true, "routed_scaling_factor": 2.5
+    });
+    let flash = json!({
+        "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "hidden_size": 2048,
+        "intermediate_size": 10_240, "moe_intermediate_size": 1536, "n_routed_experts": 64, "num_hidden_layers": 47,
+        "num_attention_heads": 20, "num_key_value_heads": 20, "num_experts_per_tok": 4, "partial_rotary_factor": 1.0,
+        "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256,
+        "routed_scaling_factor": 1.8, "topk_method": "noaux_tc", "vocab_size": 154_880, "attention_bias": false
+    });
+    let minimax = json!({
+        "architectures": ["MiniMaxM2ForCausalLM"], "model_type": "minimax_m2", "attn_type_list": vec![1; 62],
+        "head_dim": 128, "hidden_size": 3072, "intermediate_size": 1536, "num_attention_heads": 48,
+        "num_key_value_heads": 8, "num_hidden_layers": 62, "num_local_experts": 256, "num_experts_per_tok": 8,
+        "rotary_dim": 64, "rope_theta": 5000000, "scoring_func": "sigmoid", "qk_norm_type": "per_layer",
+        "use_qk_norm": true, "use_routing_bias": true, "use_mtp": true, "vocab_size": 200_064, "shared_intermediate_size": 0
+    });
+    let kimi = json!({
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", "hidden_size": 7168,
+        "intermediate_size": 18_432, "moe_intermediate_size": 2048, "n_routed_experts": 384, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_attention_heads": 64, "num_key_value_heads": 64,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "norm_topk_prob": true, "routed_scaling_factor": 2.827, "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 163_840, "rope_theta": 50000.0,
+        "rope_scaling": { "type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 1.0,
+            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0 }, "max_position_embeddings": 131_072
+    });
+    let moonlight = json!({
+        "model_type": "deepseek_v3", "hidden_size": 2048, "intermediate_size": 11_264, "moe_intermediate_size": 1408,
+        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "num_hidden_layers": 27,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": null, "routed_scaling_factor": 2.446,
+        "rope_scaling": null, "max_position_embeddings": 8192
+    });
+    let dots = json!({
+        "architectures": ["Dots1ForCausalLM"], "model_type": "dots1", "hidden_size": 4096, "intermediate_size": 10_944,
+        "moe_intermediate_size": 1408, "n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6,
+        "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+        "first_k_dense_replace": 1, "sliding_window": null, "max_window_layers": 62, "use_sliding_window": false,
+        "norm_topk_prob": true, "routed_scaling_factor": 2.5, "scoring_func": "noaux_tc", "vocab_size": 152_064
+    });
+    let ling = json!({
+        "architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe", "hidden_size": 2048,
+        "intermediate_size": 5120, "moe_intermediate_size": 512, "num_experts": 256, "num_shared_experts": 1,
+        "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "num_hidden_layers": 20, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "head_dim": 128, "partial_rotary_factor": 0.5, "rope_theta": 600000,
+        "first_k_dense_replace": 1, "moe_router_enable_expert_bias": true, "norm_topk_prob": true, "router_dtype": "fp32",
+        "routed_scaling_factor": 2.5, "score_function": "sigmoid", "use_qk_norm": true, "use_qkv_bias": false,
+        "use_bias": false, "vocab_size": 157_184, "rope_scaling": null, "num_nextn_predict_layers": 0
+    });
+    let ernie = json!({
+        "architectures": ["Ernie4_5_MoeForCausalLM"], "model_type": "ernie4_5_moe", "hidden_size": 2560,
+        "intermediate_size": 12_288, "moe_intermediate_size": 1536, "moe_num_experts": 64, "moe_k": 6,
+        "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": 27, "moe_layer_interval": 1,
+        "num_hidden_layers": 28, "num_attention_heads": 20, "num_key_value_heads": 4, "use_bias": false,
+        "rope_theta": 500000, "tie_word_embeddings": true, "vocab_size": 103_424, "max_position_embeddings": 131_072
+    });
+    let hunyuan = json!({
+        "architectures": ["HunYuanMoEV1ForCausalLM"], "model_type": "hunyuan_v1_moe", "hidden_size": 4096,
+        "intermediate_size": 3072, "moe_intermediate_size": vec![3072; 32], "num_experts": 64, "moe_topk": vec![8; 32],
+        "num_shared_expert": vec![1; 32], "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "use_qk_norm": true, "use_cla": false, "tie_word_embeddings": true, "vocab_size": 128_167,
+        "rope_scaling": { "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "type": "dynamic" }, "max_position_embeddings": 32_768, "rope_theta": 10000.0
+    });
+    let gpt_oss = json!({
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
+        "num_hidden_layers": 24, "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "attention_bias": true,
+        "sliding_window": 128, "swiglu_limit": 7.0, "rope_theta": 150000, "vocab_size": 201_088,
+        "max_position_embeddings": 131_072, "initial_context_length": 4096,
+        "rope_scaling": { "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
+            "original_max_position_embeddings": 4096 }, "quantization_config": { "quant_method": "mxfp4" }
+    });
+    let granite = json!({
+        "architectures": ["GraniteMoeForCausalLM"], "model_type": "granitemoe", "hidden_size": 1536,
+        "intermediate_size": 512, "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "num_local_experts": 40, "num_experts_per_tok": 8, "vocab_size": 49_155, "tie_word_embeddings": true,
+        "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+        "logits_scaling": 6.0, "rope_theta": 10000.0, "max_position_embeddings": 4096
+    });
+    let with = |base: &Value, patch: Value| {
+        let mut config = base.clone();
+        config.as_object_mut().unwrap().extend(patch.as_object().unwrap().clone());
+        config
+    };
+    let expected = [
+        ("GLM-4.5-Air", glm.clone(), 106.9, 12.9),
+        ("GLM-4.6", with(&glm, large), 352.8, 33.0),
+        ("GLM-4.7-Flash", with(&glm, flash), 29.9, 3.6),
+        ("MiniMax-M2", minimax, 228.7, 10.4),
+        ("Kimi-K2", kimi.clone(), 1026.4, 33.0),
+        ("Moonlight", with(&kimi, moonlight), 16.0, 2.9),
+        ("dots.llm1", dots, 142.8, 14.8),
+        ("Ling-mini-2.0", ling, 16.3, 1.8),
+        ("ERNIE-4.5-21B-A3B", ernie, 21.8, 3.3),
+        ("Hunyuan-A13B", hunyuan, 80.4, 13.4),
+        ("gpt-oss-20b", gpt_oss.clone(), 20.9, 4.2),
+        (
+            "gpt-oss-120b",
+            with(&gpt_oss, json!({ "num_hidden_layers": 36, "num_local_experts": 128 })),
+            116.8,
+            5.7,
+        ),
+        ("granite-3.0-3b-a800m", granite, 3.3, 0.9),
+    ];
+    for (name, config, total, active) in expected {
+        let spec = config::parse(config.to_string().as_bytes(), name).unwrap();
+        let parameters = spec.parameters();
+        let close =
+            |numbers: u64, billions: f64| (numbers as f64 / 1e9 - billions).abs() < 0.006 * billions + 0.05;
+        assert!(close(parameters.total, total) && close(parameters.active, active), "{name}: {parameters:?}");
+    }
+}
+
+#[test]
+fn what_is_asked_for_and_missing_is_said() {
+    for (name, missing) in [
+        ("DeepseekV32ForCausalLM", "its attention looks at tokens that an indexer chooses"),
+        ("Qwen3NextForCausalLM", "most of its layers have a gated delta net"),
+        ("Qwen3_5MoeForConditionalGeneration", "most of its layers have a gated delta net"),
+        ("LongcatFlashForCausalLM", "it has experts that compute nothing, and two attentions a layer"),
+    ] {
+        refused(
+            "mixtral",
+            json!({ "architectures": [name] }),
+            &format!("architecture `{name}` is not supported: {missing}"),
+        );
+    }
+}
+
+/// Numbers printed by transformers 5.17 for the same configs.
+#[test]
+fn frequencies_of_long_contexts() {
+    let llama = json!({ "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192 });
+    let rope = patched("qwen3_moe", json!({ "head_dim": 64, "rope_theta": 5e5, "rope_scaling": llama }))
+        .unwrap()
+        .rope;
+    close(
+        &rope.inverse_frequencies[14..18],
+        &[3.211_446_1e-3, 1.371_893_7e-3, 5.248_460_2e-4, 1.785_077_9e-4],
+    );
+    let factors: Vec<f64> = (0..16).map(|i| 1.0 + 0.5 * f64::from(i)).collect();
+    let long = json!({ "rope_type": "longrope", "short_factor": factors, "long_factor": factors,
+        "original_max_position_embeddings": 1024, "factor": 4.0 });
+    let spec = patched("qwen3_moe", json!({ "rope_scaling": long })).unwrap();
+    close(&spec.rope.inverse_frequencies[..3], &[1.0, 0.374_894_2, 0.158_113_88]);
+    assert!((spec.rope.attention_factor - 1.095_445_1).abs() < 1e-6);
+    assert_eq!(spec.max_positions, 1024);
+    let plain = patched("qwen3_moe", json!({})).unwrap();
+    for kind in ["dynamic", "mrope"] {
+        let same = json!({ "rope_scaling": { "rope_type": kind, "factor": 2.0 } });
+        assert_eq!(patched("qwen3_moe", same).unwrap().rope, plain.rope);
+    }
 }
 
 #[test]
@@ -615,7 +821,8 @@ fn what_would_change_results_is_refused() {
         "architecture `LlamaForCausalLM` is not supported; supported are MixtralForCausalLM, DeepseekV2ForCausalLM, \
          DeepseekV3ForCausalLM, DbrxForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, OlmoeForCausalLM, \
          ArcticForCausalLM, Glm4MoeForCausalLM, Glm4MoeLiteForCausalLM, MiniMaxM2ForCausalLM, Dots1ForCausalLM, \
-         BailingMoeV2ForCausalLM, Ernie4_5_MoeForCausalLM, HunYuanMoEV1ForCausalLM",
+         BailingMoeV2ForCausalLM, Ernie4_5_MoeForCausalLM, HunYuanMoEV1ForCausalLM, GptOssForCausalLM, \
+         GraniteMoeForCausalLM, GraniteMoeSharedForCausalLM",
     );
     refused(
         "mixtral",

@@ -130,7 +130,7 @@ fn windows_are_pieces_of_the_whole() {
     let seed = env::test_seed();
     println!("EPSMOE_TEST_SEED={seed}");
     let mut random = Mix::new(seed);
-    for name in ["dbrx_clip", "qwen3_moe_merged", "mixtral_f16", "deepseek_v2_lite"] {
+    for name in ["dbrx_clip", "qwen3_moe_merged", "mixtral_f16", "deepseek_v2_lite", "gpt_oss"] {
         let (spec, checkpoint) = open(name);
         for part in spec.parts() {
             let tensor = whole(&checkpoint, &spec, part);

@@ -48,6 +48,8 @@ pub(crate) struct LayerBuffers {
     /// outputs of all stages `[assignments, H]`.
     pub(crate) expanded: Buffer,
     pub(crate) inner: Buffer,
+    /// Gates and other factors before an activation of its own `[stage assignments, 2I]`.
+    pub(crate) products: Buffer,
     pub(crate) outputs: Buffer,
     /// Which assignments, with which weights, make each partial sum `[rows received, k]`; the sums `[rows received, H]`.
     pub(crate) reduce_index: Buffer,
@@ -112,6 +114,7 @@ impl LayerBuffers {
             expand_index: indices("expand_index", assignments, 1)?,
             expanded: values("expanded", stage_assignments, hidden)?,
             inner: values("inner", stage_assignments, inner)?,
+            products: floats("products", stage_assignments, if layer.kept_products { 2 * inner } else { 0 })?,
             outputs: values("outputs", assignments, hidden)?,
             reduce_index: indices("reduce_index", rows_received, top_k)?,
             reduce_weights: floats("reduce_weights", rows_received, top_k)?,

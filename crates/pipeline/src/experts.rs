@@ -1,11 +1,13 @@
 //! One stage of experts: from received rows to partial sums.
 
 use crate::batch::{Batch, Rows, Travel};
+use crate::buffers::LayerBuffers;
 use crate::run::{Call, Mlp};
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{DType, Lane, Phase, Place, Stage};
 use epsmoe_device::op::{
-    Epilogue, ExpertGemm, Fp8, Gemm, GemmPart, HostToDevice, ReceiveOrder, Reduce, SortBySlot, Travelled,
+    Activate, AddSlotBias, Epilogue, ExpertGemm, Fp8, Gemm, GemmPart, HostToDevice, ReceiveOrder, Reduce,
+    SlotBias, SortBySlot, Travelled,
 };
 use epsmoe_device::{Backend, Buffer, Weight};
 use epsmoe_plan::GemmKind;
@@ -105,10 +107,13 @@ impl<B: Backend> ExpertPipeline<B> {
             epilogue,
             out,
         };
-        let gate_up = product(expanded, |mlp| &mlp.gate_up, Epilogue::SwiGlu, inner.clone());
+        let (epilogue, activated) = self.activated(call, buffers, &inner)?;
+        let gate_up = product(expanded, |mlp| &mlp.gate_up, epilogue, activated);
         self.compute(place.phase(Phase::GateUp), gate_up)?;
+        self.activate(place, call, &starts, buffers, &inner, 0)?;
         let down = product(inner, |mlp| &mlp.down, Epilogue::Store, outputs.clone());
         self.compute(place.phase(Phase::Down), down)?;
+        self.add_down_bias(place, call, &starts, &outputs, 0)?;
         let weights = buffers.slot_weights.rows(batch.tokens.clone())?;
         self.reduce(place, outputs, &buffers.reduce_index, &weights, &buffers.sums, tokens)
     }
@@ -132,6 +137,8 @@ impl<B: Backend> ExpertPipeline<B> {
         ];
         self.gather_rows(place.phase(Phase::Expand), Fp8::Decode, expand)?;
         let slots = batch.table.slots_of(me, stage);
+        let inner = buffers.inner.rows(0..assignments.len())?;
+        let (epilogue, activated) = self.activated(call, buffers, &inner)?;
         let (mut gate_up, mut down) = (Vec::new(), Vec::new());
         for (slot, mlp) in slots.clone().zip(&call.layer.experts[slots]) {
             let of_slot = traffic.slot_assignments(me, slot);
@@ -139,17 +146,69 @@ impl<B: Backend> ExpertPipeline<B> {
                 continue;
             }
             let in_stage = of_slot.start - assignments.start..of_slot.end - assignments.start;
-            let (x, inner) = (buffers.expanded.rows(in_stage.clone())?, buffers.inner.rows(in_stage)?);
+            let x = buffers.expanded.rows(in_stage.clone())?;
             let part = |x, weight: &Weight, out| GemmPart { x, weight: weight.clone(), out };
-            gate_up.push(part(x, &mlp.gate_up, inner.clone()));
-            down.push(part(inner, &mlp.down, buffers.outputs.rows(of_slot)?));
+            gate_up.push(part(x, &mlp.gate_up, activated.rows(in_stage.clone())?));
+            down.push(part(inner.rows(in_stage)?, &mlp.down, buffers.outputs.rows(of_slot)?));
         }
-        let kind = batch.table.gemm[stage.0];
-        self.products(place.phase(Phase::GateUp), kind, gate_up, Epilogue::SwiGlu)?;
+        let (kind, first) = (batch.table.gemm[stage.0], assignments.start);
+        let starts = buffers.slot_starts.rows(0..call.layer.experts.len() + 1)?;
+        self.products(place.phase(Phase::GateUp), kind, gate_up, epilogue)?;
+        self.activate(place, call, &starts, buffers, &inner, first)?;
         self.products(place.phase(Phase::Down), kind, down, Epilogue::Store)?;
+        self.add_down_bias(place, call, &starts, &buffers.outputs.rows(assignments.clone())?, first)?;
         let (outputs, rows) =
             (buffers.outputs.rows(0..assignments.end)?, traffic.combine_send_stage(me, stage));
         self.reduce(place, outputs, &buffers.reduce_index, &buffers.reduce_weights, &buffers.sums, rows)
+    }
+
+    /// What gate and up products end in, and where: in the activations themselves, or before an operation of their own.
+    fn activated(
+        &self,
+        call: &Call<'_>,
+        buffers: &LayerBuffers,
+        inner: &Buffer,
+    ) -> Result<(Epilogue, Buffer), PipelineError> {
+        match call.layer.activation {
+            None => Ok((Epilogue::SwiGlu, inner.clone())),
+            Some(_) => Ok((Epilogue::Store, buffers.products.rows(0..inner.rows)?)),
+        }
+    }
+
+    /// The activation of rows that count from `first` on, if the products have not done it.
+    fn activate(
+        &self,
+        place: Place,
+        call: &Call<'_>,
+        starts: &Buffer,
+        buffers: &LayerBuffers,
+        inner: &Buffer,
+        first: usize,
+    ) -> Result<(), PipelineError> {
+        let Some(activation) = &call.layer.activation else { return Ok(()) };
+        let bias = |bias: &Weight| SlotBias { bias: bias.clone(), starts: starts.clone(), first };
+        let activate = Activate {
+            x: buffers.products.rows(0..inner.rows)?,
+            bias: activation.gate_up_bias.as_ref().map(bias),
+            swish: activation.swish,
+            out: inner.clone(),
+        };
+        self.compute(place.phase(Phase::GateUp), activate)
+    }
+
+    /// The biases of the down maps, if they have some.
+    fn add_down_bias(
+        &self,
+        place: Place,
+        call: &Call<'_>,
+        starts: &Buffer,
+        outputs: &Buffer,
+        first: usize,
+    ) -> Result<(), PipelineError> {
+        let bias = call.layer.activation.as_ref().and_then(|activation| activation.down_bias.clone());
+        let Some(bias) = bias else { return Ok(()) };
+        let bias = SlotBias { bias, starts: starts.clone(), first };
+        self.compute(place.phase(Phase::Down), AddSlotBias { x: outputs.clone(), bias })
     }
 
     /// The products of a stage's experts: all in one operation, or one after the other.

@@ -46,7 +46,9 @@ pub use buffers::PipelineSizes;
 pub use count_exchange::disagreement;
 pub use routed_peers::RoutedPeers;
 pub use routing_log::{Flips, RoutingLog, RoutingLogError, TokenId};
-pub use run::{ExpertPipeline, HostTimes, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp};
+pub use run::{
+    ExpertActivation, ExpertPipeline, HostTimes, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp,
+};
 pub use spans::take_spans;
 
 use epsmoe_base::Fault;

@@ -23,6 +23,7 @@ impl<B: Backend> ExpertPipeline<B> {
         let (place, tokens) = (Place::layer(layer.layer), 0..x.rows);
         let logits = self.buffers.router_logits.rows(tokens.clone())?;
         let router = Gemm::linear(x.clone(), &layer.router_weight, logits.clone());
+        let router = Gemm { bias: layer.router_bias.clone(), ..router };
         self.compute(place.phase(Phase::RouterLogits), router)?;
         let route = Route {
             logits,

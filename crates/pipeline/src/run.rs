@@ -4,7 +4,7 @@ use crate::PipelineError;
 use crate::batch::{Batch, Rows, batch_of};
 use crate::buffers::{LayerBuffers, PipelineSizes};
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, RowFormat, Stage, WireDType, WireFormat, hash_bytes};
-use epsmoe_device::op::{Fp8, GateRows, Gather, GatherFp8, Gemm, HostToDevice, Op, TopKRouter};
+use epsmoe_device::op::{Fp8, GateRows, Gather, GatherFp8, Gemm, HostToDevice, Op, Swish, TopKRouter};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 /// A gated MLP: `down( silu(x·gateᵀ) ⊙ (x·upᵀ) )`.
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    /// Gate and up maps `[I, H]`.
+    /// Gate and up maps `[I, H]`; one matrix of both `[2I, H]` where the activation is an operation of its own.
     pub gate_up: Weight,
     /// Down map `[H, I]`.
     pub down: Weight,
@@ -40,6 +40,8 @@ pub struct MoeLayer {
     pub layer: Layer,
     /// Router `[E, H]`.
     pub router_weight: Weight,
+    /// Added to the router's logits `[E]`, if the model does that.
+    pub router_bias: Option<Weight>,
     /// Correction bias of the router `[E]`, if the model has one.
     pub bias: Option<Weight>,
     /// How router logits become experts.
@@ -48,8 +50,21 @@ pub struct MoeLayer {
     pub slots: Arc<SlotMap>,
     /// The experts of this rank, in the order of its slots `[L]`.
     pub experts: Vec<Mlp>,
+    /// What the experts do between their products, if it is more than `silu(gate) ⊙ up`.
+    pub activation: Option<ExpertActivation>,
     /// The expert that every token visits, if the model has one.
     pub shared: Option<SharedMlp>,
+}
+
+/// An activation that is an operation of its own, and the biases of the experts' maps.
+#[derive(Clone, Debug)]
+pub struct ExpertActivation {
+    /// The activation.
+    pub swish: Swish,
+    /// Of gate and up `[L · 2I]`, if there are some.
+    pub gate_up_bias: Option<Weight>,
+    /// Of the down maps `[L · H]`, if there are some and this rank is to add them.
+    pub down_bias: Option<Weight>,
 }
 
 /// An expert that every token visits.

@@ -98,6 +98,8 @@ pub struct LayerSizes {
     pub hidden: usize,
     /// Inner width of an expert, I.
     pub inner: usize,
+    /// Whether gate and up products are kept, in float32, for an activation that is an operation of its own.
+    pub kept_products: bool,
     /// Inner width of the shared expert; 0 without one.
     pub shared_inner: usize,
     /// Experts a token is sent to, k.
@@ -123,6 +125,7 @@ impl LayerSizes {
         LayerSizes {
             hidden: 0,
             inner: 0,
+            kept_products: false,
             shared_inner: 0,
             top_k: 0,
             experts: map.experts(),
@@ -163,7 +166,7 @@ pub struct LayerBytes {
     pub metadata: u64,
     /// Input of one stage's experts, `[stage assignments, H]`.
     pub expanded: u64,
-    /// Activations of one stage, `[stage assignments, I]`: gate and up are not kept.
+    /// Activations of one stage, `[stage assignments, I]`, and gate and up where they are kept.
     pub activated: u64,
     /// Outputs of all experts, `[assignments, H]`: kept over the stages, until the last assignment of a row is there.
     pub outputs: u64,
@@ -196,7 +199,10 @@ impl LayerBytes {
             dispatch_receive: travelling(rows_received, sizes.wire.dispatch),
             metadata: sum(&[words(rows_sent, 2 * top_k), words(rows_received, 2 * top_k)]),
             expanded: matrix(stage_assignments, hidden),
-            activated: matrix(stage_assignments, inner),
+            activated: sum(&[
+                matrix(stage_assignments, inner),
+                words(if sizes.kept_products { stage_assignments } else { 0 }, 2 * inner),
+            ]),
             outputs: matrix(assignments, hidden),
             combine_send: travelling(rows_received, sizes.wire.combine),
             combine_receive: travelling(rows_sent, sizes.wire.combine),
@@ -273,6 +279,7 @@ mod tests {
         let sizes = LayerSizes {
             hidden: 100,
             inner: 10,
+            kept_products: false,
             shared_inner: 20,
             top_k: 2,
             experts: 5,

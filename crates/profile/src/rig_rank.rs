@@ -83,6 +83,8 @@ impl<B: Backend> RigRank<B> {
         };
         let shared = (shared_inner > 0).then(|| mlp("shared".into(), shared_inner)).transpose()?;
         Ok(MoeLayer {
+            router_bias: None,
+            activation: None,
             layer: Layer(layer),
             router_weight: take(format!("router {experts}"), WeightShape::Matrix { n: experts, k: hidden })?,
             bias: None,

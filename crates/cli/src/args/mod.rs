@@ -75,6 +75,8 @@ pub(crate) enum Command {
     #[command(mut_arg("enable_expert_parallel", |enable| enable.default_value("true")))]
     #[command(mut_arg("link", |link| link.default_value("100MB/s,50us")))]
     Bench(Box<BenchArgs>),
+    /// List the models that are supported, and how that is tested
+    Models,
     /// Predict strategies and schedules on a machine that need not be here
     Plan(PlanArgs),
     /// Measure what MoE layers cost on this machine

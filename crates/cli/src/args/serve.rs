@@ -49,12 +49,13 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE", help_heading = SERVER)]
     pub(crate) chat_template: Option<PathBuf>,
 
-    /// How calls of functions are read: hermes, qwen3_coder, mistral, deepseek_v3, deepseek_v31 or none; auto looks at the
-    /// chat template
+    /// How calls of functions are read: hermes, qwen3_coder, mistral, deepseek_v3, deepseek_v31, openai (gpt-oss) or none;
+    /// auto looks at the chat template
     #[arg(long, value_name = "FORMAT", default_value = "auto", help_heading = SERVER)]
     pub(crate) tool_call_parser: Parsers<ToolParser>,
 
-    /// How reasoning is told from answers: deepseek_r1, deepseek_v3, qwen3, mistral or none; auto looks at the chat template
+    /// How reasoning is told from answers: deepseek_r1, deepseek_v3, qwen3, mistral, openai_gptoss or none; auto looks at the
+    /// chat template
     #[arg(long, value_name = "FORMAT", default_value = "auto", help_heading = SERVER)]
     pub(crate) reasoning_parser: Parsers<Reasoning>,
 

@@ -136,7 +136,13 @@ fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<I
     for part in spec.parts() {
         let located = spec.locate(part);
         let to = &located.sources[0];
-        let place = (part, to.first_row, to.row_step);
+        if to.transposed && to.turn.of > 1 {
+            bail!(
+                "tensor `{}` holds gate and up in turn, column by column, which cannot be converted yet",
+                to.name
+            );
+        }
+        let place = (part, to.first_row + to.turn.at, to.turn.of);
         if let Some(&index) = by_name.get(&to.name) {
             items[index].parts.push(place);
             continue;

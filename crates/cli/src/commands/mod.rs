@@ -10,6 +10,7 @@ pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod kernels;
 pub(crate) mod logits;
+pub(crate) mod models;
 pub(crate) mod plan;
 pub(crate) mod profile;
 pub(crate) mod serve;

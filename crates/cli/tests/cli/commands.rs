@@ -485,3 +485,11 @@ fn one_rank_of_several_is_emulated() {
     let refused = refused(&mut command("bench --emulate-rank 0/4 -dp 2"));
     assert!(refused.contains("--emulate-rank"), "{refused}");
 }
+
+#[test]
+fn the_readme_has_the_table_of_models() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md")).unwrap();
+    let (_, rest) = readme.split_once("<!-- models: begin -->\n").unwrap();
+    let (table, _) = rest.split_once("<!-- models: end -->").unwrap();
+    assert_eq!(table, printed(&mut command("models")), "put what `epsmoe models` prints into README.md");
+}

@@ -184,11 +184,13 @@ impl<T: Element> Task<'_, '_, T> {
                     unsafe { pack(bytemuck::cast_slice(numbers), words) };
                 }
                 let visible = self.views.visible(token);
+                // A sink is a score that came before all others, of a value that is zero.
+                let sink = self.views.sinks.as_ref().map(|sinks| sinks[head]);
                 scratch.state.push(RowState {
                     first: visible.start,
                     end: visible.end,
-                    most: f32::NEG_INFINITY,
-                    total: 0.0,
+                    most: sink.unwrap_or(f32::NEG_INFINITY),
+                    total: if sink.is_some() { 1.0 } else { 0.0 },
                 });
             }
         }

@@ -18,12 +18,13 @@ use std::thread::Builder;
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 5] = [
+const HEADERS: [(&str, &str); 6] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("tensor.cuh", include_str!("../../kernels/tensor.cuh")),
     ("matches.cuh", include_str!("../../kernels/matches.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
+    ("slot_bias.cuh", include_str!("../../kernels/slot_bias.cuh")),
 ];
 
 const F32: DType = DType::F32;
@@ -72,6 +73,9 @@ sources! {
     "add": ["add"] in ANY, 256 threads;
     "clamp": ["clamp"] in SAME, 256 threads;
     "gate_rows": ["gate_rows"] in SAME, 256 threads;
+    "scale": ["scale"] in SAME, 256 threads;
+    "activate": ["activate"] in ANY, 256 threads;
+    "add_slot_bias": ["add_slot_bias"] in SAME, 256 threads;
     "gather": ["gather"] in ANY, 256 threads;
     "gather_fp8": ["to_fp8", "from_fp8", "through_fp8"] in SAME, 256 threads;
     "kv_write": ["kv_write"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;

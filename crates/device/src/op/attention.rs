@@ -1,7 +1,7 @@
 //! Attention over a paged cache.
 
 use super::{Accesses, expect, same_rows};
-use crate::{Buffer, DeviceError};
+use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
 /// `cache[slots[t]] = x[t]`: rows into the paged cache. A slot is `block · block_size + offset`.
@@ -32,7 +32,7 @@ impl KvWrite {
 ///
 /// `out[t, h] = Σ_j softmax_j(scale · q[t, h]·keys[j, h / (heads/kv_heads)]) · values[j, h / (heads/kv_heads)]`
 ///
-/// computed in float32. Position `j` of sequence `b` lies in slot
+/// computed in float32. A sink is one more score of its head in the softmax, whose value is zero. Position `j` of sequence `b` lies in slot
 /// `blocks[b, j / block_size] · block_size + j % block_size`. Multi-head latent attention is the case of one
 /// key head whose values are the leading columns of the same cache rows.
 #[derive(Clone, Debug)]
@@ -59,6 +59,8 @@ pub struct Attention {
     pub scale: f32,
     /// How many positions back a token sees, itself included; everything when absent.
     pub window: Option<usize>,
+    /// One score of each head that belongs to no key, `heads` elements, if the model has them.
+    pub sinks: Option<Weight>,
     /// Output `[T, heads · value_width]`.
     pub out: Buffer,
 }
@@ -92,6 +94,14 @@ impl Attention {
         expect("attention", "positions", &self.positions, DType::U32, 1)?;
         expect("attention", "sequence starts", &self.sequence_starts, DType::U32, 1)?;
         expect("attention", "blocks", &self.blocks, DType::U32, self.blocks.width)?;
+        if let Some(sinks) =
+            self.sinks.as_ref().filter(|sinks| sinks.shape != WeightShape::Vector { n: heads })
+        {
+            return Err(DeviceError::Shape(format!(
+                "attention: sinks {} are {:?}, but there are {heads} heads",
+                sinks.name, sinks.shape
+            )));
+        }
         if self.sequence_starts.rows != self.blocks.rows + 1 {
             return Err(DeviceError::Shape(format!(
                 "attention: {:?} does not delimit the sequences of {:?}",
@@ -105,6 +115,7 @@ impl Attention {
         [&self.q, &self.keys, &self.values, &self.sequence_starts, &self.positions, &self.blocks]
             .into_iter()
             .fold(Accesses::new(), Accesses::read)
+            .read_weights(&self.sinks)
             .write(&self.out)
     }
 }

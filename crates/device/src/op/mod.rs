@@ -1,6 +1,7 @@
 //! The operations of a processor: plain descriptions, one struct each, with the equation, the shapes and the
 //! memory it touches. A backend only interprets them.
 
+mod activate;
 mod assignments;
 mod attention;
 mod gemm;
@@ -9,6 +10,7 @@ mod rope;
 mod route;
 mod rows;
 
+pub use activate::{Activate, AddSlotBias, SlotBias, Swish};
 pub use assignments::{AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, SortBySlot, Travelled};
 pub use attention::{Attention, KvWrite};
 pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
@@ -16,7 +18,7 @@ pub(crate) use norm::not_finite;
 pub use norm::{Norm, NormKind, Origin};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
-pub use rows::{Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce};
+pub use rows::{Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce, Scale};
 
 use crate::{AllocationId, Buffer, DeviceError, Weight, WeightSlot};
 use epsmoe_base::{DType, Phase};
@@ -84,6 +86,9 @@ ops! {
     Copy => "copy", Other;
     Clamp => "clamp", Projection;
     GateRows => "gate_rows", SharedGate;
+    Scale => "scale", Residual;
+    Activate => "activate", GateUp;
+    AddSlotBias => "add_slot_bias", Down;
 }
 
 impl Op {

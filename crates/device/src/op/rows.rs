@@ -236,6 +236,28 @@ impl Clamp {
     }
 }
 
+/// `x = factor · x`, in place.
+#[derive(Clone, Debug)]
+pub struct Scale {
+    /// What is scaled `[M, W]`.
+    pub x: Buffer,
+    /// By how much.
+    pub factor: f32,
+}
+
+impl Scale {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        if self.factor.is_finite() {
+            return Ok(());
+        }
+        Err(DeviceError::Shape(format!("scale: the factor {} is not finite", self.factor)))
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().write(&self.x)
+    }
+}
+
 /// `x[m] = sigmoid(gate[m]) · x[m]`, in place.
 #[derive(Clone, Debug)]
 pub struct GateRows {

@@ -107,9 +107,10 @@ impl Kernels for PlainKernels {
                         f64::from(op.scale) * dot(q, key.iter().map(|key| key.to_f32()))
                     })
                     .collect();
-                let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sink = views.sinks.as_ref().map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
+                let most = scores.iter().copied().fold(sink, f64::max);
                 let powers: Vec<f64> = scores.iter().map(|score| (score - most).exp()).collect();
-                let total: f64 = powers.iter().sum();
+                let total: f64 = powers.iter().sum::<f64>() + (sink - most).exp();
                 for column in 0..value_width {
                     let value = |slot: usize| {
                         f64::from(views.values.row(slot)[kv_head * value_width + column].to_f32())

@@ -352,6 +352,9 @@ fn run<K: Kernels>(
         Op::Copy(op) => typed!(op.x.dtype, op.out.dtype, rounded_copy, op),
         Op::Clamp(op) => typed!(op.x.dtype, clamp, op),
         Op::GateRows(op) => typed!(op.x.dtype, gate_rows, op),
+        Op::Scale(op) => typed!(op.x.dtype, scale, op),
+        Op::Activate(op) => typed!(op.x.dtype, op.out.dtype, activate, op),
+        Op::AddSlotBias(op) => typed!(op.x.dtype, add_slot_bias, op),
     }
 }
 

@@ -4,13 +4,14 @@ use super::element::{Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::Buffer;
 use crate::op::{
-    Add, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, GroupLimit, GroupScore,
-    HostToDevice, KvWrite, NONE, Norm, NormKind, Origin, Reduce, RopeStyle, RopeTable, Rotate, Route, Score,
-    TopKRouter, not_finite,
+    Activate, Add, AddSlotBias, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8,
+    GroupLimit, GroupScore, HostToDevice, KvWrite, NONE, Norm, NormKind, Origin, Reduce, RopeStyle,
+    RopeTable, Rotate, Route, Scale, Score, SlotBias, TopKRouter, not_finite,
 };
 use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words};
 use half::bf16;
 use std::cmp::Ordering;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering as AtomicOrdering};
 
 /// Bytes of a task: few enough that it is short, enough that claiming it costs nothing beside it.
@@ -39,6 +40,8 @@ pub struct AttentionViews<'a, T> {
     pub positions: Vec<u32>,
     /// Cache blocks of each sequence.
     pub blocks: View<'a, u32>,
+    /// The score of each head that belongs to no key.
+    pub sinks: Option<Arc<[f32]>>,
     /// Output.
     pub out: ViewMut<'a, T>,
 }
@@ -205,6 +208,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
             sequences,
             positions,
             blocks,
+            sinks: op.sinks.as_ref().map(|sinks| self.weights.vector(sinks)).transpose()?,
             out: self.view_mut(&op.out),
         });
         Ok(())
@@ -333,6 +337,54 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
+    pub(super) fn scale<T: Element>(&self, op: &Scale) -> Result<(), String> {
+        let x = self.view_mut::<T>(&op.x);
+        self.for_rows(&x, |_, row| {
+            row.iter_mut().for_each(|x| *x = T::from_f32(x.to_f32() * op.factor));
+        });
+        Ok(())
+    }
+
+    pub(super) fn activate<X: Element, Y: Element>(&self, op: &Activate) -> Result<(), String> {
+        let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
+        let bias = op.bias.as_ref().map(|bias| self.slot_bias(bias, x.rows)).transpose()?;
+        let (swish, width) = (op.swish, out.width);
+        self.for_rows_from(&out, x.width * size_of::<X>(), |m, out| {
+            let (gates, ups) = x.row(m).split_at(width);
+            let bias = bias.as_ref().map(|bias| bias.row(m, 2 * width));
+            for (n, out) in out.iter_mut().enumerate() {
+                let (added, also) = bias.map_or((0.0, 0.0), |bias| (bias[n], bias[width + n]));
+                let (gate, up) = (gates[n].to_f32() + added, ups[n].to_f32() + also);
+                // Comparisons, so that a NaN stays one.
+                let gate = if gate > swish.limit { swish.limit } else { gate };
+                let up = if up.abs() > swish.limit { swish.limit.copysign(up) } else { up };
+                let gate = gate / (1.0 + (-swish.alpha * gate).exp());
+                *out = Y::from_f32(gate * (up + swish.shift));
+            }
+        });
+        Ok(())
+    }
+
+    pub(super) fn add_slot_bias<T: Element>(&self, op: &AddSlotBias) -> Result<(), String> {
+        let x = self.view_mut::<T>(&op.x);
+        let bias = self.slot_bias(&op.bias, x.rows)?;
+        self.for_rows(&x, |m, row| {
+            let bias = bias.row(m, row.len());
+            row.iter_mut().zip(bias).for_each(|(x, bias)| *x = T::from_f32(x.to_f32() + bias));
+        });
+        Ok(())
+    }
+
+    /// The bias of each of some rows, once all are known to be in a slot.
+    fn slot_bias(&self, op: &SlotBias, rows: usize) -> Result<RowBias, String> {
+        let starts: Vec<u32> = self.view::<u32>(&op.starts).iter().map(|row| row[0]).collect();
+        let end = starts.last().copied().unwrap_or(0);
+        if let Some(last) = rows.checked_sub(1) {
+            in_range("row", (op.first + last) as u32, end as usize)?;
+        }
+        Ok(RowBias { bias: self.weights.vector(&op.bias)?, starts, first: op.first as u32 })
+    }
+
     pub(super) fn gate_rows<T: Element>(&self, op: &GateRows) -> Result<(), String> {
         let (gate, x) = (self.view::<f32>(&op.gate), self.view_mut::<T>(&op.x));
         self.for_rows(&x, |m, row| {
@@ -346,6 +398,20 @@ impl<'a, K: Kernels> Rows<'a, K> {
 /// Writes a row in codes. What is encoded is bfloat16 everywhere: of float32 rows what they round to.
 fn encode<T: Element>(row: &[T], words: &mut [u32]) {
     encode_row(row, |x| Element::to_f32(<bf16 as Element>::from_f32(x.to_f32())), words);
+}
+
+/// A [`SlotBias`] with its numbers at hand.
+struct RowBias {
+    bias: Arc<[f32]>,
+    starts: Vec<u32>,
+    first: u32,
+}
+
+impl RowBias {
+    fn row(&self, m: usize, width: usize) -> &[f32] {
+        let slot = self.starts.partition_point(|&start| start <= self.first + m as u32) - 1;
+        &self.bias[slot * width..(slot + 1) * width]
+    }
 }
 
 /// The first row of an operation's input that is not finite, found by all threads.

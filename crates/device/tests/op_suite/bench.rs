@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 23;
+const OPERATIONS: usize = 26;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -87,6 +87,9 @@ fn number(op: &Op) -> usize {
         Op::SendOrder(_) => 20,
         Op::ReceiveOrder(_) => 21,
         Op::GatherFp8(_) => 22,
+        Op::Scale(_) => 23,
+        Op::Activate(_) => 24,
+        Op::AddSlotBias(_) => 25,
     }
 }
 
@@ -338,6 +341,10 @@ impl Sequences {
             kv_heads: heads.kv_heads,
             scale: heads.scale(),
             window: heads.window,
+            sinks: heads.sinks.then(|| {
+                let values = (0..heads.heads).map(Heads::sink).collect();
+                bench.vector(&Sheet { rows: 1, width: heads.heads, values })
+            }),
             out: parts.out.clone(),
         }
     }
@@ -361,9 +368,15 @@ pub(crate) struct Heads {
     /// Values are the leading columns of the keys.
     pub(crate) latent: bool,
     pub(crate) window: Option<usize>,
+    pub(crate) sinks: bool,
 }
 
 impl Heads {
+    /// The score of a head that belongs to no key, some among those of keys, some above or below them all.
+    pub(crate) fn sink(head: usize) -> f32 {
+        [0.5, 9.0, -2.0, -30.0, 2.0][head % 5]
+    }
+
     pub(crate) fn scale(&self) -> f32 {
         2.0 / (self.key_width as f32).sqrt()
     }

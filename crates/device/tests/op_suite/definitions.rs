@@ -26,6 +26,7 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     stored_formats(&bench);
     rotations(&bench);
     products(&bench);
+    activations(&bench);
     attentions(&bench);
     routes(&bench);
     chosen_experts(&bench);
@@ -105,11 +106,12 @@ fn elementwise<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let gates = bench.put_as(DType::F32, &gate);
     let wide = bench.random_of(DType::F32, rows, width, 3.0);
     let floats = bench.put_as(DType::F32, &wide);
-    let operations: [InPlace<'_>; 6] = [
+    let operations: [InPlace<'_>; 7] = [
         ("add", &|out| Add { x: x.view.clone(), out }.into(), &|m, n| at(&a, m, n) + at(&b, m, n)),
         ("copy", &|out| Copy { x: x.view.clone(), out }.into(), &|m, n| at(&b, m, n)),
         ("copy of float32", &|out| Copy { x: floats.view.clone(), out }.into(), &|m, n| at(&wide, m, n)),
         ("clamp", &|x| Clamp { x, limit: 1.5 }.into(), &|m, n| at(&a, m, n).clamp(-1.5, 1.5)),
+        ("scale", &|x| Scale { x, factor: -0.3 }.into(), &|m, n| f64::from(-0.3f32) * at(&a, m, n)),
         ("clamp to nothing", &|x| Clamp { x, limit: 0.0 }.into(), &|_, _| 0.0),
         ("gate", &|x| GateRows { gate: gates.view.clone(), x }.into(), &|m, n| {
             at(&a, m, n) * sigmoid(at(&gate, m, 0))
@@ -495,7 +497,8 @@ fn attended(sequences: &Sequences, heads: &Heads, q: &Sheet, keys: &Sheet, value
                     (power, &values.row(slot)[kv * heads.value_width..][..heads.value_width])
                 })
                 .collect();
-            let total: f64 = seen.iter().map(|(power, _)| power).sum();
+            let sink = if heads.sinks { f64::from(Heads::sink(head)).exp() } else { 0.0 };
+            let total: f64 = seen.iter().map(|(power, _)| power).sum::<f64>() + sink;
             out.extend((0..heads.value_width).map(|column| {
                 seen.iter().map(|(power, value)| power * f64::from(value[column])).sum::<f64>() / total
             }));
@@ -504,10 +507,60 @@ fn attended(sequences: &Sequences, heads: &Heads, q: &Sheet, keys: &Sheet, value
     out
 }
 
+/// Rows of three slots, of which one is empty, counted from a place inside the first.
+fn activations<B: Backend>(bench: &Bench<B>) {
+    for (rows, width) in [(0, 3), (1, 1), (9, 5), (33, 72)] {
+        let first = 2;
+        let borders = [0, first + rows / 3, first + rows / 3, first + rows];
+        let starts: Vec<u32> = borders.iter().map(|&start| start as u32).collect();
+        let slot = |m: usize| borders[1..].iter().filter(|&&start| start <= m + first).count();
+        let added = bench.random_of(DType::F32, 3, 2 * width, 2.0);
+        let bias = |of: &Sheet| SlotBias {
+            bias: bench.vector(&Sheet { rows: 1, width: of.values.len(), values: of.values.clone() }),
+            starts: bench.put_words(&starts, 1).view,
+            first,
+        };
+        let clamped = Swish { alpha: 1.702, limit: 2.5, shift: 1.0 };
+        let plain = Swish { alpha: 1.0, limit: f32::INFINITY, shift: 0.0 };
+        for (swish, biased, format) in [(clamped, true, DType::F32), (plain, false, bench.dtype)] {
+            let what = format!("activate {swish:?}, bias {biased}, {format} [{rows}, {width}]");
+            let x = bench.random_of(format, rows, 2 * width, 4.0);
+            let out = bench.room(bench.dtype, rows, width);
+            let input = bench.put_as(format, &x).view;
+            let bias = biased.then(|| bias(&added));
+            bench.run(&what, Activate { x: input, bias, swish, out: out.view.clone() });
+            let limit = f64::from(swish.limit);
+            let want = each(rows, width, |m, n| {
+                let number = |n: usize| {
+                    let bias = if biased { added.row(slot(m))[n] } else { 0.0 };
+                    f64::from(x.row(m)[n]) + f64::from(bias)
+                };
+                let (gate, up) = (number(n).min(limit), number(width + n).clamp(-limit, limit));
+                gate * sigmoid(f64::from(swish.alpha) * gate) * (up + f64::from(swish.shift))
+            });
+            bench.check(&what, &out, &want);
+        }
+        let what = format!("bias of slots [{rows}, {width}]");
+        let x = bench.random(rows, 2 * width, 3.0);
+        let out = bench.put(&x);
+        bench.run(&what, AddSlotBias { x: out.view.clone(), bias: bias(&added) });
+        let want = each(rows, 2 * width, |m, n| f64::from(x.row(m)[n]) + f64::from(added.row(slot(m))[n]));
+        bench.check(&what, &out, &want);
+    }
+}
+
 fn attentions<B: Backend>(bench: &Bench<B>) {
     /// Cached and new positions of each sequence.
     type Lengths<'a> = &'a [(usize, usize)];
-    let plain = Heads { heads: 2, kv_heads: 2, key_width: 8, value_width: 8, latent: false, window: None };
+    let plain = Heads {
+        heads: 2,
+        kv_heads: 2,
+        key_width: 8,
+        value_width: 8,
+        latent: false,
+        window: None,
+        sinks: false,
+    };
     let grouped = Heads { heads: 6, kv_heads: 2, key_width: 5, value_width: 3, ..plain };
     let latent = Heads { heads: 5, kv_heads: 1, key_width: 24, value_width: 17, latent: true, ..plain };
     let window = |heads, window| Heads { window: Some(window), ..heads };
@@ -544,6 +597,10 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         (window(few_latents, 70), long, 16),
         (Heads { key_width: 293, value_width: 251, ..latents }, mixed, 5),
         (Heads { key_width: 200, value_width: 136, ..plain }, mixed, 64),
+        (Heads { sinks: true, ..grouped }, mixed, 4),
+        (Heads { sinks: true, ..window(wide, 70) }, long, 16),
+        (Heads { sinks: true, key_width: 64, value_width: 64, ..wide }, long, 64),
+        (Heads { sinks: true, ..few_latents }, mixed, 64),
     ];
     for (heads, lengths, block_size) in cases {
         let what = format!("{heads:?} over {lengths:?} in blocks of {block_size}");

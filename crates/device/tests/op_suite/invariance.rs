@@ -171,7 +171,15 @@ fn logits_of(gates: &Sheet, rows: Range<usize>, width: usize) -> Sheet {
 /// A token attends alike in a batch of sequences, in its sequence alone, and alone with everything before it
 /// cached: decoding equals recomputation.
 fn attentions<B: Backend>(bench: &Bench<B>) {
-    let grouped = Heads { heads: 4, kv_heads: 2, key_width: 9, value_width: 7, latent: false, window: None };
+    let grouped = Heads {
+        heads: 4,
+        kv_heads: 2,
+        key_width: 9,
+        value_width: 7,
+        latent: false,
+        window: None,
+        sinks: false,
+    };
     let latent = Heads { heads: 3, kv_heads: 1, key_width: 40, value_width: 32, latent: true, ..grouped };
     let wide = Heads { heads: 8, key_width: 128, value_width: 128, ..grouped };
     let wide_latent = Heads { heads: 5, key_width: 160, value_width: 128, ..latent };
@@ -184,6 +192,8 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         wide_latent,
         windowed(wide, 66),
         windowed(wide_latent, 66),
+        Heads { sinks: true, ..grouped },
+        Heads { sinks: true, ..windowed(wide, 66) },
     ] {
         let (key_width, value_width) = (heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width);
         let out_width = heads.heads * heads.value_width;

@@ -105,6 +105,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         kv_heads: 1,
         scale: 1.0,
         window: None,
+        sinks: None,
         out: y.clone(),
     };
     let rms = |x: &Buffer, weight: &Weight, out: &Buffer| Norm {
@@ -422,6 +423,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
             kv_heads: 1,
             scale: 1.0,
             window: None,
+            sinks: None,
             out: f32s(bench, "out", tokens, 4),
         }
         .into()

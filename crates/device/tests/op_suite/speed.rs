@@ -382,6 +382,7 @@ fn measure_attention(
         kv_heads,
         scale: 1.0 / (key_width as f32).sqrt(),
         window: None,
+        sinks: None,
         out: backend.allocate("out", DType::BF16, tokens, heads * value_width).expect("memory"),
     };
     backend.set_recording(true);

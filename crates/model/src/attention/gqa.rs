@@ -16,6 +16,8 @@ pub(crate) struct Gqa {
     value: Linear,
     /// Of queries and of keys.
     norms: Option<[Weight; 2]>,
+    /// Of this rank's heads.
+    sinks: Option<Weight>,
     output: Linear,
     /// `[slots, kv_heads · head_dim]`.
     cached_keys: Buffer,
@@ -129,6 +131,7 @@ impl Gqa {
         let norms = |_| -> Result<_, ModelError> {
             Ok([loader.layer(layer, LayerPart::QueryNorm)?, loader.layer(layer, LayerPart::KeyNorm)?])
         };
+        let sinks = || loader.window(LayerPart::Sinks.of(layer), &Window::rows(own.query.clone()));
         let (queries, keys) = own.projected();
         let width = own.kv.len() * spec.head_dim;
         let cache = |name| loader.device.allocate(name, loader.device.dtype(), slots, width);
@@ -137,6 +140,7 @@ impl Gqa {
             key: linear(LayerPart::Key, LayerPart::KeyBias, &keys)?,
             value: linear(LayerPart::Value, LayerPart::ValueBias, &own.kv)?,
             norms: spec.qk_norm.map(norms).transpose()?,
+            sinks: spec.sinks.then(sinks).transpose()?,
             output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
             cached_keys: cache("cached_keys")?,
             cached_values: cache("cached_values")?,
@@ -188,7 +192,8 @@ impl Gqa {
         cx.store(&value, &self.cached_values)?;
         let context = self.workspace.context.rows(queries)?;
         let (heads, kv_heads) = (own.query.len(), own.kv.len());
-        let heads = Heads { heads, kv_heads, scale: spec.scale, window: self.window };
+        let heads =
+            Heads { heads, kv_heads, scale: spec.scale, window: self.window, sinks: self.sinks.clone() };
         cx.attend(heads, &query, &self.cached_keys, &self.cached_values, &context)?;
         cx.linear(&context, &self.output, out)
     }
@@ -224,6 +229,7 @@ mod tests {
             qk_norm: None,
             norm_after_rope: false,
             clip_qkv: None,
+            sinks: false,
             scale: 1.0,
         };
         let of = |index| OwnHeads::of(&spec, Share { index, count });

@@ -142,7 +142,7 @@ impl Mla {
         self.absorb_queries(cx, &workspace)?;
         let MlaSpec { heads, kv_lora, scale, value, .. } = self.spec;
         let latents = self.cache.columns(0..kv_lora)?;
-        let attention = Heads { heads, kv_heads: 1, scale, window: None };
+        let attention = Heads { heads, kv_heads: 1, scale, window: None, sinks: None };
         cx.attend(attention, &workspace.absorbed, &self.cache, &latents, &workspace.attended)?;
         self.per_head(cx, |head, weights| {
             let (latent, value) = (block(head, kv_lora), block(head, value));

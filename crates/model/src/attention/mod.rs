@@ -120,6 +120,7 @@ struct Heads {
     kv_heads: usize,
     scale: f32,
     window: Option<usize>,
+    sinks: Option<Weight>,
 }
 
 impl<B: Backend> Context<'_, B> {
@@ -165,7 +166,7 @@ impl<B: Backend> Context<'_, B> {
         values: &Buffer,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let Heads { heads, kv_heads, scale, window } = heads;
+        let Heads { heads, kv_heads, scale, window, sinks } = heads;
         self.compute(op::Attention {
             q: q.clone(),
             keys: keys.clone(),
@@ -178,6 +179,7 @@ impl<B: Backend> Context<'_, B> {
             kv_heads,
             scale,
             window,
+            sinks,
             out: out.clone(),
         })
     }

@@ -15,7 +15,7 @@ pub use header::{Header, Index};
 pub use held::HeldWeights;
 
 use crate::ModelError;
-use crate::names::{Located, Source};
+use crate::names::{Form, Located, Source, Turn};
 use epsmoe_base::DType;
 use epsmoe_base::files::{open_plain, read_plain};
 use epsmoe_base::text::{printable, shortened};
@@ -54,10 +54,12 @@ pub trait WeightSource: Send + Sync {
     fn kept<'a>(&self, part: &'a Located) -> Result<Option<(&'a Source, Kept)>, ModelError> {
         for source in &part.sources {
             let stored = self.find(&source.name)?;
-            if let Some(coded) = self.coded(source)? {
+            if source.only != Some(Form::Plain)
+                && let Some(coded) = self.coded(source)?
+            {
                 return Ok(Some((source, Kept::Coded(coded))));
             }
-            let Some(stored) = stored else { continue };
+            let Some(stored) = stored.filter(|_| source.only != Some(Form::Coded)) else { continue };
             check_shape(source, stored, || self.place(&source.name))?;
             let Some(dtype) = stored.dtype.plain() else {
                 return Err(unread(source, stored.dtype, self.place(&source.name)));
@@ -284,6 +286,8 @@ fn transpose<const SIZE: usize>(bytes: &[u8], rows: usize, columns: usize) -> Ve
 struct Block {
     rows: Rows,
     columns: Range<usize>,
+    /// Of how many parts columns lie in turn, and this one's place.
+    turn: Turn,
     row_width: usize,
 }
 
@@ -291,19 +295,26 @@ impl Block {
     fn new(source: &Source, shape: WeightShape, window: &Window) -> Block {
         let (_, dimensions) = shape.sources();
         let (n, k) = (dimensions[0], dimensions.get(1).copied().unwrap_or(1));
-        let rows = window.rows.clone().unwrap_or(0..n);
+        let window_rows = window.rows.clone().unwrap_or(0..n);
         let columns = window.columns.clone().unwrap_or(0..k);
-        let inside =
-            rows.start <= rows.end && rows.end <= n && columns.start <= columns.end && columns.end <= k;
+        let inside = window_rows.start <= window_rows.end
+            && window_rows.end <= n
+            && columns.start <= columns.end
+            && columns.end <= k;
         assert!(
             inside,
-            "rows {rows:?}, columns {columns:?} of `{}` {dimensions:?}: this is a bug",
+            "rows {window_rows:?}, columns {columns:?} of `{}` {dimensions:?}: this is a bug",
             source.name
         );
-        let (rows, columns, row_width) =
-            if source.transposed { (columns, rows, n) } else { (rows, columns, k) };
-        let (step, first) = (source.row_step, source.first_row + rows.start * source.row_step);
-        Block { rows: Rows { first, count: rows.len(), step }, columns, row_width }
+        if source.transposed {
+            let rows = columns.start + source.first_row..columns.end + source.first_row;
+            let row_width = n * source.turn.of;
+            return Block { rows: Rows::range(rows), columns: window_rows, turn: source.turn, row_width };
+        }
+        let Turn { at, of } = source.turn;
+        let first = source.first_row + at + window_rows.start * of;
+        let rows = Rows { first, count: window_rows.len(), step: of };
+        Block { rows, columns, turn: Turn::ALONE, row_width: k }
     }
 
     /// Whole rows lie one after the other and are read at once, pieces of rows one by one.
@@ -314,12 +325,25 @@ impl Block {
         if bytes.is_empty() {
             return Ok(());
         }
-        if self.columns.len() == self.row_width && self.rows.step == 1 {
-            return fill(self.rows.first * self.row_width, bytes);
+        let Rows { first, count, step } = self.rows;
+        if self.columns.len() == self.row_width && step == 1 {
+            return fill(first * self.row_width, bytes);
         }
-        let piece = self.columns.len() * dtype.bytes();
-        let mut pieces = bytes.chunks_exact_mut(piece).enumerate();
-        pieces.try_for_each(|(i, into)| fill(self.rows.at(i) * self.row_width + self.columns.start, into))
+        let (size, Turn { at, of }) = (dtype.bytes(), self.turn);
+        let piece = self.columns.len() * size;
+        let mut pieces =
+            (0..count).map(|row| (first + row * step) * self.row_width).zip(bytes.chunks_exact_mut(piece));
+        if of == 1 {
+            return pieces.try_for_each(|(row, into)| fill(row + self.columns.start, into));
+        }
+        let mut turns = vec![0; ((self.columns.len() - 1) * of + 1) * size];
+        pieces.try_for_each(|(row, into)| {
+            fill(row + self.columns.start * of + at, &mut turns)?;
+            for (element, turn) in into.chunks_exact_mut(size).zip(turns.chunks(of * size)) {
+                element.copy_from_slice(&turn[..size]);
+            }
+            Ok(())
+        })
     }
 }
 

@@ -74,7 +74,8 @@ pub(super) fn sigmoid_experts(
     normalise: bool,
 ) -> Checked<MoeSpec> {
     let keys = draft.keys;
-    keys.only("scoring_func", &["sigmoid"])?;
+    // One family's configs name the method where others name the function.
+    keys.only("scoring_func", &["sigmoid", "noaux_tc"])?;
     keys.only("topk_method", &["noaux_tc"])?;
     let mut moe = deepseek_experts(draft, defaults)?;
     moe.correction_bias = true;

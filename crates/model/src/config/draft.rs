@@ -98,6 +98,7 @@ impl<'a> Draft<'a> {
             attention,
             rope: rope.spec,
             layers,
+            factors: Factors::default(),
             tie_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
             dtype: dtype(keys),
             bos: special(keys, "bos_token_id", vocab, defaults.bos).first().copied(),
@@ -131,6 +132,7 @@ impl<'a> Draft<'a> {
             qk_norm: None,
             norm_after_rope: false,
             clip_qkv: None,
+            sinks: false,
             scale: (head_dim as f64).powf(-0.5) as f32,
         })
     }
@@ -252,7 +254,16 @@ pub(super) fn top_k(keys: &Keys, key: &'static str, default: usize, experts: usi
 
 pub(super) fn softmax_moe(experts: usize, inner: usize, top_k: usize) -> MoeSpec {
     let router = TopKRouter { top_k, score: Score::Softmax, groups: None, normalise: true, scale: 1.0 };
-    MoeSpec { experts, inner, router, correction_bias: false, shared: None }
+    MoeSpec {
+        experts,
+        inner,
+        router,
+        router_bias: false,
+        correction_bias: false,
+        activation: None,
+        expert_bias: false,
+        shared: None,
+    }
 }
 
 pub(super) fn normalised_if_asked(keys: &Keys, mut moe: MoeSpec) -> Checked<MoeSpec> {

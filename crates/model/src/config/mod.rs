@@ -11,6 +11,8 @@ mod deepseek;
 mod draft;
 mod ernie;
 mod glm;
+mod gpt_oss;
+mod granite;
 mod hunyuan;
 mod keys;
 mod minimax;
@@ -153,6 +155,8 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
         Architecture::BailingMoeV2 => bailing::bailing_moe_v2(&keys),
         Architecture::Ernie45Moe => ernie::ernie4_5_moe(&keys),
         Architecture::HunyuanV1Moe => hunyuan::hunyuan_v1_moe(&keys),
+        Architecture::GptOss => gpt_oss::gpt_oss(&keys),
+        Architecture::GraniteMoe | Architecture::GraniteMoeShared => granite::granite(&keys, architecture),
     }?;
     let experts: usize = spec.layers.iter().filter_map(|layer| layer.mlp.moe()).map(|moe| moe.experts).sum();
     if experts > MOST_EXPERTS_IN_ALL {
@@ -191,20 +195,45 @@ const ALIASES: [(&str, Architecture); 2] =
     [("kimi_k2", Architecture::DeepseekV3), ("hunyuan", Architecture::HunyuanV1Moe)];
 
 /// Architectures that people ask for, and what they have that is missing here.
-const UNSUPPORTED: [(&str, &str); 8] = [
-    ("DeepseekV32ForCausalLM", "its attention looks at tokens that an indexer chooses"),
-    ("GlmMoeDsaForCausalLM", "its attention looks at tokens that an indexer chooses"),
+const UNSUPPORTED: [(&str, &str); 25] = [
+    ("DeepseekV32ForCausalLM", INDEXER),
+    ("GlmMoeDsaForCausalLM", INDEXER),
     ("DeepseekV4ForCausalLM", "its attention looks at compressed tokens, and its residual stream is several"),
-    ("BailingMoeV2_5ForCausalLM", "most of its layers have linear attention"),
-    ("MiniMaxText01ForCausalLM", "most of its layers have lightning attention"),
-    ("MiniMaxM1ForCausalLM", "most of its layers have lightning attention"),
-    ("KimiLinearForCausalLM", "most of its layers have delta attention"),
-    ("JambaForCausalLM", "most of its layers are state space models"),
+    ("Qwen3NextForCausalLM", DELTA_NET),
+    ("Qwen3_5MoeForCausalLM", DELTA_NET),
+    ("Qwen3_5MoeForConditionalGeneration", DELTA_NET),
+    ("KimiLinearForCausalLM", DELTA_NET),
+    ("BailingMoeV2_5ForCausalLM", LINEAR),
+    ("MiniMaxText01ForCausalLM", LINEAR),
+    ("MiniMaxM1ForCausalLM", LINEAR),
+    ("JambaForCausalLM", STATE_SPACE),
+    ("NemotronHForCausalLM", STATE_SPACE),
+    ("GraniteMoeHybridForCausalLM", STATE_SPACE),
+    ("Lfm2MoeForCausalLM", "most of its layers are convolutions"),
+    ("Gemma4ForCausalLM", GEMMA),
+    ("Gemma4ForConditionalGeneration", GEMMA),
+    ("Llama4ForCausalLM", LLAMA),
+    ("Llama4ForConditionalGeneration", LLAMA),
+    ("LongcatFlashForCausalLM", "it has experts that compute nothing, and two attentions a layer"),
+    ("PhimoeForCausalLM", PHI),
+    ("PhiMoEForCausalLM", PHI),
+    ("BailingMoeForCausalLM", "it is of before Ling 2.0, whose router and attention are others"),
+    ("KimiK25ForConditionalGeneration", NESTED),
+    ("Glm4vMoeForConditionalGeneration", NESTED),
+    ("Qwen3VLMoeForConditionalGeneration", NESTED),
 ];
+const INDEXER: &str = "its attention looks at tokens that an indexer chooses";
+const DELTA_NET: &str = "most of its layers have a gated delta net";
+const LINEAR: &str = "most of its layers have linear attention";
+const STATE_SPACE: &str = "most of its layers are state space models";
+const GEMMA: &str = "its heads have two widths, and norms stand after its layers too";
+const LLAMA: &str = "its experts read what their router has scaled, and its attention is in chunks";
+const PHI: &str = "its router is a sparse mixer, and its norms have biases";
+const NESTED: &str = "its language model is nested in one that sees images";
 
 /// What would change results if it were passed over.
 fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
-    use Architecture::{Dots1, Qwen2Moe, Qwen3Moe};
+    use Architecture::{Dots1, GptOss, Qwen2Moe, Qwen3Moe};
     keys.only("hidden_act", &ACTIVATIONS)?;
     let windows = matches!(architecture, Qwen2Moe | Qwen3Moe);
     for key in ["use_sliding_window", "mlp_bias"] {
@@ -213,7 +242,7 @@ fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
         }
     }
     let slides = keys.flag("use_sliding_window")?.unwrap_or(false);
-    if architecture == Dots1 || (architecture == Qwen2Moe && slides) {
+    if matches!(architecture, Dots1 | GptOss) || (architecture == Qwen2Moe && slides) {
         return Ok(());
     }
     let other = keys.list("layer_types")?.iter().find(|kind| kind.as_str() != Some("full_attention"));

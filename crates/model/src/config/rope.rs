@@ -180,11 +180,11 @@ fn llama3(section: &Keys, plain: &[f32]) -> Checked<Vec<f32>> {
     if high <= low {
         return wrong(format!("`high_freq_factor` ({high}) must exceed `low_freq_factor` ({low}); {MEND}"));
     }
+    let (original, factor, low, high) = (original as f32, factor as f32, low as f32, high as f32);
     let blend = |&frequency: &f32| {
-        let turns = original as f64 * f64::from(frequency) / (2.0 * PI);
+        let turns = original / (2.0 * PI as f32 / frequency);
         let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-        let frequency = f64::from(frequency);
-        ((1.0 - kept) * frequency / factor + kept * frequency) as f32
+        (1.0 - kept) * frequency / factor + kept * frequency
     };
     Ok(plain.iter().map(blend).collect())
 }

@@ -54,6 +54,7 @@ fn layer_sizes(
     Ok(Some(LayerSizes {
         hidden: spec.hidden,
         inner: inner.of(moe.inner).len(),
+        kept_products: moe.activation.is_some(),
         shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
         top_k: moe.router.top_k,
         wire: WireFormat::of(wire, dtype),

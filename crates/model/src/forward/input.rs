@@ -4,7 +4,7 @@ use super::buffers::QueryBuffers;
 use super::{Batch, Model, RoutingMode};
 use crate::ModelError;
 use crate::step::{LayerTokens, Queries, Step, StepLayout};
-use epsmoe_base::Place;
+use epsmoe_base::{Phase, Place};
 use epsmoe_device::op::{Embed, RopeTable};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 
@@ -34,7 +34,8 @@ impl<B: Backend> Model<B> {
         });
         let ids = self.upload(&batch.ids[shard.clone()], &buffers.ids.rows(0..shard.len())?)?;
         let (table, out) = (self.embedding.clone(), buffers.stream.rows(0..shard.len())?);
-        self.compute(Place::default(), Embed { ids, table, out })?;
+        self.compute(Place::default(), Embed { ids, table, out: out.clone() })?;
+        self.scale(Place::default().phase(Phase::Embed), &out, self.spec.factors.embedding)?;
         Ok(Step {
             slots: self.upload(&batch.slots, &buffers.slots.rows(0..batch.ids.len())?)?,
             blocks: self.block_tables(batch)?,

@@ -29,6 +29,7 @@ impl<B: Backend> Model<B> {
                 let logits = buffers.logits.rows(0..rows.len())?;
                 let head = Gemm::linear(last.rows(rows)?, &self.head, logits.clone());
                 self.compute(place.phase(Phase::LmHead), head)?;
+                self.scale(place.phase(Phase::LmHead), &logits, self.spec.factors.logits)?;
                 let tokens = buffers.tokens.rows(0..logits.rows)?;
                 self.compute(place, ArgMax { logits: logits.clone(), tokens: tokens.clone() })?;
                 self.finish()?;

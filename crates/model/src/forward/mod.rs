@@ -14,7 +14,7 @@ use crate::step::{LayerTokens, Step};
 use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use buffers::StepBuffers;
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
-use epsmoe_device::op::{Add, Gather, Gemm, HostToDevice, Norm, Op, Origin};
+use epsmoe_device::op::{Add, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
@@ -274,7 +274,7 @@ impl<B: Backend> Model<B> {
         let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
         let shares = [&step.all.attention, &tokens.attention];
         self.attention.gather_compute_scatter(place, shares, &normed, &delta, attention)?;
-        self.add(place, &delta, &stream)?;
+        self.add_to_stream(place, &delta, &stream)?;
         let (attended, normed) = (Origin { place, part: "attention" }, normed.rows(0..stream.rows)?);
         let shares = [&tokens.mlp; 2];
         let input = match &weights.residual {
@@ -282,7 +282,7 @@ impl<B: Backend> Model<B> {
                 self.norm(place, &stream, attended, &residual.norm, &normed)?;
                 let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, x, out);
                 self.mlp.gather_compute_scatter(place, shares, &normed, &delta, dense)?;
-                self.add(place, &delta, &stream)?;
+                self.add_to_stream(place, &delta, &stream)?;
                 pre_attention
             }
             None => {
@@ -294,7 +294,7 @@ impl<B: Backend> Model<B> {
             MlpWeights::Dense(mlp) => self.dense(place, mlp, x, out).map_err(ModelError::from),
             MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
         })?;
-        self.add(place, &delta, &stream)?;
+        self.add_to_stream(place, &delta, &stream)?;
         Ok(stream)
     }
 
@@ -338,8 +338,17 @@ impl<B: Backend> Model<B> {
         )
     }
 
-    fn add(&self, place: Place, x: &Buffer, out: &Buffer) -> Result<(), DeviceError> {
-        self.compute(place, Add { x: x.clone(), out: out.clone() })
+    fn add_to_stream(&self, place: Place, delta: &Buffer, stream: &Buffer) -> Result<(), DeviceError> {
+        self.scale(place, delta, self.spec.factors.residual)?;
+        self.compute(place, Add { x: delta.clone(), out: stream.clone() })
+    }
+
+    /// Puts a factor of the model on something, unless it is 1.
+    fn scale(&self, place: Place, x: &Buffer, factor: f32) -> Result<(), DeviceError> {
+        if factor == 1.0 {
+            return Ok(());
+        }
+        self.compute(place, Scale { x: x.clone(), factor })
     }
 
     fn upload(&self, words: &[u32], out: &Buffer) -> Result<Buffer, DeviceError> {

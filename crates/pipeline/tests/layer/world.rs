@@ -398,6 +398,8 @@ fn load(case: &Case, device: &Reference, layer: Layer) -> MoeLayer {
     };
     let held = case.map.experts_on(device.rank());
     MoeLayer {
+        router_bias: None,
+        activation: None,
         layer,
         router_weight: map(format!("{number} router"), experts, hidden),
         bias: case.bias(number).map(bias),

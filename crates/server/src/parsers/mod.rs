@@ -2,12 +2,13 @@
 //!
 //! A parser takes text in pieces of any size and gives pieces of a message; put together, these are the same however
 //! the text was cut. `reasoning` splits off what a model thinks; then one file for each way to write calls: `hermes`
-//! (also Qwen's), `qwen_coder`, `mistral`, `deepseek`, and `guided`, where a grammar forces the calls. Beside them: `steps`
+//! (also Qwen's), `qwen_coder`, `mistral`, `deepseek`, `harmony` (which has reasoning too), and `guided`, where a grammar forces the calls. Beside them: `steps`
 //! (what these have in common), `held` (markers that may be cut anywhere) and `json` (where a value ends, and what a
 //! call's object says).
 
 mod deepseek;
 mod guided;
+mod harmony;
 mod held;
 mod hermes;
 mod json;
@@ -56,15 +57,18 @@ pub enum ToolParser {
     DeepSeekV3,
     /// The same without the block of code: DeepSeek-V3.1.
     DeepSeekV31,
+    /// `<|channel|>commentary to=functions.name<|message|>` and the arguments: gpt-oss.
+    Harmony,
 }
 
 /// What `--tool-call-parser` may say.
-const TOOL_PARSERS: [(&str, ToolParser); 5] = [
+const TOOL_PARSERS: [(&str, ToolParser); 6] = [
     ("hermes", ToolParser::Hermes),
     ("qwen3_coder", ToolParser::QwenCoder),
     ("mistral", ToolParser::Mistral),
     ("deepseek_v3", ToolParser::DeepSeekV3),
     ("deepseek_v31", ToolParser::DeepSeekV31),
+    ("openai", ToolParser::Harmony),
 ];
 
 impl FromStr for ToolParser {
@@ -83,6 +87,9 @@ impl ToolParser {
     /// The way that a chat template teaches, if it teaches one.
     pub fn of_template(template: &str) -> Option<Self> {
         let has = |text: &str| template.contains(text);
+        if has(harmony::CHANNEL) && has(harmony::MESSAGE) {
+            return Some(ToolParser::Harmony);
+        }
         if has("<function=") && has("<parameter=") {
             return Some(ToolParser::QwenCoder);
         }
@@ -105,6 +112,7 @@ impl ToolParser {
             ToolParser::Mistral => Stepping::boxed(mistral::Mistral::default()),
             ToolParser::DeepSeekV3 => Stepping::boxed(deepseek::DeepSeek::new(true)),
             ToolParser::DeepSeekV31 => Stepping::boxed(deepseek::DeepSeek::new(false)),
+            ToolParser::Harmony => harmony::parser(plain()),
         }
     }
 }

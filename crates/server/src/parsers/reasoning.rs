@@ -1,8 +1,8 @@
-//! What a model thinks before it answers: `<think>…</think>`.
+//! What a model thinks before it answers: `<think>…</think>`, or a channel of its own.
 
 use super::held::Held;
 use super::steps::{Stepping, Steps};
-use super::{Parser, Piece};
+use super::{Parser, Piece, harmony};
 use std::str::FromStr;
 
 /// How a family of models marks its reasoning.
@@ -14,10 +14,16 @@ pub struct Reasoning {
 
 const THINK: Reasoning = Reasoning { open: "<think>", close: "</think>" };
 const BRACKETS: Reasoning = Reasoning { open: "[THINK]", close: "[/THINK]" };
+const HARMONY: Reasoning = Reasoning { open: "<|channel|>analysis<|message|>", close: "<|end|>" };
 
 /// What `--reasoning-parser` may say.
-const REASONING_PARSERS: [(&str, Reasoning); 4] =
-    [("deepseek_r1", THINK), ("deepseek_v3", THINK), ("qwen3", THINK), ("mistral", BRACKETS)];
+const REASONING_PARSERS: [(&str, Reasoning); 5] = [
+    ("deepseek_r1", THINK),
+    ("deepseek_v3", THINK),
+    ("qwen3", THINK),
+    ("mistral", BRACKETS),
+    ("openai_gptoss", HARMONY),
+];
 
 impl FromStr for Reasoning {
     type Err = String;
@@ -34,6 +40,9 @@ impl FromStr for Reasoning {
 impl Reasoning {
     /// The marks that a chat template knows, if it knows any.
     pub fn of_template(template: &str) -> Option<Self> {
+        if template.contains(harmony::CHANNEL) && template.contains(harmony::MESSAGE) {
+            return Some(HARMONY);
+        }
         [THINK, BRACKETS].into_iter().find(|marks| template.contains(marks.close))
     }
 
@@ -50,6 +59,9 @@ impl Reasoning {
     /// A parser for one answer, which hands what follows the reasoning to `answer`. `begun` says whether the prompt left
     /// the model thinking.
     pub(crate) fn parser(self, begun: bool, answer: Box<dyn Parser>) -> Box<dyn Parser> {
+        if self == HARMONY {
+            return harmony::parser(answer);
+        }
         let state = if begun { State::Thinking } else { State::Start };
         Stepping::boxed(Splitter { marks: self, state, answer })
     }
@@ -160,6 +172,7 @@ mod tests {
     fn prompts_and_templates() {
         assert!(THINK.begun_in("<|assistant|><think>\n") && !THINK.begun_in("<think>\n\n</think>\n\n"));
         assert_eq!(Reasoning::of_template("{% if x %}</think>{% endif %}"), Some(THINK));
+        assert_eq!(Reasoning::of_template("<|start|>assistant<|channel|>final<|message|>"), Some(HARMONY));
         assert_eq!(Reasoning::of_template("plain"), None);
         assert!("other".parse::<Reasoning>().is_err());
     }

@@ -161,4 +161,6 @@ fixtures!(
     bailing_moe_v2,
     ernie4_5_moe,
     hunyuan_v1_moe,
+    gpt_oss,
+    granitemoeshared,
 );

@@ -18,6 +18,7 @@ twin! {
         blocks: Rows,
         out: Rows,
         report: Report,
+        sinks: u64,
         block_size: u32,
         heads: u32,
         kv_heads: u32,
@@ -47,6 +48,7 @@ impl Launch<'_> {
             blocks: self.rows(&op.blocks)?,
             out,
             report: self.report,
+            sinks: op.sinks.as_ref().map_or(Ok(0), |sinks| self.weights.get(sinks).map(|held| held.start))?,
             block_size: op.block_size as u32,
             heads: op.heads as u32,
             kv_heads: op.kv_heads as u32,
@@ -85,6 +87,7 @@ fn attention_tile_for(op: &Attention, hopper: bool) -> Option<AttentionTile> {
         _ if op.q.dtype != DType::BF16 || op.scale <= 0.0 => None,
         0..=64 => Some(ATTENTION_64),
         65..=128 => Some(ATTENTION_128),
-        _ => (hopper && latent && keys <= MLA_WIDTHS.0 && values <= MLA_WIDTHS.1).then_some(ATTENTION_MLA),
+        _ => (hopper && latent && op.sinks.is_none() && keys <= MLA_WIDTHS.0 && values <= MLA_WIDTHS.1)
+            .then_some(ATTENTION_MLA),
     }
 }

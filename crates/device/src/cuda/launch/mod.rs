@@ -89,7 +89,9 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     rope::TableArgs::LAYOUT,
     rope::RotateArgs::LAYOUT,
     route::RouteArgs::LAYOUT,
+    rows::ActivateArgs::LAYOUT,
     rows::AddArgs::LAYOUT,
+    rows::AddSlotBiasArgs::LAYOUT,
     rows::ArgMaxArgs::LAYOUT,
     rows::ClampArgs::LAYOUT,
     rows::CopyArgs::LAYOUT,
@@ -98,6 +100,8 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     rows::GatherArgs::LAYOUT,
     rows::GatherFp8Args::LAYOUT,
     rows::KvWriteArgs::LAYOUT,
+    rows::ScaleArgs::LAYOUT,
+    rows::SlotBiasArgs::LAYOUT,
 ];
 
 /// Why an operation did not start.
@@ -165,6 +169,9 @@ impl Launch<'_> {
             Op::Copy(op) => self.copy(op),
             Op::Clamp(op) => self.clamp(op),
             Op::GateRows(op) => self.gate_rows(op),
+            Op::Scale(op) => self.scale(op),
+            Op::Activate(op) => self.activate(op),
+            Op::AddSlotBias(op) => self.add_slot_bias(op),
         }
     }
 

@@ -4,7 +4,10 @@ use super::{Columns, Launch, Refusal, Rows, is_empty};
 use crate::Buffer;
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
-use crate::op::{Add, ArgMax, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, KvWrite};
+use crate::op::{
+    Activate, Add, AddSlotBias, ArgMax, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, KvWrite, Scale,
+    SlotBias,
+};
 use epsmoe_base::DType;
 
 twin! {
@@ -80,7 +83,82 @@ twin! {
     }
 }
 
+twin! {
+    pub(super) struct ScaleArgs = "Args" in "scale.cu" {
+        x: Rows,
+        factor: f32,
+        padding: u32,
+    }
+}
+
+twin! {
+    pub(super) struct SlotBiasArgs = "SlotBias" in "slot_bias.cuh" {
+        bias: u64,
+        starts: Rows,
+        report: Report,
+        first: u32,
+        width: u32,
+    }
+}
+
+twin! {
+    pub(super) struct ActivateArgs = "Args" in "activate.cu" {
+        x: Rows,
+        out: Rows,
+        bias: SlotBiasArgs,
+        alpha: f32,
+        limit: f32,
+        shift: f32,
+        padding: u32,
+    }
+}
+
+twin! {
+    pub(super) struct AddSlotBiasArgs = "Args" in "add_slot_bias.cu" {
+        x: Rows,
+        bias: SlotBiasArgs,
+    }
+}
+
 impl Launch<'_> {
+    pub(super) fn scale(&mut self, op: &Scale) -> Result<(), Refusal> {
+        let arguments = ScaleArgs { x: self.rows(&op.x)?, factor: op.factor, padding: 0 };
+        self.runs("scale", op.x.dtype, op.x.dtype, &op.x, arguments)
+    }
+
+    fn slot_bias(&self, op: Option<&SlotBias>, width: usize) -> Result<SlotBiasArgs, Refusal> {
+        let Some(op) = op else {
+            let (bias, starts, report) = (0, Rows::NONE, self.report);
+            return Ok(SlotBiasArgs { bias, starts, report, first: 0, width: 0 });
+        };
+        Ok(SlotBiasArgs {
+            bias: self.weights.get(&op.bias)?.start,
+            starts: self.rows(&op.starts)?,
+            report: self.report,
+            first: op.first as u32,
+            width: width as u32,
+        })
+    }
+
+    pub(super) fn activate(&mut self, op: &Activate) -> Result<(), Refusal> {
+        let arguments = ActivateArgs {
+            x: self.rows(&op.x)?,
+            out: self.rows(&op.out)?,
+            bias: self.slot_bias(op.bias.as_ref(), op.x.width)?,
+            alpha: op.swish.alpha,
+            limit: op.swish.limit,
+            shift: op.swish.shift,
+            padding: 0,
+        };
+        self.runs("activate", op.x.dtype, op.out.dtype, &op.out, arguments)
+    }
+
+    pub(super) fn add_slot_bias(&mut self, op: &AddSlotBias) -> Result<(), Refusal> {
+        let bias = self.slot_bias(Some(&op.bias), op.x.width)?;
+        let arguments = AddSlotBiasArgs { x: self.rows(&op.x)?, bias };
+        self.runs("add_slot_bias", op.x.dtype, op.x.dtype, &op.x, arguments)
+    }
+
     pub(super) fn arg_max(&mut self, op: &ArgMax) -> Result<(), Refusal> {
         if is_empty(&op.logits) {
             return Ok(());

@@ -1,0 +1,32 @@
+// out[m] = min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, limit) + shift), for g the first half of x[m] and its
+// bias, and u the second
+#include "slot_bias.cuh"
+
+struct Args { Rows x, out; SlotBias bias; f32 alpha, limit, shift; u32 padding; };
+
+template <typename X, typename Y> __device__ void activate(const Args& args) {
+    FOR_RUNS(args.out, m, n, count) {
+        const X* x = row<X>(args.x, m) + n;
+        Run gate = read(x, count), up = read(x + args.out.width, count);
+        if (args.bias.bias) {
+            const f32* bias = bias_of(args.bias, m);
+            if (!bias) continue;
+            for (u32 j = 0; j < count; ++j) {
+                gate.values[j] += bias[n + j];
+                up.values[j] += bias[args.out.width + n + j];
+            }
+        }
+        for (u32 j = 0; j < RUN; ++j) {
+            // Comparisons, so that a NaN stays one.
+            const f32 g = gate.values[j] > args.limit ? args.limit : gate.values[j];
+            const f32 u = up.values[j] > args.limit ? args.limit : up.values[j] < -args.limit ? -args.limit : up.values[j];
+            gate.values[j] = g * sigmoid(args.alpha * g) * (u + args.shift);
+        }
+        write(row<Y>(args.out, m) + n, gate, count);
+    }
+}
+
+KERNEL(activate, Args, f32, f32)
+KERNEL(activate, Args, f32, bf16)
+KERNEL(activate, Args, bf16, f32)
+KERNEL(activate, Args, bf16, bf16)
