@@ -202,6 +202,19 @@ fn qwen() {
          dense 56
          10 experts of 20, top 4 Softmax x1, shared 40 gated",
     );
+    let layer = "8 experts of 16, top 3 Softmax normalised x1, shared 24 gated";
+    check(
+        "qwen2_moe_windows",
+        &format!(
+            "Qwen2MoeForCausalLM bfloat16 V320 H32 positions 512 Rms 1e-6 bos 0 eos [1]
+             4/2 heads of 8 scale 0.35355, qkv bias
+             HalfSplit 8 to 6.6479e-6 times 1.0000
+             {layer}, window 20
+             {layer}
+             {layer}, window 20
+             {layer}"
+        ),
+    );
     check(
         "qwen3_moe",
         "Qwen3MoeForCausalLM bfloat16 V320 H64 tied positions 4096 Rms 1e-6 bos 0 eos [1]

@@ -148,6 +148,7 @@ fixtures!(
     dbrx,
     dbrx_clip,
     qwen2_moe,
+    qwen2_moe_windows,
     qwen3_moe,
     qwen3_moe_sparse,
     qwen3_moe_merged,

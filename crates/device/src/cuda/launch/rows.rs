@@ -123,7 +123,7 @@ twin! {
 impl Launch<'_> {
     pub(super) fn scale(&mut self, op: &Scale) -> Result<(), Refusal> {
         let arguments = ScaleArgs { x: self.rows(&op.x)?, factor: op.factor, padding: 0 };
-        self.runs("scale", op.x.dtype, op.x.dtype, &op.x, arguments)
+        self.by_columns(Columns::Runs, "scale", op.x.dtype, op.x.dtype, &op.x, arguments)
     }
 
     fn slot_bias(&self, op: Option<&SlotBias>, width: usize) -> Result<SlotBiasArgs, Refusal> {
@@ -150,13 +150,13 @@ impl Launch<'_> {
             shift: op.swish.shift,
             padding: 0,
         };
-        self.runs("activate", op.x.dtype, op.out.dtype, &op.out, arguments)
+        self.by_columns(Columns::Runs, "activate", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
 
     pub(super) fn add_slot_bias(&mut self, op: &AddSlotBias) -> Result<(), Refusal> {
         let bias = self.slot_bias(Some(&op.bias), op.x.width)?;
         let arguments = AddSlotBiasArgs { x: self.rows(&op.x)?, bias };
-        self.runs("add_slot_bias", op.x.dtype, op.x.dtype, &op.x, arguments)
+        self.by_columns(Columns::Runs, "add_slot_bias", op.x.dtype, op.x.dtype, &op.x, arguments)
     }
 
     pub(super) fn arg_max(&mut self, op: &ArgMax) -> Result<(), Refusal> {
