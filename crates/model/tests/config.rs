@@ -482,10 +482,7 @@ fn frequencies_of_long_contexts() {
     let rope = patched("qwen3_moe", json!({ "head_dim": 64, "rope_theta": 5e5, "rope_scaling": llama }))
         .unwrap()
         .rope;
-    close(
-        &rope.inverse_frequencies[14..18],
-        &[3.211_446_1e-3, 1.371_893_7e-3, 5.248_460_2e-4, 1.785_077_9e-4],
-    );
+    close(&rope.inverse_frequencies[14..18], &[3.211_446e-3, 1.371_893_7e-3, 5.248_46e-4, 1.785_077_9e-4]);
     let factors: Vec<f64> = (0..16).map(|i| 1.0 + 0.5 * f64::from(i)).collect();
     let long = json!({ "rope_type": "longrope", "short_factor": factors, "long_factor": factors,
         "original_max_position_embeddings": 1024, "factor": 4.0 });
