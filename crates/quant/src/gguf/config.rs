@@ -9,7 +9,8 @@ use crate::error::shown;
 use serde_json::{Map, Value, json};
 
 /// Architectures that are translated.
-const SUPPORTED: &str = "llama (with experts), qwen2moe, qwen3moe, olmoe, dbrx, deepseek2 and gpt-oss";
+const SUPPORTED: &str = "llama (with experts), qwen2moe, qwen3moe, olmoe, dbrx, deepseek2, glm4moe, dots1, bailingmoe2, \
+                         minimax-m2 and gpt-oss";
 
 impl Gguf {
     /// The name of the model's architecture.
@@ -29,6 +30,10 @@ impl Gguf {
             "olmoe" => draft.olmoe(),
             "dbrx" => draft.dbrx(),
             "deepseek2" => draft.deepseek(),
+            "glm4moe" => draft.glm(),
+            "dots1" => draft.dots(),
+            "bailingmoe2" => draft.bailing(),
+            "minimax-m2" => draft.minimax(),
             "gpt-oss" => draft.gpt_oss(),
             other => {
                 return Err(QuantError::new(format!(
@@ -82,7 +87,9 @@ impl Draft<'_> {
         self.set("architectures", json!([class]));
         self.set("dtype", "bfloat16");
         self.set("hidden_size", self.required("embedding_length")?);
-        self.set("num_hidden_layers", self.required("block_count")?);
+        // Layers after the last predict further tokens.
+        let further = self.whole("nextn_predict_layers")?.unwrap_or(0);
+        self.set("num_hidden_layers", self.required("block_count")?.saturating_sub(further));
         self.set("num_attention_heads", self.required("attention.head_count")?);
         self.set("max_position_embeddings", self.required("context_length")?);
         if let Some(eps) =
@@ -119,7 +126,7 @@ impl Draft<'_> {
         self.set("num_key_value_heads", self.whole("attention.head_count_kv")?.unwrap_or(heads));
         let width = self.whole("attention.key_length")?.or(hidden.checked_div(heads)).unwrap_or(0);
         self.set("head_dim", width);
-        if let Some(rotated) = self.whole("rope.dimension_count")?.filter(|rotated| *rotated != width) {
+        if let Some(rotated) = self.whole("rope.dimension_count")? {
             self.set("partial_rotary_factor", rotated as f64 / width.max(1) as f64);
         }
         self.scaling()
@@ -246,6 +253,64 @@ impl Draft<'_> {
         Ok(self.keys)
     }
 
+    /// Experts of which the best groups are taken, after some dense layers.
+    fn experts_after_dense(&mut self) -> Result<(), QuantError> {
+        self.experts()?;
+        self.set("moe_intermediate_size", self.required("expert_feed_forward_length")?);
+        self.set("first_k_dense_replace", self.whole("leading_dense_block_count")?.unwrap_or(0));
+        self.set("routed_scaling_factor", rounded(self.number("expert_weights_scale")?.unwrap_or(1.0)));
+        let key = format!("{}.expert_weights_norm", self.architecture);
+        self.set("norm_topk_prob", self.file.metadata.flag(&key)?.unwrap_or(false));
+        self.set("n_group", self.whole("expert_group_count")?.unwrap_or(1));
+        self.set("topk_group", self.whole("expert_group_used_count")?.unwrap_or(1));
+        Ok(())
+    }
+
+    /// GLM-4.5 to 4.7.
+    fn glm(mut self) -> Keys {
+        self.common("Glm4MoeForCausalLM")?;
+        self.grouped()?;
+        self.experts_after_dense()?;
+        self.set("n_shared_experts", self.whole("expert_shared_count")?.unwrap_or(0));
+        self.set("attention_bias", self.has("blk.0.attn_q.bias"));
+        self.set("use_qk_norm", self.has("blk.0.attn_q_norm.weight"));
+        Ok(self.keys)
+    }
+
+    /// dots.llm1.
+    fn dots(mut self) -> Keys {
+        self.common("Dots1ForCausalLM")?;
+        self.grouped()?;
+        self.experts_after_dense()?;
+        self.set("n_shared_experts", self.whole("expert_shared_count")?.unwrap_or(0));
+        self.set("attention_bias", self.has("blk.0.attn_q.bias"));
+        self.set("sliding_window", Value::Null);
+        Ok(self.keys)
+    }
+
+    /// Ling 2.0.
+    fn bailing(mut self) -> Keys {
+        self.common("BailingMoeV2ForCausalLM")?;
+        self.grouped()?;
+        self.experts_after_dense()?;
+        self.set("num_shared_experts", self.whole("expert_shared_count")?.unwrap_or(0));
+        if let Some(inner) = self.whole("expert_shared_feed_forward_length")? {
+            self.set("moe_shared_expert_intermediate_size", inner);
+        }
+        Ok(self.keys)
+    }
+
+    /// MiniMax-M2. The width of experts is under the key that others have for dense layers.
+    fn minimax(mut self) -> Keys {
+        self.common("MiniMaxM2ForCausalLM")?;
+        self.grouped()?;
+        self.experts()?;
+        if let Some(inner) = self.whole("expert_feed_forward_length")? {
+            self.set("intermediate_size", inner);
+        }
+        Ok(self.keys)
+    }
+
     /// DeepSeek-V2, or V3 where experts are scored by a sigmoid.
     fn deepseek(mut self) -> Keys {
         let sigmoid = match self.whole("expert_gating_func")? {
@@ -257,7 +322,6 @@ impl Draft<'_> {
             }
         };
         self.common(if sigmoid { "DeepseekV3ForCausalLM" } else { "DeepseekV2ForCausalLM" })?;
-        self.experts()?;
         let rope = self.required("rope.dimension_count")?;
         // Files of before latent attention was run absorbed have the widths under other keys.
         let key = self
@@ -271,15 +335,9 @@ impl Draft<'_> {
         self.set("v_head_dim", value);
         self.set("kv_lora_rank", self.required("attention.kv_lora_rank")?);
         self.set("q_lora_rank", self.whole("attention.q_lora_rank")?);
-        self.set("moe_intermediate_size", self.required("expert_feed_forward_length")?);
         self.set("n_shared_experts", self.whole("expert_shared_count")?.unwrap_or(0));
-        self.set("first_k_dense_replace", self.whole("leading_dense_block_count")?.unwrap_or(0));
-        self.set("routed_scaling_factor", rounded(self.number("expert_weights_scale")?.unwrap_or(1.0)));
-        let normalised = self.file.metadata.flag("deepseek2.expert_weights_norm")?.unwrap_or(false);
-        self.set("norm_topk_prob", normalised);
+        self.experts_after_dense()?;
         let groups = self.whole("expert_group_count")?.unwrap_or(1);
-        self.set("n_group", groups);
-        self.set("topk_group", self.whole("expert_group_used_count")?.unwrap_or(1));
         match sigmoid {
             true => {
                 self.set("scoring_func", "sigmoid");
