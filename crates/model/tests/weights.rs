@@ -533,7 +533,7 @@ fn a_model_is_looked_for_before_it_is_read() {
     assert_eq!(
         quantised,
         format!(
-            "DIR: tensor `{expert}`: `{}` is BF16 of shape [64, 112], where weights [64, 112] need I32 of shape \
+            "DIR/model.safetensors: tensor `{expert}`: `{}` is BF16 of shape [64, 112], where weights [64, 112] need I32 of shape \
              [112, 8]; config.json and weights are of different models, or the file is damaged or incomplete: fetch it \
              again",
             expert.replace(".weight", ".qweight")
@@ -652,8 +652,8 @@ fn weights_of_another_model() {
         refused(&spec, expert),
         "DIR: there is no tensor `transformer.blocks.7.ffn.experts.mlp.v1` nor \
          `model.layers.7.mlp.experts.2.up_proj.weight` nor \
-         `model.layers.7.block_sparse_moe.experts.2.w3.weight` nor `model.layers.7.mlp.experts.gate_up_proj`; the \
-         weights are incomplete or of another model than config.json: fetch both again"
+         `model.layers.7.block_sparse_moe.experts.2.w3.weight` nor `model.layers.7.mlp.experts.gate_up_proj` nor \
+         `model.layers.7.block_sparse_moe.input_linear.weight`; the weights are incomplete or of another model than config.json: fetch both again"
     );
 }
 

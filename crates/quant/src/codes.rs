@@ -234,8 +234,10 @@ impl CodedTensor {
         let part = if whole.group == whole.part { group } else { whole.part };
         let most = columns.len().next_multiple_of(part);
         let group = group.min(most);
+        // Where parts have scales of their own, no column cuts one.
+        let cut = whole.group != whole.part && group < whole.part;
         let part = part.min(group);
-        (part > 0 && part.is_multiple_of(8) && group.is_multiple_of(part)).then_some(Format {
+        (!cut && part > 0 && part.is_multiple_of(8) && group.is_multiple_of(part)).then_some(Format {
             group,
             part,
             ..whole

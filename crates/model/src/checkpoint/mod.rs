@@ -348,7 +348,9 @@ impl Block {
 }
 
 fn missing(part: &Located, file: String) -> ModelError {
-    let names: Vec<String> = part.sources.iter().map(|source| format!("`{}`", source.name)).collect();
+    let mut names: Vec<String> = part.sources.iter().map(|source| format!("`{}`", source.name)).collect();
+    // One tensor may hold a part in several ways.
+    names.dedup();
     let problem = format!(
         "there is no tensor {}; the weights are incomplete or of another model than config.json: fetch both again",
         names.join(" nor ")
