@@ -1,6 +1,6 @@
 //! `/v1/messages` as data: what is sent to it, as a conversation, and its answers and errors.
 
-use crate::body::JsonObject;
+use crate::body::{JsonObject, read_object};
 use crate::openai::chat::{ChatFields, Message};
 use crate::openai::sampling::{NamedSchema, ResponseFormat, SamplingFields, at_least, only_one_answer};
 use crate::openai::tools::{FunctionCall, FunctionDefinition, FunctionWord, Tool, ToolCall, ToolChoice};
@@ -52,6 +52,7 @@ struct MessagesFields {
     /// Whether the model thinks first, where its chat template knows of that.
     thinking: Option<Thinking>,
     /// What the answer must look like.
+    #[serde(default, deserialize_with = "read_object")]
     output_config: Option<OutputConfig>,
     /// Whether the answer comes as server-sent events.
     #[allow(dead_code, reason = "read with the sampling fields, and described here")]
@@ -486,6 +487,7 @@ mod tests {
             ),
             (with(r#", "tool_choice": {"type": "any"}"#), "tool_choice"),
             (with(r#", "tools": [{"type": "bash_20250124", "name": "bash"}]"#), "tools"),
+            (with(r#", "output_config": [null]"#), "output_config"),
             (with(r#", "container": "x""#), "container"),
             (with(r#", "temperature": -1"#), "temperature"),
         ] {

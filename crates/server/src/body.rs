@@ -7,7 +7,8 @@ use axum::extract::{FromRequest, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, StatusCode};
 use http_body_util::LengthLimitError;
-use serde::Deserialize;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 use std::error::Error as _;
 
@@ -62,6 +63,14 @@ impl JsonObject {
     pub(crate) fn get(&self, field: &str) -> Option<&Value> {
         self.0.get(field).filter(|value| !value.is_null())
     }
+}
+
+/// Reads a field that is an object. A list of the object's values, which derived readers take for one, is none.
+pub(crate) fn read_object<'de, D: Deserializer<'de>, T: DeserializeOwned>(
+    field: D,
+) -> Result<Option<T>, D::Error> {
+    let object = Option::<Map<String, Value>>::deserialize(field)?;
+    object.map(|object| serde_json::from_value(object.into())).transpose().map_err(D::Error::custom)
 }
 
 /// JSON, or nothing said. What a page of another origin may send without asking first is not taken.

@@ -15,8 +15,8 @@ before(async () => {
 });
 after(() => browser.close());
 
-async function open(colorScheme) {
-  const page = await browser.newPage({ colorScheme, viewport: { width: 1280, height: 1000 } });
+async function open(colorScheme, width = 1280) {
+  const page = await browser.newPage({ colorScheme, viewport: { width, height: 1000 } });
   const problems = [], strangers = [];
   page.on("pageerror", (error) => problems.push(String(error)));
   page.on("console", (message) => message.type() === "error" && problems.push(message.text()));
@@ -66,6 +66,20 @@ test("what went wrong is said", async () => {
   await page.fill("#question", "Say something.");
   await page.click("#send");
   assert.match(await page.textContent(".said.error"), /key/);
+  await page.close();
+});
+
+test("a narrow window is wide enough", async () => {
+  const { page, problems } = await open("light", 390);
+  await ask(page, "Say something.", 300);
+  await page.waitForSelector("#lanes rect", { state: "attached", timeout: 30000 });
+  const { wide, height } = await page.evaluate(() => ({
+    wide: document.documentElement.scrollWidth,
+    height: Math.min(...[...document.querySelectorAll("svg text")].map((text) => text.getBoundingClientRect().height)),
+  }));
+  assert.ok(wide <= 390, `the page is ${wide} wide`);
+  assert.ok(height >= 10, `its smallest text is ${height} high`);
+  assert.deepEqual(problems, []);
   await page.close();
 });
 

@@ -1,10 +1,11 @@
 //! `/v1/responses`: what is sent to it, as a conversation, and the items of its answers.
 
 use super::chat::{ChatFields, Message};
+use super::completions::check_logprobs;
 use super::sampling::{NamedSchema, ResponseFormat, SamplingFields, at_least, only_one_answer};
 use super::tools::{FunctionCall, FunctionDefinition, FunctionWord, Tool, ToolCall, ToolChoice};
 use super::{ApiError, Condition, OneOrMany, either, one_or_many};
-use crate::body::{AsksForNothing, JsonObject};
+use crate::body::{AsksForNothing, JsonObject, read_object};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::schema::AnyOf;
@@ -54,8 +55,10 @@ struct ResponsesFields {
     /// Whether one answer may have several calls; it may unless this says no.
     parallel_tool_calls: Option<bool>,
     /// What the answer must look like.
+    #[serde(default, deserialize_with = "read_object")]
     text: Option<TextOptions>,
     /// How much the model thinks, where its chat template knows of that.
+    #[serde(default, deserialize_with = "read_object")]
     reasoning: Option<ReasoningOptions>,
     /// Comes back with the answer.
     #[schema(value_type = Option<Object>)]
@@ -99,6 +102,7 @@ impl ResponsesRequest {
         let fields: ResponsesFields = object.read()?;
         let mut sampling = SamplingFields::read(object)?;
         only_one_answer(&sampling)?;
+        check_logprobs("top_logprobs", fields.top_logprobs)?;
         at_least("max_output_tokens", fields.max_output_tokens, 1)?;
         sampling.max_tokens = fields.max_output_tokens.or(sampling.max_tokens);
         sampling.response_format = fields.text.and_then(|text| text.format).map(TextFormat::into_chat);
@@ -535,6 +539,8 @@ mod tests {
             (r#"{"input": "x", "tool_choice": "required"}"#, "tool_choice"),
             (r#"{"input": "x", "tools": [{"type": "web_search"}]}"#, "tools"),
             (r#"{"input": "x", "text": {"format": {"type": "yaml"}}}"#, "text"),
+            (r#"{"input": "x", "text": [null]}"#, "text"),
+            (r#"{"input": "x", "top_logprobs": -1}"#, "top_logprobs"),
             (r#"{"input": "x", "n": 2}"#, "n"),
         ] {
             let error = ResponsesRequest::read(&object(body)).unwrap_err();

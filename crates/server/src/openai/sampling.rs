@@ -2,7 +2,7 @@
 
 use super::one_or_many::optional_schema;
 use super::{ApiError, OneOrMany, TokenId};
-use crate::body::{AsksForNothing, JsonObject};
+use crate::body::{AsksForNothing, JsonObject, read_object};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -75,6 +75,7 @@ pub(crate) struct SamplingFields {
     /// Whether the answer comes as server-sent events.
     pub(crate) stream: Option<bool>,
     /// What a stream tells besides the answer.
+    #[serde(default, deserialize_with = "read_object")]
     pub(crate) stream_options: Option<StreamOptions>,
     /// Whether token ids come back too.
     pub(crate) return_token_ids: Option<bool>,
@@ -85,6 +86,7 @@ pub(crate) struct SamplingFields {
     /// What the answer must look like.
     pub(crate) response_format: Option<ResponseFormat>,
     /// What the answer must look like: exactly one of the forms.
+    #[serde(default, deserialize_with = "read_object")]
     pub(crate) structured_outputs: Option<StructuredOutputs>,
     /// Requests share cached prompts only with those of the same salt.
     pub(crate) cache_salt: Option<String>,

@@ -40,6 +40,7 @@ fn fields_are_checked_by_name() {
         ("frequency_penalty", json!(-3)),
         ("stop_token_ids", json!([320])),
         ("stream_options", json!({})),
+        ("structured_outputs", json!([null])),
         ("response_format", json!({ "type": "xml" })),
         ("response_format", json!({ "type": "json_schema", "json_schema": {} })),
         (

@@ -1,4 +1,5 @@
-//! Jinja as transformers sets it up, on a library that is Jinja in most things.
+//! Jinja as transformers sets it up, on a library that is Jinja in most things. Not there: `varargs` and `kwargs` inside macros,
+//! which no published template is known to use; a macro refuses arguments that it does not name.
 //!
 //! Nothing here bounds what a hostile template does: it runs on fuel, which every step and every byte costs, but a value
 //! that holds itself, or a tree of a million levels, is beyond that. So all of this runs in a process of its own, see
