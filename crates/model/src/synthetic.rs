@@ -139,7 +139,7 @@ fn fill_uniform(numbers: &Mix, step: f32, first: usize, into: &mut [u8]) {
     let start = first.div_ceil(LANES);
     let whole = body.len() / (2 * LANES);
     let mut words = body.chunks_exact_mut(2 * LANES);
-    for (index, out) in (start..).zip(&mut words) {
+    for (index, out) in (start..start + whole).zip(&mut words) {
         out.copy_from_slice(&word(index));
     }
     let tail = words.into_remainder();
@@ -150,5 +150,6 @@ fn fill_uniform(numbers: &Mix, step: f32, first: usize, into: &mut [u8]) {
 /// The bits of the nearest bfloat16, ties to even, of a number that is finite.
 fn rounded(number: f32) -> u16 {
     let bits = number.to_bits();
-    ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
+    // No sum wraps; without a check for it the compiler makes vectors of them.
+    (bits.wrapping_add(0x7fff).wrapping_add(bits >> 16 & 1) >> 16) as u16
 }
