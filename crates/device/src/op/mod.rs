@@ -80,7 +80,7 @@ ops! {
     ReceiveOrder => "receive_order", Maps;
     SortBySlot => "sort_by_slot", Maps;
     Gather => "gather", Other;
-    GatherFp8 => "gather_fp8", Other;
+    GatherFp8 => "gather", Other;
     Reduce => "reduce", Other;
     Add => "add", Residual;
     Copy => "copy", Other;
