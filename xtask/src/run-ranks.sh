@@ -28,8 +28,8 @@ if [ "$what" != suites ] && [ "$gpus" -gt 1 ]; then
                 for stages in 1 2 4 8; do
                     [ "$model" = mixtral-8x7b ] && [ "$stages" -gt 2 ] || set -- "$@" --contender "staged:$stages"
                 done
-                "$here/epsmoe" bench --device cuda --dtype bfloat16 --model "preset:$model" -dp "$gpus" -ep \
-                    --hf-overrides '{"num_hidden_layers": 2}' --batch-size $((sequences * gpus)) --input-len 1024 \
+                "$here/epsmoe" bench --device cuda --dtype bfloat16 --model "preset:$model" -dp "$gpus" -ep --link none \
+                    --hf-overrides '{"num_hidden_layers": 3}' --batch-size $((sequences * gpus)) --input-len 1024 \
                     --num-iters 9 --max-seconds 5 --wire-dtype "$wire" "$@" --contender two-batch --contender auto \
                     --json "$name.json" >"$name.txt" 2>&1 || status=$?
             done
