@@ -25,7 +25,7 @@ use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOpti
 use epsmoe_model::checkpoint;
 use epsmoe_model::config::Config;
 use epsmoe_model::{
-    Checkpoint, HeldWeights, Method, ModelSpec, Synthetic, WeightSource, gguf_file, preset_text,
+    Checkpoint, HeldWeights, Method, ModelSpec, Quantising, Synthetic, WeightSource, gguf_file, preset_text,
 };
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
@@ -65,7 +65,7 @@ impl OpenModel {
             Place::Preset(preset_name) => {
                 check_quantisation(quantisation, &name, None)?;
                 let Config { spec, .. } = preset_config(&preset_name, args)?;
-                let weights = Box::new(Synthetic::new(&spec, seed));
+                let weights = on_line(Box::new(Synthetic::new(&spec, seed)), quantisation);
                 let generation = GenerationConfig::default();
                 Ok(OpenModel { name, spec: Arc::new(spec), generation, text: None, weights })
             }
@@ -87,6 +87,7 @@ impl OpenModel {
                 if !says_dtype {
                     spec.dtype = weights.dtype(&spec).unwrap_or(spec.dtype);
                 }
+                let weights = on_line(weights, quantisation);
                 let text = Some(text_place(folder)?);
                 Ok(OpenModel { name, spec: Arc::new(spec), generation, text, weights })
             }
@@ -121,7 +122,15 @@ impl OpenModel {
 
 /// Holds what was typed against what a checkpoint says of its weights.
 fn check_quantisation(typed: Quantisation, model: &str, found: Option<Method>) -> Result<()> {
-    let Quantisation::Method(typed) = typed else { return Ok(()) };
+    let typed = match (typed, found) {
+        (Quantisation::Method(typed), _) => typed,
+        (Quantisation::OnLine(target), Some(found)) => {
+            bail!(
+                "--quantization {target} is for plain weights, but {model} is quantised with {found}: leave it out"
+            )
+        }
+        _ => return Ok(()),
+    };
     match found {
         None => {
             bail!("--quantization says {typed}, but the weights of {model} are not quantised: leave it out")
@@ -130,6 +139,14 @@ fn check_quantisation(typed: Quantisation, model: &str, found: Option<Method>) -
             bail!("--quantization says {typed}, but {model} is quantised with {found}: leave it out")
         }
         Some(_) => Ok(()),
+    }
+}
+
+/// The same weights, quantised while they are loaded if that was typed.
+fn on_line(weights: Box<dyn WeightSource>, typed: Quantisation) -> Box<dyn WeightSource> {
+    match typed {
+        Quantisation::OnLine(target) => Box::new(Quantising::new(weights, target)),
+        _ => weights,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Weights that tell how much of them has been read.
 
-use epsmoe_model::{Hints, ModelError, Stored, WeightSource};
+use epsmoe_model::{Hints, ModelError, Stored, Target, WeightSource};
 use indicatif::ProgressBar;
 
 /// A source whose bytes move a bar.
@@ -26,6 +26,10 @@ impl WeightSource for LayerSample<'_> {
 
     fn decodes(&self) -> bool {
         self.source.decodes()
+    }
+
+    fn quantises(&self) -> Option<Target> {
+        self.source.quantises()
     }
 
     fn place(&self, name: &str) -> String {

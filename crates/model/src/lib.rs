@@ -8,8 +8,10 @@ pub mod presets;
 mod spec;
 pub mod synthetic;
 
-pub use checkpoint::{Checkpoint, HeldWeights, Kept, Stored, Tensor, WeightSource, Window, gguf_file};
-pub use epsmoe_quant::{Hints, Method};
+pub use checkpoint::{
+    Checkpoint, HeldWeights, Kept, Quantising, Stored, Tensor, WeightSource, Window, gguf_file,
+};
+pub use epsmoe_quant::{Hints, Method, Target};
 pub use error::ModelError;
 pub use names::{LayerPart, Located, Map, Part, Source};
 pub use presets::{PRESETS, preset, preset_text};

@@ -1,9 +1,10 @@
 //! Parts of a model become weights of a device: read once, each rank only what it holds.
 
+use crate::checkpoint::held_format;
 use crate::parallel::{Layout, Share};
 use crate::{LayerPart, Map, ModelError, ModelSpec, Part, Source, Tensor, WeightSource, Window};
 use epsmoe_base::{DType, Layer};
-use epsmoe_device::{Backend, Weight, WeightShape};
+use epsmoe_device::{Backend, DeviceError, Weight, WeightShape};
 use epsmoe_pipeline::Mlp;
 use epsmoe_quant::Codes;
 use std::ops::Range;
@@ -153,14 +154,33 @@ impl<B: Backend> Loader<'_, B> {
         if !shape.is_map() {
             return Ok(None);
         }
-        let located: Vec<_> = parts.iter().map(|&part| self.spec.locate(part)).collect();
-        let formats = located.iter().map(|part| self.source.format(part, window));
+        let formats = parts.iter().map(|&part| held_format(self.spec, self.source, part, window));
         let formats = formats.collect::<Result<Vec<_>, _>>()?;
         let alike = formats.iter().all(|format| format.is_some() && format == &formats[0]);
-        if !alike || !formats[0].is_some_and(|format| self.device.holds(&format)) {
-            return Ok(None);
+        let Some(format) = formats[0].filter(|_| alike) else { return Ok(None) };
+        if !self.device.holds(&format) {
+            return match self.source.quantises() {
+                None => Ok(None),
+                Some(target) => Err(ModelError::Device(DeviceError::Unsupported(format!(
+                    "this processor holds no weights as {format}: leave out --quantization {target}"
+                )))),
+            };
         }
-        located.iter().map(|part| self.source.codes(part, window)).collect()
+        parts.iter().map(|&part| self.codes_of(part, window)).collect()
+    }
+
+    /// The codes of a part, as they are kept or as it is quantised.
+    fn codes_of(&self, part: Part, window: &Window) -> Result<Option<Codes>, ModelError> {
+        let located = self.spec.locate(part);
+        let Some(target) = self.source.quantises() else { return self.source.codes(&located, window) };
+        let tensor = self.read(part, window)?;
+        let mut weights = vec![0.0; tensor.shape.iter().product()];
+        tensor.as_bytes().convert(0, &mut weights);
+        let name = &located.sources[0].name;
+        target.codes(name, &weights, tensor.shape[1]).map_err(|error| ModelError::Weights {
+            file: self.source.place(name),
+            problem: error.to_string(),
+        })
     }
 
     /// The weight of that name, loaded now unless another rank of the process already has.

@@ -64,6 +64,16 @@ impl LayerPart {
     }
 }
 
+impl Part {
+    /// Whether it is one of the maps that are quantised where a model is: routers, norms, embeddings and the output are not.
+    pub fn is_quantised(self) -> bool {
+        use LayerPart::*;
+        let Part::Layer(_, part) = self else { return false };
+        let attention = matches!(part, Query | Key | Value | Output | QueryDown | QueryUp | KvDown);
+        attention || matches!(part, KeyUp(_) | ValueUp(_) | Expert(..) | Shared(_) | Dense(_) | Residual(_))
+    }
+}
+
 /// One of the three linear maps of a gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Map {

@@ -6,7 +6,7 @@
 
 use crate::coding::{Blocks, CodedTensor, Coding, Element, Order};
 use crate::element::{E2M1, E4M3, e8m0};
-use crate::{GgmlType, Rows, StoredTensors, StoredType};
+use crate::{Encoded, GgmlType, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType, Target};
 use half::{bf16, f16};
 use std::fmt;
 use std::ops::Range;
@@ -391,7 +391,7 @@ impl CodedTensor {
     }
 
     /// Whether all weights can be held; an error where a code or a scale is one of no weight.
-    fn holdable(&self, codes: &Codes, rows: Rows, first: usize) -> Result<bool, crate::QuantError> {
+    fn holdable(&self, codes: &Codes, rows: Rows, first: usize) -> Result<bool, QuantError> {
         let Format { code, part, group, .. } = codes.format;
         let mut values = vec![0.0; codes.columns];
         let mut holdable = true;
@@ -423,6 +423,52 @@ impl Codes {
             4 => self.format.code.value(codes[k / 2] >> (4 * (k % 2))),
             _ => self.format.code.value(codes[k]),
         }
+    }
+}
+
+impl Target {
+    /// The format in which a matrix of so many columns is held when it was coded so.
+    pub fn format(self, columns: usize) -> Format {
+        let (code, scale, group) = match self {
+            Target::Fp8PerBlock => (Code::E4M3, Scale::F32, 128.min(columns.next_multiple_of(8))),
+            Target::Mxfp4 => (Code::E2M1, Scale::E8M0, 32),
+            Target::Int4 => (Code::U4, Scale::BF16, 32),
+            Target::Q8_0 => (Code::I8, Scale::BF16, 32),
+        };
+        Format { code, scale, group, part: group, zeros: false }
+    }
+
+    /// Codes rows of `columns` finite weights, to be held. Nothing for numbers that cannot be.
+    pub fn codes(self, name: &str, weights: &[f32], columns: usize) -> Result<Option<Codes>, QuantError> {
+        let shape = [weights.len() / columns, columns];
+        let made = Made(self.encode(name, weights, columns)?);
+        let hints = Hints { block: Some([128, 128]), group: Some(32), ..Hints::default() };
+        let coded = CodedTensor::detect(name, &shape, &hints, |name| made.find(name))?;
+        let coded = coded.ok_or_else(|| QuantError::new(format!("`{name}` has no codes; this is a bug")))?;
+        coded.codes(&made, Rows::range(0..shape[0]), 0..columns)
+    }
+}
+
+/// Tensors that were just coded.
+struct Made(Vec<Encoded>);
+
+impl Made {
+    fn named(&self, name: &str) -> Option<&Encoded> {
+        self.0.iter().find(|encoded| encoded.name == name)
+    }
+}
+
+impl StoredTensors for Made {
+    type Error = QuantError;
+
+    fn find(&self, name: &str) -> Option<StoredTensor> {
+        self.named(name).map(|encoded| encoded.tensor.clone())
+    }
+
+    fn fill(&self, name: &str, first: u64, into: &mut [u8]) -> Result<(), QuantError> {
+        let encoded = self.named(name).ok_or_else(|| QuantError::new(format!("there is no `{name}`")))?;
+        into.copy_from_slice(&encoded.bytes[first as usize..][..into.len()]);
+        Ok(())
     }
 }
 

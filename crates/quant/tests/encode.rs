@@ -68,6 +68,20 @@ fn coded_weights_are_coded_without_loss() {
 }
 
 #[test]
+fn codes_that_are_held_are_those_of_the_tensors() {
+    let mut mix = Mix::new(8);
+    for target in Target::ALL {
+        let (rows, columns) = (150, 192);
+        let weights = gaussian(&mut mix, rows * columns, 0.02);
+        let codes = target.codes("x.weight", &weights, columns).unwrap().unwrap();
+        assert_eq!(codes.format, target.format(columns), "{target}");
+        let mut held = vec![f32::NAN; rows * columns];
+        held.chunks_exact_mut(columns).enumerate().for_each(|(row, out)| codes.decode(row, out));
+        assert_eq!(held, decoded(target, &stored(target, &weights, columns), rows, columns), "{target}");
+    }
+}
+
+#[test]
 fn extreme_weights_have_codes() {
     for target in Target::ALL {
         let columns = 64;

@@ -4,7 +4,7 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 use epsmoe_base::{DType, WireDType};
 use epsmoe_fabric::Link;
-use epsmoe_model::Method;
+use epsmoe_model::{Method, Target};
 use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -180,7 +180,12 @@ pub(crate) enum Quantisation {
     None,
     /// The checkpoint must be quantised so.
     Method(Method),
+    /// Plain weights are quantised so when they are loaded.
+    OnLine(Target),
 }
+
+/// Codings that plain weights can be brought into while they are loaded. `mxfp4` is what a checkpoint is quantised with.
+const ON_LINE: [Target; 3] = [Target::Fp8PerBlock, Target::Int4, Target::Q8_0];
 
 impl FromStr for Quantisation {
     type Err = String;
@@ -189,10 +194,15 @@ impl FromStr for Quantisation {
         match text {
             "auto" => Ok(Quantisation::Auto),
             "none" | "dequantise" | "dequantize" => Ok(Quantisation::None),
-            _ => Method::named(text).map(Quantisation::Method).ok_or_else(|| {
-                let methods: Vec<String> = Method::ALL.iter().map(Method::to_string).collect();
-                format!("`{text}` is not known: write auto, none, {}", methods.join(", "))
-            }),
+            _ => {
+                let target = ON_LINE.into_iter().find(|target| target.to_string() == text);
+                let on_line = target.map(Quantisation::OnLine);
+                on_line.or_else(|| Method::named(text).map(Quantisation::Method)).ok_or_else(|| {
+                    let methods = Method::ALL.iter().map(Method::to_string);
+                    let names: Vec<String> = methods.chain(ON_LINE.iter().map(Target::to_string)).collect();
+                    format!("`{text}` is not known: write auto, none, {}", names.join(", "))
+                })
+            }
         }
     }
 }

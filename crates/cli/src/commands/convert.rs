@@ -10,9 +10,7 @@ use epsmoe_base::files::read_plain;
 use epsmoe_base::{Bytes, count, json};
 use epsmoe_device::WeightShape;
 use epsmoe_model::config::{self, Config};
-use epsmoe_model::{
-    Checkpoint, LayerPart, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file,
-};
+use epsmoe_model::{Checkpoint, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file};
 use epsmoe_quant::{QuantError, StoredTensor, StoredType, Target};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
@@ -107,28 +105,6 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
     Ok(())
 }
 
-/// Whether a part is one of the maps that are coded: routers, norms, embeddings and the output stay as they are.
-fn is_coded(part: Part) -> bool {
-    use LayerPart::*;
-    let Part::Layer(_, part) = part else { return false };
-    matches!(
-        part,
-        Query
-            | Key
-            | Value
-            | Output
-            | QueryDown
-            | QueryUp
-            | KvDown
-            | KeyUp(_)
-            | ValueUp(_)
-            | Expert(..)
-            | Shared(_)
-            | Dense(_)
-            | Residual(_)
-    )
-}
-
 /// The tensors of the model under the names that its architecture is published with.
 fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<Item>> {
     let mut items: Vec<Item> = Vec::new();
@@ -157,7 +133,7 @@ fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<I
         };
         let shape = [to.shape.iter().product::<usize>() / columns.max(1), columns];
         let coding =
-            Some(target).filter(|target| is_coded(part) && to.shape.len() == 2 && target.fits(columns));
+            Some(target).filter(|target| part.is_quantised() && to.shape.len() == 2 && target.fits(columns));
         let tensors = match coding {
             Some(target) => target.tensors(&to.name, shape),
             None => {

@@ -1,9 +1,9 @@
 //! What the weights of a model take up on a processor, before any of them is read.
 
 use super::{WeightSource, Window};
-use crate::{ModelError, ModelSpec};
+use crate::{ModelError, ModelSpec, Part};
 use epsmoe_base::DType;
-use epsmoe_device::WeightFormat;
+use epsmoe_device::{WeightFormat, WeightShape};
 use epsmoe_quant::Format;
 use std::fmt;
 
@@ -28,8 +28,8 @@ impl HeldWeights {
         let mut held = HeldWeights { bytes: 0, formats: Vec::new() };
         for part in spec.parts() {
             let numbers = spec.shape(part).parameters() as u64;
-            let coded = source.format(&spec.locate(part), &Window::whole())?.filter(&holds);
-            let (format, bits) = match coded.filter(|_| spec.shape(part).is_map()) {
+            let coded = held_format(spec, source, part, &Window::whole())?.filter(&holds);
+            let (format, bits) = match coded {
                 Some(format) => (WeightFormat::Coded(format), format.bits()),
                 None => (plain, 8.0 * dtype.bytes() as f64),
             };
@@ -48,6 +48,24 @@ impl HeldWeights {
         let all: u64 = self.formats.iter().map(|&(_, numbers)| numbers).sum();
         (u128::from(self.bytes) * u128::from(numbers) / u128::from(all.max(1))) as u64
     }
+}
+
+/// The format that a window of a map has in the codes that it is kept in, or brought into when it is loaded; nothing if it is
+/// plain, or must be decoded.
+pub(crate) fn held_format(
+    spec: &ModelSpec,
+    source: &dyn WeightSource,
+    part: Part,
+    window: &Window,
+) -> Result<Option<Format>, ModelError> {
+    let located = spec.locate(part);
+    let WeightShape::Matrix { k, .. } = located.shape else { return Ok(None) };
+    if let Some(format) = source.format(&located, window)? {
+        return Ok(Some(format));
+    }
+    let columns = window.columns.as_ref().map_or(k, |columns| columns.len());
+    let target = source.quantises().filter(|target| part.is_quantised() && target.fits(columns));
+    Ok(target.map(|target| target.format(columns)))
 }
 
 /// Formats with their shares.

@@ -6,6 +6,7 @@ mod folder;
 mod gguf;
 mod header;
 mod held;
+mod quantising;
 mod unused;
 
 pub(crate) use folder::other_weights;
@@ -13,6 +14,8 @@ pub use folder::{Checkpoint, gguf_file, method};
 pub(crate) use gguf::GgufFiles;
 pub use header::{Header, Index};
 pub use held::HeldWeights;
+pub(crate) use held::held_format;
+pub use quantising::Quantising;
 
 use crate::ModelError;
 use crate::names::{Form, Located, Source, Turn};
@@ -21,7 +24,7 @@ use epsmoe_base::files::{open_plain, read_plain};
 use epsmoe_base::text::{printable, shortened};
 use epsmoe_device::{TensorBytes, WeightShape};
 use epsmoe_quant::{
-    CodedTensor, Codes, Format, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType,
+    CodedTensor, Codes, Format, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType, Target,
 };
 use half::{bf16, f16};
 use std::fs::File;
@@ -45,6 +48,11 @@ pub trait WeightSource: Send + Sync {
     /// Whether coded tensors are decoded when they are loaded, wherever they could stay as they are.
     fn decodes(&self) -> bool {
         false
+    }
+
+    /// The coding that plain weights are brought into when they are loaded, if any.
+    fn quantises(&self) -> Option<Target> {
+        None
     }
 
     /// What to call the place of a tensor in messages.

@@ -1,0 +1,44 @@
+//! Plain weights that are quantised while they are loaded.
+
+use super::{Stored, WeightSource};
+use crate::ModelError;
+use epsmoe_quant::{Hints, Target};
+
+/// A source whose plain maps become codes when they are loaded.
+pub struct Quantising {
+    source: Box<dyn WeightSource>,
+    target: Target,
+}
+
+impl Quantising {
+    /// The weights of `source`, coded as `target`.
+    pub fn new(source: Box<dyn WeightSource>, target: Target) -> Self {
+        Quantising { source, target }
+    }
+}
+
+impl WeightSource for Quantising {
+    fn find(&self, name: &str) -> Result<Option<Stored<'_>>, ModelError> {
+        self.source.find(name)
+    }
+
+    fn fill(&self, name: &str, first: usize, into: &mut [u8]) -> Result<(), ModelError> {
+        self.source.fill(name, first, into)
+    }
+
+    fn hints(&self) -> Result<Hints, ModelError> {
+        self.source.hints()
+    }
+
+    fn decodes(&self) -> bool {
+        self.source.decodes()
+    }
+
+    fn quantises(&self) -> Option<Target> {
+        Some(self.target)
+    }
+
+    fn place(&self, name: &str) -> String {
+        self.source.place(name)
+    }
+}
