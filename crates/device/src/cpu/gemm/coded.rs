@@ -25,7 +25,8 @@ pub(crate) const SIDE: usize = 8;
 /// Bytes that a record has at most: two factors, and scale and minimum of sixteen parts.
 const MOST_RECORD: usize = 36;
 
-/// How a panel of codes lies.
+/// How a panel of codes lies. What follows from format and width is kept: a group is short, and working it out takes as long as
+/// multiplying with one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Layout {
     pub format: Format,
@@ -33,6 +34,14 @@ pub(crate) struct Layout {
     pub width: usize,
     /// Length of the rows that are multiplied.
     pub k: usize,
+    /// Bytes of a unit.
+    pub unit_bytes: usize,
+    /// Units side by side in the panel.
+    pub octets: usize,
+    /// Bytes from the beginning of a group to its codes.
+    pub header_bytes: usize,
+    /// Bytes of a group.
+    pub group_bytes: usize,
 }
 
 /// The operands of a product of a few rows with panels of codes, over all of K.
@@ -59,35 +68,23 @@ pub(crate) struct Run {
 }
 
 impl Layout {
-    /// Bytes of a unit.
-    pub(crate) fn unit_bytes(&self) -> usize {
-        SIDE * self.format.code.bits()
-    }
-
-    /// Units side by side in the panel.
-    pub(crate) fn octets(&self) -> usize {
-        self.width / SIDE
-    }
-
-    /// Bytes from the beginning of a group to its codes.
-    pub(crate) fn header_bytes(&self) -> usize {
-        self.format.record_bytes() * self.width
-    }
-
-    /// Bytes of a group.
-    pub(crate) fn group_bytes(&self) -> usize {
-        self.header_bytes() + self.format.group / SIDE * self.octets() * self.unit_bytes()
+    /// Panels of `width` columns, whole units.
+    pub(crate) fn new(format: Format, width: usize, k: usize) -> Self {
+        let (unit_bytes, octets) = (SIDE * format.code.bits(), width / SIDE);
+        let header_bytes = format.record_bytes() * width;
+        let group_bytes = header_bytes + format.group / SIDE * octets * unit_bytes;
+        Layout { format, width, k, unit_bytes, octets, header_bytes, group_bytes }
     }
 
     /// Bytes of a panel; nothing if there are too many.
     pub(crate) fn panel_bytes(&self) -> Option<usize> {
-        self.format.groups(self.k).checked_mul(self.group_bytes())
+        self.format.groups(self.k).checked_mul(self.group_bytes)
     }
 
     /// Bytes from the beginning of a panel to the codes of element `k` along K, which begins a unit.
     pub(crate) fn offset(&self, k: usize) -> usize {
         let (group, unit) = (k / self.format.group, k % self.format.group / SIDE);
-        group * self.group_bytes() + self.header_bytes() + unit * self.octets() * self.unit_bytes()
+        group * self.group_bytes + self.header_bytes + unit * self.octets * self.unit_bytes
     }
 
     /// What `k`, whole units but for the end, is made of.
@@ -108,9 +105,9 @@ impl Layout {
     /// Puts a column of a panel in its place: row `row` of `codes`.
     pub(crate) fn pack(&self, codes: &Codes, row: usize, column: usize, panel: &mut [u8]) {
         let Format { group, .. } = self.format;
-        let groups = panel.chunks_exact_mut(self.group_bytes());
+        let groups = panel.chunks_exact_mut(self.group_bytes);
         for (index, panel) in groups.enumerate() {
-            let (header, units) = panel.split_at_mut(self.header_bytes());
+            let (header, units) = panel.split_at_mut(self.header_bytes);
             let record = codes.record(row, index);
             for field in self.format.fields() {
                 let at = field.start * self.width + column * field.len();
@@ -118,7 +115,7 @@ impl Layout {
             }
             let bytes = self.format.row_bytes(group);
             let from = codes.row(row).chunks(bytes).nth(index).unwrap_or_default();
-            let own = units.chunks_exact_mut(self.unit_bytes()).skip(column / SIDE).step_by(self.octets());
+            let own = units.chunks_exact_mut(self.unit_bytes).skip(column / SIDE).step_by(self.octets);
             for (from, to) in from.chunks(self.format.row_bytes(SIDE)).zip(own) {
                 self.pack_unit(from, column % SIDE, to);
             }
@@ -152,8 +149,8 @@ impl Layout {
     /// unit. Written as it is defined, for processors without vectors, and to hold the others to.
     pub(crate) fn decode(&self, panel: &[u8], k: Range<usize>, element: ElementType, out: &mut [u32]) {
         for run in self.runs(k) {
-            let group = &panel[run.group * self.group_bytes()..][..self.group_bytes()];
-            let (header, units) = group.split_at(self.header_bytes());
+            let group = &panel[run.group * self.group_bytes..][..self.group_bytes];
+            let (header, units) = group.split_at(self.header_bytes);
             for column in 0..self.width {
                 let mut record = [0; MOST_RECORD];
                 for field in self.format.fields() {
@@ -162,8 +159,8 @@ impl Layout {
                 }
                 let affine = self.format.affine(&record[..self.format.record_bytes()], run.part);
                 for (index, unit) in run.units.clone().enumerate() {
-                    let unit = (unit * self.octets() + column / SIDE) * self.unit_bytes();
-                    let unit = &units[unit..][..self.unit_bytes()];
+                    let unit = (unit * self.octets + column / SIDE) * self.unit_bytes;
+                    let unit = &units[unit..][..self.unit_bytes];
                     let words: [u32; SIDE] = std::array::from_fn(|k| {
                         let value = self.format.code.value(self.code(unit, column % SIDE, k));
                         let weight = (value - affine.zero) * affine.scale - affine.minimum;
@@ -245,7 +242,7 @@ mod tests {
             .flat_map(|format| [(8, 40), (16, 331), (32, 600)].map(|(width, k)| (format, width, k)))
         {
             let codes = random(&mut mix, format, width, k);
-            let layout = Layout { format, width, k };
+            let layout = Layout::new(format, width, k);
             let mut panel = vec![0; layout.panel_bytes().expect("small")];
             (0..width).for_each(|column| layout.pack(&codes, column, column, &mut panel));
             for _ in 0..20 {
@@ -285,8 +282,8 @@ mod tests {
     /// 16 · 1 + 8 · 0 + 2 · 1 + 1 = 19.
     #[test]
     fn place_of_a_code_worked_example() {
-        let layout = Layout { format: FORMATS[1], width: 16, k: 64 };
-        assert_eq!((layout.header_bytes(), layout.group_bytes()), (32, 288));
+        let layout = Layout::new(FORMATS[1], 16, 64);
+        assert_eq!((layout.header_bytes, layout.group_bytes), (32, 288));
         let mut codes = vec![0; 16 * 32];
         codes[13 * 32 + 22] = 0xe0;
         let codes = Codes { format: FORMATS[1], rows: 16, columns: 64, codes, records: vec![0; 16 * 4] };

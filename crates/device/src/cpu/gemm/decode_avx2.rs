@@ -116,7 +116,7 @@ impl<const EACH: usize> Visitor for Store<'_, EACH> {
             let unit_kind = U::new();
             for run in layout.runs(k) {
                 let group = Group::of(layout, panel, &run);
-                for octet in 0..layout.octets() {
+                for octet in 0..layout.octets {
                     let weights = W::load(layout, group.header, run.part, octet);
                     for index in 0..run.units.len() {
                         let first = (run.at + index * SIDE) / EACH * layout.width + octet * SIDE;
@@ -136,44 +136,48 @@ impl<const ROWS: usize, const PANELS: usize> Visitor for Multiply<'_, ROWS, PANE
     unsafe fn visit<U: Unit, W: Weights>(self) {
         let tile = self.0;
         let layout = tile.layout;
+        let Format { group, part, .. } = layout.format;
+        let (units, units_of_a_part) = (layout.k.div_ceil(SIDE), part / SIDE);
         // SAFETY: the caller's promise. Activations are read where `Blocks` has them: whole units lie in one block, since a
         // block has whole units.
         unsafe {
             let unit_kind = U::new();
             let mut sums = [[[_mm256_setzero_ps(); ROWS]; VECTORS]; PANELS];
             let mut last = [[0; BLOCK_STRIDE]; ROWS];
-            for run in layout.runs(0..layout.k) {
-                let mut groups = [const { Group::NONE }; PANELS];
-                for (group, panel) in groups.iter_mut().zip(tile.panels) {
-                    *group = Group::of(layout, panel, &run);
-                }
-                let headers = [groups[0].header, groups[PANELS - 1].header];
-                let weights = [
-                    [W::load(layout, headers[0], run.part, 0), W::load(layout, headers[0], run.part, 1)],
-                    [W::load(layout, headers[1], run.part, 0), W::load(layout, headers[1], run.part, 1)],
-                ];
-                for index in 0..run.units.len() {
-                    let k = run.at + index * SIDE;
-                    let block = tile.activations.add(k / BLOCK_STEPS * ROWS * BLOCK_STRIDE + k % BLOCK_STEPS);
-                    let activations = if k + SIDE <= layout.k {
-                        block
-                    } else {
-                        // What follows the last element of a row is not even zero.
-                        for (row, last) in last.iter_mut().enumerate() {
-                            for (at, last) in last[..layout.k - k].iter_mut().enumerate() {
-                                *last = *block.add(row * BLOCK_STRIDE + at);
+            let mut headers = tile.panels;
+            let mut unit = 0;
+            while unit < units {
+                let mut codes = headers.map(|header| header.wrapping_add(layout.header_bytes));
+                for index in 0..group / part {
+                    let weights = [
+                        [W::load(layout, headers[0], index, 0), W::load(layout, headers[0], index, 1)],
+                        [W::load(layout, headers[1], index, 0), W::load(layout, headers[1], index, 1)],
+                    ];
+                    for unit in unit..units.min(unit + units_of_a_part) {
+                        let k = unit * SIDE;
+                        let block = k / BLOCK_STEPS * ROWS * BLOCK_STRIDE + k % BLOCK_STEPS;
+                        let mut activations = tile.activations.add(block);
+                        if k + SIDE > layout.k {
+                            // What follows the last element of a row is not even zero.
+                            for (row, last) in last.iter_mut().enumerate() {
+                                for (at, last) in last[..layout.k - k].iter_mut().enumerate() {
+                                    *last = *activations.add(row * BLOCK_STRIDE + at);
+                                }
+                            }
+                            activations = last.as_ptr().cast();
+                        }
+                        for ((codes, weights), sums) in codes.iter_mut().zip(&weights).zip(&mut sums) {
+                            _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(AHEAD).cast());
+                            for (weights, sums) in weights.iter().zip(sums) {
+                                let mut products = Products::<ROWS> { activations, sums };
+                                unit_kind.decode(*codes, weights, &mut products);
+                                *codes = codes.wrapping_add(U::BYTES);
                             }
                         }
-                        last.as_ptr().cast()
-                    };
-                    for ((group, weights), sums) in groups.iter().zip(&weights).zip(&mut sums) {
-                        _mm_prefetch::<_MM_HINT_T0>(group.unit(index, 0).wrapping_add(AHEAD).cast());
-                        for (octet, (weights, sums)) in weights.iter().zip(sums).enumerate() {
-                            let mut products = Products::<ROWS> { activations, sums };
-                            unit_kind.decode(group.unit(index, octet), weights, &mut products);
-                        }
                     }
+                    unit += units_of_a_part;
                 }
+                headers = headers.map(|header| header.wrapping_add(layout.group_bytes));
             }
             for (panel, sums) in sums.iter().enumerate() {
                 for (octet, sums) in sums.iter().enumerate() {
@@ -197,17 +201,15 @@ struct Group {
 }
 
 impl Group {
-    const NONE: Group = Group { header: std::ptr::null(), units: std::ptr::null(), octets: 0, unit_bytes: 0 };
-
     /// # Safety
     /// The run lies in the panel.
     #[inline(always)]
     unsafe fn of(layout: &Layout, panel: *const u8, run: &Run) -> Group {
-        let (octets, unit_bytes) = (layout.octets(), layout.unit_bytes());
+        let (octets, unit_bytes) = (layout.octets, layout.unit_bytes);
         // SAFETY: the caller's promise.
         unsafe {
-            let header = panel.add(run.group * layout.group_bytes());
-            let units = header.add(layout.header_bytes() + run.units.start * octets * unit_bytes);
+            let header = panel.add(run.group * layout.group_bytes);
+            let units = header.add(layout.header_bytes + run.units.start * octets * unit_bytes);
             Group { header, units, octets, unit_bytes }
         }
     }
@@ -273,6 +275,9 @@ impl<const ROWS: usize> Sink for Products<'_, ROWS> {
 
 /// How the codes of a unit become values.
 trait Unit {
+    /// Bytes of a unit.
+    const BYTES: usize;
+
     /// # Safety
     /// The processor has the instructions.
     unsafe fn new() -> Self;
@@ -296,6 +301,8 @@ struct Nibbles<T> {
 }
 
 impl<T: FourBits> Unit for Nibbles<T> {
+    const BYTES: usize = 4 * SIDE;
+
     #[inline(always)]
     unsafe fn new() -> Self {
         // SAFETY: the caller's promise; a half of the table is sixteen bytes.
@@ -365,6 +372,8 @@ impl FourBits for Centred {
 struct Bytes<V>(PhantomData<V>);
 
 impl<V: EightBits> Unit for Bytes<V> {
+    const BYTES: usize = SIDE * SIDE;
+
     #[inline(always)]
     unsafe fn new() -> Self {
         Bytes(PhantomData)
@@ -526,10 +535,10 @@ impl Weights for ScaledFloats {
 impl Weights for Zeros {
     #[inline(always)]
     unsafe fn load(layout: &Layout, header: *const u8, part: usize, octet: usize) -> Self {
-        let last = layout.format.record_bytes() - 1;
+        let last = layout.header_bytes - layout.width;
         // SAFETY: the caller's promise; records end in a zero.
         unsafe {
-            let zeros = _mm_loadl_epi64(header.add(last * layout.width + octet * SIDE).cast());
+            let zeros = _mm_loadl_epi64(header.add(last + octet * SIDE).cast());
             let zero = _mm256_cvtepi32_ps(match layout.format.code {
                 Code::U4 => _mm256_cvtepu8_epi32(zeros),
                 _ => _mm256_cvtepi8_epi32(zeros),

@@ -233,7 +233,7 @@ impl PackedMatrix {
     ) -> Option<Self> {
         let functions = Functions::select(isa, element);
         let Codes { format, rows, columns: k, .. } = matrices[0];
-        let layout = Layout { format, width: functions.width(), k };
+        let layout = Layout::new(format, functions.width(), k);
         let gated = matrices.len() > 1;
         let alike = |other: &Codes| (other.format, other.rows, other.columns) == (format, rows, k);
         assert!(matrices.iter().all(alike), "gate and up differ in kind");
