@@ -116,15 +116,15 @@ architectures! {
     /// Snowflake Arctic.
     Arctic => "ArcticForCausalLM", "arctic", Authors, "";
     /// GLM-4.5, 4.6, 4.7.
-    Glm4Moe => "Glm4MoeForCausalLM", "glm4_moe", Transformers, "";
+    Glm4Moe => "Glm4MoeForCausalLM", "glm4_moe", Transformers, "glm4moe";
     /// GLM-4.7-Flash.
     Glm4MoeLite => "Glm4MoeLiteForCausalLM", "glm4_moe_lite", Transformers, "";
     /// MiniMax-M2.
-    MinimaxM2 => "MiniMaxM2ForCausalLM", "minimax_m2", Transformers, "";
+    MinimaxM2 => "MiniMaxM2ForCausalLM", "minimax_m2", Transformers, "minimax-m2";
     /// dots.llm1.
-    Dots1 => "Dots1ForCausalLM", "dots1", Transformers, "";
+    Dots1 => "Dots1ForCausalLM", "dots1", Transformers, "dots1";
     /// Ling 2.0, Ring 2.0.
-    BailingMoeV2 => "BailingMoeV2ForCausalLM", "bailing_moe_v2", Twin, "";
+    BailingMoeV2 => "BailingMoeV2ForCausalLM", "bailing_moe_v2", Twin, "bailingmoe2";
     /// ERNIE-4.5-21B-A3B, ERNIE-4.5-300B-A47B.
     Ernie45Moe => "Ernie4_5_MoeForCausalLM", "ernie4_5_moe", Transformers, "";
     /// Hunyuan-A13B.
