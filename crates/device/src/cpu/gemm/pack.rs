@@ -147,7 +147,7 @@ const PACK_ELEMENTS: usize = 128;
 /// In the gated form, panel `p` holds `width / 2` columns of gate, then the same columns of up, so that
 /// one tile has both and can store `silu(gate) · up`.
 ///
-/// Weights in codes have panels of the same columns, in bytes that [`Layout`] describes; they become words when they are used.
+/// Weights in codes have panels of the same columns, in bytes that `Layout` describes; they become words when they are used.
 pub struct PackedMatrix {
     /// Words, in a slab beside the matrices packed before and after: those of a layer are read in that order.
     memory: Piece,
