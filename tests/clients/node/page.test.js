@@ -69,10 +69,20 @@ test("what went wrong is said", async () => {
   await page.close();
 });
 
+// Layers are watched only while a page asks, so it takes some answers until one is drawn.
+async function untilDrawn(page) {
+  for (let times = 0; times < 3; times++) {
+    await ask(page, `Say ${times}.`, 400);
+    await page.waitForFunction(() => document.getElementById("send").textContent === "Send", null, { timeout: 60000 });
+  }
+  await ask(page, "And more.", 450);
+  await page.waitForSelector("#lanes rect", { state: "attached", timeout: 30000 });
+}
+
 test("a narrow window is wide enough", async () => {
   const { page, problems } = await open("light", 390);
   await ask(page, "Say something.", 300);
-  await page.waitForSelector("#lanes rect", { state: "attached", timeout: 30000 });
+  await page.waitForSelector("#rates polyline", { state: "attached", timeout: 30000 });
   const { wide, height } = await page.evaluate(() => ({
     wide: document.documentElement.scrollWidth,
     height: Math.min(...[...document.querySelectorAll("svg text")].map((text) => text.getBoundingClientRect().height)),
@@ -86,12 +96,7 @@ test("a narrow window is wide enough", async () => {
 for (const colorScheme of ["light", "dark"]) {
   test(`what the server does is drawn, ${colorScheme}`, async () => {
     const { page, problems } = await open(colorScheme);
-    for (let times = 0; times < 3; times++) {
-      await ask(page, `Say ${times}.`, 400);
-      await page.waitForFunction(() => document.getElementById("send").textContent === "Send", null, { timeout: 60000 });
-    }
-    await ask(page, "And more.", 450);
-    await page.waitForSelector("#lanes rect", { state: "attached", timeout: 30000 });
+    await untilDrawn(page);
     await page.waitForSelector("#rates polyline", { state: "attached" });
     await page.waitForFunction(() => document.getElementById("heat").width > 1, null, { timeout: 30000 });
     assert.ok((await page.locator("#ranks tr").count()) >= 1);
