@@ -45,14 +45,10 @@ impl<B: Backend> Loader<'_, B> {
         share: Share,
         map: impl Fn(Map) -> LayerPart,
     ) -> Result<Mlp, ModelError> {
-        let (gate, up, down) =
-            (map(Map::GateProj).of(layer), map(Map::UpProj).of(layer), map(Map::DownProj).of(layer));
-        let (inner, k) = self.matrix(gate);
-        let inner = share.of(inner);
-        let rows = Window::rows(inner.clone());
-        let shape = WeightShape::GateUp { inner: inner.len(), k };
-        let gate_up = self.map(&format!("{} and up", self.name(gate, &rows)), shape, &[gate, up], &rows)?;
-        Ok(Mlp { gate_up, down: self.window(down, &Window::columns(inner))? })
+        self.mlp_with(layer, share, map, |[gate, up], rows, [inner, k]| {
+            let shape = WeightShape::GateUp { inner, k };
+            self.map(&format!("{} and up", self.name(gate, rows)), shape, &[gate, up], rows)
+        })
     }
 
     /// The same of an MLP whose activation is an operation of its own: gate rows over up rows, one matrix.
@@ -62,15 +58,26 @@ impl<B: Backend> Loader<'_, B> {
         share: Share,
         map: impl Fn(Map) -> LayerPart,
     ) -> Result<Mlp, ModelError> {
-        let (gate, up, down) =
-            (map(Map::GateProj).of(layer), map(Map::UpProj).of(layer), map(Map::DownProj).of(layer));
+        self.mlp_with(layer, share, map, |[gate, up], rows, [inner, k]| {
+            let shape = WeightShape::Matrix { n: 2 * inner, k };
+            self.held(&format!("{} over up", self.name(gate, rows)), shape, || {
+                self.joined([(gate, rows.clone()), (up, rows.clone())], vec![2 * inner, k])
+            })
+        })
+    }
+
+    /// The share of an MLP; `join` makes one weight of these rows of the gate and up maps, each `[inner, k]`.
+    fn mlp_with(
+        &self,
+        layer: Layer,
+        share: Share,
+        map: impl Fn(Map) -> LayerPart,
+        join: impl FnOnce([Part; 2], &Window, [usize; 2]) -> Result<Weight, ModelError>,
+    ) -> Result<Mlp, ModelError> {
+        let [gate, up, down] = [Map::GateProj, Map::UpProj, Map::DownProj].map(|of| map(of).of(layer));
         let (inner, k) = self.matrix(gate);
         let inner = share.of(inner);
-        let rows = Window::rows(inner.clone());
-        let shape = WeightShape::Matrix { n: 2 * inner.len(), k };
-        let gate_up = self.held(&format!("{} over up", self.name(gate, &rows)), shape, || {
-            self.joined([(gate, rows.clone()), (up, rows.clone())], vec![2 * inner.len(), k])
-        })?;
+        let gate_up = join([gate, up], &Window::rows(inner.clone()), [inner.len(), k])?;
         Ok(Mlp { gate_up, down: self.window(down, &Window::columns(inner))? })
     }
 
