@@ -14,6 +14,17 @@ impl QuantError {
     }
 }
 
+/// Why the header of a file could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum HeaderError {
+    /// The file gave no bytes.
+    #[error(transparent)]
+    Reading(std::io::Error),
+    /// What it says is refused.
+    #[error(transparent)]
+    Refused(#[from] QuantError),
+}
+
 /// A name from a file, of bearable length.
 pub(crate) fn shown(name: &str) -> String {
     shortened(name, 200).into()

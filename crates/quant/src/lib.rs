@@ -25,6 +25,6 @@ pub use coding::{Blocks, CodedTensor, Coding, Element, Hints, Order};
 pub use config::{Activations, Method, QuantConfig};
 pub use decode::Value;
 pub use encode::{CodingError, Encoded, Target};
-pub use error::QuantError;
+pub use error::{HeaderError, QuantError};
 pub use ggml::GgmlType;
 pub use stored::{Rows, StoredTensor, StoredTensors, StoredType};

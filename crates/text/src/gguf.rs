@@ -7,8 +7,6 @@ use epsmoe_quant::QuantError;
 use epsmoe_quant::gguf::{Gguf, TokenKind, Tokenizer};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// What the header of a file says about text.
@@ -17,18 +15,6 @@ pub(crate) struct GgufText {
     pub(crate) tokenizer: Option<Vec<u8>>,
     /// The keys of a tokenizer_config.json.
     pub(crate) config: Map<String, Value>,
-}
-
-/// What reading a header ends in where it fails.
-enum Failed {
-    Reading(io::Error),
-    Refused(QuantError),
-}
-
-impl From<QuantError> for Failed {
-    fn from(error: QuantError) -> Self {
-        Failed::Refused(error)
-    }
 }
 
 impl GgufText {
@@ -40,11 +26,7 @@ impl GgufText {
     /// The header of the file at a path.
     pub(crate) fn header(path: &Path) -> Result<Gguf, TextError> {
         let (file, length) = open_plain(path).map_err(|error| TextError::file(path, error.to_string()))?;
-        let read = |into: &mut [u8], at| file.read_exact_at(into, at).map_err(Failed::Reading);
-        Gguf::read(length, read).map_err(|error| match error {
-            Failed::Reading(error) => TextError::file(path, error.to_string()),
-            Failed::Refused(error) => TextError::file(path, error.to_string()),
-        })
+        Gguf::of_file(&file, length).map_err(|error| TextError::file(path, error.to_string()))
     }
 
     pub(crate) fn open(path: &Path) -> Result<GgufText, TextError> {

@@ -3,12 +3,10 @@
 use super::folder::{files_with_ending, numbered};
 use super::{damaged, open, shown};
 use crate::ModelError;
-use epsmoe_quant::QuantError;
+use epsmoe_quant::HeaderError;
 use epsmoe_quant::gguf::Gguf;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const ENDING: &str = ".gguf";
@@ -20,18 +18,6 @@ pub(crate) struct GgufFiles {
     pub(crate) header: Gguf,
     /// Which file each tensor is in.
     pub(super) file_of: HashMap<String, usize>,
-}
-
-/// What reading a header ends in where it fails.
-enum Failed {
-    Reading(io::Error),
-    Refused(QuantError),
-}
-
-impl From<QuantError> for Failed {
-    fn from(error: QuantError) -> Self {
-        Failed::Refused(error)
-    }
 }
 
 impl GgufFiles {
@@ -81,11 +67,10 @@ impl GgufFiles {
 
 fn read(path: &Path) -> Result<(File, Gguf), ModelError> {
     let (file, length) = open(path)?;
-    let header = Gguf::read(length, |into, at| file.read_exact_at(into, at).map_err(Failed::Reading));
-    match header {
+    match Gguf::of_file(&file, length) {
         Ok(header) => Ok((file, header)),
-        Err(Failed::Reading(source)) => Err(ModelError::Read { file: path.into(), source }),
-        Err(Failed::Refused(error)) => Err(damaged(path, &error.to_string())),
+        Err(HeaderError::Reading(source)) => Err(ModelError::Read { file: path.into(), source }),
+        Err(HeaderError::Refused(error)) => Err(damaged(path, &error.to_string())),
     }
 }
 

@@ -13,10 +13,12 @@ pub use metadata::{List, Metadata, Value};
 pub use tensors::GgufTensor;
 pub use tokenizer::{TokenKind, Tokenizer};
 
-use crate::QuantError;
 use crate::error::DAMAGED;
+use crate::{HeaderError, QuantError};
 use cursor::Cursor;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 /// Tensors begin at multiples of so many bytes unless the file says otherwise.
 const ALIGNMENT: u64 = 32;
@@ -33,6 +35,11 @@ pub struct Gguf {
 impl Gguf {
     /// The first bytes of every such file.
     pub const MAGIC: [u8; 4] = *b"GGUF";
+
+    /// Reads the header of an open file of `length` bytes.
+    pub fn of_file(file: &File, length: u64) -> Result<Gguf, HeaderError> {
+        Gguf::read(length, |into, at| file.read_exact_at(into, at).map_err(HeaderError::Reading))
+    }
 
     /// Reads the header of a file of `length` bytes. `read` fills its argument with the file's bytes from a position
     /// on.
