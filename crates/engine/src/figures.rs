@@ -5,7 +5,7 @@
 //! for the experts, which would disturb the times.
 
 use crate::StepReport;
-use epsmoe_base::{Layer, Rank};
+use epsmoe_base::{Layer, Phase, Rank};
 use epsmoe_plan::{ScheduleReport, Span, StageTable, TimeBreakdown, Timeline};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -20,6 +20,8 @@ pub struct LayerFigures {
     pub watched: u64,
     /// By layer; none in a model without experts.
     pub layers: Vec<MoeLayerFigures>,
+    /// The spans of the last layer in which experts computed, of the step whose times were watched last.
+    pub last_layer: Vec<Span>,
     /// How the layers were planned so far, and what was predicted of those that were compared with the clock; nothing
     /// if the schedule is not auto.
     pub schedule: Option<ScheduleReport>,
@@ -94,6 +96,7 @@ impl Watch {
             Next::Nothing => return false,
             Next::Times => {
                 self.figures.take_times(report);
+                self.figures.last_layer = last_layer(&report.timeline);
                 self.next = Next::Experts;
                 return false;
             }
@@ -163,10 +166,20 @@ fn layer_times(timeline: &Timeline) -> BTreeMap<(Layer, Rank), LayerTimes> {
     times.collect()
 }
 
+/// The spans of the last layer in which experts computed.
+fn last_layer(timeline: &Timeline) -> Vec<Span> {
+    let of_experts = timeline.spans.iter().filter(|span| span.phase == Phase::GateUp);
+    let Some(last) = of_experts.filter_map(|span| span.layer).max_by_key(|layer| layer.0) else {
+        return Vec::new();
+    };
+    let in_layer = |span: &&Span| span.layer == Some(last) && span.phase.is_of_experts();
+    timeline.spans.iter().filter(in_layer).cloned().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_base::{Lane, Phase};
+    use epsmoe_base::Lane;
     use epsmoe_model::{ExpertTokens, StepOutput};
 
     fn span(layer: usize, rank: usize, lane: Lane, phase: Phase, times: std::ops::Range<u64>) -> Span {
@@ -230,5 +243,11 @@ mod tests {
         assert_eq!(first.ranks[1], LayerTimes { wall_ns: 20, exposed_transfer_ns: 0, idle_ns: 0 });
         assert_eq!(first.expert_tokens, [6, 4, 10]);
         assert_eq!(third.ranks[0].wall_ns, 10);
+        let phases: Vec<Phase> = watch.figures.last_layer.iter().map(|span| span.phase).collect();
+        assert_eq!(
+            phases,
+            [Phase::Route, Phase::Dispatch, Phase::GateUp, Phase::Route],
+            "all ranks' of the last layer with experts"
+        );
     }
 }

@@ -8,7 +8,7 @@ use epsmoe_base::{Fault, FaultKind, Place, Rank, panic_text};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -89,7 +89,6 @@ impl EngineService {
             engine,
             shared: Arc::clone(&shared),
             sinks: HashMap::new(),
-            askers: Vec::new(),
             watch: Watch::default(),
             closing: None,
         };
@@ -141,8 +140,6 @@ enum Command {
         sink: Sink,
     },
     Abort(RequestId),
-    /// The next step is to be described.
-    Report(SyncSender<StepReport>),
     /// Requests that are open at that time are aborted, and the thread ends.
     Close(Instant),
 }
@@ -192,13 +189,6 @@ impl EngineHandle {
         lock(&self.shared.figures).clone()
     }
 
-    /// Describes the next step: what every rank's layers did, and when. Nothing if there is none within `patience`.
-    pub fn step_report(&self, patience: Duration) -> Option<StepReport> {
-        let (answer, inbox) = sync_channel(1);
-        self.commands.send(Command::Report(answer)).ok()?;
-        inbox.recv_timeout(patience).ok()
-    }
-
     /// Why the ranks have stopped, if they have.
     pub fn fault(&self) -> Option<Fault> {
         match &*self.shared.door.read().unwrap_or_else(PoisonError::into_inner) {
@@ -235,8 +225,6 @@ struct Service {
     engine: Engine,
     shared: Arc<Shared>,
     sinks: HashMap<RequestId, Sink>,
-    /// Those who want to see the next step.
-    askers: Vec<SyncSender<StepReport>>,
     watch: Watch,
     /// When requests that are still open are aborted.
     closing: Option<Instant>,
@@ -274,8 +262,7 @@ impl Service {
             if self.shared.figures_wanted.swap(false, Ordering::Relaxed) {
                 self.watch.want();
             }
-            let times = self.watch.times() || !self.askers.is_empty();
-            self.engine.watch(times, self.watch.experts());
+            self.engine.watch(self.watch.times(), self.watch.experts());
             let step = self.guarded(Engine::launch).and_then(|()| {
                 self.tell();
                 self.guarded(Engine::finish)
@@ -287,12 +274,8 @@ impl Service {
         }
     }
 
-    /// Shows a step to those who want to see it.
+    /// Takes in a step for those who want to see what layers do.
     fn show(&mut self, report: &StepReport) {
-        for asker in self.askers.drain(..) {
-            // Whoever asked may have gone.
-            let _ = asker.try_send(report.clone());
-        }
         if self.watch.take_in(report, || self.engine.schedule()) {
             *lock(&self.shared.figures) = Some(Arc::new(self.watch.figures.clone()));
         }
@@ -305,7 +288,6 @@ impl Service {
                 self.engine.enqueue(id, *request, submitted);
             }
             Command::Abort(id) => self.engine.abort(id),
-            Command::Report(asker) => self.askers.push(asker),
             Command::Close(at) => self.closing = Some(self.closing.map_or(at, |earlier| earlier.min(at))),
         }
     }

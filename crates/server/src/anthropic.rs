@@ -42,8 +42,8 @@ struct MessagesFields {
     #[schema(exclusive_minimum = 0, maximum = 1)]
     #[allow(dead_code, reason = "read with the sampling fields, and described here")]
     top_p: Option<f64>,
-    /// Draw from this many of the most likely tokens.
-    #[schema(minimum = 0)]
+    /// Draw from this many of the most likely tokens; 0 and -1 are all.
+    #[schema(minimum = -1)]
     #[allow(dead_code, reason = "read with the sampling fields, and described here")]
     top_k: Option<i64>,
     /// Functions that the model may call.

@@ -4,10 +4,9 @@ use crate::guide::GuideFactory;
 use crate::metrics::Metrics;
 use crate::openai::{ApiError, now};
 use crate::options::{ServedModel, ServerOptions};
-use crate::routes::page::LastLayer;
 use epsmoe_text::Tokenizer;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 /// The server's one state, shared by all requests.
 pub(crate) struct App {
@@ -16,8 +15,6 @@ pub(crate) struct App {
     pub(crate) metrics: Metrics,
     /// When the server started, in seconds since 1970.
     pub(crate) started: u64,
-    /// What the page was last shown of a layer.
-    pub(crate) last_layer: Mutex<LastLayer>,
     guides: OnceLock<Result<GuideFactory, String>>,
     draining: AtomicBool,
 }
@@ -29,7 +26,7 @@ impl App {
     pub(crate) fn new(model: ServedModel, options: ServerOptions) -> Self {
         let metrics = Metrics::new(&model.engine, options.metric_names, &options.served_names[0]);
         let (guides, draining) = (OnceLock::new(), AtomicBool::new(false));
-        App { model, options, metrics, started: now(), last_layer: Mutex::default(), guides, draining }
+        App { model, options, metrics, started: now(), guides, draining }
     }
 
     /// The name that the answer repeats; 404 for a model that is not here.

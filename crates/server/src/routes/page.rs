@@ -8,11 +8,9 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY};
 use axum::response::{Html, IntoResponse};
-use epsmoe_base::{Lane, Layer, Phase};
-use epsmoe_engine::{EngineStats, LayerFigures, LayerTimes, MoeLayerFigures, StepReport};
-use epsmoe_plan::Span;
+use epsmoe_base::{Lane, Layer};
+use epsmoe_engine::{EngineStats, LayerFigures, LayerTimes, MoeLayerFigures};
 use serde::{Deserialize, Serialize};
-use std::time::{Duration, Instant};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -23,12 +21,6 @@ const PAGE: &str = include_str!("../page/index.html");
 /// What the page may do: run its own script, and ask where it came from.
 const POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; base-uri 'none'; form-action 'none'";
-
-/// Describing a step costs it some time: nobody gets the engine to do it more often.
-const BETWEEN_LAYERS: Duration = Duration::from_secs(2);
-
-/// How long a step is waited for.
-const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Most spans of a layer that are told.
 const MOST_SPANS: usize = 4096;
@@ -116,10 +108,6 @@ struct SpanStatus {
     end: f64,
 }
 
-/// The last layer that was described, and when.
-#[derive(Debug, Default)]
-pub(crate) struct LastLayer(Option<(Instant, Option<LayerStatus>)>);
-
 pub(crate) fn router() -> OpenApiRouter<Shared> {
     OpenApiRouter::new().route("/", axum::routing::get(page)).routes(routes!(status))
 }
@@ -153,8 +141,7 @@ async fn status(
         prompt_tokens,
         generation_tokens,
     } = app.model.engine.stats();
-    let layer = if query.layer { layer(app.clone()).await } else { None };
-    let figures = if query.experts { app.model.engine.layer_figures() } else { None };
+    let figures = if query.layer || query.experts { app.model.engine.layer_figures() } else { None };
     let schedule = figures.as_ref().and_then(|figures| figures.schedule.as_ref());
     Ok(Json(Status {
         model: app.options.served_names[0].clone(),
@@ -175,8 +162,8 @@ async fn status(
         generation_tokens,
         ranks: ranks(&app, figures.as_deref()),
         predicted_over_measured: schedule.and_then(predicted_over_measured),
-        layer,
-        experts: figures.as_deref().map(experts),
+        layer: figures.as_deref().filter(|_| query.layer).and_then(last_layer),
+        experts: figures.as_deref().filter(|_| query.experts).map(experts),
     }))
 }
 
@@ -209,30 +196,12 @@ fn experts(figures: &LayerFigures) -> Vec<ExpertsStatus> {
     figures.layers.iter().map(of_layer).collect()
 }
 
-/// The layer of a step that is under way, or the one that was described last.
-async fn layer(app: Shared) -> Option<LayerStatus> {
-    let described = tokio::task::spawn_blocking(move || {
-        let mut last = app.last_layer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let due = last.0.as_ref().is_none_or(|(at, _)| at.elapsed() >= BETWEEN_LAYERS);
-        if due && app.model.engine.stats().running > 0 {
-            let before = last.0.take().and_then(|(_, layer)| layer);
-            let now = app.model.engine.step_report(PATIENCE).and_then(|report| last_moe_layer(&report));
-            last.0 = Some((Instant::now(), now.or(before)));
-        }
-        last.0.as_ref().and_then(|(_, layer)| layer.clone())
-    });
-    described.await.ok().flatten()
-}
-
-/// The spans of the last layer in which experts computed.
-fn last_moe_layer(report: &StepReport) -> Option<LayerStatus> {
-    let spans = &report.timeline.spans;
-    let of_experts = spans.iter().filter(|span| span.phase == Phase::GateUp);
-    let layer = of_experts.filter_map(|span| span.layer).max_by_key(|layer| layer.0)?;
-    let in_layer = |span: &&Span| span.layer == Some(layer) && span.phase.is_of_experts();
-    let first = spans.iter().filter(in_layer).map(|span| span.start_ns).min()?;
+/// What the last MoE layer of the step did that was watched last.
+fn last_layer(figures: &LayerFigures) -> Option<LayerStatus> {
+    let first = figures.last_layer.iter().map(|span| span.start_ns).min()?;
+    let Layer(layer) = figures.last_layer.first()?.layer?;
     let micros = |at: u64| at.saturating_sub(first) as f64 / 1e3;
-    let spans = spans.iter().filter(in_layer).take(MOST_SPANS).map(|span| SpanStatus {
+    let spans = figures.last_layer.iter().take(MOST_SPANS).map(|span| SpanStatus {
         rank: span.rank.0,
         lane: lane(span.lane).to_owned(),
         stage: span.stage.map(|stage| stage.0),
@@ -240,7 +209,6 @@ fn last_moe_layer(report: &StepReport) -> Option<LayerStatus> {
         start: micros(span.start_ns),
         end: micros(span.end_ns),
     });
-    let Layer(layer) = layer;
     Some(LayerStatus { layer, spans: spans.collect() })
 }
 
