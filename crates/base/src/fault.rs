@@ -1,13 +1,14 @@
 //! How a world of ranks fails: the first cause wins, everyone stops, and every wait ends.
 
 use crate::{Layer, Phase, Rank, Stage};
+use serde::{Deserialize, Serialize};
 use std::any::Any;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Where in a model a piece of work belongs; unset parts are not about one layer or stage, or not said.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Place {
     /// The transformer layer.
     pub layer: Option<Layer>,
@@ -51,12 +52,14 @@ impl fmt::Display for Place {
 }
 
 /// What kind of thing went wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FaultKind {
     /// A wait passed its deadline.
     Deadline,
     /// A rank or one of its lanes panicked.
     Panic,
+    /// A rank's process has ended, or nothing is heard of it any more.
+    Lost,
     /// Two ranks disagree about what they exchange.
     Mismatch,
     /// Two pieces of work touch the same memory and no event orders them.
@@ -66,7 +69,7 @@ pub enum FaultKind {
 }
 
 /// Why a world stopped: which rank saw it, where, and what happened.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{rank}, {place}: {message}")]
 pub struct Fault {
     /// The kind, for programs.
@@ -82,7 +85,25 @@ pub struct Fault {
 /// The one place where the ranks of a world learn that one of them failed. Set once: the first cause wins,
 /// and is what the user sees; later ones are consequences.
 #[derive(Clone, Debug, Default)]
-pub struct FaultCell(Arc<OnceLock<Fault>>);
+pub struct FaultCell(Arc<Cell>);
+
+#[derive(Default)]
+struct Cell {
+    first: OnceLock<Fault>,
+    jury: OnceLock<Arc<dyn Jury>>,
+}
+
+impl fmt::Debug for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.first.fmt(f)
+    }
+}
+
+/// Decides which fault was the first, where the ranks of a world are in several processes, each with a cell.
+pub trait Jury: Send + Sync {
+    /// The world's first fault, given what was seen here. Takes a bounded time, and tells the other processes.
+    fn first(&self, seen: Fault) -> Fault;
+}
 
 impl FaultCell {
     /// How long a wait may sleep before it looks at the cell again.
@@ -90,12 +111,19 @@ impl FaultCell {
 
     /// Reports a fault and returns the world's first one, which may be another.
     pub fn raise(&self, fault: Fault) -> Fault {
-        self.0.get_or_init(|| fault).clone()
+        let first = || self.0.jury.get().map_or_else(|| fault.clone(), |jury| jury.first(fault.clone()));
+        self.0.first.get_or_init(first).clone()
+    }
+
+    /// From now on `jury` decides which fault is the first. A cell has one at most.
+    pub fn asks(&self, jury: Arc<dyn Jury>) {
+        let set = self.0.jury.set(jury);
+        debug_assert!(set.is_ok(), "a second jury. This is a bug.");
     }
 
     /// The fault that stopped the world, if any.
     pub fn get(&self) -> Option<&Fault> {
-        self.0.get()
+        self.0.first.get()
     }
 
     /// `Err` with the first fault once the world has stopped.
@@ -182,6 +210,24 @@ mod tests {
             cell.check().unwrap_err().to_string(),
             "rank 1, layer 3, stage 1: the compute lane panicked"
         );
+    }
+
+    /// Says that another fault came before all that it hears of.
+    struct Elsewhere;
+
+    impl Jury for Elsewhere {
+        fn first(&self, seen: Fault) -> Fault {
+            Fault { rank: Rank(seen.rank.0 + 10), ..seen }
+        }
+    }
+
+    #[test]
+    fn a_jury_knows_of_earlier_faults() {
+        let cell = FaultCell::default();
+        cell.clone().asks(Arc::new(Elsewhere));
+        assert_eq!(cell.raise(fault(1)).rank, Rank(11));
+        assert_eq!(cell.raise(fault(2)).rank, Rank(11));
+        assert_eq!(cell.get().map(|fault| fault.rank), Some(Rank(11)));
     }
 
     #[test]

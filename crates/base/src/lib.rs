@@ -33,7 +33,7 @@ mod units;
 mod wire;
 
 pub use dtype::{DType, Tolerance};
-pub use fault::{Deadline, Fault, FaultCell, FaultKind, Place, panic_text};
+pub use fault::{Deadline, Fault, FaultCell, FaultKind, Jury, Place, panic_text};
 pub use ids::{Expert, Lane, Layer, Rank, Stage};
 pub use phase::Phase;
 pub use random::{Mix, hash_bytes};

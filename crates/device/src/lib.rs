@@ -22,5 +22,5 @@ mod weight;
 pub use backend::{Backend, Record};
 pub use buffer::{AllocationId, Buffer};
 pub use error::DeviceError;
-pub use queue::{Holds, Pace, PeerQueue};
+pub use queue::{Holds, HostQueue, Pace, PeerQueue};
 pub use weight::{TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};

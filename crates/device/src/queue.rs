@@ -1,6 +1,7 @@
 //! A lane as a transport between ranks of one process sees it.
 
 use crate::{Buffer, DeviceError};
+use std::borrow::Cow;
 use std::time::Instant;
 
 /// A queue of a lane that can copy rows out of another rank's memory in the same process.
@@ -33,6 +34,22 @@ pub trait PeerQueue: Send + Sync + 'static {
 
     /// How the queue is held up at set times; nothing if the caller runs on the lane itself, and can sleep there.
     fn holds(&self) -> Option<&dyn Holds>;
+}
+
+/// A queue whose caller runs on the lane, and sees the rank's memory as bytes: what a transport between processes needs.
+pub trait HostQueue: PeerQueue {
+    /// The bytes of rows, one after the other.
+    ///
+    /// # Safety
+    /// The rows are a declared read of the work that this queue was given to, which has passed the hazard check and ends
+    /// after the bytes are dropped.
+    unsafe fn bytes(&self, rows: &Buffer) -> Cow<'_, [u8]>;
+
+    /// Puts bytes into rows that have as many.
+    ///
+    /// # Safety
+    /// The rows are a declared write of that work.
+    unsafe fn fill(&self, rows: &Buffer, bytes: &[u8]);
 }
 
 /// A queue that the caller fills ahead of time, and that can stand still in between.

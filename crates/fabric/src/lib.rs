@@ -1,10 +1,11 @@
 //! Ranks talking to each other, in two ways that a [`Fabric`] bundles:
 //!
-//! * [`Control`]: small messages between hosts. Threads of one process today.
-//! * [`Transport`]: rows between the memories of devices, on a lane, with sub-groups. Copies inside one process today.
+//! * [`Control`]: small messages between hosts: between threads of one process, or over TCP.
+//! * [`Transport`]: rows between the memories of devices, on a lane, with sub-groups: copies inside one process, or parcels
+//!   between processes.
 //!
 //! Both move bytes and never compute. Sums over ranks are an exchange plus a fixed-order sum on the device, so that no
-//! bit depends on the fabric. A rank whose others are not there has both [emulated](Fabric::emulated). Neither knows experts or layers: a [`Place`](epsmoe_base::Place) is only a label for
+//! bit depends on the fabric. Ranks that are processes find each other in [`process`]; a rank whose others are not there has both [emulated](Fabric::emulated). Neither knows experts or layers: a [`Place`](epsmoe_base::Place) is only a label for
 //! messages.
 
 #[cfg(feature = "contract")]
@@ -12,6 +13,7 @@ pub mod contract;
 mod control;
 mod emulated;
 mod link;
+pub mod process;
 mod signal;
 mod single_rank;
 mod transport;

@@ -11,6 +11,7 @@ use epsmoe_device::reference::{self, PlainKernels, Reference};
 use epsmoe_device::threaded::{Fill, Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_fabric::contract::{self, Lanes, PATIENT, SHORT, SLACK, Start, World, on_all_ranks};
+use epsmoe_fabric::process::{Lobby, Processes, Secret, WorldOptions, join};
 use epsmoe_fabric::{Exchange, Fabric, FaultInjection, InjectedFault, ThreadsOptions};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -128,6 +129,8 @@ contract!(single_rank, 1, |start: Start| {
     vec![contract::Node { device, fabric: Fabric::single_rank() }]
 });
 
+contract!(processes_over_tcp, 5, over_tcp);
+
 contract!(ranks_that_share_a_gpu, gpus().len().min(1) * 5, |start: Start| {
     let delay = Some(start.seed).filter(|seed| seed % 3 > 0);
     world_on(&gpus()[..1], start.size, ThreadsOptions { delay, ..options(start.timeout) })
@@ -136,6 +139,37 @@ contract!(ranks_that_share_a_gpu, gpus().len().min(1) * 5, |start: Start| {
 contract!(ranks_on_gpus_of_their_own, if gpus().len() > 1 { 6 } else { 0 }, |start: Start| {
     world_on(gpus(), start.size, options(start.timeout))
 });
+
+/// A world of ranks that talk over TCP as processes do, each with a fault cell of its own.
+fn over_tcp(start: Start) -> Vec<Node> {
+    let secret = Secret::random().expect("random bytes");
+    let options = move || WorldOptions {
+        patience: PATIENT,
+        timeout: start.timeout,
+        faults: FaultCell::default(),
+        secret: secret.clone(),
+        version: "1".into(),
+        flags: None,
+    };
+    let node = move |processes: Processes| {
+        let faults = processes.faults().clone();
+        let host = ThreadedOptions { faults, ..reference::options(DType::BF16, start.seed) };
+        let device = Reference::new(processes.rank(), PlainKernels, Arc::default(), host);
+        let fabric = processes.tcp_fabric(None).expect("all are there");
+        contract::Node { device: device.expect("lane threads"), fabric }
+    };
+    let lobby = Lobby::open(("127.0.0.1", 0), start.size, options()).expect("a free port");
+    let port = lobby.address().port();
+    let guest = |rank| {
+        let options = options();
+        std::thread::spawn(move || {
+            node(join(("127.0.0.1", port), Rank(rank), Some(start.size), &options).expect("all come").0)
+        })
+    };
+    let guests: Vec<_> = (1..start.size).map(guest).collect();
+    let host = node(lobby.wait("", || Ok(())).expect("all come"));
+    std::iter::once(host).chain(guests.into_iter().map(|guest| guest.join().expect("a node"))).collect()
+}
 
 /// What a rank does in a world where something goes wrong.
 type Script<B> = fn(&contract::Node<B>) -> Result<(), Fault>;

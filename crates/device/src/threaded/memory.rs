@@ -2,9 +2,10 @@
 
 use super::element::Plain;
 use super::pages::{Piece, Slabs};
-use crate::{AllocationId, Buffer, DeviceError, Holds, PeerQueue};
+use crate::{AllocationId, Buffer, DeviceError, Holds, HostQueue, PeerQueue};
 use epsmoe_base::{Bytes, DType};
 use half::bf16;
+use std::borrow::Cow;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -148,6 +149,52 @@ impl PeerQueue for Memory {
 
     fn holds(&self) -> Option<&dyn Holds> {
         None
+    }
+}
+
+impl HostQueue for Memory {
+    unsafe fn bytes(&self, rows: &Buffer) -> Cow<'_, [u8]> {
+        match rows.dtype.bytes() {
+            // SAFETY: the caller's promise.
+            2 => unsafe { bytes::<bf16>(self, rows) },
+            // SAFETY: the caller's promise.
+            _ if rows.dtype == DType::U32 => unsafe { bytes::<u32>(self, rows) },
+            // SAFETY: the caller's promise.
+            _ => unsafe { bytes::<f32>(self, rows) },
+        }
+    }
+
+    unsafe fn fill(&self, rows: &Buffer, from: &[u8]) {
+        match rows.dtype.bytes() {
+            // SAFETY: the caller's promise.
+            2 => unsafe { fill::<bf16>(self, rows, from) },
+            // SAFETY: the caller's promise.
+            _ if rows.dtype == DType::U32 => unsafe { fill::<u32>(self, rows, from) },
+            // SAFETY: the caller's promise.
+            _ => unsafe { fill::<f32>(self, rows, from) },
+        }
+    }
+}
+
+/// See [`HostQueue::bytes`], whose promises are handed on.
+unsafe fn bytes<'a, T: Plain>(memory: &'a Memory, rows: &Buffer) -> Cow<'a, [u8]> {
+    // Rows without gaps are one.
+    let whole = rows.reshape((rows.rows * rows.width).max(1));
+    // SAFETY: the caller's promise, of the same elements.
+    let view = unsafe { memory.view::<T>(whole.as_ref().unwrap_or(rows)) };
+    match view.rows {
+        1 => Cow::Borrowed(bytemuck::cast_slice(view.row(0))),
+        _ => Cow::Owned(view.iter().flat_map(bytemuck::cast_slice::<T, u8>).copied().collect()),
+    }
+}
+
+/// See [`HostQueue::fill`], whose promises are handed on.
+unsafe fn fill<T: Plain>(memory: &Memory, rows: &Buffer, from: &[u8]) {
+    assert_eq!(from.len(), rows.rows * rows.width * size_of::<T>(), "bytes for {rows:?}. This is a bug.");
+    // SAFETY: the caller's promise.
+    let mut view = unsafe { memory.view_mut::<T>(rows) };
+    for (row, from) in from.chunks_exact((rows.width * size_of::<T>()).max(1)).enumerate() {
+        bytemuck::cast_slice_mut(view.row(row)).copy_from_slice(from);
     }
 }
 

@@ -1,10 +1,13 @@
 //! Messages between the hosts of ranks.
 
+mod tcp;
 mod threads;
 
+pub(crate) use tcp::TcpControl;
 pub(crate) use threads::ThreadControl;
 
 use epsmoe_base::{Fault, FaultCell, Place, Rank};
+use std::borrow::Cow;
 
 /// One rank's end of the messages between hosts.
 ///
@@ -32,5 +35,29 @@ pub trait Control: Send + Sync + 'static {
     /// Stops the world and returns its first fault, which may be another.
     fn raise(&self, fault: Fault) -> Fault {
         self.faults().raise(fault)
+    }
+
+    /// What people call a rank: where it is, if that can be somewhere else.
+    fn name(&self, rank: Rank) -> String {
+        rank.to_string()
+    }
+}
+
+/// What a rank said in an exchange.
+#[derive(Clone)]
+struct Message {
+    what: Cow<'static, str>,
+    place: Place,
+    bytes: Vec<u8>,
+}
+
+/// Finds the first rank whose message, of those of all ranks, is not for this exchange.
+fn agreed(all: &[Message], what: &str, place: Place) -> Result<(), String> {
+    match all.iter().position(|message| (&*message.what, message.place) != (what, place)) {
+        None => Ok(()),
+        Some(rank) => {
+            let Message { what: other, place: there, .. } = &all[rank];
+            Err(format!("{} came to {other} ({there}) where {what} was due", Rank(rank)))
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Messages between threads of one process.
 
-use super::Control;
+use super::{Control, Message, agreed};
 use crate::ThreadsOptions;
 use crate::signal::{Signal, lock};
 use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Place, Rank};
@@ -8,13 +8,6 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-
-#[derive(Clone)]
-struct Message {
-    what: &'static str,
-    place: Place,
-    bytes: Vec<u8>,
-}
 
 /// One exchange while it is under way.
 struct Round {
@@ -76,7 +69,7 @@ impl Control for ThreadControl {
         let mut rounds = lock(&shared.rounds);
         let round = || Round { messages: vec![None; shared.size], all: None, readers: 0 };
         let said = rounds.entry(number).or_insert_with(round);
-        said.messages[self.rank.0] = Some(Message { what, place, bytes: message });
+        said.messages[self.rank.0] = Some(Message { what: what.into(), place, bytes: message });
         if said.messages.iter().all(Option::is_some) {
             said.all = Some(said.messages.drain(..).flatten().collect());
             shared.complete.notify();
@@ -90,10 +83,7 @@ impl Control for ThreadControl {
                     rounds.remove(&number);
                 }
                 drop(rounds);
-                let due = |message: &Message| (message.what, message.place) == (what, place);
-                if let Some(rank) = all.iter().position(|message| !due(message)) {
-                    let Message { what: other, place: there, .. } = &all[rank];
-                    let message = format!("{} came to {other} ({there}) where {what} was due", Rank(rank));
+                if let Err(message) = agreed(&all, what, place) {
                     return raise(FaultKind::Mismatch, message);
                 }
                 return Ok(all.iter().map(|message| message.bytes.clone()).collect());

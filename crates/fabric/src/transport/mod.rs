@@ -1,11 +1,15 @@
 //! Rows between the memories of ranks.
 
+mod parcels;
+mod tcp;
 mod threads;
 
+pub(crate) use parcels::ParcelTransport;
+pub(crate) use tcp::TcpCarrier;
 pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
 pub(crate) use threads::{LinkPace, ThreadTransport};
 
-use epsmoe_base::{Lane, Place, Rank};
+use epsmoe_base::{DType, Lane, Place, Rank, count};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use std::sync::Arc;
 
@@ -77,8 +81,29 @@ pub(crate) fn check_parts(exchange: &Exchange, size: usize) -> Result<(), Device
         exchange.name,
         exchange.send.len(),
         exchange.receive.len(),
-        epsmoe_base::count(size, "rank")
+        count(size, "rank")
     )))
+}
+
+/// Refuses a part that came from `sender` and is not what is due: of another exchange, or of other rows `[N, width]`.
+pub(crate) fn check_part(
+    sender: Rank,
+    (name, place, room): (&str, Place, &Buffer),
+    (other, there, [rows, width], dtype): (&str, Place, [usize; 2], DType),
+) -> Result<(), String> {
+    if (other, there) != (name, place) {
+        return Err(format!("{sender} sent {other} ({there}) where {name} was due"));
+    }
+    if (rows, width, dtype) == (room.rows, room.width, room.dtype) {
+        return Ok(());
+    }
+    Err(format!(
+        "{sender} sent {} of {name} ({width} wide, {dtype}) where {} ({} wide, {}) were announced",
+        count(rows, "row"),
+        count(room.rows, "row"),
+        room.width,
+        room.dtype
+    ))
 }
 
 #[cfg(test)]

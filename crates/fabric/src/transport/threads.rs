@@ -9,10 +9,10 @@
 //! as soon as the others have filled theirs as far. The marks that travel with parts say from when on the queue may read
 //! them, and from when on they may be overwritten; and where the link is emulated, it is the queue that stands still.
 
-use super::{check_parts, check_subgroup};
+use super::{check_part, check_parts, check_subgroup};
 use crate::signal::{Signal, lock};
 use crate::{Exchange, Link, PacedLink, Transport};
-use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank, count};
+use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank};
 use epsmoe_device::op::Accesses;
 use epsmoe_device::{Backend, Buffer, DeviceError, Holds, Pace, PeerQueue};
 use std::collections::HashMap;
@@ -328,23 +328,9 @@ impl<Q: PeerQueue> RunningExchange<Q> {
         let route = Route { exchange: self.number, source, destination: self.me };
         let part =
             self.until(deadline, |posted| posted.remove(&route), || format!("{sender} did not send {name}"))?;
-        let room = &self.exchange.receive[source];
-        if (part.name, part.place) != (name, self.place) {
-            let PostedSend { name: other, place, .. } = part;
-            return Err(self.mismatch(format!("{sender} sent {other} ({place}) where {name} was due")));
-        }
-        let rows = &part.rows;
-        if (rows.rows, rows.width, rows.dtype) != (room.rows, room.width, room.dtype) {
-            return Err(self.mismatch(format!(
-                "{sender} sent {} of {name} ({} wide, {}) where {} ({} wide, {}) were announced",
-                count(rows.rows, "row"),
-                rows.width,
-                rows.dtype,
-                count(room.rows, "row"),
-                room.width,
-                room.dtype
-            )));
-        }
+        let (room, rows) = (&self.exchange.receive[source], &part.rows);
+        let found = (part.name, part.place, [rows.rows, rows.width], rows.dtype);
+        check_part(sender, (name, self.place, room), found).map_err(|problem| self.mismatch(problem))?;
         Ok(part)
     }
 
