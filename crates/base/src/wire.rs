@@ -1,5 +1,6 @@
 use crate::DType;
 use crate::float8::scaled_words;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// How the numbers of one row are stored while it travels: in the buffer where it waits, on the link, and where it
@@ -38,7 +39,7 @@ impl fmt::Display for RowFormat {
 }
 
 /// What somebody asks rows to travel in.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum WireDType {
     /// The format of activations.
     #[default]

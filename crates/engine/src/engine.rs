@@ -5,7 +5,7 @@ use crate::sampler::{Sampler, Workspace, logprobs};
 use crate::scheduler::{Job, ScheduledChunk, Scheduler, SchedulerLimits, Sequence};
 use crate::{
     Completion, EngineError, EngineStats, Event, Executor, Failure, Finish, Request, RequestId, StepReport,
-    ThreadExecutor, TokenLogprobs,
+    ThreadExecutor, TokenLogprobs, Workers,
 };
 use epsmoe_base::{Fault, FaultCell, Rank, WireDType};
 use epsmoe_device::Backend;
@@ -142,6 +142,25 @@ impl Engine {
         }
         let executor = ThreadExecutor::start(models, faults)?;
         Engine::over(spec, Box::new(executor), options)
+    }
+
+    /// The same where this process has rank 0 alone, and the others are workers that load it beside.
+    pub fn start_with_workers<B: Backend>(
+        spec: Arc<ModelSpec>,
+        source: &dyn WeightSource,
+        (device, fabric): (Arc<B>, Fabric<B>),
+        workers: &Arc<Workers>,
+        options: EngineOptions,
+    ) -> Result<Self, EngineError> {
+        let model_options = options.model();
+        options.parallel.groups(fabric.size())?;
+        let faults = fabric.control.faults().clone();
+        let order = workers.load(&model_options)?;
+        let model = Model::load(Arc::clone(&spec), source, device, fabric, model_options);
+        // The others wait for this rank in vain.
+        let model = model.map_err(|error| workers.give_up(error))?;
+        let local = ThreadExecutor::start(vec![model], faults)?;
+        Engine::over(spec, Box::new(order.executor(local)?), options)
     }
 
     /// An engine over ranks that are running, with caches as large as the options say.
@@ -358,6 +377,11 @@ impl Engine {
     /// [`submit`](Engine::submit).
     pub fn routing(&self) -> &RoutingLog {
         &self.routing
+    }
+
+    /// Where it is seen that the ranks have stopped, also between steps.
+    pub(crate) fn faults(&self) -> FaultCell {
+        self.executor.faults()
     }
 
     /// How the auto schedule planned the MoE layers so far, as the first rank saw it.

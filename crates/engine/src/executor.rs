@@ -1,4 +1,5 @@
-//! What runs steps: the ranks of a world, all of which take every step together.
+//! What runs steps: the ranks of a world, all of which take every step together. Here they are threads; `workers` has
+//! those that are processes.
 
 use crate::EngineError;
 use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank, panic_text};
@@ -6,6 +7,7 @@ use epsmoe_device::{Backend, DeviceError};
 use epsmoe_model::{Batch, Model, ModelError, StepOutput};
 use epsmoe_pipeline::{PipelineError, take_spans};
 use epsmoe_plan::{ScheduleReport, Span, Timeline};
+use serde::{Deserialize, Serialize};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -33,6 +35,11 @@ pub trait Executor: Send {
 
     /// How the auto schedule planned the MoE layers so far, as the first rank sees it.
     fn schedule(&self) -> Option<ScheduleReport>;
+
+    /// Where it is seen that the ranks have stopped, also between steps; never, where nothing can stop them.
+    fn faults(&self) -> FaultCell {
+        FaultCell::default()
+    }
 }
 
 /// Ranks that are threads of this process, all of a world or some; dropping it lets them finish and joins them.
@@ -55,9 +62,11 @@ enum Order {
 }
 
 /// What a rank says after a step.
-struct Answer {
-    output: StepOutput,
-    spans: Vec<Span>,
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Answer {
+    pub(crate) output: StepOutput,
+    /// What it did when, if that was to be recorded.
+    pub(crate) spans: Vec<Span>,
 }
 
 impl ThreadExecutor {
@@ -139,6 +148,10 @@ impl Executor for ThreadExecutor {
         self.workers.first()?.orders.send(Order::Schedule(answer)).ok()?;
         inbox.recv().ok()?
     }
+
+    fn faults(&self) -> FaultCell {
+        self.faults.clone()
+    }
 }
 
 impl Drop for ThreadExecutor {
@@ -151,7 +164,7 @@ impl Drop for ThreadExecutor {
     }
 }
 
-/// A rank's life: batches in, outputs out, until nobody sends any more. It learns from a step after it has answered.
+/// A rank's life: batches in, outputs out, until nobody sends any more.
 fn serve<B: Backend>(
     rank: Rank,
     model: &Model<B>,
@@ -160,28 +173,39 @@ fn serve<B: Backend>(
     outbox: &Sender<Result<Answer, Fault>>,
 ) {
     while let Ok(order) = inbox.recv() {
-        let (batch, recorded) = match order {
-            Order::Step { batch, recorded } => (batch, recorded),
+        match order {
+            Order::Step { batch, recorded } => {
+                // Whoever waits for the answer may have gone; the next order is missing then.
+                take_step(rank, model, faults, &batch, recorded, |answer| drop(outbox.send(answer)));
+            }
             Order::Schedule(asker) => {
                 // Whoever asked may have gone.
                 let _ = asker.send(model.schedule());
-                continue;
-            }
-        };
-        model.device().set_recording(recorded || model.wants_spans());
-        let answer = forward(rank, model, faults, &batch);
-        let spans = take_spans(model.device());
-        let told = if recorded { spans.clone() } else { Vec::new() };
-        let failed = answer.is_err();
-        if outbox.send(answer.map(|output| Answer { output, spans: told })).is_err() {
-            return;
-        }
-        if !failed {
-            let learned = catch_unwind(AssertUnwindSafe(|| model.observe(&spans)));
-            if let Err(panic) = learned {
-                raise(rank, faults, FaultKind::Panic, format!("panicked: {}", panic_text(panic.as_ref())));
             }
         }
+    }
+}
+
+/// One step of one rank, which learns from it after it has answered.
+pub(crate) fn take_step<B: Backend>(
+    rank: Rank,
+    model: &Model<B>,
+    faults: &FaultCell,
+    batch: &Batch,
+    recorded: bool,
+    answer: impl FnOnce(Result<Answer, Fault>),
+) {
+    model.device().set_recording(recorded || model.wants_spans());
+    let output = forward(rank, model, faults, batch);
+    let spans = take_spans(model.device());
+    let (failed, told) = (output.is_err(), if recorded { spans.clone() } else { Vec::new() });
+    answer(output.map(|output| Answer { output, spans: told }));
+    if failed {
+        return;
+    }
+    let learned = catch_unwind(AssertUnwindSafe(|| model.observe(&spans)));
+    if let Err(panic) = learned {
+        raise(rank, faults, FaultKind::Panic, format!("panicked: {}", panic_text(panic.as_ref())));
     }
 }
 
@@ -204,6 +228,6 @@ fn forward<B: Backend>(
     }
 }
 
-fn raise(rank: Rank, faults: &FaultCell, kind: FaultKind, message: String) -> Fault {
+pub(crate) fn raise(rank: Rank, faults: &FaultCell, kind: FaultKind, message: String) -> Fault {
     faults.raise(Fault { kind, rank, place: Place::default(), message })
 }

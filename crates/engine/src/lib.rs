@@ -2,7 +2,7 @@
 //!
 //! Start at [`Engine::step`]: each step gives every rank a batch, runs them together, and turns what comes back into
 //! tokens. Around it: `request` (what is asked and answered), `scheduler` (what is computed next, and who gives way),
-//! `kv_blocks` (who owns which block of the cache, and what lies in it), `executor` (the ranks), `sampler` (a token from
+//! `kv_blocks` (who owns which block of the cache, and what lies in it), `executor` (the ranks, as threads) and `workers` (as processes), `sampler` (a token from
 //! logits), `figures` (what MoE layers did, for whoever wants to see). [`EngineService`] gives an engine a thread of its own, to which requests come at any time.
 //!
 //! This room knows no text, no wire format and no architecture.
@@ -17,6 +17,7 @@ mod scheduler;
 mod service;
 #[cfg(test)]
 mod tests;
+mod workers;
 
 pub use engine::{Engine, EngineOptions};
 pub use executor::{Executor, StepReport, ThreadExecutor};
@@ -26,6 +27,7 @@ pub use request::{
 };
 pub use sampler::Sampling;
 pub use service::{EngineHandle, EngineService, EngineStats, Rejected, ServiceOptions};
+pub use workers::{Workers, work};
 
 use epsmoe_base::Fault;
 pub use epsmoe_model::{Experts, Parallel, RoutingMode};

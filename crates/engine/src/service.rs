@@ -4,7 +4,7 @@
 use crate::engine::Limits;
 use crate::figures::Watch;
 use crate::{Engine, EngineError, Event, Failure, LayerFigures, Request, RequestId, StepReport};
-use epsmoe_base::{Fault, FaultKind, Place, Rank, panic_text};
+use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank, panic_text};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -80,6 +80,7 @@ impl EngineService {
             open: AtomicUsize::new(0),
             next: AtomicU64::new(0),
             door: RwLock::new(Door::Open),
+            faults: engine.faults(),
             stats: Mutex::new(engine.stats()),
             figures: Mutex::default(),
             figures_wanted: AtomicBool::new(false),
@@ -115,6 +116,8 @@ struct Shared {
     most_open: usize,
     next: AtomicU64,
     door: RwLock<Door>,
+    /// Ranks that are processes can stop while nobody asks anything of them.
+    faults: FaultCell,
     stats: Mutex<EngineStats>,
     /// The last ones, and whether somebody has asked since.
     figures: Mutex<Option<Arc<LayerFigures>>>,
@@ -193,7 +196,7 @@ impl EngineHandle {
     pub fn fault(&self) -> Option<Fault> {
         match &*self.shared.door.read().unwrap_or_else(PoisonError::into_inner) {
             Door::Stopped(fault) => Some(fault.clone()),
-            Door::Open | Door::Draining => None,
+            Door::Open | Door::Draining => self.shared.faults.get().cloned(),
         }
     }
 

@@ -20,11 +20,12 @@
 use crate::{LayerPart, MlpSpec, ModelError, ModelSpec, Part};
 use epsmoe_base::Rank;
 use epsmoe_plan::{PlanError, SlotMap};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;
 
 /// How a model is spread over ranks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Parallel {
     /// Ranks of a group, which split the attention heads of the same tokens.
     pub tensor: usize,
@@ -35,7 +36,7 @@ pub struct Parallel {
 }
 
 /// What a rank has of the experts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Experts {
     /// Some of them, whole: expert parallel, over all ranks.
     #[default]

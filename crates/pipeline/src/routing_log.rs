@@ -25,13 +25,13 @@ pub struct TokenId {
 }
 
 /// The experts and weights of tokens, by layer, sequence and position.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RoutingLog {
     choices: BTreeMap<(usize, u64, u32), Choice>,
 }
 
 /// Where one token was sent.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Choice {
     token: u32,
     experts: Vec<u32>,

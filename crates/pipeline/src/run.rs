@@ -11,6 +11,7 @@ use epsmoe_plan::{
     Ahead, Capacity, LayerBytes, Planner, Policy, Routing, Schedule, ScheduleReport, SharedExpert, SlotMap,
     Span, StageTable, Transfer, halves,
 };
+use serde::{Deserialize, Serialize};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::sync::Arc;
@@ -91,13 +92,14 @@ pub struct PipelineOptions {
 }
 
 /// What a layer did.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LayerReport {
     /// Plans that were run: one for each chunk of tokens, or for each micro-batch of one.
     pub tables: Vec<StageTable>,
     /// The most bytes that one of them needed on this rank.
     pub peak_bytes: u64,
-    /// When the host was done with what no lane does; of the last chunk.
+    /// When the host was done with what no lane does; of the last chunk. The clock of another process says nothing here.
+    #[serde(skip)]
     pub host: HostTimes,
 }
 

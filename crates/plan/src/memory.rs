@@ -2,11 +2,12 @@
 
 use crate::{SlotMap, Traffic};
 use epsmoe_base::{Bytes, DType, Rank, RowFormat, Stage, WireFormat};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;
 
 /// How much of everything one rank's layer holds: needed by a layer at hand, or what the buffers were sized for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capacity {
     /// Tokens, T.
     pub tokens: usize,

@@ -5,12 +5,13 @@ use crate::{
     SearchOptions, SharedExpert, SlotMap, StageTable, Transfer, TwoBatchPlanner, order_text,
 };
 use epsmoe_base::{DType, hash_bytes};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
 /// Whether stages run beside each other.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Schedule {
     /// One stage, and nothing beside anything.
     Serial,
@@ -53,7 +54,7 @@ impl FromStr for Schedule {
 }
 
 /// How many stages, or how many experts in each: `4`, or `3,5,6,6`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Stages {
     /// That many stages, cut by load.
     Count(usize),
@@ -90,7 +91,7 @@ impl FromStr for Stages {
 }
 
 /// What a user decides about every MoE layer; what is left open follows from the layer.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Policy {
     /// Serial, staged, auto or two-batch.
     pub schedule: Schedule,
@@ -104,7 +105,28 @@ pub struct Policy {
     /// What the transfer lane does; by default [`StageTable::default_order`]. Auto decides.
     pub order: Option<Vec<Transfer>>,
     /// What auto predicts with; by default [`CostModel::unmeasured`].
+    #[serde(with = "cost_as_text")]
     pub cost: Option<Arc<CostModel>>,
+}
+
+/// A cost model leaves out what it does not have, which only text can.
+mod cost_as_text {
+    use super::CostModel;
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::sync::Arc;
+
+    pub(super) fn serialize<S: Serializer>(cost: &Option<Arc<CostModel>>, to: S) -> Result<S::Ok, S::Error> {
+        let text = cost.as_deref().map(serde_json::to_string).transpose();
+        text.map_err(S::Error::custom)?.serialize(to)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<Option<Arc<CostModel>>, D::Error> {
+        let text = Option::<String>::deserialize(from)?;
+        let cost = text.map(|text| serde_json::from_str(&text)).transpose();
+        Ok(cost.map_err(D::Error::custom)?.map(Arc::new))
+    }
 }
 
 impl Policy {

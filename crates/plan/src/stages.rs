@@ -2,12 +2,13 @@
 
 use crate::{LayerHistograms, PlanError, SlotMap};
 use epsmoe_base::{Rank, Stage, hash_bytes};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
 
 /// How the experts of a stage are multiplied.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum GemmKind {
     /// One call over all experts of the stage.
     #[default]
@@ -41,7 +42,7 @@ impl FromStr for GemmKind {
 }
 
 /// One step of the transfer lane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Transfer {
     /// Rows of a stage travel to their experts; written `d0`.
     Dispatch(Stage),
@@ -88,7 +89,7 @@ fn spaced(words: impl Iterator<Item = impl fmt::Display>) -> String {
 }
 
 /// What the shared expert's computation, which needs no transfer, hides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum SharedExpert {
     /// It computes while the ranks exchange their counts.
     BesideCountExchange,
@@ -135,7 +136,7 @@ impl fmt::Display for SharedExpert {
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StageTable {
     /// `[R][S + 1]` boundaries of each rank's stages over its local experts: from 0 to L. Equal neighbours are
     /// an empty stage.

@@ -1,14 +1,14 @@
 //! What happened when, on which lane of which rank.
 
 use epsmoe_base::{Lane, Layer, Phase, Rank, Stage};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 use std::ops::Range;
 
 /// One piece of work on one lane.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Span {
     /// The rank that did it.
     pub rank: Rank,

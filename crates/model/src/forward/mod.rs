@@ -19,12 +19,13 @@ use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
 use epsmoe_plan::{Capacity, Policy, ScheduleReport, Span};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// What one group of ranks computes in one step: new tokens of some sequences, packed one after the other.
 /// Every rank of the group is given the same.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Batch {
     /// Token ids `[T]`.
     pub ids: Vec<u32>,
@@ -47,7 +48,7 @@ pub struct Batch {
 }
 
 /// How a model is run; equal on all ranks.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ModelOptions {
     /// Most tokens of one group of ranks in one step.
     pub max_tokens: usize,
@@ -72,7 +73,7 @@ pub struct ModelOptions {
 }
 
 /// What decides which experts a token goes to.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub enum RoutingMode {
     /// The model's gates.
     #[default]
@@ -80,11 +81,26 @@ pub enum RoutingMode {
     /// The gates, and every step tells what they chose.
     Record,
     /// What another run recorded.
-    Replay(Arc<RoutingLog>),
+    Replay(#[serde(with = "shared")] Arc<RoutingLog>),
+}
+
+/// A log that several hold is written down like one that somebody holds alone.
+mod shared {
+    use super::RoutingLog;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::sync::Arc;
+
+    pub(super) fn serialize<S: Serializer>(log: &Arc<RoutingLog>, to: S) -> Result<S::Ok, S::Error> {
+        log.as_ref().serialize(to)
+    }
+
+    pub(super) fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<Arc<RoutingLog>, D::Error> {
+        RoutingLog::deserialize(from).map(Arc::new)
+    }
 }
 
 /// What a step gave.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct StepOutput {
     /// The most likely token after each of [`Batch::logits`]; on the first rank of each group.
     pub tokens: Vec<u32>,
@@ -100,7 +116,7 @@ pub struct StepOutput {
 }
 
 /// How many tokens went to each expert of a layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExpertTokens {
     /// Which layer.
     pub layer: Layer,
