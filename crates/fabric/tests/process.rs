@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 const HERE: &str = "127.0.0.1";
 
 fn secret() -> Secret {
-    Secret::chosen("the secret of this test").unwrap()
+    Secret::chosen("the secret of this test").expect("long enough")
 }
 
 /// What a process of that secret starts with.
@@ -33,7 +33,7 @@ fn guest(port: u16, rank: usize, options: WorldOptions) -> JoinHandle<Joined> {
 }
 
 fn lobby(size: usize, options: WorldOptions) -> (Lobby, u16) {
-    let lobby = Lobby::open((HERE, 0), size, options).unwrap();
+    let lobby = Lobby::open((HERE, 0), size, options).expect("a free port");
     let port = lobby.address().port();
     (lobby, port)
 }
