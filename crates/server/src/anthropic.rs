@@ -8,7 +8,7 @@ use crate::openai::{ApiError, Condition, OneOrMany, either, merged, one_or_many}
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use utoipa::openapi::schema::Object;
-use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
+use utoipa::openapi::{KnownFormat, ObjectBuilder, RefOr, Schema, SchemaFormat, Type};
 use utoipa::{PartialSchema, ToSchema};
 
 /// A request for the assistant's next message.
@@ -108,7 +108,8 @@ pub(crate) struct CountRequest;
 
 /// The fields, and what holds between them.
 fn described(mut fields: Object) -> RefOr<Schema> {
-    let most = ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1));
+    let int64 = SchemaFormat::KnownFormat(KnownFormat::Int64);
+    let most = ObjectBuilder::new().schema_type(Type::Integer).format(Some(int64)).minimum(Some(1));
     if fields.required.iter().any(|field| field == "max_tokens") {
         fields.properties.insert("max_tokens".into(), most.into());
     }

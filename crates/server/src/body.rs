@@ -115,10 +115,33 @@ fn parse(bytes: &[u8]) -> Result<Map<String, Value>, ApiError> {
     match serde_json::from_slice(bytes) {
         Ok(Value::Object(mut object)) => {
             object.values_mut().for_each(|value| whole_numbers(value, NUMBERS_WITHIN));
-            Ok(object)
+            match TYPED.iter().find(|field| object.get(**field).is_some_and(has_numbered_type)) {
+                Some(field) => {
+                    Err(ApiError::field(field, "the `type` of what is in it is a word, not a number"))
+                }
+                None => Ok(object),
+            }
         }
         Ok(_) => Err(ApiError::bad_request("the body is no JSON object")),
         Err(error) => Err(ApiError::bad_request(format!("the body is not valid JSON: {error}"))),
+    }
+}
+
+/// Fields with objects of several types.
+const TYPED: &[&str] =
+    &["messages", "input", "system", "response_format", "tool_choice", "thinking", "output_config"];
+
+/// Whether a type is a number, which derived readers would take for a place in their list of types. What clients may
+/// say as they like, such as arguments and schemas, is not looked into.
+fn has_numbered_type(value: &Value) -> bool {
+    match value {
+        Value::Array(list) => list.iter().any(has_numbered_type),
+        Value::Object(object) => {
+            let inner = ["content", "output", "format"];
+            object.get("type").is_some_and(Value::is_number)
+                || inner.iter().any(|field| object.get(*field).is_some_and(has_numbered_type))
+        }
+        _ => false,
     }
 }
 
@@ -150,6 +173,19 @@ pub(crate) fn object(text: &str) -> JsonObject {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn types_are_words() {
+        for text in [
+            r#"{"messages": [{"content": [{"type": "tool_result", "content": [{"type": 0}]}]}]}"#,
+            r#"{"response_format": {"type": 1}}"#,
+            r#"{"output_config": {"format": {"type": 0}}}"#,
+        ] {
+            assert!(parse(text.as_bytes()).is_err(), "{text}");
+        }
+        let arguments = r#"{"messages": [{"content": [{"type": "tool_use", "input": {"type": 3}}]}]}"#;
+        assert!(parse(arguments.as_bytes()).is_ok());
+    }
 
     #[derive(Debug, Deserialize)]
     struct Fields {

@@ -5,6 +5,7 @@ use crate::anthropic::MessageErrorBody;
 use crate::app::{App, Shared};
 use crate::openai::chat::ChatChunk;
 use crate::openai::responses::{ItemCall, ItemCallOutput, ItemMessage, ItemReasoning};
+use crate::openai::sampling::LogitBias;
 use crate::openai::{ApiError, ErrorBody, TokenId};
 use crate::{access_log, auth, body, routes};
 use axum::Router;
@@ -93,6 +94,7 @@ fn describe(api: &mut utoipa::openapi::OpenApi, app: &App) {
     if let Some(RefOr::T(Schema::Object(id))) = components.schemas.get_mut(TokenId::name().as_ref()) {
         id.maximum = Some((app.model.vocab - 1).into());
     }
+    components.schemas.insert(LogitBias::name().into(), LogitBias::of(app.model.vocab).into());
 }
 
 /// Says of every route that it wants a key.

@@ -129,8 +129,8 @@ impl PartialSchema for ChatRequest {
         ];
         let alternatives =
             [Condition::absent_or("top_logprobs", &[0.into()]), Condition::is_true("logprobs")];
-        let lengths = ["max_tokens", "max_completion_tokens"].into_iter().flat_map(least_and_most);
-        either(fields, [streamed(), calls, alternatives].into_iter().chain(lengths))
+        let lengths = least_and_most(&["max_tokens", "max_completion_tokens"]);
+        either(fields, [streamed(), calls, alternatives, lengths])
     }
 }
 

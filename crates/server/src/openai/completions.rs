@@ -84,7 +84,7 @@ impl PartialSchema for CompletionRequest {
     fn schema() -> RefOr<Schema> {
         either(
             merged(CompletionFields::schema(), SamplingFields::schema()),
-            least_and_most("max_tokens").into_iter().chain([streamed()]),
+            [streamed(), least_and_most(&["max_tokens"])],
         )
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer};
 use std::fmt;
 use std::marker::PhantomData;
 use utoipa::PartialSchema;
-use utoipa::openapi::schema::{AnyOf, Array};
+use utoipa::openapi::schema::{AnyOf, Array, ArrayBuilder};
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 
 /// A text, or a list of `T`: what clients may shorten where a list would have one element.
@@ -52,6 +52,14 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for OneOrManyVisitor<T> {
 /// The schema of a field that must be there.
 pub(crate) fn schema<T: PartialSchema>() -> RefOr<Schema> {
     AnyOf::builder().item(String::schema()).item(Array::new(T::schema())).into()
+}
+
+/// The schema of a field that must be there, with something in it.
+pub(crate) fn some_schema<T: PartialSchema>() -> RefOr<Schema> {
+    AnyOf::builder()
+        .item(String::schema())
+        .item(ArrayBuilder::new().items(T::schema()).min_items(Some(1)))
+        .into()
 }
 
 /// The schema of a field that may be absent or null.

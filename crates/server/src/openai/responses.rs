@@ -27,7 +27,7 @@ struct ResponsesFields {
     #[allow(dead_code, reason = "read with the sampling fields, and described here")]
     model: Option<String>,
     /// A text, or the conversation so far.
-    #[schema(schema_with = one_or_many::schema::<Item>)]
+    #[schema(schema_with = one_or_many::some_schema::<Item>)]
     input: OneOrMany<Item>,
     /// What the system says before the conversation.
     instructions: Option<String>,

@@ -1,12 +1,12 @@
 //! Fields that both ways to generate have: how much, how tokens are chosen, where to end, what comes back.
 
 use super::one_or_many::optional_schema;
-use super::{ApiError, OneOrMany, TokenId};
+use super::{ApiError, OneOrMany, TokenId, digits_below};
 use crate::body::{AsksForNothing, JsonObject, read_object};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
-use utoipa::openapi::schema::{AnyOf, ArrayBuilder, SchemaFormat, SchemaType};
+use utoipa::openapi::schema::{AnyOf, ArrayBuilder, Object, SchemaFormat};
 use utoipa::openapi::{ObjectBuilder, RefOr, Schema, Type};
 use utoipa::{PartialSchema, ToSchema};
 
@@ -54,7 +54,7 @@ pub(crate) struct SamplingFields {
     #[schema(exclusive_minimum = 0, maximum = 1000)]
     pub(crate) repetition_penalty: Option<f64>,
     /// Added to the logits of tokens, by their ids: -100 bans, 100 forces.
-    #[schema(schema_with = bias_schema)]
+    #[schema(value_type = Option<LogitBias>)]
     pub(crate) logit_bias: Option<BTreeMap<String, f64>>,
     /// The same request with the same seed has the same answer, whatever else is being served.
     pub(crate) seed: Option<i64>,
@@ -302,15 +302,28 @@ impl SamplingFields {
     }
 }
 
-/// Keys of digits, and numbers or null.
-fn bias_schema() -> RefOr<Schema> {
-    let digits = ObjectBuilder::new().schema_type(Type::String).pattern(Some("^(0|[1-9][0-9]{0,8})$"));
-    ObjectBuilder::new()
-        .schema_type(SchemaType::from_iter([Type::Object, Type::Null]))
-        .property_names(Some(digits))
-        .additional_properties(Some(ObjectBuilder::new().schema_type(Type::Number)))
-        .into()
+/// How the description of the API names biases by token ids; which ids there are, the server says when it knows its model.
+pub(crate) struct LogitBias;
+
+impl LogitBias {
+    /// Biases of the tokens of a vocabulary.
+    pub(crate) fn of(vocabulary: usize) -> Object {
+        let ids = ObjectBuilder::new().schema_type(Type::String).pattern(Some(digits_below(vocabulary)));
+        ObjectBuilder::new()
+            .schema_type(Type::Object)
+            .property_names(Some(ids))
+            .additional_properties(Some(ObjectBuilder::new().schema_type(Type::Number)))
+            .build()
+    }
 }
+
+impl PartialSchema for LogitBias {
+    fn schema() -> RefOr<Schema> {
+        LogitBias::of(1 << 30).into()
+    }
+}
+
+impl ToSchema for LogitBias {}
 
 /// Refuses more than one answer, where only one can be told.
 pub(crate) fn only_one_answer(fields: &SamplingFields) -> Result<(), ApiError> {

@@ -49,12 +49,13 @@ fn structured(outputs: &StructuredOutputs) -> Result<Option<Grammar>, ApiError> 
         (json_object == Some(true)).then(Grammar::object),
     ];
     let mut given = all.into_iter().flatten();
-    let problem = "give only one of json, regex, choice, grammar and json_object";
+    let problem = "give one of json, regex, choice, grammar and json_object";
     match (given.next(), given.next()) {
         (Some(Grammar::Choice(texts)), None) if texts.is_empty() => {
             Err(ApiError::field("structured_outputs", "choice: the list is empty"))
         }
-        (grammar, None) => Ok(grammar),
+        (Some(grammar), None) => Ok(Some(grammar)),
+        (None, _) if outputs.json_object == Some(false) => Ok(None),
         _ => Err(ApiError::field("structured_outputs", problem)),
     }
 }
