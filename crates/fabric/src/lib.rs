@@ -26,10 +26,12 @@ pub use transport::{Exchange, FaultInjection, InjectedFault, ThreadsOptions, Tra
 
 use control::ThreadControl;
 use emulated::{EmulatedControl, EmulatedTransport};
-use epsmoe_base::Rank;
+use epsmoe_base::{Fault, Rank};
+use epsmoe_device::cuda::{CudaBackend, CudaDevice};
 use epsmoe_device::{Backend, PeerQueue};
 use std::sync::Arc;
-use transport::ThreadTransport;
+use std::time::Duration;
+use transport::{NcclTransport, ThreadTransport};
 
 /// One rank's end of a world: how it talks to the others. A cheap handle.
 pub struct Fabric<B: Backend> {
@@ -87,6 +89,22 @@ impl<B: Backend> Fabric<B> {
     /// Number of ranks.
     pub fn size(&self) -> usize {
         self.control.size()
+    }
+}
+
+impl Fabric<CudaBackend> {
+    /// The fabric of a rank whose rows travel by NCCL from GPU to GPU; all ranks of `control`, which are processes, ask for it
+    /// at the same time. Waits up to `timeout` for the others, here and later.
+    ///
+    /// # Errors
+    /// There is no NCCL, or a rank did not come or cannot be reached.
+    pub fn nccl(
+        control: Arc<dyn Control>,
+        device: &Arc<CudaDevice>,
+        timeout: Duration,
+    ) -> Result<Self, Fault> {
+        let transport = NcclTransport::meet(Arc::clone(&control), device, timeout)?;
+        Ok(Fabric { control, transport: Arc::new(transport), link: None })
     }
 }
 

@@ -6,7 +6,7 @@
 
 use epsmoe_base::{DType, Fault, FaultCell, FaultKind, Lane, Layer, Place, Rank, Stage, env};
 use epsmoe_device::cpu::{CpuKernels, gemm::Isa};
-use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
+use epsmoe_device::cuda::{self, CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
 use epsmoe_device::threaded::{Fill, Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, DeviceError};
@@ -139,6 +139,45 @@ contract!(ranks_that_share_a_gpu, gpus().len().min(1) * 5, |start: Start| {
 contract!(ranks_on_gpus_of_their_own, if gpus().len() > 1 { 6 } else { 0 }, |start: Start| {
     world_on(gpus(), start.size, options(start.timeout))
 });
+
+/// What NCCL cannot see, it is not asked: who is late or disagrees.
+mod ranks_over_nccl {
+    use super::*;
+
+    contract!(@ most(), start,
+        rows_arrive_where_they_are_due: |world| contract::exchanges(world, Lanes::Transfer);
+        exchanges_on_several_lanes_keep_apart: |world| contract::exchanges(world, Lanes::Any);
+        groups_exchange_among_themselves: contract::subgroups;
+        what_was_sent_may_be_overwritten_once_the_exchange_is_complete: contract::overwriting;
+        parts_for_all_ranks_or_a_refusal: contract::refusals;
+    );
+
+    /// NCCL wants a GPU for each rank.
+    fn most() -> usize {
+        let missing = (gpus().len() < 2).then(|| "fewer than two GPUs".to_owned());
+        match missing.or_else(|| cuda::nccl_version().err().map(|error| error.to_string())) {
+            None => gpus().len(),
+            Some(missing) => {
+                eprintln!("skipped: {missing}");
+                0
+            }
+        }
+    }
+
+    /// Ranks that are threads, whose rows travel by NCCL all the same.
+    fn start(start: Start) -> Vec<contract::Node<CudaBackend>> {
+        let by_copies = world_on(gpus(), start.size, options(start.timeout));
+        let meet = |node: contract::Node<CudaBackend>| {
+            std::thread::spawn(move || {
+                let gpu = &gpus()[node.rank() % gpus().len()];
+                let fabric = Fabric::nccl(Arc::clone(&node.fabric.control), gpu, start.timeout);
+                contract::Node { fabric: fabric.expect("all meet"), ..node }
+            })
+        };
+        let meeting: Vec<_> = by_copies.into_iter().map(meet).collect();
+        meeting.into_iter().map(|node| node.join().expect("a node")).collect()
+    }
+}
 
 /// A world of ranks that talk over TCP as processes do, each with a fault cell of its own.
 fn over_tcp(start: Start) -> Vec<Node> {

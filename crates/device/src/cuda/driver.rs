@@ -212,6 +212,11 @@ impl Stream {
         unsafe { call!(cuMemcpyAsync(to, from, bytes, self.handle)) }
     }
 
+    /// What other libraries of CUDA know it by.
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.handle
+    }
+
     /// Blocks until all its work is done.
     pub(super) fn synchronize(&self) -> Result<(), CudaError> {
         // SAFETY: the handle lives until `Drop`.

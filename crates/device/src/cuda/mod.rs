@@ -14,6 +14,7 @@ mod kernels;
 mod launch;
 mod layout;
 mod memory;
+mod nccl;
 mod nvrtc;
 mod pacer;
 mod probe;
@@ -24,6 +25,7 @@ mod weights;
 
 pub use driver::{DriverCalls, count_driver_calls, take_driver_calls};
 pub use kernels::{CACHE_VARIABLE, KernelUse, Warmed, check_kernels, warm_kernels};
+pub use nccl::{CarryOn, Communicator, NcclError, Part, UNIQUE_ID_BYTES, nccl_unique_id, nccl_version};
 pub use probe::{Capabilities, Figure, Known, Probes, Table, probe};
 pub use queue::{CudaQueue, CudaRows};
 

@@ -1,9 +1,11 @@
 //! Rows between the memories of ranks.
 
+mod nccl;
 mod parcels;
 mod tcp;
 mod threads;
 
+pub(crate) use nccl::NcclTransport;
 pub(crate) use parcels::ParcelTransport;
 pub(crate) use tcp::TcpCarrier;
 pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
