@@ -3,20 +3,20 @@
 //! Communicators never block their caller: every call that may take time is looked after until it is done, and gives up when
 //! `carry_on` says so. What a call put into a stream runs there like any other work.
 
+mod library;
+
+pub use library::UNIQUE_ID_BYTES;
+
 use super::driver::{Copy2d, CudaError, DeviceMemory, End, Stream};
 use super::{CudaDevice, CudaQueue};
 use crate::{Buffer, DeviceError};
-use cudarc::nccl::sys;
 use epsmoe_base::Fault;
+use library::{BYTES, Code, Comm, Config, Nccl, SUCCESS, UniqueId};
 use std::collections::HashMap;
-use std::ffi::{CStr, c_int, c_void};
-use std::mem::size_of;
+use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-/// What ranks must know to find each other; one of them makes it and tells the others.
-pub const UNIQUE_ID_BYTES: usize = size_of::<sys::ncclUniqueId>();
 
 /// A call that NCCL refused, or that was given up.
 #[derive(Debug, thiserror::Error)]
@@ -50,21 +50,12 @@ pub type CarryOn<'a> = &'a mut dyn FnMut() -> Result<(), Fault>;
 ///
 /// # Errors
 /// It is not installed.
-pub fn nccl_version() -> Result<i32, DeviceError> {
-    // SAFETY: only tries to load the library.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(DeviceError::Unsupported(
-            "the library NCCL was not found: install it (package libnccl2, or nvidia-nccl-cu13 from PyPI) and put its folder on \
-             LD_LIBRARY_PATH"
-                .into(),
-        ));
-    }
+pub fn nccl_version() -> Result<i32, NcclError> {
+    let nccl = Nccl::loaded()?;
     let mut version = 0;
-    // SAFETY: the library is present; `version` outlives the call.
-    match unsafe { sys::ncclGetVersion(&mut version) } {
-        sys::ncclResult_t::ncclSuccess => Ok(version),
-        code => Err(DeviceError::Unsupported(format!("NCCL does not tell its version: {code:?}"))),
-    }
+    // SAFETY: `version` outlives the call.
+    nccl.check("ncclGetVersion", unsafe { (nccl.get_version)(&mut version) }, null_mut())?;
+    Ok(version)
 }
 
 /// Makes what ranks must know to find each other.
@@ -72,15 +63,16 @@ pub fn nccl_version() -> Result<i32, DeviceError> {
 /// # Errors
 /// There is no NCCL, or it finds no network interface.
 pub fn nccl_unique_id() -> Result<[u8; UNIQUE_ID_BYTES], NcclError> {
-    nccl_version()?;
-    let mut id = sys::ncclUniqueId { internal: [0; UNIQUE_ID_BYTES] };
+    let nccl = Nccl::loaded()?;
+    let mut id = UniqueId([0; UNIQUE_ID_BYTES]);
     // SAFETY: `id` outlives the call.
-    check("ncclGetUniqueId", unsafe { sys::ncclGetUniqueId(&mut id) }, null_mut())?;
-    Ok(id.internal.map(|byte| byte as u8))
+    nccl.check("ncclGetUniqueId", unsafe { (nccl.get_unique_id)(&mut id) }, null_mut())?;
+    Ok(id.0)
 }
 
 /// One rank's end of the exchanges among some ranks.
 pub struct Communicator {
+    nccl: &'static Nccl,
     handle: Mutex<Handle>,
     device: Arc<CudaDevice>,
     /// Memory for rows with gaps between them, which are packed before they leave and unpacked when they came.
@@ -97,7 +89,7 @@ struct Packed {
 }
 
 /// Null once the communicator was given up.
-struct Handle(sys::ncclComm_t);
+struct Handle(Comm);
 
 // SAFETY: a communicator may be used from any thread, one at a time, which the mutex around it sees to.
 unsafe impl Send for Handle {}
@@ -123,14 +115,10 @@ impl Communicator {
         size: usize,
         carry_on: CarryOn<'_>,
     ) -> Result<Self, NcclError> {
-        let version = nccl_version()?;
-        let id = sys::ncclUniqueId { internal: id.map(|byte| byte as _) };
-        Self::make(device, carry_on, |handle| {
-            let mut config = config(version);
-            // SAFETY: the GPU's context is current; handle and config outlive the call.
-            let code =
-                unsafe { sys::ncclCommInitRankConfig(handle, size as c_int, id, rank as c_int, &mut config) };
-            ("ncclCommInitRankConfig", code)
+        let nccl = Nccl::loaded()?;
+        Self::make("ncclCommInitRankConfig", nccl, device, None, carry_on, |comm, config| {
+            // SAFETY: the GPU's context is current; both results outlive the call.
+            unsafe { (nccl.init_rank)(comm, size as c_int, UniqueId(*id), rank as c_int, config) }
         })
     }
 
@@ -139,38 +127,38 @@ impl Communicator {
     /// # Errors
     /// The others did not come.
     pub fn split(&self, group: usize, position: usize, carry_on: CarryOn<'_>) -> Result<Self, NcclError> {
-        let version = nccl_version()?;
         let parent = self.handle()?;
-        let split = Self::make(&self.device, carry_on, |handle| {
-            let mut config = config(version);
-            // SAFETY: the parent lives while its lock is held; the results outlive the call.
-            let code = unsafe {
-                sys::ncclCommSplit(parent.0, group as c_int, position as c_int, handle, &mut config)
-            };
-            ("ncclCommSplit", code)
-        })?;
-        settle("ncclCommSplit", &parent, carry_on)?;
-        Ok(split)
+        Self::make("ncclCommSplit", self.nccl, &self.device, Some(&parent), carry_on, |comm, config| {
+            // SAFETY: the parent lives while its lock is held; both results outlive the call.
+            unsafe { (self.nccl.split)(parent.0, group as c_int, position as c_int, comm, config) }
+        })
     }
 
+    /// What `call` made; a communicator that is split is there only once its `parent` is done with that.
+
     fn make(
+        name: &'static str,
+        nccl: &'static Nccl,
         device: &Arc<CudaDevice>,
+        parent: Option<&Handle>,
         carry_on: CarryOn<'_>,
-        call: impl FnOnce(&mut sys::ncclComm_t) -> (&'static str, sys::ncclResult_t),
+        call: impl FnOnce(&mut Comm, &mut Config) -> Code,
     ) -> Result<Self, NcclError> {
         device.context.bind()?;
         let mut handle = Handle(null_mut());
-        let (name, code) = call(&mut handle.0);
-        let made = check(name, code, handle.0).and_then(|()| settle(name, &handle, carry_on));
-        let communicator =
-            Communicator { handle: Mutex::new(handle), device: Arc::clone(device), packed: Mutex::default() };
-        match made {
-            Ok(()) => Ok(communicator),
-            Err(error) => {
-                communicator.abort();
-                Err(error)
-            }
-        }
+        let code = call(&mut handle.0, &mut Config::non_blocking());
+        let made = nccl
+            .check(name, code, parent.map_or(handle.0, |parent| parent.0))
+            .and_then(|()| parent.map_or(Ok(()), |parent| settle(nccl, name, parent, carry_on)))
+            .and_then(|()| settle(nccl, name, &handle, carry_on));
+        // What was half made is given up when it is dropped.
+        let communicator = Communicator {
+            nccl,
+            handle: Mutex::new(handle),
+            device: Arc::clone(device),
+            packed: Mutex::default(),
+        };
+        made.map(|()| communicator)
     }
 
     fn handle(&self) -> Result<MutexGuard<'_, Handle>, NcclError> {
@@ -204,26 +192,26 @@ impl Communicator {
             unsafe { span.copy(&queue.stream, true) }?;
         }
         let handle = self.handle()?;
-        // SAFETY: the library is loaded; the group ends below, whatever happens in it.
-        check("ncclGroupStart", unsafe { sys::ncclGroupStart() }, handle.0)?;
+        let nccl = self.nccl;
+        // SAFETY: the group ends below, whatever happens in it.
+        nccl.check("ncclGroupStart", unsafe { (nccl.group_start)() }, handle.0)?;
         let stream = queue.stream.raw().cast();
-        let bytes = sys::ncclDataType_t::ncclUint8;
         let sent = leaves.iter().try_for_each(|span| {
             let (start, peer) = (span.start as *const c_void, span.position as c_int);
             // SAFETY: the span is memory of this rank's GPU that nothing unordered writes.
-            let code = unsafe { sys::ncclSend(start, span.bytes(), bytes, peer, handle.0, stream) };
-            check("ncclSend", code, handle.0)
+            let code = unsafe { (nccl.send)(start, span.bytes(), BYTES, peer, handle.0, stream) };
+            nccl.check("ncclSend", code, handle.0)
         });
         let received = comes.iter().try_for_each(|span| {
             let (start, peer) = (span.start as *mut c_void, span.position as c_int);
             // SAFETY: the span is memory of this rank's GPU that nothing unordered uses.
-            let code = unsafe { sys::ncclRecv(start, span.bytes(), bytes, peer, handle.0, stream) };
-            check("ncclRecv", code, handle.0)
+            let code = unsafe { (nccl.receive)(start, span.bytes(), BYTES, peer, handle.0, stream) };
+            nccl.check("ncclRecv", code, handle.0)
         });
         // SAFETY: the group was begun above.
-        let ended = check("ncclGroupEnd", unsafe { sys::ncclGroupEnd() }, handle.0);
+        let ended = nccl.check("ncclGroupEnd", unsafe { (nccl.group_end)() }, handle.0);
         sent.and(received).and(ended)?;
-        settle("ncclGroupEnd", &handle, carry_on)?;
+        settle(nccl, "ncclGroupEnd", &handle, carry_on)?;
         drop(handle);
         for span in comes.iter().filter(|span| span.packed) {
             // SAFETY: as above.
@@ -269,7 +257,7 @@ impl Communicator {
     /// What went wrong behind the caller's back, if something did.
     pub fn trouble(&self) -> Option<String> {
         let handle = self.handle().ok()?;
-        match state(&handle) {
+        match state(self.nccl, &handle) {
             Ok(_) => None,
             Err(error) => Some(error.to_string()),
         }
@@ -283,11 +271,12 @@ impl Communicator {
         let mut handle = self.handle()?;
         self.device.context.bind()?;
         // SAFETY: the handle is alive, and null from here on.
-        check("ncclCommFinalize", unsafe { sys::ncclCommFinalize(handle.0) }, handle.0)?;
-        settle("ncclCommFinalize", &handle, carry_on)?;
+        let nccl = self.nccl;
+        nccl.check("ncclCommFinalize", unsafe { (nccl.finalize)(handle.0) }, handle.0)?;
+        settle(nccl, "ncclCommFinalize", &handle, carry_on)?;
         let raw = std::mem::replace(&mut handle.0, null_mut());
         // SAFETY: as above; it was finalised.
-        check("ncclCommDestroy", unsafe { sys::ncclCommDestroy(raw) }, null_mut())
+        nccl.check("ncclCommDestroy", unsafe { (nccl.destroy)(raw) }, null_mut())
     }
 
     /// Gives up whatever is under way, so that the streams that wait for it go on.
@@ -296,7 +285,7 @@ impl Communicator {
         let raw = std::mem::replace(&mut handle.0, null_mut());
         if !raw.is_null() && self.device.context.bind().is_ok() {
             // SAFETY: alive until now, and never used again.
-            let _ = unsafe { sys::ncclCommAbort(raw) };
+            let _ = unsafe { (self.nccl.abort)(raw) };
         }
     }
 }
@@ -339,44 +328,13 @@ impl Span {
     }
 }
 
-/// A communicator whose calls do not block.
-fn config(version: i32) -> sys::ncclConfig_t {
-    /// What the library's header fills a config with, so that it can tell what was set.
-    const MAGIC: u32 = 0xcafe_beef;
-    const UNDEFINED: i32 = i32::MIN;
-    // SAFETY: a struct of numbers and pointers, for which zero is a value.
-    let mut config: sys::ncclConfig_t = unsafe { std::mem::zeroed() };
-    for number in [
-        &mut config.cgaClusterSize,
-        &mut config.minCTAs,
-        &mut config.maxCTAs,
-        &mut config.splitShare,
-        &mut config.trafficClass,
-        &mut config.collnetEnable,
-        &mut config.CTAPolicy,
-        &mut config.shrinkShare,
-        &mut config.nvlsCTAs,
-        &mut config.nChannelsPerNetPeer,
-        &mut config.nvlinkCentricSched,
-        &mut config.graphUsageMode,
-        &mut config.numRmaCtx,
-    ] {
-        *number = UNDEFINED;
-    }
-    config.size = size_of::<sys::ncclConfig_t>();
-    config.magic = MAGIC;
-    config.version = version.unsigned_abs();
-    config.blocking = 0;
-    config
-}
-
 /// Looks after a call until it is done.
-fn settle(call: &'static str, handle: &Handle, carry_on: CarryOn<'_>) -> Result<(), NcclError> {
+fn settle(nccl: &Nccl, call: &'static str, handle: &Handle, carry_on: CarryOn<'_>) -> Result<(), NcclError> {
     /// So many looks without a pause; a call that only launches is done by then.
     const EAGER: usize = 1000;
     const PAUSE: Duration = Duration::from_micros(50);
     for look in 0.. {
-        match state(handle) {
+        match state(nccl, handle) {
             Ok(true) => return Ok(()),
             Ok(false) => carry_on()?,
             Err(NcclError::Failed { reason, .. }) => return Err(NcclError::Failed { call, reason }),
@@ -390,28 +348,11 @@ fn settle(call: &'static str, handle: &Handle, carry_on: CarryOn<'_>) -> Result<
 }
 
 /// Whether the communicator is done with what it was called for.
-fn state(handle: &Handle) -> Result<bool, NcclError> {
-    let mut code = sys::ncclResult_t::ncclSuccess;
+fn state(nccl: &Nccl, handle: &Handle) -> Result<bool, NcclError> {
+    let mut code = SUCCESS;
     // SAFETY: the handle is alive; `code` outlives the call.
-    let asked = unsafe { sys::ncclCommGetAsyncError(handle.0, &mut code) };
-    check("ncclCommGetAsyncError", asked, handle.0)?;
-    check("a call", code, handle.0)?;
-    Ok(code == sys::ncclResult_t::ncclSuccess)
-}
-
-/// `Ok` if the library returned success, or that it goes on meanwhile.
-fn check(call: &'static str, code: sys::ncclResult_t, handle: sys::ncclComm_t) -> Result<(), NcclError> {
-    if matches!(code, sys::ncclResult_t::ncclSuccess | sys::ncclResult_t::ncclInProgress) {
-        return Ok(());
-    }
-    let text = |text: *const std::ffi::c_char| match text.is_null() {
-        // SAFETY: the library gave a string that ends in zero and that nothing overwrites before the next call.
-        false => unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_owned(),
-        true => String::new(),
-    };
-    // SAFETY: the library is loaded, and the handle alive or null, which means the process.
-    let (reason, more) =
-        unsafe { (text(sys::ncclGetErrorString(code)), text(sys::ncclGetLastError(handle))) };
-    let reason = if more.is_empty() { reason } else { format!("{reason} ({more})") };
-    Err(NcclError::Failed { call, reason })
+    let asked = unsafe { (nccl.async_error)(handle.0, &mut code) };
+    nccl.check("ncclCommGetAsyncError", asked, handle.0)?;
+    nccl.check("a call", code, handle.0)?;
+    Ok(code == SUCCESS)
 }
