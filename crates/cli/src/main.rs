@@ -1,6 +1,7 @@
 //! The program `epsmoe`: Mixture-of-Experts inference with an expert pipeline.
 //!
-//! In reading order: `args` (what was typed), `setup` (what it means: a model, a world of ranks, engines), `prompt`
+//! In reading order: `args` (what was typed), `launch` (which process of a world this is), `setup` (what
+//! it means: a model, a world of ranks, engines), `prompt`
 //! (texts and conversations), one file per command in `commands`. Beside them: `locate` (where a model is), `watch` (how far loading is), `tensors` and `unfinished` (writing
 //! checkpoints), `output` (what goes to the terminal and to files), `machine` and `memory` (what this computer is, and
 //! what of it this process may use), `client` (asking a server).
@@ -8,6 +9,7 @@
 mod args;
 mod client;
 mod commands;
+mod launch;
 mod locate;
 mod machine;
 mod memory;
@@ -21,6 +23,7 @@ mod watch;
 
 use args::{BenchCommand, Cli, Command};
 use clap::FromArgMatches;
+use launch::Launch;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 
@@ -35,11 +38,15 @@ fn main() -> ExitCode {
         }
     };
     let matches = program.get_matches_from(typed);
-    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    if let Some(args) = cli.command.run_args() {
+        args.flags = args::flags_of(&matches);
+    }
     let panic = output::remember_panics();
-    match catch_unwind(AssertUnwindSafe(|| run(&cli.command))) {
+    match catch_unwind(AssertUnwindSafe(|| run(&mut cli.command))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Ok(Err(error)) if error.is::<output::Told>() => ExitCode::FAILURE,
         Ok(Err(error)) => {
             output::report(&output::flattened(&error));
             ExitCode::FAILURE
@@ -51,8 +58,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: &Command) -> anyhow::Result<()> {
-    match command {
+fn run(command: &mut Command) -> anyhow::Result<()> {
+    if let Some(args) = command.run_args()
+        && let Some(launch) = Launch::find(args)?.filter(|launch| launch.rank > 0)
+    {
+        return commands::worker::instead_of(args, &launch);
+    }
+    match &*command {
         Command::Generate(args) => commands::generate::run(args),
         Command::Serve(args) => commands::serve::run(args),
         Command::Logits(args) => commands::logits::run(args),
@@ -63,6 +75,7 @@ fn run(command: &Command) -> anyhow::Result<()> {
             Some(BenchCommand::Layer(args)) => commands::bench::layer::run(args),
             None => commands::bench::run(args),
         },
+        Command::Worker(args) => commands::worker::run(args),
         Command::Models => commands::models::run(),
         Command::Plan(args) => commands::plan::run(args),
         Command::Profile(args) => commands::profile::run(args),

@@ -85,6 +85,18 @@ pub(crate) fn flattened(error: &anyhow::Error) -> String {
     })
 }
 
+/// Why the program ends has been told by another process.
+#[derive(Debug)]
+pub(crate) struct Told;
+
+impl fmt::Display for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("rank 0 has told why")
+    }
+}
+
+impl std::error::Error for Told {}
+
 /// Whether the reader of the output has seen enough.
 pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
     let io = error.downcast_ref::<io::Error>();

@@ -2,30 +2,36 @@
 //! that cannot work is refused here, before weights are read.
 
 mod budget;
+mod world;
+
+pub(crate) use world::Worker;
 
 use crate::args::{
     DeviceKind, Dtype, Gemm, ModelArgs, OneOf, Quantisation, RunArgs, ScheduleKind, SharedExpertPlace,
     TextArgs,
 };
+use crate::launch::Launch;
 use crate::locate::{Place, locate};
 use crate::prompt::encode;
 use crate::watch::LayerSample;
 use crate::{machine, output};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::files::open_plain;
-use epsmoe_base::{Bytes, DType, FaultCell, Rank, WireDType, WireFormat};
+use epsmoe_base::{Bytes, DType, FaultCell, Rank, WireDType, WireFormat, hash_bytes};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{self, CpuKernels};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, PeerQueue, WeightFormat};
-use epsmoe_engine::{Engine, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode};
+use epsmoe_engine::{Engine, EngineError, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode, work};
+use epsmoe_fabric::process::Processes;
 use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOptions};
 use epsmoe_model::checkpoint;
 use epsmoe_model::config::Config;
 use epsmoe_model::{
-    Checkpoint, HeldWeights, Method, ModelSpec, Quantising, Synthetic, WeightSource, gguf_file, preset_text,
+    Checkpoint, HeldWeights, Method, Model, ModelSpec, Quantising, Synthetic, WeightSource, gguf_file,
+    preset_text,
 };
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
@@ -34,11 +40,13 @@ use epsmoe_plan::{
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
 use epsmoe_text::{ChatTemplate, GenerationConfig, SpecialTokens, Tokenizer};
-use std::io::BufReader;
+use std::fs::{self, File};
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+use world::{World, begin};
 
 /// Tokens of a rank in one step when nobody says how many: on a CPU, and on a GPU, which only many rows keep busy.
 const BATCHED_TOKENS: usize = 2048;
@@ -114,10 +122,46 @@ impl OpenModel {
         Ok(self.text.as_deref().map(ChatTemplate::open).transpose()?.flatten())
     }
 
+    /// A number that differs for another model, or other weights, as far as some of every file tells.
+    fn digest(&self) -> Result<u64> {
+        let mut words = format!("{:?}", self.spec).into_bytes();
+        let folder = self.text.as_deref();
+        let mut files: Vec<PathBuf> = match folder {
+            Some(folder) if folder.is_dir() => {
+                fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<Result<_>>()?
+            }
+            file => file.into_iter().map(Path::to_owned).collect(),
+        };
+        files.retain(|file| {
+            file.extension().is_some_and(|ending| ending == "safetensors" || ending == "gguf")
+        });
+        files.sort();
+        for file in files {
+            let samples = samples(&file).with_context(|| format!("cannot read {}", file.display()))?;
+            words.extend(file.file_name().unwrap_or_default().as_encoded_bytes());
+            words.extend(samples);
+        }
+        Ok(hash_bytes(&words))
+    }
+
     /// Token ids of what was typed.
     pub(crate) fn encode(&self, tokenizer: Option<&Tokenizer>, text: &TextArgs) -> Result<Vec<u32>> {
         encode(self.text.as_deref(), &self.name, tokenizer, text)
     }
+}
+
+/// How long a file is, and some of its bytes from beginning to end.
+fn samples(file: &Path) -> Result<Vec<u8>> {
+    const PLACES: u64 = 16;
+    const BYTES: u64 = 4096;
+    let mut file = File::open(file)?;
+    let length = file.metadata()?.len();
+    let mut samples = length.to_le_bytes().to_vec();
+    for place in 0..PLACES {
+        file.seek(SeekFrom::Start(length / PLACES * place))?;
+        (&file).take(BYTES).read_to_end(&mut samples)?;
+    }
+    Ok(samples)
 }
 
 /// Holds what was typed against what a checkpoint says of its weights.
@@ -212,9 +256,15 @@ enum Processor {
 }
 
 impl Processor {
-    /// Opens what was typed; `auto` is GPUs only where that works.
-    fn open(kind: DeviceKind, ranks: usize) -> Result<Self> {
+    /// Opens what was typed; `auto` is GPUs only where that works. Ranks that are processes compute on their machine's
+    /// processor.
+    fn open(kind: DeviceKind, ranks: usize, launch: Option<&Launch>) -> Result<Self> {
         match kind {
+            DeviceKind::Cuda | DeviceKind::CudaAt(_) if launch.is_some() => bail!(
+                "ranks on GPUs are threads of one process, and no other: leave out --distributed-executor-backend, or \
+                 start one process alone"
+            ),
+            DeviceKind::Auto if launch.is_some() => Ok(Processor::Cpu),
             DeviceKind::Cpu => Ok(Processor::Cpu),
             DeviceKind::Reference => Ok(Processor::Reference),
             DeviceKind::Cuda => Self::on_gpus(ranks),
@@ -272,6 +322,11 @@ pub(crate) struct Setup {
     pub(crate) ranks: usize,
     /// The one of them that is here, if the others are emulated, and what they do.
     pub(crate) emulated: Option<OneOf>,
+    /// Which process this is, if the ranks are several, and all of them once they have come.
+    launch: Option<Launch>,
+    world: OnceLock<World>,
+    /// What was typed, for the others.
+    flags: Vec<String>,
     pub(crate) peers: Arc<RoutedPeers>,
     /// Threads of each rank.
     pub(crate) threads: usize,
@@ -302,15 +357,30 @@ impl Setup {
 
     /// The same with another model in the place of this one.
     pub(crate) fn with_model(args: &RunArgs, model: &str) -> Result<Self> {
-        Self::settled(args, None, OpenModel::open(&ModelArgs::of(model), args.seed, Quantisation::Auto)?)
+        if Launch::find(args)?.is_some() {
+            bail!("ranks that are processes have one model: compare two in one process, without a launcher");
+        }
+        let model = OpenModel::open(&ModelArgs::of(model), args.seed, Quantisation::Auto)?;
+        Self::settled(args, None, model, None)
     }
 
     /// The same for one rank of a world whose other ranks are emulated: attention whole, experts spread.
     pub(crate) fn of(args: &RunArgs, emulated: Option<OneOf>) -> Result<Self> {
-        Self::settled(args, emulated, OpenModel::open(&args.model, args.seed, args.quantization)?)
+        let launch = if emulated.is_some() { None } else { Launch::find(args)? };
+        Self::settled(args, emulated, OpenModel::open(&args.model, args.seed, args.quantization)?, launch)
     }
 
-    fn settled(args: &RunArgs, emulated: Option<OneOf>, model: OpenModel) -> Result<Self> {
+    /// The same in another process than rank 0.
+    fn of_worker(args: &RunArgs, launch: Launch) -> Result<Self> {
+        Self::settled(args, None, OpenModel::open(&args.model, args.seed, args.quantization)?, Some(launch))
+    }
+
+    fn settled(
+        args: &RunArgs,
+        emulated: Option<OneOf>,
+        model: OpenModel,
+        launch: Option<Launch>,
+    ) -> Result<Self> {
         let parallel = match emulated {
             Some(_) => Parallel { tensor: 1, data: None, experts: Experts::Ep },
             None => parallel(args),
@@ -324,8 +394,12 @@ impl Setup {
             );
         }
         parallel.check(&model.spec, ranks)?;
-        let here = if emulated.is_some() { 1 } else { ranks };
-        let processor = Processor::open(args.device, here)?;
+        let here = match &launch {
+            _ if emulated.is_some() => 1,
+            Some(launch) => launch.neighbours,
+            None => ranks,
+        };
+        let processor = Processor::open(args.device, here, launch.as_ref())?;
         let threads = args.threads.unwrap_or((machine::cores() / here).max(1));
         let dtype = match args.dtype {
             Dtype::Auto => processor.dtype(model.spec.dtype),
@@ -335,7 +409,8 @@ impl Setup {
         let wire = args.wire_dtype.of(dtype)?;
         let isa = args.isa.unwrap_or_else(Isa::detect);
         let mut policy = policy(args);
-        if policy.schedule == Schedule::Auto {
+        // Rank 0 tells the others what it predicts with.
+        if policy.schedule == Schedule::Auto && launch.as_ref().is_none_or(|launch| launch.rank == 0) {
             let machine = match &processor {
                 Processor::Cuda(devices) => Fingerprint::of_gpu(devices[0].describe(), ranks, dtype),
                 _ => Fingerprint::of_cpu(ranks, threads, isa, dtype),
@@ -351,6 +426,9 @@ impl Setup {
             held,
             ranks,
             emulated,
+            launch,
+            world: OnceLock::new(),
+            flags: args.flags.clone(),
             peers: Arc::new(RoutedPeers::new(Rank(emulated.map_or(0, |one| one.rank)))),
             parallel,
             threads,
@@ -481,14 +559,71 @@ impl Setup {
         kernels: impl Fn() -> Result<K, String>,
     ) -> Result<Vec<Started>> {
         let store = Arc::new(WeightStore::default());
+        if let Some(world) = self.world()? {
+            let processes = world.workers.processes();
+            let fabric = processes.tcp_fabric(self.link)?;
+            let host = ThreadedOptions { epoch: begin(processes)?, ..host(self.dtype) };
+            return self.loading(|weights| {
+                let start = |options: &EngineOptions| {
+                    let device = self.on_host(0, &store, fabric.control.faults(), &host, &kernels)?;
+                    let (spec, rank) = (Arc::clone(&self.model.spec), (Arc::new(device), fabric.clone()));
+                    let engine =
+                        Engine::start_with_workers(spec, weights, rank, &world.workers, options.clone())?;
+                    Ok(Started { engine, links: fabric.link.iter().cloned().collect() })
+                };
+                options.iter().map(start).collect()
+            });
+        }
+        let host = host(self.dtype);
         self.engines(options, |faults| {
-            let host = ThreadedOptions { faults: faults.clone(), ..host(self.dtype) };
-            let rank = |rank| {
-                let kernels = kernels().map_err(|problem| anyhow!(problem))?;
-                Ok(ThreadedBackend::new(Rank(rank), kernels, Arc::clone(&store), host.clone())?)
-            };
-            self.here().map(rank).collect()
+            self.here().map(|rank| self.on_host(rank, &store, faults, &host, &kernels)).collect()
         })
+    }
+
+    /// The processor of a rank.
+    fn on_host<K: Kernels>(
+        &self,
+        rank: usize,
+        store: &Arc<WeightStore<K::Matrix>>,
+        faults: &FaultCell,
+        host: &ThreadedOptions,
+        kernels: impl Fn() -> Result<K, String>,
+    ) -> Result<ThreadedBackend<K>> {
+        let kernels = kernels().map_err(|problem| anyhow!(problem))?;
+        let host = ThreadedOptions { faults: faults.clone(), dtype: self.dtype, ..host.clone() };
+        Ok(ThreadedBackend::new(Rank(rank), kernels, Arc::clone(store), host)?)
+    }
+
+    /// What a worker has to do with engines.
+    fn work(&self, processes: &Processes) -> Result<()> {
+        let (threads, isa) = (self.threads, self.isa);
+        match &self.processor {
+            Processor::Cpu => {
+                self.work_on_host(processes, ThreadedOptions::new, || CpuKernels::new(threads, isa))
+            }
+            Processor::Reference => {
+                let host = |dtype| reference::options(dtype, self.seed);
+                self.work_on_host(processes, host, || Ok(PlainKernels))
+            }
+            Processor::Cuda(_) => bail!("no worker has a GPU. This is a bug"),
+        }
+    }
+
+    fn work_on_host<K: Kernels>(
+        &self,
+        processes: &Processes,
+        host: impl Fn(DType) -> ThreadedOptions,
+        kernels: impl Fn() -> Result<K, String>,
+    ) -> Result<()> {
+        let store = Arc::new(WeightStore::default());
+        let fabric = processes.tcp_fabric(self.link)?;
+        let host = ThreadedOptions { epoch: begin(processes)?, ..host(self.dtype) };
+        Ok(work(processes, |options| {
+            let device = self.on_host(processes.rank().0, &store, processes.faults(), &host, &kernels);
+            let device = device.map_err(|error| EngineError::Request(output::flattened(&error)))?;
+            let spec = Arc::clone(&self.model.spec);
+            Ok(Model::load(spec, &*self.model.weights, Arc::new(device), fabric.clone(), options)?)
+        })?)
     }
 
     /// Where the weights of each rank are. Ranks of one GPU share them there, and so do engines started one after another.
@@ -535,10 +670,7 @@ impl Setup {
                 "{ranks} ranks share one GPU: what they take is no measure of {ranks} GPUs"
             ));
         }
-        let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
-        let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
-        let weights = LayerSample { source: &*self.model.weights, bar: &bar };
-        let engine = |options: &EngineOptions| {
+        let engine = |options: &EngineOptions, weights: &dyn WeightSource| {
             let faults = FaultCell::default();
             let fabric = ThreadsOptions {
                 link: self.link,
@@ -551,12 +683,20 @@ impl Setup {
             };
             let links = fabrics.iter().filter_map(|fabric| fabric.link.clone()).collect();
             let ranks = ranks(&faults)?.into_iter().map(Arc::new).zip(fabrics).collect();
-            let engine = Engine::start(Arc::clone(spec), &weights, ranks, faults, options.clone(), |_| {})?;
+            let engine = Engine::start(Arc::clone(spec), weights, ranks, faults, options.clone(), |_| {})?;
             Ok(Started { engine, links })
         };
-        let engines = options.iter().map(engine).collect();
+        self.loading(|weights| options.iter().map(|options| engine(options, weights)).collect())
+    }
+
+    /// Shows how far whoever reads the weights is.
+    fn loading<T>(&self, read: impl FnOnce(&dyn WeightSource) -> Result<T>) -> Result<T> {
+        let spec = &self.model.spec;
+        let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
+        let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
+        let read = read(&LayerSample { source: &*self.model.weights, bar: &bar });
         bar.finish_and_clear();
-        engines
+        read
     }
 
     /// The fabric of the rank whose others are emulated.
@@ -567,9 +707,10 @@ impl Setup {
         Fabric::emulated(EmulatedOptions { rank, size, link, timeout, faults, peers })
     }
 
-    /// The ranks that are here.
+    /// The ranks that are in this process.
     fn here(&self) -> Range<usize> {
-        self.emulated.map_or(0..self.ranks, |one| one.rank..one.rank + 1)
+        let one = self.emulated.map(|one| one.rank).or(self.launch.as_ref().map(|launch| launch.rank));
+        one.map_or(0..self.ranks, |rank| rank..rank + 1)
     }
 
     /// What the auto schedule did, if that was asked for.
@@ -616,6 +757,9 @@ impl Setup {
     /// The processor, what is computed on it, and what weights are held in if that is not the same, in a few words.
     pub(crate) fn processor(&self) -> String {
         let mut processor = self.processor_alone();
+        if self.launch.is_some() {
+            processor += &format!(", {} processes over TCP", self.ranks);
+        }
         if self.wire == WireDType::Fp8 {
             processor += &format!(", {}", WireFormat::of(self.wire, self.dtype));
         }

@@ -1,7 +1,7 @@
 //! What was typed. No flag means anything here; `setup` and the commands say what it means.
 //!
 //! One file for each group of commands: `run` (what every command that runs a model takes), `generate` (prompts and
-//! sampling), `serve` and `config_file` (flags that stand in a file), `client` (of a server), `bench`, `plan` (predictions and profiles), `tools` (everything else); `values` has the words that flags
+//! sampling), `serve` and `config_file` (flags that stand in a file), `client` (of a server), `bench`, `plan` (predictions and profiles), `tools` (everything else), `world` (ranks that are processes); `values` has the words that flags
 //! take.
 
 mod bench;
@@ -14,6 +14,7 @@ mod run;
 mod serve;
 mod tools;
 mod values;
+mod world;
 
 pub(crate) use bench::{BenchArgs, BenchCommand, BenchLayerArgs};
 pub(crate) use client::{BenchServeArgs, ChatArgs, Dataset, Goal, GoalFigure, ServerArgs};
@@ -30,8 +31,9 @@ pub(crate) use values::{
     ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, Quantisation, ScheduleKind, SharedExpertPlace,
     TokenLimit,
 };
+pub(crate) use world::{ExecutorBackend, WorkerArgs, WorldArgs};
 
-use clap::{Arg, ArgAction, CommandFactory, Id, Parser, Subcommand};
+use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Id, Parser, Subcommand};
 use std::ffi::OsString;
 
 const EXAMPLES: &str = "\
@@ -48,7 +50,7 @@ Every flag can also be set by the environment variable that its help names; the 
 /// Mixture-of-Experts inference with an expert pipeline.
 ///
 /// The experts of a rank are cut into stages; while one stage computes, the rows of the next travel in and the
-/// results of the last travel back. Ranks are groups of threads of this process.
+/// results of the last travel back. Ranks are groups of threads of this process, or processes.
 #[derive(Debug, Parser)]
 #[command(name = "epsmoe", version, after_help = EXAMPLES, max_term_width = 110)]
 pub(crate) struct Cli {
@@ -75,6 +77,8 @@ pub(crate) enum Command {
     #[command(mut_arg("enable_expert_parallel", |enable| enable.default_value("true")))]
     #[command(mut_arg("link", |link| link.default_value("100MB/s,50us")))]
     Bench(Box<BenchArgs>),
+    /// Be one of the other ranks of a command that runs a model in several processes
+    Worker(WorkerArgs),
     /// List the models that are supported, and how that is tested
     Models,
     /// Predict strategies and schedules on a machine that need not be here
@@ -93,6 +97,50 @@ pub(crate) enum Command {
     Kernels(KernelsArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
+}
+
+impl Command {
+    /// What a command takes that runs a model.
+    pub(crate) fn run_args(&mut self) -> Option<&mut RunArgs> {
+        match self {
+            Command::Generate(args) => Some(&mut args.run),
+            Command::Serve(args) => Some(&mut args.run),
+            Command::Logits(args) => Some(&mut args.run),
+            Command::Bench(args) if args.command.is_none() => Some(&mut args.run),
+            Command::Eval(EvalArgs { command: EvalCommand::Perplexity(args) }) => Some(&mut args.run),
+            _ => None,
+        }
+    }
+}
+
+/// The flags of a command that runs a model, each with its value, wherever that is from, for ranks that are other
+/// processes; without those that say which process this is.
+pub(crate) fn flags_of(matches: &ArgMatches) -> Vec<String> {
+    let mut matches = matches;
+    while let Some((_, deeper)) = matches.subcommand() {
+        matches = deeper;
+    }
+    let of_process = WorldArgs::augment_args(clap::Command::new("world"));
+    let is_of_process = |arg: &Arg| of_process.get_arguments().any(|other| other.get_id() == arg.get_id());
+    let mut flags = Vec::new();
+    for arg in RunArgs::augment_args(clap::Command::new("run")).get_arguments() {
+        let values = matches.try_get_raw(arg.get_id().as_str()).ok().flatten();
+        if let (Some(long), Some(values)) = (arg.get_long().filter(|_| !is_of_process(arg)), values) {
+            flags.extend(values.map(|value| format!("--{long}={}", value.to_string_lossy())));
+        }
+    }
+    flags
+}
+
+/// What such flags mean; nothing else does, no variable either.
+pub(crate) fn run_args(flags: &[String]) -> anyhow::Result<RunArgs> {
+    let program = RunArgs::augment_args(clap::Command::new("worker").no_binary_name(true)).mut_args(|arg| {
+        let arg = if matches!(arg.get_action(), ArgAction::SetTrue) { switch(arg) } else { arg };
+        arg.env(None::<&'static str>)
+    });
+    let mut args = RunArgs::from_arg_matches(&program.try_get_matches_from(flags)?)?;
+    args.flags = flags.to_vec();
+    Ok(args)
 }
 
 /// The command line, where every flag has an environment variable: `EPSMOE_` and its name, with the command's name
@@ -178,6 +226,34 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         command().debug_assert();
+    }
+
+    /// Whatever a command was told, and by whatever, another process is told the same.
+    #[test]
+    fn flags_say_the_same_to_another_process() {
+        for words in [
+            "logits --ids 5 --out x --model m -dp 4 -ep --stages 3,5 --link 10GB/s,50us --nnodes 2 --quantization none",
+            "serve m --device reference --enable-expert-parallel=false --hf-overrides {\"a\":4} --master-addr here",
+            "bench",
+            "eval perplexity text.txt --model m --threads 3 --timeout 7",
+        ] {
+            let typed = std::iter::once("epsmoe").chain(words.split_whitespace()).map(OsString::from);
+            let matches = command().get_matches_from(spelled_out(typed));
+            let mut cli = Cli::from_arg_matches(&matches).unwrap();
+            let flags = flags_of(&matches);
+            let args = cli.command.run_args().unwrap();
+            args.flags.clone_from(&flags);
+            let told = run_args(&flags).unwrap();
+            let world = told.world.clone();
+            assert_eq!(
+                format!("{told:?}"),
+                format!("{:?}", RunArgs { world, ..std::mem::replace(args, run_args(&flags).unwrap()) })
+            );
+            assert!(
+                flags.iter().all(|flag| !flag.contains("nnodes") && !flag.contains("master")),
+                "{flags:?}"
+            );
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::values::{
     TransferOrder, WireDtype,
 };
 use super::values::{bounded, seconds};
+use super::world::WorldArgs;
 use clap::Args;
 use clap::builder::BoolishValueParser;
 use epsmoe_device::cpu::gemm::Isa;
@@ -191,6 +192,13 @@ pub(crate) struct RunArgs {
         help_heading = LIMITS
     )]
     pub(crate) timeout: f64,
+
+    #[command(flatten)]
+    pub(crate) world: WorldArgs,
+
+    /// All of the others, for ranks that are other processes.
+    #[arg(skip)]
+    pub(crate) flags: Vec<String>,
 }
 
 /// Which model.

@@ -158,6 +158,7 @@ fn staged_equals_serial(device: &str) -> Result<()> {
 fn trial(device: &str) -> Result<RunArgs> {
     let typed = ["epsmoe", "logits", "--model", "preset:mixtral-mini", "--ids", "0", "--out", "none"];
     let ranks = ["--data-parallel-size", "2", "--enable-expert-parallel", "--device", device];
+    let ranks = ranks.into_iter().chain(["--distributed-executor-backend", "thread"]);
     let typed = typed.into_iter().chain(ranks);
     match Cli::try_parse_from(typed)?.command {
         Command::Logits(args) => Ok(args.run),

@@ -34,8 +34,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let options_of_server = server_options(args, &setup, template.as_ref());
     let (engine, load) = setup.start(options)?;
     let service = ServiceOptions { max_queued_requests: args.max_num_queued_reqs };
+    let engine = EngineService::start(engine, service)?;
     let model = ServedModel {
-        engine: EngineService::start(engine, service)?,
+        engine: engine.clone(),
         tokenizer,
         template,
         generation: setup.model.generation.clone(),
@@ -54,7 +55,11 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
             setup.processor()
         ));
     };
-    match server.run(model, options_of_server, Stop::signals(), ready)? {
+    let ended = server.run(model, options_of_server, Stop::signals(), ready)?;
+    if let Some(fault) = engine.fault() {
+        bail!("the ranks had stopped: {fault}");
+    }
+    match ended {
         Ended::Drained => Ok(()),
         Ended::AtOnce => bail!("ended by a second signal, before all requests were answered"),
     }

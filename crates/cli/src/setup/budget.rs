@@ -133,6 +133,11 @@ impl Setup {
         let numbers = match ranks == self.ranks {
             // They are there from an engine before.
             _ if self.gpu_weights.get().is_some() => 0,
+            // Processes share none.
+            _ if self.launch.is_some() => {
+                let of = |options: &EngineOptions| spec.parameters_of_rank(&options.parallel, self.ranks);
+                options.iter().map(of).max().unwrap_or(0).saturating_mul(ranks as u64)
+            }
             true => spec.parameters().total,
             // Ways to run the model that differ share what they can.
             false => {
@@ -169,7 +174,7 @@ impl Setup {
     fn sharing_ranks(&self) -> usize {
         match &self.processor {
             Processor::Cuda(_) => self.processor.sharing().unwrap_or(1),
-            _ => self.here().len(),
+            _ => self.launch.as_ref().map_or(self.here().len(), |launch| launch.neighbours),
         }
     }
 

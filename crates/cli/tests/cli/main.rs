@@ -8,6 +8,7 @@ mod conversations;
 mod errors;
 mod hostile;
 mod places;
+mod processes;
 mod quantised;
 mod serve;
 mod signals;

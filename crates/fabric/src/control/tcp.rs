@@ -35,8 +35,9 @@ const SLACK: Duration = Duration::from_secs(1);
 /// How long a fault waits for rank 0 to say whether another came before it.
 const VERDICT: Duration = Duration::from_secs(1);
 
-/// How long the others have to end after rank 0 has said goodbye.
+/// How long the others have to say goodbye after rank 0 has, in peace or not.
 const GOODBYE: Duration = Duration::from_secs(2);
+const STOPPED: Duration = Duration::from_millis(200);
 
 /// A message of an exchange on its way.
 #[derive(Serialize, Deserialize)]
@@ -70,6 +71,8 @@ struct Party {
     /// The world's first fault, as rank 0 has said.
     first: Mutex<Option<Fault>>,
     decided: Signal,
+    /// Rank 0 knows of it.
+    told: AtomicBool,
     closing: AtomicBool,
 }
 
@@ -141,6 +144,7 @@ impl TcpControl {
             delivered: Signal::default(),
             first: Mutex::default(),
             decided: Signal::default(),
+            told: AtomicBool::new(me == Rank(0)),
             closing: AtomicBool::new(false),
         });
         faults.asks(Arc::clone(&party) as Arc<dyn Jury>);
@@ -158,6 +162,11 @@ impl TcpControl {
     /// The processes, by rank.
     pub(crate) fn members(&self) -> &[Member] {
         &self.party.members
+    }
+
+    /// Whether rank 0 knows what stopped the world.
+    pub(crate) fn is_told(&self) -> bool {
+        self.party.told.load(Ordering::Acquire)
     }
 
     /// Sends a letter; rank 0 writes to all others, they write to rank 0.
@@ -384,6 +393,7 @@ impl Party {
                 let fault: Fault =
                     postcard::from_bytes(&body).map_err(|_| garbage("a fault that is none"))?;
                 if self.me != Rank(0) {
+                    self.told.store(true, Ordering::Release);
                     lock(&self.first).get_or_insert_with(|| fault.clone());
                     self.decided.notify();
                 }
@@ -431,8 +441,11 @@ impl Party {
         self.closing.store(true, Ordering::Release);
         // Who has left needs no goodbye.
         self.lines().for_each(|(_, line)| drop(line.send(BYE, &[&[]])));
+        let patience = if self.faults.get().is_some() { STOPPED } else { GOODBYE };
         let begun = Instant::now();
-        while self.me == Rank(0) && !self.lines().all(|(_, line)| line.is_over()) && begun.elapsed() < GOODBYE
+        while self.me == Rank(0)
+            && !self.lines().all(|(_, line)| line.is_over())
+            && begun.elapsed() < patience
         {
             std::thread::sleep(FaultCell::POLL);
         }

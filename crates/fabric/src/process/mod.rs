@@ -82,13 +82,9 @@ impl Processes {
         self.control.members()
     }
 
-    /// How many of them are on the machine of a rank.
-    pub fn neighbours(&self, rank: Rank) -> usize {
-        let here = |member: &&Member| {
-            let own = &self.members()[rank.0];
-            (&member.host, member.ip()) == (&own.host, own.ip())
-        };
-        self.members().iter().filter(here).count()
+    /// Whether rank 0 knows what stopped the world, so that it can tell.
+    pub fn is_told(&self) -> bool {
+        self.control.is_told()
     }
 
     /// Messages between the hosts.

@@ -8,7 +8,7 @@ use crate::signal::{Signal, lock};
 use epsmoe_base::{Deadline, FaultCell, Rank, count};
 use serde::{Deserialize, Serialize};
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ const AGAIN: Duration = Duration::from_millis(50);
 pub struct WorldOptions {
     /// How long the ranks may take to come.
     pub patience: Duration,
-    /// How long they wait for each other after.
+    /// How long they wait for each other after; what rank 0 says holds for all.
     pub timeout: Duration,
     /// Where this process learns that the world has stopped.
     pub faults: FaultCell,
@@ -59,6 +59,7 @@ struct Hello {
 #[derive(Serialize, Deserialize)]
 struct Welcome {
     members: Vec<Member>,
+    timeout: Duration,
     charter: String,
 }
 
@@ -168,7 +169,8 @@ impl Lobby {
         let members: Vec<Member> = [Member::here(Rank(0), rows)].into_iter().chain(others).collect();
         taken.settled = Some(members.clone());
         drop(taken);
-        let welcome = Welcome { members: members.clone(), charter: charter.to_owned() };
+        let timeout = self.options.timeout;
+        let welcome = Welcome { members: members.clone(), timeout, charter: charter.to_owned() };
         for (member, stream) in members.iter().skip(1).zip(&streams) {
             say(stream, WELCOME, &welcome).map_err(|error| {
                 RendezvousError(format!("{member} left before the others had come ({error})"))
@@ -320,7 +322,7 @@ pub fn join(
     say(&stream, HELLO, &hello).map_err(broken)?;
     // Rank 0 gives up first, and says for whom it waited.
     let mut deadline = Deadline::behind(options.patience);
-    let Welcome { members, charter } = loop {
+    let Welcome { members, timeout, charter } = loop {
         let looked = stream.set_read_timeout(Some(AGAIN)).and_then(|()| stream.peek(&mut [0]));
         match looked {
             Ok(_) => match hear(&stream, WELCOME) {
@@ -341,7 +343,8 @@ pub fn join(
     }
     let lines =
         (0..members.len()).map(|other| if other == 0 { stream.try_clone().ok() } else { None }).collect();
-    let processes = Processes::gather(rank, members, lines, rows, None, options).map_err(RendezvousError)?;
+    let options = WorldOptions { timeout, ..options.clone() };
+    let processes = Processes::gather(rank, members, lines, rows, None, &options).map_err(RendezvousError)?;
     Ok((processes, charter))
 }
 
@@ -392,10 +395,5 @@ impl Member {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname");
         let host = host.map_or_else(|_| rows.ip().to_string(), |name| name.trim().to_owned());
         Member { rank, host, process: std::process::id(), rows }
-    }
-
-    /// The address that it is reached at.
-    pub(crate) fn ip(&self) -> IpAddr {
-        self.rows.ip()
     }
 }
