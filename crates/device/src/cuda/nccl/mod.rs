@@ -135,7 +135,6 @@ impl Communicator {
     }
 
     /// What `call` made; a communicator that is split is there only once its `parent` is done with that.
-
     fn make(
         name: &'static str,
         nccl: &'static Nccl,
@@ -270,8 +269,8 @@ impl Communicator {
     pub fn finish(&self, carry_on: CarryOn<'_>) -> Result<(), NcclError> {
         let mut handle = self.handle()?;
         self.device.context.bind()?;
-        // SAFETY: the handle is alive, and null from here on.
         let nccl = self.nccl;
+        // SAFETY: the handle is alive, and null from here on.
         nccl.check("ncclCommFinalize", unsafe { (nccl.finalize)(handle.0) }, handle.0)?;
         settle(nccl, "ncclCommFinalize", &handle, carry_on)?;
         let raw = std::mem::replace(&mut handle.0, null_mut());
