@@ -20,25 +20,40 @@ struct Launcher {
     name: &'static str,
     rank: &'static str,
     size: &'static str,
-    /// Processes on this machine.
+    /// Processes on this machine, and which of them this is.
     neighbours: &'static str,
+    local: &'static str,
 }
 
 /// By how much they promise that the process was started by them.
 const LAUNCHERS: [Launcher; 4] = [
-    Launcher { name: "torchrun", rank: "RANK", size: "WORLD_SIZE", neighbours: "LOCAL_WORLD_SIZE" },
+    Launcher {
+        name: "torchrun",
+        rank: "RANK",
+        size: "WORLD_SIZE",
+        neighbours: "LOCAL_WORLD_SIZE",
+        local: "LOCAL_RANK",
+    },
     Launcher {
         name: "Open MPI",
         rank: "OMPI_COMM_WORLD_RANK",
         size: "OMPI_COMM_WORLD_SIZE",
         neighbours: "OMPI_COMM_WORLD_LOCAL_SIZE",
+        local: "OMPI_COMM_WORLD_LOCAL_RANK",
     },
-    Launcher { name: "MPICH", rank: "PMI_RANK", size: "PMI_SIZE", neighbours: "MPI_LOCALNRANKS" },
+    Launcher {
+        name: "MPICH",
+        rank: "PMI_RANK",
+        size: "PMI_SIZE",
+        neighbours: "MPI_LOCALNRANKS",
+        local: "MPI_LOCALRANKID",
+    },
     Launcher {
         name: "Slurm",
         rank: "SLURM_PROCID",
         size: "SLURM_STEP_NUM_TASKS",
         neighbours: "SLURM_STEP_TASKS_PER_NODE",
+        local: "SLURM_LOCALID",
     },
 ];
 
@@ -47,8 +62,9 @@ const LAUNCHERS: [Launcher; 4] = [
 pub(crate) struct Launch {
     pub(crate) rank: usize,
     pub(crate) size: usize,
-    /// Ranks on this machine.
+    /// Ranks on this machine, and the position of this one among them: the number of its GPU.
     pub(crate) neighbours: usize,
+    pub(crate) local: usize,
     /// Where rank 0 waits; port 0 is any.
     pub(crate) master: (String, u16),
     /// Ranks that this process starts.
@@ -116,6 +132,7 @@ impl Launch {
             rank: 0,
             size: ranks,
             neighbours: ranks,
+            local: 0,
             master: (args.master_addr.clone().unwrap_or(HERE.into()), args.master_port.unwrap_or(0)),
             children: 1..ranks,
             by: "--distributed-executor-backend",
@@ -138,6 +155,7 @@ impl Launch {
             rank,
             size: ranks,
             neighbours: of_node,
+            local: 0,
             master: (host, args.master_port.unwrap_or(PORT)),
             children: rank + 1..rank + of_node,
             by: "--nnodes",
@@ -176,6 +194,7 @@ impl Launcher {
             bail!("{} is {rank}, but {} is {size}: ranks are numbered from 0", self.rank, self.size);
         }
         let neighbours = number(self.neighbours)?.unwrap_or(1).clamp(1, size);
+        let local = number(self.local)?.unwrap_or(rank % neighbours);
         let first_node = || variable("SLURM_STEP_NODELIST").map(|nodes| first_of(&nodes));
         let alone = (neighbours == size).then(|| HERE.to_owned());
         let host = args.master_addr.clone().or_else(|| variable("MASTER_ADDR")).or_else(first_node).or(alone);
@@ -196,7 +215,7 @@ impl Launcher {
             None => PORT,
         };
         let master = (host, args.master_port.unwrap_or(said));
-        Ok(Some(Launch { rank, size, neighbours, master, children: 0..0, by: self.name }))
+        Ok(Some(Launch { rank, size, neighbours, local, master, children: 0..0, by: self.name }))
     }
 }
 
@@ -224,12 +243,14 @@ impl Crew {
     const PATIENCE: Duration = Duration::from_secs(5);
     const STOPPED: Duration = Duration::from_millis(500);
 
-    /// Starts the children of a launch; rank 0 waits at `master`, and `faults` says when their world has stopped.
+    /// Starts the children of a launch; rank 0 waits at `master`, and `faults` says when their world has stopped. If all
+    /// share one GPU, NCCL has to be told that they are machines of their own, or it would refuse them.
     pub(crate) fn start(
         launch: &Launch,
         master: SocketAddr,
         secret: &Secret,
         faults: &FaultCell,
+        one_gpu: bool,
     ) -> Result<Self> {
         let program = std::env::current_exe().context("cannot find this program to start it again")?;
         let mut crew = Crew { children: Vec::new(), faults: faults.clone() };
@@ -252,9 +273,13 @@ impl Crew {
                 .env("RANK", rank.to_string())
                 .env("WORLD_SIZE", launch.size.to_string())
                 .env("LOCAL_WORLD_SIZE", launch.neighbours.to_string())
+                .env("LOCAL_RANK", (rank - launch.rank + launch.local).to_string())
                 // The secret never stands where other users see it.
                 .env("EPSMOE_SECRET", secret.reveal())
                 .stdin(Stdio::null());
+            if one_gpu {
+                command.env("NCCL_HOSTID", format!("epsmoe-{rank}"));
+            }
             let child = command.spawn().with_context(|| format!("cannot start a process for rank {rank}"))?;
             crew.children.push((rank, child));
         }
@@ -335,6 +360,16 @@ mod tests {
         );
         let slurm = "SLURM_PROCID=2 SLURM_STEP_NUM_TASKS=6 SLURM_STEP_TASKS_PER_NODE=2(x3) SLURM_STEP_NODELIST=n[03-05]";
         assert_eq!(found("", 6, slurm), (2, 6, 2, "n03:29500".into(), 0..0));
+    }
+
+    #[test]
+    fn each_process_knows_its_place_on_its_machine() {
+        let local =
+            |words: &str, ranks, variables: &str| launch(words, ranks, variables).unwrap().unwrap().local;
+        assert_eq!(local("", 4, "RANK=3 WORLD_SIZE=4 LOCAL_WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=a"), 0);
+        assert_eq!(local("", 4, "RANK=3 WORLD_SIZE=4 LOCAL_WORLD_SIZE=2 MASTER_ADDR=a"), 1);
+        assert_eq!(local("", 4, "PMI_RANK=3 PMI_SIZE=4 MPI_LOCALNRANKS=4 MPI_LOCALRANKID=3"), 3);
+        assert_eq!(local("--nnodes 2 --node-rank 1 --master-addr a", 6, ""), 0);
     }
 
     #[test]

@@ -251,24 +251,22 @@ pub(crate) struct Demand {
 enum Processor {
     Cpu,
     Reference,
-    /// The GPU of each rank; all of them may be one.
+    /// The GPU of each rank of this process; all of them may be one, which several processes may share too.
     Cuda(Vec<Arc<CudaDevice>>),
 }
 
 impl Processor {
-    /// Opens what was typed; `auto` is GPUs only where that works. Ranks that are processes compute on their machine's
-    /// processor.
+    /// Opens what was typed; `auto` is GPUs only where that works, and for ranks that are processes only if it is said.
     fn open(kind: DeviceKind, ranks: usize, launch: Option<&Launch>) -> Result<Self> {
         match kind {
-            DeviceKind::Cuda | DeviceKind::CudaAt(_) if launch.is_some() => bail!(
-                "ranks on GPUs are threads of one process, and no other: leave out --distributed-executor-backend, or \
-                 start one process alone"
-            ),
             DeviceKind::Auto if launch.is_some() => Ok(Processor::Cpu),
             DeviceKind::Cpu => Ok(Processor::Cpu),
             DeviceKind::Reference => Ok(Processor::Reference),
-            DeviceKind::Cuda => Self::on_gpus(ranks),
             DeviceKind::CudaAt(number) => Ok(Processor::Cuda(vec![CudaDevice::open(number)?; ranks])),
+            DeviceKind::Cuda => match launch {
+                Some(launch) => Ok(Processor::Cuda(vec![CudaDevice::open(launch.local)?])),
+                None => Self::on_gpus(ranks),
+            },
             DeviceKind::Auto => Ok(Self::on_gpus(ranks).unwrap_or(Processor::Cpu)),
         }
     }
@@ -400,6 +398,12 @@ impl Setup {
             None => ranks,
         };
         let processor = Processor::open(args.device, here, launch.as_ref())?;
+        if let (Processor::Cuda(_), Some(_), Some(link)) = (&processor, &launch, args.link.0) {
+            bail!(
+                "--link {link} paces rows between threads, but those of GPUs in several processes travel by NCCL, as fast as \
+                 it can: say --link none, or leave out --distributed-executor-backend"
+            );
+        }
         let threads = args.threads.unwrap_or((machine::cores() / here).max(1));
         let dtype = match args.dtype {
             Dtype::Auto => processor.dtype(model.spec.dtype),
@@ -530,6 +534,11 @@ impl Setup {
     /// An engine for each set of options; they share their weights.
     pub(crate) fn start_all(&self, options: &[EngineOptions]) -> Result<Vec<Started>> {
         self.check_memory(options)?;
+        if let Some(ranks) = self.processor.sharing() {
+            output::remark(format_args!(
+                "{ranks} ranks share one GPU: what they take is no measure of {ranks} GPUs"
+            ));
+        }
         let (threads, isa) = (self.threads, self.isa);
         match &self.processor {
             Processor::Cpu => {
@@ -563,20 +572,33 @@ impl Setup {
             let processes = world.workers.processes();
             let fabric = processes.tcp_fabric(self.link)?;
             let host = ThreadedOptions { epoch: begin(processes)?, ..host(self.dtype) };
-            return self.loading(|weights| {
-                let start = |options: &EngineOptions| {
-                    let device = self.on_host(0, &store, fabric.control.faults(), &host, &kernels)?;
-                    let (spec, rank) = (Arc::clone(&self.model.spec), (Arc::new(device), fabric.clone()));
-                    let engine =
-                        Engine::start_with_workers(spec, weights, rank, &world.workers, options.clone())?;
-                    Ok(Started { engine, links: fabric.link.iter().cloned().collect() })
-                };
-                options.iter().map(start).collect()
+            return self.engines_with_workers(options, world, fabric, |faults| {
+                self.on_host(0, &store, faults, &host, &kernels)
             });
         }
         let host = host(self.dtype);
         self.engines(options, |faults| {
             self.here().map(|rank| self.on_host(rank, &store, faults, &host, &kernels)).collect()
+        })
+    }
+
+    /// Engines whose rank 0 is here, and the others elsewhere.
+    fn engines_with_workers<B: Backend>(
+        &self,
+        options: &[EngineOptions],
+        world: &World,
+        fabric: Fabric<B>,
+        device: impl Fn(&FaultCell) -> Result<B>,
+    ) -> Result<Vec<Started>> {
+        self.loading(|weights| {
+            let start = |options: &EngineOptions| {
+                let rank = (Arc::new(device(fabric.control.faults())?), fabric.clone());
+                let spec = Arc::clone(&self.model.spec);
+                let engine =
+                    Engine::start_with_workers(spec, weights, rank, &world.workers, options.clone())?;
+                Ok(Started { engine, links: fabric.link.iter().cloned().collect() })
+            };
+            options.iter().map(start).collect()
         })
     }
 
@@ -605,7 +627,13 @@ impl Setup {
                 let host = |dtype| reference::options(dtype, self.seed);
                 self.work_on_host(processes, host, || Ok(PlainKernels))
             }
-            Processor::Cuda(_) => bail!("no worker has a GPU. This is a bug"),
+            Processor::Cuda(devices) => {
+                let (fabric, gpu) = self.over_nccl(processes, &devices[0])?;
+                let weights = CudaWeights::new(&devices[0])?;
+                self.work_as(processes, fabric, || {
+                    Ok(CudaBackend::new(processes.rank(), &devices[0], &weights, gpu.clone())?)
+                })
+            }
         }
     }
 
@@ -618,12 +646,34 @@ impl Setup {
         let store = Arc::new(WeightStore::default());
         let fabric = processes.tcp_fabric(self.link)?;
         let host = ThreadedOptions { epoch: begin(processes)?, ..host(self.dtype) };
+        self.work_as(processes, fabric, || {
+            self.on_host(processes.rank().0, &store, processes.faults(), &host, &kernels)
+        })
+    }
+
+    /// Takes orders from rank 0, with that processor for each engine.
+    fn work_as<B: Backend>(
+        &self,
+        processes: &Processes,
+        fabric: Fabric<B>,
+        device: impl Fn() -> Result<B>,
+    ) -> Result<()> {
         Ok(work(processes, |options| {
-            let device = self.on_host(processes.rank().0, &store, processes.faults(), &host, &kernels);
-            let device = device.map_err(|error| EngineError::Request(output::flattened(&error)))?;
+            let device = device().map_err(|error| EngineError::Request(output::flattened(&error)))?;
             let spec = Arc::clone(&self.model.spec);
             Ok(Model::load(spec, &*self.model.weights, Arc::new(device), fabric.clone(), options)?)
         })?)
+    }
+
+    /// How a rank that is a process with a GPU talks to the others, and what its processor is told.
+    fn over_nccl(
+        &self,
+        processes: &Processes,
+        device: &Arc<CudaDevice>,
+    ) -> Result<(Fabric<CudaBackend>, CudaOptions)> {
+        let fabric = processes.nccl_fabric(device)?;
+        let faults = processes.faults().clone();
+        Ok((fabric, CudaOptions { faults, epoch: begin(processes)?, ..CudaOptions::new(self.dtype) }))
     }
 
     /// Where the weights of each rank are. Ranks of one GPU share them there, and so do engines started one after another.
@@ -648,6 +698,12 @@ impl Setup {
         devices: &[Arc<CudaDevice>],
     ) -> Result<Vec<Started>> {
         let stores = self.weights_on_gpus(devices)?;
+        if let Some(world) = self.world()? {
+            let (fabric, gpu) = self.over_nccl(world.workers.processes(), &devices[0])?;
+            return self.engines_with_workers(options, world, fabric, |_| {
+                Ok(CudaBackend::new(Rank(0), &devices[0], &stores[0], gpu.clone())?)
+            });
+        }
         self.engines(options, |faults| {
             let gpu = CudaOptions { faults: faults.clone(), ..CudaOptions::new(self.dtype) };
             let ranks = self.here().zip(devices.iter().zip(&stores));
@@ -665,11 +721,6 @@ impl Setup {
         ranks: impl Fn(&FaultCell) -> Result<Vec<B>>,
     ) -> Result<Vec<Started>> {
         let spec = &self.model.spec;
-        if let Some(ranks) = self.processor.sharing() {
-            output::remark(format_args!(
-                "{ranks} ranks share one GPU: what they take is no measure of {ranks} GPUs"
-            ));
-        }
         let engine = |options: &EngineOptions, weights: &dyn WeightSource| {
             let faults = FaultCell::default();
             let fabric = ThreadsOptions {

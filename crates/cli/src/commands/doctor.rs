@@ -49,6 +49,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     if let Ok(device) = &gpu {
         findings.push(pipeline("cuda:0"));
         findings.extend(other_gpus(device));
+        findings.push(nccl());
     }
     let probes = match &gpu {
         Ok(device) if args.probe => cuda::probe(device)
@@ -122,6 +123,19 @@ fn instructions() -> Finding {
             lacking("There are no vector instructions that the kernels know: expect it to be slow.".into())
         }
         isa => fine(format!("Kernels use {isa}.")),
+    }
+}
+
+/// What GPUs in several processes need.
+fn nccl() -> Finding {
+    match cuda::nccl_version() {
+        Ok(version) => fine(format!(
+            "Ranks on GPUs can be processes: NCCL {}.{}.{} is here.",
+            version / 10_000,
+            version / 100 % 100,
+            version % 100
+        )),
+        Err(error) => lacking(format!("Ranks on GPUs can only be threads of one process: {error}.")),
     }
 }
 

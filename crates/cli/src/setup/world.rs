@@ -40,7 +40,8 @@ impl Setup {
         let (secret, faults) = (options.secret.clone(), options.faults.clone());
         let (host, port) = &launch.master;
         let lobby = Lobby::open((host, *port), launch.size, options)?;
-        let mut crew = Crew::start(launch, lobby.address(), &secret, &faults)?;
+        let one_gpu = self.processor.sharing().is_some();
+        let mut crew = Crew::start(launch, lobby.address(), &secret, &faults, one_gpu)?;
         let charter = Charter { flags: self.flags.clone(), isa: self.isa.to_string() };
         let processes = lobby.wait(&serde_json::to_string(&charter)?, || crew.check())?;
         self.agree(&processes)?;
@@ -120,7 +121,7 @@ impl Worker<'_> {
         } else {
             let master = address.to_socket_addrs().ok().and_then(|mut addresses| addresses.next());
             let master = master.with_context(|| format!("--master-addr {host} has no address"))?;
-            Some(Crew::start(launch, master, &options.secret, &options.faults)?)
+            Some(Crew::start(launch, master, &options.secret, &options.faults, false)?)
         };
         let (processes, charter) = join(address, Rank(launch.rank), Some(launch.size), &options)?;
         let ended = self.take_part(&processes, &charter).map_err(|error| {

@@ -18,6 +18,7 @@ use crate::transport::{ParcelTransport, TcpCarrier};
 use crate::{Control, Fabric, Link};
 use door::Door;
 use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank};
+use epsmoe_device::cuda::{CudaBackend, CudaDevice};
 use epsmoe_device::{Backend, HostQueue};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -130,6 +131,14 @@ impl Processes {
             control: Arc::clone(&self.control) as _,
             transport: Arc::new(transport),
         })
+    }
+
+    /// The fabric whose rows travel by NCCL, from GPU to GPU; all ranks ask for it at the same time.
+    ///
+    /// # Errors
+    /// There is no NCCL, or a rank cannot be reached.
+    pub fn nccl_fabric(&self, device: &Arc<CudaDevice>) -> Result<Fabric<CudaBackend>, Fault> {
+        Fabric::nccl(Arc::clone(&self.control) as _, device, self.options.timeout)
     }
 
     /// Where this process learns that the world has stopped.
