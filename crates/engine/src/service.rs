@@ -56,6 +56,14 @@ pub enum Rejected {
         /// Most of them.
         most: usize,
     },
+    /// Never will so many be taken in at once.
+    #[error("{wanted} answers at once are more than the {most} that may run or wait here: ask for fewer")]
+    TooMany {
+        /// Answers that are wanted.
+        wanted: usize,
+        /// Most requests that run or wait.
+        most: usize,
+    },
     /// The request asks for something impossible.
     #[error(transparent)]
     Invalid(#[from] EngineError),
@@ -171,6 +179,16 @@ impl EngineHandle {
         let (request, sink) = (Box::new(request), Box::new(events));
         let _ = self.commands.send(Command::Submit { id, request, submitted: Instant::now(), sink });
         Ok(id)
+    }
+
+    /// Whether so many requests would be taken in now; so that who brings several does not bring some of them in vain.
+    pub fn room_for(&self, wanted: usize) -> Result<(), Rejected> {
+        let (open, most) = (self.shared.open.load(Ordering::Relaxed), self.shared.most_open);
+        match () {
+            () if wanted > most => Err(Rejected::TooMany { wanted, most }),
+            () if open.saturating_add(wanted) > most => Err(Rejected::QueueFull { open, most }),
+            () => Ok(()),
+        }
     }
 
     /// Ends a request where it is. Its place and its cache blocks are free within one step; it is told

@@ -106,7 +106,20 @@ impl GuideFactory {
         let parser = self.parsers.create_parser(grammar.compiled());
         let matcher = Matcher::new(parser);
         if let Some(problem) = matcher.get_error() {
-            return Err(ApiError::field(param, format!("this grammar cannot be followed: {problem}")));
+            let syntax = match grammar {
+                Grammar::Lark(_) => " (it is read as Lark: `start: …`)",
+                _ => "",
+            };
+            return Err(ApiError::field(
+                param,
+                format!("this grammar cannot be followed{syntax}: {problem}"),
+            ));
+        }
+        if matcher.deep_clone().compute_mask_or_eos().is_err() {
+            return Err(ApiError::field(
+                param,
+                "no text satisfies this: nothing that this model can say begins it",
+            ));
         }
         let waits_for = after.map(|text| Awaited { text: text.as_bytes().to_vec(), seen: Vec::new() });
         Ok(Guide { matcher, waits_for, tokens: Arc::clone(&self.tokens) })
@@ -144,7 +157,9 @@ impl Constraint for Guide {
             trie.eos_tokens().iter().for_each(|&eos| all.disallow_token(eos));
             return Ok(TokenMask(all.as_slice().to_vec()));
         }
-        let mask = self.matcher.compute_mask_or_eos().map_err(|error| error.to_string())?;
+        let mask = self.matcher.compute_mask_or_eos().map_err(|error| {
+            format!("the grammar asked for lets no token of this model follow what was said so far ({error})")
+        })?;
         Ok(TokenMask(mask.as_slice().to_vec()))
     }
 

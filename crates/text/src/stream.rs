@@ -15,6 +15,8 @@ pub struct DecodeStream {
     skip_special: bool,
     text: Unfinished,
     stop: Vec<String>,
+    /// So many of the next tokens end no stop string.
+    deaf: usize,
     held: Held,
     /// Which stop string has come.
     stopped: Option<usize>,
@@ -35,6 +37,8 @@ enum Unfinished {
 struct Held {
     text: String,
     hidden: Vec<Range<usize>>,
+    /// Bytes at the beginning in which no stop string may end.
+    deaf: usize,
 }
 
 impl DecodeStream {
@@ -48,7 +52,7 @@ impl DecodeStream {
         };
         let stop = stop.into_iter().filter(|stop| !stop.is_empty()).collect();
         let tokenizer = tokenizer.clone();
-        DecodeStream { tokenizer, skip_special, text, stop, held: Held::default(), stopped: None }
+        DecodeStream { tokenizer, skip_special, text, stop, deaf: 0, held: Held::default(), stopped: None }
     }
 
     /// The same, where the tokens go on from those of a prompt: the first of them is in the middle of a text.
@@ -71,22 +75,30 @@ impl DecodeStream {
         self
     }
 
+    /// The same, where stop strings that end within so many tokens do not count.
+    pub fn deaf_for(mut self, tokens: usize) -> Self {
+        self.deaf = tokens;
+        self
+    }
+
     /// Takes the next token; returns the text that is certain now.
     pub fn push(&mut self, id: u32) -> Result<String, TextError> {
+        let deaf = self.deaf > 0;
+        self.deaf = self.deaf.saturating_sub(1);
         if self.skip_special && self.tokenizer.is_special(id) {
             return Ok(match self.tokenizer.token(id) {
-                Some(name) if !self.stop.is_empty() => self.release(&name, true),
+                Some(name) if !self.stop.is_empty() => self.release(&name, true, deaf),
                 _ => String::new(),
             });
         }
         let text = self.text.push(&self.tokenizer, id)?;
-        Ok(self.release(&text, false))
+        Ok(self.release(&text, false, deaf))
     }
 
     /// No more tokens will come; returns the text that was held back.
     pub fn finish(&mut self) -> Result<String, TextError> {
         let text = self.text.finish(&self.tokenizer)?;
-        let mut rest = self.release(&text, false);
+        let mut rest = self.release(&text, false, self.deaf > 0);
         if self.stopped.is_none() {
             rest.push_str(&self.held.take(self.held.text.len()));
         }
@@ -103,17 +115,17 @@ impl DecodeStream {
         self.stopped.map(|which| self.stop[which].as_str())
     }
 
-    /// Adds text to what is held, and lets go what can belong to no stop string.
-    fn release(&mut self, text: &str, hidden: bool) -> String {
+    /// Adds text to what is held, and lets go what can belong to no stop string. No stop string ends in text that is `deaf`.
+    fn release(&mut self, text: &str, hidden: bool, deaf: bool) -> String {
         if self.stopped() {
             return String::new();
         }
         self.held.push(text, hidden);
-        let found = self
-            .stop
-            .iter()
-            .enumerate()
-            .filter_map(|(which, stop)| Some((self.held.text.find(stop)?, which)));
+        if deaf {
+            self.held.deaf = self.held.text.len();
+        }
+        let found =
+            self.stop.iter().enumerate().filter_map(|(which, stop)| Some((self.held.find(stop)?, which)));
         if let Some((at, which)) = found.min() {
             self.stopped = Some(which);
             return self.held.take(at);
@@ -189,6 +201,13 @@ impl Held {
         }
     }
 
+    /// Where a stop string begins that may end where it does.
+    fn find(&self, stop: &str) -> Option<usize> {
+        let first = (self.deaf + 1).saturating_sub(stop.len());
+        let first = (first..=self.text.len()).find(|&at| self.text.is_char_boundary(at))?;
+        self.text[first..].find(stop).map(|at| first + at)
+    }
+
     /// Takes the first bytes out; returns what of them is shown.
     fn take(&mut self, bytes: usize) -> String {
         let rest = self.text.split_off(bytes);
@@ -200,6 +219,7 @@ impl Held {
             at = to;
         }
         shown.push_str(&taken[at..]);
+        self.deaf = self.deaf.saturating_sub(bytes);
         self.hidden.retain(|hidden| hidden.end > bytes);
         for hidden in &mut self.hidden {
             *hidden = hidden.start.saturating_sub(bytes)..hidden.end - bytes;
@@ -289,6 +309,30 @@ mod tests {
             "version": "1.0", "added_tokens": [special(1, "<s>"), special(2, "<|user|>")],
             "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "<unk>" }, "decoder": decoder,
         }))
+    }
+
+    #[test]
+    fn stop_strings_do_not_count_before_so_many_tokens() {
+        let tokenizer = sentence_piece(decoders()[0].clone());
+        // "x x xx"
+        let ids = [8, 3, 8, 3, 8, 8];
+        for (deaf, stop, expected) in [
+            (0, "x", ""),
+            (1, "x", "x "),
+            (3, "x", "x x "),
+            (6, "x", "x x xx"),
+            // The end is what counts.
+            (2, "x x", ""),
+            (3, "x x", "x "),
+            (5, "xx", "x x "),
+            (6, "xx", "x x xx"),
+        ] {
+            let stream = DecodeStream::new(&tokenizer, vec![stop.into()], true).after(&[8]);
+            let mut stream = stream.deaf_for(deaf);
+            let mut text: String = ids.iter().map(|&id| stream.push(id).unwrap()).collect();
+            text.push_str(&stream.finish().unwrap());
+            assert_eq!(text, expected, "{deaf} {stop:?}");
+        }
     }
 
     fn decoders() -> [Value; 5] {

@@ -46,7 +46,8 @@ impl Choice {
         let text = match &app.model.tokenizer {
             Some(tokenizer) => {
                 let stream = DecodeStream::new(tokenizer, job.stop.clone(), job.skip_special)
-                    .after(&job.prompts[prompt]);
+                    .after(&job.prompts[prompt])
+                    .deaf_for(job.min_tokens);
                 Text::Decoded(Box::new(stream))
             }
             None => Text::Ids,

@@ -70,6 +70,7 @@ pub(crate) struct End {
 impl Generation {
     /// Hands the job to the engine.
     pub(crate) fn start(app: &Shared, mut job: Job) -> Result<Self, ApiError> {
+        app.model.engine.room_for(job.prompts.len().saturating_mul(job.n))?;
         let (sender, events) = unbounded_channel();
         let mut generation = Generation {
             app: app.clone(),

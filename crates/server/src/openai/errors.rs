@@ -178,6 +178,7 @@ impl From<Rejected> for ApiError {
     fn from(rejected: Rejected) -> Self {
         match rejected {
             Rejected::QueueFull { .. } | Rejected::Draining => ApiError::busy(rejected.to_string()),
+            Rejected::TooMany { .. } => ApiError::field("n", rejected.to_string()),
             Rejected::Stopped(fault) => ApiError::unavailable(format!("the model has stopped: {fault}")),
             Rejected::Invalid(EngineError::Parameter { field, problem }) => ApiError::field(field, problem),
             Rejected::Invalid(EngineError::ContextLength { most, prompt, new }) => {

@@ -167,8 +167,10 @@ impl Events for ResponseWriter {
             out.push(self.with_response("response.created", "in_progress", None));
             out.push(self.with_response("response.in_progress", "in_progress", None));
         }
+        let cut = matches!(&step.what, What::End { end, .. } if end.reason != "stop");
+        let closed = if cut { "incomplete" } else { "completed" };
         let mut told = Vec::new();
-        self.take_in(step, |parts, change| tell(parts, change, &mut told));
+        self.take_in(step, |parts, change| tell(parts, change, closed, &mut told));
         out.extend(told.into_iter().map(|(name, data)| self.event(name, data)));
     }
 
@@ -185,8 +187,8 @@ impl Events for ResponseWriter {
     }
 }
 
-/// The events of a change to the last part: their names, and what they say.
-fn tell(parts: &Parts, change: Change, out: &mut Vec<(&'static str, Value)>) {
+/// The events of a change to the last part: their names, and what they say. A part that ends now is `closed`.
+fn tell(parts: &Parts, change: Change, closed: &'static str, out: &mut Vec<(&'static str, Value)>) {
     let Some(part) = parts.all.last() else { return };
     let of_item = json!({ "output_index": parts.all.len() - 1 });
     let mut of_part = with(&of_item, json!({ "item_id": part.id }));
@@ -223,7 +225,7 @@ fn tell(parts: &Parts, change: Change, out: &mut Vec<(&'static str, Value)>) {
             };
             out.push((done, with(&of_part, whole)));
             out.extend(content().map(|content| ("response.content_part.done", content)));
-            let item = item(part, "completed");
+            let item = item(part, closed);
             out.push(("response.output_item.done", with(&of_item, json!({ "item": item }))));
         }
     }

@@ -70,6 +70,8 @@ fn responses_say_what_chats_say() {
         events.iter().map(|(_, data)| data["sequence_number"].as_u64().unwrap()).collect();
     assert_eq!(numbers, (0..events.len() as u64).collect::<Vec<_>>());
     let last = &events.last().unwrap().1["response"];
+    let done = &events[events.len() - 2].1["item"];
+    assert_eq!(done, &last["output"][0], "an item that was cut off says so where it ends");
     assert_eq!(
         (&last["output"][0]["content"], &last["usage"]["output_tokens"]),
         (&answer["output"][0]["content"], &answer["usage"]["output_tokens"])

@@ -169,6 +169,13 @@ fn a_full_queue_asks_to_try_again() {
             assert_eq!(answer.header("retry-after"), Some("1"));
         }
     });
+    // More at once than there ever is room for: trying again would not help.
+    let (status, error) = server.post("/v1/completions", &json!({ "prompt": "a", "n": 3 })).error();
+    let message = error["message"].as_str().unwrap();
+    assert!(
+        status == 400 && message.contains("3 answers at once") && message.contains("2 that may"),
+        "{error}"
+    );
 }
 
 /// A cache that holds less than a context: what can never fit is refused, what fits runs, also when it has to give way.

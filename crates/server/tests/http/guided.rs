@@ -146,6 +146,8 @@ fn grammars_that_cannot_be_followed_are_refused() {
         ("structured_outputs", json!({ "structured_outputs": { "choice": [] } })),
         ("structured_outputs", json!({ "structured_outputs": { "regex": "(" } })),
         ("structured_outputs", json!({ "structured_outputs": { "regex": "a", "json": {} } })),
+        ("structured_outputs", json!({ "structured_outputs": {} })),
+        ("structured_outputs", json!({ "structured_outputs": { "regex": r"[^\s\S]" } })),
         ("structured_outputs", json!({ "structured_outputs": { "grammar": "start: nowhere" } })),
         ("tool_choice", json!({ "tool_choice": "required" })),
         (
