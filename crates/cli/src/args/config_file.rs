@@ -80,7 +80,11 @@ fn flags(command: &Command, typed: &[&str], keys: &Map<String, Value>) -> Result
         if is_typed || in_environment {
             continue;
         }
-        for value in values(key, value)? {
+        let values = values(key, value)?;
+        if arg.is_hide_env_values_set() {
+            check_secrets(key, &values)?;
+        }
+        for value in values {
             match value {
                 value if arg.is_positional() => flags.push(plain(value)),
                 value => flags.push(format!("--{name}={}", plain(value))),
@@ -99,6 +103,17 @@ fn values<'a>(key: &str, value: &'a Value) -> Result<Vec<&'a Value>, String> {
             list.iter().map(|value| values(key, value)).collect::<Result<Vec<_>, _>>().map(|all| all.concat())
         }
         value => Ok(vec![value]),
+    }
+}
+
+/// A secret that YAML takes for a number would be another one, and without any everybody is let in.
+fn check_secrets(key: &str, values: &[&Value]) -> Result<(), String> {
+    if values.is_empty() {
+        return Err(format!("`{key}` has no value: write one, or leave the key out"));
+    }
+    match values.iter().all(|value| value.is_string()) {
+        true => Ok(()),
+        false => Err(format!("`{key}` is a number or a truth value to YAML: write it in quotes")),
     }
 }
 
@@ -147,6 +162,12 @@ mod tests {
 
     #[test]
     fn wrong_files_are_told() {
+        for secret in ["api-key:\n", "api-key: []\n"] {
+            assert!(expanded(secret, &[]).unwrap_err().contains("`api-key` has no value"), "{secret}");
+        }
+        for secret in ["api-key: 007\n", "api-key: [a, 1e5]\n", "api-key: true\n"] {
+            assert!(expanded(secret, &[]).unwrap_err().contains("quotes"), "{secret}");
+        }
         assert!(expanded("colour: red\n", &[]).unwrap_err().contains("`colour` is no flag of serve"));
         assert!(expanded("port: {a: 1}\n", &[]).unwrap_err().contains("`port` is a map"));
         assert!(expanded("port: [", &[]).is_err());

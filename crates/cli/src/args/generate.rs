@@ -3,20 +3,17 @@
 use super::values::{JsonObject, TokenIds, TokenLimit, top_k};
 use super::{ModelArgs, RunArgs};
 use clap::builder::BoolishValueParser;
-use clap::{ArgAction, Args};
+use clap::{ArgAction, ArgGroup, Args};
 use std::path::PathBuf;
 
 const SAMPLING: &str = "Sampling";
 
 /// A prompt: token ids, a text, or a conversation.
 #[derive(Args, Debug)]
+#[command(group = ArgGroup::new("a prompt").args(["prompt", "messages", "ids"]).required(true))]
 pub(crate) struct PromptArgs {
     /// The prompt as token ids, like 5,6,7
-    #[arg(
-        long,
-        required_unless_present_any = ["prompt", "messages"],
-        conflicts_with_all = ["prompt", "chat", "system", "messages", "chat_template_kwargs"]
-    )]
+    #[arg(long, conflicts_with_all = ["chat", "system", "chat_template_kwargs"])]
     pub(crate) ids: Option<TokenIds>,
 
     #[command(flatten)]

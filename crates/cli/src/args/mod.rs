@@ -150,6 +150,8 @@ pub(crate) fn command() -> clap::Command {
         let command = subcommand.get_name().to_uppercase();
         subcommand.mut_args(|arg| {
             let arg = if matches!(arg.get_action(), ArgAction::SetTrue) { switch(arg) } else { arg };
+            // A number that is too small is told so, and not taken for a flag.
+            let arg = arg.allow_negative_numbers(true);
             match (arg.get_long(), arg.get_env()) {
                 (Some(long), None) => {
                     let flag = long.replace('-', "_").to_uppercase();

@@ -2,6 +2,7 @@
 
 use super::RunArgs;
 use super::values::{ByteSize, Origins, Parsers, bounded, seconds, share};
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 use epsmoe_server::{Reasoning, ToolParser};
 use std::path::PathBuf;
@@ -38,7 +39,13 @@ pub(crate) struct ServeArgs {
     pub(crate) served_model_name: Vec<String>,
 
     /// Answer only requests with this key; can be given several times
-    #[arg(long, value_name = "KEY", hide_env_values = true, help_heading = SERVER)]
+    #[arg(
+        long,
+        value_name = "KEY",
+        hide_env_values = true,
+        value_parser = NonEmptyStringValueParser::new(),
+        help_heading = SERVER
+    )]
     pub(crate) api_key: Vec<String>,
 
     /// Let pages of this origin ask, * for all; can be given several times, or as a JSON list

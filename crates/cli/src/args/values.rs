@@ -215,7 +215,11 @@ impl FromStr for TokenIds {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
+        let parts = || text.split(',').map(str::trim);
+        if parts().count() > 1 && parts().any(str::is_empty) {
+            return Err("there is a comma without an id beside it: write ids like 5,6,7".into());
+        }
+        let words = parts().flat_map(str::split_whitespace);
         let id = |word: &str| {
             word.parse().map_err(|_| format!("`{word}` is not a token id: write ids like 5,6,7"))
         };
