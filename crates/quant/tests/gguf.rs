@@ -143,6 +143,8 @@ fn headers_that_lie_are_refused_with_the_numbers_that_disagree() {
             good().key(kv::whole("general.alignment", 0)),
             "`general.alignment` is 0, which is no power of two that fits",
         ),
+        (good().key(kv::value("k", 6, &f32::NAN.to_le_bytes())), "`k` is NaN, which is no number"),
+        (good().key(kv::value("k", 12, &f64::INFINITY.to_le_bytes())), "`k` is inf, which is no number"),
         (good().key(kv::text("general.alignment", "x")), "`general.alignment` is not a whole number"),
     ];
     for (file, problem) in cases {

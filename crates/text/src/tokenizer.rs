@@ -73,6 +73,8 @@ impl Tokenizer {
                     tokenizer.with_model(model);
                 }
                 add_tokens(&mut tokenizer, &special)?;
+                // A template around texts that names what is not there is only noticed when it is used.
+                tokenizer.encode_fast("", true)?;
                 Ok(tokenizer)
             });
         let tokenizer = tokenizer.map_err(unreadable)?;
@@ -228,6 +230,23 @@ mod tests {
             std::fs::write(folder.path().join(name), value.to_string()).unwrap();
         }
         Tokenizer::open(folder.path()).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_template_with_tokens_that_are_not_there_is_refused() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/mixtral");
+        let mut tokenizer: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(fixture.join(FILE)).unwrap()).unwrap();
+        let parse = |tokenizer: &serde_json::Value| {
+            Tokenizer::parse(tokenizer.to_string().as_bytes(), Path::new(FILE), &SpecialTokens::default())
+        };
+        let sequence = json!({ "Sequence": { "id": "A", "type_id": 0 } });
+        let single = [json!({ "SpecialToken": { "id": "<nowhere>", "type_id": 0 } }), sequence];
+        tokenizer["post_processor"] = json!({
+            "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {},
+        });
+        let refused = parse(&tokenizer).err().expect("a refusal").to_string();
+        assert!(refused.starts_with(FILE) && refused.contains("fetch the file again"), "{refused}");
     }
 
     #[test]

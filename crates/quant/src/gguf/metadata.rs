@@ -163,6 +163,10 @@ impl<E: From<QuantError>, F: Fn(&mut [u8], u64) -> Result<(), E>> Reader<'_, F> 
             return self.list(0).map(Value::List);
         }
         let (cursor, key) = (&mut *self.cursor, self.key);
+        let finite = |number: f64| match number.is_finite() {
+            true => Ok(Value::Float(number)),
+            false => Err(damaged(format!("`{key}` is {number}, which is no number"))),
+        };
         Ok(match kind {
             0 => Value::Unsigned(cursor.array::<1>(key)?[0].into()),
             1 => Value::Signed(i8::from_le_bytes(cursor.array(key)?).into()),
@@ -170,12 +174,12 @@ impl<E: From<QuantError>, F: Fn(&mut [u8], u64) -> Result<(), E>> Reader<'_, F> 
             3 => Value::Signed(i16::from_le_bytes(cursor.array(key)?).into()),
             4 => Value::Unsigned(cursor.u32(key)?.into()),
             5 => Value::Signed(i32::from_le_bytes(cursor.array(key)?).into()),
-            6 => Value::Float(f32::from_le_bytes(cursor.array(key)?).into()),
+            6 => finite(f32::from_le_bytes(cursor.array(key)?).into())?,
             7 => Value::Bool(cursor.array::<1>(key)?[0] != 0),
             8 => Value::Text(cursor.text(key)?),
             10 => Value::Unsigned(cursor.u64(key)?),
             11 => Value::Signed(i64::from_le_bytes(cursor.array(key)?)),
-            12 => Value::Float(f64::from_le_bytes(cursor.array(key)?)),
+            12 => finite(f64::from_le_bytes(cursor.array(key)?))?,
             _ => return Err(self.unknown(kind)),
         })
     }
