@@ -4,6 +4,7 @@
 struct Args { Rows experts, weights, slot_of, slots, slot_weights; Report report; };
 
 extern "C" __global__ void __launch_bounds__(THREADS) assign_f32_f32(const __grid_constant__ Args args) {
+    take_turn();
     const u32 k = args.experts.width, pairs = args.experts.rows * k;
     for (u32 pair = blockIdx.x * THREADS + threadIdx.x; pair < pairs; pair += gridDim.x * THREADS) {
         const u32 token = pair / k, mine = pair % k;

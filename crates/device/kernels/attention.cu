@@ -28,10 +28,7 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
     if (sequence == NONE) return;
 
     const u32 position = at<u32>(args.positions, t);
-    if (position / args.block_size >= args.blocks.width) {
-        if (thread == 0) complain(args.report, CACHE_BLOCK, position / args.block_size, args.blocks.width);
-        return;
-    }
+    if (!stands(args, position)) return;
     const u32* blocks = row<u32>(args.blocks, sequence);
     const u32 first = args.window && position >= args.window ? position + 1 - args.window : 0;
     // A sink is a score that came before all others, of a value that is zero.
@@ -86,6 +83,7 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
 #define ATTENTION(X, Y)                                                                                      \
     extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)                                          \
         attention_##X##_##Y(const __grid_constant__ Args args) {                                             \
+        take_turn();                                                                                         \
         attention<X, Y>(args);                                                                               \
     }
 

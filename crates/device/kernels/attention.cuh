@@ -20,6 +20,8 @@ struct Args {
     f32 scale;
     u32 window;  // positions seen, itself included; 0: all
     u32 vectors; // every view of q, keys, values, out and each head in it starts on 16 bytes
+    u32 longest; // positions are below
+    u32 padding;
 };
 
 __device__ __forceinline__ f32 minus_infinity() { return __uint_as_float(0xff800000u); }
@@ -39,6 +41,15 @@ __device__ __forceinline__ void check_starts(const Args& args) {
         else if (b + 1 == sequences && end != tokens) complain(args.report, TOKENS_HELD, end, tokens);
     }
     if (sequences == 0 && tokens != 0 && threadIdx.x == 0) complain(args.report, TOKENS_HELD, 0, tokens);
+}
+
+// Whether a token may stand at a position; if not, that is said.
+__device__ __forceinline__ bool stands(const Args& args, u32 position) {
+    const u32 block = position / args.block_size;
+    if (block >= args.blocks.width) complain(args.report, CACHE_BLOCK, block, args.blocks.width);
+    else if (position >= args.longest) complain(args.report, POSITION, position, args.longest);
+    else return true;
+    return false;
 }
 
 // Where the cached block of a position stands in memory, as the sequence says; NONE for positions not asked for.
@@ -115,8 +126,7 @@ template <u32 HEIGHT> struct Sight {
                 token[r] = tile.token + (tile.row + r) / group;
                 head[r] = kv_head * group + (tile.row + r) % group;
                 const u32 position = at<u32>(args.positions, token[r]);
-                if (position / args.block_size < args.blocks.width) to = position + 1;
-                else complain(args.report, CACHE_BLOCK, position / args.block_size, args.blocks.width);
+                if (stands(args, position)) to = position + 1;
                 from = args.window && to > args.window ? to - args.window : 0;
             }
             first[r] = from, end[r] = to;
@@ -143,14 +153,24 @@ struct Softmax {
     f32 most = minus_infinity(); // of the scores so far
     f32 total = 0.0f;            // of this thread's powers
 
+    // Where a product is rounded is written out here: kernels that give the same bits must not leave it to the compiler.
+
     // Takes up the greatest score of a step; gives what sums so far are to be multiplied with.
     __device__ __forceinline__ f32 raise(f32 score, f32 scale) {
         const f32 before = most;
         most = fmaxf(most, score);
         const f32 kept = power_of_two((before - base()) * scale);
-        total *= kept;
+        total = __fmul_rn(total, kept);
         return kept;
     }
+
+    // Of a score, against the greatest so far.
+    __device__ __forceinline__ f32 power(f32 score, f32 scale) const {
+        return power_of_two(__fmaf_rn(score, scale, -__fmul_rn(base(), scale)));
+    }
+
+    // Takes up two powers.
+    __device__ __forceinline__ void add(f32 low, f32 high) { total = __fadd_rn(total, __fadd_rn(low, high)); }
 
     // What scores are counted from: finite even if nothing was seen yet.
     __device__ __forceinline__ f32 base() const { return most == minus_infinity() ? 0.0f : most; }

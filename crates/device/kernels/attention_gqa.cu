@@ -158,12 +158,10 @@ template <u32 WIDTH> __device__ __forceinline__ void attention(const Args& args)
 #pragma unroll
             for (u32 j = 0; j < KEYS; ++j) most = fmaxf(most, fmaxf(mine[j][half], mine[j][half + 1]));
             const f32 kept = softmax[i].raise(quad_max(most), scale);
-            const f32 from = softmax[i].base() * scale;
 #pragma unroll
             for (u32 j = 0; j < KEYS; ++j) {
-                const f32 low = power_of_two(mine[j][half] * scale - from);
-                const f32 high = power_of_two(mine[j][half + 1] * scale - from);
-                softmax[i].total += low + high;
+                const f32 low = softmax[i].power(mine[j][half], scale), high = softmax[i].power(mine[j][half + 1], scale);
+                softmax[i].add(low, high);
                 powers[i / 2][j / 2][j % 2 * 2 + i % 2] = narrow_pair(low, high);
             }
 #pragma unroll
@@ -207,6 +205,7 @@ template <u32 WIDTH> __device__ __forceinline__ void attention(const Args& args)
 #define GROUPED(WIDTH)                                                                                       \
     extern "C" __global__ void __launch_bounds__(BLOCK, 2)                                                   \
         attention##WIDTH##_bf16_bf16(const __grid_constant__ Args args) {                                    \
+        take_turn();                                                                                         \
         attention<WIDTH>(args);                                                                              \
     }
 

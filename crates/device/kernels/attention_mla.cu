@@ -96,6 +96,7 @@ struct Room {
 };
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_mla_bf16_bf16(const __grid_constant__ Args args) {
+    take_turn();
     extern __shared__ __align__(1024) unsigned char shared[];
     Room& room = *reinterpret_cast<Room*>(shared);
     Sight<HEIGHT>& sight = room.sight;
@@ -187,12 +188,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_mla_bf16_bf16(c
         for (u32 i = 0; i < 2; ++i) {
             const u32 own = line + 8 * i;
             kept[i] = softmax[i].raise(fmaxf(greatest[0][own], greatest[1][own]), scale);
-            const f32 from = softmax[i].base() * scale;
 #pragma unroll
             for (u32 j = 0; j < 4; ++j) {
-                const f32 low = power_of_two(scores[4 * j + 2 * i] * scale - from);
-                const f32 high = power_of_two(scores[4 * j + 2 * i + 1] * scale - from);
-                softmax[i].total += low + high;
+                const f32 low = softmax[i].power(scores[4 * j + 2 * i], scale);
+                const f32 high = softmax[i].power(scores[4 * j + 2 * i + 1], scale);
+                softmax[i].add(low, high);
                 *reinterpret_cast<u32*>(room.powers + place(own, half * 4 + j) + lane % 4 * 2) = narrow_pair(low, high);
             }
         }

@@ -27,6 +27,24 @@ template <> __device__ __forceinline__ bf16 narrow<bf16>(f32 value) {
     return result;
 }
 
+// Kernels of a lane start early, as soon as every block of the one before has begun: so the first thing a kernel does is to
+// wait until all that was enqueued before it is done. What it reads that no kernel writes (weights) it may fetch earlier.
+// Only then may the next one be let in, or work of two kernels back could still be under way beside it.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_successor_in() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void take_turn() {
+    wait_for_predecessor();
+    let_successor_in();
+}
+
 // A view [rows, width]; `stride` elements between the starts of two rows. The twin of `launch::Rows`.
 struct Rows {
     u64 start;
@@ -55,6 +73,7 @@ enum Cause : u32 {
     ROWS_DESCEND = 11, // rows of expert first end at second, but start at third
     ROWS_END = 12,     // first is not below second
     NOT_FINITE = 13,   // row first holds a NaN or an infinity
+    POSITION = 14,     // first is not below second
     EXPERT_TWICE = 20, // token first is sent to expert second twice
     SLOT = 21,         // first is not below second
     ROWS_COUNTED = 22, // first rows are counted, expected second
@@ -222,5 +241,6 @@ template <typename T> __device__ __forceinline__ void write_runs(T* row, const R
 // Names a kernel `op_from_to` for the formats it reads and writes.
 #define KERNEL(op, Args, X, Y)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS) op##_##X##_##Y(const __grid_constant__ Args args) { \
+        take_turn();                                                                                        \
         op<X, Y>(args);                                                                                     \
     }

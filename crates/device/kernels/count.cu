@@ -4,6 +4,7 @@
 struct Args { Rows slots, block_starts, counts; Report report; };
 
 BLOCK_PER_BIN(count) {
+    take_turn();
     const u32 slot = blockIdx.x, k = args.slots.width, pairs = args.slots.rows * k;
     const u32 block = at<u32>(args.block_starts, slot);
     u32 all = 0, first = 0, last = 0;

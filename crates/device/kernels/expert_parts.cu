@@ -4,6 +4,7 @@
 
 struct Args {
     u64 list;     // GemmPart[count] or Block[count]: all but what the rows decide is there
+    u64 x, out;   // of all experts
     Rows starts;  // [count + 1]
     Report report;
     u32 count;
@@ -29,6 +30,7 @@ template <typename Each> __device__ __forceinline__ void for_experts(const Args&
 }
 
 extern "C" __global__ void __launch_bounds__(32) list_parts_f32_f32(const __grid_constant__ Args args) {
+    take_turn();
     GemmPart* parts = reinterpret_cast<GemmPart*>(args.list);
     u32 before = 0; // tiles of the experts before these 32
     for_experts(args, [&](u32 expert, u32 start, u32 rows) {
@@ -39,8 +41,8 @@ extern "C" __global__ void __launch_bounds__(32) list_parts_f32_f32(const __grid
             if (threadIdx.x >= step) through += other;
         }
         if (expert < args.count) {
-            parts[expert].x += u64(start) * args.x_bytes;
-            parts[expert].out += u64(start) * args.out_bytes;
+            parts[expert].x = args.x + u64(start) * args.x_bytes;
+            parts[expert].out = args.out + u64(start) * args.out_bytes;
             parts[expert].rows = rows;
             parts[expert].first_tile = before + through - tiles;
         }
@@ -49,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(32) list_parts_f32_f32(const __grid
 }
 
 extern "C" __global__ void __launch_bounds__(32) list_blocks_f32_f32(const __grid_constant__ Args args) {
+    take_turn();
     Block* blocks = reinterpret_cast<Block*>(args.list);
     for_experts(args, [&](u32 expert, u32 start, u32 rows) {
         if (expert < args.count) blocks[expert].row0 = start, blocks[expert].rows = rows;

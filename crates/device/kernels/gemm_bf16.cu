@@ -145,10 +145,12 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
 #define VARIANT(size, Y, TILE_M, TILE_N, DOWN, ACROSS, STAGES, RESIDENT)                                     \
     extern "C" __global__ void __launch_bounds__(DOWN * ACROSS * 32, RESIDENT)                               \
         gemm_##size##_bf16_##Y(const __grid_constant__ GemmArgs args) {                                      \
+        take_turn();                                                                                         \
         gemm<Y, false, TILE_M, TILE_N, DOWN, ACROSS, STAGES>(args);                                          \
     }                                                                                                        \
     extern "C" __global__ void __launch_bounds__(DOWN * ACROSS * 32, RESIDENT)                               \
         gated_##size##_bf16_##Y(const __grid_constant__ GemmArgs args) {                                     \
+        take_turn();                                                                                         \
         gemm<Y, true, TILE_M, TILE_N, DOWN, ACROSS, STAGES>(args);                                           \
     }
 

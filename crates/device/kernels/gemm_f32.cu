@@ -55,6 +55,7 @@ template <typename X, typename W, bool GATED> __device__ void gemm(const GemmArg
 // Named by input, weight and what is stored; the output is float32.
 #define GEMM(name, X, W, GATED)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ GemmArgs args) {      \
+        take_turn();                                                                                         \
         gemm<X, W, GATED>(args);                                                                             \
     }
 

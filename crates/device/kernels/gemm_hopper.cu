@@ -597,6 +597,7 @@ __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
 
 template <int MAX_ROWS, bool GATED>
 __device__ __forceinline__ void hopper_gemm(const HopperArgs& a) {
+    take_turn();
     extern __shared__ char shared[];
     const u32 base = (smem_addr(shared) + 1023) & ~1023u;  // the swizzle pattern repeats every 1024 bytes
     const u32 warp = threadIdx.x / 32;

@@ -26,6 +26,7 @@ __device__ __forceinline__ u32 used(const Args& args, const u32* slots) {
 
 // A thread per row.
 extern "C" __global__ void __launch_bounds__(THREADS) receive_rows_f32_f32(const __grid_constant__ Args args) {
+    take_turn();
     for (u32 m = blockIdx.x * THREADS + threadIdx.x; m < args.slots.rows; m += gridDim.x * THREADS) {
         const u32* slots = row<u32>(args.slots, m);
         const u32 at_bin = bin_of(args, m), source = at_bin / args.local, first = at_bin % args.local;
@@ -53,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) receive_rows_f32_f32(const
 
 // A block per slot.
 BLOCK_PER_BIN(receive_sums) {
+    take_turn();
     const u32 slot = blockIdx.x, width = args.slots.width, sources = args.bins.rows / args.local;
     // The source of a row, and how many of a column its sources before have.
     const auto before = [&](u32 m, u32 column, u32& source) {

@@ -42,6 +42,7 @@ __device__ __forceinline__ u32 take_best(u64* ranks, u32 count, u32 lane) {
 }
 
 extern "C" __global__ void __launch_bounds__(32) route_f32_f32(const __grid_constant__ Args args) {
+    take_turn();
     // Ranks of the experts, ranks of the groups, then scores and preferences.
     extern __shared__ u64 shared[];
     const u32 lane = threadIdx.x, t = blockIdx.x, experts = args.logits.width;

@@ -10,6 +10,7 @@ __device__ __forceinline__ bool stays(const Args& args, const u32* slots, u32 pl
 }
 
 BLOCK_PER_BIN(send_rows) {
+    take_turn();
     const u32 slot = blockIdx.x, k = args.slots.width, rows = args.tokens.rows;
     const u32 block = at<u32>(args.block_starts, slot);
     const u32 start = sum_before(row<u32>(args.counts, 1), slot);
@@ -38,6 +39,7 @@ BLOCK_PER_BIN(send_rows) {
 }
 
 BLOCK_PER_BIN(send_sums) {
+    take_turn();
     const u32 slot = blockIdx.x, k = args.slots.width;
     const u32 start = sum_before(row<u32>(args.counts, 2), slot);
     const auto wanted = [&](u32 from) { return at<u32>(args.last, from) == slot; };

@@ -4,6 +4,7 @@
 struct Args { Rows slots, order, sums, weights, factors, starts, rows, terms; Report report; u32 travelled, padding; };
 
 BLOCK_PER_BIN(sort) {
+    take_turn();
     const u32 slot = blockIdx.x, local = args.starts.rows - 1, width = args.slots.width, count = args.slots.rows;
     const u32 all = args.rows.rows;
     const auto slots_of = [&](u32 r) -> const u32* {

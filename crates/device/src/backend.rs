@@ -91,6 +91,18 @@ pub trait Backend: Send + Sync + 'static {
         work: impl FnOnce(&Self::Queue) -> Result<(), Fault> + Send + 'static,
     ) -> Result<(), DeviceError>;
 
+    /// Enqueues what `work` does, all of it operations on the compute lane. Under one key that is the same every time: the
+    /// same operations on the same memory, whatever numbers lie there by then. So a processor may keep it, and enqueue it
+    /// again without asking `work`; whether it did.
+    fn repeat<E: From<DeviceError>>(
+        &self,
+        key: u64,
+        work: impl FnOnce() -> Result<(), E>,
+    ) -> Result<bool, E> {
+        let _ = key;
+        work().map(|()| false)
+    }
+
     /// The point that the lane has been filled to.
     fn record(&self, lane: Lane) -> Self::Event;
 

@@ -351,6 +351,12 @@ impl Engine {
         std::mem::take(&mut self.events)
     }
 
+    /// Whether steps from now on tell what ran when, as the options said until now.
+    pub fn record_spans(&mut self, on: bool) {
+        self.options.record_spans = on;
+        self.recorded = on;
+    }
+
     /// Whether the next steps tell what ran when, whatever the options say, and how many tokens went to each expert.
     pub(crate) fn watch(&mut self, times: bool, experts: bool) {
         self.recorded = times || self.options.record_spans;

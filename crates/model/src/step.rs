@@ -15,6 +15,8 @@ pub(crate) struct Step {
     /// Cache slot of each token, and the cache blocks of each sequence.
     pub(crate) slots: Buffer,
     pub(crate) blocks: Buffer,
+    /// All positions are below: a power of two, so that many steps have the same.
+    pub(crate) longest: usize,
     /// The tokens of every layer, and those of the last layer, if they are fewer.
     pub(crate) all: LayerTokens,
     pub(crate) last: Option<LayerTokens>,
@@ -173,6 +175,14 @@ impl Batch {
             .chain(&self.blocks)
             .flat_map(|part| [part.len() as u32].into_iter().chain(part.iter().copied()));
         hash_bytes(&words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
+    }
+
+    /// A power of two that all positions are below.
+    pub(crate) fn longest(&self) -> usize {
+        /// Steps of shorter sequences are all alike.
+        const LEAST: usize = 256;
+        let last = self.positions.iter().max().copied().unwrap_or(0) as usize;
+        (last + 1).next_power_of_two().max(LEAST)
     }
 
     /// The wanted tokens among `tokens`.

@@ -253,6 +253,15 @@ impl<B: Backend> ExpertPipeline<B> {
         self.run_chosen(Call { layer, table: Some(table), x, y })
     }
 
+    /// Whether a layer of so many tokens is enqueued without anything that the host waits for or brings along.
+    pub fn runs_ahead(&self, layer: &MoeLayer, tokens: usize) -> Result<bool, PipelineError> {
+        let ahead = self.planner.borrow().ahead(&layer.slots)?;
+        let needed = Capacity::in_place(tokens, layer.router.top_k);
+        Ok(ahead.table.is_some_and(|table| table.runs_in_place(&layer.slots))
+            && self.options.sizes.capacity.holds(&needed)
+            && self.held_map.get() == Some(layer.slots.digest()))
+    }
+
     fn run_chosen(&self, call: Call<'_>) -> Result<LayerReport, PipelineError> {
         let mut report = LayerReport::default();
         self.assign(call.layer, call.x.rows)?;

@@ -50,10 +50,12 @@ macro_rules! call {
 
 mod account;
 mod copies;
+mod graph;
 mod partition;
 
 pub use account::{DriverCalls, count_driver_calls, take_driver_calls};
 pub(super) use copies::{CopyGraph, Piece};
+pub(super) use graph::Graph;
 pub(super) use partition::Partition;
 
 /// The version of CUDA that the driver speaks, as 1000 · major + 10 · minor; absent without a driver.
@@ -346,22 +348,25 @@ impl Stream {
         arguments: &A,
     ) -> Result<(), CudaError> {
         let mut pointers = [std::ptr::from_ref(arguments).cast_mut().cast::<c_void>()];
-        // SAFETY: the caller's promise; the driver copies the arguments before it returns.
-        unsafe {
-            call!(cuLaunchKernel(
-                function.handle,
-                blocks.0,
-                blocks.1,
-                1,
-                function.threads,
-                1,
-                1,
-                shared_bytes,
-                self.handle,
-                pointers.as_mut_ptr(),
-                null_mut(),
-            ))
-        }
+        let mut early_start = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: blocks.0,
+            gridDimY: blocks.1,
+            gridDimZ: 1,
+            blockDimX: function.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes,
+            hStream: self.handle,
+            attrs: &raw mut early_start,
+            numAttrs: u32::from(function.early),
+        };
+        // SAFETY: the caller's promise; the driver copies the arguments and the attribute before it returns.
+        unsafe { call!(cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), null_mut())) }
     }
 }
 
@@ -651,7 +656,7 @@ impl Module {
         let mut handle = null_mut();
         // SAFETY: the module is loaded; the name ends in zero.
         unsafe { call!(cuModuleGetFunction(&mut handle, self.handle, name.as_ptr())) }?;
-        Ok(Function { handle, threads })
+        Ok(Function { handle, threads, early: false })
     }
 }
 
@@ -669,6 +674,7 @@ impl Drop for Module {
 pub(super) struct Function {
     handle: sys::CUfunction,
     threads: u32,
+    early: bool,
 }
 
 // SAFETY: functions may be used from any thread.
@@ -677,6 +683,14 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Function {
+    /// The same, but it starts as soon as every block of the kernel before it has let it in or is done.
+    ///
+    /// # Safety
+    /// The kernel itself waits for what was enqueued before it (`take_turn` in `common.cuh`), on a GPU since sm_90.
+    pub(super) unsafe fn early(self) -> Self {
+        Function { early: true, ..self }
+    }
+
     /// Lets its blocks ask for up to `bytes` of shared memory at launch.
     pub(super) fn allow_shared(&self, bytes: u32) -> Result<(), CudaError> {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

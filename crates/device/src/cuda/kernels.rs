@@ -18,14 +18,18 @@ use std::thread::Builder;
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 6] = [
+const HEADERS: [(&str, &str); 7] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("barrier.cuh", include_str!("../../kernels/barrier.cuh")),
     ("tensor.cuh", include_str!("../../kernels/tensor.cuh")),
     ("matches.cuh", include_str!("../../kernels/matches.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
     ("slot_bias.cuh", include_str!("../../kernels/slot_bias.cuh")),
 ];
+
+/// The architecture of kernels that use wgmma and TMA.
+const HOPPER: &str = "sm_90a";
 
 const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;
@@ -85,7 +89,7 @@ sources! {
     "rotate": ["rotate"] in SAME, 256 threads;
     "reduce": ["reduce"] in ANY, 256 threads;
     "route": ["route"] in [(F32, F32)], 32 threads;
-    "argmax": ["argmax"] in [(F32, F32)], 256 threads;
+    "argmax": ["argmax"] in [(F32, F32)], 1024 threads;
     "assign": ["assign"] in [(F32, F32)], 256 threads;
     "count": ["count"] in [(F32, F32)], 1024 threads;
     "send_order": ["send_rows", "send_sums"] in [(F32, F32)], 1024 threads;
@@ -97,15 +101,19 @@ sources! {
     "attention": ["attention"] in SAME, 128 threads;
     "attention_gqa": ["attention64", "attention128"] in [(BF16, BF16)], 128 threads;
     "attention_mla": ["attention_mla"] in [(BF16, BF16)], 256 threads on "sm_90a";
+    "attention_few": ["attention_scores", "attention_sums"] in [(BF16, BF16)], 128 threads;
     "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
     "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
         256 threads;
     "gemm_bf16": ["gemm_small", "gated_small"] in [(BF16, F32), (BF16, BF16)], 128 threads;
+    "gemm_thin": ["gemm_thin8", "gated_thin8", "gemm_thin16", "gated_thin16", "gemm_thin32", "gated_thin32"]
+        in [(BF16, F32), (BF16, BF16)], 128 threads on "sm_90a";
     "gemm_hopper": ["gemm_hopper256", "gated_hopper256", "gemm_hopper128", "gated_hopper128", "gemm_hopper64", "gated_hopper64"]
         in [(BF16, BF16)], 384 threads on "sm_90a";
 }
 
 /// The shape of a product kernel's tiles, and the shared memory of a block; repeats the numbers of the source.
+#[derive(Clone, Copy)]
 pub(super) struct GemmTile {
     /// Of `Epilogue::Store` and `Epilogue::SwiGlu`.
     pub(super) operations: [&'static str; 2],
@@ -128,6 +136,31 @@ pub(super) const MIDDLE: GemmTile = tensor_tile(["gemm_middle", "gated_middle"],
 pub(super) const LARGE: GemmTile = tensor_tile(["gemm_large", "gated_large"], 128, 256, 3);
 pub(super) const SQUARE: GemmTile = tensor_tile(["gemm_square", "gated_square"], 128, 128, 3);
 
+const fn thin_tile(operations: [&'static str; 2], rows: u32, stages: u32) -> GemmTile {
+    const LINE_BYTES: u32 = 2 * 256 + 16;
+    let columns = GemmTile::THIN;
+    // Each stage has two barriers.
+    GemmTile { operations, rows, columns, shared_bytes: stages * ((rows + columns) * LINE_BYTES + 16) }
+}
+
+/// Tensor cores of Hopper, for few rows: so many blocks that weights arrive at the speed of memory. The same bits too.
+pub(super) const THIN: [GemmTile; 3] = [
+    thin_tile(["gemm_thin8", "gated_thin8"], 8, 5),
+    thin_tile(["gemm_thin16", "gated_thin16"], 16, 4),
+    thin_tile(["gemm_thin32", "gated_thin32"], 32, 4),
+];
+
+impl GemmTile {
+    /// Columns of the tiles for few rows.
+    const THIN: u32 = 16;
+    /// What k is a multiple of there.
+    pub(super) const THIN_STEP: usize = 32;
+
+    pub(super) fn is_thin(&self) -> bool {
+        self.columns == Self::THIN
+    }
+}
+
 /// What an attention kernel on the tensor cores takes at once, and the shared memory of a block; repeats the numbers of
 /// the source. A row is a token and one of the heads that share a key head.
 pub(super) struct AttentionTile {
@@ -149,6 +182,16 @@ pub(super) const ATTENTION_128: AttentionTile = grouped_tile("attention128", 128
 pub(super) const ATTENTION_MLA: AttentionTile =
     AttentionTile { operation: "attention_mla", rows: 64, shared_bytes: 28 * 8192 + 2064 };
 pub(super) const MLA_WIDTHS: (usize, usize) = (576, 512);
+
+/// What the kernels for few tokens take at once: keys of a step, query heads and columns of values of a block.
+pub(super) const FEW_STEP: usize = 64;
+pub(super) const FEW_HEADS: usize = 16;
+pub(super) const FEW_COLUMNS: usize = 32;
+
+/// Shared memory for queries and the keys of a step, in chunks of 64 columns.
+pub(super) const fn few_shared_bytes(key_width: usize) -> usize {
+    key_width.div_ceil(64) * (FEW_HEADS + FEW_STEP) * 128
+}
 
 /// What one kernel takes of a multiprocessor, as its compiler says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -305,12 +348,7 @@ impl Kernels {
         });
         let mut modules = HashMap::new();
         for (source, cubin) in files.iter().zip(cubins) {
-            let module = match Module::load(context, &cubin?) {
-                Ok(module) => module,
-                // What lay in the cache was no cubin.
-                Err(_) => Module::load(context, &cache.renew(source)?)?,
-            };
-            modules.insert(source.file, module);
+            modules.insert(source.file, Module::load(context, &cubin?)?);
         }
         let optin = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
         let mut functions = HashMap::new();
@@ -318,11 +356,16 @@ impl Kernels {
             for &operation in source.operations {
                 for &(from, to) in source.formats {
                     let name = format!("{operation}_{}_{}", short(from), short(to));
-                    let function = modules[source.file].function(&name, source.threads)?;
+                    let mut function = modules[source.file].function(&name, source.threads)?;
+                    if architecture == HOPPER && source.file != "probe.cu" {
+                        // SAFETY: every kernel of an operation begins by taking its turn; a test looks.
+                        function = unsafe { function.early() };
+                    }
                     let shared_limit = optin.saturating_sub(function.static_shared()?);
                     function.allow_shared(shared_limit)?;
                     let tile = [PLAIN, SMALL, MIDDLE, SQUARE, LARGE]
                         .into_iter()
+                        .chain(THIN)
                         .find(|tile| tile.operations.contains(&operation));
                     let resident = match tile {
                         Some(tile) => function.resident_blocks(tile.shared_bytes)?.max(1),
@@ -381,10 +424,9 @@ impl Cache {
         self.kept(source).map_or_else(|| self.renew(source), Ok)
     }
 
-    /// What lies on disk, if it looks like machine code.
+    /// What lies on disk, if it is what was put there.
     fn kept(&self, source: &Source) -> Option<Vec<u8>> {
-        let cubin = read_plain(&self.path(source)?, MOST_BYTES).ok()?;
-        cubin.starts_with(b"\x7fELF").then_some(cubin)
+        unsealed(read_plain(&self.path(source)?, MOST_BYTES).ok()?)
     }
 
     /// Compiles, and keeps what came of it: whole files only, so that programs that start at the same time never read
@@ -394,7 +436,8 @@ impl Cache {
         if let Some(path) = self.path(source) {
             let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
             // If that fails nothing is lost: the next start compiles again.
-            let _ = made.and_then(|()| write_whole(&path, |out| out.write_all(&cubin)));
+            let sealed = [&cubin[..], &seal(&cubin)].concat();
+            let _ = made.and_then(|()| write_whole(&path, |out| out.write_all(&sealed)));
         }
         Ok(cubin)
     }
@@ -410,6 +453,20 @@ impl Cache {
     }
 }
 
+/// What stands behind machine code on disk: its length and its hash. A driver given damaged code may crash.
+fn seal(cubin: &[u8]) -> [u8; 16] {
+    let words = [cubin.len() as u64, hash_bytes(cubin)].map(u64::to_le_bytes);
+    words.as_flattened().try_into().unwrap_or_else(|_| unreachable!("two words of eight bytes"))
+}
+
+/// The machine code of a file, unless it was damaged.
+fn unsealed(mut file: Vec<u8>) -> Option<Vec<u8>> {
+    let cubin = file.len().checked_sub(seal(&[]).len())?;
+    let whole = file[cubin..] == seal(&file[..cubin]);
+    file.truncate(cubin);
+    whole.then_some(file)
+}
+
 /// Multiprocessors of a GPU.
 pub(super) fn multiprocessors(context: &Context) -> Result<u32, DeviceError> {
     Ok(context.attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32)
@@ -418,6 +475,21 @@ pub(super) fn multiprocessors(context: &Context) -> Result<u32, DeviceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn damaged_machine_code_is_noticed() {
+        let cubin = b"\x7fELF and more".to_vec();
+        let file = [&cubin[..], &seal(&cubin)].concat();
+        assert_eq!(unsealed(file.clone()), Some(cubin.clone()));
+        let flipped = |at: usize| {
+            let mut file = file.clone();
+            file[at] ^= 1;
+            file
+        };
+        assert!((0..file.len()).all(|at| unsealed(flipped(at)).is_none()));
+        assert!((0..file.len()).all(|length| unsealed(file[..length].to_vec()).is_none()));
+        assert_eq!(unsealed(cubin), None, "without a seal");
+    }
 
     #[test]
     fn the_assembler_is_understood() {
@@ -433,6 +505,20 @@ mod tests {
             uses.iter().map(line).collect::<Vec<_>>(),
             [("a_f32_f32".to_owned(), 40, 12), ("b_f32_f32".to_owned(), 18, 0)]
         );
+    }
+
+    /// A kernel that started early and did not wait would read what is not there yet.
+    #[test]
+    fn every_kernel_takes_its_turn() {
+        for source in SOURCES.iter().filter(|source| source.file != "probe.cu") {
+            // Those that `KERNEL` makes do in `common.cuh`.
+            let made_here =
+                |line: &&str| ["extern \"C\"", "BLOCK_PER_BIN("].iter().any(|start| line.starts_with(start));
+            let kernels = source.text.lines().filter(made_here).count();
+            let turns = source.text.matches("take_turn();").count();
+            let by_macro = source.text.contains("\nKERNEL(");
+            assert!(by_macro || (turns >= 1 && turns >= kernels), "{}: {turns} of {kernels}", source.file);
+        }
     }
 
     /// Runs wherever NVRTC is found; no GPU needed.

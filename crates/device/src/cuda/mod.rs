@@ -19,6 +19,7 @@ mod nvrtc;
 mod pacer;
 mod probe;
 mod queue;
+mod repeat;
 mod report;
 mod staging;
 mod weights;
@@ -40,9 +41,10 @@ use driver::{Context, Copy2d, CudaError, DeviceMemory, End, Event, EventPool, Pi
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank, panic_text};
 use half::bf16;
 use kernels::Kernels;
-use launch::{Launch, Refusal};
+use launch::{Kept, Launch, Refusal};
 use memory::Pool;
 use pacer::Pacer;
+use repeat::{Keeping, Repeats};
 use report::ReportPage;
 use staging::Staging;
 use std::collections::VecDeque;
@@ -51,6 +53,10 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use weights::WeightStore;
+
+/// Bytes that kernels of one operation have to hand over in: attention scores of one token and 16 heads over 256K
+/// positions, or of 64 such tokens over 4K.
+const SCRATCH: usize = 16 << 20;
 
 /// The oldest driver that runs what CUDA 13 compiles, as 1000 · major + 10 · minor.
 const OLDEST_DRIVER: i32 = 13_000;
@@ -230,10 +236,13 @@ pub struct CudaBackend {
     rank: Rank,
     options: CudaOptions,
     // The order of the fields is the order of their end: lanes and memory before the GPU's context.
+    repeats: Mutex<Repeats>,
     order: Mutex<Order>,
     underway: Arc<Mutex<Underway>>,
     memory: Arc<Mutex<Memory>>,
     queues: [CudaQueue; Lane::ALL.len()],
+    /// What kernels of one operation on the compute lane hand over.
+    scratch: DeviceMemory,
     /// For each lane, what its products draw their tiles from; zero between two of them.
     tickets: [DeviceMemory; Lane::ALL.len()],
     reads: Mutex<Stream>,
@@ -264,6 +273,9 @@ fn anchor(events: &Arc<EventPool>, idle: &Stream, epoch: Instant) -> Result<(Arc
 struct Order {
     hazards: Hazards,
     staging: Staging,
+    /// What work that is being kept has enqueued so far, and where what it brings along stays.
+    keeping: Option<Keeping>,
+    kept: Pool,
     serial: u32,
     /// Timed operations that nobody has asked for yet.
     timed: Vec<Timed>,
@@ -276,6 +288,8 @@ struct Underway {
     rank: Rank,
     /// Of each lane, oldest first.
     lanes: [VecDeque<Pending>; Lane::ALL.len()],
+    /// Of work that is kept, and may run again at any time.
+    kept: Vec<Pending>,
 }
 
 impl Underway {
@@ -284,6 +298,7 @@ impl Underway {
     }
 }
 
+#[derive(Clone)]
 struct Pending {
     serial: u32,
     /// Pieces of work of the lane, this one included.
@@ -294,6 +309,7 @@ struct Pending {
 }
 
 /// What complaints of an operation are about, and who wrote it, if that is who is to be named.
+#[derive(Clone)]
 struct Subject {
     buffer: Buffer,
     origin: Option<Origin>,
@@ -379,6 +395,8 @@ impl CudaBackend {
         let order = Order {
             hazards: Hazards::default(),
             staging: Staging::new(context)?,
+            keeping: None,
+            kept: Pool::new(context, None),
             serial: 0,
             timed: Vec::new(),
             anchor,
@@ -386,7 +404,7 @@ impl CudaBackend {
         let memory = Memory { pool: Pool::new(context, Some(options.fill)), regions: Vec::new() };
         let memory = Arc::new(Mutex::new(memory));
         let queues = for_each_lane(|| CudaQueue::new(device, &events, &memory))?;
-        let underway = Arc::new(Mutex::new(Underway { rank, lanes: Default::default() }));
+        let underway = Arc::new(Mutex::new(Underway { rank, lanes: Default::default(), kept: Vec::new() }));
         {
             let mut others = device.underway.lock().unwrap_or_else(PoisonError::into_inner);
             others.retain(|other| other.strong_count() > 0);
@@ -394,6 +412,8 @@ impl CudaBackend {
         }
         Ok(CudaBackend {
             rank,
+            repeats: Mutex::default(),
+            scratch: DeviceMemory::new(context, SCRATCH)?,
             order: Mutex::new(order),
             underway,
             memory,
@@ -457,7 +477,8 @@ impl CudaBackend {
     fn check_report(&self) -> Result<(), Fault> {
         let Some(complaint) = self.report.read() else { return Ok(()) };
         let underway = self.underway();
-        let pending = underway.lanes.iter().flatten().find(|pending| pending.serial == complaint.serial);
+        let all = underway.lanes.iter().flatten().chain(&underway.kept);
+        let pending = all.into_iter().find(|pending| pending.serial == complaint.serial);
         let (name, place) =
             pending.map_or(("an operation", Place::default()), |pending| (pending.name, pending.place));
         let subject = pending.and_then(|pending| pending.subject.as_ref());
@@ -489,6 +510,10 @@ impl CudaBackend {
         order.serial = order.serial.wrapping_add(1);
         let count = order.hazards.record(lane).of(lane);
         let pending = Pending { serial: order.serial, count, name, place, subject };
+        if let Some(keeping) = &mut order.keeping {
+            keeping.accesses.join(accesses);
+            keeping.operations.push(pending.clone());
+        }
         self.underway().lanes[lane.index()].push_back(pending);
         match self.timed(&mut order, lane, place, name, fill) {
             Ok(()) => Ok(()),
@@ -518,6 +543,8 @@ impl CudaBackend {
     }
 
     fn launch(&self, order: &mut Order, lane: Lane, op: &Op) -> Result<(), Refusal> {
+        let keeping = order.keeping.is_some();
+        let reads = keeping.then(|| self.reads.lock().unwrap_or_else(PoisonError::into_inner));
         let regions = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
         let mut launch = Launch {
             kernels: &self.device.kernels,
@@ -529,6 +556,8 @@ impl CudaBackend {
             memory: &regions,
             report: self.report.for_operation(order.serial),
             multiprocessors: self.free_multiprocessors(),
+            scratch: (lane == Lane::Compute).then_some(&self.scratch),
+            kept: reads.as_deref().map(|stream| Kept { pool: &mut order.kept, stream }),
         };
         launch.run(op)
     }
@@ -689,6 +718,14 @@ impl Backend for CudaBackend {
                 }
             }
         })
+    }
+
+    fn repeat<E: From<DeviceError>>(
+        &self,
+        key: u64,
+        work: impl FnOnce() -> Result<(), E>,
+    ) -> Result<bool, E> {
+        self.run_repeated(key, work)
     }
 
     fn record(&self, lane: Lane) -> CudaEvent {

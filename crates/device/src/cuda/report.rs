@@ -45,6 +45,7 @@ causes! {
     ROWS_DESCEND = 11,
     ROWS_END = 12,
     NOT_FINITE = 13,
+    POSITION = 14,
     EXPERT_TWICE = 20,
     SLOT = 21,
     ROWS_COUNTED = 22,
@@ -125,6 +126,7 @@ impl Complaint {
                 format!("cache block {first} of sequence {second} is outside {cache}")
             }
             cause::EXPERT => below("expert"),
+            cause::POSITION => below("position"),
             cause::ROWS_DESCEND => format!("rows of expert {first} end at {second}, but start at {third}"),
             cause::ROWS_END => below("end of an expert's rows"),
             cause::NOT_FINITE => subject.map_or_else(

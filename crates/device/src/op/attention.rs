@@ -51,6 +51,8 @@ pub struct Attention {
     pub blocks: Buffer,
     /// Tokens in a cache block.
     pub block_size: usize,
+    /// All positions are below.
+    pub longest: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads.

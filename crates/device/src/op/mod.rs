@@ -162,6 +162,23 @@ impl Accesses {
         &self.slots_written
     }
 
+    /// Also touches what `other` does; of each allocation, all from the first byte to the last.
+    pub(crate) fn join(&mut self, other: &Accesses) {
+        for access in &other.memory {
+            let same =
+                |have: &&mut Access| (have.allocation, have.write) == (access.allocation, access.write);
+            match self.memory.iter_mut().find(same) {
+                Some(have) => {
+                    have.bytes =
+                        have.bytes.start.min(access.bytes.start)..have.bytes.end.max(access.bytes.end);
+                }
+                None => self.memory.push(access.clone()),
+            }
+        }
+        self.slots_read.extend(&other.slots_read);
+        self.slots_written.extend(&other.slots_written);
+    }
+
     fn add(mut self, buffer: &Buffer, write: bool) -> Self {
         let bytes = buffer.byte_range();
         if bytes.is_empty() {

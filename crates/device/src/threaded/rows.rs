@@ -484,6 +484,7 @@ fn check_sequences(
     }
     for (&b, &position) in sequences.iter().zip(positions) {
         let block = in_range("cache block", position / op.block_size as u32, blocks.width)?;
+        in_range("position", position, op.longest)?;
         let slots = (blocks.row(b as usize)[block] as usize).saturating_add(1).saturating_mul(op.block_size);
         if slots > op.keys.rows {
             return Err(format!("cache block {block} of sequence {b} is outside {:?}", op.keys));

@@ -337,6 +337,7 @@ impl Sequences {
             positions: bench.put_words(&positions, 1).view,
             blocks: bench.put_words(&blocks, widest).view,
             block_size: self.block_size,
+            longest: widest * self.block_size,
             heads: heads.heads,
             kv_heads: heads.kv_heads,
             scale: heads.scale(),

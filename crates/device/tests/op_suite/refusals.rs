@@ -101,6 +101,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         positions: ids.clone(),
         blocks: u32s(bench, "blocks", 2, 2),
         block_size: 2,
+        longest: 4,
         heads: 2,
         kv_heads: 1,
         scale: 1.0,
@@ -420,6 +421,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
             positions: bench.put_words(positions, 1).view,
             blocks: bench.put_words(blocks, 2).view,
             block_size: 2,
+            longest: 3,
             heads: 1,
             kv_heads: 1,
             scale: 1.0,
@@ -513,7 +515,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         .into()
     }
     type Case<'a, B> = (&'a str, &'a dyn Fn(&Bench<B>) -> Op);
-    let cases: [Case<'_, B>; 26] = [
+    let cases: [Case<'_, B>; 27] = [
         ("assign_slots: expert 3 is not below 3", &|bench| assign(bench, &[0, 1, 0, 3])),
         ("assign_slots: token 1 is sent to expert 2 twice", &|bench| assign(bench, &[0, 1, 2, 2])),
         ("count_slots: slot 9 is not below 3", &|bench| count(bench, &[0, 1, 1, 9])),
@@ -559,6 +561,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         ("attention: sequences hold 1 of 2 tokens", &|bench| sequences(bench, &[0, 1], &[0, 1], &[0, 1])),
         ("attention: sequence 0 spans tokens 1..2", &|bench| sequences(bench, &[1, 2], &[0, 1], &[0, 1])),
         ("attention: cache block 2 is not below 2", &|bench| sequences(bench, &[0, 1], &[4], &[0, 1])),
+        ("attention: position 3 is not below 3", &|bench| sequences(bench, &[0, 1], &[3], &[0, 1])),
         ("attention: cache block 1 of sequence 0 is outside room[8, 4] float32", &|bench| {
             sequences(bench, &[0, 1], &[2], &[0, 4])
         }),

@@ -378,6 +378,7 @@ fn measure_attention(
         positions: words("positions", (0..tokens).map(|t| (cached + t % new) as u32).collect(), 1),
         blocks: words("blocks", (0..(sequences * blocks) as u32).collect(), blocks),
         block_size: BLOCK,
+        longest: cached + new,
         heads,
         kv_heads,
         scale: 1.0 / (key_width as f32).sqrt(),

@@ -175,6 +175,7 @@ impl<B: Backend> Context<'_, B> {
             positions: self.queries.positions.clone(),
             blocks: self.step.blocks.clone(),
             block_size: BLOCK_SIZE,
+            longest: self.step.longest,
             heads,
             kv_heads,
             scale,

@@ -33,7 +33,7 @@ pub(super) struct StepBuffers {
     pub(super) pre_attention: Buffer,
     /// Of a dense MLP, for all tokens of the ranks that split it.
     pub(super) inner: Buffer,
-    /// `[LOGIT_ROWS, V]`, and the largest of each row `[LOGIT_ROWS, 1]`.
+    /// `[LOGIT_ROWS, V]`, and the largest of each row, where the host finds it `[LOGIT_ROWS, 1]`.
     pub(super) logits: Buffer,
     pub(super) tokens: Buffer,
 }
@@ -81,7 +81,7 @@ impl StepBuffers {
             pre_attention: values("pre_attention", shard, if residual { spec.hidden } else { 0 })?,
             inner: values("inner", layout.most_in_mlp(tokens), layout.inner().most(widest_dense(spec)))?,
             logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
-            tokens: indices("tokens", tokens.min(LOGIT_ROWS), 1)?,
+            tokens: device.allocate_for_host("tokens", DType::U32, tokens.min(LOGIT_ROWS), 1)?,
         })
     }
 }

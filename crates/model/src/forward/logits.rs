@@ -17,34 +17,48 @@ impl<B: Backend> Model<B> {
         batch: &Batch,
         output: &mut StepOutput,
     ) -> Result<(), ModelError> {
-        let (place, buffers) = (Place::default(), &self.buffers);
-        let stream = self.wanted_stream(step, stream)?;
-        let normed = buffers.normed.rows(0..stream.rows)?;
-        self.norm(place, &stream, made_before(self.layers.len()), &self.final_norm, &normed)?;
-        let last = self.attention.all_gather(place, &step.wanted, &normed)?;
+        let last = self.last_rows(step, stream)?;
         if self.layout.in_group().index == 0 {
-            for start in (0..last.rows).step_by(buffers.logits.rows.max(1)) {
-                let rows = start..last.rows.min(start + buffers.logits.rows);
-                let whole = &batch.whole[rows.clone()];
-                let logits = buffers.logits.rows(0..rows.len())?;
-                let head = Gemm::linear(last.rows(rows)?, &self.head, logits.clone());
-                self.compute(place.phase(Phase::LmHead), head)?;
-                self.scale(place.phase(Phase::LmHead), &logits, self.spec.factors.logits)?;
-                let tokens = buffers.tokens.rows(0..logits.rows)?;
-                self.compute(place, ArgMax { logits: logits.clone(), tokens: tokens.clone() })?;
-                self.finish()?;
-                output.tokens.extend(self.device.read_u32(&tokens)?);
-                let mut row = 0;
-                for run in whole.chunk_by(|one, next| one == next) {
-                    let rows = row..row + run.len();
-                    row = rows.end;
-                    if run[0] {
-                        output.logits.extend(self.device.read_f32(&logits.rows(rows)?)?);
-                    }
-                }
+            for start in (0..last.rows).step_by(self.buffers.logits.rows.max(1)) {
+                let rows = start..last.rows.min(start + self.buffers.logits.rows);
+                self.compute_logits(&last.rows(rows.clone())?)?;
+                self.take_tokens(&batch.whole[rows], output)?;
             }
         }
         self.finish()
+    }
+
+    /// The wanted rows of the stream, normed, of all ranks of the group.
+    pub(super) fn last_rows(&self, step: &Step, stream: &Buffer) -> Result<Buffer, ModelError> {
+        let place = Place::default();
+        let stream = self.wanted_stream(step, stream)?;
+        let normed = self.buffers.normed.rows(0..stream.rows)?;
+        self.norm(place, &stream, made_before(self.layers.len()), &self.final_norm, &normed)?;
+        Ok(self.attention.all_gather(place, &step.wanted, &normed)?)
+    }
+
+    /// Logits of so many rows as there is room for, and the most likely tokens.
+    pub(super) fn compute_logits(&self, last: &Buffer) -> Result<(), DeviceError> {
+        let (place, buffers) = (Place::default(), &self.buffers);
+        let (logits, tokens) = (buffers.logits.rows(0..last.rows)?, buffers.tokens.rows(0..last.rows)?);
+        self.compute(place.phase(Phase::LmHead), Gemm::linear(last.clone(), &self.head, logits.clone()))?;
+        self.scale(place.phase(Phase::LmHead), &logits, self.spec.factors.logits)?;
+        self.compute(place, ArgMax { logits, tokens })
+    }
+
+    /// Brings to the host what was computed last: the tokens, and the logits of rows that want them `whole`.
+    pub(super) fn take_tokens(&self, whole: &[bool], output: &mut StepOutput) -> Result<(), ModelError> {
+        self.finish()?;
+        output.tokens.extend(self.device.read_u32(&self.buffers.tokens.rows(0..whole.len())?)?);
+        let mut row = 0;
+        for run in whole.chunk_by(|one, next| one == next) {
+            let rows = row..row + run.len();
+            row = rows.end;
+            if run[0] {
+                output.logits.extend(self.device.read_f32(&self.buffers.logits.rows(rows)?)?);
+            }
+        }
+        Ok(())
     }
 
     /// The rows of the stream whose logits are wanted: what the last layer left, or some of it.

@@ -4,6 +4,7 @@ mod buffers;
 mod experts;
 mod input;
 mod logits;
+mod repeat;
 
 use crate::attention::{Attention, Context};
 use crate::collectives::Group;
@@ -19,6 +20,7 @@ use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
 use epsmoe_plan::{Capacity, Policy, ScheduleReport, Span};
+use repeat::Repeats;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
@@ -143,6 +145,7 @@ pub struct Model<B: Backend> {
     final_norm: Weight,
     head: Weight,
     buffers: StepBuffers,
+    repeats: Repeats,
 }
 
 struct LayerWeights {
@@ -197,6 +200,7 @@ impl<B: Backend> Model<B> {
             mlp: group(layout.mlp_ranks(), layout.most_in_mlp(tokens))?,
             experts: experts::pipeline(&spec, &layout, &options, identity, &device, &fabric)?,
             buffers: StepBuffers::allocate(&*device, &spec, &options, &layout)?,
+            repeats: Repeats::default(),
             identity,
             embedding,
             frequencies,
@@ -225,12 +229,23 @@ impl<B: Backend> Model<B> {
     pub fn forward(&self, batch: &Batch) -> Result<StepOutput, ModelError> {
         let mut output = StepOutput::default();
         let step = self.begin(batch)?;
+        match self.repetition(batch, &step)? {
+            Some(key) => self.repeat(key, &step, batch, &mut output)?,
+            None => {
+                let stream = self.run_layers(&step, &mut output)?;
+                self.choose(&step, &stream, batch, &mut output)?;
+            }
+        }
+        Ok(output)
+    }
+
+    /// The residual stream of this rank's tokens through all layers.
+    fn run_layers(&self, step: &Step, output: &mut StepOutput) -> Result<Buffer, ModelError> {
         let mut stream = self.buffers.stream.rows(0..step.all.attention.of(self.fabric.rank().0).len())?;
         for (index, layer) in self.layers.iter().enumerate() {
-            stream = self.run_layer(Layer(index), layer, &step, &stream, &mut output)?;
+            stream = self.run_layer(Layer(index), layer, step, &stream, output)?;
         }
-        self.choose(&step, &stream, batch, &mut output)?;
-        Ok(output)
+        Ok(stream)
     }
 
     /// Whether [`observe`](Self::observe) looks at what it is given.

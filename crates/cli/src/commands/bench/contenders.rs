@@ -134,10 +134,17 @@ pub(super) struct Contender {
     pub(super) timeline: Timeline,
 }
 
-/// Rounds in which every schedule takes its turn, the first of them to warm up; who begins moves on.
-pub(super) fn measure(args: &BenchArgs, prompts: &[Vec<u32>], contenders: &mut [Contender]) -> Result<()> {
+/// Rounds in which every schedule takes its turn, the first of them to warm up; who begins moves on. Where it costs time to
+/// tell what ran when (`apart`), rates are those of rounds that do not, and a last round of each tells it.
+pub(super) fn measure(
+    args: &BenchArgs,
+    prompts: &[Vec<u32>],
+    contenders: &mut [Contender],
+    apart: bool,
+) -> Result<()> {
     let progress = output::step_bar("measuring", args.num_iters * contenders.len());
     for contender in &mut *contenders {
+        contender.engine.record_spans(!apart);
         contender.round(prompts, args.output_len)?;
         contender.forget();
     }
@@ -151,6 +158,11 @@ pub(super) fn measure(args: &BenchArgs, prompts: &[Vec<u32>], contenders: &mut [
             contenders[(round + turn) % count].round(prompts, args.output_len)?;
             progress.inc(1);
         }
+    }
+    for contender in contenders.iter_mut().filter(|_| apart) {
+        contender.engine.record_spans(true);
+        contender.round(prompts, args.output_len)?;
+        contender.rates.pop();
     }
     progress.finish_and_clear();
     Ok(())

@@ -6,7 +6,7 @@ mod emulated;
 pub(crate) mod layer;
 mod times;
 
-use crate::args::BenchArgs;
+use crate::args::{BenchArgs, DeviceKind};
 use crate::machine::{self, Machine};
 use crate::output;
 use crate::report::{self, Lanes, Parts, Report as Page};
@@ -183,7 +183,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let ranks = setup.emulated.map_or(1, |one| one.size);
     let contender = |(way, engine)| Contender::new(way, engine, ranks);
     let mut contenders: Vec<Contender> = ways.into_iter().zip(engines).map(contender).collect();
-    measure(args, &prompts, &mut contenders)?;
+    let apart = !matches!(args.run.device, DeviceKind::Cpu | DeviceKind::Reference);
+    measure(args, &prompts, &mut contenders, apart)?;
 
     let report = Report {
         rows: rows(&contenders, args.ablation),

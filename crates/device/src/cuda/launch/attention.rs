@@ -1,7 +1,10 @@
 //! Attention: on the tensor cores where a kernel takes such heads, else element by element.
 
-use super::{Launch, Refusal, Rows, is_empty, within};
-use crate::cuda::kernels::{ATTENTION_64, ATTENTION_128, ATTENTION_MLA, AttentionTile, MLA_WIDTHS};
+use super::{Launch, MOST_ROWS, Refusal, Rows, is_empty, within};
+use crate::cuda::kernels::{
+    ATTENTION_64, ATTENTION_128, ATTENTION_MLA, AttentionTile, FEW_COLUMNS, FEW_HEADS, FEW_STEP, MLA_WIDTHS,
+    few_shared_bytes,
+};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::Attention;
@@ -25,6 +28,21 @@ twin! {
         scale: f32,
         window: u32,
         vectors: u32,
+        longest: u32,
+        padding: u32,
+    }
+}
+
+twin! {
+    pub(super) struct FewArgs = "FewArgs" in "attention_few.cu" {
+        attention: AttentionArgs,
+        scores: u64,
+        most: u64,
+        slots: u64,
+        steps: u32,
+        tiles: u32,
+        halves: u32,
+        padding: u32,
     }
 }
 
@@ -55,6 +73,8 @@ impl Launch<'_> {
             scale: op.scale,
             window: op.window.map_or(0, |window| u32::try_from(window).unwrap_or(0)),
             vectors: u32::from(vectors),
+            longest: u32::try_from(op.longest).unwrap_or(u32::MAX),
+            padding: 0,
         };
         let grid = |blocks: usize| {
             u32::try_from(blocks).map_err(|_| {
@@ -71,9 +91,60 @@ impl Launch<'_> {
         // Where sequences start only the GPU knows: each may leave one tile unfilled.
         let rows = op.q.rows * (op.heads / op.kv_heads);
         let tiles = rows.div_ceil(tile.rows as usize) + op.blocks.rows;
+        if vectors
+            && self.leaves_much_idle(op, tiles)
+            && let Some(few) = self.few(op, &tile, arguments)
+        {
+            return self.attention_of_few(op, few);
+        }
         let kernel = self.kernels.get(tile.operation, dtypes.0, dtypes.1)?;
         let shared = within("attention: a tile", tile.shared_bytes as usize, kernel.shared_limit)?;
         self.start(&kernel.function, (grid(tiles)?, op.kv_heads as u32), shared, arguments)
+    }
+}
+
+impl Launch<'_> {
+    /// Whether the kernels for many rows would leave most of the GPU without work, and each sequence has few.
+    fn leaves_much_idle(&self, op: &Attention, tiles: usize) -> bool {
+        /// A sequence's cache is read again for each of its tokens.
+        const TOKENS: usize = 4;
+        op.q.rows <= TOKENS * op.blocks.rows && 2 * tiles * op.kv_heads <= self.multiprocessors as usize
+    }
+
+    /// What the kernels for few tokens are given, if there is room for what they hand over. Their bits are those of the
+    /// kernel for many.
+    fn few(&self, op: &Attention, tile: &AttentionTile, attention: AttentionArgs) -> Option<FewArgs> {
+        let scratch = self.scratch?;
+        let longest = op.window.map_or(op.longest, |window| op.longest.min(window + FEW_STEP));
+        let steps = longest.div_ceil(FEW_STEP).max(1);
+        let tiles = (op.heads / op.kv_heads).div_ceil(FEW_HEADS);
+        let units = op.q.rows * op.kv_heads * tiles;
+        let (scores, slots) = (units * steps * FEW_HEADS * FEW_STEP, op.q.rows * steps * FEW_STEP);
+        let most = units * steps * FEW_HEADS;
+        let bytes = (scores + slots + most) * size_of::<f32>();
+        let fits =
+            bytes <= scratch.bytes && units <= MOST_ROWS && few_shared_bytes(op.key_width()) <= 100 << 10;
+        let after = |elements: usize| scratch.start + (elements * size_of::<f32>()) as u64;
+        fits.then_some(FewArgs {
+            attention,
+            scores: scratch.start,
+            most: after(scores),
+            slots: after(scores + most),
+            steps: steps as u32,
+            tiles: tiles as u32,
+            halves: u32::from(tile.operation == ATTENTION_MLA.operation),
+            padding: 0,
+        })
+    }
+
+    fn attention_of_few(&self, op: &Attention, few: FewArgs) -> Result<(), Refusal> {
+        let units = op.q.rows as u32 * few.tiles * op.kv_heads as u32;
+        let [scores, sums] = ["attention_scores", "attention_sums"]
+            .map(|operation| self.kernels.get(operation, op.q.dtype, op.out.dtype));
+        let (scores, sums) = (scores?, sums?);
+        let shared = within("attention: a step", few_shared_bytes(op.key_width()), scores.shared_limit)?;
+        self.start(&scores.function, (few.steps, units), shared, few)?;
+        self.start(&sums.function, (op.value_width().div_ceil(FEW_COLUMNS) as u32, units), 0, few)
     }
 }
 

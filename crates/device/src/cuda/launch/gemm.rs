@@ -2,7 +2,7 @@
 
 use super::{Launch, Refusal, Rows, is_empty, within};
 use crate::cuda::hopper::{self, HopperArgs};
-use crate::cuda::kernels::{GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE};
+use crate::cuda::kernels::{GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE, THIN};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::cuda::staging::Staged;
@@ -62,6 +62,8 @@ struct Products<'a> {
 twin! {
     pub(super) struct ListArgs = "Args" in "expert_parts.cu" {
         list: u64,
+        x: u64,
+        out: u64,
         starts: Rows,
         report: Report,
         count: u32,
@@ -88,6 +90,10 @@ impl Launch<'_> {
             tile: tile_for(first.x.dtype, rows, busy.len()),
             decided: None,
         };
+        let inputs: Vec<&Buffer> = busy.iter().map(|part| &part.x).collect();
+        let tile =
+            self.thin_tile(&products, &inputs, (busy.len(), rows / busy.len()))?.unwrap_or(products.tile);
+        let products = Products { tile, ..products };
         let columns = (self.weights.get(&first.weight)?.rows as u32).div_ceil(products.tile.columns);
         let mut parts = Vec::with_capacity(busy.len());
         let mut tiles = 0u32;
@@ -124,6 +130,9 @@ impl Launch<'_> {
             tile: tile_for(op.x.dtype, rows, likely),
             decided: Some(op),
         };
+        // With more rows than that some expert has more than a tile of eight.
+        let few = if rows / likely <= 2 { self.thin_tile(&products, &[&op.x], (likely, 1))? } else { None };
+        let products = Products { tile: few.unwrap_or(products.tile), ..products };
         let parts = op.weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
         let parts = parts.collect::<Result<Vec<_>, _>>()?;
         if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], products.columns).is_some() {
@@ -151,9 +160,34 @@ impl Launch<'_> {
         })
     }
 
+    /// The tile for so many products of so few rows each that other tiles would leave the GPU idle, if there is one.
+    fn thin_tile(
+        &self,
+        products: &Products<'_>,
+        inputs: &[&Buffer],
+        (parts, rows): (usize, usize),
+    ) -> Result<Option<GemmTile>, DeviceError> {
+        /// Blocks of other tiles on each multiprocessor that bring weights as fast as memory gives them.
+        const ENOUGH: usize = 2;
+        let weight = self.weights.get(products.weights[0])?;
+        let on_vectors = |x: &&Buffer| -> Result<bool, DeviceError> {
+            Ok(self.rows(x)?.start.is_multiple_of(16) && x.stride.is_multiple_of(8))
+        };
+        let fits = self.kernels.has_hopper()
+            && (products.from, weight.dtype) == (DType::BF16, DType::BF16)
+            && weight.width.is_multiple_of(GemmTile::THIN_STEP);
+        if !fits || !inputs.iter().map(on_vectors).collect::<Result<Vec<_>, _>>()?.into_iter().all(|on| on) {
+            return Ok(None);
+        }
+        let others = parts * weight.rows.div_ceil(SMALL.columns as usize);
+        let fills = others >= ENOUGH * self.multiprocessors as usize;
+        Ok(THIN.into_iter().find(|tile| rows <= tile.rows as usize).filter(|_| !fills))
+    }
+
     fn takes_hopper(&self, products: &Products<'_>) -> bool {
         (products.from, products.to) == (DType::BF16, DType::BF16)
             && products.bias.is_none()
+            && !products.tile.is_thin()
             && products.tile.rows > SMALL.rows
             && self.kernels.has_hopper()
     }
@@ -250,8 +284,14 @@ impl Launch<'_> {
         if list.len() == 1 && products.decided.is_none() {
             return Ok((None, 0));
         }
-        let staged = self.stage(bytemuck::cast_slice(list))?;
-        let listed = self.staging.to_device(&staged, size_of_val(list), self.stream)?;
+        let (staged, listed) = match &mut self.kept {
+            Some(kept) => (None, kept.bring(bytemuck::cast_slice(list))?),
+            None => {
+                let staged = self.stage(bytemuck::cast_slice(list))?;
+                let listed = self.staging.to_device(&staged, size_of_val(list), self.stream)?;
+                (Some(staged), listed)
+            }
+        };
         if let Some(decided) = &products.decided {
             let bytes = |buffer: &Buffer| {
                 u32::try_from(buffer.stride * buffer.dtype.bytes()).map_err(|_| {
@@ -261,6 +301,8 @@ impl Launch<'_> {
             let across = self.weights.get(products.weights[0])?.rows as u32;
             let arguments = ListArgs {
                 list: listed,
+                x: self.rows(&decided.x)?.start,
+                out: self.rows(&decided.out)?.start,
                 starts: self.rows(&decided.starts)?,
                 report: self.report,
                 count: list.len() as u32,
@@ -273,7 +315,7 @@ impl Launch<'_> {
             let kernel = self.kernels.get(completing, DType::F32, DType::F32)?;
             self.start(&kernel.function, (1, 1), 0, arguments)?;
         }
-        Ok((Some(staged), listed))
+        Ok((staged, listed))
     }
 }
 

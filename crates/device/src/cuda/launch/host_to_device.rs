@@ -12,6 +12,11 @@ impl Launch<'_> {
         if op.words.is_empty() {
             return Ok(());
         }
+        if self.kept.is_some() {
+            let message =
+                format!("{:?} is brought along by work that is to be repeated. This is a bug.", op.out);
+            return Err(DeviceError::Unsupported(message).into());
+        }
         let to = self.rows(&op.out)?;
         let longest = Staging::LONGEST / size_of::<u32>();
         // Rows without gaps are one long row, which may be cut anywhere; others are cut between rows.

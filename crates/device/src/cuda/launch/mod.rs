@@ -11,15 +11,16 @@ mod route;
 mod rows;
 
 use super::Memory;
-use super::driver::{CudaError, Event, EventPool, Function, Stream};
+use super::driver::{Copy2d, CudaError, DeviceMemory, End, Event, EventPool, Function, Stream};
 use super::kernels::Kernels;
 use super::layout::{Layout, twin};
+use super::memory::Pool;
 use super::report::Report;
 use super::staging::{Staged, Staging};
 use super::weights::WeightStore;
 use crate::op::Op;
 use crate::{Buffer, DeviceError};
-use epsmoe_base::{DType, Fault};
+use epsmoe_base::{Bytes, DType, Fault};
 pub(super) use gemm::GemmPart;
 use std::sync::Arc;
 
@@ -81,6 +82,7 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     assignments::ReceiveOrderArgs::LAYOUT,
     assignments::SortArgs::LAYOUT,
     attention::AttentionArgs::LAYOUT,
+    attention::FewArgs::LAYOUT,
     gemm::GemmPart::LAYOUT,
     gemm::GemmArgs::LAYOUT,
     gemm::ListArgs::LAYOUT,
@@ -140,6 +142,35 @@ pub(super) struct Launch<'a> {
     pub(super) report: Report,
     /// Multiprocessors that products may fill.
     pub(super) multiprocessors: u32,
+    /// Memory for what two kernels of one operation hand over; none on lanes whose operations have none such.
+    pub(super) scratch: Option<&'a DeviceMemory>,
+    /// There while what is enqueued is kept, to be enqueued again.
+    pub(super) kept: Option<Kept<'a>>,
+}
+
+/// Where what kept work brings along stays, and what brings it there at once.
+pub(super) struct Kept<'a> {
+    pub(super) pool: &'a mut Pool,
+    pub(super) stream: &'a Stream,
+}
+
+impl Kept<'_> {
+    /// Where on the GPU a copy of these bytes stays.
+    fn bring(&mut self, bytes: &[u8]) -> Result<u64, Refusal> {
+        let full = || DeviceError::OutOfMemory {
+            name: "what steps bring along".into(),
+            needed: Bytes(bytes.len() as u64),
+            mend: "lower --max-model-len",
+        };
+        let to = self.pool.take(bytes.len(), self.stream)?.ok_or_else(full)?;
+        let from = End::Host(bytes.as_ptr().cast_mut().cast());
+        let (from_pitch, to_pitch, width) = (bytes.len(), bytes.len(), bytes.len());
+        let copy = Copy2d { from, from_pitch, to: End::Device(to), to_pitch, width, rows: 1 };
+        // SAFETY: the piece was just taken with that size, nobody else has it, and the copy is waited for.
+        unsafe { self.stream.copy(&copy) }?;
+        self.stream.synchronize()?;
+        Ok(to)
+    }
 }
 
 impl Launch<'_> {

@@ -1,0 +1,199 @@
+// Products of few bf16 rows for Hopper, where what takes time is to bring the weights and to begin: as many blocks as
+// there are 16 channels, each with three warps that keep a ring of stages full and one that multiplies them by mma.sync.
+//
+// The product is computed transposed, as in `gemm_hopper.cu`: 16 channels are the rows of an mma, eight token rows its
+// columns. Every output is one chain over k in steps of 16, so its bits are those of every other product kernel.
+#include "barrier.cuh"
+#include "gemm.cuh"
+
+constexpr u32 CHANNELS = 16;
+constexpr u32 DEPTH = 256;             // k-values of a stage
+constexpr u32 LINE = DEPTH * 2 + 16;   // bytes of a row of a stage: eight rows meet all banks
+constexpr u32 LOADERS = 3, BLOCK = 32 * (1 + LOADERS); // warps that bring stages; threads, with those of the one that multiplies
+
+// The tile of a list of parts that is the `index`-th, by a whole warp at once: its lanes look at 32 parts each time.
+template <u32 ROWS> __device__ __forceinline__ Tile find(const GemmArgs& args, u32 index) {
+    Tile found;
+    found.part = args.only;
+    if (args.parts) {
+        const GemmPart* parts = reinterpret_cast<const GemmPart*>(args.parts);
+        u32 through = 0; // parts that start at or before the tile: the last of them has it
+        for (u32 first = 0; first < args.part_count; first += 32) {
+            const u32 part = first + threadIdx.x % 32;
+            through += __popc(__ballot_sync(~0u, part < args.part_count && parts[part].first_tile <= index));
+        }
+        found.part = parts[through - 1];
+    }
+    const u32 down = (found.part.rows + ROWS - 1) / ROWS, at = index - found.part.first_tile;
+    found.m = at % down * ROWS;
+    found.n = at / down * CHANNELS;
+    return found;
+}
+
+template <typename Y, bool GATED, u32 ROWS, u32 STAGES> struct Thin {
+    static constexpr u32 STAGE = (CHANNELS + ROWS) * LINE;
+    const GemmArgs& args;
+    const u32 ring, full, empty; // stages, and their barriers
+    const u32 warp, lane, depths; // the last: stages of a tile
+
+    __device__ __forceinline__ Thin(const GemmArgs& args, u32 ring)
+        : args(args), ring(ring), full(ring + STAGES * STAGE), empty(full + STAGES * 8), warp(threadIdx.x / 32),
+          lane(threadIdx.x % 32), depths((args.k + DEPTH - 1) / DEPTH) {}
+
+    __device__ __forceinline__ u32 bytes(u32 depth) const { return min(args.k - depth * DEPTH, DEPTH) * 2; }
+
+    // ------------------------------------------------------------------------------------------------- the loaders
+
+    // Lines of a stage: a lane brings the same 16 bytes of every third.
+    template <u32 LINES>
+    __device__ __forceinline__ void bring(u32 to, u64 from, u64 stride, u32 lines, u32 depth) const {
+        const u32 first = warp - 1;
+        to += first * LINE + lane * 16;
+        from += (first * stride + depth * DEPTH) * 2 + lane * 16;
+        if (lane * 16 >= bytes(depth)) return;
+#pragma unroll
+        for (u32 i = 0; i < (LINES + LOADERS - 1) / LOADERS; ++i) {
+            if (first + i * LOADERS < lines) copy_async(to, reinterpret_cast<const void*>(from), 16);
+            to += LOADERS * LINE, from += LOADERS * stride * 2;
+        }
+    }
+
+    __device__ __forceinline__ void bring_weights(const Tile& tile, u32 depth, u32 slot) const {
+        bring<CHANNELS>(ring + slot * STAGE, tile.part.weight + tile.n * args.weight_stride * 2, args.weight_stride,
+                        min(args.n - tile.n, CHANNELS), depth);
+    }
+
+    __device__ __forceinline__ void bring_rows(const Tile& tile, u32 depth, u32 slot) const {
+        bring<ROWS>(ring + slot * STAGE + CHANNELS * LINE, tile.part.x + tile.m * tile.part.x_stride * 2, tile.part.x_stride,
+                    min(tile.part.rows - tile.m, ROWS), depth);
+        barrier_follow(full + 8 * slot);
+    }
+
+    // The stages of all tiles of the block, as fast as there is room.
+    __device__ __forceinline__ void load(u32 tiles) const {
+        u32 sent = 0;
+        for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
+            const Tile tile = find<ROWS>(args, index);
+            // Weights do not wait for what runs before; where parts are listed, the list does.
+            const u32 ahead = index == blockIdx.x && !args.parts ? min(depths, STAGES) : 0;
+            for (u32 depth = 0; depth < ahead; ++depth) bring_weights(tile, depth, depth);
+            if (ahead) take_turn();
+            for (u32 depth = 0; depth < depths; ++depth, ++sent) {
+                const u32 slot = sent % STAGES;
+                if (sent >= STAGES) barrier_wait(empty + 8 * slot, sent / STAGES % 2 ^ 1);
+                if (depth >= ahead) bring_weights(tile, depth, slot);
+                bring_rows(tile, depth, slot);
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------------ the multiplier
+
+    // What 32 k-values are multiplied from.
+    struct Step {
+        u32 first[4], second[4]; // weights of 16 k-values each
+        u32 rows[ROWS / 8][4];
+    };
+
+    __device__ __forceinline__ void take(Step& step, u32 weights, u32 rows) const {
+        load_matrices(step.first, weights);
+        load_matrices(step.second, weights + 32);
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j) load_matrices(step.rows[j], rows + j * 8 * LINE);
+    }
+
+    __device__ __forceinline__ void multiply_step(f32 (&sums)[ROWS / 8][4], const Step& step) const {
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j) multiply(sums[j], step.first, step.rows[j][0], step.rows[j][1]);
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j) multiply(sums[j], step.second, step.rows[j][2], step.rows[j][3]);
+    }
+
+    __device__ __forceinline__ void multiply_stage(f32 (&sums)[ROWS / 8][4], u32 depth, u32 slot) const {
+        const u32 weights = ring + slot * STAGE + lane % 16 * LINE + lane / 16 * 16, end = bytes(depth);
+        const u32 rows = ring + slot * STAGE + (CHANNELS + lane % 8) * LINE + lane / 8 * 16;
+        Step steps[2];
+        take(steps[0], weights, rows);
+#pragma unroll
+        for (u32 i = 0; i < DEPTH / 32; ++i) {
+            if (i * 64 >= end) break;
+            // What comes next is on its way while this is multiplied.
+            if ((i + 1) * 64 < end) take(steps[(i + 1) % 2], weights + (i + 1) * 64, rows + (i + 1) * 64);
+            multiply_step(sums, steps[i % 2]);
+        }
+    }
+
+    // A lane holds two neighbouring rows of channels lane/4 and lane/4 + 8: with gates, the second are their up factors.
+    __device__ __forceinline__ void store(const f32 (&sums)[ROWS / 8][4], const Tile& tile) const {
+        const f32* bias = reinterpret_cast<const f32*>(args.bias);
+#pragma unroll
+        for (u32 j = 0; j < ROWS / 8; ++j)
+#pragma unroll
+            for (u32 v = 0; v < 2; ++v) {
+                const u32 m = tile.m + j * 8 + lane % 4 * 2 + v;
+                if (m >= tile.part.rows) continue;
+                Y* out = reinterpret_cast<Y*>(tile.part.out) + m * tile.part.out_stride;
+                if constexpr (GATED) {
+                    const u32 n = tile.n / 2 + lane / 4;
+                    if (n < args.columns) out[n] = narrow<Y>(quick_silu(sums[j][v]) * sums[j][v + 2]);
+                } else {
+#pragma unroll
+                    for (u32 half = 0; half < 2; ++half) {
+                        const u32 n = tile.n + half * 8 + lane / 4;
+                        const f32 sum = sums[j][v + 2 * half];
+                        if (n < args.columns) out[n] = narrow<Y>(bias ? sum + bias[n] : sum);
+                    }
+                }
+            }
+    }
+
+    __device__ __forceinline__ void multiply_all(u32 tiles) const {
+        u32 taken = 0;
+        for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
+            f32 sums[ROWS / 8][4] = {};
+            for (u32 depth = 0; depth < depths; ++depth, ++taken) {
+                const u32 slot = taken % STAGES;
+                barrier_wait(full + 8 * slot, taken / STAGES % 2);
+                multiply_stage(sums, depth, slot);
+                __syncwarp();
+                if (lane == 0) barrier_arrive(empty + 8 * slot);
+            }
+            store(sums, find<ROWS>(args, index));
+        }
+    }
+
+    __device__ __forceinline__ void run() const {
+        if (threadIdx.x == 0) {
+            for (u32 slot = 0; slot < STAGES; ++slot) {
+                barrier_init(full + 8 * slot, 32 * LOADERS);
+                barrier_init(empty + 8 * slot, 1);
+            }
+            barriers_made();
+        }
+        __syncthreads();
+        // Where parts are listed, what runs before makes the list.
+        const bool multiplies = warp == 0, first = args.parts || multiplies || blockIdx.x >= tiles_of<ROWS, CHANNELS>(args);
+        if (first) take_turn();
+        const u32 tiles = tiles_of<ROWS, CHANNELS>(args);
+        if (multiplies) multiply_all(tiles);
+        else load(tiles);
+    }
+};
+
+// The variants: most rows of a tile, stages. `kernels.rs` repeats both.
+#define VARIANT(Y, ROWS, STAGES)                                                                             \
+    extern "C" __global__ void __launch_bounds__(BLOCK) gemm_thin##ROWS##_bf16_##Y(const __grid_constant__ GemmArgs args) {  \
+        extern __shared__ __align__(128) unsigned char shared[];                                             \
+        Thin<Y, false, ROWS, STAGES>(args, shared_address(shared)).run();                                    \
+    }                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(BLOCK) gated_thin##ROWS##_bf16_##Y(const __grid_constant__ GemmArgs args) { \
+        extern __shared__ __align__(128) unsigned char shared[];                                             \
+        Thin<Y, true, ROWS, STAGES>(args, shared_address(shared)).run();                                     \
+    }
+
+VARIANT(bf16, 8, 5)
+VARIANT(f32, 8, 5)
+VARIANT(bf16, 16, 4)
+VARIANT(f32, 16, 4)
+VARIANT(bf16, 32, 4)
+VARIANT(f32, 32, 4)
