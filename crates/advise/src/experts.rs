@@ -25,8 +25,18 @@ impl Advisor<'_> {
     }
 
     fn sizes(&self, map: &SlotMap, inner: usize, shared_inner: usize) -> LayerSizes {
-        let (hidden, top_k, wire) = (self.model.hidden, self.moe.router.top_k, self.load.wire());
-        LayerSizes { hidden, inner, shared_inner, top_k, wire, ..LayerSizes::of(map, DTYPE) }
+        let load = self.load;
+        let (hidden, top_k, wire) = (self.model.hidden, self.moe.router.top_k, load.wire());
+        let weight_millibits = load.weights.experts;
+        LayerSizes {
+            hidden,
+            inner,
+            shared_inner,
+            top_k,
+            wire,
+            weight_millibits,
+            ..LayerSizes::of(map, DTYPE)
+        }
     }
 
     /// Every expert on one GPU: one search or table for each schedule.

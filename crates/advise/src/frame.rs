@@ -1,6 +1,6 @@
 //! The parts of a layer that no schedule changes: attention, collectives, dense MLPs, weights and cache.
 
-use crate::{AdviseError, Advisor, ELEMENT, Strategy, limits};
+use crate::{AdviseError, Advisor, ELEMENT, Strategy, WeightBits, limits};
 use epsmoe_model::{AttentionSpec, GqaSpec, LayerSpec, MlaSpec, MlpSpec};
 
 /// A product with a matrix `[N, K]`.
@@ -107,7 +107,7 @@ impl Advisor<'_> {
 
     fn products_ns(&self, rows: usize, matrices: &[Matrix]) -> Result<u64, AdviseError> {
         let one = |&(columns, depth): &Matrix| {
-            self.cost.dense.product(columns, depth, ELEMENT).op_ns([rows as u64])
+            self.cost.dense.product(columns, depth, self.load.weights.layers).op_ns([rows as u64])
         };
         sum(matrices.iter().map(one))
     }
@@ -153,7 +153,7 @@ impl Advisor<'_> {
         };
         let routed = product([experts as u64, mlp(moe.inner, expert_parts)])?;
         let shared = moe.shared.map_or(0, |shared| mlp(shared.inner, shared_parts));
-        let sparse = sum([routed, shared, (moe.experts * model.hidden) as u64])?;
+        let sparse = sum([shared, (moe.experts * model.hidden) as u64])?;
         let layer = |layer: &LayerSpec| {
             let mlps = match layer.mlp {
                 MlpSpec::Moe(_) => sum([sparse, layer.residual_mlp.map_or(0, |inner| mlp(inner, parts))])?,
@@ -161,9 +161,16 @@ impl Advisor<'_> {
             };
             sum([attention, mlps])
         };
-        let layers = model.layers.iter().map(layer).collect::<Result<Vec<_>, _>>()?;
+        let layers = sum(model.layers.iter().map(layer).collect::<Result<Vec<_>, _>>()?)?;
+        let mixtures = model.layers.iter().filter(|layer| layer.mlp.moe().is_some()).count();
         let tables = if model.tie_embeddings { 1 } else { 2 } * (model.vocab * model.hidden).div_ceil(parts);
-        product([sum([sum(layers)?, tables as u64])?, ELEMENT as u64])
+        let WeightBits { experts: of_experts, layers: of_layers, tables: of_tables } = self.load.weights;
+        let bits = [
+            product([mixtures as u64, routed, of_experts])?,
+            product([layers, of_layers])?,
+            product([tables as u64, of_tables])?,
+        ];
+        Ok(sum(bits)?.div_ceil(8000))
     }
 }
 

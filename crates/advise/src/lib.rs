@@ -25,7 +25,7 @@ mod text;
 
 use epsmoe_base::{DType, WireDType, WireFormat};
 use epsmoe_model::{ModelSpec, MoeSpec};
-use epsmoe_plan::{CostModel, MOST_NS, Machine, PlanError};
+use epsmoe_plan::{CostModel, MOST_NS, Machine, PlanError, millibits};
 use frame::{Frame, sum};
 use serde::Serialize;
 use std::fmt;
@@ -125,6 +125,27 @@ pub struct Load {
     pub stages: usize,
     /// What rows travel to their experts in.
     pub wire: WireDType,
+    /// What weights are held in.
+    pub weights: WeightBits,
+}
+
+/// Thousandths of a bit that a number of the weights takes up, scales included, on average.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WeightBits {
+    /// Of routed experts.
+    pub experts: u64,
+    /// Of everything else in a layer.
+    pub layers: u64,
+    /// Of embeddings and the output projection.
+    pub tables: u64,
+}
+
+impl Default for WeightBits {
+    /// Nothing in codes.
+    fn default() -> Self {
+        let plain = millibits(DTYPE);
+        WeightBits { experts: plain, layers: plain, tables: plain }
+    }
 }
 
 impl Load {
@@ -210,7 +231,7 @@ pub struct Advice {
     pub why: String,
 }
 
-/// What activations and weights are in.
+/// What activations are in, and weights unless they are held in codes.
 pub const DTYPE: DType = DType::BF16;
 /// Bytes of an element of them.
 const ELEMENT: usize = DTYPE.bytes();

@@ -1,12 +1,20 @@
 //! Numbers that users may give: a plan is told, or one sentence says which number is too large. Nothing wraps.
 
-use epsmoe_advise::{Advice, Load, advise};
+use epsmoe_advise::{Advice, Load, WeightBits, advise};
 use epsmoe_base::{Mix, WireDType, env::test_seed};
 use epsmoe_model::{PRESETS, config, preset};
 use epsmoe_plan::Machine;
 
 fn load(batch: usize, sequence: usize) -> Load {
-    Load { batch, sequence, zipf_permille: 0, seed: 1, stages: 4, wire: WireDType::Auto }
+    Load {
+        batch,
+        sequence,
+        zipf_permille: 0,
+        seed: 1,
+        stages: 4,
+        wire: WireDType::Auto,
+        weights: WeightBits::default(),
+    }
 }
 
 fn ask(model: &str, machine: &Machine, load: &Load) -> Result<Advice, String> {

@@ -22,7 +22,15 @@ fn ask(model: &ModelSpec, machine: &Machine, load: &Load) -> Advice {
 }
 
 fn load(batch: usize, sequence: usize, stages: usize) -> Load {
-    Load { batch, sequence, zipf_permille: 0, seed: 1, stages, wire: WireDType::Auto }
+    Load {
+        batch,
+        sequence,
+        zipf_permille: 0,
+        seed: 1,
+        stages,
+        wire: WireDType::Auto,
+        weights: WeightBits::default(),
+    }
 }
 
 /// A machine with the kernels of the paper's time.

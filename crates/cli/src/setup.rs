@@ -16,11 +16,12 @@ use crate::prompt::encode;
 use crate::watch::LayerSample;
 use crate::{machine, output};
 use anyhow::{Context, Result, anyhow, bail};
+use epsmoe_advise::{DTYPE, WeightBits};
 use epsmoe_base::files::open_plain;
 use epsmoe_base::{Bytes, DType, FaultCell, Rank, WireDType, WireFormat, hash_bytes};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{self, CpuKernels};
-use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
+use epsmoe_device::cuda::{self, CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::reference::{self, PlainKernels};
 use epsmoe_device::threaded::{Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, PeerQueue, WeightFormat};
@@ -30,8 +31,8 @@ use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOpti
 use epsmoe_model::checkpoint;
 use epsmoe_model::config::Config;
 use epsmoe_model::{
-    Checkpoint, HeldWeights, Method, Model, ModelSpec, Quantising, Synthetic, WeightSource, gguf_file,
-    preset_text,
+    Checkpoint, HeldWeights, LayerPart, Method, Model, ModelSpec, Part, Quantising, Synthetic, WeightSource,
+    gguf_file, preset_text,
 };
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
@@ -212,11 +213,34 @@ pub(crate) fn spec(args: &ModelArgs) -> Result<ModelSpec> {
     })
 }
 
-/// How a model says that its weights are coded, if it does.
-pub(crate) fn method(args: &ModelArgs) -> Result<Option<Method>> {
-    Ok(match locate(&args.model, &args.revision)? {
-        Place::Preset(_) => None,
-        Place::Folder(folder) => checkpoint::method(&folder)?,
+/// What the weights of a model take up on GPUs. Where only the configuration is here, its weights count in bfloat16.
+pub(crate) fn weight_bits(args: &ModelArgs, spec: &ModelSpec) -> Result<WeightBits> {
+    let plain = WeightBits::default();
+    let Place::Folder(folder) = locate(&args.model, &args.revision)? else { return Ok(plain) };
+    let Some(method) = checkpoint::method(&folder)? else { return Ok(plain) };
+    let weights = match Checkpoint::open(&folder) {
+        Ok(weights) => weights,
+        Err(error) => {
+            output::remark(format_args!(
+                "its weights are quantised ({method}), but they are not here ({error}): they are counted and computed with in \
+                 bfloat16"
+            ));
+            return Ok(plain);
+        }
+    };
+    let of = |kind: fn(Part) -> bool, plain| -> Result<u64> {
+        let parts = spec.parts().filter(|&part| kind(part));
+        let bits = |format: &_| cuda::held_bits(format, DTYPE);
+        let held = HeldWeights::of_parts(spec, &weights, DTYPE, bits, parts)?;
+        Ok(held.millibits().unwrap_or(plain))
+    };
+    let is_expert = |part| matches!(part, Part::Layer(_, LayerPart::Expert(..)));
+    let in_layer = |part| matches!(part, Part::Layer(_, of) if !matches!(of, LayerPart::Expert(..)));
+    let is_table = |part| !matches!(part, Part::Layer(..));
+    Ok(WeightBits {
+        experts: of(is_expert, plain.experts)?,
+        layers: of(in_layer, plain.layers)?,
+        tables: of(is_table, plain.tables)?,
     })
 }
 
@@ -422,9 +446,9 @@ impl Setup {
             policy.cost = Some(Arc::new(cost_model(args.profile.as_deref(), &machine, args.link.0)?));
         }
         let held = HeldWeights::of(&model.spec, &*model.weights, dtype, |format| match &processor {
-            Processor::Cpu => cpu::holds(isa, format, dtype),
-            Processor::Reference => true,
-            Processor::Cuda(_) => false,
+            Processor::Cpu => cpu::holds(isa, format, dtype).then(|| format.bits()),
+            Processor::Reference => Some(format.bits()),
+            Processor::Cuda(_) => cuda::held_bits(format, dtype),
         })?;
         let setup = Setup {
             held,
@@ -742,8 +766,7 @@ impl Setup {
 
     /// Shows how far whoever reads the weights is.
     fn loading<T>(&self, read: impl FnOnce(&dyn WeightSource) -> Result<T>) -> Result<T> {
-        let spec = &self.model.spec;
-        let bytes = spec.parameters().total * spec.dtype.bytes() as u64;
+        let bytes = self.held.stored_of(self.numbers_here());
         let bar = output::byte_bar(format!("loading {}", self.model.name), bytes);
         let read = read(&LayerSample { source: &*self.model.weights, bar: &bar });
         bar.finish_and_clear();

@@ -3,7 +3,7 @@
 use crate::checkpoint::held_format;
 use crate::parallel::{Layout, Share};
 use crate::{LayerPart, Map, ModelError, ModelSpec, Part, Source, Tensor, WeightSource, Window};
-use epsmoe_base::{DType, Layer};
+use epsmoe_base::{DType, Expert, Layer};
 use epsmoe_device::{Backend, DeviceError, Weight, WeightShape};
 use epsmoe_pipeline::Mlp;
 use epsmoe_quant::Codes;
@@ -174,6 +174,18 @@ impl<B: Backend> Loader<'_, B> {
             };
         }
         parts.iter().map(|&part| self.codes_of(part, window)).collect()
+    }
+
+    /// What a weight of the model's first expert takes up if it is held in codes, by which all experts are priced: ranks that
+    /// plan together must find the same.
+    pub(crate) fn expert_millibits(&self) -> Result<Option<u64>, ModelError> {
+        let Some(layer) = self.spec.layers.iter().position(|layer| layer.mlp.moe().is_some()) else {
+            return Ok(None);
+        };
+        let part = LayerPart::Expert(Expert(0), Map::UpProj).of(Layer(layer));
+        let format = held_format(self.spec, self.source, part, &Window::whole())?;
+        let held = format.filter(|format| self.device.holds(format));
+        Ok(held.map(|format| (1000.0 * format.bits()) as u64))
     }
 
     /// The codes of a part, as they are kept or as it is quantised.

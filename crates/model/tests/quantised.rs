@@ -154,6 +154,9 @@ fn codes_that_do_not_fit_are_refused_with_the_name_of_the_file() {
     );
     let message = refused(Target::Fp8PerBlock, None, |stored| stored.0.get_mut(&scale).unwrap().1.fill(0));
     assert!(message.contains("the scale at row 0, column 0 is zero where weights are not"), "{message}");
+    let shape = NAME.replace("weight", "weight_shape");
+    let message = refused(Target::Int4, None, |stored| stored.0.get_mut(&shape).unwrap().1[8] ^= 2);
+    assert!(message.contains(&format!("tensor `{NAME}`: `{shape}` says that it is [")), "{message}");
 }
 
 /// A method that is not read matters only where tensors are coded.

@@ -98,7 +98,7 @@ pub struct CostModel {
 ///     least_columns: 0,
 ///     tiles: None,
 /// };
-/// let product = gemm.product(1000, 1000, 2);
+/// let product = gemm.product(1000, 1000, 16_000);
 /// assert_eq!(product.expert_ns(100), 400_000);
 /// assert_eq!(product.expert_ns(1), 200_000); // reading 2 MB of weights at 10 GB/s
 /// assert_eq!(product.op_ns([100, 0, 1]), 603_000); // an expert without rows costs nothing
@@ -264,15 +264,16 @@ impl Tiles {
 }
 
 impl GemmCost {
-    /// For matrices of `columns` N by `depth` K, whose elements take `element_bytes`.
-    pub fn product(&self, columns: usize, depth: usize, element_bytes: usize) -> Product<'_> {
+    /// For matrices of `columns` N by `depth` K, whose numbers take so many thousandths of a bit each.
+    pub fn product(&self, columns: usize, depth: usize, millibits: u64) -> Product<'_> {
         let elements = columns as u128 * depth as u128;
         let computed = (columns as u128).max(self.least_columns.into()) * depth as u128;
         let row_ps = (2 * computed).saturating_mul(1_000_000_000_000 * 1000)
             / rate(self.flops_per_second)
             / self.depth_permille(depth);
-        let weight_ns = elements.saturating_mul(element_bytes as u128 * 1_000_000_000)
-            / rate(self.weight_bytes_per_second);
+        // Thousandths of a bit a byte per second are 125 000 nanoseconds.
+        let weight_ns =
+            elements.saturating_mul(u128::from(millibits) * 125_000) / rate(self.weight_bytes_per_second);
         let tiles = self.tiles.map(|cost| Tiles {
             cost,
             across: (columns as u64).max(self.least_columns).div_ceil(cost.columns).max(1),

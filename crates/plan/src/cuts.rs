@@ -41,7 +41,7 @@ impl Loads {
     }
 
     fn of_rank(workload: &Workload<'_>, cost: &CostModel, reserved: u64, sums: &Sums, rank: Rank) -> Loads {
-        let LayerSizes { hidden, inner, dtype, wire, .. } = *workload.shape;
+        let LayerSizes { hidden, inner, weight_millibits, wire, .. } = *workload.shape;
         let row_bytes = workload.shape.row_bytes() as u64;
         let block = workload.map.slots_of_rank(rank);
         let share = cost.share(reserved);
@@ -56,8 +56,8 @@ impl Loads {
         let (gather, gather_slope) = line(&cost.rows.gather, assignments * row_bytes);
         let (reduce, reduce_slope) = line(&cost.rows.reduce, assignments * row_bytes);
         let copy_ns = |assignments: u64| assignments * row_bytes * (gather_slope + reduce_slope) / 1024;
-        let up = |kind| cost.gemm(kind).product(2 * inner, hidden, dtype.bytes());
-        let down = |kind| cost.gemm(kind).product(hidden, inner, dtype.bytes());
+        let up = |kind| cost.gemm(kind).product(2 * inner, hidden, weight_millibits);
+        let down = |kind| cost.gemm(kind).product(hidden, inner, weight_millibits);
         let products = [GemmKind::Grouped, GemmKind::Dense].map(|kind| [up(kind), down(kind)]);
         let [overhead, dense_overhead] = products.map(|[up, down]| up.overhead_ns() + down.overhead_ns());
         let computed = |kind: usize, expert: usize| {

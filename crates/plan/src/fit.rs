@@ -328,7 +328,7 @@ fn least_columns(fitted: &GemmCost, kind: GemmKind, samples: &[Sample], element_
     let as_many = |sample: &Sample| {
         let Work::Gemm { kind: of, rows, columns, depth } = &sample.work else { return None };
         let (&[rows], true) = (rows.as_slice(), *of == kind && *columns < NARROW) else { return None };
-        let wide = fitted.product(NARROW, *depth, element_bytes as usize);
+        let wide = fitted.product(NARROW, *depth, 8000 * element_bytes);
         let (ns, of_wide) = (sample.ns.saturating_sub(fitted.op_ns), wide.expert_ns(rows));
         // Short ones say more about the clock.
         (ns > 4 * fitted.op_ns).then(|| (0, (NARROW as u64 * ns / of_wide.max(1)).min(NARROW as u64)))

@@ -77,7 +77,7 @@ pub use cost::{
 pub use error::PlanError;
 pub use fit::{Sample, Work};
 pub use machine::{Gpu, KernelFigures, Kernels, LinkFigures, Machine, Sourced};
-pub use memory::{Capacity, LayerBytes, LayerSizes, halves};
+pub use memory::{Capacity, LayerBytes, LayerSizes, halves, millibits};
 pub use piecewise::{MOST_NS, Piecewise};
 pub use planner::{
     Ahead, AutoPlanner, Feedback, FixedPlanner, LayerPlan, LayerSample, PlanReport, Planner,

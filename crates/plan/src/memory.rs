@@ -113,8 +113,10 @@ pub struct LayerSizes {
     pub local_slots: usize,
     /// The most slots that an expert is in, m.
     pub replicas: usize,
-    /// The format of activations and of the experts' weights.
+    /// The format of activations.
     pub dtype: DType,
+    /// Thousandths of a bit that a number of an expert's weights takes up: those of `dtype`, or of codes with their scales.
+    pub weight_millibits: u64,
     /// The formats that rows and partial sums travel in.
     pub wire: WireFormat,
 }
@@ -134,6 +136,7 @@ impl LayerSizes {
             local_slots: map.max_local(),
             replicas: map.most_replicas(),
             dtype,
+            weight_millibits: millibits(dtype),
             wire: WireFormat::plain(dtype),
         }
     }
@@ -152,6 +155,11 @@ impl LayerSizes {
     pub fn ranks_of_token(&self) -> usize {
         self.top_k.min(self.ranks)
     }
+}
+
+/// Thousandths of a bit of a number in this format.
+pub fn millibits(dtype: DType) -> u64 {
+    8000 * dtype.bytes() as u64
 }
 
 /// Bytes of every buffer of one rank's MoE layer; its input and its output belong to the caller.
@@ -287,6 +295,7 @@ mod tests {
             ranks: 2,
             local_slots: 3,
             replicas: 2,
+            weight_millibits: 32_000,
             dtype: DType::BF16,
             // The sums travel in another format than the rows.
             wire: WireFormat { combine: RowFormat::Plain(DType::F32), ..WireFormat::plain(DType::BF16) },

@@ -278,6 +278,7 @@ impl CodedTensor {
         columns: Range<usize>,
     ) -> Result<Option<Codes>, S::Error> {
         let Some(format) = self.format(&columns) else { return Ok(None) };
+        self.check_stated_shape(source)?;
         let mut into = Codes {
             format,
             rows: rows.count,

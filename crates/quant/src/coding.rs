@@ -126,6 +126,8 @@ pub struct CodedTensor {
     pub(crate) zeros: Option<StoredMatrix>,
     pub(crate) global: Option<Global>,
     pub(crate) groups: Option<StoredMatrix>,
+    /// Where the shape of the weights is written down, if it is.
+    pub(crate) stated_shape: Option<StoredMatrix>,
     /// Tensors that belong to it and are not needed to decode it.
     beside: Vec<String>,
 }
@@ -151,14 +153,16 @@ impl CodedTensor {
         let matrices = shape[..shape.len() - 2].iter().product();
         let stem = name.strip_suffix(".weight").unwrap_or(name);
         let detector = Detector { name, stem, shape: [matrices, n, k], full: shape, hints, find: &find };
-        let coded = detector.detect()?;
-        Ok(coded.map(|coded| CodedTensor { beside: detector.beside(), ..coded }))
+        let Some(coded) = detector.detect()? else { return Ok(None) };
+        let stated_shape = detector.stated_shape()?;
+        Ok(Some(CodedTensor { stated_shape, beside: detector.beside(), ..coded }))
     }
 
     /// Names of the tensors that it is made of, and of those that belong to it.
     pub fn tensors(&self) -> impl Iterator<Item = &str> {
         let global = self.global.as_ref().map(|global| &global.scale);
-        let parts = [self.scales.as_ref(), self.zeros.as_ref(), global, self.groups.as_ref()];
+        let shape = self.stated_shape.as_ref();
+        let parts = [self.scales.as_ref(), self.zeros.as_ref(), global, self.groups.as_ref(), shape];
         let parts = [Some(&self.codes)].into_iter().chain(parts).flatten().map(|part| part.name.as_str());
         parts.chain(self.beside.iter().map(String::as_str))
     }
@@ -413,6 +417,7 @@ impl Detector<'_> {
             zeros: None,
             global: None,
             groups: None,
+            stated_shape: None,
             beside: Vec::new(),
         })
     }
@@ -428,13 +433,19 @@ impl Detector<'_> {
             zeros: None,
             global: None,
             groups: None,
+            stated_shape: None,
             beside: Vec::new(),
         }
     }
 
+    /// `X.weight_shape`: rows and columns of `compressed-tensors`.
+    fn stated_shape(&self) -> Result<Option<StoredMatrix>, QuantError> {
+        let Some(found) = self.named(&format!("{}.weight_shape", self.stem)) else { return Ok(None) };
+        self.component(found, &[StoredType::I64, StoredType::I32], &[2]).map(Some)
+    }
+
     fn beside(&self) -> Vec<String> {
-        let endings =
-            ACTIVATION_SCALES.into_iter().chain(["weight_shape", "k_scale", "v_scale", "output_scale"]);
+        let endings = ACTIVATION_SCALES.into_iter().chain(["k_scale", "v_scale", "output_scale"]);
         let names = endings.map(|ending| format!("{}.{ending}", self.stem));
         names.filter(|name| (self.find)(name).is_some()).collect()
     }

@@ -58,6 +58,7 @@ impl CodedTensor {
         if out.is_empty() {
             return Ok(());
         }
+        self.check_stated_shape(source)?;
         match self.coding {
             Coding::Ggml(format) => self.ggml(source, format, rows, columns, out),
             Coding::Blocks(blocks) if blocks.order == Order::Rows => {
@@ -65,6 +66,28 @@ impl CodedTensor {
             }
             Coding::Blocks(blocks) => self.transposed(source, blocks, rows, columns, out),
         }
+    }
+
+    /// Refuses weights whose shape is written down as another one than the model's: what is packed into words fits several.
+    pub(crate) fn check_stated_shape<S: StoredTensors>(&self, source: &S) -> Result<(), S::Error> {
+        let Some(stated) = &self.stated_shape else { return Ok(()) };
+        let mut bytes = Vec::new();
+        stated.read(source, Rows::range(0..1), 0..2, &mut bytes)?;
+        let number = |bytes: &[u8]| match *bytes {
+            [a, b, c, d] => i64::from(i32::from_le_bytes([a, b, c, d])),
+            _ => bytes.try_into().map_or(-1, i64::from_le_bytes),
+        };
+        let found: Vec<i64> = bytes.chunks_exact(bytes.len() / 2).map(number).collect();
+        let [_, n, k] = self.shape;
+        if found == [n as i64, k as i64] {
+            return Ok(());
+        }
+        Err(QuantError::new(format!(
+            "tensor `{}`: `{}` says that it is {found:?}, but config.json makes it [{n}, {k}]; the two are of different \
+             models, or {DAMAGED}",
+            self.name, stated.name
+        ))
+        .into())
     }
 
     fn ggml<S: StoredTensors, T: Value>(

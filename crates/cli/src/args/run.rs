@@ -43,8 +43,7 @@ pub(crate) struct RunArgs {
 
     /// Holds against the checkpoint that its weights are quantised so: fp8, compressed-tensors, mxfp4, awq, gptq, modelopt,
     /// quark or gguf; with `none` (or `dequantise`) they are decoded to bfloat16 when they are loaded: the same bits, in more
-    /// memory. fp8_per_block, int4 and q8_0 quantise plain weights while they are loaded, on CPUs [default: what the checkpoint
-    /// says]
+    /// memory. fp8_per_block, int4 and q8_0 quantise plain weights while they are loaded [default: what the checkpoint says]
     #[arg(
         short,
         long,

@@ -25,12 +25,8 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
         seed: args.seed,
         stages: STAGES,
         wire: args.wire_dtype.of(DTYPE)?,
+        weights: setup::weight_bits(&args.model, &spec)?,
     };
-    if let Some(method) = setup::method(&args.model)? {
-        output::remark(format_args!(
-            "its weights are quantised ({method}); they are counted and computed with in bfloat16 here, as GPUs hold them today"
-        ));
-    }
     let advice = advise(&args.model.model, &spec, &machine, &load)?;
     if args.json { output::show_json(&advice) } else { output::show(&advice.to_string()) }
 }

@@ -164,6 +164,15 @@ impl Setup {
         Ok(needs)
     }
 
+    /// Numbers that are loaded for the ranks of this process.
+    pub(super) fn numbers_here(&self) -> u64 {
+        let (spec, here) = (&self.model.spec, self.here().len());
+        if here == self.ranks {
+            return spec.parameters().total;
+        }
+        spec.parameters_of_rank(&self.parallel, self.ranks).saturating_mul(here as u64)
+    }
+
     /// Bytes of a block of the cache on the rank that has the most of it.
     fn block_bytes(&self, options: &EngineOptions) -> u64 {
         let token = self.model.spec.cache_bytes_per_token(self.dtype, options.parallel.tensor);

@@ -1,4 +1,4 @@
-//! Products on Hopper: what `gemm_hopper.cu` is given, and how an operation is cut into tiles for it.
+//! Products on Hopper: what `gemm_hopper.cuh` is given, and how an operation is cut into tiles for it.
 //!
 //! It adds up in the order of the other products on the tensor cores and gives their bits, so whether an operation
 //! runs here is a question of speed alone: views that TMA cannot follow, and parts of few rows,
@@ -40,7 +40,7 @@ unsafe impl bytemuck::Zeroable for Block {}
 unsafe impl bytemuck::Pod for Block {}
 
 twin! {
-    pub(super) struct HopperArgs = "HopperArgs" in "gemm_hopper.cu" {
+    pub(super) struct HopperArgs = "HopperArgs" in "gemm_hopper.cuh" {
         pub(super) rows: TensorMap,
         pub(super) out: TensorMap,
         pub(super) blocks: u64,
@@ -53,6 +53,10 @@ twin! {
         pub(super) out_stride: u32,
         pub(super) columns: u32,
         pub(super) tile_rows: u32,
+        pub(super) kind: u32,
+        pub(super) parts: u32,
+        pub(super) brick_bytes: u32,
+        pub(super) padding: u32,
     }
 }
 
@@ -112,10 +116,21 @@ pub(super) fn maps(
 /// A kernel, the height of its tiles and the blocks to start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// Of `Epilogue::Store` and `Epilogue::SwiGlu`.
-    pub(super) operations: [&'static str; 2],
     pub(super) tile_rows: u32,
     pub(super) grid: u32,
+}
+
+impl Plan {
+    /// The kernels of `Epilogue::Store` and `Epilogue::SwiGlu`, for weights in bfloat16 or in codes.
+    pub(super) fn operations(&self, coded: bool) -> [&'static str; 2] {
+        match (self.tile_rows, coded) {
+            (0..=64, false) => ["gemm_hopper64", "gated_hopper64"],
+            (65..=128, false) => ["gemm_hopper128", "gated_hopper128"],
+            (_, false) => ["gemm_hopper256", "gated_hopper256"],
+            (0..=64, true) => ["gemm_codes64", "gated_codes64"],
+            (_, true) => ["gemm_codes256", "gated_codes256"],
+        }
+    }
 }
 
 /// Rows of each tile of a block: equal ones, so that none leaves a sliver behind. Repeats `even_tile` of the source.
@@ -177,12 +192,7 @@ pub(super) fn plan(blocks: &[Block], n: usize, k: usize, multiprocessors: u32) -
         seen = heights;
     }
     let (_, tile_rows, tiles) = best.unwrap_or((0, ROW_BOX, 1));
-    let operations = match tile_rows {
-        0..=64 => ["gemm_hopper64", "gated_hopper64"],
-        65..=128 => ["gemm_hopper128", "gated_hopper128"],
-        _ => ["gemm_hopper256", "gated_hopper256"],
-    };
-    Plan { operations, tile_rows, grid: 2 * (clusters as u64).min(tiles.max(1)) as u32 }
+    Plan { tile_rows, grid: 2 * (clusters as u64).min(tiles.max(1)) as u32 }
 }
 
 #[cfg(test)]
@@ -197,7 +207,7 @@ mod tests {
     #[test]
     fn plans_follow_the_rows() {
         let plan = |rows: &[u32]| plan(&blocks(rows), 3072, 5120, 132);
-        assert_eq!(plan(&[20]).operations[0], "gemm_hopper64");
+        assert_eq!(plan(&[20]).operations(false)[0], "gemm_hopper64");
         assert_eq!(plan(&[20]).grid, 24, "a cluster for each of twelve tiles");
         assert_eq!(plan(&[4096; 20]).tile_rows, 256);
         assert_eq!(plan(&[4096; 20]).grid, 132);

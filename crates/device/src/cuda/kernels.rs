@@ -1,11 +1,13 @@
 //! The kernels: their sources, compiled for the GPU at hand and kept on disk.
 
+use super::bricks::SIDE;
 use super::driver::{Context, Function, Module};
 use super::layout;
 use super::nvrtc::{self, Compiled, Unit};
 use crate::DeviceError;
 use cudarc::driver::sys::CUdevice_attribute::{
-    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
 };
 use epsmoe_base::files::{read_plain, write_whole};
 use epsmoe_base::{DType, env, hash_bytes};
@@ -18,12 +20,15 @@ use std::thread::Builder;
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 7] = [
+const HEADERS: [(&str, &str); 10] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("barrier.cuh", include_str!("../../kernels/barrier.cuh")),
     ("tensor.cuh", include_str!("../../kernels/tensor.cuh")),
     ("matches.cuh", include_str!("../../kernels/matches.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
+    ("gemm_mma.cuh", include_str!("../../kernels/gemm_mma.cuh")),
+    ("gemm_hopper.cuh", include_str!("../../kernels/gemm_hopper.cuh")),
+    ("codes.cuh", include_str!("../../kernels/codes.cuh")),
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
     ("slot_bias.cuh", include_str!("../../kernels/slot_bias.cuh")),
 ];
@@ -108,8 +113,12 @@ sources! {
     "gemm_bf16": ["gemm_small", "gated_small"] in [(BF16, F32), (BF16, BF16)], 128 threads;
     "gemm_thin": ["gemm_thin8", "gated_thin8", "gemm_thin16", "gated_thin16", "gemm_thin32", "gated_thin32"]
         in [(BF16, F32), (BF16, BF16)], 128 threads on "sm_90a";
+    "gemm_coded": ["coded_middle"] in [(BF16, BF16)], 256 threads;
+    "gemm_coded": ["coded_small"] in [(BF16, BF16)], 128 threads;
     "gemm_hopper": ["gemm_hopper256", "gated_hopper256", "gemm_hopper128", "gated_hopper128", "gemm_hopper64", "gated_hopper64"]
         in [(BF16, BF16)], 384 threads on "sm_90a";
+    "gemm_hopper_coded": ["gemm_codes256", "gated_codes256", "gemm_codes64", "gated_codes64"] in [(BF16, BF16)],
+        384 threads on "sm_90a";
 }
 
 /// The shape of a product kernel's tiles, and the shared memory of a block; repeats the numbers of the source.
@@ -120,16 +129,25 @@ pub(super) struct GemmTile {
     pub(super) rows: u32,
     pub(super) columns: u32,
     pub(super) shared_bytes: u32,
+    /// Bricks that are in shared memory besides, where weights are held in codes.
+    pub(super) bricks: u32,
 }
 
+/// Bytes of a row of a stage.
+const DEPTH_BYTES: u32 = 128;
+
 const fn tensor_tile(operations: [&'static str; 2], rows: u32, columns: u32, stages: u32) -> GemmTile {
-    const DEPTH_BYTES: u32 = 128;
-    GemmTile { operations, rows, columns, shared_bytes: stages * (rows + columns) * DEPTH_BYTES }
+    GemmTile { operations, rows, columns, shared_bytes: stages * (rows + columns) * DEPTH_BYTES, bricks: 0 }
+}
+
+const fn coded_tile(operation: &'static str, rows: u32, columns: u32, stages: u32) -> GemmTile {
+    let bricks = stages * columns / SIDE as u32;
+    GemmTile { operations: [operation; 2], rows, columns, shared_bytes: stages * rows * DEPTH_BYTES, bricks }
 }
 
 /// Float32 arithmetic.
 pub(super) const PLAIN: GemmTile =
-    GemmTile { operations: ["gemm_plain", "gated_plain"], rows: 64, columns: 64, shared_bytes: 0 };
+    GemmTile { operations: ["gemm_plain", "gated_plain"], rows: 64, columns: 64, shared_bytes: 0, bricks: 0 };
 /// Tensor cores, for few rows in a part up to many. All give the same bits.
 pub(super) const SMALL: GemmTile = tensor_tile(["gemm_small", "gated_small"], 16, 64, 6);
 pub(super) const MIDDLE: GemmTile = tensor_tile(["gemm_middle", "gated_middle"], 64, 128, 4);
@@ -140,7 +158,8 @@ const fn thin_tile(operations: [&'static str; 2], rows: u32, stages: u32) -> Gem
     const LINE_BYTES: u32 = 2 * 256 + 16;
     let columns = GemmTile::THIN;
     // Each stage has two barriers.
-    GemmTile { operations, rows, columns, shared_bytes: stages * ((rows + columns) * LINE_BYTES + 16) }
+    let shared_bytes = stages * ((rows + columns) * LINE_BYTES + 16);
+    GemmTile { operations, rows, columns, shared_bytes, bricks: 0 }
 }
 
 /// Tensor cores of Hopper, for few rows: so many blocks that weights arrive at the speed of memory. The same bits too.
@@ -160,6 +179,12 @@ impl GemmTile {
         self.columns == Self::THIN
     }
 }
+
+/// The same for weights in codes.
+pub(super) const CODED_SMALL: GemmTile = coded_tile("coded_small", 16, 64, 8);
+pub(super) const CODED_MIDDLE: GemmTile = coded_tile("coded_middle", 64, 128, 4);
+
+const TILES: [GemmTile; 7] = [PLAIN, SMALL, MIDDLE, SQUARE, LARGE, CODED_SMALL, CODED_MIDDLE];
 
 /// What an attention kernel on the tensor cores takes at once, and the shared memory of a block; repeats the numbers of
 /// the source. A row is a token and one of the heads that share a key head.
@@ -313,6 +338,8 @@ fn checked(file: &str, text: &str) -> String {
 /// Every kernel, ready to be started on one GPU.
 pub(super) struct Kernels {
     functions: HashMap<Key, Kernel>,
+    /// Bytes of shared memory that a multiprocessor has for all its blocks.
+    shared_bytes: u32,
     // Functions live as long as their modules.
     _modules: Vec<Module>,
 }
@@ -323,7 +350,7 @@ pub(super) struct Kernel {
     pub(super) function: Function,
     /// Bytes of shared memory that a block may ask for.
     pub(super) shared_limit: u32,
-    /// For products: blocks that a multiprocessor holds at once, each with its tiles in shared memory.
+    /// For products: blocks that a multiprocessor holds at once, each with its tiles in shared memory, bricks not counted.
     pub(super) resident: u32,
 }
 
@@ -363,10 +390,8 @@ impl Kernels {
                     }
                     let shared_limit = optin.saturating_sub(function.static_shared()?);
                     function.allow_shared(shared_limit)?;
-                    let tile = [PLAIN, SMALL, MIDDLE, SQUARE, LARGE]
-                        .into_iter()
-                        .chain(THIN)
-                        .find(|tile| tile.operations.contains(&operation));
+                    let mut tiles = TILES.into_iter().chain(THIN);
+                    let tile = tiles.find(|tile| tile.operations.contains(&operation));
                     let resident = match tile {
                         Some(tile) => function.resident_blocks(tile.shared_bytes)?.max(1),
                         None => 1,
@@ -375,12 +400,20 @@ impl Kernels {
                 }
             }
         }
-        Ok(Kernels { functions, _modules: modules.into_values().collect() })
+        let all = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
+        Ok(Kernels { functions, shared_bytes: all.max(0) as u32, _modules: modules.into_values().collect() })
     }
 
     /// Whether kernels may use wgmma and TMA.
     pub(super) fn has_hopper(&self) -> bool {
         self.functions.contains_key(&("gemm_hopper256", BF16, BF16))
+    }
+
+    /// Blocks of a product that a multiprocessor holds at once, each with so much shared memory.
+    pub(super) fn resident(&self, kernel: &Kernel, shared: u32) -> u32 {
+        /// What the system takes of every block's.
+        const OF_SYSTEM: u32 = 1024;
+        kernel.resident.min(self.shared_bytes / (shared + OF_SYSTEM)).max(1)
     }
 
     /// The kernel of an operation for these formats.
@@ -511,12 +544,12 @@ mod tests {
     #[test]
     fn every_kernel_takes_its_turn() {
         for source in SOURCES.iter().filter(|source| source.file != "probe.cu") {
-            // Those that `KERNEL` makes do in `common.cuh`.
+            // Those that `KERNEL` makes do in `common.cuh`, and those that `HOPPER_VARIANT` makes in `gemm_hopper.cuh`.
             let made_here =
                 |line: &&str| ["extern \"C\"", "BLOCK_PER_BIN("].iter().any(|start| line.starts_with(start));
             let kernels = source.text.lines().filter(made_here).count();
             let turns = source.text.matches("take_turn();").count();
-            let by_macro = source.text.contains("\nKERNEL(");
+            let by_macro = ["\nKERNEL(", "\nHOPPER_VARIANT("].iter().any(|made| source.text.contains(made));
             assert!(by_macro || (turns >= 1 && turns >= kernels), "{}: {turns} of {kernels}", source.file);
         }
     }

@@ -8,6 +8,7 @@
 //! Numbers that arrive in memory (indices, sequences) are checked by the kernels that follow them; what they find is
 //! read while waiting (`report.rs`) and stops the world with the words that a host processor uses.
 
+mod bricks;
 mod driver;
 mod hopper;
 mod kernels;
@@ -34,11 +35,13 @@ use crate::hazard::{Agent, Clock, Hazards};
 use crate::op::{Accesses, Op, Origin};
 use crate::threaded::Fill;
 use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
+use bricks::Bricks;
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
 };
 use driver::{Context, Copy2d, CudaError, DeviceMemory, End, Event, EventPool, PinnedMemory, Stream};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank, panic_text};
+use epsmoe_quant::{Codes, Format};
 use half::bf16;
 use kernels::Kernels;
 use launch::{Kept, Launch, Refusal};
@@ -201,6 +204,11 @@ impl CudaWeights {
             device.kernels.has_hopper(),
         ))))
     }
+}
+
+/// Bits that a weight in codes of this format takes on a GPU that computes in `dtype`; nothing if it holds none.
+pub fn held_bits(format: &Format, dtype: DType) -> Option<f64> {
+    Bricks::of(format).filter(|_| dtype == DType::BF16).map(Bricks::bits)
 }
 
 /// What the GPU processors of one world share.
@@ -685,6 +693,15 @@ impl Backend for CudaBackend {
     ) -> Result<Weight, DeviceError> {
         self.device.context.bind()?;
         self.weights.0.load(self.options.dtype, name, shape, tensors)
+    }
+
+    fn holds(&self, format: &Format) -> bool {
+        held_bits(format, self.options.dtype).is_some()
+    }
+
+    fn load_codes(&self, name: &str, shape: WeightShape, matrices: &[Codes]) -> Result<Weight, DeviceError> {
+        self.device.context.bind()?;
+        self.weights.0.load_codes(self.options.dtype, name, shape, matrices)
     }
 
     fn enqueue(&self, lane: Lane, place: Place, op: impl Into<Op>) -> Result<(), DeviceError> {

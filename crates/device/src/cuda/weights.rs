@@ -1,20 +1,25 @@
 //! The weights of a process on one GPU: loaded once, shared by all its ranks there.
 
+use super::bricks::Bricks;
 use super::driver::{Copy2d, CudaError, End, Matrix, Stream, TensorMap};
 use super::hopper;
 use super::memory::Pool;
-use crate::threaded::{check_sources, held_format};
-use crate::{DeviceError, TensorBytes, Weight, WeightShape, WeightSlot};
+use crate::threaded::{check_codes, check_sources, held_format};
+use crate::{DeviceError, TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};
 use epsmoe_base::{Bytes, DType};
+use epsmoe_quant::Codes;
 use half::bf16;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-/// A weight in GPU memory: rows of `width` elements, `stride` elements apart and zero in between.
+/// A weight in GPU memory: rows of `width` elements, `stride` elements apart and zero in between, or bricks of codes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Held {
     pub(super) start: u64,
+    /// What its numbers are, or what its codes mean.
     pub(super) dtype: DType,
+    /// How codes lie, if it is held in them.
+    pub(super) bricks: Option<Bricks>,
     pub(super) rows: usize,
     pub(super) width: usize,
     pub(super) stride: usize,
@@ -81,6 +86,43 @@ impl WeightStore {
         if self.mapped && aligned && kept == DType::BF16 {
             held.map = self.map(name, &held)?;
         }
+        self.keep(name, shape, format, held)
+    }
+
+    /// Brings a map to the GPU in its codes, or decoded if kernels cannot do with its scales what they mean.
+    pub(super) fn load_codes(
+        &self,
+        dtype: DType,
+        name: &str,
+        shape: WeightShape,
+        matrices: &[Codes],
+    ) -> Result<Weight, DeviceError> {
+        let format = check_codes(name, shape, matrices)?;
+        let Some(bricks) = Bricks::of(&format).filter(|_| dtype == DType::BF16) else {
+            return Err(DeviceError::Unsupported(format!(
+                "{name}: no kernel of a GPU multiplies {dtype} rows with weights held as {format}; load them decoded \
+                 (--quantization dequantise)"
+            )));
+        };
+        let Some((packed, rows)) = bricks.pack(matrices) else {
+            let decoded: Vec<Vec<u8>> = matrices.iter().map(decoded).collect();
+            let tensor = |bytes| TensorBytes { dtype: DType::BF16, bytes };
+            let tensors: Vec<_> = decoded.iter().map(Vec::as_slice).map(tensor).collect();
+            return self.load(DType::BF16, name, shape, &tensors);
+        };
+        let start = self.bring_bytes(name, &packed)?;
+        let width = matrices[0].columns;
+        let held = Held { start, dtype: DType::BF16, bricks: Some(bricks), rows, width, stride: 0, map: 0 };
+        self.keep(name, shape, WeightFormat::Coded(format), held)
+    }
+
+    fn keep(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        format: WeightFormat,
+        held: Held,
+    ) -> Result<Weight, DeviceError> {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         let slot = u32::try_from(inner.held.len()).map_err(|_| too_large(name, usize::MAX))?;
         let weight = Weight { slot: WeightSlot(slot), shape, format, name: name.into() };
@@ -93,7 +135,11 @@ impl WeightStore {
     fn map(&self, name: &str, held: &Held) -> Result<u64, DeviceError> {
         let Held { start, rows, width, stride, .. } = *held;
         let map = TensorMap::new(&Matrix { start, rows, width, stride, piece: hopper::WEIGHT_PIECE })?;
-        let bytes = bytemuck::bytes_of(&map);
+        self.bring_bytes(name, bytemuck::bytes_of(&map))
+    }
+
+    /// Brings bytes to the GPU as they are.
+    fn bring_bytes(&self, name: &str, bytes: &[u8]) -> Result<u64, DeviceError> {
         let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         let at = {
             let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
@@ -172,7 +218,7 @@ impl WeightStore {
             }
         }
         let rows = packed.unwrap_or(rows);
-        Ok(Held { start, dtype, rows, width, stride, map: 0 })
+        Ok(Held { start, dtype, bricks: None, rows, width, stride, map: 0 })
     }
 }
 
@@ -199,6 +245,17 @@ fn convert(tensor: &TensorBytes<'_>, elements: usize, dtype: DType) -> Vec<u8> {
         DType::BF16 => wide.into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
         _ => wide.into_iter().flat_map(f32::to_le_bytes).collect(),
     }
+}
+
+/// The bfloat16 numbers that codes mean.
+fn decoded(codes: &Codes) -> Vec<u8> {
+    let mut row = vec![0.0; codes.columns];
+    let mut bytes = Vec::with_capacity(codes.rows * codes.columns * DType::BF16.bytes());
+    for index in 0..codes.rows {
+        codes.decode(index, &mut row);
+        bytes.extend(row.iter().flat_map(|&weight| bf16::from_f32(weight).to_le_bytes()));
+    }
+    bytes
 }
 
 fn too_large(name: &str, bytes: usize) -> DeviceError {

@@ -28,7 +28,7 @@ pub struct GemmPart {
 /// is the grouped kernel, with a single part the dense one. Both give equal bits.
 #[derive(Clone, Debug)]
 pub struct Gemm {
-    /// The operation's parts; all of one weight shape and of the same formats, those of weights included.
+    /// The operation's parts; all of one weight shape, inputs and outputs of the same formats. Weights may be held in several.
     pub parts: Vec<GemmPart>,
     /// Added to every output row, in float32 before rounding (`Store` with a single part only).
     pub bias: Option<Weight>,
@@ -55,19 +55,12 @@ impl Gemm {
         let Some(first) = self.parts.first() else { return Ok(()) };
         for part in &self.parts {
             part.check(self.epilogue)?;
-            let alike = (part.weight.shape, part.weight.format) == (first.weight.shape, first.weight.format)
+            let alike = part.weight.shape == first.weight.shape
                 && (part.x.dtype, part.out.dtype) == (first.x.dtype, first.out.dtype);
             if !alike {
                 return Err(DeviceError::Shape(format!(
-                    "gemm: parts differ: {:?}·{:?} ({}) → {:?} and {:?}·{:?} ({}) → {:?}",
-                    first.x,
-                    first.weight.shape,
-                    first.weight.format,
-                    first.out,
-                    part.x,
-                    part.weight.shape,
-                    part.weight.format,
-                    part.out
+                    "gemm: parts differ: {:?}·{:?} → {:?} and {:?}·{:?} → {:?}",
+                    first.x, first.weight.shape, first.out, part.x, part.weight.shape, part.out
                 )));
             }
         }
@@ -128,7 +121,7 @@ pub struct ExpertGemm {
     pub x: Buffer,
     /// Where the rows of each expert start, and the end `[E + 1, 1]`, uint32: ascending, at most M.
     pub starts: Buffer,
-    /// One weight per expert `[E]`, all of one shape, which agrees with the epilogue.
+    /// One weight per expert `[E]`, all of one shape, which agrees with the epilogue, held in any formats.
     pub weights: Vec<Weight>,
     /// What happens before storing.
     pub epilogue: Epilogue,
@@ -141,7 +134,6 @@ impl ExpertGemm {
         let ExpertGemm { x, starts, weights, epilogue, out } = self;
         same_rows("gemm", &[x, out])?;
         expect("gemm", "starts", starts, DType::U32, 1)?;
-        let kind = |weight: &Weight| (weight.shape, weight.format);
         let shape = weights.first().map(|weight| weight.shape);
         let (n, k) = match (shape, epilogue) {
             (Some(WeightShape::Matrix { n, k }), Epilogue::Store) => (n, k),
@@ -150,10 +142,10 @@ impl ExpertGemm {
                 return Err(DeviceError::Shape(format!("gemm: weights {shape:?} with {epilogue:?}")));
             }
         };
-        if let Some(other) = weights.iter().find(|weight| kind(weight) != kind(&weights[0])) {
+        if let Some(other) = weights.iter().find(|weight| weight.shape != weights[0].shape) {
             return Err(DeviceError::Shape(format!(
-                "gemm: weights differ: {} is {:?} held as {}, {} is {:?} held as {}",
-                weights[0].name, weights[0].shape, weights[0].format, other.name, other.shape, other.format
+                "gemm: weights differ: {} is {:?}, {} is {:?}",
+                weights[0].name, weights[0].shape, other.name, other.shape
             )));
         }
         let formats = out.dtype == x.dtype || out.dtype == DType::F32;

@@ -17,7 +17,7 @@ pub use memory::{Fill, Memory, View, ViewMut};
 pub(crate) use pages::{LINE_BYTES, Pages, Piece, Slabs};
 pub use rows::AttentionViews;
 pub use weights::{Pack, WeightStore};
-pub(crate) use weights::{check_sources, held_format};
+pub(crate) use weights::{check_codes, check_sources, held_format};
 
 use crate::hazard::{Agent, Clock, Hazards};
 use crate::op::{Accesses, Epilogue, ExpertGemm, GemmPart, Op};
@@ -405,7 +405,9 @@ fn gemm<K: Kernels>(
         (DType::BF16, DType::F32) => typed_gemm::<K, bf16, f32>,
         (x, out) => return Err(format!("no product of {x} into {out}")),
     };
-    run(kernels, weights, memory, products, epilogue, bias)
+    // Kernels take weights of one format at a time.
+    let mut alike = products.chunk_by(|left, right| left.weight.format == right.weight.format);
+    alike.try_for_each(|products| run(kernels, weights, memory, products, epilogue, bias))
 }
 
 fn typed_gemm<K: Kernels, X: Element, Y: Element>(

@@ -198,7 +198,7 @@ pub(crate) fn held_format(
 }
 
 /// The format of matrices in codes, unless they are not those of [`WeightShape::sources`] or differ.
-fn check_codes(name: &str, shape: WeightShape, matrices: &[Codes]) -> Result<Format, DeviceError> {
+pub(crate) fn check_codes(name: &str, shape: WeightShape, matrices: &[Codes]) -> Result<Format, DeviceError> {
     let (count, dimensions) = shape.sources();
     let kinds: Vec<_> =
         matrices.iter().map(|codes| (vec![codes.rows, codes.columns], codes.format)).collect();

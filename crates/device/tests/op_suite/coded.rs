@@ -100,6 +100,59 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
             product(&bench, format, [n, k], epilogue);
         }
     }
+    mixed(&bench);
+}
+
+/// Experts held in different formats, some of them decoded, multiply in one operation as if all were.
+fn mixed<B: Backend>(bench: &Bench<B>) {
+    let held: Vec<Format> = formats().into_iter().filter(|format| bench.device.holds(format)).collect();
+    if held.is_empty() {
+        return;
+    }
+    let (n, k) = (40, 192);
+    let shape = WeightShape::Matrix { n, k };
+    let (mut starts, mut weights, mut plain) = (vec![0], Vec::new(), Vec::new());
+    for expert in 0..12 {
+        let mut format = held[bench.below(held.len())];
+        if format.group > 4402 {
+            format = Format { group: k, part: k, ..format };
+        }
+        let codes = random(bench, format, n, k);
+        plain.push(bench.matrix(&decoded(&codes)));
+        let name = format!("expert {expert} of {}", bench.below(usize::MAX));
+        weights.push(match bench.below(3) {
+            0 => plain[expert].clone(),
+            _ => bench.device.load_codes(&name, shape, &[codes]).expect("memory"),
+        });
+        starts.push(starts[expert] + [0, 1, 3, 20, 70][bench.below(5)]);
+    }
+    let what = format!("formats side by side, seed {}", bench.seed);
+    let rows = starts[12] as usize;
+    let x = bench.put(&bench.random(rows, k, 1.0));
+    let [grouped, experts] = [&weights, &plain].map(|weights| {
+        let outs = [0; 2].map(|_| bench.room(bench.dtype, rows, n));
+        let part = |(expert, weight): (usize, &Weight)| {
+            let rows = starts[expert] as usize..starts[expert + 1] as usize;
+            let view = |buffer: &epsmoe_device::Buffer| buffer.rows(rows.clone()).expect("inside");
+            GemmPart { x: view(&x.view), weight: weight.clone(), out: view(&outs[0].view) }
+        };
+        let parts = weights.iter().enumerate().map(part).collect();
+        bench.run(&what, Gemm { parts, bias: None, epilogue: Epilogue::Store });
+        let op = ExpertGemm {
+            x: x.view.clone(),
+            starts: bench.put_words(&starts, 1).view,
+            weights: weights.clone(),
+            epilogue: Epilogue::Store,
+            out: outs[1].view.clone(),
+        };
+        bench.run(&what, op);
+        outs.map(|out| bench.get(&what, &out).into_iter().map(f32::to_bits).collect::<Vec<_>>())
+    });
+    assert!(
+        grouped[0] == grouped[1] && experts[0] == experts[1],
+        "{what}: grouped and experts' products differ"
+    );
+    assert!(grouped == experts, "{what}: other bits than with decoded weights");
 }
 
 /// A processor that does not hold a format says so.

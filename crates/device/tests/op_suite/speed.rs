@@ -6,6 +6,7 @@ use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::op::{Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, NONE, Op, Reduce};
 use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
+use epsmoe_quant::{Code, Codes, Format, Scale};
 use half::bf16;
 use std::io::BufRead;
 use std::ops::Range;
@@ -46,6 +47,55 @@ fn products() {
                     2.0 * rows as f64 * weights / median / 1e3,
                     2.0 * weights / median
                 );
+            }
+        }
+    }
+}
+
+/// Weights in codes beside the same product with weights in bfloat16.
+#[test]
+#[ignore = "a measurement"]
+fn codes() {
+    let device = match CudaDevice::open(0) {
+        Ok(device) => device,
+        Err(missing) => return eprintln!("skipped: {missing}"),
+    };
+    let format = |code, scale, part| Some(Format { code, scale, group: part, part, zeros: false });
+    let formats = [
+        None,
+        format(Code::E2M1, Scale::E8M0, 32),
+        format(Code::U4, Scale::BF16, 32),
+        format(Code::E4M3, Scale::F32, 128),
+        format(Code::I8, Scale::F16, 32),
+        Some(Format { code: Code::U4, scale: Scale::NestedWithMinima, group: 256, part: 32, zeros: false }),
+    ];
+    println!("hidden experts product  rows each: median µs, TFLOP/s, and times bfloat16");
+    let mut stock = Stock::new(device);
+    for (hidden, inner, experts) in [(2048, 768, 64), (5120, 1536, 20), (4096, 14336, 2)] {
+        for (name, k, n, epilogue, maps) in
+            [("gate/up", hidden, inner, Epilogue::SwiGlu, 2), ("down", inner, hidden, Epilogue::Store, 1)]
+        {
+            let mut plain = Vec::new();
+            for format in formats {
+                stock.format = format;
+                let mut line = format.map_or("bfloat16".to_owned(), |format| format.to_string());
+                for (column, rows) in [1, 8, 16, 64, 256, 1024].into_iter().enumerate() {
+                    let mut times =
+                        stock.products(k, n, epilogue, true, 0, &vec![rows; experts]).times(REPEATS);
+                    times.sort_unstable();
+                    let median = times[times.len() / 2] as f64;
+                    if format.is_none() {
+                        plain.push(median);
+                    }
+                    let flops = 2.0 * (rows * experts * k * n * maps) as f64;
+                    line += &format!(
+                        " {rows}: {:.1} {:.0} {:.2}",
+                        median / 1e3,
+                        flops / median / 1e3,
+                        plain[column] / median
+                    );
+                }
+                println!("{hidden} {experts} {name} {line}");
             }
         }
     }
@@ -96,6 +146,8 @@ struct Stock {
     device: Arc<CudaDevice>,
     numbers: Vec<u8>,
     shape: Vec<usize>,
+    /// What maps are held in, if not in bfloat16.
+    format: Option<Format>,
     weights: Option<CudaWeights>,
 }
 
@@ -110,14 +162,16 @@ impl Stock {
     fn new(device: Arc<CudaDevice>) -> Self {
         let mut mix = Mix::new(1);
         let numbers = (0..1 << 26).flat_map(|_| bf16::from_f32(mix.signed()).to_le_bytes()).collect();
-        Stock { device, numbers, shape: Vec::new(), weights: None }
+        Stock { device, numbers, shape: Vec::new(), format: None, weights: None }
     }
 
-    /// A processor whose store holds weights of this shape only.
+    /// A processor whose store holds weights of this shape and format only.
     fn backend(&mut self, shape: &[usize], reserved_multiprocessors: u32) -> CudaBackend {
+        let bits = self.format.map_or(0, |format| format.code.bits() + format.record_bytes() * 100);
+        let shape = [shape, &[bits]].concat();
         if self.shape != shape {
             self.weights = None;
-            self.shape = shape.to_vec();
+            self.shape = shape;
         }
         let device = &self.device;
         let weights = self.weights.get_or_insert_with(|| CudaWeights::new(device).expect("a store"));
@@ -126,6 +180,9 @@ impl Stock {
     }
 
     fn load(&self, backend: &CudaBackend, name: &str, shape: WeightShape, salt: usize) -> Weight {
+        if let Some(format) = self.format.filter(|_| shape.is_map()) {
+            return self.load_codes(backend, name, shape, format, salt);
+        }
         backend.find(name).unwrap_or_else(|| {
             let (sources, bytes) = (shape.sources().0, 2 * shape.parameters() / shape.sources().0);
             let spare = self.numbers.len().checked_sub(bytes).expect("enough random numbers");
@@ -136,6 +193,37 @@ impl Stock {
             };
             let tensors: Vec<_> = (0..sources).map(tensor).collect();
             backend.load(name, shape, &tensors).expect("memory")
+        })
+    }
+
+    fn load_codes(
+        &self,
+        backend: &CudaBackend,
+        name: &str,
+        shape: WeightShape,
+        format: Format,
+        salt: usize,
+    ) -> Weight {
+        backend.find(name).unwrap_or_else(|| {
+            let (count, dimensions) = shape.sources();
+            let (rows, columns) = (dimensions[0], dimensions[1]);
+            // Scales of one, nearly.
+            let record: Vec<u8> = match format.scale {
+                Scale::E8M0 => vec![121],
+                Scale::F16 => vec![0, 0x20],
+                Scale::BF16 => vec![0, 0x3c],
+                Scale::F32 => 0.01f32.to_le_bytes().to_vec(),
+                _ => [0, 0x20].repeat(2).into_iter().chain((0..16).map(|at| 7 + 3 * at)).collect(),
+            };
+            let codes = |index: usize| Codes {
+                format,
+                rows,
+                columns,
+                codes: self.numbers[(salt * 2 + index) * 1000..][..rows * format.row_bytes(columns)].to_vec(),
+                records: record.repeat(rows * format.groups(columns)),
+            };
+            let matrices: Vec<Codes> = (0..count).map(codes).collect();
+            backend.load_codes(name, shape, &matrices).expect("memory")
         })
     }
 

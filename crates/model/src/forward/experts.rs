@@ -20,8 +20,11 @@ pub(super) fn pipeline<B: Backend>(
     identity: u64,
     device: &Arc<B>,
     fabric: &Fabric<B>,
+    weight_millibits: Option<u64>,
 ) -> Result<Option<ExpertPipeline<B>>, ModelError> {
     let Some(layer) = layer_sizes(spec, layout, options.wire, device.dtype())? else { return Ok(None) };
+    let weight_millibits = weight_millibits.unwrap_or(layer.weight_millibits);
+    let layer = LayerSizes { weight_millibits, ..layer };
     let capacity = capacity(layout, options, &layer);
     let (policy, fabric) = match layout.experts() {
         Experts::Ep => (options.policy.clone(), fabric.clone()),

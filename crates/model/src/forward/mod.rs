@@ -180,6 +180,7 @@ impl<B: Backend> Model<B> {
         let layers = layers.collect::<Result<_, ModelError>>()?;
         let (embedding, final_norm) = (loader.part(Part::Embedding)?, loader.part(Part::FinalNorm)?);
         let head = loader.part(Part::LmHead)?;
+        let millibits = loader.expert_millibits()?;
         let frequencies = loader.vector("inverse frequencies", &spec.rope.inverse_frequencies)?;
         let tokens = options.max_tokens;
         let group = |ranks, together| {
@@ -198,7 +199,7 @@ impl<B: Backend> Model<B> {
         Ok(Model {
             attention: group(layout.attention_ranks(), tokens)?,
             mlp: group(layout.mlp_ranks(), layout.most_in_mlp(tokens))?,
-            experts: experts::pipeline(&spec, &layout, &options, identity, &device, &fabric)?,
+            experts: experts::pipeline(&spec, &layout, &options, identity, &device, &fabric, millibits)?,
             buffers: StepBuffers::allocate(&*device, &spec, &options, &layout)?,
             repeats: Repeats::default(),
             identity,

@@ -1,8 +1,9 @@
 //! Products of rows and weights: their list of parts, the shape of their tiles, and which kernels take them.
 
 use super::{Launch, Refusal, Rows, is_empty, within};
+use crate::cuda::bricks::Bricks;
 use crate::cuda::hopper::{self, HopperArgs};
-use crate::cuda::kernels::{GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE, THIN};
+use crate::cuda::kernels::{CODED_MIDDLE, CODED_SMALL, GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE, THIN};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::cuda::staging::Staged;
@@ -43,10 +44,24 @@ twin! {
     }
 }
 
+twin! {
+    pub(super) struct CodedArgs = "CodedArgs" in "gemm_coded.cu" {
+        gemm: GemmArgs,
+        kind: u32,
+        parts: u32,
+        brick_bytes: u32,
+        gated: u32,
+        wide: u32,
+        padding: u32,
+    }
+}
+
 /// What the products of one operation have in common.
 struct Products<'a> {
     /// Of each product.
     weights: Vec<&'a Weight>,
+    /// How their codes lie, if they are held in them.
+    bricks: Option<Bricks>,
     epilogue: Epilogue,
     bias: Option<&'a Weight>,
     /// Formats of the input and the output.
@@ -56,7 +71,14 @@ struct Products<'a> {
     columns: usize,
     tile: GemmTile,
     /// The operation, if only the GPU knows how many rows each product has.
-    decided: Option<&'a ExpertGemm>,
+    decided: Option<Decided<'a>>,
+}
+
+/// Products of experts whose rows the GPU decides.
+struct Decided<'a> {
+    op: &'a ExpertGemm,
+    /// Of these experts.
+    starts: &'a Buffer,
 }
 
 twin! {
@@ -78,26 +100,35 @@ twin! {
 impl Launch<'_> {
     pub(super) fn gemm(&mut self, op: &Gemm) -> Result<(), Refusal> {
         let busy: Vec<&op::GemmPart> = op.parts.iter().filter(|part| !is_empty(&part.out)).collect();
+        for parts in busy.chunk_by(|left, right| left.weight.format == right.weight.format) {
+            self.gemm_of_one_format(op, parts)?;
+        }
+        Ok(())
+    }
+
+    fn gemm_of_one_format(&mut self, op: &Gemm, busy: &[&op::GemmPart]) -> Result<(), Refusal> {
         let Some(first) = busy.first() else { return Ok(()) };
         let rows: usize = busy.iter().map(|part| part.x.rows).sum();
+        let weight = self.weights.get(&first.weight)?;
         let products = Products {
             weights: busy.iter().map(|part| &part.weight).collect(),
+            bricks: weight.bricks,
             epilogue: op.epilogue,
             bias: op.bias.as_ref(),
             from: first.x.dtype,
             to: first.out.dtype,
             columns: first.out.width,
-            tile: tile_for(first.x.dtype, rows, busy.len()),
+            tile: tile_for(first.x.dtype, weight.bricks, rows, busy.len()),
             decided: None,
         };
         let inputs: Vec<&Buffer> = busy.iter().map(|part| &part.x).collect();
         let tile =
             self.thin_tile(&products, &inputs, (busy.len(), rows / busy.len()))?.unwrap_or(products.tile);
         let products = Products { tile, ..products };
-        let columns = (self.weights.get(&first.weight)?.rows as u32).div_ceil(products.tile.columns);
+        let columns = (weight.rows as u32).div_ceil(products.tile.columns);
         let mut parts = Vec::with_capacity(busy.len());
         let mut tiles = 0u32;
-        for part in &busy {
+        for part in busy {
             let rows = part.x.rows as u32;
             parts.push(GemmPart { rows, first_tile: tiles, ..self.part(&part.x, &part.weight, &part.out)? });
             tiles = tiles.saturating_add(rows.div_ceil(products.tile.rows).saturating_mul(columns));
@@ -115,25 +146,42 @@ impl Launch<'_> {
     /// Products whose rows only the GPU knows: the shape of tiles, and how many there may be, follow from the number
     /// of all rows.
     pub(super) fn expert_gemm(&mut self, op: &ExpertGemm) -> Result<(), Refusal> {
-        let (rows, experts) = (op.x.rows, op.weights.len());
         if is_empty(&op.out) {
             return Ok(());
         }
+        let mut first = 0;
+        for weights in op.weights.chunk_by(|left, right| left.format == right.format) {
+            let end = first + weights.len();
+            self.experts_of_one_format(op, &op.starts.rows(first..end + 1)?, weights)?;
+            first = end;
+        }
+        Ok(())
+    }
+
+    fn experts_of_one_format(
+        &mut self,
+        op: &ExpertGemm,
+        starts: &Buffer,
+        weights: &[Weight],
+    ) -> Result<(), Refusal> {
+        let (rows, experts) = (op.x.rows, weights.len());
         let likely = rows.min(experts).max(1);
+        let weight = self.weights.get(&weights[0])?;
         let products = Products {
-            weights: op.weights.iter().collect(),
+            weights: weights.iter().collect(),
+            bricks: weight.bricks,
             epilogue: op.epilogue,
             bias: None,
             from: op.x.dtype,
             to: op.out.dtype,
             columns: op.out.width,
-            tile: tile_for(op.x.dtype, rows, likely),
-            decided: Some(op),
+            tile: tile_for(op.x.dtype, weight.bricks, rows, likely),
+            decided: Some(Decided { op, starts }),
         };
         // With more rows than that some expert has more than a tile of eight.
         let few = if rows / likely <= 2 { self.thin_tile(&products, &[&op.x], (likely, 1))? } else { None };
         let products = Products { tile: few.unwrap_or(products.tile), ..products };
-        let parts = op.weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
+        let parts = weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
         let parts = parts.collect::<Result<Vec<_>, _>>()?;
         if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], products.columns).is_some() {
             let even =
@@ -142,7 +190,7 @@ impl Launch<'_> {
             let first = GemmPart { rows: rows as u32, ..parts[0] };
             return self.hopper(&products, &first, &blocks);
         }
-        let columns = self.weights.get(&op.weights[0])?.rows.div_ceil(products.tile.columns as usize);
+        let columns = weight.rows.div_ceil(products.tile.columns as usize);
         let tiles = (rows / products.tile.rows as usize + likely) * columns;
         self.mma(&products, &parts, u32::try_from(tiles).unwrap_or(u32::MAX))
     }
@@ -174,6 +222,7 @@ impl Launch<'_> {
             Ok(self.rows(x)?.start.is_multiple_of(16) && x.stride.is_multiple_of(8))
         };
         let fits = self.kernels.has_hopper()
+            && weight.bricks.is_none()
             && (products.from, weight.dtype) == (DType::BF16, DType::BF16)
             && weight.width.is_multiple_of(GemmTile::THIN_STEP);
         if !fits || !inputs.iter().map(on_vectors).collect::<Result<Vec<_>, _>>()?.into_iter().all(|on| on) {
@@ -219,12 +268,39 @@ impl Launch<'_> {
             vectors: u32::from(parts.iter().all(aligned)),
             columns: *columns as u32,
         };
-        let operation = tile.operations[usize::from(products.epilogue == Epilogue::SwiGlu)];
-        let kernel = self.kernels.get(operation, from, to)?;
-        let shared = within("gemm: tiles", tile.shared_bytes as usize, kernel.shared_limit)?;
-        let blocks = tiles.min(self.multiprocessors * kernel.resident);
-        self.start(&kernel.function, (blocks, 1), shared, arguments)?;
+        let gated = products.epilogue == Epilogue::SwiGlu;
+        let Some(bricks) = products.bricks else {
+            self.start_tiles(tile, (from, to), gated, 0, tiles, arguments)?;
+            return staged.map_or(Ok(()), |staged| self.sent(&staged));
+        };
+        let arguments = CodedArgs {
+            gemm: arguments,
+            kind: bricks.kind(),
+            parts: bricks.parts as u32,
+            brick_bytes: bricks.bytes() as u32,
+            gated: u32::from(gated),
+            wide: u32::from(to == DType::F32),
+            padding: 0,
+        };
+        self.start_tiles(tile, (from, DType::BF16), gated, arguments.brick_bytes, tiles, arguments)?;
         staged.map_or(Ok(()), |staged| self.sent(&staged))
+    }
+
+    /// Starts a kernel of products on at most so many tiles, each with bricks of so many bytes.
+    fn start_tiles<A: Copy>(
+        &self,
+        tile: &GemmTile,
+        (from, to): (DType, DType),
+        gated: bool,
+        brick_bytes: u32,
+        tiles: u32,
+        arguments: A,
+    ) -> Result<(), Refusal> {
+        let kernel = self.kernels.get(tile.operations[usize::from(gated)], from, to)?;
+        let shared = (tile.shared_bytes + tile.bricks * brick_bytes) as usize;
+        let shared = within("gemm: tiles", shared, kernel.shared_limit)?;
+        let blocks = tiles.min(self.multiprocessors * self.kernels.resident(&kernel, shared));
+        self.start(&kernel.function, (blocks, 1), shared, arguments)
     }
 
     /// Products by wgmma: `blocks` are the first row and the rows of each, from those of the first part on, or what
@@ -235,7 +311,11 @@ impl Launch<'_> {
         first: &GemmPart,
         blocks: &[(u32, u32)],
     ) -> Result<(), Refusal> {
-        let maps = products.weights.iter().map(|weight| Ok(self.weights.get(weight)?.map));
+        // Weights in bfloat16 are found by their map.
+        let maps = products.weights.iter().map(|weight| {
+            let held = self.weights.get(weight)?;
+            Ok(if held.bricks.is_some() { held.start } else { held.map })
+        });
         let maps = maps.collect::<Result<Vec<u64>, DeviceError>>()?;
         let weight = self.weights.get(products.weights[0])?;
         let block = |(&(row0, rows), weight): (&(u32, u32), u64)| hopper::Block { row0, rows, weight };
@@ -266,8 +346,13 @@ impl Launch<'_> {
             out_stride: first.out_stride as u32,
             columns: products.columns as u32,
             tile_rows: plan.tile_rows,
+            kind: products.bricks.map_or(0, Bricks::kind),
+            parts: products.bricks.map_or(0, |bricks| bricks.parts as u32),
+            brick_bytes: products.bricks.map_or(0, |bricks| bricks.bytes() as u32),
+            padding: 0,
         };
-        let kernel = self.kernels.get(plan.operations[usize::from(gated)], DType::BF16, DType::BF16)?;
+        let operation = plan.operations(products.bricks.is_some())[usize::from(gated)];
+        let kernel = self.kernels.get(operation, DType::BF16, DType::BF16)?;
         let shared = within("gemm: tiles", hopper::SHARED_BYTES, kernel.shared_limit)?;
         self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
         staged.map_or(Ok(()), |staged| self.sent(&staged))
@@ -301,14 +386,14 @@ impl Launch<'_> {
             let across = self.weights.get(products.weights[0])?.rows as u32;
             let arguments = ListArgs {
                 list: listed,
-                x: self.rows(&decided.x)?.start,
-                out: self.rows(&decided.out)?.start,
-                starts: self.rows(&decided.starts)?,
+                x: self.rows(&decided.op.x)?.start,
+                out: self.rows(&decided.op.out)?.start,
+                starts: self.rows(decided.starts)?,
                 report: self.report,
                 count: list.len() as u32,
-                rows: decided.x.rows as u32,
-                x_bytes: bytes(&decided.x)?,
-                out_bytes: bytes(&decided.out)?,
+                rows: decided.op.x.rows as u32,
+                x_bytes: bytes(&decided.op.x)?,
+                out_bytes: bytes(&decided.op.out)?,
                 tile_rows: products.tile.rows,
                 tiles_across: across.div_ceil(products.tile.columns),
             };
@@ -320,14 +405,16 @@ impl Launch<'_> {
 }
 
 /// Float32 rows are multiplied in float32; others by the tile that wastes least for the rows of one of `parts`.
-fn tile_for(dtype: DType, rows: usize, parts: usize) -> GemmTile {
+fn tile_for(dtype: DType, bricks: Option<Bricks>, rows: usize, parts: usize) -> GemmTile {
     if dtype == DType::F32 {
         return PLAIN;
     }
-    match rows / parts.max(1) {
-        0..=16 => SMALL,
-        17..=64 => MIDDLE,
-        65..=128 => SQUARE,
-        _ => LARGE,
+    match (rows / parts.max(1), bricks) {
+        (0..=16, None) => SMALL,
+        (17..=64, None) => MIDDLE,
+        (65..=128, None) => SQUARE,
+        (_, None) => LARGE,
+        (0..=16, Some(_)) => CODED_SMALL,
+        (_, Some(_)) => CODED_MIDDLE,
     }
 }

@@ -85,6 +85,7 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     attention::FewArgs::LAYOUT,
     gemm::GemmPart::LAYOUT,
     gemm::GemmArgs::LAYOUT,
+    gemm::CodedArgs::LAYOUT,
     gemm::ListArgs::LAYOUT,
     norm::NormArgs::LAYOUT,
     reduce::ReduceArgs::LAYOUT,

@@ -1,0 +1,269 @@
+//! Weights in codes as a GPU holds them: in *bricks* of 64 rows and 64 columns, each a piece of memory with everything that
+//! decodes it. `gemm_coded.cu` says how one lies.
+//!
+//! Kernels know four kinds of codes and three of scales. What checkpoints have is brought to these so that weights stay what they
+//! are, bit by bit: a zero becomes what is added, `(code − zero) · scale = code · scale + more`, where the product of zero and
+//! scale is exact; scales of FP4 and FP8 take in the power of two that is missing while codes lie in the places of a bfloat16.
+
+use super::hopper::INTERLEAVED;
+use epsmoe_quant::{Affine, Code, Codes, Format, Scale};
+use half::bf16;
+
+/// Rows of a brick, and its columns.
+pub(super) const SIDE: usize = 64;
+
+/// Columns that one multiplication of a warp takes, and lanes that share a row of them.
+const STEP: usize = 16;
+const LANES: usize = 4;
+
+/// What makes a weight of a code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scales {
+    /// A bfloat16.
+    Short,
+    /// A float32.
+    Scaled,
+    /// A float32, and one that is added.
+    Shifted,
+}
+
+impl Scales {
+    fn bytes(self) -> usize {
+        match self {
+            Scales::Short => 2,
+            Scales::Scaled => 4,
+            Scales::Shifted => 8,
+        }
+    }
+}
+
+/// How the weights of a format lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Bricks {
+    code: Code,
+    scales: Scales,
+    /// Scales of a row of a brick.
+    pub(super) parts: usize,
+}
+
+impl Bricks {
+    /// Of a format, if there are kernels for it.
+    pub(super) fn of(format: &Format) -> Option<Bricks> {
+        let Format { code, scale, part, zeros, .. } = *format;
+        let short = matches!(scale, Scale::E8M0 | Scale::BF16);
+        let minima = scale == Scale::NestedWithMinima;
+        let scales = match code {
+            // Zero times such a scale need not be exact.
+            _ if zeros && scale == Scale::F32 => return None,
+            Code::E2M1 | Code::E4M3 if zeros || minima => return None,
+            Code::E2M1 if scale != Scale::E8M0 => return None,
+            Code::E2M1 => Scales::Short,
+            _ if zeros || minima => Scales::Shifted,
+            _ if short => Scales::Short,
+            Code::U4 => Scales::Shifted,
+            Code::I8 | Code::E4M3 => Scales::Scaled,
+        };
+        let parts = match part {
+            16 => 4,
+            32 => 2,
+            part if part.is_multiple_of(SIDE) => 1,
+            _ => return None,
+        };
+        Some(Bricks { code, scales, parts })
+    }
+
+    /// What `gemm_coded.cu` calls this kind.
+    pub(super) fn kind(self) -> u32 {
+        match (self.code, self.scales) {
+            (Code::E2M1, _) => 0,
+            (Code::U4, Scales::Short) => 1,
+            (Code::U4, _) => 2,
+            (Code::I8, Scales::Short) => 3,
+            (Code::I8, Scales::Scaled) => 4,
+            (Code::I8, Scales::Shifted) => 5,
+            (Code::E4M3, Scales::Short) => 6,
+            (Code::E4M3, _) => 7,
+        }
+    }
+
+    /// Bytes of the codes of a row of a brick.
+    fn row_bytes(self) -> usize {
+        SIDE * self.code.bits() / 8
+    }
+
+    /// Bytes of a brick.
+    pub(super) fn bytes(self) -> usize {
+        SIDE * (self.row_bytes() + self.parts * self.scales.bytes())
+    }
+
+    /// Bits of a weight, scales included.
+    pub(super) fn bits(self) -> f64 {
+        (8 * self.bytes()) as f64 / (SIDE * SIDE) as f64
+    }
+
+    /// One matrix, or rows of gate and up in turn, and how many rows that makes. Nothing if some scale does not become one of
+    /// these.
+    pub(super) fn pack(self, matrices: &[Codes]) -> Option<(Vec<u8>, usize)> {
+        let count = matrices.len();
+        let first = matrices.first()?;
+        let rows = if count == 1 { first.rows } else { first.rows.next_multiple_of(INTERLEAVED) * count };
+        let across = first.columns.div_ceil(SIDE);
+        let mut bricks = vec![0; rows.div_ceil(SIDE) * across * self.bytes()];
+        for (index, codes) in matrices.iter().enumerate() {
+            for row in 0..codes.rows {
+                let (turn, within) = (row / INTERLEAVED, row % INTERLEAVED);
+                let at = if count == 1 { row } else { (turn * count + index) * INTERLEAVED + within };
+                let bricks = bricks[at / SIDE * across * self.bytes()..].chunks_exact_mut(self.bytes());
+                for (column, brick) in (0..codes.columns).step_by(SIDE).zip(bricks) {
+                    self.place(codes, row, column, at % SIDE, brick)?;
+                }
+            }
+        }
+        Some((bricks, rows))
+    }
+
+    /// Puts what row `row` has from `column` on into row `at` of a brick.
+    fn place(self, codes: &Codes, row: usize, column: usize, at: usize, brick: &mut [u8]) -> Option<()> {
+        let (own, scales) = brick.split_at_mut(SIDE * self.row_bytes());
+        let own = &mut own[at * self.row_bytes()..][..self.row_bytes()];
+        let stored = &codes.row(row)[column * self.code.bits() / 8..];
+        match self.code.bits() {
+            4 => place_nibbles(stored, own),
+            _ => place_bytes(stored, own),
+        }
+        let Format { group, part, .. } = codes.format;
+        for (index, scale) in scales[at * self.parts * self.scales.bytes()..]
+            .chunks_exact_mut(self.scales.bytes())
+            .take(self.parts)
+            .enumerate()
+        {
+            let k = column + index * SIDE / self.parts;
+            if k < codes.columns {
+                let affine = codes.format.affine(codes.record(row, k / group), k % group / part);
+                self.write(affine, scale)?;
+            }
+        }
+        Some(())
+    }
+
+    fn write(self, affine: Affine, to: &mut [u8]) -> Option<()> {
+        let missing = match self.code {
+            Code::E2M1 => 126,
+            Code::E4M3 => 120,
+            Code::U4 | Code::I8 => 0,
+        };
+        let scale = affine.scale * 2f32.powi(missing);
+        let exact = scale / 2f32.powi(missing) == affine.scale;
+        if !(scale.is_finite() && exact) {
+            return None;
+        }
+        match self.scales {
+            Scales::Short => to.copy_from_slice(&bf16::from_f32(scale).to_le_bytes()),
+            Scales::Scaled => to.copy_from_slice(&scale.to_le_bytes()),
+            Scales::Shifted => {
+                let more = -(affine.zero * affine.scale) - affine.minimum;
+                to[..4].copy_from_slice(&scale.to_le_bytes());
+                to[4..].copy_from_slice(&more.to_le_bytes());
+            }
+        }
+        Some(())
+    }
+}
+
+/// Where a pair of neighbours along K is among the words of a row: which step it belongs to, which half of it, and the lane.
+fn place_of(pair: usize) -> (usize, usize, usize) {
+    (2 * pair / STEP, 2 * pair % STEP / (STEP / 2), pair % LANES)
+}
+
+/// Codes of four bits: a word holds two steps of a lane.
+fn place_nibbles(from: &[u8], to: &mut [u8]) {
+    for (pair, &both) in from.iter().take(SIDE / 2).enumerate() {
+        let (step, half, lane) = place_of(pair);
+        let nibble = step % 2 * 2 + half;
+        // Byte `nibble / 2` of the lower half of the word, and of the upper one.
+        let at = lane * 8 + step / 2 * 4 + nibble / 2;
+        let shift = nibble % 2 * 4;
+        to[at] |= (both & 15) << shift;
+        to[at + 2] |= (both >> 4) << shift;
+    }
+}
+
+/// Codes of eight bits: a word holds a step of a lane.
+fn place_bytes(from: &[u8], to: &mut [u8]) {
+    for (pair, both) in from.chunks(2).take(SIDE / 2).enumerate() {
+        let (step, half, lane) = place_of(pair);
+        let at = lane * 16 + step * 4 + half;
+        to[at] = both[0];
+        to[at + 2] = both.get(1).copied().unwrap_or(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(format: Format, codes: Vec<u8>, record: &[u8]) -> Codes {
+        let columns = codes.len() * 8 / format.code.bits();
+        let groups = columns.div_ceil(format.group);
+        Codes { format, rows: 1, columns, codes, records: record.repeat(groups) }
+    }
+
+    const INT4: Format = Format { code: Code::U4, scale: Scale::F16, group: 32, part: 32, zeros: false };
+
+    /// k = 93 of row 13 of up is in the second brick at 29: step 1, the second half of it, lane 2, the second of its pair.
+    /// Lane 2 begins at byte 16, its word of the steps 0 and 1 too, and nibble 3 of the upper half is the upper one of byte 3.
+    /// Row 13 of up is packed row 29: 16 rows before it, and 8 of gate.
+    #[test]
+    fn place_of_a_code_worked_example() {
+        let bricks = Bricks::of(&INT4).expect("a kernel");
+        assert_eq!((bricks.bytes(), bricks.bits()), (64 * (32 + 16), 6.0));
+        let empty = Codes {
+            format: INT4,
+            rows: 14,
+            columns: 96,
+            codes: vec![0; 14 * 48],
+            records: vec![0; 14 * 3 * 2],
+        };
+        let mut up = empty.clone();
+        up.codes[13 * 48 + 46] = 0xe0;
+        let (packed, rows) = bricks.pack(&[empty, up]).expect("scales of zero");
+        assert_eq!(rows, 32);
+        let set: Vec<_> = (0..packed.len()).filter(|&at| ![0, 0x80].contains(&packed[at])).collect();
+        let at = bricks.bytes() + 29 * 32 + 16 + 3;
+        assert_eq!((set, packed[at]), (vec![at], 0xe0));
+    }
+
+    #[test]
+    fn place_of_a_byte_worked_example() {
+        let fp8 = Format { code: Code::E4M3, scale: Scale::F32, group: 128, part: 128, zeros: false };
+        let bricks = Bricks::of(&fp8).expect("a kernel");
+        assert_eq!((bricks.bytes(), bricks.kind()), (64 * 68, 7));
+        let mut codes = vec![0; 64];
+        // Step 2, the first half, lane 3, the first of its pair.
+        codes[38] = 0x55;
+        let (packed, _) = bricks.pack(&[row(fp8, codes, &0.5f32.to_le_bytes())]).expect("a scale");
+        assert_eq!(packed.iter().position(|&byte| byte == 0x55), Some(3 * 16 + 2 * 4));
+        assert_eq!(packed[64 * 64..][..4], 2f32.powi(119).to_le_bytes());
+    }
+
+    /// Codes of four bits without zeros stand eight above what they mean: `code · 0.5 − 4`.
+    #[test]
+    fn zeros_become_what_is_added() {
+        let bricks = Bricks::of(&INT4).expect("a kernel");
+        let (packed, _) = bricks.pack(&[row(INT4, vec![0; 32], &[0, 0x38])]).expect("scales");
+        assert_eq!(packed[64 * 32..][..4], 0.5f32.to_le_bytes());
+        assert_eq!(packed[64 * 32 + 4..][..4], (-4.0f32).to_le_bytes());
+    }
+
+    #[test]
+    fn what_no_kernel_takes() {
+        let of = |part| Bricks::of(&Format { group: part, part, ..INT4 });
+        assert!(of(24).is_none() && of(96).is_none() && of(8).is_none());
+        assert!(of(16).is_some() && of(64).is_some() && of(5120).is_some());
+        // FP4 of 2⁴ times more than the largest bfloat16 with the power that it lacks.
+        let fp4 = Format { code: Code::E2M1, scale: Scale::E8M0, group: 32, part: 32, zeros: false };
+        let bricks = Bricks::of(&fp4).expect("a kernel");
+        assert!(bricks.pack(&[row(fp4, vec![0; 32], &[128])]).is_some());
+        assert!(bricks.pack(&[row(fp4, vec![0; 32], &[133])]).is_none());
+    }
+}
