@@ -55,6 +55,7 @@ pub fn quantised(bytes: &[u8]) {
         block: number(&hints["block"][0]).zip(number(&hints["block"][1])).map(<[usize; 2]>::from),
         group: number(&hints["group"]),
         gptq_v2: hints["gptq_v2"] == true,
+        act_order: hints["act_order"] == true,
     });
     let base = bytes.as_ptr() as usize;
     let source = File {

@@ -266,7 +266,8 @@ impl CodedTensor {
         // One group for whole rows is as long as they are.
         let group =
             if blocks.columns >= self.shape[2] { self.shape[2].next_multiple_of(8) } else { blocks.columns };
-        self.global.is_none().then_some(Format { code, scale, group, part: group, zeros: blocks.zeros })
+        let whole = self.global.is_none() && !self.act_order;
+        whole.then_some(Format { code, scale, group, part: group, zeros: blocks.zeros })
     }
 
     /// The codes of some columns of some rows, in the [`Format`] that these columns have. Nothing if they are such that
@@ -292,7 +293,9 @@ impl CodedTensor {
                 self.codes_of_rows(source, blocks, rows, columns.clone(), &mut into)?;
             }
             Coding::Blocks(blocks) => {
-                self.transposed_codes(source, blocks, rows, columns.clone(), &mut into)?
+                if !self.transposed_codes(source, blocks, rows, columns.clone(), &mut into)? {
+                    return Ok(None);
+                }
             }
         }
         Ok(self.holdable(&into, rows, columns.start)?.then_some(into))

@@ -110,6 +110,8 @@ pub struct Hints {
     pub group: Option<usize>,
     /// GPTQ's zeros are stored as they are, not less one.
     pub gptq_v2: bool,
+    /// GPTQ's columns are in an order of their own: the groups of neighbours differ.
+    pub act_order: bool,
 }
 
 /// A coded tensor in a checkpoint: the tensors it is made of, seen as one of `[.., N, K]` weights.
@@ -126,6 +128,8 @@ pub struct CodedTensor {
     pub(crate) zeros: Option<StoredMatrix>,
     pub(crate) global: Option<Global>,
     pub(crate) groups: Option<StoredMatrix>,
+    /// Whether neighbours along K are in different groups.
+    pub(crate) act_order: bool,
     /// Where the shape of the weights is written down, if it is.
     pub(crate) stated_shape: Option<StoredMatrix>,
     /// Tensors that belong to it and are not needed to decode it.
@@ -397,7 +401,9 @@ impl Detector<'_> {
         let index = if gptq { self.named(&format!("{}.g_idx", self.stem)) } else { None };
         let index = index.map(|index| self.component(index, &[StoredType::I32], &[k])).transpose()?;
         let blocks = Blocks { element: Element::U4, rows: 1, columns, order, zeros: true };
-        Ok(CodedTensor { zeros: Some(zeros), groups: index, ..self.coded(blocks, codes, scales) })
+        let act_order = self.hints.act_order && index.is_some() && groups > 1;
+        let coded = self.coded(blocks, codes, scales);
+        Ok(CodedTensor { zeros: Some(zeros), groups: index, act_order, ..coded })
     }
 
     fn ggml(&self, codes: Found, format: GgmlType) -> Result<CodedTensor, QuantError> {
@@ -417,6 +423,7 @@ impl Detector<'_> {
             zeros: None,
             global: None,
             groups: None,
+            act_order: false,
             stated_shape: None,
             beside: Vec::new(),
         })
@@ -433,6 +440,7 @@ impl Detector<'_> {
             zeros: None,
             global: None,
             groups: None,
+            act_order: false,
             stated_shape: None,
             beside: Vec::new(),
         }
@@ -503,7 +511,7 @@ impl Detector<'_> {
     }
 }
 
-pub(crate) const ACT_ORDER: &str = "its columns are quantised in an order of their own (act-order), which is not \
+const ACT_ORDER: &str = "its columns are quantised in an order of their own (act-order), which is not \
                                     read; use a version quantised without it, or an unquantised one";
 
 /// What follows a module's name in that of the fixed scale of its input.

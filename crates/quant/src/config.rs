@@ -289,7 +289,7 @@ impl<'a> Section<'a> {
             }
             _ => return Ok(Hints::default()),
         };
-        Ok(Hints { block: columns.map(|columns| [rows, columns]), group: columns, gptq_v2: false })
+        Ok(Hints { block: columns.map(|columns| [rows, columns]), group: columns, ..Hints::default() })
     }
 
     fn awq(self) -> Result<QuantConfig, QuantError> {
@@ -304,7 +304,7 @@ impl<'a> Section<'a> {
         Ok(weight_only(Method::Awq, Hints { group, ..Hints::default() }))
     }
 
-    /// Whether columns are in an order of their own (`desc_act`) the tensors tell.
+    /// Which group a column is in where they have an order of their own (`desc_act`) the tensors tell.
     fn gptq(self) -> Result<QuantConfig, QuantError> {
         self.bits("bits", &[4])?;
         self.only("checkpoint_format", &["gptq", "gptq_v2"])?;
@@ -312,7 +312,8 @@ impl<'a> Section<'a> {
         let gptq_v2 = self.word("checkpoint_format")? == Some("gptq_v2");
         let several = self.section("dynamic")?.is_some_and(|section| !section.0.is_empty());
         let group = if several { None } else { self.group("group_size")? };
-        Ok(weight_only(Method::Gptq, Hints { group, gptq_v2, block: None }))
+        let act_order = self.flag("desc_act")?.unwrap_or(false);
+        Ok(weight_only(Method::Gptq, Hints { group, gptq_v2, act_order, block: None }))
     }
 
     fn modelopt(self) -> Result<QuantConfig, QuantError> {
@@ -369,7 +370,7 @@ mod tests {
             }},
             "ignore": ["lm_head", "re:.*self_attn.*"], "kv_cache_scheme": null,
         });
-        let hints = Hints { block: Some([1, 32]), group: Some(32), gptq_v2: false };
+        let hints = Hints { block: Some([1, 32]), group: Some(32), ..Hints::default() };
         assert_eq!(parsed(kimi), weight_only(Method::CompressedTensors, hints));
         let glm = json!({
             "quant_method": "compressed-tensors", "format": "float-quantized",
@@ -378,7 +379,7 @@ mod tests {
                 "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
             }},
         });
-        let hints = Hints { block: Some([1, WHOLE]), group: Some(WHOLE), gptq_v2: false };
+        let hints = Hints { block: Some([1, WHOLE]), group: Some(WHOLE), ..Hints::default() };
         let activations = Activations::Dynamic { powers: false };
         assert_eq!(parsed(glm), QuantConfig { method: Method::CompressedTensors, hints, activations });
         let awq = json!({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": true});
@@ -387,7 +388,7 @@ mod tests {
             "quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": true, "sym": true,
             "checkpoint_format": "gptq_v2",
         });
-        let hints = Hints { group: Some(WHOLE), gptq_v2: true, block: None };
+        let hints = Hints { group: Some(WHOLE), gptq_v2: true, act_order: true, block: None };
         assert_eq!(parsed(gptq), weight_only(Method::Gptq, hints));
         let oss = json!({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]});
         assert_eq!(parsed(oss), weight_only(Method::Mxfp4, Hints::default()));

@@ -1,8 +1,9 @@
 //! Codings whose tensors are `[K, N]`: AWQ and GPTQ.
 
 use crate::codes::Codes;
-use crate::coding::{ACT_ORDER, Blocks, CodedTensor, Order};
+use crate::coding::{Blocks, CodedTensor, Order};
 use crate::decode::{Value, floats};
+use crate::error::DAMAGED;
 use crate::{Rows, StoredTensors};
 use std::ops::Range;
 
@@ -17,6 +18,8 @@ struct Strip {
     blocks: Blocks,
     columns: Range<usize>,
     rows: Range<usize>,
+    /// Of each column, among the groups below.
+    group_of: Vec<usize>,
     /// Codes of eight, rows of words along n.
     words: Vec<u32>,
     /// One for each group and row n.
@@ -36,7 +39,6 @@ impl CodedTensor {
         columns: Range<usize>,
         out: &mut [T],
     ) -> Result<(), S::Error> {
-        self.refuse_act_order(source, blocks, &columns)?;
         let mut at = columns.start;
         while at < columns.end {
             let strip = at..columns.end.min((at / STRIP + 1) * STRIP);
@@ -53,7 +55,7 @@ impl CodedTensor {
         Ok(())
     }
 
-    /// The same as codes, with the records of their groups.
+    /// The same as codes, with the records of their groups; whether neighbours along K are in a group, as records want it.
     pub(crate) fn transposed_codes<S: StoredTensors>(
         &self,
         source: &S,
@@ -61,8 +63,7 @@ impl CodedTensor {
         rows: Rows,
         columns: Range<usize>,
         into: &mut Codes,
-    ) -> Result<(), S::Error> {
-        self.refuse_act_order(source, blocks, &columns)?;
+    ) -> Result<bool, S::Error> {
         let (format, row_bytes) = (into.format, into.format.row_bytes(columns.len()));
         let (groups, record) = (format.groups(columns.len()), format.record_bytes());
         into.records = vec![0; rows.count * groups * record];
@@ -71,13 +72,16 @@ impl CodedTensor {
         while at < columns.end {
             let strip = at..columns.end.min((at / STRIP + 1) * STRIP);
             let strip = self.strip(source, blocks, rows.span(), strip)?;
+            if !strip.is_in_order() {
+                return Ok(false);
+            }
             for i in 0..rows.count {
                 let n = rows.at(i);
                 for k in strip.columns.clone() {
                     let column = k - columns.start;
                     into.codes[i * row_bytes + column / 2] |= (strip.code(n, k) as u8) << (4 * (column % 2));
                     if column.is_multiple_of(format.group) {
-                        let group = k / blocks.columns - strip.columns.start / blocks.columns;
+                        let group = strip.group_of[k - strip.columns.start];
                         let to = &mut into.records[(i * groups + column / format.group) * record..][..record];
                         let scale = (group * strip.rows.len() + n - strip.rows.start) * scale_bytes;
                         to[..scale_bytes].copy_from_slice(&strip.scale_bytes[scale..][..scale_bytes]);
@@ -87,7 +91,7 @@ impl CodedTensor {
             }
             at = strip.columns.end;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn strip<S: StoredTensors>(
@@ -98,8 +102,11 @@ impl CodedTensor {
         columns: Range<usize>,
     ) -> Result<Strip, S::Error> {
         let packed = eighths(&rows);
-        let groups = columns.start / blocks.columns..(columns.end - 1) / blocks.columns + 1;
-        let groups = Rows::range(groups);
+        let mut group_of = self.groups_of(source, blocks, &columns)?;
+        let first = group_of.iter().copied().min().unwrap_or(0);
+        let last = group_of.iter().copied().max().unwrap_or(0);
+        let groups = Rows::range(first..last + 1);
+        group_of.iter_mut().for_each(|group| *group -= first);
         let (down, across) = match blocks.order {
             Order::Awq => (columns.clone(), packed.clone()),
             _ => (eighths(&columns), rows.clone()),
@@ -112,31 +119,49 @@ impl CodedTensor {
         let scales = self.part(&self.scales);
         scales.read(source, groups, rows.clone(), &mut bytes)?;
         let scales = floats(scales.dtype, &bytes);
-        Ok(Strip { blocks, columns, rows, words, scales, scale_bytes: bytes, zeros })
+        Ok(Strip { blocks, columns, rows, group_of, words, scales, scale_bytes: bytes, zeros })
     }
 
-    /// GPTQ's table of groups must say what is assumed of it: column k is in group k / `blocks.columns`.
-    fn refuse_act_order<S: StoredTensors>(
+    /// The group of each of some columns: the one that its place says, or GPTQ's table of groups if columns were quantised in an
+    /// order of their own (act-order).
+    fn groups_of<S: StoredTensors>(
         &self,
         source: &S,
         blocks: Blocks,
         columns: &Range<usize>,
-    ) -> Result<(), S::Error> {
-        let Some(groups) = &self.groups else { return Ok(()) };
+    ) -> Result<Vec<usize>, S::Error> {
+        let Some(groups) = &self.groups else {
+            return Ok(columns.clone().map(|k| k / blocks.columns).collect());
+        };
         let mut bytes = Vec::new();
         groups.read(source, Rows::range(0..1), columns.clone(), &mut bytes)?;
-        let mut groups = as_words(&bytes).into_iter().zip(columns.clone());
-        let in_order = groups.all(|(group, k)| group as usize == k / blocks.columns);
-        if in_order { Ok(()) } else { Err(self.error(ACT_ORDER).into()) }
+        let of: Vec<usize> = as_words(&bytes).into_iter().map(|group| group as usize).collect();
+        let count = self.shape[2].div_ceil(blocks.columns);
+        if let Some(at) = of.iter().position(|&group| group >= count) {
+            return Err(self
+                .error(format!(
+                    "`{}` puts column {} into group {} of {count}; {DAMAGED}",
+                    groups.name,
+                    columns.start + at,
+                    of[at]
+                ))
+                .into());
+        }
+        Ok(of)
     }
 }
 
 impl Strip {
+    /// Whether the groups of columns are those that their places say.
+    fn is_in_order(&self) -> bool {
+        let place = |k: usize| k / self.blocks.columns - self.columns.start / self.blocks.columns;
+        self.columns.clone().zip(&self.group_of).all(|(k, &group)| group == place(k))
+    }
+
     /// The weights of a row. Where a scale is zero and a weight would not be, the column is the error.
     fn row(&self, n: usize, values: &mut [f32]) -> Result<(), usize> {
-        let first_group = self.columns.start / self.blocks.columns;
         for (value, k) in values.iter_mut().zip(self.columns.clone()) {
-            let group = k / self.blocks.columns - first_group;
+            let group = self.group_of[k - self.columns.start];
             let code = self.code(n, k) - self.zero(n, group);
             let scale = self.scales[group * self.rows.len() + n - self.rows.start];
             if scale == 0.0 && code != 0.0 {

@@ -93,15 +93,14 @@ fn gptq_words_hold_eight_columns_and_zeros_less_one() {
 }
 
 #[test]
-fn columns_in_an_order_of_their_own_are_refused() {
+fn a_table_of_groups_that_points_outside_is_refused() {
     let in_order = gptq().with("x.g_idx", StoredType::I32, &[8], &le(&[0; 8]));
     assert!(decode(&in_order, "x.weight", &[8, 8]).is_ok());
-    let act_order = gptq().with("x.g_idx", StoredType::I32, &[8], &le(&[0, 0, 0, 1, 0, 0, 0, 0]));
-    let message = decode(&act_order, "x.weight", &[8, 8]).unwrap_err().to_string();
+    let outside = gptq().with("x.g_idx", StoredType::I32, &[8], &le(&[0, 0, 0, 1, 0, 0, 0, 0]));
+    let message = decode(&outside, "x.weight", &[8, 8]).unwrap_err().to_string();
     assert_eq!(
         message,
-        "tensor `x.weight`: its columns are quantised in an order of their own (act-order), which is not read; use a \
-         version quantised without it, or an unquantised one"
+        "tensor `x.weight`: `x.g_idx` puts column 3 into group 1 of 1; the file is damaged or incomplete: fetch it again"
     );
 }
 

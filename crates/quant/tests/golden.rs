@@ -43,6 +43,7 @@ impl Golden {
                 block: number(&hints["block"][0]).zip(number(&hints["block"][1])).map(<[usize; 2]>::from),
                 group: number(&hints["group"]),
                 gptq_v2: hints["gptq_v2"] == true,
+                act_order: hints["act_order"] == true,
             },
             stored,
             shape: expected.shape,
@@ -162,7 +163,7 @@ fn codes_mean_what_is_decoded() {
         }
     }
     for golden in Golden::all() {
-        let without = ["nvfp4", "e5m2"].iter().any(|coding| golden.name.contains(coding));
+        let without = ["nvfp4", "e5m2", "act_order"].iter().any(|coding| golden.name.contains(coding));
         assert_eq!(held.contains(&golden.name), !without, "{}", golden.name);
     }
 }

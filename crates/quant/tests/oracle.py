@@ -204,16 +204,18 @@ def awq(name, rng, shape, group):
     save(name, "x.weight", {"x.qweight": ("I32", pack(q)), "x.qzeros": ("I32", pack(z)), "x.scales": ("F16", stored)}, expected, {"group": group})
 
 
-def gptq(name, rng, shape, group, version):
+def gptq(name, rng, shape, group, version, order=None):
+    """`order` is the group of each column, where it is not that of its place."""
     n, k = shape
+    order = np.arange(k) // group if order is None else order
     q, stored_z = rng.integers(0, 16, (k, n)), rng.integers(0, 16, (math.ceil(k / group), n))
     z = stored_z + (1 if version == 1 else 0)
     stored, scale = scales(rng, "F16", (math.ceil(k / group), n))
     expected = np.zeros(shape, f32)
     for i, j in np.ndindex(*shape):
-        expected[i, j] = times(int(q[j, i]) - int(z[j // group, i]), scale[j // group, i])
+        expected[i, j] = times(int(q[j, i]) - int(z[order[j], i]), scale[order[j], i])
     tensors = {"x.qweight": ("I32", np.ascontiguousarray(words(q.T).T)), "x.qzeros": ("I32", words(stored_z)), "x.scales": ("F16", stored),
-               "x.g_idx": ("I32", (np.arange(k) // group).astype(np.int32))}
+               "x.g_idx": ("I32", order.astype(np.int32))}
     save(name, "x.weight", tensors, expected, {"group": group, "gptq_v2": version == 2})
 
 
@@ -382,6 +384,8 @@ def main():
     gptq("gptq_partial_group", rng, (16, 160), 128, 1)
     gptq("gptq_v2", rng, (24, 128), 64, 2)
     gguf_blocks(rng)
+    # After the others, whose numbers stay what they were.
+    gptq("gptq_act_order", rng, (16, 160), 32, 1, rng.permutation(np.arange(160) // 32))
 
 
 main()

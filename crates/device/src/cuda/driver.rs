@@ -502,7 +502,7 @@ impl Drop for Event {
     }
 }
 
-/// How TMA finds the numbers of a bf16 matrix. The twin of `TensorMap` in `gemm_hopper.cu`.
+/// How TMA finds the numbers of a bf16 matrix. The twin of `TensorMap` in `gemm_hopper.cuh`.
 #[repr(C, align(128))]
 #[derive(Clone, Copy)]
 pub(super) struct TensorMap {
@@ -511,7 +511,7 @@ pub(super) struct TensorMap {
 
 /// What the sources are held against.
 pub(super) const LAYOUTS: &[&Layout] = &[&Layout {
-    file: "gemm_hopper.cu",
+    file: "gemm_hopper.cuh",
     twin: "TensorMap",
     size: size_of::<TensorMap>(),
     fields: &[Field("opaque", 0, size_of::<[u64; 16]>())],
