@@ -2,13 +2,14 @@
 //! that cannot work is refused here, before weights are read.
 
 mod budget;
+mod rows;
 mod world;
 
 pub(crate) use world::Worker;
 
 use crate::args::{
-    DeviceKind, Dtype, Gemm, ModelArgs, OneOf, Quantisation, RunArgs, ScheduleKind, SharedExpertPlace,
-    TextArgs,
+    DeviceKind, Dtype, FabricKind, Gemm, ModelArgs, OneOf, Quantisation, RunArgs, ScheduleKind,
+    SharedExpertPlace, TextArgs,
 };
 use crate::launch::Launch;
 use crate::locate::{Place, locate};
@@ -41,6 +42,7 @@ use epsmoe_plan::{
 };
 use epsmoe_profile::{Fingerprint, default_path, load, with_link};
 use epsmoe_text::{ChatTemplate, GenerationConfig, SpecialTokens, Tokenizer};
+use rows::Rows;
 use std::fs::{self, File};
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::ops::Range;
@@ -347,6 +349,8 @@ pub(crate) struct Setup {
     /// Which process this is, if the ranks are several, and all of them once they have come.
     launch: Option<Launch>,
     world: OnceLock<World>,
+    /// What rows travel between them by; ends after the world.
+    rows: Rows,
     /// What was typed, for the others.
     flags: Vec<String>,
     pub(crate) peers: Arc<RoutedPeers>,
@@ -428,6 +432,9 @@ impl Setup {
                  it can: say --link none, or leave out --distributed-executor-backend"
             );
         }
+        if matches!(processor, Processor::Cuda(_)) && args.world.fabric == FabricKind::Mpi {
+            bail!("--fabric mpi carries the rows of CPUs, those of GPUs travel by NCCL: leave it out");
+        }
         let threads = args.threads.unwrap_or((machine::cores() / here).max(1));
         let dtype = match args.dtype {
             Dtype::Auto => processor.dtype(model.spec.dtype),
@@ -456,6 +463,7 @@ impl Setup {
             emulated,
             launch,
             world: OnceLock::new(),
+            rows: Rows::by(args.world.fabric)?,
             flags: args.flags.clone(),
             peers: Arc::new(RoutedPeers::new(Rank(emulated.map_or(0, |one| one.rank)))),
             parallel,
@@ -594,7 +602,7 @@ impl Setup {
         let store = Arc::new(WeightStore::default());
         if let Some(world) = self.world()? {
             let processes = world.workers.processes();
-            let fabric = processes.tcp_fabric(self.link)?;
+            let fabric = self.rows.fabric(processes, self.link)?;
             let host = ThreadedOptions { epoch: begin(processes)?, ..host(self.dtype) };
             return self.engines_with_workers(options, world, fabric, |faults| {
                 self.on_host(0, &store, faults, &host, &kernels)
@@ -668,7 +676,7 @@ impl Setup {
         kernels: impl Fn() -> Result<K, String>,
     ) -> Result<()> {
         let store = Arc::new(WeightStore::default());
-        let fabric = processes.tcp_fabric(self.link)?;
+        let fabric = self.rows.fabric(processes, self.link)?;
         let host = ThreadedOptions { epoch: begin(processes)?, ..host(self.dtype) };
         self.work_as(processes, fabric, || {
             self.on_host(processes.rank().0, &store, processes.faults(), &host, &kernels)
@@ -832,7 +840,12 @@ impl Setup {
     pub(crate) fn processor(&self) -> String {
         let mut processor = self.processor_alone();
         if self.launch.is_some() {
-            processor += &format!(", {} processes over TCP", self.ranks);
+            let fabric = match (&self.processor, self.rows.kind) {
+                (Processor::Cuda(_), _) => "NCCL",
+                (_, FabricKind::Tcp) => "TCP",
+                (_, FabricKind::Mpi) => "MPI",
+            };
+            processor += &format!(", {} processes over {fabric}", self.ranks);
         }
         if self.wire == WireDType::Fp8 {
             processor += &format!(", {}", WireFormat::of(self.wire, self.dtype));

@@ -31,7 +31,7 @@ pub(crate) use values::{
     ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, Quantisation, ScheduleKind, SharedExpertPlace,
     TokenLimit,
 };
-pub(crate) use world::{ExecutorBackend, WorkerArgs, WorldArgs};
+pub(crate) use world::{ExecutorBackend, FabricKind, WorkerArgs, WorldArgs};
 
 use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Id, Parser, Subcommand};
 use std::ffi::OsString;

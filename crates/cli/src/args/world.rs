@@ -3,6 +3,7 @@
 use super::values::bounded;
 use super::values::seconds;
 use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 const RANKS: &str = "Processes";
 
@@ -36,6 +37,17 @@ pub(crate) struct WorldArgs {
     )]
     pub(crate) node_rank: usize,
 
+    /// What rows travel between processes by; mpi where the program was built with it and mpirun starts the ranks
+    #[arg(
+        long,
+        env = "EPSMOE_FABRIC",
+        value_enum,
+        value_name = "KIND",
+        default_value_t = FabricKind::Tcp,
+        help_heading = RANKS
+    )]
+    pub(crate) fabric: FabricKind,
+
     /// Address that rank 0 waits for the others at [default: what the launcher says, or this machine alone]
     #[arg(long, env = "EPSMOE_MASTER_ADDR", value_name = "HOST", help_heading = RANKS)]
     pub(crate) master_addr: Option<String>,
@@ -50,6 +62,12 @@ pub(crate) enum ExecutorBackend {
     Thread,
     #[value(alias = "mp")]
     Process,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub(crate) enum FabricKind {
+    Tcp,
+    Mpi,
 }
 
 #[derive(Args, Debug)]

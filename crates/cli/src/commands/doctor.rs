@@ -1,12 +1,12 @@
 //! `epsmoe doctor`: what this machine is, and what works on it. One plain sentence each.
 
-use crate::args::{Cli, Command, DoctorArgs, RunArgs};
+use crate::args::{self, Cli, Command, DoctorArgs, RunArgs};
 use crate::machine::{self, Machine};
 use crate::memory::{self, Bound};
 use crate::output;
 use crate::setup::{Demand, Setup, Started};
 use anyhow::{Context, Result, bail};
-use clap::Parser;
+use clap::FromArgMatches;
 use epsmoe_base::{Bytes, env};
 use epsmoe_device::DeviceError;
 use epsmoe_device::cpu::gemm::Isa;
@@ -14,6 +14,7 @@ use epsmoe_device::cuda::{self, CudaDevice, Probes};
 use epsmoe_engine::Request;
 use epsmoe_plan::{Policy, Schedule};
 use serde::Serialize;
+use std::net::UdpSocket;
 use std::sync::Arc;
 
 #[derive(Serialize)]
@@ -43,6 +44,8 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
         memory(),
         instructions(),
         pipeline("cpu"),
+        processes(),
+        fabrics(),
         cache(),
         first_gpu(&gpu),
     ];
@@ -150,32 +153,78 @@ fn pipeline(device: &str) -> Finding {
 }
 
 fn staged_equals_serial(device: &str) -> Result<()> {
-    let setup = Setup::new(&trial(device)?)?;
     let serial = Policy { schedule: Schedule::Serial, ..Policy::default() };
-    let demand = Demand { sequences: 1, tokens: 16, step: 16 };
-    let options =
-        [serial, Policy::default()].map(|policy| setup.engine_options(demand, setup.parallel, &policy));
-    let options = options.into_iter().collect::<Result<Vec<_>>>()?;
-    let mut bits = Vec::new();
-    for Started { mut engine, .. } in setup.start_all(&options)? {
-        let request = Request { prompt: (0..16).collect(), prompt_logits: true, ..Request::default() };
-        let logits = engine.run(vec![request], |_| {})?.remove(0).prompt_logits;
-        bits.push(logits.into_iter().map(f32::to_bits).collect::<Vec<_>>());
-    }
+    let bits = trial(device, "thread", &[serial, Policy::default()])?;
     if bits[0] != bits[1] {
         bail!("the staged schedule gave other bits than the serial one; please report this");
     }
     Ok(())
 }
 
+/// Runs the same model on two processes, and says where others would be found.
+fn processes() -> Finding {
+    // Nothing is sent: the system only says from where it would be.
+    let socket = UdpSocket::bind("0.0.0.0:0").and_then(|socket| {
+        socket.connect("192.0.2.1:9")?;
+        socket.local_addr()
+    });
+    let reached = socket.map_or("no other machine can be reached".into(), |address| {
+        format!("other machines of a world would find this one at {} (--master-addr)", address.ip())
+    });
+    match processes_equal_threads() {
+        Ok(()) => fine(format!("A model on two processes gives the bits of two threads; {reached}.")),
+        Err(error) => lacking(format!(
+            "A model on two processes does not work: {}; {reached}.",
+            output::flattened(&error)
+        )),
+    }
+}
+
+fn processes_equal_threads() -> Result<()> {
+    let policy = [Policy::default()];
+    if trial("cpu", "process", &policy)? != trial("cpu", "thread", &policy)? {
+        bail!("two processes gave other bits than two threads; please report this");
+    }
+    Ok(())
+}
+
+/// What rows can travel between processes by.
+fn fabrics() -> Finding {
+    #[cfg(feature = "mpi")]
+    return fine(format!(
+        "Rows travel between processes over TCP, or over {} (--fabric mpi, started by mpirun).",
+        epsmoe_fabric::process::Mpi::library()
+    ));
+    #[cfg(not(feature = "mpi"))]
+    fine(
+        "Rows travel between processes over TCP; for MPI build this program with `--features mpi`, where an MPI \
+         (libopenmpi-dev or libmpich-dev) and libclang are."
+            .into(),
+    )
+}
+
+/// Bits of the logits of a small model on two ranks, for each policy.
+fn trial(device: &str, backend: &str, policies: &[Policy]) -> Result<Vec<Vec<u32>>> {
+    let setup = Setup::new(&typed(device, backend)?)?;
+    let demand = Demand { sequences: 1, tokens: 16, step: 16 };
+    let options = policies.iter().map(|policy| setup.engine_options(demand, setup.parallel, policy));
+    let mut bits = Vec::new();
+    for Started { mut engine, .. } in setup.start_all(&options.collect::<Result<Vec<_>>>()?)? {
+        let request = Request { prompt: (0..16).collect(), prompt_logits: true, ..Request::default() };
+        let logits = engine.run(vec![request], |_| {})?.remove(0).prompt_logits;
+        bits.push(logits.into_iter().map(f32::to_bits).collect());
+    }
+    Ok(bits)
+}
+
 /// The flags of the trial, as if they were typed.
-fn trial(device: &str) -> Result<RunArgs> {
+fn typed(device: &str, backend: &str) -> Result<RunArgs> {
     let typed = ["epsmoe", "logits", "--model", "preset:mixtral-mini", "--ids", "0", "--out", "none"];
     let ranks = ["--data-parallel-size", "2", "--enable-expert-parallel", "--device", device];
-    let ranks = ranks.into_iter().chain(["--distributed-executor-backend", "thread"]);
-    let typed = typed.into_iter().chain(ranks);
-    match Cli::try_parse_from(typed)?.command {
-        Command::Logits(args) => Ok(args.run),
+    let typed = typed.into_iter().chain(ranks).chain(["--distributed-executor-backend", backend]);
+    let matches = args::command().try_get_matches_from(typed)?;
+    match Cli::from_arg_matches(&matches)?.command {
+        Command::Logits(args) => Ok(RunArgs { flags: args::flags_of(&matches), ..args.run }),
         _ => None.context("another command was parsed. This is a bug"),
     }
 }

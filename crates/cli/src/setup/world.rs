@@ -2,7 +2,8 @@
 //! are to run; the others do as they are told.
 
 use super::Setup;
-use crate::args::{RunArgs, run_args};
+use super::rows::Rows;
+use crate::args::{FabricKind, RunArgs, run_args};
 use crate::launch::{Crew, Launch};
 use crate::output::flattened;
 use anyhow::{Context, Result, anyhow};
@@ -21,6 +22,8 @@ struct Charter {
     flags: Vec<String>,
     /// The vector instructions that rank 0 computes with: others could give other bits.
     isa: String,
+    /// What rows travel by.
+    fabric: FabricKind,
 }
 
 /// A world whose rank 0 is here. The others end when it is dropped, and then those that it started are gone.
@@ -42,7 +45,8 @@ impl Setup {
         let lobby = Lobby::open((host, *port), launch.size, options)?;
         let one_gpu = self.processor.sharing().is_some();
         let mut crew = Crew::start(launch, lobby.address(), &secret, &faults, one_gpu)?;
-        let charter = Charter { flags: self.flags.clone(), isa: self.isa.to_string() };
+        let charter =
+            Charter { flags: self.flags.clone(), isa: self.isa.to_string(), fabric: self.rows.kind };
         let processes = lobby.wait(&serde_json::to_string(&charter)?, || crew.check())?;
         self.agree(&processes)?;
         let world = World { workers: Workers::new(processes), _crew: crew };
@@ -116,7 +120,7 @@ impl Worker<'_> {
         let options = options(launch, self.patience, self.patience, flags)?;
         let (host, port) = &launch.master;
         let address = (host.as_str(), *port);
-        let siblings = if launch.children.is_empty() {
+        let _siblings = if launch.children.is_empty() {
             None
         } else {
             let master = address.to_socket_addrs().ok().and_then(|mut addresses| addresses.next());
@@ -124,19 +128,20 @@ impl Worker<'_> {
             Some(Crew::start(launch, master, &options.secret, &options.faults, false)?)
         };
         let (processes, charter) = join(address, Rank(launch.rank), Some(launch.size), &options)?;
-        let ended = self.take_part(&processes, &charter).map_err(|error| {
+        let mut rows = Rows::by(FabricKind::Tcp)?;
+        let ended = self.take_part(&processes, &charter, &mut rows).map_err(|error| {
             let fault = match error.downcast::<Fault>() {
                 Ok(fault) => processes.faults().raise(fault),
                 Err(error) => raise(&processes, flattened(&error)),
             };
             Stopped { fault, told: processes.is_told() }
         });
+        // Goodbye first: what rows travelled by ends when everybody has said it.
         drop(processes);
-        drop(siblings);
         Ok(ended)
     }
 
-    fn take_part(&self, processes: &Processes, charter: &str) -> Result<()> {
+    fn take_part(&self, processes: &Processes, charter: &str, rows: &mut Rows) -> Result<()> {
         let charter: Charter = serde_json::from_str(charter).context("rank 0 said what is no charter")?;
         let mut args = run_args(&charter.flags)?;
         if let Some(model) = &self.model {
@@ -145,7 +150,8 @@ impl Worker<'_> {
         if args.isa.is_none() {
             args.isa = Some(charter.isa.parse().map_err(|problem| anyhow!("{problem}"))?);
         }
-        let setup = Setup::of_worker(&args, self.launch.clone())?;
+        *rows = Rows::by(charter.fabric)?;
+        let setup = Setup { rows: rows.clone(), ..Setup::of_worker(&args, self.launch.clone())? };
         setup.agree(processes)?;
         setup.work(processes)
     }

@@ -327,3 +327,49 @@ fn nobody_sees_the_secret() {
     child.kill().unwrap();
     stopped(child, &workers);
 }
+
+/// Every checkpoint over MPI: on two ranks and on four, with strategies and schedules in turn.
+#[cfg(feature = "mpi")]
+#[test]
+fn mpi_gives_the_bits_of_threads() {
+    let by_default = match command("doctor").output() {
+        Ok(told) if String::from_utf8_lossy(&told.stdout).contains("Open MPI") => {
+            "mpirun --allow-run-as-root --oversubscribe --bind-to none"
+        }
+        _ => "mpirun",
+    };
+    let typed = epsmoe_base::env::text("EPSMOE_TEST_MPIRUN").unwrap_or(by_default.into());
+    let folder = Folder::new();
+    let fixtures = std::fs::read_dir(fixture(".")).unwrap().map(|entry| entry.unwrap().path());
+    let mut fixtures: Vec<_> = fixtures.filter(|path| path.join("config.json").exists()).collect();
+    fixtures.sort();
+    assert!(fixtures.len() > 20);
+    let strategies =
+        ["-dp 2 -ep", "-dp 4", "-tp 2 -ep", "-dp 2 -tp 2 -ep", "-tp 2", "-dp 4 -ep", "-dp 2", "-dp 2 -tp 2"];
+    for (number, path) in fixtures.iter().enumerate() {
+        for turn in [2 * number, 2 * number + 1] {
+            let strategy = strategies[turn % strategies.len()];
+            let schedule = ["serial", "staged", "auto"][turn % 3];
+            let words =
+                format!("--model {} {strategy} --schedule {schedule} --dtype bfloat16", path.display());
+            let threads = logits(&folder, &words);
+            let ranks = if strategy.contains('4') || strategy.matches('2').count() > 1 { "4" } else { "2" };
+            let out = folder.text("logits.safetensors");
+            std::fs::remove_file(&out).unwrap();
+            let started = format!(
+                "logits --ids 5,6,7,1,2,3,9,8,7,11 --out {out} --threads 1 --fabric mpi --master-port {} {words}",
+                port()
+            );
+            let mut mpirun = typed.split_whitespace();
+            let mut command = Command::new(mpirun.next().unwrap());
+            command
+                .args(mpirun)
+                .args(["-np", ranks, env!("CARGO_BIN_EXE_epsmoe")])
+                .args(started.split_whitespace());
+            let output = command.env("EPSMOE_SECRET", "the secret of this test").output().unwrap();
+            let told = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(output.status.success(), "{words}: {told}");
+            assert!(threads == std::fs::read(&out).unwrap(), "{words}: other bits over MPI");
+        }
+    }
+}

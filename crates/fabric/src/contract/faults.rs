@@ -25,7 +25,8 @@ fn fails<B: Backend>(
     let timeout = if kind == FaultKind::Deadline { SHORT } else { PATIENT };
     for seed in 0..3 {
         let nodes = (world.start)(Start { size, seed, timeout });
-        let faults = nodes[0].fabric.control.faults().clone();
+        // None of the ranks may be in this process.
+        let Some(faults) = nodes.first().map(|node| node.fabric.control.faults().clone()) else { continue };
         let begin = Instant::now();
         let answers = on_all_ranks(nodes, script);
         let took = begin.elapsed();

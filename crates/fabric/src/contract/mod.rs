@@ -49,7 +49,8 @@ pub struct Start {
 pub struct World<'a, B: Backend> {
     /// The most ranks that there may be.
     pub most: usize,
-    /// Starts them, in rank order.
+    /// Starts them, in rank order: all of them, or those that are in this process, where the others go through the same
+    /// checks at the same time.
     pub start: &'a dyn Fn(Start) -> Vec<Node<B>>,
 }
 

@@ -12,9 +12,12 @@ pub(crate) mod secret;
 pub use rendezvous::{Lobby, RendezvousError, WorldOptions, join};
 pub use secret::Secret;
 
+#[cfg(feature = "mpi")]
+pub use crate::transport::Mpi;
+
 use crate::control::TcpControl;
 use crate::signal::lock;
-use crate::transport::{ParcelTransport, TcpCarrier};
+use crate::transport::{Carrier, ParcelTransport, TcpCarrier};
 use crate::{Control, Fabric, Link};
 use door::Door;
 use epsmoe_base::{Fault, FaultCell, FaultKind, Place, Rank};
@@ -115,22 +118,45 @@ impl Processes {
     /// # Errors
     /// A rank cannot be reached.
     pub fn tcp_fabric<B: Backend<Queue: HostQueue>>(&self, link: Option<Link>) -> Result<Fabric<B>, Fault> {
-        let faults = self.control.faults().clone();
-        let raise = |message| {
-            faults.raise(Fault { kind: FaultKind::Lost, rank: self.rank(), place: Place::default(), message })
-        };
         let Some(listener) = lock(&self.rows).take() else {
-            return Err(raise("a second fabric was asked for. This is a bug.".into()));
+            return Err(self.lost("a second fabric was asked for. This is a bug.".into()));
         };
-        let WorldOptions { secret, patience, timeout, .. } = &self.options;
-        let carrier = TcpCarrier::connect(self.rank(), self.members(), listener, secret, *patience, &faults);
+        let WorldOptions { secret, patience, .. } = &self.options;
+        let carrier =
+            TcpCarrier::connect(self.rank(), self.members(), listener, secret, *patience, self.faults());
+        Ok(self.fabric_over(carrier.map_err(|problem| self.lost(problem))?, link))
+    }
+
+    /// The same whose rows travel over MPI, which must have started all ranks.
+    ///
+    /// # Errors
+    /// MPI does not know these ranks.
+    #[cfg(feature = "mpi")]
+    pub fn mpi_fabric<B: Backend<Queue: HostQueue>>(
+        &self,
+        mpi: &Mpi,
+        link: Option<Link>,
+    ) -> Result<Fabric<B>, Fault> {
+        let number = epsmoe_base::hash_bytes(self.options.secret.reveal().as_bytes());
+        let size = self.members().len();
+        let carrier = crate::transport::MpiCarrier::open(mpi, self.rank(), size, number, self.faults());
+        Ok(self.fabric_over(carrier.map_err(|problem| self.lost(problem))?, link))
+    }
+
+    fn fabric_over<B: Backend<Queue: HostQueue>>(
+        &self,
+        carrier: impl Carrier,
+        link: Option<Link>,
+    ) -> Fabric<B> {
+        let control = Arc::clone(&self.control);
         let transport =
-            ParcelTransport::<B, _>::new(Arc::clone(&self.control), carrier.map_err(raise)?, *timeout, link);
-        Ok(Fabric {
-            link: transport.link(),
-            control: Arc::clone(&self.control) as _,
-            transport: Arc::new(transport),
-        })
+            ParcelTransport::<B, _>::new(Arc::clone(&control), carrier, self.options.timeout, link);
+        Fabric { link: transport.link(), control, transport: Arc::new(transport) }
+    }
+
+    fn lost(&self, message: String) -> Fault {
+        let fault = Fault { kind: FaultKind::Lost, rank: self.rank(), place: Place::default(), message };
+        self.faults().raise(fault)
     }
 
     /// The fabric whose rows travel by NCCL, from GPU to GPU; all ranks ask for it at the same time.

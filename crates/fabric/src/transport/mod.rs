@@ -1,12 +1,18 @@
 //! Rows between the memories of ranks.
 
+#[cfg(feature = "mpi")]
+mod mpi;
 mod nccl;
 mod parcels;
 mod tcp;
 mod threads;
 
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
+#[cfg(feature = "mpi")]
+pub(crate) use mpi::MpiCarrier;
 pub(crate) use nccl::NcclTransport;
-pub(crate) use parcels::ParcelTransport;
+pub(crate) use parcels::{Carrier, ParcelTransport};
 pub(crate) use tcp::TcpCarrier;
 pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
 pub(crate) use threads::{LinkPace, ThreadTransport};

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -47,12 +47,19 @@ impl Head<'_> {
     pub(crate) fn bytes(&self) -> Option<usize> {
         self.rows.checked_mul(self.width)?.checked_mul(self.dtype.bytes())
     }
+
+    /// The same, of words that may go.
+    pub(crate) fn into_owned(self) -> Head<'static> {
+        Head { name: self.name.into_owned().into(), ..self }
+    }
 }
 
 /// A parcel that has arrived.
 pub(crate) struct Parcel {
     head: Head<'static>,
+    /// Its rows begin at `from`.
     bytes: Vec<u8>,
+    from: usize,
     arrived: Instant,
 }
 
@@ -71,9 +78,15 @@ impl Inbox {
         lock(&self.spare).pop().unwrap_or_default()
     }
 
-    pub(crate) fn put(&self, head: Head<'static>, bytes: Vec<u8>) {
+    /// Memory of a parcel that is not needed any more.
+    pub(crate) fn spare(&self, bytes: Vec<u8>) {
+        lock(&self.spare).push(bytes);
+    }
+
+    /// Takes in a parcel whose rows begin at `from` in these bytes.
+    pub(crate) fn put(&self, head: Head<'static>, bytes: Vec<u8>, from: usize) {
         let (route, arrived) = (head.route, Instant::now());
-        lock(&self.parcels).insert(route, Parcel { head, bytes, arrived });
+        lock(&self.parcels).insert(route, Parcel { head, bytes, from, arrived });
         self.arrived.notify();
     }
 }
@@ -100,6 +113,28 @@ pub(crate) trait Carrier: Send + Sync + 'static {
         bytes: &[u8],
         waiting: &mut dyn FnMut(bool) -> Result<(), Fault>,
     ) -> Result<(), Unsent>;
+
+    /// Asks to look for what comes until the answer is dropped, of a carrier that does not by itself.
+    fn attend(&self) -> Option<Attention> {
+        None
+    }
+}
+
+/// A lane is inside an exchange.
+pub(crate) struct Attention(Arc<AtomicUsize>);
+
+#[cfg(feature = "mpi")]
+impl Attention {
+    pub(crate) fn new(lanes: &Arc<AtomicUsize>) -> Self {
+        lanes.fetch_add(1, Ordering::AcqRel);
+        Attention(Arc::clone(lanes))
+    }
+}
+
+impl Drop for Attention {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 /// What all transports of one process share.
@@ -193,6 +228,7 @@ struct RunningExchange<C> {
 
 impl<C: Carrier> RunningExchange<C> {
     fn run<Q: HostQueue>(&self, queue: &Q) -> Result<(), Fault> {
+        let _attention = self.end.carrier.attend();
         let (size, now) = (self.ranks.len(), Instant::now());
         let mut ready = self.end.link.as_ref().map_or(now, |link| link.begin(now));
         let others = (1..size).map(|step| (self.me + step) % size);
@@ -254,12 +290,12 @@ impl<C: Carrier> RunningExchange<C> {
 
     /// Puts what a rank sends into its place; says when it was there.
     fn receive<Q: HostQueue>(&self, queue: &Q, from: usize) -> Result<Instant, Fault> {
-        let Parcel { head, bytes, arrived } = self.take(from)?;
+        let Parcel { head, bytes, from: start, arrived } = self.take(from)?;
         self.check(from, &head.name, head.place, head.rows, head.width, head.dtype)?;
         // SAFETY: a declared write of this exchange; the carrier has looked that the bytes are as many as the head says,
         // which is as many as there is room for.
-        unsafe { queue.fill(&self.exchange.receive[from], &bytes) };
-        lock(&self.end.carrier.inbox().spare).push(bytes);
+        unsafe { queue.fill(&self.exchange.receive[from], &bytes[start..]) };
+        self.end.carrier.inbox().spare(bytes);
         Ok(arrived)
     }
 

@@ -144,7 +144,7 @@ fn reach(me: Rank, member: &Member, secret: &Secret) -> Result<TcpStream, String
 /// process has ended is heard elsewhere.
 fn unload(from: Rank, stream: TcpStream, inbox: &Inbox) {
     while let Ok((head, bytes)) = next_parcel(from, &mut &stream, inbox) {
-        inbox.put(head, bytes);
+        inbox.put(head, bytes, 0);
     }
     let _ = stream.shutdown(Shutdown::Read);
 }
@@ -162,7 +162,7 @@ fn next_parcel(from: Rank, stream: &mut impl Read, inbox: &Inbox) -> io::Result<
     if head.route.source != from || head.bytes().is_none_or(|bytes| bytes as u64 != of_rows) {
         return Err(garbage("a parcel whose head is of another"));
     }
-    let head = Head { name: head.name.into_owned().into(), ..head };
+    let head = head.into_owned();
     let mut bytes = inbox.memory();
     read_into(stream, of_rows, LONGEST, &mut bytes)?;
     Ok((head, bytes))
