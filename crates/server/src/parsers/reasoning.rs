@@ -10,15 +10,19 @@ use std::str::FromStr;
 pub struct Reasoning {
     open: &'static str,
     close: &'static str,
+    /// Whether the model thinks first even where nothing opens it: there is only the end to be seen.
+    always: bool,
 }
 
-const THINK: Reasoning = Reasoning { open: "<think>", close: "</think>" };
-const BRACKETS: Reasoning = Reasoning { open: "[THINK]", close: "[/THINK]" };
-const HARMONY: Reasoning = Reasoning { open: "<|channel|>analysis<|message|>", close: "<|end|>" };
+const THINK: Reasoning = Reasoning { open: "<think>", close: "</think>", always: false };
+const ALWAYS: Reasoning = Reasoning { always: true, ..THINK };
+const BRACKETS: Reasoning = Reasoning { open: "[THINK]", close: "[/THINK]", always: false };
+const HARMONY: Reasoning =
+    Reasoning { open: "<|channel|>analysis<|message|>", close: "<|end|>", always: false };
 
 /// What `--reasoning-parser` may say.
 const REASONING_PARSERS: [(&str, Reasoning); 5] = [
-    ("deepseek_r1", THINK),
+    ("deepseek_r1", ALWAYS),
     ("deepseek_v3", THINK),
     ("qwen3", THINK),
     ("mistral", BRACKETS),
@@ -48,7 +52,8 @@ impl Reasoning {
 
     /// Whether a prompt ends where the model is thinking.
     pub(crate) fn begun_in(self, prompt: &str) -> bool {
-        prompt.trim_end().ends_with(self.open)
+        let prompt = prompt.trim_end();
+        prompt.ends_with(self.open) || self.always && !prompt.ends_with(self.close)
     }
 
     /// Text that ends the reasoning.
@@ -62,14 +67,16 @@ impl Reasoning {
         if self == HARMONY {
             return harmony::parser(answer);
         }
-        let state = if begun { State::Thinking } else { State::Start };
-        Stepping::boxed(Splitter { marks: self, state, answer })
+        let unopened = if begun { State::Thinking } else { State::Answer };
+        Stepping::boxed(Splitter { marks: self, state: State::Start, unopened, answer })
     }
 }
 
 struct Splitter {
     marks: Reasoning,
     state: State,
+    /// What an answer begins with that does not open reasoning itself.
+    unopened: State,
     answer: Box<dyn Parser>,
 }
 
@@ -98,7 +105,7 @@ impl Steps for Splitter {
                     held.skip(self.marks.open.len());
                     State::Thinking
                 } else {
-                    State::Answer
+                    self.unopened
                 };
                 true
             }
@@ -128,6 +135,10 @@ impl Steps for Splitter {
 
     fn end(&mut self, rest: String, out: &mut Vec<Piece>) {
         match self.state {
+            State::Start if self.unopened == State::Thinking => {
+                let rest = rest.trim_start();
+                out.extend((!rest.is_empty()).then(|| Piece::Reasoning(rest.to_owned())));
+            }
             State::Start | State::Answer => self.answer.push(&rest, out),
             State::Reasoning if !rest.is_empty() => out.push(Piece::Reasoning(rest)),
             State::Thinking | State::Reasoning | State::Closed => {}
@@ -158,6 +169,17 @@ mod tests {
         check(false, "<thi", &[content("<thi")]);
         check(false, "", &[]);
         check(false, "<think></think>Yes", &[content("Yes")]);
+        check(true, "\n", &[]);
+        check(true, "<think>Hm.</think>Yes", &[reasoning("Hm."), content("Yes")]);
+    }
+
+    #[test]
+    fn some_models_always_think_first() {
+        let always: Reasoning = "deepseek_r1".parse().unwrap();
+        assert!(always.begun_in("<|Assistant|>") && always.begun_in("<|Assistant|><think>\n"));
+        assert!(!always.begun_in("<|Assistant|><think>\n\n</think>\n"));
+        let pieces = parsed(|| always.parser(always.begun_in("<|Assistant|>"), plain()), "Hm.</think>\nYes");
+        assert_eq!(pieces, [reasoning("Hm."), content("Yes")]);
     }
 
     #[test]
