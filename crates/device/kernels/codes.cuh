@@ -22,18 +22,19 @@ constexpr u32 ONE = 0x3f803f80, NOTHING = 0x80008000; // twice 1, and -0, which 
 
 // Codings: what codes mean before their scale, exact in bf16. A lane's sixteen codes of a row are WORDS words.
 
-// FP4 e2m1, times 2^-126: sign, exponent and fraction in their places. Nibble i of either half of a word is step i / 2,
-// half i % 2 of two steps.
+// FP4 e2m1, times 2^-126: sign, exponent and fraction in their places. Code i of either half of a word is step i / 2, half
+// i % 2 of two steps. The bits of three of the codes lie such that a shift brings them all there; those of the last one are
+// what is left, 14, 13, 11 and 10.
 struct E2m1 {
     static constexpr u32 WORDS = 2;
     static __device__ __forceinline__ u32 pair(const u32 (&words)[WORDS], u32 step, u32 half) {
         const u32 word = words[step / 2], i = step % 2 * 2 + half;
-        const u32 sign = word << (12 - 4 * i), rest = i < 2 ? word << (6 - 4 * i) : word >> (4 * i - 6);
-        return (sign & 0x80008000) | (rest & 0x01c001c0);
+        if (i < 3) return (word << (3 * i)) & 0x81c081c0;
+        return ((word << 1) & 0x80008000) | ((word >> 5) & 0x01000100) | ((word >> 4) & 0x00c000c0);
     }
 };
 
-// Four bits less ZERO, in the same places. With 128 before them they are the fraction of a bf16.
+// Four bits less ZERO, nibble i of either half of a word. With 128 before them they are the fraction of a bf16.
 template <u32 ZERO> struct Nibble {
     static constexpr u32 WORDS = 2;
     static __device__ __forceinline__ u32 pair(const u32 (&words)[WORDS], u32 step, u32 half) {
@@ -98,11 +99,11 @@ struct Shifted {
     }
 };
 
-// What one row of a warp's weights is decoded from: the lane's codes, and the row's scales.
+// What one row of a warp's weights is decoded from: the lane's codes, and what makes weights of them in each of the four steps.
+// Everything is read before anything is decoded, so that a warp waits for shared memory once.
 template <typename Code, typename Affine> struct Row {
     u32 words[Code::WORDS];
-    Affine affine;
-    const char* scales;
+    Affine affine[4];
 
     __device__ __forceinline__ void load(const char* brick, u32 row, u32 parts) {
         constexpr u32 LANE_BYTES = Code::WORDS * 4, ROW_BYTES = 4 * LANE_BYTES;
@@ -114,7 +115,20 @@ template <typename Code, typename Affine> struct Row {
             const uint4 held = *reinterpret_cast<const uint4*>(codes);
             words[0] = held.x, words[1] = held.y, words[2] = held.z, words[3] = held.w;
         }
-        scales = brick + BRICK * ROW_BYTES + row * parts * Affine::BYTES;
+        // A part is four steps, two or one.
+        const char* scales = brick + BRICK * ROW_BYTES + row * parts * Affine::BYTES;
+        affine[0].load(scales);
+        affine[2].load(scales + parts / 2 * Affine::BYTES);
+        affine[1] = affine[0], affine[3] = affine[2];
+        if (parts == 4) {
+            affine[1].load(scales + Affine::BYTES);
+            affine[3].load(scales + 3 * Affine::BYTES);
+        }
+    }
+
+    // What mma.sync and wgmma take of this row in a step, of either half.
+    __device__ __forceinline__ u32 pair(u32 step, u32 half) const {
+        return affine[step].of(Code::pair(words, step, half));
     }
 };
 

@@ -6,6 +6,7 @@
 #include "gemm_mma.cuh"
 
 static_assert(BRICK == DEPTH, "a stage is as deep as a brick");
+constexpr u32 MOST_BYTES = 6144; // of a brick; `bricks.rs` repeats it
 
 // The twin of `launch::CodedArgs`.
 struct CodedArgs {
@@ -38,6 +39,7 @@ __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
         const Tile at = locate<TILE_M, TILE_N>(args, tile);
         const Loader<TILE_M, BLOCK> x(reinterpret_cast<const bf16*>(at.part.x), at.part.x_stride, at.m, at.part.rows);
         const char* weight = reinterpret_cast<const char*>(at.part.weight) + u64(at.n / BRICK) * stages * brick_bytes;
+        const u32 own = threadIdx.x * 16; // where a thread's pieces of a brick begin
         const auto fetch = [&](u32 stage) {
             if (stage < stages) {
                 const u32 slot = stage % STAGES;
@@ -46,10 +48,11 @@ __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
                 for (u32 i = 0; i < BRICKS; ++i) {
                     // There are whole bricks, but the last tile may reach beyond them: nobody stores what comes of that.
                     if (at.n + i * BRICK >= args.n) break;
-                    const char* from = weight + (u64(i) * stages + stage) * brick_bytes;
-                    const u32 to = shared_address(bricks + (slot * BRICKS + i) * brick_bytes);
-                    for (u32 piece = threadIdx.x * 16; piece < brick_bytes; piece += BLOCK * 16)
-                        copy_async(to + piece, from + piece, 16);
+                    const char* from = weight + (u64(i) * stages + stage) * brick_bytes + own;
+                    const u32 to = shared_address(bricks + (slot * BRICKS + i) * brick_bytes + own);
+#pragma unroll
+                    for (u32 piece = 0; piece < MOST_BYTES; piece += BLOCK * 16)
+                        if (own + piece < brick_bytes) copy_async(to + piece, from + piece, 16);
                 }
             }
             copies_commit();
@@ -71,12 +74,9 @@ __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
 #pragma unroll
                 for (u32 i = 0; i < STEPS_M; ++i)
                     load_matrices(a[i], shared_address(x_tile + place(warp_m + i * 16 + lane % 16, step * 2 + lane / 16)));
-                const bool another = step * parts % 4 == 0; // the first step of a part
 #pragma unroll
                 for (u32 j = 0; j < STEPS_N; ++j) {
-                    if (another) rows[j].affine.load(rows[j].scales + step * parts / 4 * Affine::BYTES);
-                    const u32 b0 = rows[j].affine.of(Code::pair(rows[j].words, step, 0));
-                    const u32 b1 = rows[j].affine.of(Code::pair(rows[j].words, step, 1));
+                    const u32 b0 = rows[j].pair(step, 0), b1 = rows[j].pair(step, 1);
 #pragma unroll
                     for (u32 i = 0; i < STEPS_M; ++i) multiply(sums[i][j], a[i], b0, b1);
                 }

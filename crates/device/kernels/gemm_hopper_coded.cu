@@ -35,15 +35,9 @@ __device__ __forceinline__ void decode(u32 (&a)[4][4], const char* brick, u32 ro
     rows[1].load(brick, row + 8, parts);
     before();
 #pragma unroll
-    for (u32 step = 0; step < 4; ++step) {
-        const bool another = step * parts % 4 == 0;
+    for (u32 step = 0; step < 4; ++step)
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            if (another) rows[i].affine.load(rows[i].scales + step * parts / 4 * Affine::BYTES);
-            a[step][i] = rows[i].affine.of(Code::pair(rows[i].words, step, 0));
-            a[step][2 + i] = rows[i].affine.of(Code::pair(rows[i].words, step, 1));
-        }
-    }
+        for (u32 i = 0; i < 4; ++i) a[step][i] = rows[i % 2].pair(step, i / 2);
 }
 
 __device__ __forceinline__ void bulk_load(u32 to, u64 from, u32 bytes, u32 bar) {
@@ -72,27 +66,31 @@ struct Coded {
                       a.brick_bytes, full);
     }
 
-    // The sum over k for one tile of at most COLS rows. A warpgroup decodes a block while the other one multiplies its own:
-    // registers are free once the block before has been multiplied, and so is its slot.
+    // The sum over k for one tile of at most COLS rows. In tall tiles, which have no registers to spare, a warpgroup decodes a
+    // block while the other one multiplies its own; in low ones it also decodes while its own block is multiplied.
     template <int COLS, int MAX_ROWS, typename Left>
     static __device__ __forceinline__ void multiply(const HopperArgs& args, float* acc, Ring<MAX_ROWS>& ring, u32 base,
                                                     u32 blocks, u32 group, const Left& left) {
         extern __shared__ char shared[];
+        constexpr u32 BUFFERS = MAX_ROWS > 64 ? 1 : 2;
         const u32 lane = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + lane / 4;
         const u32 busy = min(1, blocks - 1);
         u32 previous = 0;
-        for (u32 b = 0; b < blocks; ++b) {
+        // Where a block has been multiplied its slot is free, and so are the registers that it was decoded into.
+        const auto release = [&](u32 b) {
+            if (!b) return;
+            wgmma_wait<BUFFERS - 1>();
+            release_stage(base, previous, lane);
+        };
+        const auto one = [&](u32 (&a)[4][4], u32 b) {
             const u32 slot = base + ring.stage * Ring<MAX_ROWS>::SLOT_BYTES, x = operand(slot + WEIGHT_BYTES);
             const char* brick = shared + (slot - smem_addr(shared)) + group * (WEIGHT_BYTES / 2);
             bar_wait(base + BAR_FULL + 8 * ring.stage, ring.phase);
-            const auto release = [&] {
-                if (!b) return;
-                wgmma_wait<0>();
-                release_stage(base, previous, lane);
+            const auto before = [&] {
+                if (BUFFERS == 1) release(b);
             };
-            u32 a[4][4];
             const auto run = [&](auto code, auto affine) {
-                decode<decltype(code), decltype(affine)>(a, brick, row, args.parts, release);
+                decode<decltype(code), decltype(affine)>(a, brick, row, args.parts, before);
             };
             FOR_KIND(args.kind, run)
             wgmma_fence();
@@ -100,8 +98,15 @@ struct Coded {
             for (u32 step = 0; step < 4; ++step) CodedWgmma<COLS>::run(acc, a[step], x + 2 * step, step ? 1 : b);
             wgmma_commit();
             if (b == busy) left();
+            if (BUFFERS == 2) release(b);
             previous = ring.stage;
             ring.next();
+        };
+        u32 a[BUFFERS][4][4];
+        for (u32 b = 0; b < blocks; b += BUFFERS) {
+#pragma unroll
+            for (u32 i = 0; i < BUFFERS; ++i)
+                if (b + i < blocks) one(a[i], b + i);
         }
         wgmma_wait<0>();
         release_stage(base, previous, lane);

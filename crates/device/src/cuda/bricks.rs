@@ -12,6 +12,10 @@ use half::bf16;
 /// Rows of a brick, and its columns.
 pub(super) const SIDE: usize = 64;
 
+/// Bytes of the largest brick: bytes with four scales and what is added for each row.
+#[cfg(test)]
+const MOST_BYTES: usize = 6144;
+
 /// Columns that one multiplication of a warp takes, and lanes that share a row of them.
 const STEP: usize = 16;
 const LANES: usize = 4;
@@ -127,9 +131,10 @@ impl Bricks {
         let (own, scales) = brick.split_at_mut(SIDE * self.row_bytes());
         let own = &mut own[at * self.row_bytes()..][..self.row_bytes()];
         let stored = &codes.row(row)[column * self.code.bits() / 8..];
-        match self.code.bits() {
-            4 => place_nibbles(stored, own),
-            _ => place_bytes(stored, own),
+        match self.code {
+            Code::E2M1 => place_nibbles(stored, own, bits_of_e2m1),
+            Code::U4 => place_nibbles(stored, own, nibble),
+            Code::I8 | Code::E4M3 => place_bytes(stored, own),
         }
         let Format { group, part, .. } = codes.format;
         for (index, scale) in scales[at * self.parts * self.scales.bytes()..]
@@ -175,16 +180,30 @@ fn place_of(pair: usize) -> (usize, usize, usize) {
     (2 * pair / STEP, 2 * pair % STEP / (STEP / 2), pair % LANES)
 }
 
-/// Codes of four bits: a word holds two steps of a lane.
-fn place_nibbles(from: &[u8], to: &mut [u8]) {
+/// Codes of four bits: a word holds two steps of a lane, its lower half the first numbers of four pairs, its upper half the
+/// second ones. `spread` says which bits of a half are those of a code at one of the four places.
+fn place_nibbles(from: &[u8], to: &mut [u8], spread: impl Fn(u32, usize) -> u32) {
+    let mut words = [0; LANES * SIDE / STEP / 2];
     for (pair, &both) in from.iter().take(SIDE / 2).enumerate() {
         let (step, half, lane) = place_of(pair);
-        let nibble = step % 2 * 2 + half;
-        // Byte `nibble / 2` of the lower half of the word, and of the upper one.
-        let at = lane * 8 + step / 2 * 4 + nibble / 2;
-        let shift = nibble % 2 * 4;
-        to[at] |= (both & 15) << shift;
-        to[at + 2] |= (both >> 4) << shift;
+        let (at, both) = (step % 2 * 2 + half, u32::from(both));
+        words[lane * 2 + step / 2] |= spread(both & 15, at) | spread(both >> 4, at) << 16;
+    }
+    to.as_chunks_mut::<4>().0.iter_mut().zip(words).for_each(|(to, word)| *to = word.to_le_bytes());
+}
+
+/// Four bits side by side.
+fn nibble(code: u32, at: usize) -> u32 {
+    code << (4 * at)
+}
+
+/// Sign, two bits of exponent and one of fraction, where a shift brings them to 15, 8, 7 and 6; of the last place where room is
+/// left.
+fn bits_of_e2m1(code: u32, at: usize) -> u32 {
+    let (sign, rest) = (code >> 3, code & 7);
+    match at {
+        0..3 => (sign << 15 | rest << 6) >> (3 * at),
+        _ => sign << 14 | (rest >> 2) << 13 | (rest & 3) << 10,
     }
 }
 
@@ -233,6 +252,26 @@ mod tests {
         assert_eq!((set, packed[at]), (vec![at], 0xe0));
     }
 
+    /// No two of four codes share a bit, and what the kernel makes of a word is what they mean.
+    #[test]
+    fn bits_of_e2m1_come_to_their_places() {
+        for codes in 0..1u32 << 16 {
+            let code = |at: usize| codes >> (4 * at) & 15;
+            let word = (0..4).map(|at| bits_of_e2m1(code(at), at)).fold(0, |word, bits| {
+                assert_eq!(word & bits, 0);
+                word | bits
+            });
+            for at in 0..4 {
+                let bits = match at {
+                    0..3 => word << (3 * at) & 0x81c0,
+                    _ => word << 1 & 0x8000 | word >> 5 & 0x100 | word >> 4 & 0xc0,
+                };
+                let value = f32::from_bits(bits << 16) * 2f32.powi(126);
+                assert_eq!(value, Code::E2M1.value(code(at) as u8), "{codes:x}, {at}");
+            }
+        }
+    }
+
     #[test]
     fn place_of_a_byte_worked_example() {
         let fp8 = Format { code: Code::E4M3, scale: Scale::F32, group: 128, part: 128, zeros: false };
@@ -253,6 +292,20 @@ mod tests {
         let (packed, _) = bricks.pack(&[row(INT4, vec![0; 32], &[0, 0x38])]).expect("scales");
         assert_eq!(packed[64 * 32..][..4], 0.5f32.to_le_bytes());
         assert_eq!(packed[64 * 32 + 4..][..4], (-4.0f32).to_le_bytes());
+    }
+
+    #[test]
+    fn the_largest_brick() {
+        let scales =
+            [Scale::E8M0, Scale::F16, Scale::BF16, Scale::F32, Scale::Nested, Scale::NestedWithMinima];
+        let formats = [Code::E2M1, Code::U4, Code::I8, Code::E4M3].into_iter().flat_map(|code| {
+            let of = move |scale| [(16, false), (16, true)].map(|(part, zeros)| (code, scale, part, zeros));
+            scales.into_iter().flat_map(of)
+        });
+        let bytes = formats.filter_map(|(code, scale, part, zeros)| {
+            Bricks::of(&Format { code, scale, group: part, part, zeros }).map(Bricks::bytes)
+        });
+        assert_eq!(bytes.max(), Some(MOST_BYTES));
     }
 
     #[test]

@@ -12,7 +12,7 @@ fn format(code: Code, scale: Scale, [group, part]: [usize; 2], zeros: bool) -> F
 }
 
 /// One of every kind that checkpoints have.
-fn formats() -> [Format; 14] {
+fn formats() -> [Format; 15] {
     [
         format(Code::E2M1, Scale::E8M0, [32, 32], false),
         format(Code::U4, Scale::BF16, [32, 32], false),
@@ -23,6 +23,7 @@ fn formats() -> [Format; 14] {
         format(Code::I8, Scale::F16, [32, 32], false),
         format(Code::I8, Scale::BF16, [32, 32], false),
         format(Code::I8, Scale::BF16, [64, 64], true),
+        format(Code::I8, Scale::BF16, [16, 16], true),
         format(Code::I8, Scale::Nested, [256, 16], false),
         format(Code::I8, Scale::NestedWithMinima, [64, 32], false),
         format(Code::E4M3, Scale::F32, [128, 128], false),
