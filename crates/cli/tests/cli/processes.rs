@@ -314,6 +314,62 @@ fn an_idle_server_notices_too() {
     until("the worker is left behind", || !is_there(worker));
 }
 
+/// Two machines that are namespaces of this one's network, as `bench/cluster.sh` makes them; nothing where that cannot be.
+struct Machines;
+
+impl Machines {
+    fn two() -> Option<Self> {
+        let up = Machines::script(&["up", "2"]).output().unwrap();
+        if up.status.success() {
+            return Some(Machines);
+        }
+        eprintln!("skipped: {}", String::from_utf8_lossy(&up.stderr));
+        drop(Machines);
+        None
+    }
+
+    fn script(words: &[&str]) -> Command {
+        let mut script = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../bench/cluster.sh"));
+        script.args(words);
+        script
+    }
+
+    /// A process on one of them, as a launcher starts it.
+    fn start(rank: usize, words: &str) -> Child {
+        let mut script = Machines::script(&["on", &rank.to_string(), env!("CARGO_BIN_EXE_epsmoe")]);
+        script.args(words.split_whitespace());
+        script.envs([("RANK", &*rank.to_string()), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "1")]);
+        script.envs([("MASTER_ADDR", "10.77.0.1"), ("EPSMOE_SECRET", "the secret of this test")]);
+        script.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    }
+}
+
+impl Drop for Machines {
+    fn drop(&mut self) {
+        let _ = Machines::script(&["down", "2"]).output();
+    }
+}
+
+/// Nothing closes, and nobody is dead: each side finds that the other is not to be heard, and ends.
+#[test]
+fn a_cut_link_is_noticed_on_both_sides() {
+    let Some(_machines) = Machines::two() else { return };
+    let worker = Machines::start(1, "worker");
+    let words = format!(
+        "generate --model {} --ids 5,6 --ignore-eos --max-tokens -1 -dp 2 -ep --threads 1 --link 1MB/s,3ms --timeout 2",
+        fixture("mixtral")
+    );
+    let first = Machines::start(0, &words);
+    std::thread::sleep(Duration::from_secs(1));
+    let begun = Instant::now();
+    assert!(Machines::script(&["cut", "1"]).status().unwrap().success());
+    let ((first, told), (worker, heard)) = (ended(first), ended(worker));
+    assert!(!first && !worker, "{told} {heard}");
+    assert!(told.contains("rank 1 (process ") && told.contains(" on ep1)"), "{told}");
+    assert!(heard.contains("rank 0 (process ") && heard.contains(" on ep0)"), "{heard}");
+    assert!(begun.elapsed() < Duration::from_secs(2 * 2 + 6), "{:?}", begun.elapsed());
+}
+
 /// The secret stands in no command line.
 #[test]
 fn nobody_sees_the_secret() {
