@@ -40,7 +40,7 @@ use epsmoe_plan::{
     Capacity, CostError, CostModel, GemmKind, LayerHistograms, LayerSizes, Machine, Policy, Schedule,
     SharedExpert, SlotMap, TokenHistograms,
 };
-use epsmoe_profile::{Fingerprint, default_path, load, with_link};
+use epsmoe_profile::{Fingerprint, default_path, load, network, with_link, with_network};
 use epsmoe_text::{ChatTemplate, GenerationConfig, SpecialTokens, Tokenizer};
 use rows::Rows;
 use std::fs::{self, File};
@@ -351,6 +351,8 @@ pub(crate) struct Setup {
     world: OnceLock<World>,
     /// What rows travel between them by; ends after the world.
     rows: Rows,
+    /// How fast, once that is measured.
+    measured: OnceLock<Link>,
     /// What was typed, for the others.
     flags: Vec<String>,
     pub(crate) peers: Arc<RoutedPeers>,
@@ -464,6 +466,7 @@ impl Setup {
             launch,
             world: OnceLock::new(),
             rows: Rows::by(args.world.fabric)?,
+            measured: OnceLock::new(),
             flags: args.flags.clone(),
             peers: Arc::new(RoutedPeers::new(Rank(emulated.map_or(0, |one| one.rank)))),
             parallel,
@@ -604,9 +607,10 @@ impl Setup {
             let processes = world.workers.processes();
             let fabric = self.rows.fabric(processes, self.link)?;
             let host = ThreadedOptions { epoch: begin(processes)?, ..host(self.dtype) };
-            return self.engines_with_workers(options, world, fabric, |faults| {
-                self.on_host(0, &store, faults, &host, &kernels)
-            });
+            let device = |faults: &FaultCell| self.on_host(0, &store, faults, &host, &kernels);
+            let network = self.network(&fabric, || device(processes.faults()))?;
+            let options: Vec<_> = options.iter().map(|options| over_network(options, network)).collect();
+            return self.engines_with_workers(&options, world, fabric, device);
         }
         let host = host(self.dtype);
         self.engines(options, |faults| {
@@ -632,6 +636,19 @@ impl Setup {
             };
             options.iter().map(start).collect()
         })
+    }
+
+    /// What the network between processes carries, which all of them measure together; a paced link says so itself.
+    fn network<B: Backend>(
+        &self,
+        fabric: &Fabric<B>,
+        device: impl FnOnce() -> Result<B>,
+    ) -> Result<Option<Link>> {
+        if self.link.is_some() {
+            return Ok(None);
+        }
+        let link = network(fabric, &device()?, self.timeout)?;
+        Ok(Some(*self.measured.get_or_init(|| link)))
     }
 
     /// The processor of a rank.
@@ -678,9 +695,10 @@ impl Setup {
         let store = Arc::new(WeightStore::default());
         let fabric = self.rows.fabric(processes, self.link)?;
         let host = ThreadedOptions { epoch: begin(processes)?, ..host(self.dtype) };
-        self.work_as(processes, fabric, || {
-            self.on_host(processes.rank().0, &store, processes.faults(), &host, &kernels)
-        })
+        let device = || self.on_host(processes.rank().0, &store, processes.faults(), &host, &kernels);
+        // Rank 0 is the one to make something of it.
+        self.network(&fabric, device)?;
+        self.work_as(processes, fabric, device)
     }
 
     /// Takes orders from rank 0, with that processor for each engine.
@@ -846,6 +864,10 @@ impl Setup {
                 (_, FabricKind::Mpi) => "MPI",
             };
             processor += &format!(", {} processes over {fabric}", self.ranks);
+            if let Some(Link { bytes_per_second, latency }) = self.measured.get() {
+                let (rate, start) = (bytes_per_second / 1_000_000, latency.as_micros());
+                processor += &format!(" ({rate} MB/s a rank, {start} us an exchange)");
+            }
         }
         if self.wire == WireDType::Fp8 {
             processor += &format!(", {}", WireFormat::of(self.wire, self.dtype));
@@ -906,6 +928,15 @@ pub(crate) fn cost_model(
         Some(link) => with_link(&cost, link),
         None => cost,
     })
+}
+
+/// The same options for ranks between which rows travel so fast.
+fn over_network(options: &EngineOptions, network: Option<Link>) -> EngineOptions {
+    let mut options = options.clone();
+    if let (Some(cost), Some(network)) = (&mut options.policy.cost, network) {
+        *cost = Arc::new(with_network(cost, network));
+    }
+    options
 }
 
 /// How the model is spread over ranks.
