@@ -163,7 +163,7 @@ fn other_origins_ask_only_if_they_are_named() {
             "\r\n\r\n",
             &format!(
                 "\r\norigin: {origin}\r\naccess-control-request-method: POST\r\n\
-                 access-control-request-headers: authorization,content-type\r\nconnection: close\r\n\r\n"
+                 access-control-request-headers: authorization,content-type,x-stainless-os\r\nconnection: close\r\n\r\n"
             ),
         );
         stream.write_all(preflight.as_bytes()).unwrap();
@@ -173,7 +173,10 @@ fn other_origins_ask_only_if_they_are_named() {
     assert!(named.starts_with("HTTP/1.1 200"), "{named}");
     assert!(named.contains("access-control-allow-origin: http://a.example"), "{named}");
     assert!(named.contains("access-control-allow-methods: GET,POST"), "{named}");
-    assert!(named.contains("access-control-allow-headers: authorization,content-type"), "{named}");
+    assert!(
+        named.contains("access-control-allow-headers: authorization,content-type,x-stainless-os"),
+        "{named}"
+    );
     for (origins, origin) in [(&["http://a.example"][..], "http://b.example"), (&[], "http://a.example")] {
         assert!(!ask(origins, origin).contains("access-control-allow-origin"), "{origins:?} {origin}");
     }
