@@ -229,6 +229,9 @@ pub struct Advice {
     pub best: Option<usize>,
     /// Why, in words.
     pub why: String,
+    /// Strategies that are not among the rows, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub left_out: Option<String>,
 }
 
 /// What activations are in, and weights unless they are held in codes.
@@ -272,6 +275,12 @@ pub fn advise(name: &str, model: &ModelSpec, machine: &Machine, load: &Load) -> 
         rows,
         best,
         why,
+        left_out: (moe.experts < machine.ranks).then(|| {
+            format!(
+                "strategies with experts spread are left out: {} experts are fewer than the machine's {} GPUs",
+                moe.experts, machine.ranks
+            )
+        }),
     })
 }
 

@@ -101,6 +101,7 @@ impl fmt::Display for Advice {
         if let Some(explanation) = self.best.and_then(|best| self.rows[best].explanation.as_ref()) {
             writeln!(f, "{explanation}")?;
         }
-        writeln!(f, "{}", self.why)
+        writeln!(f, "{}", self.why)?;
+        self.left_out.as_ref().map_or(Ok(()), |left_out| writeln!(f, "{left_out}"))
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::args::PlanArgs;
 use crate::{output, setup};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use epsmoe_advise::{DTYPE, Load, advise};
 use epsmoe_base::files::read_plain_text;
 use epsmoe_plan::Machine;
@@ -18,6 +18,13 @@ const MOST_BYTES: u64 = 1 << 20;
 pub(crate) fn run(args: &PlanArgs) -> Result<()> {
     let spec = setup::spec(&args.model)?;
     let machine = machine(&args.machine)?;
+    if args.seq > spec.max_positions {
+        bail!(
+            "--seq is {}, but this model was made for {} positions: lower it",
+            args.seq,
+            spec.max_positions
+        );
+    }
     let load = Load {
         batch: args.batch,
         sequence: args.seq,
@@ -34,6 +41,12 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
 /// A built-in machine, or the one that a file describes.
 fn machine(name: &str) -> Result<Machine> {
     if !Path::new(name).exists() {
+        if name.contains('/') || name.ends_with(".toml") {
+            bail!(
+                "there is no file {name}: say where the machine is described, or one of {}",
+                Machine::names().join(", ")
+            );
+        }
         return Ok(Machine::built_in(name)?);
     }
     let text = read_plain_text(Path::new(name), MOST_BYTES).with_context(|| format!("cannot read {name}"))?;

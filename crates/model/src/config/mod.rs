@@ -93,11 +93,14 @@ impl Config {
 /// What a folder without a config.json has instead.
 fn without_config(folder: &Path, error: ModelError) -> ModelError {
     match &error {
-        ModelError::Read { source, .. } if source.kind() == ErrorKind::NotFound => other_weights(folder)
-            .map_or(error, |other| ModelError::Config {
+        ModelError::Read { source, .. } if source.kind() == ErrorKind::NotFound && folder.is_dir() => {
+            let instead = other_weights(folder)
+                .unwrap_or_else(|| "name the folder of a model, or fetch it again".into());
+            ModelError::Config {
                 file: folder.display().to_string(),
-                problem: format!("there is no {FILE}; {other}"),
-            }),
+                problem: format!("there is no {FILE}; {instead}"),
+            }
+        }
         _ => error,
     }
 }

@@ -104,7 +104,11 @@ pub(crate) struct StreamOptions {
 
 /// `text`, `json_object`, or `json_schema` with a schema.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(
+    tag = "type",
+    rename_all = "snake_case",
+    expecting = "expected an object whose `type` is text, json_object or json_schema"
+)]
 pub(crate) enum ResponseFormat {
     Text,
     JsonObject,

@@ -254,8 +254,7 @@ fn item(part: &Part, status: &'static str) -> Value {
         }
         PartKind::Call { name } => {
             let arguments = if in_progress { "" } else { text };
-            let call_id = format!("call_{id}");
-            json!({ "id": id, "type": "function_call", "status": status, "call_id": call_id, "name": name,
+            json!({ "id": id, "type": "function_call", "status": status, "call_id": id, "name": name,
                 "arguments": arguments })
         }
     }
