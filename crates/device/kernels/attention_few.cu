@@ -3,8 +3,8 @@
 //
 // Two kernels, whose blocks take a *unit* each: a token and up to 16 of its query heads that share a key head.
 // `attention_scores` gives each step of 64 keys a block. `attention_sums` gives each 32 columns of the values a block,
-// which goes through all steps: so no sum over keys is cut, and what the softmax carries along is the same. Scores,
-// their maxima and the places of the keys wait in scratch memory in between.
+// which goes through all steps: so no sum over keys is cut, and what the softmax carries along is the same. Scores
+// and their maxima wait in scratch memory in between.
 #include "attention.cuh"
 
 constexpr u32 BLOCK = 128, WARPS = BLOCK / 32;
@@ -17,7 +17,6 @@ struct FewArgs {
     Args attention;
     u64 scores; // [unit, step] tiles of float32, ordered for those who take them up: see `score_of`
     u64 most;   // [unit, step, HEADS] float32: their maxima
-    u64 slots;  // [token, step, STEP]
     u32 steps;  // of a unit there is room for: as many as the longest may have
     u32 tiles;  // of heads that share a key head
     u32 halves; // powers are added up by halves of a step, as `attention_mla` does
@@ -88,10 +87,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_scores_bf16_bf16(c
         const u32 position = base + thread;
         const bool seen = unit.first <= position && position < unit.end;
         const u32 block = block_of(args, unit.sequence, position, seen);
-        const u32 slot = slot_in(args, block, unit.sequence, position, seen);
-        slots[thread] = slot;
-        // Units of a token write the same.
-        reinterpret_cast<u32*>(few.slots)[(unit.token * few.steps + step) * STEP + thread] = slot;
+        slots[thread] = slot_in(args, block, unit.sequence, position, seen);
     }
     __syncthreads();
     const u32 width = args.keys.width / args.kv_heads, pieces = (width + 15) / 16 * 2;
@@ -168,17 +164,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_sums_bf16_bf16(con
     __shared__ __align__(128) Stage stages[STAGES];
     __shared__ __align__(128) bf16 powers[2][HEADS * STEP];
     __shared__ f32 kept[2][HEADS];
-    take_turn();
+    // What runs before is `attention_scores`, which began when everything before it was done: all but what that writes is
+    // there.
     const Args& args = few.attention;
     const u32 thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const Unit unit = look(few, blockIdx.y);
-    if (unit.sequence == NONE) return;
+    if (unit.sequence == NONE) return take_turn();
     const u32 width = args.values.width / args.kv_heads, column = blockIdx.x * SLICE;
     const u32 line = thread / 2, steps = unit.steps;
     const u64 tile = u64(blockIdx.y) * few.steps;
-    const u32* slots = reinterpret_cast<const u32*>(few.slots) + unit.token * few.steps * STEP + line;
-    const auto slot_of = [&](u32 step) { return step < steps ? slots[step * STEP] : NONE; };
-    const auto fetch = [&](u32 step, u32 slot) {
+    const auto slot_of = [&](u32 step) {
+        const u32 position = unit.base + step * STEP + line;
+        const bool seen = step < steps && unit.first <= position && position < unit.end;
+        return slot_in(args, block_of(args, unit.sequence, position, seen), unit.sequence, position, seen);
+    };
+    const auto fetch_values = [&](u32 step, u32 slot) {
         if (step < steps) {
             Stage& stage = stages[step % STAGES];
             const bf16* from = row<bf16>(args.values, slot == NONE ? 0 : slot) + unit.kv_head * width + column;
@@ -189,6 +189,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_sums_bf16_bf16(con
                 const void* anywhere = reinterpret_cast<const void*>(args.values.start);
                 copy_async(shared_address(stage.values + value_place(line, piece)), there ? from + piece * LINE : anywhere,
                            there ? 16 : 0);
+            }
+        }
+    };
+    const auto fetch_scores = [&](u32 step) {
+        if (step < steps) {
+            Stage& stage = stages[step % STAGES];
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
                 const uint4* scores = reinterpret_cast<const uint4*>(few.scores) + (tile + step) * (TILE / 4);
                 copy_async(shared_address(stage.scores) + (thread + i * BLOCK) * 16, scores + thread + i * BLOCK, 16);
             }
@@ -227,7 +235,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_sums_bf16_bf16(con
     };
 
 #pragma unroll
-    for (u32 step = 0; step + 1 < STAGES; ++step) fetch(step, slot_of(step));
+    for (u32 step = 0; step + 1 < STAGES; ++step) fetch_values(step, slot_of(step));
+    take_turn();
+#pragma unroll
+    for (u32 step = 0; step + 1 < STAGES; ++step) fetch_scores(step);
     u32 slot = slot_of(STAGES - 1);
     copies_wait<STAGES - 2>();
     __syncthreads();
@@ -236,7 +247,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_sums_bf16_bf16(con
     for (u32 step = 0; step < steps; ++step) {
         copies_wait<STAGES - 3>();
         __syncthreads(); // the next step is there, this one's powers are, and the last one is done with
-        fetch(step + STAGES - 1, slot);
+        fetch_values(step + STAGES - 1, slot);
+        fetch_scores(step + STAGES - 1);
         slot = slot_of(step + STAGES);
         const f32 first = kept[step % 2][lane / 4], second = kept[step % 2][lane / 4 + 8];
         sums[0] *= first, sums[1] *= first, sums[2] *= second, sums[3] *= second;

@@ -106,6 +106,7 @@ sources! {
     "attention": ["attention"] in SAME, 128 threads;
     "attention_gqa": ["attention64", "attention128"] in [(BF16, BF16)], 128 threads;
     "attention_mla": ["attention_mla"] in [(BF16, BF16)], 256 threads on "sm_90a";
+    "attention_hopper": ["attention_hopper64", "attention_hopper128"] in [(BF16, BF16)], 384 threads on "sm_90a";
     "attention_few": ["attention_scores", "attention_sums"] in [(BF16, BF16)], 128 threads;
     "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
     "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
@@ -188,6 +189,7 @@ const TILES: [GemmTile; 7] = [PLAIN, SMALL, MIDDLE, SQUARE, LARGE, CODED_SMALL, 
 
 /// What an attention kernel on the tensor cores takes at once, and the shared memory of a block; repeats the numbers of
 /// the source. A row is a token and one of the heads that share a key head.
+#[derive(Clone, Copy)]
 pub(super) struct AttentionTile {
     pub(super) operation: &'static str,
     pub(super) rows: u32,
@@ -203,6 +205,18 @@ const fn grouped_tile(operation: &'static str, width: u32) -> AttentionTile {
 /// Heads of up to so many elements.
 pub(super) const ATTENTION_64: AttentionTile = grouped_tile("attention64", 64);
 pub(super) const ATTENTION_128: AttentionTile = grouped_tile("attention128", 128);
+
+const fn hopper_attention(operation: &'static str, width: u32) -> AttentionTile {
+    const STAGES: u32 = 4;
+    let (rows, step) = (128, FEW_STEP as u32);
+    // Queries, rings of keys and values; of each row its token, head and what it sees, of all rows together; barriers.
+    let shared_bytes = (rows + 2 * STAGES * step) * width * 2 + (4 * rows + 4) * 4 + 4 * STAGES * 8;
+    AttentionTile { operation, rows, shared_bytes }
+}
+
+/// Heads of exactly so many elements in cached blocks of whole steps, by TMA and wgmma: the bits of the ones above.
+pub(super) const ATTENTION_HOPPER: [(usize, AttentionTile); 2] =
+    [(64, hopper_attention("attention_hopper64", 64)), (128, hopper_attention("attention_hopper128", 128))];
 /// One key head of up to 576 elements whose leading ones, up to 512, are the values; Hopper only.
 pub(super) const ATTENTION_MLA: AttentionTile =
     AttentionTile { operation: "attention_mla", rows: 64, shared_bytes: 28 * 8192 + 2064 };

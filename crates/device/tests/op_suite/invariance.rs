@@ -184,7 +184,9 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
     let wide = Heads { heads: 8, key_width: 128, value_width: 128, ..grouped };
     let wide_latent = Heads { heads: 5, key_width: 160, value_width: 128, ..latent };
     let windowed = |heads, window| Heads { window: Some(window), ..heads };
-    for heads in [
+    // As wide as the heads of models, in blocks as large as theirs: another kernel on a GPU.
+    let in_blocks = |heads| (heads, 64);
+    let cases = [
         grouped,
         latent,
         windowed(grouped, 6),
@@ -194,10 +196,21 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         windowed(wide_latent, 66),
         Heads { sinks: true, ..grouped },
         Heads { sinks: true, ..windowed(wide, 66) },
-    ] {
+    ];
+    let cases = cases.map(|heads| (heads, 4)).into_iter().chain(
+        [
+            wide,
+            windowed(wide, 66),
+            Heads { sinks: true, key_width: 64, value_width: 64, ..wide },
+            wide_latent,
+        ]
+        .map(in_blocks),
+    );
+    for (heads, block_size) in cases {
         let (key_width, value_width) = (heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width);
         let out_width = heads.heads * heads.value_width;
-        let whole = Sequences::new(bench, &[(0, 19), (33, 1), (70, 2), (5, 11), (0, 1), (120, 40)], 4);
+        let whole =
+            Sequences::new(bench, &[(0, 19), (33, 1), (70, 2), (5, 11), (0, 1), (120, 40)], block_size);
         let q = bench.random(whole.tokens().len(), heads.heads * heads.key_width, 1.0);
         let keys = bench.put(&whole.cache(bench, key_width)).view;
         let values = match heads.latent {

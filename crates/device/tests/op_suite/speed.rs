@@ -409,7 +409,16 @@ const HEADS: [(&str, usize, usize, usize, usize); 3] = [
     ("OLMoE-1B-7B", 16, 16, 128, 128),
 ];
 /// Sequences, cached positions and new tokens of each.
-const SEQUENCES: [(usize, usize, usize); 4] = [(8, 0, 1024), (1, 0, 4096), (8, 1023, 1), (128, 1023, 1)];
+const SEQUENCES: [(usize, usize, usize); 8] = [
+    (8, 0, 1024),
+    (1, 0, 4096),
+    (1, 0, 16384),
+    (1, 0, 32768),
+    (1, 1023, 1),
+    (1, 32767, 1),
+    (8, 1023, 1),
+    (128, 1023, 1),
+];
 
 #[test]
 #[ignore = "a measurement"]

@@ -1,9 +1,10 @@
 //! Attention: on the tensor cores where a kernel takes such heads, else element by element.
 
 use super::{Launch, MOST_ROWS, Refusal, Rows, is_empty, within};
+use crate::cuda::driver::{Matrix, TensorMap};
 use crate::cuda::kernels::{
-    ATTENTION_64, ATTENTION_128, ATTENTION_MLA, AttentionTile, FEW_COLUMNS, FEW_HEADS, FEW_STEP, MLA_WIDTHS,
-    few_shared_bytes,
+    ATTENTION_64, ATTENTION_128, ATTENTION_HOPPER, ATTENTION_MLA, AttentionTile, FEW_COLUMNS, FEW_HEADS,
+    FEW_STEP, MLA_WIDTHS, few_shared_bytes,
 };
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
@@ -34,11 +35,18 @@ twin! {
 }
 
 twin! {
+    pub(super) struct HopperAttentionArgs = "HopperArgs" in "attention_hopper.cu" {
+        keys: TensorMap,
+        values: TensorMap,
+        attention: AttentionArgs,
+    }
+}
+
+twin! {
     pub(super) struct FewArgs = "FewArgs" in "attention_few.cu" {
         attention: AttentionArgs,
         scores: u64,
         most: u64,
-        slots: u64,
         steps: u32,
         tiles: u32,
         halves: u32,
@@ -97,13 +105,40 @@ impl Launch<'_> {
         {
             return self.attention_of_few(op, few);
         }
+        let hopper = vectors.then(|| self.hopper_attention(op)).flatten();
+        let blocks =
+            (grid(rows.div_ceil(hopper.unwrap_or(tile).rows as usize) + op.blocks.rows)?, op.kv_heads as u32);
+        let tile = hopper.unwrap_or(tile);
         let kernel = self.kernels.get(tile.operation, dtypes.0, dtypes.1)?;
         let shared = within("attention: a tile", tile.shared_bytes as usize, kernel.shared_limit)?;
-        self.start(&kernel.function, (grid(tiles)?, op.kv_heads as u32), shared, arguments)
+        if hopper.is_none() {
+            return self.start(&kernel.function, blocks, shared, arguments);
+        }
+        let map = |cache: &Rows| {
+            let piece = (FEW_STEP as u32, FEW_STEP as u32);
+            let (rows, width, stride) = (cache.rows as usize, cache.width as usize, cache.stride as usize);
+            TensorMap::new(&Matrix { start: cache.start, rows, width, stride, piece })
+        };
+        let (keys, values) = (map(&arguments.keys)?, map(&arguments.values)?);
+        self.start(
+            &kernel.function,
+            blocks,
+            shared,
+            HopperAttentionArgs { keys, values, attention: arguments },
+        )
     }
 }
 
 impl Launch<'_> {
+    /// The kernel by TMA and wgmma, if it takes such heads and such a cache.
+    fn hopper_attention(&self, op: &Attention) -> Option<AttentionTile> {
+        let steps = self.kernels.has_hopper() && op.block_size.is_multiple_of(FEW_STEP) && op.scale > 0.0;
+        let fits = |&&(width, _): &&(usize, AttentionTile)| {
+            steps && [op.key_width(), op.value_width()] == [width; 2]
+        };
+        ATTENTION_HOPPER.iter().find(fits).map(|&(_, tile)| tile)
+    }
+
     /// Whether the kernels for many rows would leave most of the GPU without work, and each sequence has few.
     fn leaves_much_idle(&self, op: &Attention, tiles: usize) -> bool {
         /// A sequence's cache is read again for each of its tokens.
@@ -119,17 +154,14 @@ impl Launch<'_> {
         let steps = longest.div_ceil(FEW_STEP).max(1);
         let tiles = (op.heads / op.kv_heads).div_ceil(FEW_HEADS);
         let units = op.q.rows * op.kv_heads * tiles;
-        let (scores, slots) = (units * steps * FEW_HEADS * FEW_STEP, op.q.rows * steps * FEW_STEP);
-        let most = units * steps * FEW_HEADS;
-        let bytes = (scores + slots + most) * size_of::<f32>();
+        let (scores, most) = (units * steps * FEW_HEADS * FEW_STEP, units * steps * FEW_HEADS);
+        let bytes = (scores + most) * size_of::<f32>();
         let fits =
             bytes <= scratch.bytes && units <= MOST_ROWS && few_shared_bytes(op.key_width()) <= 100 << 10;
-        let after = |elements: usize| scratch.start + (elements * size_of::<f32>()) as u64;
         fits.then_some(FewArgs {
             attention,
             scores: scratch.start,
-            most: after(scores),
-            slots: after(scores + most),
+            most: scratch.start + (scores * size_of::<f32>()) as u64,
             steps: steps as u32,
             tiles: tiles as u32,
             halves: u32::from(tile.operation == ATTENTION_MLA.operation),

@@ -83,6 +83,7 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     assignments::SortArgs::LAYOUT,
     attention::AttentionArgs::LAYOUT,
     attention::FewArgs::LAYOUT,
+    attention::HopperAttentionArgs::LAYOUT,
     gemm::GemmPart::LAYOUT,
     gemm::GemmArgs::LAYOUT,
     gemm::CodedArgs::LAYOUT,

@@ -1,9 +1,12 @@
 //! Norms of rows.
 
-use super::{Launch, Refusal, Rows, is_empty};
+use super::{Launch, RUN, Refusal, Rows, THREADS, WARP, is_empty};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{Norm, NormKind};
+
+/// Widest rows of which each is a warp's, several of them a block's; `NARROW` in `norm.cu`.
+const NARROW: usize = WARP * RUN;
 
 twin! {
     pub(super) struct NormArgs = "Args" in "norm.cu" {
@@ -30,6 +33,7 @@ impl Launch<'_> {
             report: self.report,
         };
         let kernel = self.kernels.get("norm", op.x.dtype, op.out.dtype)?;
-        self.start(&kernel.function, (op.out.rows as u32, 1), 0, arguments)
+        let rows = if op.x.width <= NARROW { THREADS / WARP } else { 1 };
+        self.start(&kernel.function, (op.out.rows.div_ceil(rows) as u32, 1), 0, arguments)
     }
 }

@@ -1,6 +1,6 @@
 //! Rotary position embeddings: the table of angles, and rows rotated by it.
 
-use super::{Launch, Refusal, Rows};
+use super::{Columns, Launch, Refusal, Rows};
 use crate::Buffer;
 use crate::cuda::layout::twin;
 use crate::op::{RopeStyle, RopeTable, Rotate};
@@ -51,6 +51,6 @@ impl Launch<'_> {
             interleaved: u32::from(op.style == RopeStyle::Interleaved),
             padding: 0,
         };
-        self.elements("rotate", op.x.dtype, op.x.dtype, &pairs, arguments)
+        self.by_columns(Columns::Runs, "rotate", op.x.dtype, op.x.dtype, &pairs, arguments)
     }
 }
