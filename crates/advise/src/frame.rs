@@ -1,7 +1,7 @@
 //! The parts of a layer that no schedule changes: attention, collectives, dense MLPs, weights and cache.
 
 use crate::{AdviseError, Advisor, ELEMENT, Strategy, WeightBits, limits};
-use epsmoe_model::{AttentionSpec, GqaSpec, LayerSpec, MlaSpec, MlpSpec};
+use epsmoe_model::{AttentionSpec, DeltaNetSpec, GqaSpec, LayerSpec, MlaSpec, MlpSpec};
 
 /// A product with a matrix `[N, K]`.
 type Matrix = (usize, usize);
@@ -25,9 +25,10 @@ pub(crate) struct Frame {
 /// are more GPUs than heads; the latents of MLA and what makes them always are.
 fn matrices(attention: &AttentionSpec, hidden: usize, parts: usize) -> Vec<Matrix> {
     match *attention {
-        AttentionSpec::Gqa(GqaSpec { heads, kv_heads, head_dim, .. }) => {
+        AttentionSpec::Gqa(GqaSpec { heads, kv_heads, head_dim, gated, .. }) => {
             let (heads, kv_heads) = (heads.div_ceil(parts), kv_heads.div_ceil(parts));
-            vec![((heads + 2 * kv_heads) * head_dim, hidden), (hidden, heads * head_dim)]
+            let gates = if gated { heads } else { 0 };
+            vec![((heads + gates + 2 * kv_heads) * head_dim, hidden), (hidden, heads * head_dim)]
         }
         AttentionSpec::Mla(MlaSpec { heads, q_lora, kv_lora, nope, rope, value, .. }) => {
             let heads = heads.div_ceil(parts);
@@ -38,14 +39,39 @@ fn matrices(attention: &AttentionSpec, hidden: usize, parts: usize) -> Vec<Matri
             let rest = [(kv_lora + rope, hidden), (heads * (nope + value), kv_lora), (hidden, heads * value)];
             queries.into_iter().chain(rest).collect()
         }
+        AttentionSpec::DeltaNet(spec) => {
+            let spec = delta_share(&spec, parts);
+            let context = spec.context_width();
+            vec![(spec.mixed_width() + context + 2 * spec.value_heads, hidden), (hidden, context)]
+        }
     }
 }
 
-/// Width of a head's scores plus width of its values.
-fn core_width(attention: &AttentionSpec) -> usize {
+/// What one of `parts` GPUs has of a delta net.
+fn delta_share(spec: &DeltaNetSpec, parts: usize) -> DeltaNetSpec {
+    let key_heads = spec.key_heads.div_ceil(parts);
+    DeltaNetSpec { key_heads, value_heads: key_heads * spec.group(), ..*spec }
+}
+
+/// A state is updated outside the tensor cores, which a GPU does about so many times as slowly.
+const WITHOUT_TENSOR_CORES: u128 = 16;
+
+/// Operations of one sequence of so many tokens between the projections, on one of `parts` GPUs, as many as tensor cores
+/// would do meanwhile.
+fn core_flops(attention: &AttentionSpec, parts: usize, sequence: u128) -> u128 {
+    let causal = |heads: usize, width: usize| {
+        sequence * (sequence + 1) * width as u128 * heads.div_ceil(parts) as u128
+    };
     match attention {
-        AttentionSpec::Gqa(spec) => 2 * spec.head_dim,
-        AttentionSpec::Mla(spec) => spec.nope + spec.rope + spec.value,
+        // A head's scores, and its values.
+        AttentionSpec::Gqa(spec) => causal(spec.heads, 2 * spec.head_dim),
+        AttentionSpec::Mla(spec) => causal(spec.heads, spec.nope + spec.rope + spec.value),
+        // Decayed, looked at, updated, looked at.
+        AttentionSpec::DeltaNet(spec) => {
+            let spec = delta_share(spec, parts);
+            let state = spec.key_width * spec.context_width();
+            sequence * 7 * state as u128 * WITHOUT_TENSOR_CORES
+        }
     }
 }
 
@@ -54,7 +80,15 @@ fn cached(attention: &AttentionSpec, parts: usize) -> usize {
     match attention {
         AttentionSpec::Gqa(spec) => 2 * spec.kv_heads.div_ceil(parts) * spec.head_dim,
         AttentionSpec::Mla(spec) => spec.kv_lora + spec.rope,
+        AttentionSpec::DeltaNet(_) => 0,
     }
+}
+
+/// Cached elements of a sequence in a layer, however long it is, likewise; states are in float32, which is two elements.
+fn carried(attention: &AttentionSpec, parts: usize) -> usize {
+    let AttentionSpec::DeltaNet(spec) = attention else { return 0 };
+    let spec = delta_share(spec, parts);
+    2 * spec.key_width * spec.context_width() + (spec.taps - 1) * spec.mixed_width()
 }
 
 impl Advisor<'_> {
@@ -74,7 +108,11 @@ impl Advisor<'_> {
             Strategy::DpEp => 0,
         };
         let collective = self.machine.collective_ns(unit);
-        let attention_ns = self.attention_ns(tokens, sequences, parts)?;
+        let of_layers =
+            model.layers.iter().map(|layer| self.attention_ns(&layer.attention, tokens, sequences, parts));
+        let of_layers = of_layers.collect::<Result<Vec<_>, _>>()?;
+        // Where layers differ, what one of them takes on average.
+        let attention_ns = sum(of_layers.iter().copied())? / of_layers.len().max(1) as u64;
         let dense_layer = |layer: &LayerSpec| match layer.mlp {
             MlpSpec::Moe(_) => Ok(0),
             MlpSpec::Dense { inner } => sum([
@@ -94,9 +132,15 @@ impl Advisor<'_> {
             dense_layers_ns: sum(dense_layers)?,
             ends_ns: self.products_ns(sequences, &[(model.vocab.div_ceil(parts), model.hidden)])?,
             weights: self.weights(strategy)?,
-            cache: product(
-                [model.layers.len(), tokens, cached(&model.attention, parts), ELEMENT].map(|it| it as u64),
-            )?,
+            cache: sum(model
+                .layers
+                .iter()
+                .map(|layer| {
+                    let cached = product([tokens, cached(&layer.attention, parts)].map(|it| it as u64))?;
+                    let carried = product([sequences, carried(&layer.attention, parts)].map(|it| it as u64))?;
+                    product([sum([cached, carried])?, ELEMENT as u64])
+                })
+                .collect::<Result<Vec<_>, _>>()?)?,
         })
     }
 
@@ -121,21 +165,22 @@ impl Advisor<'_> {
     }
 
     /// Projections, causal attention, two norms and the residual additions.
-    fn attention_ns(&self, tokens: usize, sequences: usize, parts: usize) -> Result<u64, AdviseError> {
-        let (model, sequence) = (self.model, self.load.sequence as u128);
-        let heads = model.attention.heads().div_ceil(parts);
-        let flops = sequence
-            * (sequence + 1)
-            * core_width(&model.attention) as u128
-            * heads as u128
-            * sequences as u128;
+    fn attention_ns(
+        &self,
+        attention: &AttentionSpec,
+        tokens: usize,
+        sequences: usize,
+        parts: usize,
+    ) -> Result<u64, AdviseError> {
+        let model = self.model;
+        let flops = core_flops(attention, parts, self.load.sequence as u128) * sequences as u128;
         let permille = self.machine.kernels.attention.value.clamped(self.load.sequence as u64).max(1);
         let rate = u128::from(self.machine.gpu.flops_per_second.value) * u128::from(permille) / 1000;
         let core = flops.checked_mul(1_000_000_000).map(|work| work / rate.max(1));
         let core = core.and_then(|ns| u64::try_from(ns).ok()).ok_or_else(limits::beyond)?;
         let norm =
             self.cost.rows.gather.extended(product([tokens, model.hidden, ELEMENT].map(|it| it as u64))?);
-        let projections = self.products_ns(tokens, &matrices(&model.attention, model.hidden, parts))?;
+        let projections = self.products_ns(tokens, &matrices(attention, model.hidden, parts))?;
         sum([projections, core, product([4, norm])?])
     }
 
@@ -144,7 +189,6 @@ impl Advisor<'_> {
         let (model, moe, ranks) = (self.model, self.moe, self.machine.ranks);
         let parts = if strategy.attention_split() { ranks } else { 1 };
         let area = |all: &[Matrix]| all.iter().map(|(columns, depth)| (columns * depth) as u64).sum::<u64>();
-        let attention = area(&matrices(&model.attention, model.hidden, parts));
         let mlp = |inner: usize, parts: usize| (3 * model.hidden * inner.div_ceil(parts)) as u64;
         // Shared experts see a GPU's own tokens: whole where tokens are divided, split where they are not.
         let (experts, expert_parts, shared_parts) = match strategy.expert_parallel() {
@@ -159,7 +203,7 @@ impl Advisor<'_> {
                 MlpSpec::Moe(_) => sum([sparse, layer.residual_mlp.map_or(0, |inner| mlp(inner, parts))])?,
                 MlpSpec::Dense { inner } => mlp(inner, parts),
             };
-            sum([attention, mlps])
+            sum([area(&matrices(&layer.attention, model.hidden, parts)), mlps])
         };
         let layers = sum(model.layers.iter().map(layer).collect::<Result<Vec<_>, _>>()?)?;
         let mixtures = model.layers.iter().filter(|layer| layer.mlp.moe().is_some()).count();

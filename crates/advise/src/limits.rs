@@ -79,7 +79,9 @@ fn longest_product_ns(model: &ModelSpec, moe: &MoeSpec, machine: &Machine, load:
         MlpSpec::Moe(_) => layer.residual_mlp,
     });
     let shared = moe.shared.map_or(0, |shared| shared.inner);
-    let widest = dense.chain([moe.inner, shared, model.attention.query_width()]).max().unwrap_or(0);
+    let attention =
+        model.layers.iter().map(|layer| layer.attention.query_width().max(layer.attention.context_width()));
+    let widest = dense.chain(attention).chain([moe.inner, shared]).max().unwrap_or(0);
     let product = |rows: usize, columns: usize| {
         let elements = columns as f64 * model.hidden as f64;
         let rate = |per_second: u64| 1e9 / per_second as f64;

@@ -56,6 +56,7 @@ impl EngineOptions {
             max_sequences: self.max_sequences,
             cache_blocks: self.kv_blocks.unwrap_or(max_blocks.saturating_mul(self.max_sequences)),
             max_blocks,
+            states: self.max_sequences,
             policy: self.policy.clone(),
             capacity: self.capacity,
             wire: self.wire,
@@ -177,8 +178,10 @@ impl Engine {
             max_sequences: options.max_sequences.max(1),
             max_prompt_rows: (PROMPT_LOGITS_BYTES / (spec.vocab.max(1) * size_of::<f32>())).max(1),
             kv_blocks,
-            // A routing log has every token of every sequence.
-            prefix_caching: options.prefix_caching && matches!(options.routing, RoutingMode::FromRouter),
+            // A routing log has every token of every sequence, and a state is there for the last token only.
+            prefix_caching: options.prefix_caching
+                && matches!(options.routing, RoutingMode::FromRouter)
+                && !spec.has_states(),
         });
         let (vocab, max_model_len) = (spec.vocab, options.max_model_len);
         Ok(Engine {
@@ -435,6 +438,7 @@ impl Engine {
             batch.slots.extend(positions.clone().map(|position| slot(sequence.blocks(), position)));
             batch.sequence_starts.push(batch.ids.len() as u32);
             batch.blocks.push(sequence.blocks().to_vec());
+            batch.states.push([sequence.state(); 2]);
             batch.sequences.push(chunk.id.0);
             let at = |position: usize| (first + position - positions.start) as u32;
             let last = positions.end - 1;

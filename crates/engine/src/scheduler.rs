@@ -62,6 +62,8 @@ pub(crate) struct Sequence {
     /// How many were found there when it was let in for the first time.
     cached: Option<usize>,
     blocks: Vec<u32>,
+    /// The slot of its state, while it runs.
+    state: u32,
     /// What lies in its first blocks, as far as anybody asked, and what stands before the first one.
     keys: Vec<BlockKey>,
     root: BlockKey,
@@ -103,6 +105,8 @@ pub(crate) struct Scheduler {
 struct Group {
     running: BTreeMap<RequestId, Sequence>,
     kv: KvBlocks,
+    /// Slots for states that nobody has: one for each sequence that may run.
+    states: Vec<u32>,
     /// If sequences share blocks.
     keys: Option<BlockKeys>,
 }
@@ -120,6 +124,7 @@ impl Scheduler {
         let group = |_| Group {
             running: BTreeMap::new(),
             kv: KvBlocks::new(limits.kv_blocks),
+            states: (0..limits.max_sequences as u32).rev().collect(),
             keys: limits.prefix_caching.then(|| keys.clone()),
         };
         let groups = (0..limits.groups).map(group).collect();
@@ -138,6 +143,7 @@ impl Scheduler {
             computed: 0,
             cached: None,
             blocks: Vec::new(),
+            state: 0,
             keys: Vec::new(),
             root: self.keys.root(job.salt),
         };
@@ -149,7 +155,7 @@ impl Scheduler {
         self.waiting.remove(&id);
         for group in &mut self.groups {
             if let Some(mut sequence) = group.running.remove(&id) {
-                group.kv.release(&mut sequence.blocks);
+                group.release(&mut sequence);
             }
         }
     }
@@ -223,6 +229,10 @@ impl Scheduler {
     pub(crate) fn check(&self) {
         for group in &self.groups {
             group.kv.check(group.running.values().map(|sequence| &sequence.blocks));
+            let had = group.running.values().map(|sequence| sequence.state);
+            let mut states: Vec<u32> = had.chain(group.states.iter().copied()).collect();
+            states.sort_unstable();
+            assert!(states.into_iter().eq(0..self.limits.max_sequences as u32), "slots of states");
         }
         assert!(self.waiting.values().all(|sequence| sequence.blocks.is_empty()));
         if let ([group], Some(first)) = (&*self.groups, self.waiting.keys().next()) {
@@ -282,7 +292,7 @@ impl Group {
                 }
                 let youngest = self.running.pop_last();
                 preempted.extend(youngest.map(|(_, mut sequence)| {
-                    self.kv.release(&mut sequence.blocks);
+                    self.release(&mut sequence);
                     sequence
                 }));
             }
@@ -295,6 +305,12 @@ impl Group {
         self.lacking(true).into_iter().for_each(|id| self.take(id, step));
     }
 
+    /// Takes back what a sequence has.
+    fn release(&mut self, sequence: &mut Sequence) {
+        self.kv.release(&mut sequence.blocks);
+        self.states.push(sequence.state);
+    }
+
     /// Lets a sequence in, with blocks for all tokens that it has.
     fn admit(&mut self, mut sequence: Sequence, found: &[u32], step: &mut Step) {
         let id = sequence.id;
@@ -303,6 +319,9 @@ impl Group {
         sequence.cached.get_or_insert(sequence.computed);
         let grown = self.kv.grow(&mut sequence.blocks, sequence.tokens.len());
         debug_assert!(grown.is_ok(), "{id} was let in without room");
+        let state = self.states.pop();
+        debug_assert!(state.is_some(), "{id} was let in without a place for its state");
+        sequence.state = state.unwrap_or(0);
         self.running.insert(id, sequence);
         self.take(id, step);
     }
@@ -346,6 +365,11 @@ impl Sequence {
     /// Its cache blocks, in order.
     pub(crate) fn blocks(&self) -> &[u32] {
         &self.blocks
+    }
+
+    /// The slot of its state.
+    pub(crate) fn state(&self) -> u32 {
+        self.state
     }
 
     /// Tokens that were found in the cache when it was let in for the first time.

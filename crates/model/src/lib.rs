@@ -13,11 +13,11 @@ pub use checkpoint::{
 };
 pub use epsmoe_quant::{Hints, Method, Target};
 pub use error::ModelError;
-pub use names::{LayerPart, Located, Map, Part, Source};
+pub use names::{DeltaRows, LayerPart, Located, Map, Part, Source};
 pub use presets::{PRESETS, preset, preset_text};
 pub use spec::{
-    Architecture, AttentionSpec, GqaSpec, Judge, LayerSpec, MlaSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec,
-    Parameters, QkNorm, RopeSpec, SharedSpec, TensorNames,
+    Architecture, AttentionSpec, DeltaNetSpec, GqaSpec, Judge, LayerSpec, MlaSpec, MlpSpec, ModelSpec,
+    MoeSpec, Nesting, NormSpec, Parameters, QkNorm, RopeSpec, SharedSpec, TensorNames,
 };
 pub use synthetic::Synthetic;
 

@@ -81,6 +81,17 @@ impl<B: Backend> Loader<'_, B> {
         Ok(Mlp { gate_up, down: self.window(down, &Window::columns(inner))? })
     }
 
+    /// Maps of one input, rows after rows, as one, which is held decoded.
+    pub(crate) fn rows(&self, parts: &[Part]) -> Result<Weight, ModelError> {
+        let (whole, k) = (Window::whole(), self.matrix(parts[0]).1);
+        let n = parts.iter().map(|&part| self.matrix(part).0).sum();
+        let name =
+            format!("{} to {}", self.name(parts[0], &whole), self.name(parts[parts.len() - 1], &whole));
+        self.held(&name, WeightShape::Matrix { n, k }, || {
+            self.joined(parts.iter().map(|&part| (part, whole.clone())), vec![n, k])
+        })
+    }
+
     /// Vectors one after the other, as one.
     pub(crate) fn vectors(&self, parts: &[(Part, Window)]) -> Result<Weight, ModelError> {
         let n = parts.iter().map(|(part, window)| self.shape(*part, window).parameters()).sum();
@@ -221,7 +232,10 @@ impl<B: Backend> Loader<'_, B> {
     /// of reach.
     fn read(&self, part: Part, window: &Window) -> Result<Tensor, ModelError> {
         let located = self.spec.locate(part);
-        let tensor = self.source.read(&located, window)?;
+        let mut tensor = self.source.read(&located, window)?;
+        if self.spec.is_less_one(part) {
+            tensor = tensor.plus_one();
+        }
         let infinite = matches!(part, Part::Layer(_, LayerPart::CorrectionBias));
         let Some(at) = first_not_finite(&tensor, infinite) else { return Ok(tensor) };
         let there = |source: &&Source| self.source.find(&source.name).is_ok_and(|found| found.is_some());

@@ -1,6 +1,8 @@
 //! The parts of a model and where checkpoints keep them: one table for every architecture.
 
-use crate::spec::{AttentionSpec, LayerSpec, MlaSpec, MlpSpec, ModelSpec, TensorNames, matrix};
+use crate::spec::{
+    AttentionSpec, DeltaNetSpec, LayerSpec, MlaSpec, MlpSpec, ModelSpec, Nesting, TensorNames, matrix,
+};
 use epsmoe_base::{Expert, Layer};
 use epsmoe_device::WeightShape;
 
@@ -46,6 +48,14 @@ pub enum LayerPart {
     KeyUp(usize),
     /// Of one head.
     ValueUp(usize),
+    /// What one key head of a delta net makes of its input.
+    Delta(usize, DeltaRows),
+    /// The convolution of one key head's queries, keys or values.
+    DeltaConv(usize, DeltaRows),
+    DeltaDecay,
+    DeltaBias,
+    DeltaNorm,
+    DeltaOutput,
     Router,
     RouterBias,
     CorrectionBias,
@@ -64,12 +74,47 @@ impl LayerPart {
     }
 }
 
+/// What a key head of a delta net has, with its value heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the names say it; `DeltaRule` says what they do")]
+pub enum DeltaRows {
+    Query,
+    Key,
+    Value,
+    /// Of what comes out.
+    Gate,
+    /// How much of what was held is replaced.
+    Beta,
+    /// How much of it is kept.
+    Decay,
+}
+
+impl DeltaRows {
+    /// All of them.
+    pub const ALL: [DeltaRows; 6] = {
+        use DeltaRows::*;
+        [Query, Key, Value, Gate, Beta, Decay]
+    };
+    /// Those that the convolution sees.
+    pub const MIXED: [DeltaRows; 3] = [DeltaRows::Query, DeltaRows::Key, DeltaRows::Value];
+
+    /// How many there are for one key head.
+    pub fn count(self, spec: &DeltaNetSpec) -> usize {
+        match self {
+            DeltaRows::Query | DeltaRows::Key => spec.key_width,
+            DeltaRows::Value | DeltaRows::Gate => spec.group() * spec.value_width,
+            DeltaRows::Beta | DeltaRows::Decay => spec.group(),
+        }
+    }
+}
+
 impl Part {
     /// Whether it is one of the maps that are quantised where a model is: routers, norms, embeddings and the output are not.
     pub fn is_quantised(self) -> bool {
         use LayerPart::*;
         let Part::Layer(_, part) = self else { return false };
-        let attention = matches!(part, Query | Key | Value | Output | QueryDown | QueryUp | KvDown);
+        let attention =
+            matches!(part, Query | Key | Value | Output | QueryDown | QueryUp | KvDown | DeltaOutput);
         attention || matches!(part, KeyUp(_) | ValueUp(_) | Expert(..) | Shared(_) | Dense(_) | Residual(_))
     }
 }
@@ -201,10 +246,7 @@ impl ModelSpec {
     fn layer_parts(&self, layer: &LayerSpec) -> impl Iterator<Item = LayerPart> {
         use LayerPart::*;
         let mut parts = vec![InputNorm];
-        parts.extend(self.attention_parts());
-        if let AttentionSpec::Mla(spec) = &self.attention {
-            parts.extend((0..spec.heads).flat_map(|head| [KeyUp(head), ValueUp(head)]));
-        }
+        parts.extend(attention_parts(&layer.attention));
         if layer.residual_mlp.is_some() {
             parts.push(ResidualNorm);
             parts.extend(Map::ALL.map(Residual));
@@ -234,38 +276,6 @@ impl ModelSpec {
         parts.into_iter().chain(experts)
     }
 
-    fn attention_parts(&self) -> Vec<LayerPart> {
-        use LayerPart::*;
-        let optional: Vec<(LayerPart, bool)> = match &self.attention {
-            AttentionSpec::Gqa(spec) => vec![
-                (Query, true),
-                (QueryBias, spec.qkv_bias),
-                (QueryNorm, spec.qk_norm.is_some()),
-                (Key, true),
-                (KeyBias, spec.qkv_bias),
-                (KeyNorm, spec.qk_norm.is_some()),
-                (Value, true),
-                (ValueBias, spec.qkv_bias),
-                (Output, true),
-                (OutputBias, spec.output_bias),
-                (Sinks, spec.sinks),
-            ],
-            AttentionSpec::Mla(spec) => vec![
-                (Query, spec.q_lora.is_none()),
-                (QueryDown, spec.q_lora.is_some()),
-                (QueryDownBias, spec.q_lora.is_some() && spec.bias),
-                (QueryDownNorm, spec.q_lora.is_some()),
-                (QueryUp, spec.q_lora.is_some()),
-                (KvDown, true),
-                (KvDownBias, spec.bias),
-                (KvDownNorm, true),
-                (Output, true),
-                (OutputBias, spec.bias),
-            ],
-        };
-        optional.into_iter().filter_map(|(part, present)| present.then_some(part)).collect()
-    }
-
     fn source(&self, part: Part, naming: TensorNames, name: &str) -> Source {
         let whole = || Place::from(self.shape(part).sources().1, 0);
         let (name, place) = match part {
@@ -284,6 +294,10 @@ impl ModelSpec {
             }
             _ => (name.to_owned(), whole()),
         };
+        let name = match (self.nesting, name.strip_prefix("model.")) {
+            (Nesting::Beside, Some(inside)) => format!("model.language_model.{inside}"),
+            _ => name,
+        };
         let Place { shape, first_row, transposed, turn, only } = place;
         Source { name, shape, first_row, transposed, turn, only }
     }
@@ -296,18 +310,21 @@ impl ModelSpec {
         let fused = matches!(naming, TensorNames::Dbrx | TensorNames::Bailing) || name == GGUF_FUSED;
         match (naming, part) {
             (_, Query | Key | Value) if fused => {
-                let (rows, first_row) = self.fused_heads(part);
+                let (rows, first_row) = self.fused_heads(layer, part);
                 Some(Place::from(vec![rows, self.hidden], first_row))
             }
             (_, QueryBias | KeyBias | ValueBias) if fused => {
-                let (rows, first_row) = self.fused_heads(part);
+                let (rows, first_row) = self.fused_heads(layer, part);
                 Some(Place::from(vec![rows], first_row))
             }
             (TensorNames::Ernie, LayerPart::CorrectionBias) => {
                 let shape = self.shape(part.of(layer)).sources().1;
                 Some(Place::from([vec![1], shape].concat(), 0))
             }
-            (_, KeyUp(head) | ValueUp(head)) => self.latent_head(part, head, name),
+            (_, KeyUp(head) | ValueUp(head)) => self.latent_head(layer, part, head, name),
+            (_, LayerPart::Delta(head, rows) | LayerPart::DeltaConv(head, rows)) => {
+                self.delta_head(layer, part, (head, rows), naming)
+            }
             (TensorNames::Gguf, SharedExpertGate) => Some(Place::from(vec![self.hidden], 0)),
             // One tensor for each.
             (TensorNames::Gguf, Expert(..)) if name.contains("{e}") => None,
@@ -317,6 +334,7 @@ impl ModelSpec {
                 | TensorNames::GptOss
                 | TensorNames::GptOssCoded
                 | TensorNames::Granite
+                | TensorNames::Qwen35
                 | TensorNames::Gguf,
                 Expert(expert, map),
             ) => Some(self.stacked_expert(layer, expert, map, naming, name)),
@@ -332,9 +350,10 @@ impl ModelSpec {
 
     /// One map or bias for all heads: all query rows, all key rows, all value rows.
     /// Their number, and where those of a part begin.
-    fn fused_heads(&self, part: LayerPart) -> (usize, usize) {
-        let query = self.attention.query_width();
-        let key = self.attention.cache_width() / 2;
+    fn fused_heads(&self, layer: Layer, part: LayerPart) -> (usize, usize) {
+        let attention = &self.layers[layer.0].attention;
+        let query = attention.query_width();
+        let key = attention.cache_width() / 2;
         let first_row = match part {
             LayerPart::Key | LayerPart::KeyBias => query,
             LayerPart::Value | LayerPart::ValueBias => query + key,
@@ -345,8 +364,9 @@ impl ModelSpec {
 
     /// A head's maps out of the latent. Published: of every head, key rows and then value rows, `[heads · (nope + value), kv_lora]`.
     /// Newer GGUF files have two tensors, `[heads, kv_lora, nope]` for keys, and `[heads, value, kv_lora]`.
-    fn latent_head(&self, part: LayerPart, head: usize, name: &str) -> Option<Place> {
-        let AttentionSpec::Mla(MlaSpec { heads, kv_lora, nope, value, .. }) = self.attention else {
+    fn latent_head(&self, layer: Layer, part: LayerPart, head: usize, name: &str) -> Option<Place> {
+        let AttentionSpec::Mla(MlaSpec { heads, kv_lora, nope, value, .. }) = self.layers[layer.0].attention
+        else {
             return None;
         };
         let is_key = matches!(part, LayerPart::KeyUp(_));
@@ -360,6 +380,40 @@ impl ModelSpec {
                 Place::from(vec![heads * (nope + value), kv_lora], first_row)
             }
         })
+    }
+
+    /// Rows of one key head of a delta net. Qwen3-Next: of every head, its query, key, values and gates, in one tensor, and what
+    /// weighs them in another. Qwen3.5: all queries, all keys and all values in one, as the convolution has them
+    /// everywhere, and each other kind in its own.
+    fn delta_head(
+        &self,
+        layer: Layer,
+        part: LayerPart,
+        (head, rows): (usize, DeltaRows),
+        naming: TensorNames,
+    ) -> Option<Place> {
+        use DeltaRows::*;
+        let AttentionSpec::DeltaNet(spec) = &self.layers[layer.0].attention else { return None };
+        let before = |kinds: &[DeltaRows]| kinds.iter().map(|kind| kind.count(spec)).sum::<usize>();
+        // Kinds that share a tensor, those of a head or of a kind together.
+        let of_heads = |kinds: &[DeltaRows], at: usize| {
+            (spec.key_heads * before(kinds), head * before(kinds) + before(&kinds[..at]))
+        };
+        let of_kinds = |kinds: &[DeltaRows], at: usize| {
+            (spec.key_heads * before(kinds), spec.key_heads * before(&kinds[..at]) + head * rows.count(spec))
+        };
+        let at = |kinds: &[DeltaRows]| kinds.iter().position(|&kind| kind == rows).unwrap_or(0);
+        if matches!(part, LayerPart::DeltaConv(..)) {
+            let (all, first_row) = of_kinds(&DeltaRows::MIXED, at(&DeltaRows::MIXED));
+            return Some(Place::from(vec![all, 1, spec.taps], first_row));
+        }
+        let (all, first_row) = match (naming, rows) {
+            (TensorNames::Qwen35, Query | Key | Value) => of_kinds(&DeltaRows::MIXED, at(&DeltaRows::MIXED)),
+            (TensorNames::Qwen35, _) => of_kinds(&[rows], 0),
+            (_, Beta | Decay) => of_heads(&[Beta, Decay], at(&[Beta, Decay])),
+            _ => of_heads(&[Query, Key, Value, Gate], at(&[Query, Key, Value, Gate])),
+        };
+        Some(Place::from(vec![all, self.hidden], first_row))
     }
 
     /// One tensor for all experts. DBRX: three of `[E·I, H]`, where down is stored transposed. Merged:
@@ -424,6 +478,51 @@ impl ModelSpec {
     }
 }
 
+/// The parts of one layer's attention.
+fn attention_parts(attention: &AttentionSpec) -> Vec<LayerPart> {
+    use LayerPart::*;
+    let optional: Vec<(LayerPart, bool)> = match attention {
+        AttentionSpec::Gqa(spec) => vec![
+            (Query, true),
+            (QueryBias, spec.qkv_bias),
+            (QueryNorm, spec.qk_norm.is_some()),
+            (Key, true),
+            (KeyBias, spec.qkv_bias),
+            (KeyNorm, spec.qk_norm.is_some()),
+            (Value, true),
+            (ValueBias, spec.qkv_bias),
+            (Output, true),
+            (OutputBias, spec.output_bias),
+            (Sinks, spec.sinks),
+        ],
+        AttentionSpec::Mla(spec) => {
+            let before = [
+                (Query, spec.q_lora.is_none()),
+                (QueryDown, spec.q_lora.is_some()),
+                (QueryDownBias, spec.q_lora.is_some() && spec.bias),
+                (QueryDownNorm, spec.q_lora.is_some()),
+                (QueryUp, spec.q_lora.is_some()),
+                (KvDown, true),
+                (KvDownBias, spec.bias),
+                (KvDownNorm, true),
+                (Output, true),
+                (OutputBias, spec.bias),
+            ];
+            let heads = (0..spec.heads).flat_map(|head| [(KeyUp(head), true), (ValueUp(head), true)]);
+            before.into_iter().chain(heads).collect()
+        }
+        AttentionSpec::DeltaNet(spec) => {
+            let heads = (0..spec.key_heads).flat_map(|head| {
+                let maps = DeltaRows::ALL.map(|rows| Delta(head, rows));
+                maps.into_iter().chain(DeltaRows::MIXED.map(|rows| DeltaConv(head, rows)))
+            });
+            let rest = [DeltaDecay, DeltaBias, DeltaNorm, DeltaOutput];
+            heads.chain(rest).map(|part| (part, true)).collect()
+        }
+    };
+    optional.into_iter().filter_map(|(part, present)| present.then_some(part)).collect()
+}
+
 /// GGUF's tensor of queries, keys and values.
 const GGUF_FUSED: &str = "attn_qkv.weight";
 /// GGUF's tensor of the gate and up maps of all experts.
@@ -483,6 +582,7 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
         Dense(GateProj) | Residual(GateProj) => &["ffn_gate.weight"],
         Dense(UpProj) | Residual(UpProj) => &["ffn_up.weight"],
         Dense(DownProj) | Residual(DownProj) => &["ffn_down.weight"],
+        Delta(..) | DeltaConv(..) | DeltaDecay | DeltaBias | DeltaNorm | DeltaOutput => &[],
     }
 }
 
@@ -491,7 +591,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
     use LayerPart::*;
     use Map::*;
     use TensorNames::{
-        Bailing, Common, Dbrx, Ernie, GptOss, GptOssCoded, Granite, Hunyuan, Merged, Mixtral, Qwen,
+        Bailing, Common, Dbrx, Ernie, GptOss, GptOssCoded, Granite, Hunyuan, Merged, Mixtral, Qwen, Qwen35,
     };
     let part = match part {
         Part::Embedding => {
@@ -555,6 +655,24 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         KvDownNorm => &[(Common, "self_attn.kv_a_layernorm.weight")],
         KeyUp(_) | ValueUp(_) => &[(Common, "self_attn.kv_b_proj.weight")],
 
+        Delta(_, DeltaRows::Query | DeltaRows::Key | DeltaRows::Value) => {
+            &[(Qwen, "linear_attn.in_proj_qkvz.weight"), (Qwen35, "linear_attn.in_proj_qkv.weight")]
+        }
+        Delta(_, DeltaRows::Gate) => {
+            &[(Qwen, "linear_attn.in_proj_qkvz.weight"), (Qwen35, "linear_attn.in_proj_z.weight")]
+        }
+        Delta(_, DeltaRows::Beta) => {
+            &[(Qwen, "linear_attn.in_proj_ba.weight"), (Qwen35, "linear_attn.in_proj_b.weight")]
+        }
+        Delta(_, DeltaRows::Decay) => {
+            &[(Qwen, "linear_attn.in_proj_ba.weight"), (Qwen35, "linear_attn.in_proj_a.weight")]
+        }
+        DeltaConv(..) => &[(Common, "linear_attn.conv1d.weight")],
+        DeltaDecay => &[(Common, "linear_attn.A_log")],
+        DeltaBias => &[(Common, "linear_attn.dt_bias")],
+        DeltaNorm => &[(Common, "linear_attn.norm.weight")],
+        DeltaOutput => &[(Common, "linear_attn.out_proj.weight")],
+
         Router => &[
             (Common, "mlp.gate.weight"),
             (Mixtral, "block_sparse_moe.gate.weight"),
@@ -576,6 +694,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Mixtral, "block_sparse_moe.experts.{e}.w1.weight"),
             (Dbrx, "ffn.experts.mlp.w1"),
             (Merged, "mlp.experts.gate_up_proj"),
+            (Qwen35, "mlp.experts.gate_up_proj"),
             (GptOss, "mlp.experts.gate_up_proj"),
             (GptOssCoded, "mlp.experts.gate_up_proj"),
             (Granite, "block_sparse_moe.input_linear.weight"),
@@ -585,6 +704,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Mixtral, "block_sparse_moe.experts.{e}.w3.weight"),
             (Dbrx, "ffn.experts.mlp.v1"),
             (Merged, "mlp.experts.gate_up_proj"),
+            (Qwen35, "mlp.experts.gate_up_proj"),
             (GptOss, "mlp.experts.gate_up_proj"),
             (GptOssCoded, "mlp.experts.gate_up_proj"),
             (Granite, "block_sparse_moe.input_linear.weight"),
@@ -594,6 +714,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Mixtral, "block_sparse_moe.experts.{e}.w2.weight"),
             (Dbrx, "ffn.experts.mlp.w2"),
             (Merged, "mlp.experts.down_proj"),
+            (Qwen35, "mlp.experts.down_proj"),
             (GptOss, "mlp.experts.down_proj"),
             (GptOssCoded, "mlp.experts.down_proj"),
             (Granite, "block_sparse_moe.output_linear.weight"),
@@ -603,18 +724,21 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         Shared(GateProj) => &[
             (Common, "mlp.shared_experts.gate_proj.weight"),
             (Qwen, "mlp.shared_expert.gate_proj.weight"),
+            (Qwen35, "mlp.shared_expert.gate_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.gate_proj.weight"),
             (Granite, "shared_mlp.input_linear.weight"),
         ],
         Shared(UpProj) => &[
             (Common, "mlp.shared_experts.up_proj.weight"),
             (Qwen, "mlp.shared_expert.up_proj.weight"),
+            (Qwen35, "mlp.shared_expert.up_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.up_proj.weight"),
             (Granite, "shared_mlp.input_linear.weight"),
         ],
         Shared(DownProj) => &[
             (Common, "mlp.shared_experts.down_proj.weight"),
             (Qwen, "mlp.shared_expert.down_proj.weight"),
+            (Qwen35, "mlp.shared_expert.down_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.down_proj.weight"),
             (Granite, "shared_mlp.output_linear.weight"),
         ],

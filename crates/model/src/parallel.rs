@@ -17,7 +17,7 @@
 //! all ranks that split it, and the partial sums are added in rank order ([`collectives`](crate::collectives)):
 //! so a token's bits depend on the strategy and the sizes, never on the batch or the schedule.
 
-use crate::{LayerPart, MlpSpec, ModelError, ModelSpec, Part};
+use crate::{AttentionSpec, LayerPart, MlpSpec, ModelError, ModelSpec, Part};
 use epsmoe_base::Rank;
 use epsmoe_plan::{PlanError, SlotMap};
 use serde::{Deserialize, Serialize};
@@ -87,11 +87,16 @@ impl Parallel {
     /// Refuses to spread a model over ranks of which some would hold nothing.
     pub fn check(&self, spec: &ModelSpec, ranks: usize) -> Result<(), ModelError> {
         self.groups(ranks)?;
-        let (tensor, heads) = (self.tensor, spec.attention.heads());
+        let fewest = spec.layers.iter().min_by_key(|layer| layer.attention.heads());
+        let (tensor, heads) = (self.tensor, fewest.map_or(1, |layer| layer.attention.heads()));
         if tensor > heads {
+            let what = match fewest.map(|layer| layer.attention) {
+                Some(AttentionSpec::DeltaNet(_)) => "key heads of this model's delta nets",
+                _ => "attention heads of this model",
+            };
             return refuse(format!(
-                "--tensor-parallel-size {tensor} is more than the {heads} attention heads of this model: use \
-                 at most {heads}, and --data-parallel-size for the other ranks"
+                "--tensor-parallel-size {tensor} is more than the {heads} {what}: use at most {heads}, and \
+                 --data-parallel-size for the other ranks"
             ));
         }
         let narrowest = inner_widths(spec).min().unwrap_or(ranks);
@@ -127,9 +132,9 @@ impl ModelSpec {
                     if expert.0 < experts.div_ceil(ranks) { numbers } else { 0 }
                 }
                 (Expert(..) | Shared(_) | Dense(_) | Residual(_), Experts::Tp) => split_by(ranks),
-                (Query | Key | Value | Output | QueryUp, _) => split_by(parallel.tensor),
-                (KeyUp(head) | ValueUp(head), _) => {
-                    let heads = self.attention.heads().div_ceil(parallel.tensor.max(1));
+                (Query | Key | Value | Output | QueryUp | DeltaOutput, _) => split_by(parallel.tensor),
+                (KeyUp(head) | ValueUp(head) | Delta(head, _) | DeltaConv(head, _), _) => {
+                    let heads = self.layers[layer.0].attention.heads().div_ceil(parallel.tensor.max(1));
                     if head < heads { numbers } else { 0 }
                 }
                 _ => numbers,

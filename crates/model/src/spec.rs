@@ -72,6 +72,8 @@ pub struct ModelSpec {
     pub architecture: Architecture,
     /// How its checkpoints call their tensors.
     pub naming: TensorNames,
+    /// Where they have those of the language model.
+    pub nesting: Nesting,
     /// Vocabulary V.
     pub vocab: usize,
     /// Hidden width H.
@@ -80,8 +82,6 @@ pub struct ModelSpec {
     pub max_positions: usize,
     /// The norm before attention, before the MLP and at the end.
     pub norm: NormSpec,
-    /// Attention, the same in every layer but for its window.
-    pub attention: AttentionSpec,
     /// Rotary position embedding.
     pub rope: RopeSpec,
     /// The layers, from the embedding on.
@@ -135,6 +135,10 @@ architectures! {
     GraniteMoe => "GraniteMoeForCausalLM", "granitemoe", Transformers, "";
     /// Granite MoE with a shared expert.
     GraniteMoeShared => "GraniteMoeSharedForCausalLM", "granitemoeshared", Transformers, "";
+    /// Qwen3-Next-80B-A3B.
+    Qwen3Next => "Qwen3NextForCausalLM", "qwen3_next", Transformers, "";
+    /// Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B, Qwen3.6-35B-A3B.
+    Qwen35Moe => "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", Transformers, "";
 }
 
 impl fmt::Display for Architecture {
@@ -166,10 +170,21 @@ pub enum TensorNames {
     GptOssCoded,
     /// The same of Granite: all experts in one tensor, the shared expert's gate over its up.
     Granite,
+    /// As Qwen, but what feeds a delta net in a tensor for each, and all experts in one tensor, or as common.
+    Qwen35,
     /// All experts in one tensor of three dimensions, as newer libraries keep them in memory.
     Merged,
     /// `blk.3.ffn_gate_exps.weight`: GGUF, whose files know no other names.
     Gguf,
+}
+
+/// Where a checkpoint has the tensors of the language model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nesting {
+    /// They are all there is, `model.…`.
+    Alone,
+    /// Beside those of other parts, `model.language_model.…`.
+    Beside,
 }
 
 /// Factors on what flows between the parts of a model.
@@ -196,6 +211,8 @@ pub struct NormSpec {
     pub kind: NormKind,
     /// Added under the root.
     pub eps: f32,
+    /// Whether weights are stored less 1, those of the norms of queries and keys too.
+    pub less_one: bool,
 }
 
 /// How tokens look at each other.
@@ -205,6 +222,8 @@ pub enum AttentionSpec {
     Gqa(GqaSpec),
     /// Keys and values decompressed from one latent vector a token (DeepSeek-V2, arXiv 2405.04434).
     Mla(MlaSpec),
+    /// No look back at all, but a state that is carried along (Gated DeltaNet, arXiv 2412.06464).
+    DeltaNet(DeltaNetSpec),
 }
 
 /// Grouped-query attention. After the projections: norm of queries and keys, clip, rotary embedding, or the norm last.
@@ -228,8 +247,23 @@ pub struct GqaSpec {
     pub clip_qkv: Option<f32>,
     /// Whether each head has a score of its own in the softmax that belongs to no key.
     pub sinks: bool,
+    /// Whether what a head gives is multiplied by the sigmoid of as many numbers, projected beside its query; with a norm of
+    /// each head only.
+    pub gated: bool,
     /// Factor on the scores.
     pub scale: f32,
+}
+
+impl GqaSpec {
+    /// Numbers projected for each query head: the query, and its gate if it has one.
+    pub(crate) fn query_rows_of_head(&self) -> usize {
+        if self.gated { 2 * self.head_dim } else { self.head_dim }
+    }
+
+    /// The same for all of them.
+    fn query_rows(&self) -> usize {
+        self.heads * self.query_rows_of_head()
+    }
 }
 
 /// What a norm of queries and keys spans.
@@ -265,12 +299,57 @@ pub struct MlaSpec {
     pub scale: f32,
 }
 
+/// A gated delta net. Queries, keys and values of all heads pass a convolution over the last tokens and the delta rule
+/// ([`DeltaRule`](epsmoe_device::op::DeltaRule)); each value head is normed by itself, with the model's epsilon, and
+/// multiplied by the silu of a gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeltaNetSpec {
+    /// Query and key heads.
+    pub key_heads: usize,
+    /// Value heads; `value_heads / key_heads` neighbours share a query and a key.
+    pub value_heads: usize,
+    /// Width of a query or key.
+    pub key_width: usize,
+    /// Width of a value.
+    pub value_width: usize,
+    /// Tokens that the convolution spans.
+    pub taps: usize,
+}
+
+impl DeltaNetSpec {
+    /// Value heads of one key head.
+    pub fn group(&self) -> usize {
+        self.value_heads / self.key_heads
+    }
+
+    /// Width of a token's queries, keys and values.
+    pub fn mixed_width(&self) -> usize {
+        2 * self.key_heads * self.key_width + self.context_width()
+    }
+
+    /// Width of its values.
+    pub fn context_width(&self) -> usize {
+        self.value_heads * self.value_width
+    }
+
+    /// Numbers of the state of one sequence: those kept in float32, and the rows that the convolution looks back at.
+    pub(crate) fn state(&self) -> (usize, usize) {
+        (self.key_width * self.value_heads * self.value_width, (self.taps - 1) * self.mixed_width())
+    }
+
+    /// The same with some of the key heads.
+    pub(crate) fn of_heads(&self, key_heads: usize) -> Self {
+        DeltaNetSpec { key_heads, value_heads: key_heads * self.group(), ..*self }
+    }
+}
+
 impl AttentionSpec {
-    /// Query heads.
+    /// Heads that ranks can split.
     pub fn heads(&self) -> usize {
         match self {
             AttentionSpec::Gqa(spec) => spec.heads,
             AttentionSpec::Mla(spec) => spec.heads,
+            AttentionSpec::DeltaNet(spec) => spec.key_heads,
         }
     }
 
@@ -279,6 +358,7 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Gqa(spec) => spec.heads * spec.head_dim,
             AttentionSpec::Mla(spec) => spec.heads * (spec.nope + spec.rope),
+            AttentionSpec::DeltaNet(spec) => spec.key_heads * spec.key_width,
         }
     }
 
@@ -287,6 +367,7 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Gqa(spec) => spec.heads * spec.head_dim,
             AttentionSpec::Mla(spec) => spec.heads * spec.value,
+            AttentionSpec::DeltaNet(spec) => spec.context_width(),
         }
     }
 
@@ -300,7 +381,15 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Gqa(spec) => 2 * spec.kv_heads.div_ceil(tensor.max(1)) * spec.head_dim,
             AttentionSpec::Mla(spec) => spec.kv_lora + spec.rope,
+            AttentionSpec::DeltaNet(_) => 0,
         }
+    }
+
+    /// Bytes of the state that a sequence carries along, on the rank with the most heads of `tensor` that share them.
+    fn state_bytes_of(&self, dtype: DType, tensor: usize) -> usize {
+        let AttentionSpec::DeltaNet(spec) = self else { return 0 };
+        let (floats, kept) = spec.of_heads(spec.key_heads.div_ceil(tensor.max(1))).state();
+        floats * DType::F32.bytes() + kept * dtype.bytes()
     }
 }
 
@@ -324,6 +413,8 @@ pub struct RopeSpec {
 ///   layer's input and do not wait for attention.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
+    /// How tokens look at each other.
+    pub attention: AttentionSpec,
     /// How many positions back a token sees, itself included; everything when absent.
     pub window: Option<usize>,
     /// The MLP after attention.
@@ -420,7 +511,30 @@ impl ModelSpec {
     /// Bytes that one token leaves in the caches of all layers, on the rank that has the most of them of `tensor` ranks
     /// that split attention.
     pub fn cache_bytes_per_token(&self, dtype: DType, tensor: usize) -> usize {
-        self.layers.len() * self.attention.cache_width_of(tensor) * dtype.bytes()
+        let of_layer = |layer: &LayerSpec| layer.attention.cache_width_of(tensor);
+        self.layers.iter().map(of_layer).sum::<usize>() * dtype.bytes()
+    }
+
+    /// Bytes that one sequence carries along in all layers, on that rank.
+    pub fn state_bytes(&self, dtype: DType, tensor: usize) -> usize {
+        self.layers.iter().map(|layer| layer.attention.state_bytes_of(dtype, tensor)).sum()
+    }
+
+    /// Whether sequences carry a state along, which is not there for any but their last token.
+    pub fn has_states(&self) -> bool {
+        self.layers.iter().any(|layer| matches!(layer.attention, AttentionSpec::DeltaNet(_)))
+    }
+
+    /// Whether the weights of a norm are stored less 1.
+    pub(crate) fn is_less_one(&self, part: Part) -> bool {
+        use LayerPart::{InputNorm, KeyNorm, PostAttentionNorm, QueryNorm};
+        let of_layer = |part| matches!(part, InputNorm | PostAttentionNorm | QueryNorm | KeyNorm);
+        self.norm.less_one
+            && match part {
+                Part::FinalNorm => true,
+                Part::Layer(_, part) => of_layer(part),
+                _ => false,
+            }
     }
 
     /// The shape of a part the model has.
@@ -450,19 +564,20 @@ impl ModelSpec {
             (SharedExpertGate, MlpSpec::Moe(_), _) => Some(matrix(1, hidden)),
             (Dense(map), MlpSpec::Dense { inner }, _) => Some(map.shape(hidden, *inner)),
             (Residual(map), _, Some(inner)) => Some(map.shape(hidden, inner)),
-            _ => self.attention_shape(part),
+            _ => self.attention_shape(&layer.attention, part),
         };
         shape.unwrap_or_else(|| panic!("{} has no {part:?} in this layer: this is a bug", self.architecture))
     }
 
-    fn attention_shape(&self, part: LayerPart) -> Option<WeightShape> {
+    fn attention_shape(&self, attention: &AttentionSpec, part: LayerPart) -> Option<WeightShape> {
         use LayerPart::*;
-        let (hidden, attention) = (self.hidden, &self.attention);
+        let hidden = self.hidden;
         Some(match (part, attention) {
             (Output, _) => matrix(hidden, attention.context_width()),
             (OutputBias, _) => vector(hidden),
+            (Query, AttentionSpec::Gqa(spec)) => matrix(spec.query_rows(), hidden),
+            (QueryBias, AttentionSpec::Gqa(spec)) => vector(spec.query_rows()),
             (Query, _) => matrix(attention.query_width(), hidden),
-            (QueryBias, _) => vector(attention.query_width()),
             (Key | Value, AttentionSpec::Gqa(spec)) => matrix(spec.kv_heads * spec.head_dim, hidden),
             (Sinks, AttentionSpec::Gqa(spec)) => vector(spec.heads),
             (KeyBias | ValueBias, AttentionSpec::Gqa(spec)) => vector(spec.kv_heads * spec.head_dim),
@@ -479,6 +594,11 @@ impl ModelSpec {
             (KvDownNorm, AttentionSpec::Mla(spec)) => vector(spec.kv_lora),
             (KeyUp(_), AttentionSpec::Mla(spec)) => matrix(spec.nope, spec.kv_lora),
             (ValueUp(_), AttentionSpec::Mla(spec)) => matrix(spec.value, spec.kv_lora),
+            (Delta(_, rows), AttentionSpec::DeltaNet(spec)) => matrix(rows.count(spec), hidden),
+            (DeltaConv(_, rows), AttentionSpec::DeltaNet(spec)) => matrix(rows.count(spec), spec.taps),
+            (DeltaDecay | DeltaBias, AttentionSpec::DeltaNet(spec)) => vector(spec.value_heads),
+            (DeltaNorm, AttentionSpec::DeltaNet(spec)) => vector(spec.value_width),
+            (DeltaOutput, AttentionSpec::DeltaNet(spec)) => matrix(hidden, spec.context_width()),
             _ => return None,
         })
     }

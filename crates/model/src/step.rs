@@ -17,6 +17,8 @@ pub(crate) struct Step {
     pub(crate) blocks: Buffer,
     /// All positions are below: a power of two, so that many steps have the same.
     pub(crate) longest: usize,
+    /// Where each sequence's state is, and where it is to be left `[B, 2]`.
+    pub(crate) states: Buffer,
     /// The tokens of every layer, and those of the last layer, if they are fewer.
     pub(crate) all: LayerTokens,
     pub(crate) last: Option<LayerTokens>,
@@ -170,8 +172,10 @@ impl Batch {
     fn fingerprint(&self) -> u64 {
         let whole = self.whole.iter().map(|&whole| u32::from(whole)).collect();
         let parts = [&self.ids, &self.positions, &self.slots, &self.sequence_starts, &self.logits, &whole];
+        let states = self.states.concat();
         let words = parts
             .into_iter()
+            .chain([&states])
             .chain(&self.blocks)
             .flat_map(|part| [part.len() as u32].into_iter().chain(part.iter().copied()));
         hash_bytes(&words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>())

@@ -86,9 +86,21 @@ impl WeightSource for Synthetic {
 /// Such that activations neither vanish nor grow over many layers: outputs of linear maps vary as much as
 /// their inputs.
 fn values(spec: &ModelSpec, part: Part) -> Values {
+    use LayerPart::{DeltaNorm, KvDownNorm, QueryDownNorm};
     use LayerPart::{InputNorm, KeyNorm, PostAttentionNorm, QueryNorm, ResidualNorm};
-    use LayerPart::{KvDownNorm, QueryDownNorm};
-    let norms = [InputNorm, PostAttentionNorm, ResidualNorm, QueryNorm, KeyNorm, QueryDownNorm, KvDownNorm];
+    let norms = [
+        InputNorm,
+        PostAttentionNorm,
+        ResidualNorm,
+        QueryNorm,
+        KeyNorm,
+        QueryDownNorm,
+        KvDownNorm,
+        DeltaNorm,
+    ];
+    if spec.is_less_one(part) {
+        return Values::Uniform(0.0);
+    }
     let deviation = match (part, spec.shape(part)) {
         (Part::FinalNorm, _) => return Values::One,
         (Part::Layer(_, inside), _) if norms.contains(&inside) => return Values::One,

@@ -4,7 +4,9 @@
 use epsmoe_base::DType;
 use epsmoe_device::op::{GroupLimit, Swish, TopKRouter};
 use epsmoe_model::config::{self, Config};
-use epsmoe_model::{AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, preset, preset_text};
+use epsmoe_model::{
+    Architecture, AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, preset, preset_text,
+};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -15,8 +17,9 @@ fn fixture(name: &str) -> PathBuf {
 /// A spec in a few lines.
 fn outline(spec: &ModelSpec) -> String {
     let tied = if spec.tie_embeddings { " tied" } else { "" };
+    let less = if spec.norm.less_one { " less 1" } else { "" };
     let mut lines = vec![format!(
-        "{} {} V{} H{}{tied} positions {} {:?} {:e} bos {:?} eos {:?}",
+        "{} {} V{} H{}{tied} positions {} {:?} {:e}{less} bos {:?} eos {:?}",
         spec.architecture,
         spec.dtype,
         spec.vocab,
@@ -27,7 +30,12 @@ fn outline(spec: &ModelSpec) -> String {
         spec.bos.unwrap_or_default(),
         spec.eos
     )];
-    lines.push(attention(&spec.attention));
+    let mut kinds: Vec<String> = spec.layers.iter().map(|layer| attention(&layer.attention)).collect();
+    kinds.dedup();
+    // Where kinds take turns, each once.
+    kinds.sort_by_key(|kind| kind.starts_with("delta"));
+    kinds.dedup();
+    lines.extend(kinds);
     let rope = &spec.rope;
     assert_eq!(rope.inverse_frequencies.len(), rope.dim / 2);
     let last = rope.inverse_frequencies[rope.dim / 2 - 1];
@@ -50,6 +58,7 @@ fn attention(spec: &AttentionSpec) -> String {
                 spec.qk_norm.map(|norm| format!("norm {norm:?}")),
                 spec.norm_after_rope.then(|| "after rope".to_owned()),
                 spec.sinks.then(|| "sinks".to_owned()),
+                spec.gated.then(|| "gated".to_owned()),
                 spec.clip_qkv.map(|clip| format!("clip {clip}")),
             ];
             extras.into_iter().flatten().for_each(|extra| text += &format!(", {extra}"));
@@ -66,6 +75,10 @@ fn attention(spec: &AttentionSpec) -> String {
             spec.scale,
             spec.bias,
             spec.inner_eps
+        ),
+        AttentionSpec::DeltaNet(spec) => format!(
+            "delta {}/{} heads of {}/{} over {}",
+            spec.value_heads, spec.key_heads, spec.value_width, spec.key_width, spec.taps
         ),
     }
 }
@@ -424,6 +437,34 @@ fn published_configurations_are_read() {
         "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
         "logits_scaling": 6.0, "rope_theta": 10000.0, "max_position_embeddings": 4096
     });
+    let next = json!({
+        "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120,
+        "decoder_sparse_step": 1, "full_attention_interval": 4, "head_dim": 256, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+        "max_position_embeddings": 262_144, "mlp_only_layers": [], "moe_intermediate_size": 512, "norm_topk_prob": true,
+        "num_attention_heads": 16, "num_experts": 512, "num_experts_per_tok": 10, "num_hidden_layers": 48,
+        "num_key_value_heads": 2, "partial_rotary_factor": 0.25, "rope_scaling": null, "rope_theta": 10_000_000,
+        "shared_expert_intermediate_size": 512, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "use_sliding_window": false, "vocab_size": 151_936
+    });
+    let kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"];
+    let qwen = json!({
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "image_token_id": 248_056,
+        "text_config": {
+            "attention_bias": false, "attn_output_gate": true, "dtype": "bfloat16", "eos_token_id": 248_044,
+            "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 2048,
+            "layer_types": kinds.repeat(10),
+            "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32, "linear_value_head_dim": 128, "max_position_embeddings": 262_144,
+            "mlp_only_layers": [], "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 512,
+            "mtp_num_hidden_layers": 1, "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
+            "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+            "shared_expert_intermediate_size": 512, "vocab_size": 248_320, "mamba_ssm_dtype": "float32",
+            "rope_parameters": { "mrope_interleaved": true, "mrope_section": [11, 11, 10], "rope_type": "default",
+                "rope_theta": 10_000_000, "partial_rotary_factor": 0.25 }
+        },
+        "tie_word_embeddings": false, "vision_config": { "depth": 27, "hidden_size": 1152, "model_type": "qwen3_5_moe" }
+    });
     let with = |base: &Value, patch: Value| {
         let mut config = base.clone();
         config.as_object_mut().unwrap().extend(patch.as_object().unwrap().clone());
@@ -448,6 +489,8 @@ fn published_configurations_are_read() {
             5.7,
         ),
         ("granite-3.0-3b-a800m", granite, 3.3, 0.9),
+        ("Qwen3-Next-80B-A3B", next, 79.7, 3.9),
+        ("Qwen3.5-35B-A3B", qwen, 34.7, 3.5),
     ];
     for (name, config, total, active) in expected {
         let spec = config::parse(config.to_string().as_bytes(), name).unwrap();
@@ -459,11 +502,52 @@ fn published_configurations_are_read() {
 }
 
 #[test]
+fn delta_nets() {
+    check(
+        "qwen3_next",
+        "Qwen3NextForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-6 less 1 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000, norm PerHead, gated
+         delta 8/4 heads of 8/12 over 4
+         HalfSplit 4 to 3.1623e-4 times 1.0000
+         8 experts of 16, top 3 Softmax normalised x1, shared 24 gated
+         dense 40
+         8 experts of 16, top 3 Softmax normalised x1, shared 24 gated",
+    );
+    check(
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration bfloat16 V320 H32 positions 4096 Rms 1e-6 less 1 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000, norm PerHead, gated
+         delta 8/4 heads of 12/8 over 4
+         HalfSplit 8 to 5.6234e-6 times 1.0000
+         10 experts of 16, top 3 Softmax normalised x1, shared 24 gated",
+    );
+    let kinds = json!({ "layer_types": ["linear_attention", "full_attention", "full_attention"] });
+    refused(
+        "qwen3_next",
+        kinds,
+        "`layer_types` has 3 entries for 4 layers; correct it or fetch the file again",
+    );
+    let kinds = json!({ "layer_types": ["linear_attention", "chunked", "full_attention", "full_attention"] });
+    refused(
+        "qwen3_next",
+        kinds,
+        "`layer_types` has \"chunked\"; supported are full_attention and linear_attention",
+    );
+    refused(
+        "qwen3_next",
+        json!({ "linear_num_value_heads": 6 }),
+        "`linear_num_value_heads` (6) is no multiple of `linear_num_key_heads` (4); correct it or fetch the file again",
+    );
+}
+
+#[test]
 fn what_is_asked_for_and_missing_is_said() {
     for (name, missing) in [
         ("DeepseekV32ForCausalLM", "its attention looks at tokens that an indexer chooses"),
-        ("Qwen3NextForCausalLM", "most of its layers have a gated delta net"),
-        ("Qwen3_5MoeForConditionalGeneration", "most of its layers have a gated delta net"),
+        (
+            "KimiLinearForCausalLM",
+            "most of its layers have a delta net whose decays are one for each channel",
+        ),
         ("LongcatFlashForCausalLM", "it has experts that compute nothing, and two attentions a layer"),
     ] {
         refused(
@@ -603,7 +687,7 @@ fn old_and_new_keys_mean_the_same() {
 #[test]
 fn nulls_are_not_always_absences() {
     let spec = patched("mixtral_f16", json!({ "num_key_value_heads": null })).unwrap();
-    let AttentionSpec::Gqa(attention) = spec.attention else { panic!("{:?}", spec.attention) };
+    let AttentionSpec::Gqa(attention) = spec.layers[0].attention else { panic!("{:?}", spec.layers[0]) };
     assert_eq!(attention.kv_heads, 6);
     let spec = patched("deepseek_v2", json!({ "n_shared_experts": null })).unwrap();
     assert_eq!(spec.layers[1].mlp.moe().unwrap().shared, None);
@@ -825,14 +909,11 @@ fn sizes_that_do_not_fit_each_other_are_refused() {
 
 #[test]
 fn what_would_change_results_is_refused() {
+    let all: Vec<String> = Architecture::ALL.iter().map(|known| known.to_string()).collect();
     refused(
         "mixtral",
         json!({ "architectures": ["LlamaForCausalLM"] }),
-        "architecture `LlamaForCausalLM` is not supported; supported are MixtralForCausalLM, DeepseekV2ForCausalLM, \
-         DeepseekV3ForCausalLM, DbrxForCausalLM, Qwen2MoeForCausalLM, Qwen3MoeForCausalLM, OlmoeForCausalLM, \
-         ArcticForCausalLM, Glm4MoeForCausalLM, Glm4MoeLiteForCausalLM, MiniMaxM2ForCausalLM, Dots1ForCausalLM, \
-         BailingMoeV2ForCausalLM, Ernie4_5_MoeForCausalLM, HunYuanMoEV1ForCausalLM, GptOssForCausalLM, \
-         GraniteMoeForCausalLM, GraniteMoeSharedForCausalLM",
+        &format!("architecture `LlamaForCausalLM` is not supported; supported are {}", all.join(", ")),
     );
     refused(
         "mixtral",

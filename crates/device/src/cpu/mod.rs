@@ -1,16 +1,17 @@
 //! The CPU: our own kernels over packed weights, on threads that belong to the rank's compute lane.
 //!
-//! [`gemm`] has the matrix products, `attention` the attention, `pool` the threads; everything else is the shared
+//! [`gemm`] has the matrix products, `attention` the attention, `delta` the delta rule, `pool` the threads; everything else is the shared
 //! plain code of [`host`](crate::threaded), spread over the same threads.
 
 mod attention;
+mod delta;
 pub mod gemm;
 mod pool;
 
 use crate::TensorBytes;
 use crate::op::Epilogue;
 use crate::threaded::{
-    AttentionViews, Element, GemmViews, Kernels, LINE_BYTES, Pack, Slabs, ThreadedBackend,
+    AttentionViews, DeltaToken, Element, GemmViews, Kernels, LINE_BYTES, Pack, Slabs, ThreadedBackend,
 };
 use epsmoe_base::DType;
 use epsmoe_quant::{Codes, Format};
@@ -132,6 +133,10 @@ impl Kernels for CpuKernels {
 
     fn attention<T: Element>(&self, views: AttentionViews<'_, T>) {
         attention::run(&mut self.pool(), self.isa, &views);
+    }
+
+    fn delta_rule(&self, state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]) {
+        delta::step(state, token, out);
     }
 }
 

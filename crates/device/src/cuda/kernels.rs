@@ -20,7 +20,7 @@ use std::thread::Builder;
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 10] = [
+const HEADERS: [(&str, &str); 11] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("barrier.cuh", include_str!("../../kernels/barrier.cuh")),
     ("tensor.cuh", include_str!("../../kernels/tensor.cuh")),
@@ -31,6 +31,7 @@ const HEADERS: [(&str, &str); 10] = [
     ("codes.cuh", include_str!("../../kernels/codes.cuh")),
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
     ("slot_bias.cuh", include_str!("../../kernels/slot_bias.cuh")),
+    ("carried.cuh", include_str!("../../kernels/carried.cuh")),
 ];
 
 /// The architecture of kernels that use wgmma and TMA.
@@ -85,6 +86,9 @@ sources! {
     "scale": ["scale"] in SAME, 256 threads;
     "activate": ["activate"] in ANY, 256 threads;
     "add_slot_bias": ["add_slot_bias"] in SAME, 256 threads;
+    "short_conv": ["short_conv", "keep_rows"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 256 threads;
+    "delta_rule": ["delta128", "delta256"] in [(F32, F32), (BF16, F32)], 128 threads;
+    "gate": ["gate"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
     "gather": ["gather"] in ANY, 256 threads;
     "gather_fp8": ["to_fp8", "from_fp8", "through_fp8"] in SAME, 256 threads;
     "kv_write": ["kv_write"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;

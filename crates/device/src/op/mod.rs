@@ -6,6 +6,7 @@ mod assignments;
 mod attention;
 mod gemm;
 mod norm;
+mod recurrent;
 mod rope;
 mod route;
 mod rows;
@@ -16,6 +17,7 @@ pub use attention::{Attention, KvWrite};
 pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
 pub(crate) use norm::not_finite;
 pub use norm::{Norm, NormKind, Origin};
+pub use recurrent::{Carried, DeltaRule, Gate, Gating, ShortConv};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
 pub use rows::{Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce, Scale};
@@ -89,6 +91,9 @@ ops! {
     Scale => "scale", Residual;
     Activate => "activate", GateUp;
     AddSlotBias => "add_slot_bias", Down;
+    ShortConv => "short_conv", Attention;
+    DeltaRule => "delta_rule", Attention;
+    Gate => "gate", Attention;
 }
 
 impl Op {

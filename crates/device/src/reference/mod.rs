@@ -3,7 +3,7 @@
 
 use crate::op::Epilogue;
 use crate::threaded::{
-    AttentionViews, Element, Fill, GemmViews, Kernels, Pack, ThreadedBackend, ThreadedOptions,
+    AttentionViews, DeltaToken, Element, Fill, GemmViews, Kernels, Pack, ThreadedBackend, ThreadedOptions,
 };
 use epsmoe_base::DType;
 use epsmoe_quant::{Codes, Format};
@@ -118,6 +118,22 @@ impl Kernels for PlainKernels {
                     let mean: f64 = slots.iter().zip(&powers).map(|(&slot, power)| power * value(slot)).sum();
                     views.out.row(t)[head * value_width + column] = T::from_f32((mean / total) as f32);
                 }
+            }
+        }
+    }
+
+    fn delta_rule(&self, state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]) {
+        let width = out.len();
+        for (column, (out, &value)) in out.iter_mut().zip(token.value).enumerate() {
+            let decayed = |row: usize| f64::from(token.decay) * f64::from(state[row * width + column]);
+            let keys = token.key.iter().map(|&key| f64::from(key)).enumerate();
+            let held: f64 = keys.clone().map(|(row, key)| key * decayed(row)).sum();
+            let delta = f64::from(token.beta) * (f64::from(value) - held);
+            let next: Vec<f64> = keys.map(|(row, key)| decayed(row) + key * delta).collect();
+            let seen = next.iter().zip(token.query).map(|(state, &query)| state * f64::from(query));
+            *out = seen.sum::<f64>() as f32;
+            for (row, next) in next.into_iter().enumerate() {
+                state[row * width + column] = next as f32;
             }
         }
     }

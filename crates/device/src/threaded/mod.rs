@@ -9,12 +9,14 @@ mod element;
 mod lanes;
 mod memory;
 mod pages;
+mod recurrent;
 mod rows;
 mod weights;
 
 pub use element::{Element, Plain};
 pub use memory::{Fill, Memory, View, ViewMut};
 pub(crate) use pages::{LINE_BYTES, Pages, Piece, Slabs};
+pub use recurrent::DeltaToken;
 pub use rows::AttentionViews;
 pub use weights::{Pack, WeightStore};
 pub(crate) use weights::{check_codes, check_sources, held_format};
@@ -64,6 +66,9 @@ pub trait Kernels: Send + Sync + 'static {
 
     /// See [`Attention`](crate::op::Attention). Row-invariant.
     fn attention<T: Element>(&self, attention: AttentionViews<'_, T>);
+
+    /// One token of one value head of [`DeltaRule`](crate::op::DeltaRule): the state goes on by it.
+    fn delta_rule(&self, state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]);
 }
 
 /// One product with its numbers at hand.
@@ -355,6 +360,9 @@ fn run<K: Kernels>(
         Op::Scale(op) => typed!(op.x.dtype, scale, op),
         Op::Activate(op) => typed!(op.x.dtype, op.out.dtype, activate, op),
         Op::AddSlotBias(op) => typed!(op.x.dtype, add_slot_bias, op),
+        Op::ShortConv(op) => typed!(op.x.dtype, op.out.dtype, short_conv, op),
+        Op::DeltaRule(op) => typed!(op.x.dtype, delta_rule, op),
+        Op::Gate(op) => typed!(op.x.dtype, op.out.dtype, gate, op),
     }
 }
 

@@ -74,12 +74,12 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     /// Calls `each(m, row m)` for every row of `out`, rows shared among the lane's threads.
-    fn for_rows<T: Plain>(&self, out: &ViewMut<'_, T>, each: impl Fn(usize, &mut [T]) + Sync) {
+    pub(super) fn for_rows<T: Plain>(&self, out: &ViewMut<'_, T>, each: impl Fn(usize, &mut [T]) + Sync) {
         self.for_rows_from(out, out.width * size_of::<T>(), each);
     }
 
     /// The same where a row is made from `bytes` that say better than its own how long it takes.
-    fn for_rows_from<T: Plain>(
+    pub(super) fn for_rows_from<T: Plain>(
         &self,
         out: &ViewMut<'_, T>,
         bytes: usize,

@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 26;
+const OPERATIONS: usize = 29;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -90,6 +90,9 @@ fn number(op: &Op) -> usize {
         Op::Scale(_) => 23,
         Op::Activate(_) => 24,
         Op::AddSlotBias(_) => 25,
+        Op::ShortConv(_) => 26,
+        Op::DeltaRule(_) => 27,
+        Op::Gate(_) => 28,
     }
 }
 

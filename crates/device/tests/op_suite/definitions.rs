@@ -28,6 +28,7 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     products(&bench);
     activations(&bench);
     attentions(&bench);
+    crate::recurrent::definitions(&bench);
     routes(&bench);
     chosen_experts(&bench);
     largest(&bench);

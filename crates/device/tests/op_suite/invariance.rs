@@ -12,6 +12,7 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     products(&bench);
     row_operations(&bench);
     attentions(&bench);
+    crate::recurrent::invariance(&bench);
 }
 
 /// Whether rows `rows` of the whole, computed as `got`, have the bits they have there.

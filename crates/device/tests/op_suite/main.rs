@@ -11,6 +11,7 @@ mod coded;
 mod definitions;
 mod invariance;
 mod lanes;
+mod recurrent;
 mod refusals;
 mod speed;
 

@@ -3,6 +3,7 @@
 
 use crate::assignments;
 use crate::bench::{Bench, Sheet};
+use crate::recurrent;
 use epsmoe_base::{DType, FaultKind, Layer, Place};
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
@@ -13,6 +14,7 @@ pub(crate) fn suite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
     weights(&fresh());
     while_running(&fresh);
     assignments::hostile(&fresh);
+    recurrent::refusals(&fresh);
     not_finite(fresh);
 }
 

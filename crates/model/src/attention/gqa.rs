@@ -5,7 +5,7 @@ use crate::load::Loader;
 use crate::parallel::Share;
 use crate::{GqaSpec, LayerPart, ModelError, QkNorm, Window};
 use epsmoe_base::Layer;
-use epsmoe_device::op::Clamp;
+use epsmoe_device::op::{Clamp, Gate, Gating};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use std::ops::Range;
 
@@ -84,6 +84,7 @@ impl OwnHeads {
 pub(super) struct Workspace {
     /// Rows of the input whose queries are computed.
     input: Buffer,
+    /// With the gates of its heads, if they have any.
     query: Buffer,
     key: Buffer,
     value: Buffer,
@@ -105,7 +106,12 @@ impl Workspace {
         let normed = |heads: &Range<usize>| if own.spec.qk_norm.is_some() { heads.len() } else { 0 };
         Ok(Workspace {
             input: device.allocate("query_input", device.dtype(), tokens, hidden)?,
-            query: reserve("query", queries.len())?,
+            query: device.allocate(
+                "query",
+                device.dtype(),
+                tokens,
+                queries.len() * own.spec.query_rows_of_head(),
+            )?,
             key: reserve("key", keys.len())?,
             value: reserve("value", own.kv.len())?,
             normed_query: reserve("normed_query", normed(&queries))?,
@@ -124,8 +130,8 @@ impl Gqa {
         slots: usize,
     ) -> Result<Self, ModelError> {
         let spec = own.spec;
-        let linear = |weight, bias: LayerPart, heads: &Range<usize>| {
-            let window = Window::rows(own.elements(heads));
+        let linear = |weight, bias: LayerPart, rows: Range<usize>| {
+            let window = Window::rows(rows);
             Linear::load(loader, layer, weight, spec.qkv_bias.then_some(bias), &window)
         };
         let norms = |_| -> Result<_, ModelError> {
@@ -136,9 +142,13 @@ impl Gqa {
         let width = own.kv.len() * spec.head_dim;
         let cache = |name| loader.device.allocate(name, loader.device.dtype(), slots, width);
         Ok(Gqa {
-            query: linear(LayerPart::Query, LayerPart::QueryBias, &queries)?,
-            key: linear(LayerPart::Key, LayerPart::KeyBias, &keys)?,
-            value: linear(LayerPart::Value, LayerPart::ValueBias, &own.kv)?,
+            query: linear(
+                LayerPart::Query,
+                LayerPart::QueryBias,
+                blocks(&queries, spec.query_rows_of_head()),
+            )?,
+            key: linear(LayerPart::Key, LayerPart::KeyBias, own.elements(&keys))?,
+            value: linear(LayerPart::Value, LayerPart::ValueBias, own.elements(&own.kv))?,
             norms: spec.qk_norm.map(norms).transpose()?,
             sinks: spec.sinks.then(sinks).transpose()?,
             output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
@@ -164,6 +174,7 @@ impl Gqa {
         cx.linear(&input, &self.query, &query)?;
         cx.linear(x, &self.key, &key)?;
         cx.linear(x, &self.value, &value)?;
+        let gate = self.gate(&query)?;
         let rotate_first = spec.norm_after_rope;
         let rotate = |query: &Buffer, key: &Buffer| {
             cx.rotate(cx.queries, query, spec.head_dim, 0)?;
@@ -190,12 +201,26 @@ impl Gqa {
         }
         cx.store(&key, &self.cached_keys)?;
         cx.store(&value, &self.cached_values)?;
-        let context = self.workspace.context.rows(queries)?;
+        let mut context = self.workspace.context.rows(queries.clone())?;
         let (heads, kv_heads) = (own.query.len(), own.kv.len());
         let heads =
             Heads { heads, kv_heads, scale: spec.scale, window: self.window, sinks: self.sinks.clone() };
         cx.attend(heads, &query, &self.cached_keys, &self.cached_values, &context)?;
+        if let Some(gate) = gate {
+            // Its queries are done with.
+            let out = self.workspace.normed_query.rows(queries)?;
+            let (x, heads) = (context.reshape(spec.head_dim)?, out.reshape(spec.head_dim)?);
+            cx.compute(Gate { gate, gating: Gating::Sigmoid, x, out: heads })?;
+            context = out;
+        }
         cx.linear(&context, &self.output, out)
+    }
+
+    /// The gates among the projected queries, a row for each head: they lie behind each query.
+    fn gate(&self, query: &Buffer) -> Result<Option<Buffer>, DeviceError> {
+        let GqaSpec { gated, head_dim, .. } = self.own.spec;
+        let of = || query.reshape(2 * head_dim)?.columns(head_dim..2 * head_dim);
+        gated.then(of).transpose()
     }
 
     /// The norm of queries or keys, each head by itself or all of a token together.
@@ -208,9 +233,11 @@ impl Gqa {
     ) -> Result<Buffer, DeviceError> {
         let width = match self.own.spec.qk_norm {
             Some(QkNorm::PerHead) => self.own.spec.head_dim,
-            _ => x.width,
+            _ => out.width,
         };
-        cx.norm(&x.reshape(width)?, weight, cx.eps, &out.reshape(width)?)?;
+        // What is projected for a head may be more than is normed.
+        let x = x.reshape(x.width / (out.width / width))?.columns(0..width)?;
+        cx.norm(&x, weight, cx.eps, &out.reshape(width)?)?;
         Ok(out)
     }
 }
@@ -230,6 +257,7 @@ mod tests {
             norm_after_rope: false,
             clip_qkv: None,
             sinks: false,
+            gated: false,
             scale: 1.0,
         };
         let of = |index| OwnHeads::of(&spec, Share { index, count });

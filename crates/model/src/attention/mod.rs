@@ -1,15 +1,17 @@
-//! Attention: normed rows in, what is added to the residual out. Both kinds end in one operation over a paged
-//! cache, whose blocks the engine hands out; the bytes are here.
+//! Attention: normed rows in, what is added to the residual out. Two kinds end in one operation over a paged cache, whose
+//! blocks the engine hands out; the third carries a state along, in a slot that the engine hands out. The bytes are here.
 
+mod delta_net;
 mod gqa;
 mod mla;
 
 use crate::forward::ModelOptions;
 use crate::load::Loader;
 use crate::step::{Queries, Step};
-use crate::{AttentionSpec, LayerPart, MlaSpec, ModelError, Window};
+use crate::{AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, Window};
+use delta_net::DeltaNet;
 use epsmoe_base::{Lane, Layer, Place};
-use epsmoe_device::op::{self, Gather, Gemm, KvWrite, NormKind, Op, RopeStyle, Rotate};
+use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, Op, RopeStyle, Rotate};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use gqa::Gqa;
 use mla::Mla;
@@ -22,35 +24,72 @@ pub const BLOCK_SIZE: usize = 64;
 pub(crate) enum Attention {
     Gqa(Gqa),
     Mla(Mla),
+    DeltaNet(DeltaNet),
+}
+
+/// Room for what is computed in between, which layers of one kind share.
+enum Workspace {
+    Gqa(gqa::OwnHeads, gqa::Workspace),
+    Mla(MlaSpec, mla::Workspace),
+    DeltaNet(delta_net::Workspace),
+}
+
+impl Workspace {
+    fn allocate<B: Backend>(
+        loader: &Loader<'_, B>,
+        attention: &AttentionSpec,
+        tokens: usize,
+    ) -> Result<Self, DeviceError> {
+        let (device, hidden, share) = (loader.device, loader.spec.hidden, loader.layout.in_group());
+        Ok(match attention {
+            AttentionSpec::Gqa(spec) => {
+                let own = gqa::OwnHeads::of(spec, share);
+                let workspace = gqa::Workspace::allocate(device, &own, hidden, tokens)?;
+                Workspace::Gqa(own, workspace)
+            }
+            AttentionSpec::Mla(spec) => {
+                let own = MlaSpec { heads: share.of(spec.heads).len(), ..*spec };
+                Workspace::Mla(own, mla::Workspace::allocate(device, &own, hidden, tokens)?)
+            }
+            AttentionSpec::DeltaNet(spec) => {
+                let own = spec.of_heads(share.of(spec.key_heads).len());
+                Workspace::DeltaNet(delta_net::Workspace::allocate(device, &own, hidden, tokens)?)
+            }
+        })
+    }
 }
 
 impl Attention {
-    /// The attention of every layer. The workspace for what is computed in between is shared by all of them.
+    /// The attention of every layer.
     pub(crate) fn load<B: Backend>(
         loader: &Loader<'_, B>,
         options: &ModelOptions,
     ) -> Result<Vec<Self>, ModelError> {
-        let layers = (0..loader.spec.layers.len()).map(Layer);
-        let slots = options.cache_blocks * BLOCK_SIZE;
-        match &loader.spec.attention {
-            AttentionSpec::Gqa(spec) => {
-                let own = gqa::OwnHeads::of(spec, loader.layout.in_group());
-                let workspace =
-                    gqa::Workspace::allocate(loader.device, &own, loader.spec.hidden, options.max_tokens)?;
-                let load = |layer| Gqa::load(loader, layer, &own, &workspace, slots).map(Attention::Gqa);
-                layers.map(load).collect()
+        let (slots, share) = (options.cache_blocks * BLOCK_SIZE, loader.layout.in_group());
+        let mut workspaces: Vec<(AttentionSpec, Workspace)> = Vec::new();
+        let mut layers = Vec::with_capacity(loader.spec.layers.len());
+        for (layer, LayerSpec { attention, .. }) in loader.spec.layers.iter().enumerate() {
+            let layer = Layer(layer);
+            if !workspaces.iter().any(|(of, _)| of == attention) {
+                workspaces.push((*attention, Workspace::allocate(loader, attention, options.max_tokens)?));
             }
-            AttentionSpec::Mla(spec) => {
-                let heads = loader.layout.in_group().of(spec.heads);
-                let own = MlaSpec { heads: heads.len(), ..*spec };
-                let workspace =
-                    mla::Workspace::allocate(loader.device, &own, loader.spec.hidden, options.max_tokens)?;
-                let load = |layer| {
-                    Mla::load(loader, layer, own, heads.clone(), &workspace, slots).map(Attention::Mla)
-                };
-                layers.map(load).collect()
-            }
+            let found = workspaces.iter().find(|(of, _)| of == attention);
+            layers.push(match (attention, found.map(|(_, workspace)| workspace)) {
+                (_, Some(Workspace::Gqa(own, workspace))) => {
+                    Attention::Gqa(Gqa::load(loader, layer, own, workspace, slots)?)
+                }
+                (AttentionSpec::Mla(spec), Some(Workspace::Mla(own, workspace))) => {
+                    let heads = share.of(spec.heads);
+                    Attention::Mla(Mla::load(loader, layer, *own, heads, workspace, slots)?)
+                }
+                (AttentionSpec::DeltaNet(spec), Some(Workspace::DeltaNet(workspace))) => {
+                    let heads = (spec, share.of(spec.key_heads));
+                    Attention::DeltaNet(DeltaNet::load(loader, layer, heads, workspace, options.states)?)
+                }
+                _ => unreachable!("{attention:?} has a workspace of its own kind. This is a bug."),
+            });
         }
+        Ok(layers)
     }
 
     /// `out = attention(x)` for `x` `[T, H]` and `out` `[Q, H]`, one row for each query: of this rank's heads, to be
@@ -64,6 +103,7 @@ impl Attention {
         match self {
             Attention::Gqa(attention) => attention.run(context, x, out),
             Attention::Mla(attention) => attention.run(context, x, out),
+            Attention::DeltaNet(attention) => attention.run(context, x, out),
         }
     }
 }
@@ -152,6 +192,16 @@ impl<B: Backend> Context<'_, B> {
     ) -> Result<(), DeviceError> {
         let rope_table = tokens.rope_table.clone();
         self.compute(Rotate { x: x.clone(), head_width, start, style: self.rope, rope_table })
+    }
+
+    /// Whose states the step goes on from.
+    fn carried(&self) -> Carried {
+        let all = &self.step.all.queries;
+        Carried {
+            sequence_starts: all.sequence_starts.clone(),
+            positions: all.positions.clone(),
+            slots: self.step.states.clone(),
+        }
     }
 
     fn store(&self, x: &Buffer, cache: &Buffer) -> Result<(), DeviceError> {

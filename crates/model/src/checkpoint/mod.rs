@@ -264,6 +264,12 @@ impl Tensor {
         }
     }
 
+    /// Every element is one more, in float32.
+    pub(crate) fn plus_one(self) -> Tensor {
+        let bytes = self.floats().into_iter().flat_map(|value| (1.0 + value).to_le_bytes()).collect();
+        Tensor { dtype: DType::F32, shape: self.shape, bytes }
+    }
+
     /// Rows become columns, of a tensor of two dimensions.
     pub fn transposed(self) -> Tensor {
         let (rows, columns) = (self.shape[0], self.shape[1]);

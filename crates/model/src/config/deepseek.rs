@@ -1,6 +1,6 @@
 //! DeepSeek-V2 and DeepSeek-V3: latent attention, shared experts, groups of experts.
 
-use super::draft::{Defaults, Draft, divides};
+use super::draft::{Defaults, Draft, DraftLayer, divides};
 use super::keys::{Checked, FACTOR, HEAD_WIDTH, Keys, LAYERS, MEND, WIDTH, wrong};
 use crate::Architecture;
 use crate::spec::*;
@@ -126,7 +126,11 @@ fn groups(
     Ok((groups > 1).then_some(GroupLimit { groups, kept, by }))
 }
 
-pub(super) fn deepseek_layers(draft: &Draft, moe: &MoeSpec, default_dense: usize) -> Checked<Vec<LayerSpec>> {
+pub(super) fn deepseek_layers(
+    draft: &Draft,
+    moe: &MoeSpec,
+    default_dense: usize,
+) -> Checked<Vec<DraftLayer>> {
     let dense = draft.keys.whole("first_k_dense_replace", 0..=*LAYERS.end())?.unwrap_or(default_dense);
     let every = draft.keys.whole("moe_layer_freq", LAYERS)?.unwrap_or(1);
     Ok(draft.layers(moe, |layer| layer >= dense && layer.is_multiple_of(every)))
@@ -147,7 +151,7 @@ pub(super) fn latent_model(
     draft: &Draft,
     architecture: Architecture,
     defaults: LatentDefaults,
-    layers: Vec<LayerSpec>,
+    layers: Vec<DraftLayer>,
 ) -> Checked<ModelSpec> {
     let keys = draft.keys;
     let nope = keys.whole("qk_nope_head_dim", HEAD_WIDTH)?.unwrap_or(defaults.nope);
@@ -168,5 +172,5 @@ pub(super) fn latent_model(
         scale: (((nope + rope_dim) as f64).powf(-0.5) * rope.score_factor) as f32,
     };
     let attention = AttentionSpec::Mla(attention);
-    draft.complete((architecture, TensorNames::Common), NormKind::Rms, attention, rope, layers)
+    draft.complete((architecture, TensorNames::Common), NormKind::Rms, rope, layers, |_| attention)
 }

@@ -38,6 +38,13 @@ pub(super) struct Draft<'a> {
     pub(super) positions: usize,
 }
 
+/// A layer but for its attention; see [`LayerSpec`].
+pub(super) struct DraftLayer {
+    pub(super) window: Option<usize>,
+    pub(super) mlp: MlpSpec,
+    pub(super) residual_mlp: Option<usize>,
+}
+
 impl<'a> Draft<'a> {
     pub(super) fn new(keys: &'a Keys<'a>, defaults: &'a Defaults) -> Checked<Self> {
         Ok(Draft {
@@ -56,7 +63,7 @@ impl<'a> Draft<'a> {
         &self,
         names: (Architecture, TensorNames),
         attention: GqaSpec,
-        layers: Vec<LayerSpec>,
+        layers: Vec<DraftLayer>,
     ) -> Checked<ModelSpec> {
         self.partial_model(names, attention, layers, None)
     }
@@ -66,38 +73,45 @@ impl<'a> Draft<'a> {
         &self,
         (architecture, naming): (Architecture, TensorNames),
         attention: GqaSpec,
-        layers: Vec<LayerSpec>,
+        layers: Vec<DraftLayer>,
         usual: Option<f64>,
     ) -> Checked<ModelSpec> {
         // GGUF keeps rows of some models in pairs that turn together, and then says so.
         let interleaved = self.keys.flag("rope_interleave")?.unwrap_or(false);
         let style = if interleaved { RopeStyle::Interleaved } else { RopeStyle::HalfSplit };
         let rope = self.rope(self.rotated(attention.head_dim, usual)?, style, self.theta()?)?;
-        self.complete((architecture, naming), NormKind::Rms, AttentionSpec::Gqa(attention), rope, layers)
+        let attention = AttentionSpec::Gqa(attention);
+        self.complete((architecture, naming), NormKind::Rms, rope, layers, |_| attention)
     }
 
-    /// The parts that differ, with those that every config has.
+    /// The parts that differ, with those that every config has; `attention` is that of each layer.
     pub(super) fn complete(
         &self,
         (architecture, naming): (Architecture, TensorNames),
         norm: NormKind,
-        attention: AttentionSpec,
         rope: Rope,
-        layers: Vec<LayerSpec>,
+        layers: Vec<DraftLayer>,
+        attention: impl Fn(usize) -> AttentionSpec,
     ) -> Checked<ModelSpec> {
         let (keys, defaults) = (self.keys, self.defaults);
         let vocab = keys.whole("vocab_size", VOCABULARY)?.unwrap_or(defaults.vocab);
         let eps = keys.number("rms_norm_eps", EPSILON)?.unwrap_or(defaults.eps) as f32;
+        let layers = layers.into_iter().enumerate().map(|(index, layer)| LayerSpec {
+            attention: attention(index),
+            window: layer.window,
+            mlp: layer.mlp,
+            residual_mlp: layer.residual_mlp,
+        });
         Ok(ModelSpec {
             architecture,
             naming,
+            nesting: Nesting::Alone,
             vocab,
             hidden: self.hidden,
             max_positions: rope.positions,
-            norm: NormSpec { kind: norm, eps },
-            attention,
+            norm: NormSpec { kind: norm, eps, less_one: false },
             rope: rope.spec,
-            layers,
+            layers: layers.collect(),
             factors: Factors::default(),
             tie_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
             dtype: dtype(keys),
@@ -115,7 +129,6 @@ impl<'a> Draft<'a> {
 
     /// Grouped-query attention with neither bias, norm, clip nor window.
     pub(super) fn grouped(&self, kv_heads: usize) -> Checked<GqaSpec> {
-        divides(("the number of key and value heads", kv_heads), ("the number of heads", self.heads))?;
         let head_dim = match self.keys.whole("head_dim", HEAD_WIDTH)? {
             Some(given) => given,
             None => {
@@ -123,6 +136,12 @@ impl<'a> Draft<'a> {
                 self.hidden / self.heads
             }
         };
+        self.grouped_of(kv_heads, head_dim)
+    }
+
+    /// The same with heads of a width.
+    pub(super) fn grouped_of(&self, kv_heads: usize, head_dim: usize) -> Checked<GqaSpec> {
+        divides(("the number of key and value heads", kv_heads), ("the number of heads", self.heads))?;
         Ok(GqaSpec {
             heads: self.heads,
             kv_heads,
@@ -133,6 +152,7 @@ impl<'a> Draft<'a> {
             norm_after_rope: false,
             clip_qkv: None,
             sinks: false,
+            gated: false,
             scale: (head_dim as f64).powf(-0.5) as f32,
         })
     }
@@ -146,15 +166,15 @@ impl<'a> Draft<'a> {
     }
 
     /// Layers without residual MLPs, dense where they are no mixture.
-    pub(super) fn layers(&self, moe: &MoeSpec, is_moe: impl Fn(usize) -> bool) -> Vec<LayerSpec> {
+    pub(super) fn layers(&self, moe: &MoeSpec, is_moe: impl Fn(usize) -> bool) -> Vec<DraftLayer> {
         let inner = self.inner;
         let mlp = |index| if is_moe(index) { MlpSpec::Moe(moe.clone()) } else { MlpSpec::Dense { inner } };
-        let layer = |index| LayerSpec { window: None, mlp: mlp(index), residual_mlp: None };
+        let layer = |index| DraftLayer { window: None, mlp: mlp(index), residual_mlp: None };
         (0..self.layers).map(layer).collect()
     }
 
     /// The same, each layer with the window of `sliding_window`, if there is one.
-    pub(super) fn windowed(&self, mut layers: Vec<LayerSpec>) -> Checked<Vec<LayerSpec>> {
+    pub(super) fn windowed(&self, mut layers: Vec<DraftLayer>) -> Checked<Vec<DraftLayer>> {
         let window = self.keys.whole("sliding_window", POSITIONS)?;
         layers.iter_mut().for_each(|layer| layer.window = window);
         Ok(layers)
@@ -163,9 +183,9 @@ impl<'a> Draft<'a> {
     /// Those of some layers: which, `layer_types` says, or `usual` for the number of a layer.
     pub(super) fn windowed_by_type(
         &self,
-        mut layers: Vec<LayerSpec>,
+        mut layers: Vec<DraftLayer>,
         usual: impl Fn(usize) -> bool,
-    ) -> Checked<Vec<LayerSpec>> {
+    ) -> Checked<Vec<DraftLayer>> {
         const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
         let kinds = self.keys.list("layer_types")?;
         if let Some(other) = kinds.iter().find(|kind| !KINDS.map(Some).contains(&kind.as_str())) {

@@ -22,7 +22,7 @@ mod qwen;
 mod rope;
 
 use crate::checkpoint::{GgufFiles, other_weights, read_small};
-use crate::spec::{ModelSpec, TensorNames};
+use crate::spec::{ModelSpec, Nesting, TensorNames};
 use crate::{Architecture, ModelError};
 use epsmoe_base::json;
 use keys::{ACTIVATIONS, Checked, Keys, MOST_EXPERTS_IN_ALL, Remarks, Wrong, quoted, shown, wrong};
@@ -141,8 +141,11 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
     let remarks = Remarks::default();
     let keys = Keys { map: Some(map), section: "", remarks: &remarks };
     let architecture = architecture(&keys)?;
+    let inner = language_model(map);
+    let nesting = if inner.is_some() { Nesting::Beside } else { Nesting::Alone };
+    let keys = Keys { map: inner.as_ref().or(Some(map)), ..keys };
     refuse_unsupported(architecture, &keys)?;
-    let spec = match architecture {
+    let mut spec = match architecture {
         Architecture::Mixtral => mixtral::mixtral(&keys),
         Architecture::DeepseekV2 => deepseek::deepseek_v2(&keys),
         Architecture::DeepseekV3 => deepseek::deepseek_v3(&keys),
@@ -160,7 +163,10 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
         Architecture::HunyuanV1Moe => hunyuan::hunyuan_v1_moe(&keys),
         Architecture::GptOss => gpt_oss::gpt_oss(&keys),
         Architecture::GraniteMoe | Architecture::GraniteMoeShared => granite::granite(&keys, architecture),
+        Architecture::Qwen3Next => qwen::qwen3_next(&keys),
+        Architecture::Qwen35Moe => qwen::qwen3_5(&keys),
     }?;
+    spec.nesting = nesting;
     let experts: usize = spec.layers.iter().filter_map(|layer| layer.mlp.moe()).map(|moe| moe.experts).sum();
     if experts > MOST_EXPERTS_IN_ALL {
         return wrong(format!(
@@ -169,6 +175,14 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
     }
     let says_dtype = draft::known_dtype(&keys).is_some();
     Ok(Config { spec, says_dtype, remarks: remarks.into_inner() })
+}
+
+/// The keys of a language model that is nested in a larger one, whose own keys hold where it has none.
+fn language_model(map: &Map<String, Value>) -> Option<Map<String, Value>> {
+    let inner = map.get("text_config")?.as_object()?;
+    let mut flat = map.clone();
+    flat.extend(inner.iter().map(|(key, value)| (key.clone(), value.clone())));
+    Some(flat)
 }
 
 fn architecture(keys: &Keys) -> Checked<Architecture> {
@@ -194,18 +208,19 @@ fn architecture(keys: &Keys) -> Checked<Architecture> {
 }
 
 /// Other names of what is supported.
-const ALIASES: [(&str, Architecture); 2] =
-    [("kimi_k2", Architecture::DeepseekV3), ("hunyuan", Architecture::HunyuanV1Moe)];
+const ALIASES: [(&str, Architecture); 4] = [
+    ("kimi_k2", Architecture::DeepseekV3),
+    ("hunyuan", Architecture::HunyuanV1Moe),
+    ("Qwen3_5MoeForCausalLM", Architecture::Qwen35Moe),
+    ("qwen3_5_moe_text", Architecture::Qwen35Moe),
+];
 
 /// Architectures that people ask for, and what they have that is missing here.
-const UNSUPPORTED: [(&str, &str); 25] = [
+const UNSUPPORTED: [(&str, &str); 22] = [
     ("DeepseekV32ForCausalLM", INDEXER),
     ("GlmMoeDsaForCausalLM", INDEXER),
     ("DeepseekV4ForCausalLM", "its attention looks at compressed tokens, and its residual stream is several"),
-    ("Qwen3NextForCausalLM", DELTA_NET),
-    ("Qwen3_5MoeForCausalLM", DELTA_NET),
-    ("Qwen3_5MoeForConditionalGeneration", DELTA_NET),
-    ("KimiLinearForCausalLM", DELTA_NET),
+    ("KimiLinearForCausalLM", DELTA),
     ("BailingMoeV2_5ForCausalLM", LINEAR),
     ("MiniMaxText01ForCausalLM", LINEAR),
     ("MiniMaxM1ForCausalLM", LINEAR),
@@ -226,7 +241,7 @@ const UNSUPPORTED: [(&str, &str); 25] = [
     ("Qwen3VLMoeForConditionalGeneration", NESTED),
 ];
 const INDEXER: &str = "its attention looks at tokens that an indexer chooses";
-const DELTA_NET: &str = "most of its layers have a gated delta net";
+const DELTA: &str = "most of its layers have a delta net whose decays are one for each channel";
 const LINEAR: &str = "most of its layers have linear attention";
 const STATE_SPACE: &str = "most of its layers are state space models";
 const GEMMA: &str = "its heads have two widths, and norms stand after its layers too";
@@ -236,7 +251,7 @@ const NESTED: &str = "its language model is nested in one that sees images";
 
 /// What would change results if it were passed over.
 fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
-    use Architecture::{Dots1, GptOss, Qwen2Moe, Qwen3Moe};
+    use Architecture::{Dots1, GptOss, Qwen2Moe, Qwen3Moe, Qwen3Next, Qwen35Moe};
     keys.only("hidden_act", &ACTIVATIONS)?;
     let windows = matches!(architecture, Qwen2Moe | Qwen3Moe);
     for key in ["use_sliding_window", "mlp_bias"] {
@@ -245,7 +260,8 @@ fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
         }
     }
     let slides = keys.flag("use_sliding_window")?.unwrap_or(false);
-    if matches!(architecture, Dots1 | GptOss) || (architecture == Qwen2Moe && slides) {
+    if matches!(architecture, Dots1 | GptOss | Qwen3Next | Qwen35Moe) || (architecture == Qwen2Moe && slides)
+    {
         return Ok(());
     }
     let other = keys.list("layer_types")?.iter().find(|kind| kind.as_str() != Some("full_attention"));

@@ -17,6 +17,8 @@ pub(super) struct StepBuffers {
     pub(super) slots: Buffer,
     /// `[B, most blocks of a sequence]`.
     pub(super) blocks: Buffer,
+    /// `[B, 2]`.
+    pub(super) states: Buffer,
     /// What attention computes for: all tokens, and in the last layer those whose logits are wanted.
     pub(super) queries: QueryBuffers,
     pub(super) wanted_queries: QueryBuffers,
@@ -71,6 +73,7 @@ impl StepBuffers {
             ids: indices("ids", shard, 1)?,
             slots: indices("slots", tokens, 1)?,
             blocks: indices("blocks", sequences, options.max_blocks)?,
+            states: indices("states", sequences, 2)?,
             queries: queries()?,
             wanted_queries: queries()?,
             wanted: indices("wanted", shard, 1)?,
@@ -104,7 +107,8 @@ impl ModelOptions {
         let parts = [
             product(tokens, bytes_per_token(spec, dtype)),
             product(tokens.min(LOGIT_ROWS), (spec.vocab + 1) * word),
-            product(self.max_sequences + 1, (self.max_blocks + 2) * word),
+            product(self.max_sequences + 1, (self.max_blocks + 4) * word),
+            product(self.states, spec.state_bytes(dtype, self.parallel.tensor)),
             group(layout.attention_ranks().len(), tokens),
             group(layout.mlp_ranks().len(), layout.most_in_mlp(tokens)),
             experts::buffer_bytes(spec, &layout, self, dtype)?,
@@ -115,23 +119,40 @@ impl ModelOptions {
 
 /// Bytes of a token in all buffers but those of MoE layers, on a rank that splits nothing.
 fn bytes_per_token(spec: &ModelSpec, dtype: DType) -> usize {
-    let (values, floats) = match &spec.attention {
+    let mut kinds: Vec<&AttentionSpec> = Vec::new();
+    for layer in &spec.layers {
+        if !kinds.contains(&&layer.attention) {
+            kinds.push(&layer.attention);
+        }
+    }
+    let (mut values, mut floats) = (0, 0);
+    for kind in &kinds {
+        let widths = workspace_widths(kind);
+        // With the input of queries.
+        (values, floats) = (values + widths.0 + spec.hidden, floats + widths.1);
+    }
+    // The normed stream, what experts before attention read; the stream twice, and what is added.
+    let values = values + widest_dense(spec) + 2 * spec.hidden;
+    let floats = floats + 3 * spec.hidden + 2 * spec.rope.dim;
+    // Ids, slots, positions and places.
+    values * dtype.bytes() + floats * DType::F32.bytes() + 8 * DType::U32.bytes()
+}
+
+/// Numbers, and floats, of a token in what layers with such attention share.
+fn workspace_widths(attention: &AttentionSpec) -> (usize, usize) {
+    match attention {
         AttentionSpec::Gqa(gqa) => {
             let (query, key) = (gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim);
-            // Query, context, key, value; query and key once more if they are normed.
-            (3 * query + 3 * key, 0)
+            // Query, context, key, value, gate; query and key once more if they are normed.
+            (3 * query + 3 * key + if gqa.gated { query } else { 0 }, 0)
         }
         AttentionSpec::Mla(mla) => {
             let (latent, row) = (mla.q_lora.unwrap_or(0), mla.kv_lora + mla.rope);
             let heads = mla.heads * (mla.nope + mla.rope + row + mla.kv_lora + mla.value);
             (latent + row + heads, latent + row)
         }
-    };
-    // The normed stream, the input of queries, what experts before attention read; the stream twice, and what is added.
-    let values = values + widest_dense(spec) + 3 * spec.hidden;
-    let floats = floats + 3 * spec.hidden + 2 * spec.rope.dim;
-    // Ids, slots, positions and places.
-    values * dtype.bytes() + floats * DType::F32.bytes() + 8 * DType::U32.bytes()
+        AttentionSpec::DeltaNet(spec) => spec.workspace_widths(),
+    }
 }
 
 /// The widest dense MLP of any layer.

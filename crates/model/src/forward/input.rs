@@ -40,6 +40,7 @@ impl<B: Backend> Model<B> {
             slots: self.upload(&batch.slots, &buffers.slots.rows(0..batch.ids.len())?)?,
             blocks: self.block_tables(batch)?,
             longest: batch.longest(),
+            states: self.upload(&batch.states.concat(), &buffers.states.rows(0..batch.states.len())?)?,
             routed: layout.labels(self.mlp.ranks()),
             // Ranks that split every expert have the same tokens: one of them counts.
             count_experts: batch.count_experts && self.layout.mlp_ranks().start == rank,

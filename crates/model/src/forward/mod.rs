@@ -39,6 +39,8 @@ pub struct Batch {
     pub sequence_starts: Vec<u32>,
     /// Cache blocks of each sequence, in order `[B]`.
     pub blocks: Vec<Vec<u32>>,
+    /// The slot that each sequence's state is read from, and the one that it is left in, if the model has states `[B]`.
+    pub states: Vec<[u32; 2]>,
     /// Number of each sequence, by which a routing log knows it `[B]`.
     pub sequences: Vec<u64>,
     /// Tokens whose logits are computed, ascending.
@@ -60,6 +62,8 @@ pub struct ModelOptions {
     pub cache_blocks: usize,
     /// Most cache blocks of one sequence.
     pub max_blocks: usize,
+    /// Slots for states of sequences, of a model that has any.
+    pub states: usize,
     /// How MoE layers are scheduled.
     pub policy: Policy,
     /// Room for the tokens of an MoE layer; the worst case when absent. Layers that do not fit run in chunks.

@@ -5,6 +5,7 @@ mod attention;
 mod gemm;
 mod host_to_device;
 mod norm;
+mod recurrent;
 mod reduce;
 mod rope;
 mod route;
@@ -89,6 +90,10 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     gemm::CodedArgs::LAYOUT,
     gemm::ListArgs::LAYOUT,
     norm::NormArgs::LAYOUT,
+    recurrent::CarriedArgs::LAYOUT,
+    recurrent::DeltaRuleArgs::LAYOUT,
+    recurrent::GateArgs::LAYOUT,
+    recurrent::ShortConvArgs::LAYOUT,
     reduce::ReduceArgs::LAYOUT,
     rope::TableArgs::LAYOUT,
     rope::RotateArgs::LAYOUT,
@@ -205,6 +210,9 @@ impl Launch<'_> {
             Op::Scale(op) => self.scale(op),
             Op::Activate(op) => self.activate(op),
             Op::AddSlotBias(op) => self.add_slot_bias(op),
+            Op::ShortConv(op) => self.short_conv(op),
+            Op::DeltaRule(op) => self.delta_rule(op),
+            Op::Gate(op) => self.gate(op),
         }
     }
 

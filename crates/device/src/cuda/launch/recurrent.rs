@@ -1,0 +1,127 @@
+//! Operations that carry a state from token to token, and gates.
+
+use super::{Columns, Launch, Refusal, Rows, is_empty};
+use crate::DeviceError;
+use crate::cuda::layout::twin;
+use crate::cuda::report::Report;
+use crate::op::{Carried, DeltaRule, Gate, Gating, ShortConv};
+use epsmoe_base::DType;
+
+/// Columns of a state that a block has, as in `delta_rule.cu`.
+const COLUMNS: usize = 32;
+
+twin! {
+    pub(super) struct CarriedArgs = "Carried" in "carried.cuh" {
+        starts: Rows,
+        positions: Rows,
+        slots: Rows,
+        report: Report,
+    }
+}
+
+twin! {
+    pub(super) struct ShortConvArgs = "Args" in "short_conv.cu" {
+        x: Rows,
+        states: Rows,
+        out: Rows,
+        kept: Rows,
+        carried: CarriedArgs,
+        weight: u64,
+        taps: u32,
+        padding: u32,
+    }
+}
+
+twin! {
+    pub(super) struct DeltaRuleArgs = "Args" in "delta_rule.cu" {
+        x: Rows,
+        gates: Rows,
+        states: Rows,
+        out: Rows,
+        carried: CarriedArgs,
+        decay: u64,
+        bias: u64,
+        key_heads: u32,
+        value_heads: u32,
+        key_width: u32,
+        value_width: u32,
+    }
+}
+
+twin! {
+    pub(super) struct GateArgs = "Args" in "gate.cu" {
+        gate: Rows,
+        x: Rows,
+        out: Rows,
+        linear: u32,
+        padding: u32,
+    }
+}
+
+impl Launch<'_> {
+    fn carried(&self, op: &Carried) -> Result<CarriedArgs, Refusal> {
+        Ok(CarriedArgs {
+            starts: self.rows(&op.sequence_starts)?,
+            positions: self.rows(&op.positions)?,
+            slots: self.rows(&op.slots)?,
+            report: self.report,
+        })
+    }
+
+    pub(super) fn short_conv(&mut self, op: &ShortConv) -> Result<(), Refusal> {
+        let sequences = op.carried.slots.rows;
+        let counted = crate::Buffer { rows: sequences, ..op.x.clone() };
+        let arguments = ShortConvArgs {
+            x: self.rows(&op.x)?,
+            states: self.rows(&op.states)?,
+            out: self.rows(&op.out)?,
+            kept: Rows { start: 0, stride: 0, rows: sequences as u32, width: op.x.width as u32 },
+            carried: self.carried(&op.carried)?,
+            weight: self.weights.get(&op.weight)?.start,
+            taps: op.taps() as u32,
+            padding: 0,
+        };
+        let (from, to) = (op.x.dtype, op.out.dtype);
+        self.by_columns(Columns::Runs, "short_conv", from, to, &op.out, arguments)?;
+        self.by_columns(Columns::Runs, "keep_rows", from, to, &counted, arguments)
+    }
+
+    pub(super) fn delta_rule(&mut self, op: &DeltaRule) -> Result<(), Refusal> {
+        let (heads, width) = (op.value_heads(), op.value_width());
+        if is_empty(&op.out) {
+            return Ok(());
+        }
+        let operation = match op.key_width {
+            0..=128 => "delta128",
+            129..=256 => "delta256",
+            wider => {
+                let message =
+                    format!("delta_rule: keys are {wider} wide, this GPU's kernels take at most 256");
+                return Err(DeviceError::Unsupported(message).into());
+            }
+        };
+        let arguments = DeltaRuleArgs {
+            x: self.rows(&op.x)?,
+            gates: self.rows(&op.gates)?,
+            states: self.rows(&op.states)?,
+            out: self.rows(&op.out)?,
+            carried: self.carried(&op.carried)?,
+            decay: self.weights.get(&op.decay)?.start,
+            bias: self.weights.get(&op.bias)?.start,
+            key_heads: op.key_heads as u32,
+            value_heads: heads as u32,
+            key_width: op.key_width as u32,
+            value_width: width as u32,
+        };
+        let kernel = self.kernels.get(operation, op.x.dtype, DType::F32)?;
+        let blocks = op.carried.slots.rows * heads * width.div_ceil(COLUMNS);
+        self.start(&kernel.function, (blocks as u32, 1), 0, arguments)
+    }
+
+    pub(super) fn gate(&mut self, op: &Gate) -> Result<(), Refusal> {
+        let linear = u32::from(op.gating == Gating::Silu);
+        let (gate, x, out) = (self.rows(&op.gate)?, self.rows(&op.x)?, self.rows(&op.out)?);
+        let arguments = GateArgs { gate, x, out, linear, padding: 0 };
+        self.by_columns(Columns::Runs, "gate", op.x.dtype, op.out.dtype, &op.out, arguments)
+    }
+}

@@ -1,0 +1,196 @@
+//! The operations that carry a state from token to token: plain loops over the tokens of each sequence.
+
+use super::Kernels;
+use super::element::Element;
+use super::rows::{Rows, in_range};
+use crate::op::{Carried, DeltaRule, Gate, Gating, ShortConv};
+use std::ops::Range;
+
+/// One token as a value head of [`DeltaRule`] sees it.
+pub struct DeltaToken<'a> {
+    /// `q̂`.
+    pub query: &'a [f32],
+    /// `k̂`.
+    pub key: &'a [f32],
+    /// `v`.
+    pub value: &'a [f32],
+    /// Factor on the state.
+    pub decay: f32,
+    /// `sigmoid(b)`.
+    pub beta: f32,
+}
+
+/// The new tokens of a sequence, and its slots.
+struct Piece {
+    tokens: Range<usize>,
+    /// Position of the first of them.
+    position: usize,
+    from: usize,
+    to: usize,
+}
+
+impl Piece {
+    /// Where the input of token `t` lies that came `back` tokens before it.
+    fn input(&self, t: usize, back: usize) -> Input {
+        let within = t - self.tokens.start;
+        match back.checked_sub(within) {
+            None | Some(0) => Input::New(t - back),
+            Some(before) if before <= self.position => Input::Kept(before),
+            Some(_) => Input::Zero,
+        }
+    }
+}
+
+/// Where a row is.
+enum Input {
+    /// A new token.
+    New(usize),
+    /// In the state, so many rows before its end.
+    Kept(usize),
+    /// Before the sequence.
+    Zero,
+}
+
+impl<K: Kernels> Rows<'_, K> {
+    /// The sequences that have new tokens, once their spans and slots are known to be inside, and their slots their own.
+    fn pieces(&self, carried: &Carried, slots: usize) -> Result<Vec<Piece>, String> {
+        let starts: Vec<u32> = self.view::<u32>(&carried.sequence_starts).iter().map(|row| row[0]).collect();
+        let (positions, places) = (self.view::<u32>(&carried.positions), self.view::<u32>(&carried.slots));
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut end = 0;
+        for (b, range) in starts.windows(2).enumerate() {
+            let tokens = range[0] as usize..range[1] as usize;
+            if tokens.start != end || tokens.end < tokens.start || tokens.end > positions.rows {
+                return Err(format!("sequence {b} spans tokens {}..{}", range[0], range[1]));
+            }
+            end = tokens.end;
+            if tokens.is_empty() {
+                continue;
+            }
+            let slot = |which: usize| in_range("slot", places.row(b)[which], slots);
+            let (position, from, to) = (positions.at(tokens.start) as usize, slot(0)?, slot(1)?);
+            let shared = |other: &Piece| other.to == to || other.to == from || other.from == to;
+            if pieces.iter().any(shared) {
+                return Err(format!("slots {from} and {to} of sequence {b} are another's too"));
+            }
+            pieces.push(Piece { tokens, position, from, to });
+        }
+        if end != positions.rows {
+            return Err(format!("sequences hold {end} of {} tokens", positions.rows));
+        }
+        Ok(pieces)
+    }
+
+    pub(super) fn short_conv<T: Element, Y: Element>(&self, op: &ShortConv) -> Result<(), String> {
+        let (taps, kept) = (op.taps(), op.taps() - 1);
+        let pieces = self.pieces(&op.carried, op.states.rows / kept)?;
+        let weight = self.weights.vector(&op.weight)?;
+        let (x, out, before) =
+            (self.view::<T>(&op.x), self.view_mut::<Y>(&op.out), self.view::<T>(&op.states));
+        let row = |piece: &Piece, t: usize, back: usize| match piece.input(t, back) {
+            Input::New(token) => Some(x.row(token)),
+            Input::Kept(before_end) => Some(before.row((piece.from + 1) * kept - before_end)),
+            Input::Zero => None,
+        };
+        self.for_rows_from(&out, taps * out.width * size_of::<T>(), |t, out| {
+            let piece = &pieces[pieces.partition_point(|piece| piece.tokens.end <= t)];
+            let inputs: Vec<Option<&[T]>> = (0..taps).map(|tap| row(piece, t, kept - tap)).collect();
+            for (c, (out, weights)) in out.iter_mut().zip(weight.chunks_exact(taps)).enumerate() {
+                let mut sum = 0.0;
+                for (input, weight) in inputs.iter().zip(weights) {
+                    sum += weight * input.map_or(0.0, |input| input[c].to_f32());
+                }
+                *out = Y::from_f32(silu(sum));
+            }
+        });
+        for piece in &pieces {
+            let last = piece.tokens.end - 1;
+            let rows: Vec<Vec<T>> = (0..kept)
+                .map(|at| {
+                    row(piece, last, kept - 1 - at).map_or(vec![T::from_f32(0.0); x.width], <[T]>::to_vec)
+                })
+                .collect();
+            let mut states = self.view_mut::<T>(&op.states);
+            for (at, row) in rows.iter().enumerate() {
+                states.row(piece.to * kept + at).copy_from_slice(row);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn delta_rule<T: Element>(&self, op: &DeltaRule) -> Result<(), String> {
+        let heads = op.value_heads();
+        let pieces = self.pieces(&op.carried, op.states.rows / heads)?;
+        let (decay, bias) = (self.weights.vector(&op.decay)?, self.weights.vector(&op.bias)?);
+        let (x, gates) = (self.view::<T>(&op.x), self.view::<f32>(&op.gates));
+        let (before, states, out) =
+            (self.view::<f32>(&op.states), self.view_mut::<f32>(&op.states), self.view_mut::<f32>(&op.out));
+        let (width, columns) = (op.key_width, op.value_width());
+        self.kernels.parallel(pieces.len() * heads, &|task| {
+            let (piece, head) = (&pieces[task / heads], task % heads);
+            // SAFETY: no two pieces have a slot in common, and each head of a piece is one task.
+            let state = unsafe { states.row_shared(piece.to * heads + head) };
+            match piece.position {
+                0 => state.fill(0.0),
+                _ if piece.from != piece.to => state.copy_from_slice(before.row(piece.from * heads + head)),
+                _ => {}
+            }
+            let (mut query, mut key, mut value) = (vec![0.0; width], vec![0.0; width], vec![0.0; columns]);
+            let key_head = head / (heads / op.key_heads);
+            for t in piece.tokens.clone() {
+                let (queries, rest) = x.row(t).split_at(op.key_heads * width);
+                let (keys, values) = rest.split_at(op.key_heads * width);
+                normed(&queries[key_head * width..][..width], (width as f32).sqrt(), &mut query);
+                normed(&keys[key_head * width..][..width], 1.0, &mut key);
+                value.iter_mut().zip(&values[head * columns..]).for_each(|(out, x)| *out = x.to_f32());
+                let (b, a) = (gates.row(t)[head], gates.row(t)[heads + head]);
+                let token = DeltaToken {
+                    query: &query,
+                    key: &key,
+                    value: &value,
+                    decay: (-decay[head].exp() * softplus(a + bias[head])).exp(),
+                    beta: sigmoid(b),
+                };
+                // SAFETY: each head of a token belongs to one task, which takes one view of it at a time.
+                let out = unsafe { out.columns_shared(t, head * columns..(head + 1) * columns) };
+                self.kernels.delta_rule(state, &token, out);
+            }
+        });
+        Ok(())
+    }
+
+    pub(super) fn gate<X: Element, Y: Element>(&self, op: &Gate) -> Result<(), String> {
+        let (gate, x, out) = (self.view::<Y>(&op.gate), self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
+        self.for_rows(&out, |m, out| {
+            for ((out, x), gate) in out.iter_mut().zip(x.row(m)).zip(gate.row(m)) {
+                let gate = gate.to_f32();
+                let factor = match op.gating {
+                    Gating::Sigmoid => sigmoid(gate),
+                    Gating::Silu => silu(gate),
+                };
+                *out = Y::from_f32(x.to_f32() * factor);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// `x / (√(|x|² + ε) · divisor)`.
+fn normed<T: Element>(x: &[T], divisor: f32, out: &mut [f32]) {
+    let squares: f32 = x.iter().map(|x| x.to_f32() * x.to_f32()).sum();
+    let factor = 1.0 / ((squares + DeltaRule::EPSILON).sqrt() * divisor);
+    out.iter_mut().zip(x).for_each(|(out, x)| *out = x.to_f32() * factor);
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+fn silu(x: f32) -> f32 {
+    x / (1.0 + (-x).exp())
+}
+
+/// `ln(1 + eˣ)`, which is x to all digits where x is large.
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}
