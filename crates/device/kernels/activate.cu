@@ -1,8 +1,8 @@
-// out[m] = min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, limit) + shift), for g the first half of x[m] and its
-// bias, and u the second
+// out[m] = c * sigmoid(alpha * (c + cubic * c^3)) * (clamp(u, limit) + shift) for c = min(g, limit), g the first half of x[m]
+// and its bias, and u the second
 #include "slot_bias.cuh"
 
-struct Args { Rows x, out; SlotBias bias; f32 alpha, limit, shift; u32 padding; };
+struct Args { Rows x, out; SlotBias bias; f32 alpha, cubic, limit, shift; };
 
 template <typename X, typename Y> __device__ void activate(const Args& args) {
     FOR_RUNS(args.out, m, n, count) {
@@ -20,7 +20,7 @@ template <typename X, typename Y> __device__ void activate(const Args& args) {
             // Comparisons, so that a NaN stays one.
             const f32 g = gate.values[j] > args.limit ? args.limit : gate.values[j];
             const f32 u = up.values[j] > args.limit ? args.limit : up.values[j] < -args.limit ? -args.limit : up.values[j];
-            gate.values[j] = g * sigmoid(args.alpha * g) * (u + args.shift);
+            gate.values[j] = g * sigmoid(args.alpha * (g + args.cubic * g * g * g)) * (u + args.shift);
         }
         write(row<Y>(args.out, m) + n, gate, count);
     }

@@ -3,7 +3,8 @@
 
 struct Args {
     Rows logits, experts, weights;
-    u64 bias; // float32 of the experts, or null
+    u64 bias;   // float32 of the experts, or null
+    u64 scales; // likewise
     f32 scale;
     u32 top_k;
     u32 sigmoid;      // scores: 0 softmax, 1 sigmoid
@@ -112,5 +113,8 @@ extern "C" __global__ void __launch_bounds__(32) route_f32_f32(const __grid_cons
     }
     __syncwarp();
     f32 divisor = !args.normalise ? 1.0f : args.sigmoid ? total + args.epsilon : total;
-    for (u32 slot = lane; slot < args.top_k; slot += 32) weights[slot] = weights[slot] / divisor * args.scale;
+    for (u32 slot = lane; slot < args.top_k; slot += 32) {
+        const f32 weight = weights[slot] / divisor * args.scale;
+        weights[slot] = args.scales ? weight * reinterpret_cast<const f32*>(args.scales)[chosen[slot]] : weight;
+    }
 }

@@ -13,7 +13,7 @@ pub use checkpoint::{
 };
 pub use epsmoe_quant::{Hints, Method, Target};
 pub use error::ModelError;
-pub use names::{DeltaRows, LayerPart, Located, Map, Part, Source};
+pub use names::{Branch, DeltaRows, LayerPart, Located, Map, Part, Source};
 pub use presets::{PRESETS, preset, preset_text};
 pub use spec::{
     Architecture, AttentionSpec, DeltaNetSpec, GqaSpec, Judge, LayerSpec, MlaSpec, MlpSpec, ModelSpec,

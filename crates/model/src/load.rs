@@ -127,6 +127,37 @@ impl<B: Backend> Loader<'_, B> {
         Ok(vec![whole])
     }
 
+    /// A part that is one number.
+    pub(crate) fn number(&self, part: Part) -> Result<f32, ModelError> {
+        Ok(self.read(part, &Window::whole())?.floats()[0])
+    }
+
+    /// A router that reads rows under weights of its own, as a map of rows under those of the norm that experts read.
+    pub(crate) fn scaled_router(&self, layer: Layer) -> Result<Weight, ModelError> {
+        let floats = |part: LayerPart| -> Result<Vec<f32>, ModelError> {
+            Ok(self.read(part.of(layer), &Window::whole())?.floats())
+        };
+        let router = LayerPart::Router.of(layer);
+        let (n, k) = self.matrix(router);
+        let name = format!("{} under weights of its own", self.name(router, &Window::whole()));
+        self.held(&name, WeightShape::Matrix { n, k }, || {
+            let (own, norm) = (floats(LayerPart::RouterScale)?, floats(LayerPart::PostAttentionNorm)?);
+            if let Some(at) = norm.iter().position(|&weight| weight == 0.0) {
+                let source = &self.spec.locate(LayerPart::PostAttentionNorm.of(layer)).sources[0].name;
+                let problem = format!(
+                    "element {at} of `{source}` is 0, but the router reads what experts do not: this is not supported"
+                );
+                return Err(ModelError::Weights { file: self.source.place(source), problem });
+            }
+            let root = (k as f32).sqrt();
+            let factors: Vec<f32> = own.iter().zip(&norm).map(|(own, norm)| own / (norm * root)).collect();
+            let rows = floats(LayerPart::Router)?;
+            let scaled = rows.iter().zip(factors.iter().cycle()).map(|(weight, factor)| weight * factor);
+            let bytes = scaled.flat_map(f32::to_le_bytes).collect();
+            Ok(vec![Tensor { dtype: DType::F32, shape: vec![n, k], bytes }])
+        })
+    }
+
     /// Numbers computed from the configuration rather than stored.
     pub(crate) fn vector(&self, name: &str, values: &[f32]) -> Result<Weight, ModelError> {
         let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();

@@ -1,8 +1,9 @@
 //! The MLP of a layer: dense, a mixture of experts, or both.
 
 use crate::load::Loader;
-use crate::{LayerPart, Map, MlpSpec, ModelError, MoeSpec, Part, Window};
+use crate::{Branch, LayerPart, Map, MlpSpec, ModelError, MoeSpec, Part, Window};
 use epsmoe_base::Layer;
+use epsmoe_device::op::Swish;
 use epsmoe_device::{Backend, Weight};
 use epsmoe_pipeline::{ExpertActivation, Mlp, MoeLayer, SharedMlp};
 use std::sync::Arc;
@@ -19,6 +20,8 @@ pub(crate) enum MlpWeights {
 pub(crate) struct ResidualWeights {
     pub(crate) norm: Weight,
     pub(crate) mlp: Mlp,
+    /// If it is not that of gated products.
+    pub(crate) activation: Option<Swish>,
 }
 
 impl MlpWeights {
@@ -73,9 +76,14 @@ fn load_moe<B: Backend>(
     };
     let router_bias = spec.router_bias.then(|| loader.layer(layer, LayerPart::RouterBias));
     let bias = spec.correction_bias.then(|| loader.layer(layer, LayerPart::CorrectionBias));
+    let scales = spec.expert_scales.then(|| loader.layer(layer, LayerPart::ExpertScales));
     Ok(MoeLayer {
         layer,
-        router_weight: loader.layer(layer, LayerPart::Router)?,
+        router_weight: match spec.router_scale {
+            true => loader.scaled_router(layer)?,
+            false => loader.layer(layer, LayerPart::Router)?,
+        },
+        scales: scales.transpose()?,
         router_bias: router_bias.transpose()?,
         bias: bias.transpose()?,
         activation,
@@ -88,10 +96,41 @@ fn load_moe<B: Backend>(
 
 impl ResidualWeights {
     pub(crate) fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer) -> Result<Option<Self>, ModelError> {
+        let spec = &loader.spec.layers[layer.0];
         let load = |_| -> Result<Self, ModelError> {
             let norm = loader.layer(layer, LayerPart::ResidualNorm)?;
-            Ok(ResidualWeights { norm, mlp: loader.mlp(layer, loader.layout.inner(), LayerPart::Residual)? })
+            let (inner, activation) = (loader.layout.inner(), spec.mlp.moe().and_then(|moe| moe.activation));
+            let mlp = match activation {
+                Some(_) => loader.open_mlp(layer, inner, LayerPart::Residual)?,
+                None => loader.mlp(layer, inner, LayerPart::Residual)?,
+            };
+            Ok(ResidualWeights { norm, mlp, activation })
         };
-        loader.spec.layers[layer.0].residual_mlp.map(load).transpose()
+        spec.residual_mlp.map(load).transpose()
+    }
+}
+
+/// The norms of what the parts of a layer give, and the factor behind it.
+pub(crate) struct Sandwich {
+    pub(crate) attention: Weight,
+    pub(crate) dense: Weight,
+    pub(crate) experts: Weight,
+    pub(crate) both: Weight,
+    pub(crate) scale: f32,
+}
+
+impl Sandwich {
+    pub(crate) fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer) -> Result<Option<Self>, ModelError> {
+        let norm = |branch| loader.layer(layer, LayerPart::OutNorm(branch));
+        let load = || -> Result<Self, ModelError> {
+            Ok(Sandwich {
+                attention: norm(Branch::Attention)?,
+                dense: norm(Branch::Dense)?,
+                experts: norm(Branch::Experts)?,
+                both: norm(Branch::Both)?,
+                scale: loader.number(LayerPart::LayerScale.of(layer))?,
+            })
+        };
+        loader.spec.layers[layer.0].sandwich.then(load).transpose()
     }
 }

@@ -56,7 +56,13 @@ pub enum LayerPart {
     DeltaBias,
     DeltaNorm,
     DeltaOutput,
+    /// Of what a part of a sandwich gives.
+    OutNorm(Branch),
+    /// A factor on the stream behind a layer.
+    LayerScale,
     Router,
+    RouterScale,
+    ExpertScales,
     RouterBias,
     CorrectionBias,
     Expert(Expert, Map),
@@ -72,6 +78,24 @@ impl LayerPart {
     pub fn of(self, layer: Layer) -> Part {
         Part::Layer(layer, self)
     }
+}
+
+/// A part of a layer whose output is normed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Branch {
+    /// Attention.
+    Attention,
+    /// The dense MLP.
+    Dense,
+    /// The experts.
+    Experts,
+    /// The sum of both.
+    Both,
+}
+
+impl Branch {
+    /// All of them.
+    pub const ALL: [Branch; 4] = [Branch::Attention, Branch::Dense, Branch::Experts, Branch::Both];
 }
 
 /// What a key head of a delta net has, with its value heads.
@@ -251,6 +275,10 @@ impl ModelSpec {
             parts.push(ResidualNorm);
             parts.extend(Map::ALL.map(Residual));
         }
+        if layer.sandwich {
+            parts.extend(Branch::ALL.map(OutNorm));
+            parts.push(LayerScale);
+        }
         parts.push(PostAttentionNorm);
         let (mut experts, mut biases) = (0, false);
         match &layer.mlp {
@@ -260,6 +288,8 @@ impl ModelSpec {
                 parts.push(Router);
                 parts.extend(moe.router_bias.then_some(RouterBias));
                 parts.extend(moe.correction_bias.then_some(CorrectionBias));
+                parts.extend(moe.router_scale.then_some(RouterScale));
+                parts.extend(moe.expert_scales.then_some(ExpertScales));
                 if let Some(shared) = moe.shared {
                     parts.extend(Map::ALL.map(Shared));
                     parts.extend(shared.gated.then_some(SharedExpertGate));
@@ -296,6 +326,7 @@ impl ModelSpec {
         };
         let name = match (self.nesting, name.strip_prefix("model.")) {
             (Nesting::Beside, Some(inside)) => format!("model.language_model.{inside}"),
+            (Nesting::Under, _) => format!("language_model.{name}"),
             _ => name,
         };
         let Place { shape, first_row, transposed, turn, only } = place;
@@ -335,6 +366,7 @@ impl ModelSpec {
                 | TensorNames::GptOssCoded
                 | TensorNames::Granite
                 | TensorNames::Qwen35
+                | TensorNames::Gemma
                 | TensorNames::Gguf,
                 Expert(expert, map),
             ) => Some(self.stacked_expert(layer, expert, map, naming, name)),
@@ -489,8 +521,8 @@ fn attention_parts(attention: &AttentionSpec) -> Vec<LayerPart> {
             (Key, true),
             (KeyBias, spec.qkv_bias),
             (KeyNorm, spec.qk_norm.is_some()),
-            (Value, true),
-            (ValueBias, spec.qkv_bias),
+            (Value, !spec.values_are_keys),
+            (ValueBias, spec.qkv_bias && !spec.values_are_keys),
             (Output, true),
             (OutputBias, spec.output_bias),
             (Sinks, spec.sinks),
@@ -583,6 +615,7 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
         Dense(UpProj) | Residual(UpProj) => &["ffn_up.weight"],
         Dense(DownProj) | Residual(DownProj) => &["ffn_down.weight"],
         Delta(..) | DeltaConv(..) | DeltaDecay | DeltaBias | DeltaNorm | DeltaOutput => &[],
+        OutNorm(_) | LayerScale | RouterScale | ExpertScales => &[],
     }
 }
 
@@ -591,7 +624,8 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
     use LayerPart::*;
     use Map::*;
     use TensorNames::{
-        Bailing, Common, Dbrx, Ernie, GptOss, GptOssCoded, Granite, Hunyuan, Merged, Mixtral, Qwen, Qwen35,
+        Bailing, Common, Dbrx, Ernie, Exaone, Gemma, GptOss, GptOssCoded, Granite, Hunyuan, HunyuanV3,
+        Merged, Mixtral, Qwen, Qwen35,
     };
     let part = match part {
         Part::Embedding => {
@@ -607,10 +641,17 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
     };
     match part {
         InputNorm => &[(Common, "input_layernorm.weight"), (Dbrx, "norm_attn_norm.norm_1.weight")],
-        PostAttentionNorm => {
-            &[(Common, "post_attention_layernorm.weight"), (Dbrx, "norm_attn_norm.norm_2.weight")]
-        }
-        ResidualNorm => &[(Common, "residual_layernorm.weight")],
+        PostAttentionNorm => &[
+            (Common, "post_attention_layernorm.weight"),
+            (Dbrx, "norm_attn_norm.norm_2.weight"),
+            (Gemma, "pre_feedforward_layernorm_2.weight"),
+        ],
+        ResidualNorm => &[(Common, "residual_layernorm.weight"), (Gemma, "pre_feedforward_layernorm.weight")],
+        OutNorm(Branch::Attention) => &[(Gemma, "post_attention_layernorm.weight")],
+        OutNorm(Branch::Dense) => &[(Gemma, "post_feedforward_layernorm_1.weight")],
+        OutNorm(Branch::Experts) => &[(Gemma, "post_feedforward_layernorm_2.weight")],
+        OutNorm(Branch::Both) => &[(Gemma, "post_feedforward_layernorm.weight")],
+        LayerScale => &[(Gemma, "layer_scalar")],
 
         Query => &[
             (Common, "self_attn.q_proj.weight"),
@@ -678,16 +719,22 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Mixtral, "block_sparse_moe.gate.weight"),
             (Dbrx, "ffn.router.layer.weight"),
             (Hunyuan, "mlp.gate.wg.weight"),
+            (HunyuanV3, "mlp.router.gate.weight"),
+            (Gemma, "router.proj.weight"),
             (GptOss, "mlp.router.weight"),
             (Granite, "block_sparse_moe.router.layer.weight"),
         ],
         RouterBias => &[(Common, "mlp.router.bias")],
+        RouterScale => &[(Gemma, "router.scale")],
+        ExpertScales => &[(Gemma, "router.per_expert_scale")],
         Sinks => &[(Common, "self_attn.sinks")],
         CorrectionBias => &[
             (Common, "mlp.gate.e_score_correction_bias"),
             (Mixtral, "block_sparse_moe.e_score_correction_bias"),
             (Ernie, "mlp.moe_statics.e_score_correction_bias"),
             (Bailing, "mlp.gate.expert_bias"),
+            (HunyuanV3, "mlp.expert_bias"),
+            (Exaone, "mlp.e_score_correction_bias"),
         ],
         Expert(_, GateProj) => &[
             (Common, "mlp.experts.{e}.gate_proj.weight"),
@@ -695,6 +742,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Dbrx, "ffn.experts.mlp.w1"),
             (Merged, "mlp.experts.gate_up_proj"),
             (Qwen35, "mlp.experts.gate_up_proj"),
+            (Gemma, "experts.gate_up_proj"),
             (GptOss, "mlp.experts.gate_up_proj"),
             (GptOssCoded, "mlp.experts.gate_up_proj"),
             (Granite, "block_sparse_moe.input_linear.weight"),
@@ -705,6 +753,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Dbrx, "ffn.experts.mlp.v1"),
             (Merged, "mlp.experts.gate_up_proj"),
             (Qwen35, "mlp.experts.gate_up_proj"),
+            (Gemma, "experts.gate_up_proj"),
             (GptOss, "mlp.experts.gate_up_proj"),
             (GptOssCoded, "mlp.experts.gate_up_proj"),
             (Granite, "block_sparse_moe.input_linear.weight"),
@@ -715,6 +764,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Dbrx, "ffn.experts.mlp.w2"),
             (Merged, "mlp.experts.down_proj"),
             (Qwen35, "mlp.experts.down_proj"),
+            (Gemma, "experts.down_proj"),
             (GptOss, "mlp.experts.down_proj"),
             (GptOssCoded, "mlp.experts.down_proj"),
             (Granite, "block_sparse_moe.output_linear.weight"),
@@ -726,6 +776,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Qwen, "mlp.shared_expert.gate_proj.weight"),
             (Qwen35, "mlp.shared_expert.gate_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.gate_proj.weight"),
+            (HunyuanV3, "mlp.shared_mlp.gate_proj.weight"),
             (Granite, "shared_mlp.input_linear.weight"),
         ],
         Shared(UpProj) => &[
@@ -733,6 +784,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Qwen, "mlp.shared_expert.up_proj.weight"),
             (Qwen35, "mlp.shared_expert.up_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.up_proj.weight"),
+            (HunyuanV3, "mlp.shared_mlp.up_proj.weight"),
             (Granite, "shared_mlp.input_linear.weight"),
         ],
         Shared(DownProj) => &[
@@ -740,14 +792,15 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Qwen, "mlp.shared_expert.down_proj.weight"),
             (Qwen35, "mlp.shared_expert.down_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.down_proj.weight"),
+            (HunyuanV3, "mlp.shared_mlp.down_proj.weight"),
             (Granite, "shared_mlp.output_linear.weight"),
         ],
         SharedExpertGate => &[(Common, "mlp.shared_expert_gate.weight")],
         Dense(GateProj) => &[(Common, "mlp.gate_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w1.weight")],
         Dense(UpProj) => &[(Common, "mlp.up_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w3.weight")],
         Dense(DownProj) => &[(Common, "mlp.down_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w2.weight")],
-        Residual(GateProj) => &[(Common, "residual_mlp.w1.weight")],
-        Residual(UpProj) => &[(Common, "residual_mlp.w3.weight")],
-        Residual(DownProj) => &[(Common, "residual_mlp.w2.weight")],
+        Residual(GateProj) => &[(Common, "residual_mlp.w1.weight"), (Gemma, "mlp.gate_proj.weight")],
+        Residual(UpProj) => &[(Common, "residual_mlp.w3.weight"), (Gemma, "mlp.up_proj.weight")],
+        Residual(DownProj) => &[(Common, "residual_mlp.w2.weight"), (Gemma, "mlp.down_proj.weight")],
     }
 }

@@ -82,8 +82,8 @@ pub struct ModelSpec {
     pub max_positions: usize,
     /// The norm before attention, before the MLP and at the end.
     pub norm: NormSpec,
-    /// Rotary position embedding.
-    pub rope: RopeSpec,
+    /// Rotary position embeddings, of which each layer has one or none.
+    pub ropes: Vec<RopeSpec>,
     /// The layers, from the embedding on.
     pub layers: Vec<LayerSpec>,
     /// Factors that the model puts on its streams; all 1 in most.
@@ -103,7 +103,7 @@ architectures! {
     Mixtral => "MixtralForCausalLM", "mixtral", Transformers, "llama";
     /// DeepSeek-V2, V2-Lite.
     DeepseekV2 => "DeepseekV2ForCausalLM", "deepseek_v2", Transformers, "deepseek2";
-    /// DeepSeek-V3, R1; Kimi-K2, Moonlight.
+    /// DeepSeek-V3, R1; Kimi-K2, K2.5, Moonlight.
     DeepseekV3 => "DeepseekV3ForCausalLM", "deepseek_v3", Transformers, "deepseek2";
     /// DBRX.
     Dbrx => "DbrxForCausalLM", "dbrx", Transformers, "dbrx";
@@ -115,7 +115,7 @@ architectures! {
     Olmoe => "OlmoeForCausalLM", "olmoe", Transformers, "olmoe";
     /// Snowflake Arctic.
     Arctic => "ArcticForCausalLM", "arctic", Authors, "";
-    /// GLM-4.5, 4.6, 4.7.
+    /// GLM-4.5, 4.6, 4.7, 4.5V, 4.6V.
     Glm4Moe => "Glm4MoeForCausalLM", "glm4_moe", Transformers, "glm4moe";
     /// GLM-4.7-Flash.
     Glm4MoeLite => "Glm4MoeLiteForCausalLM", "glm4_moe_lite", Transformers, "";
@@ -139,6 +139,14 @@ architectures! {
     Qwen3Next => "Qwen3NextForCausalLM", "qwen3_next", Transformers, "";
     /// Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B, Qwen3.6-35B-A3B.
     Qwen35Moe => "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe", Transformers, "";
+    /// Solar-Open-100B.
+    SolarOpen => "SolarOpenForCausalLM", "solar_open", Transformers, "";
+    /// K-EXAONE-236B-A23B.
+    ExaoneMoe => "ExaoneMoEForCausalLM", "exaone_moe", Transformers, "";
+    /// Hunyuan 3.
+    HunyuanV3 => "HYV3ForCausalLM", "hy_v3", Transformers, "";
+    /// Gemma-4-26B-A4B.
+    Gemma4 => "Gemma4ForConditionalGeneration", "gemma4", Transformers, "";
 }
 
 impl fmt::Display for Architecture {
@@ -162,6 +170,12 @@ pub enum TensorNames {
     Ernie,
     /// The same of Hunyuan.
     Hunyuan,
+    /// The same of Hunyuan 3.
+    HunyuanV3,
+    /// The same of EXAONE.
+    Exaone,
+    /// The same of Gemma: all experts in one tensor.
+    Gemma,
     /// The same of Ling and Ring: query, key and value in one tensor.
     Bailing,
     /// The same of gpt-oss: all experts in one tensor, rows of gate and up in turn.
@@ -185,6 +199,8 @@ pub enum Nesting {
     Alone,
     /// Beside those of other parts, `model.language_model.…`.
     Beside,
+    /// As they are, under another name: `language_model.model.…`.
+    Under,
 }
 
 /// Factors on what flows between the parts of a model.
@@ -196,11 +212,13 @@ pub struct Factors {
     pub residual: f32,
     /// On logits.
     pub logits: f32,
+    /// What no logit's magnitude reaches: they become `cap · tanh(logit / cap)`.
+    pub cap: Option<f32>,
 }
 
 impl Default for Factors {
     fn default() -> Self {
-        Factors { embedding: 1.0, residual: 1.0, logits: 1.0 }
+        Factors { embedding: 1.0, residual: 1.0, logits: 1.0, cap: None }
     }
 }
 
@@ -250,6 +268,10 @@ pub struct GqaSpec {
     /// Whether what a head gives is multiplied by the sigmoid of as many numbers, projected beside its query; with a norm of
     /// each head only.
     pub gated: bool,
+    /// Whether each value is normed by itself, without weights.
+    pub value_norm: bool,
+    /// Whether values are the keys before their norm.
+    pub values_are_keys: bool,
     /// Factor on the scores.
     pub scale: f32,
 }
@@ -410,17 +432,24 @@ pub struct RopeSpec {
 ///
 /// - `y = a + mlp(norm(a))`;
 /// - with a residual MLP (Arctic), `y = a + residual(residual_norm(a)) + mlp(norm(x))`: the experts read the
-///   layer's input and do not wait for attention.
+///   layer's input and do not wait for attention;
+/// - in a sandwich (Gemma 4), `a = x + out(attention(norm(x)))` and
+///   `y = scale · (a + out(out(residual(residual_norm(a))) + out(mlp(norm(a)))))`: each `out` is a norm of its own, and the
+///   dense MLP has the activation of the experts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
     /// How tokens look at each other.
     pub attention: AttentionSpec,
     /// How many positions back a token sees, itself included; everything when absent.
     pub window: Option<usize>,
+    /// Which of the model's rotary embeddings its queries and keys have; none, and no positions at all, when absent.
+    pub rope: Option<usize>,
     /// The MLP after attention.
     pub mlp: MlpSpec,
     /// Inner width of a dense MLP beside it.
     pub residual_mlp: Option<usize>,
+    /// Whether what the parts give is normed too.
+    pub sandwich: bool,
 }
 
 /// The MLP of a layer; every one is gated, `down(silu(gate·x) ⊙ (up·x))`.
@@ -462,6 +491,10 @@ pub struct MoeSpec {
     pub activation: Option<Swish>,
     /// Whether the maps of experts have biases; with an activation of their own only.
     pub expert_bias: bool,
+    /// Whether the router reads the normed rows under weights of its own and a factor H^-½, in the place of the norm's.
+    pub router_scale: bool,
+    /// Whether each expert has a factor on its weight.
+    pub expert_scales: bool,
     /// The expert of every token, added to the routed sum.
     pub shared: Option<SharedSpec>,
 }
@@ -552,9 +585,11 @@ impl ModelSpec {
         use LayerPart::*;
         let hidden = self.hidden;
         let shape = match (part, &layer.mlp, layer.residual_mlp) {
-            (InputNorm | PostAttentionNorm | ResidualNorm, ..) => Some(vector(hidden)),
+            (InputNorm | PostAttentionNorm | ResidualNorm | OutNorm(_), ..) => Some(vector(hidden)),
+            (LayerScale, ..) => Some(vector(1)),
+            (RouterScale, MlpSpec::Moe(_), _) => Some(vector(hidden)),
             (Router, MlpSpec::Moe(moe), _) => Some(matrix(moe.experts, hidden)),
-            (RouterBias | CorrectionBias, MlpSpec::Moe(moe), _) => Some(vector(moe.experts)),
+            (RouterBias | CorrectionBias | ExpertScales, MlpSpec::Moe(moe), _) => Some(vector(moe.experts)),
             (ExpertBias(_, Map::DownProj), MlpSpec::Moe(_), _) => Some(vector(hidden)),
             (ExpertBias(..), MlpSpec::Moe(moe), _) => Some(vector(moe.inner)),
             (Expert(_, map), MlpSpec::Moe(moe), _) => Some(map.shape(hidden, moe.inner)),

@@ -49,8 +49,8 @@ pub(crate) struct Queries {
     pub(crate) positions: Buffer,
     /// `[B + 1, 1]`.
     pub(crate) sequence_starts: Buffer,
-    /// `[Q, rope.dim]`.
-    pub(crate) rope_table: Buffer,
+    /// `[Q, rope.dim]` of each rotary embedding.
+    pub(crate) rope_tables: Vec<Buffer>,
 }
 
 /// How many tokens each rank of the world has in its shard, of how many of them logits are wanted, and, if routing is

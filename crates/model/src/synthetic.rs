@@ -87,6 +87,7 @@ impl WeightSource for Synthetic {
 /// their inputs.
 fn values(spec: &ModelSpec, part: Part) -> Values {
     use LayerPart::{DeltaNorm, KvDownNorm, QueryDownNorm};
+    use LayerPart::{ExpertScales, LayerScale, OutNorm, RouterScale};
     use LayerPart::{InputNorm, KeyNorm, PostAttentionNorm, QueryNorm, ResidualNorm};
     let norms = [
         InputNorm,
@@ -104,6 +105,7 @@ fn values(spec: &ModelSpec, part: Part) -> Values {
     let deviation = match (part, spec.shape(part)) {
         (Part::FinalNorm, _) => return Values::One,
         (Part::Layer(_, inside), _) if norms.contains(&inside) => return Values::One,
+        (Part::Layer(_, OutNorm(_) | LayerScale | RouterScale | ExpertScales), _) => return Values::One,
         (_, WeightShape::Vector { .. }) => BIAS_DEVIATION,
         // A table that is also the output projection must be scaled as one.
         (_, WeightShape::Table { width, .. }) if spec.tie_embeddings => 1.0 / (width as f32).sqrt(),

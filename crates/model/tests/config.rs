@@ -30,13 +30,16 @@ fn outline(spec: &ModelSpec) -> String {
         spec.bos.unwrap_or_default(),
         spec.eos
     )];
-    let mut kinds: Vec<String> = spec.layers.iter().map(|layer| attention(&layer.attention)).collect();
-    kinds.dedup();
     // Where kinds take turns, each once.
+    let mut kinds: Vec<String> = Vec::new();
+    for kind in spec.layers.iter().map(|layer| attention(&layer.attention)) {
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+    }
     kinds.sort_by_key(|kind| kind.starts_with("delta"));
-    kinds.dedup();
     lines.extend(kinds);
-    let rope = &spec.rope;
+    let rope = &spec.ropes[0];
     assert_eq!(rope.inverse_frequencies.len(), rope.dim / 2);
     let last = rope.inverse_frequencies[rope.dim / 2 - 1];
     lines.push(format!("{:?} {} to {last:.4e} times {:.4}", rope.style, rope.dim, rope.attention_factor));
@@ -59,6 +62,8 @@ fn attention(spec: &AttentionSpec) -> String {
                 spec.norm_after_rope.then(|| "after rope".to_owned()),
                 spec.sinks.then(|| "sinks".to_owned()),
                 spec.gated.then(|| "gated".to_owned()),
+                spec.value_norm.then(|| "values normed".to_owned()),
+                spec.values_are_keys.then(|| "values are keys".to_owned()),
                 spec.clip_qkv.map(|clip| format!("clip {clip}")),
             ];
             extras.into_iter().flatten().for_each(|extra| text += &format!(", {extra}"));
@@ -91,8 +96,18 @@ fn layer(layer: &LayerSpec) -> String {
             if moe.router_bias {
                 text += ", router bias";
             }
-            if let Some(Swish { alpha, limit, shift }) = moe.activation {
-                text += &format!(", swish {alpha} to {limit} + {shift}");
+            match moe.activation {
+                Some(Swish::GELU_TANH) => text += ", gelu",
+                Some(Swish { alpha, limit, shift, .. }) => {
+                    text += &format!(", swish {alpha} to {limit} + {shift}");
+                }
+                None => {}
+            }
+            if moe.router_scale {
+                text += ", router scale";
+            }
+            if moe.expert_scales {
+                text += ", scales";
             }
             if moe.expert_bias {
                 text += ", expert bias";
@@ -109,8 +124,16 @@ fn layer(layer: &LayerSpec) -> String {
     if let Some(window) = layer.window {
         text += &format!(", window {window}");
     }
+    match layer.rope {
+        Some(0) => {}
+        Some(other) => text += &format!(", rope {other}"),
+        None => text += ", no rope",
+    }
     if let Some(inner) = layer.residual_mlp {
         text += &format!(", residual {inner}");
+    }
+    if layer.sandwich {
+        text += ", sandwich";
     }
     text
 }
@@ -465,6 +488,36 @@ fn published_configurations_are_read() {
         },
         "tie_word_embeddings": false, "vision_config": { "depth": 27, "hidden_size": 1152, "model_type": "qwen3_5_moe" }
     });
+    let gemma = json!({
+        "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "dtype": "bfloat16",
+        "text_config": {
+            "attention_k_eq_v": true, "enable_moe_block": true, "final_logit_softcapping": 30.0, "global_head_dim": 512,
+            "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2816,
+            "hidden_size_per_layer_input": 0, "intermediate_size": 2112, "max_position_embeddings": 262_144,
+            "model_type": "gemma4_text", "moe_intermediate_size": 704, "num_attention_heads": 16, "num_experts": 128,
+            "num_global_key_value_heads": 2, "num_hidden_layers": 30, "num_key_value_heads": 8, "num_kv_shared_layers": 0,
+            "rms_norm_eps": 1e-6, "sliding_window": 1024, "tie_word_embeddings": true, "top_k_experts": 8,
+            "use_bidirectional_attention": "vision", "use_double_wide_mlp": false, "vocab_size": 262_144,
+            "rope_parameters": {
+                "full_attention": { "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0, "rope_type": "proportional" },
+                "sliding_attention": { "rope_theta": 10_000.0, "rope_type": "default" }
+            }
+        },
+        "vision_config": { "model_type": "gemma4_vision" }
+    });
+    let solar = json!({
+        "architectures": ["SolarOpenForCausalLM"], "model_type": "solar_open", "hidden_size": 4096,
+        "moe_intermediate_size": 1280, "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 48,
+        "norm_topk_prob": true, "routed_scaling_factor": 1.0, "vocab_size": 196_608, "max_position_embeddings": 131_072
+    });
+    let exaone = json!({
+        "architectures": ["ExaoneMoEForCausalLM"], "model_type": "exaone_moe", "hidden_size": 6144,
+        "intermediate_size": 18_432, "moe_intermediate_size": 2048, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_shared_experts": 1, "num_hidden_layers": 48, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 128, "first_k_dense_replace": 1, "sliding_window": 128, "sliding_window_pattern": "LLLG",
+        "routed_scaling_factor": 2.5, "norm_topk_prob": true, "vocab_size": 153_600, "rope_theta": 1_000_000
+    });
     let with = |base: &Value, patch: Value| {
         let mut config = base.clone();
         config.as_object_mut().unwrap().extend(patch.as_object().unwrap().clone());
@@ -491,6 +544,9 @@ fn published_configurations_are_read() {
         ("granite-3.0-3b-a800m", granite, 3.3, 0.9),
         ("Qwen3-Next-80B-A3B", next, 79.7, 3.9),
         ("Qwen3.5-35B-A3B", qwen, 34.7, 3.5),
+        ("Gemma-4-26B-A4B", gemma, 25.2, 3.8),
+        ("Solar-Open-100B", solar, 102.6, 12.0),
+        ("K-EXAONE-236B-A23B", exaone, 236.6, 23.7),
     ];
     for (name, config, total, active) in expected {
         let spec = config::parse(config.to_string().as_bytes(), name).unwrap();
@@ -499,6 +555,76 @@ fn published_configurations_are_read() {
             |numbers: u64, billions: f64| (numbers as f64 / 1e9 - billions).abs() < 0.006 * billions + 0.05;
         assert!(close(parameters.total, total) && close(parameters.active, active), "{name}: {parameters:?}");
     }
+}
+
+#[test]
+fn gemma() {
+    check(
+        "gemma4",
+        "Gemma4ForConditionalGeneration bfloat16 V320 H32 tied positions 4096 Rms 1e-6 bos 0 eos [1]
+         4/2 heads of 8 scale 1.00000, norm PerHead, values normed
+         4/1 heads of 16 scale 1.00000, norm PerHead, values normed, values are keys
+         HalfSplit 8 to 1.0000e-3 times 1.0000
+         8 experts of 16, top 3 Softmax normalised x1, gelu, router scale, scales, window 20, residual 40, sandwich
+         8 experts of 16, top 3 Softmax normalised x1, gelu, router scale, scales, rope 1, residual 40, sandwich
+         8 experts of 16, top 3 Softmax normalised x1, gelu, router scale, scales, window 20, residual 40, sandwich
+         8 experts of 16, top 3 Softmax normalised x1, gelu, router scale, scales, rope 1, residual 40, sandwich",
+    );
+    let spec = config::read(&fixture("gemma4")).unwrap();
+    // A quarter of the wide heads turns, as slowly as if all did.
+    close(&spec.ropes[1].inverse_frequencies, &[1.0, 0.177_827_94, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    assert_eq!((spec.factors.embedding, spec.factors.cap), (32f32.sqrt(), Some(1.5)));
+    let inside = |key: &str, value: Value| {
+        let text = std::fs::read(fixture("gemma4").join("config.json")).unwrap();
+        let mut config: Value = serde_json::from_slice(&text).unwrap();
+        config["text_config"][key] = value;
+        config::parse(config.to_string().as_bytes(), "config.json").unwrap_err().to_string()
+    };
+    assert_eq!(
+        inside("enable_moe_block", json!(false)),
+        "config.json: `enable_moe_block` is not true: this Gemma has no experts, which is not supported"
+    );
+    assert_eq!(
+        inside("hidden_size_per_layer_input", json!(256)),
+        "config.json: `hidden_size_per_layer_input` is 256; only 0 is supported"
+    );
+}
+
+#[test]
+fn families_of_deepseeks_gate() {
+    check(
+        "solar_open",
+        "SolarOpenForCausalLM bfloat16 V320 H32 positions 128 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 12 scale 0.28868
+         HalfSplit 12 to 5.0000e-6 times 1.0693
+         12 experts of 16, top 4 in 2 of 3 groups by TopTwoSum Sigmoid normalised x2.5, bias, shared 16",
+    );
+    check(
+        "exaone_moe",
+        "ExaoneMoEForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000, norm PerHead
+         HalfSplit 16 to 5.6234e-6 times 1.0000
+         dense 48, window 20
+         10 experts of 16, top 3 Sigmoid normalised x2.5, bias, shared 16, no rope
+         10 experts of 16, top 3 Sigmoid normalised x2.5, bias, shared 16, window 20
+         10 experts of 16, top 3 Sigmoid normalised x2.5, bias, shared 16, no rope",
+    );
+    check(
+        "hy_v3",
+        "HYV3ForCausalLM bfloat16 V320 H48 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000, norm PerHead
+         HalfSplit 16 to 6.8129e-7 times 1.0000
+         dense 40
+         8 experts of 16, top 3 Sigmoid normalised x2.826, bias, shared 32",
+    );
+    check(
+        "kimi_k25",
+        "DeepseekV3ForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-6 bos 0 eos [1]
+         latent 4 heads q 24 kv 16 of 12+8 value 12 scale 0.22361 bias false eps 1e-6
+         Interleaved 8 to 3.0000e-4 times 1.0000
+         dense 48
+         12 experts of 16, top 3 Sigmoid normalised x2.8, bias, shared 16",
+    );
 }
 
 #[test]
@@ -565,19 +691,20 @@ fn frequencies_of_long_contexts() {
         "original_max_position_embeddings": 8192 });
     let rope = patched("qwen3_moe", json!({ "head_dim": 64, "rope_theta": 5e5, "rope_scaling": llama }))
         .unwrap()
-        .rope;
+        .ropes
+        .remove(0);
     close(&rope.inverse_frequencies[14..18], &[3.211_446e-3, 1.371_893_7e-3, 5.248_46e-4, 1.785_077_9e-4]);
     let factors: Vec<f64> = (0..16).map(|i| 1.0 + 0.5 * f64::from(i)).collect();
     let long = json!({ "rope_type": "longrope", "short_factor": factors, "long_factor": factors,
         "original_max_position_embeddings": 1024, "factor": 4.0 });
     let spec = patched("qwen3_moe", json!({ "rope_scaling": long })).unwrap();
-    close(&spec.rope.inverse_frequencies[..3], &[1.0, 0.374_894_2, 0.158_113_88]);
-    assert!((spec.rope.attention_factor - 1.095_445_1).abs() < 1e-6);
+    close(&spec.ropes[0].inverse_frequencies[..3], &[1.0, 0.374_894_2, 0.158_113_88]);
+    assert!((spec.ropes[0].attention_factor - 1.095_445_1).abs() < 1e-6);
     assert_eq!(spec.max_positions, 1024);
     let plain = patched("qwen3_moe", json!({})).unwrap();
     for kind in ["dynamic", "mrope"] {
         let same = json!({ "rope_scaling": { "rope_type": kind, "factor": 2.0 } });
-        assert_eq!(patched("qwen3_moe", same).unwrap().rope, plain.rope);
+        assert_eq!(patched("qwen3_moe", same).unwrap().ropes, plain.ropes);
     }
 }
 
@@ -655,22 +782,23 @@ fn frequencies_are_the_published_ones() {
     let spec = config::read(&fixture("deepseek_v3")).unwrap();
     let expected =
         [1.0, 0.213_453_72, 0.034_999_996, 7.905_695e-4, 2.5e-4, 7.905_695e-5, 2.5e-5, 7.905_694_5e-6];
-    close(&spec.rope.inverse_frequencies, &expected);
-    assert!((spec.rope.attention_factor - 1.087_954_6).abs() < 1e-6);
+    close(&spec.ropes[0].inverse_frequencies, &expected);
+    assert!((spec.ropes[0].attention_factor - 1.087_954_6).abs() < 1e-6);
 
-    let frequencies = preset("deepseek-v2").unwrap().rope.inverse_frequencies;
+    let frequencies = preset("deepseek-v2").unwrap().ropes.remove(0).inverse_frequencies;
     close(&frequencies[9..13], &[0.074_989_416, 0.056_234_13, 0.039_006_926, 0.026_879_36]);
     close(&frequencies[21..25], &[4.149_904e-4, 1.778_279_4e-4, 3.333_803_4e-5, 2.5e-5]);
 
     let yarn = json!({ "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768 });
     let rope = patched("qwen3_moe", json!({ "head_dim": 64, "rope_theta": 1e6, "rope_scaling": yarn }))
         .unwrap()
-        .rope;
+        .ropes
+        .remove(0);
     close(&rope.inverse_frequencies[11..14], &[8.659_643e-3, 5.154_795_5e-3, 3.043_117_7e-3]);
     assert!((rope.attention_factor - 1.138_629_4).abs() < 1e-6);
 
     let linear = json!({ "type": "linear", "factor": 8 });
-    let rope = patched("mixtral", json!({ "rope_scaling": linear })).unwrap().rope;
+    let rope = patched("mixtral", json!({ "rope_scaling": linear })).unwrap().ropes.remove(0);
     close(&rope.inverse_frequencies, &[0.125, 0.031_622_78 / 8.0, 0.001 / 8.0, 3.162_277_5e-5 / 8.0]);
 }
 
@@ -959,13 +1087,13 @@ fn what_would_change_results_is_refused() {
         refused(name, json!({ "mlp_bias": true }), "`mlp_bias` is true, which is not supported");
         patched(name, json!({ "mlp_bias": false })).unwrap();
     }
-    for kind in ["ntk", "proportional"] {
+    for kind in ["ntk", "alibi"] {
         refused(
             "mixtral",
             json!({ "rope_scaling": { "type": kind, "factor": 2.0 } }),
             &format!(
                 "`rope_scaling.rope_type` is \"{kind}\", which is not supported; supported are default, linear, dynamic, yarn, \
-                 longrope and llama3"
+                 longrope, llama3 and proportional"
             ),
         );
     }

@@ -29,6 +29,7 @@ impl<B: Backend> ExpertPipeline<B> {
             logits,
             router: layer.router,
             bias: layer.bias.clone(),
+            scales: layer.scales.clone(),
             experts: self.buffers.router_experts.rows(tokens.clone())?,
             weights: self.buffers.router_weights.rows(tokens)?,
         };

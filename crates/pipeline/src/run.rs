@@ -45,6 +45,8 @@ pub struct MoeLayer {
     pub router_bias: Option<Weight>,
     /// Correction bias of the router `[E]`, if the model has one.
     pub bias: Option<Weight>,
+    /// Factors on the weights of the experts `[E]`, if the model has some.
+    pub scales: Option<Weight>,
     /// How router logits become experts.
     pub router: TopKRouter,
     /// Which rank holds which expert, in which slot; the same on all ranks.

@@ -88,6 +88,7 @@ impl<B: Backend> RigRank<B> {
             layer: Layer(layer),
             router_weight: take(format!("router {experts}"), WeightShape::Matrix { n: experts, k: hidden })?,
             bias: None,
+            scales: None,
             router: self.router,
             experts: self
                 .map

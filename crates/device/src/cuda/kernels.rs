@@ -84,6 +84,7 @@ sources! {
     "clamp": ["clamp"] in SAME, 256 threads;
     "gate_rows": ["gate_rows"] in SAME, 256 threads;
     "scale": ["scale"] in SAME, 256 threads;
+    "soft_cap": ["soft_cap"] in SAME, 256 threads;
     "activate": ["activate"] in ANY, 256 threads;
     "add_slot_bias": ["add_slot_bias"] in SAME, 256 threads;
     "short_conv": ["short_conv", "keep_rows"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 256 threads;

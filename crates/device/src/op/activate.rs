@@ -5,15 +5,27 @@ use super::{Accesses, expect, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
-/// A gated activation: `min(g, limit) · sigmoid(alpha · min(g, limit)) · (max(−limit, min(u, limit)) + shift)`.
+/// A gated activation, with `c = min(g, limit)`: `c · sigmoid(alpha · (c + cubic · c³)) · (max(−limit, min(u, limit)) + shift)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Swish {
     /// Factor inside the sigmoid.
     pub alpha: f32,
+    /// What the cube of the gate counts there.
+    pub cubic: f32,
     /// Largest gate, and largest magnitude of the other factor.
     pub limit: f32,
     /// Added to the other factor.
     pub shift: f32,
+}
+
+impl Swish {
+    /// The approximation of GELU by a tanh: `½g · (1 + tanh(√(2/π) · (g + 0.044715 g³))) · u`.
+    pub const GELU_TANH: Swish = Swish {
+        alpha: (2.0 * std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::FRAC_1_SQRT_2) as f32,
+        cubic: 0.044_715,
+        limit: f32::INFINITY,
+        shift: 0.0,
+    };
 }
 
 /// A bias for rows that are sorted by slot: row `m` has that of slot `l` where `starts[l] ≤ m + first < starts[l + 1]`.

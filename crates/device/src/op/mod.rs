@@ -20,7 +20,9 @@ pub use norm::{Norm, NormKind, Origin};
 pub use recurrent::{Carried, DeltaRule, Gate, Gating, ShortConv};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
-pub use rows::{Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce, Scale};
+pub use rows::{
+    Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce, Scale, SoftCap,
+};
 
 use crate::{AllocationId, Buffer, DeviceError, Weight, WeightSlot};
 use epsmoe_base::{DType, Phase};
@@ -89,6 +91,7 @@ ops! {
     Clamp => "clamp", Projection;
     GateRows => "gate_rows", SharedGate;
     Scale => "scale", Residual;
+    SoftCap => "soft_cap", LmHead;
     Activate => "activate", GateUp;
     AddSlotBias => "add_slot_bias", Down;
     ShortConv => "short_conv", Attention;

@@ -86,6 +86,8 @@ pub struct Route {
     pub router: TopKRouter,
     /// Correction bias `[E]` added to the scores for the choice only.
     pub bias: Option<Weight>,
+    /// Factor on the weight of each expert `[E]`, after everything else.
+    pub scales: Option<Weight>,
     /// Chosen experts `[T, k]`, uint32.
     pub experts: Buffer,
     /// Their weights `[T, k]`, float32.
@@ -107,8 +109,12 @@ impl Route {
         {
             return shape(format!("{:?} → {:?}, {:?}", self.logits, self.experts, self.weights));
         }
-        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.shape != WeightShape::Vector { n: e }) {
-            return shape(format!("bias {} is {:?}, but there are {e} experts", bias.name, bias.shape));
+        let mut vectors = [("bias", &self.bias), ("scales", &self.scales)].into_iter();
+        let wrong = vectors.find_map(|(what, vector)| {
+            Some(what).zip(vector.as_ref().filter(|vector| vector.shape != WeightShape::Vector { n: e }))
+        });
+        if let Some((what, vector)) = wrong {
+            return shape(format!("{what} {} is {:?}, but there are {e} experts", vector.name, vector.shape));
         }
         if let Some(limit) = self.router.groups {
             let fits = limit.groups > 0 && e.is_multiple_of(limit.groups) && limit.kept <= limit.groups;
@@ -120,7 +126,7 @@ impl Route {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        let reads = Accesses::new().read(&self.logits).read_weights(&self.bias);
+        let reads = Accesses::new().read(&self.logits).read_weights(self.bias.iter().chain(&self.scales));
         reads.write(&self.experts).write(&self.weights)
     }
 }

@@ -258,6 +258,28 @@ impl Scale {
     }
 }
 
+/// `x = cap · tanh(x / cap)`, in place.
+#[derive(Clone, Debug)]
+pub struct SoftCap {
+    /// What is capped `[M, W]`.
+    pub x: Buffer,
+    /// What no magnitude reaches.
+    pub cap: f32,
+}
+
+impl SoftCap {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        if self.cap > 0.0 && self.cap.is_finite() {
+            return Ok(());
+        }
+        Err(DeviceError::Shape(format!("soft_cap: the cap {} is not a positive number", self.cap)))
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().write(&self.x)
+    }
+}
+
 /// `x[m] = sigmoid(gate[m]) · x[m]`, in place.
 #[derive(Clone, Debug)]
 pub struct GateRows {

@@ -358,6 +358,7 @@ fn run<K: Kernels>(
         Op::Clamp(op) => typed!(op.x.dtype, clamp, op),
         Op::GateRows(op) => typed!(op.x.dtype, gate_rows, op),
         Op::Scale(op) => typed!(op.x.dtype, scale, op),
+        Op::SoftCap(op) => typed!(op.x.dtype, soft_cap, op),
         Op::Activate(op) => typed!(op.x.dtype, op.out.dtype, activate, op),
         Op::AddSlotBias(op) => typed!(op.x.dtype, add_slot_bias, op),
         Op::ShortConv(op) => typed!(op.x.dtype, op.out.dtype, short_conv, op),

@@ -2,12 +2,12 @@
 
 use super::element::{Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
-use crate::Buffer;
 use crate::op::{
     Activate, Add, AddSlotBias, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8,
     GroupLimit, GroupScore, HostToDevice, KvWrite, NONE, Norm, NormKind, Origin, Reduce, RopeStyle,
-    RopeTable, Rotate, Route, Scale, Score, SlotBias, TopKRouter, not_finite,
+    RopeTable, Rotate, Route, Scale, Score, SlotBias, SoftCap, TopKRouter, not_finite,
 };
+use crate::{Buffer, Weight};
 use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words};
 use half::bf16;
 use std::cmp::Ordering;
@@ -217,11 +217,13 @@ impl<'a, K: Kernels> Rows<'a, K> {
     pub(super) fn route(&self, op: &Route) -> Result<(), String> {
         let logits = self.view::<f32>(&op.logits);
         let (experts, weights) = (self.view_mut::<u32>(&op.experts), self.view_mut::<f32>(&op.weights));
-        let bias = op.bias.as_ref().map(|bias| self.weights.vector(bias)).transpose()?;
+        let vector = |of: &Option<Weight>| of.as_ref().map(|of| self.weights.vector(of)).transpose();
+        let (bias, scales) = (vector(&op.bias)?, vector(&op.scales)?);
         self.for_rows_from(&experts, logits.width * size_of::<f32>(), |t, experts| {
             // SAFETY: each row is asked for once.
             let weights = unsafe { weights.row_shared(t) };
-            choose(&op.router, logits.row(t), bias.as_deref(), experts, weights);
+            let vectors = [bias.as_deref(), scales.as_deref()];
+            choose(&op.router, logits.row(t), vectors, experts, weights);
         });
         Ok(())
     }
@@ -345,6 +347,14 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
+    pub(super) fn soft_cap<T: Element>(&self, op: &SoftCap) -> Result<(), String> {
+        let x = self.view_mut::<T>(&op.x);
+        self.for_rows(&x, |_, row| {
+            row.iter_mut().for_each(|x| *x = T::from_f32((x.to_f32() / op.cap).tanh() * op.cap));
+        });
+        Ok(())
+    }
+
     pub(super) fn activate<X: Element, Y: Element>(&self, op: &Activate) -> Result<(), String> {
         let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
         let bias = op.bias.as_ref().map(|bias| self.slot_bias(bias, x.rows)).transpose()?;
@@ -358,7 +368,8 @@ impl<'a, K: Kernels> Rows<'a, K> {
                 // Comparisons, so that a NaN stays one.
                 let gate = if gate > swish.limit { swish.limit } else { gate };
                 let up = if up.abs() > swish.limit { swish.limit.copysign(up) } else { up };
-                let gate = gate / (1.0 + (-swish.alpha * gate).exp());
+                let inside = swish.alpha * (gate + swish.cubic * gate * gate * gate);
+                let gate = gate / (1.0 + (-inside).exp());
                 *out = Y::from_f32(gate * (up + swish.shift));
             }
         });
@@ -497,7 +508,7 @@ fn check_sequences(
 fn choose(
     router: &TopKRouter,
     logits: &[f32],
-    bias: Option<&[f32]>,
+    [bias, scales]: [Option<&[f32]>; 2],
     experts: &mut [u32],
     weights: &mut [f32],
 ) {
@@ -520,6 +531,9 @@ fn choose(
         (true, Score::Sigmoid) => total + TopKRouter::EPSILON,
     };
     weights.iter_mut().for_each(|weight| *weight = *weight / divisor * router.scale);
+    if let Some(scales) = scales {
+        weights.iter_mut().zip(experts).for_each(|(weight, expert)| *weight *= scales[*expert as usize]);
+    }
 }
 
 fn scores(score: Score, logits: &[f32]) -> Vec<f32> {

@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 29;
+const OPERATIONS: usize = 30;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -93,6 +93,7 @@ fn number(op: &Op) -> usize {
         Op::ShortConv(_) => 26,
         Op::DeltaRule(_) => 27,
         Op::Gate(_) => 28,
+        Op::SoftCap(_) => 29,
     }
 }
 

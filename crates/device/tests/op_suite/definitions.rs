@@ -107,12 +107,13 @@ fn elementwise<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let gates = bench.put_as(DType::F32, &gate);
     let wide = bench.random_of(DType::F32, rows, width, 3.0);
     let floats = bench.put_as(DType::F32, &wide);
-    let operations: [InPlace<'_>; 7] = [
+    let operations: [InPlace<'_>; 8] = [
         ("add", &|out| Add { x: x.view.clone(), out }.into(), &|m, n| at(&a, m, n) + at(&b, m, n)),
         ("copy", &|out| Copy { x: x.view.clone(), out }.into(), &|m, n| at(&b, m, n)),
         ("copy of float32", &|out| Copy { x: floats.view.clone(), out }.into(), &|m, n| at(&wide, m, n)),
         ("clamp", &|x| Clamp { x, limit: 1.5 }.into(), &|m, n| at(&a, m, n).clamp(-1.5, 1.5)),
         ("scale", &|x| Scale { x, factor: -0.3 }.into(), &|m, n| f64::from(-0.3f32) * at(&a, m, n)),
+        ("soft cap", &|x| SoftCap { x, cap: 1.25 }.into(), &|m, n| 1.25 * (at(&a, m, n) / 1.25).tanh()),
         ("clamp to nothing", &|x| Clamp { x, limit: 0.0 }.into(), &|_, _| 0.0),
         ("gate", &|x| GateRows { gate: gates.view.clone(), x }.into(), &|m, n| {
             at(&a, m, n) * sigmoid(at(&gate, m, 0))
@@ -521,9 +522,11 @@ fn activations<B: Backend>(bench: &Bench<B>) {
             starts: bench.put_words(&starts, 1).view,
             first,
         };
-        let clamped = Swish { alpha: 1.702, limit: 2.5, shift: 1.0 };
-        let plain = Swish { alpha: 1.0, limit: f32::INFINITY, shift: 0.0 };
-        for (swish, biased, format) in [(clamped, true, DType::F32), (plain, false, bench.dtype)] {
+        let clamped = Swish { alpha: 1.702, cubic: 0.1, limit: 2.5, shift: 1.0 };
+        let plain = Swish { alpha: 1.0, cubic: 0.0, limit: f32::INFINITY, shift: 0.0 };
+        for (swish, biased, format) in
+            [(clamped, true, DType::F32), (plain, false, bench.dtype), (Swish::GELU_TANH, false, DType::F32)]
+        {
             let what = format!("activate {swish:?}, bias {biased}, {format} [{rows}, {width}]");
             let x = bench.random_of(format, rows, 2 * width, 4.0);
             let out = bench.room(bench.dtype, rows, width);
@@ -537,7 +540,12 @@ fn activations<B: Backend>(bench: &Bench<B>) {
                     f64::from(x.row(m)[n]) + f64::from(bias)
                 };
                 let (gate, up) = (number(n).min(limit), number(width + n).clamp(-limit, limit));
-                gate * sigmoid(f64::from(swish.alpha) * gate) * (up + f64::from(swish.shift))
+                if swish == Swish::GELU_TANH {
+                    let inside = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044715 * gate.powi(3));
+                    return 0.5 * gate * (1.0 + inside.tanh()) * up;
+                }
+                let inside = f64::from(swish.alpha) * (gate + f64::from(swish.cubic) * gate.powi(3));
+                gate * sigmoid(inside) * (up + f64::from(swish.shift))
             });
             bench.check(&what, &out, &want);
         }
@@ -726,12 +734,15 @@ fn route<B: Backend>(bench: &Bench<B>, router: &TopKRouter, logits: &Sheet, bias
     let experts = bench.room(DType::U32, logits.rows, router.top_k);
     let weights = bench.room(DType::F32, logits.rows, router.top_k);
     let vector = |bias: &[f32]| bench.vector(&Sheet { rows: 1, width: bias.len(), values: bias.to_vec() });
+    let scales = bench.random_of(DType::F32, 1, logits.width, 2.0);
+    let scaled = router.normalise.then_some(&scales);
     bench.run(
         &what,
         Route {
             logits: bench.put_as(DType::F32, logits).view,
             router: *router,
             bias: bias.map(vector),
+            scales: scaled.map(|scales| vector(&scales.values)),
             experts: experts.view.clone(),
             weights: weights.view.clone(),
         },
@@ -739,8 +750,9 @@ fn route<B: Backend>(bench: &Bench<B>, router: &TopKRouter, logits: &Sheet, bias
     let (mut want_experts, mut want_weights) = (Vec::new(), Vec::new());
     for token in 0..logits.rows {
         let (experts, weights) = routed(router, logits.row(token), bias);
+        let scale = |expert: &u32| scaled.map_or(1.0, |scales| f64::from(scales.values[*expert as usize]));
+        want_weights.extend(weights.iter().zip(&experts).map(|(weight, expert)| weight * scale(expert)));
         want_experts.extend(experts);
-        want_weights.extend(weights);
     }
     assert_eq!(bench.get_words(&what, &experts), want_experts, "{what}, seed {}", bench.seed);
     bench.check(&what, &weights, &want_weights);

@@ -144,7 +144,7 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
             let logits = if x.dtype == DType::F32 { x } else { wide };
             bench.fill(&logits, &logits_of(&gates, rows.clone(), WIDTH));
             let experts = bench.room(DType::U32, rows.len(), WIDTH).view;
-            Route { logits, router, bias: None, experts, weights: out }.into()
+            Route { logits, router, bias: None, scales: None, experts, weights: out }.into()
         }),
     ];
     for (what, [from, to], operation) in operations {

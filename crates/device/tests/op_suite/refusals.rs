@@ -55,6 +55,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         logits: x.clone(),
         router,
         bias: bias.cloned(),
+        scales: None,
         experts: u32s(bench, "experts", 3, 2),
         weights: f32s(bench, "weights", 3, 2),
     };

@@ -13,7 +13,10 @@ pub(crate) struct Gqa {
     own: OwnHeads,
     query: Linear,
     key: Linear,
-    value: Linear,
+    /// Nothing where values are keys.
+    value: Option<Linear>,
+    /// Ones, where values are normed.
+    value_norm: Option<Weight>,
     /// Of queries and of keys.
     norms: Option<[Weight; 2]>,
     /// Of this rank's heads.
@@ -90,6 +93,7 @@ pub(super) struct Workspace {
     value: Buffer,
     normed_query: Buffer,
     normed_key: Buffer,
+    normed_value: Buffer,
     context: Buffer,
 }
 
@@ -116,6 +120,7 @@ impl Workspace {
             value: reserve("value", own.kv.len())?,
             normed_query: reserve("normed_query", normed(&queries))?,
             normed_key: reserve("normed_key", normed(&keys))?,
+            normed_value: reserve("normed_value", if own.spec.value_norm { own.kv.len() } else { 0 })?,
             context: reserve("context", own.query.len())?,
         })
     }
@@ -138,6 +143,8 @@ impl Gqa {
             Ok([loader.layer(layer, LayerPart::QueryNorm)?, loader.layer(layer, LayerPart::KeyNorm)?])
         };
         let sinks = || loader.window(LayerPart::Sinks.of(layer), &Window::rows(own.query.clone()));
+        let value = || linear(LayerPart::Value, LayerPart::ValueBias, own.elements(&own.kv));
+        let ones = || loader.vector(&format!("{} ones", spec.head_dim), &vec![1.0; spec.head_dim]);
         let (queries, keys) = own.projected();
         let width = own.kv.len() * spec.head_dim;
         let cache = |name| loader.device.allocate(name, loader.device.dtype(), slots, width);
@@ -148,7 +155,8 @@ impl Gqa {
                 blocks(&queries, spec.query_rows_of_head()),
             )?,
             key: linear(LayerPart::Key, LayerPart::KeyBias, own.elements(&keys))?,
-            value: linear(LayerPart::Value, LayerPart::ValueBias, own.elements(&own.kv))?,
+            value: (!spec.values_are_keys).then(value).transpose()?,
+            value_norm: spec.value_norm.then(ones).transpose()?,
             norms: spec.qk_norm.map(norms).transpose()?,
             sinks: spec.sinks.then(sinks).transpose()?,
             output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
@@ -170,10 +178,19 @@ impl Gqa {
         let input = cx.queries_of(x, &self.workspace.input)?;
         let mut query = self.workspace.query.rows(queries.clone())?;
         let mut key = self.workspace.key.rows(tokens.clone())?;
-        let value = self.workspace.value.rows(tokens.clone())?;
+        let mut value = self.workspace.value.rows(tokens.clone())?;
         cx.linear(&input, &self.query, &query)?;
         cx.linear(x, &self.key, &key)?;
-        cx.linear(x, &self.value, &value)?;
+        if let Some(map) = &self.value {
+            cx.linear(x, map, &value)?;
+        } else {
+            value = key.clone();
+        }
+        if let Some(ones) = &self.value_norm {
+            let normed = self.workspace.normed_value.rows(tokens.clone())?;
+            cx.norm(&value.reshape(spec.head_dim)?, ones, cx.eps, &normed.reshape(spec.head_dim)?)?;
+            value = normed;
+        }
         let gate = self.gate(&query)?;
         let rotate_first = spec.norm_after_rope;
         let rotate = |query: &Buffer, key: &Buffer| {
@@ -258,6 +275,8 @@ mod tests {
             clip_qkv: None,
             sinks: false,
             gated: false,
+            value_norm: false,
+            values_are_keys: false,
             scale: 1.0,
         };
         let of = |index| OwnHeads::of(&spec, Share { index, count });

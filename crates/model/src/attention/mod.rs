@@ -149,7 +149,8 @@ pub(crate) struct Context<'a, B> {
     pub(crate) step: &'a Step,
     /// The tokens that attention is computed for; all of the step store keys and values.
     pub(crate) queries: &'a Queries,
-    pub(crate) rope: RopeStyle,
+    /// Which rotary embedding its layer has, and how it forms pairs.
+    pub(crate) rope: Option<(usize, RopeStyle)>,
     /// Epsilon of the model's norms.
     pub(crate) eps: f32,
 }
@@ -182,7 +183,7 @@ impl<B: Backend> Context<'_, B> {
         Ok(out)
     }
 
-    /// Turns the elements from `start` on of every head of these tokens.
+    /// Turns the elements from `start` on of every head of these tokens, in a layer whose heads turn.
     fn rotate(
         &self,
         tokens: &Queries,
@@ -190,8 +191,9 @@ impl<B: Backend> Context<'_, B> {
         head_width: usize,
         start: usize,
     ) -> Result<(), DeviceError> {
-        let rope_table = tokens.rope_table.clone();
-        self.compute(Rotate { x: x.clone(), head_width, start, style: self.rope, rope_table })
+        let Some((rope, style)) = self.rope else { return Ok(()) };
+        let rope_table = tokens.rope_tables[rope].clone();
+        self.compute(Rotate { x: x.clone(), head_width, start, style, rope_table })
     }
 
     /// Whose states the step goes on from.

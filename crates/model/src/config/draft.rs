@@ -41,8 +41,10 @@ pub(super) struct Draft<'a> {
 /// A layer but for its attention; see [`LayerSpec`].
 pub(super) struct DraftLayer {
     pub(super) window: Option<usize>,
+    pub(super) rope: Option<usize>,
     pub(super) mlp: MlpSpec,
     pub(super) residual_mlp: Option<usize>,
+    pub(super) sandwich: bool,
 }
 
 impl<'a> Draft<'a> {
@@ -99,8 +101,10 @@ impl<'a> Draft<'a> {
         let layers = layers.into_iter().enumerate().map(|(index, layer)| LayerSpec {
             attention: attention(index),
             window: layer.window,
+            rope: layer.rope,
             mlp: layer.mlp,
             residual_mlp: layer.residual_mlp,
+            sandwich: layer.sandwich,
         });
         Ok(ModelSpec {
             architecture,
@@ -110,7 +114,7 @@ impl<'a> Draft<'a> {
             hidden: self.hidden,
             max_positions: rope.positions,
             norm: NormSpec { kind: norm, eps, less_one: false },
-            rope: rope.spec,
+            ropes: vec![rope.spec],
             layers: layers.collect(),
             factors: Factors::default(),
             tie_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
@@ -153,6 +157,8 @@ impl<'a> Draft<'a> {
             clip_qkv: None,
             sinks: false,
             gated: false,
+            value_norm: false,
+            values_are_keys: false,
             scale: (head_dim as f64).powf(-0.5) as f32,
         })
     }
@@ -169,7 +175,13 @@ impl<'a> Draft<'a> {
     pub(super) fn layers(&self, moe: &MoeSpec, is_moe: impl Fn(usize) -> bool) -> Vec<DraftLayer> {
         let inner = self.inner;
         let mlp = |index| if is_moe(index) { MlpSpec::Moe(moe.clone()) } else { MlpSpec::Dense { inner } };
-        let layer = |index| DraftLayer { window: None, mlp: mlp(index), residual_mlp: None };
+        let layer = |index| DraftLayer {
+            window: None,
+            rope: Some(0),
+            mlp: mlp(index),
+            residual_mlp: None,
+            sandwich: false,
+        };
         (0..self.layers).map(layer).collect()
     }
 
@@ -282,6 +294,8 @@ pub(super) fn softmax_moe(experts: usize, inner: usize, top_k: usize) -> MoeSpec
         correction_bias: false,
         activation: None,
         expert_bias: false,
+        router_scale: false,
+        expert_scales: false,
         shared: None,
     }
 }

@@ -34,7 +34,7 @@ pub(super) fn gpt_oss(keys: &Keys) -> Checked<ModelSpec> {
     let limit = keys.number("swiglu_limit", FACTOR)?.unwrap_or(LIMIT) as f32;
     let moe = MoeSpec {
         router_bias: true,
-        activation: Some(Swish { alpha: ALPHA, limit, shift: 1.0 }),
+        activation: Some(Swish { alpha: ALPHA, cubic: 0.0, limit, shift: 1.0 }),
         expert_bias: true,
         ..draft.moe(draft.inner)?
     };

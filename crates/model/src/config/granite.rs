@@ -33,6 +33,7 @@ pub(super) fn granite(keys: &Keys, architecture: Architecture) -> Checked<ModelS
         embedding: factor("embedding_multiplier")?,
         residual: factor("residual_multiplier")?,
         logits: 1.0 / factor("logits_scaling")?,
+        cap: None,
     };
     Ok(ModelSpec { factors, ..spec })
 }

@@ -1,9 +1,11 @@
-//! Hunyuan-A13B: queries and keys are normed after they are rotated.
+//! Hunyuan-A13B, whose queries and keys are normed after they are rotated; and Hunyuan 3, with DeepSeek-V3's gate.
 
 use super::draft::{Defaults, Draft};
-use super::keys::{Checked, EXPERTS, Keys, MEND, WIDTH, whole, wrong};
+use super::glm::sparse_layers;
+use super::keys::{Checked, EXPERTS, FACTOR, HEAD_WIDTH, Keys, MEND, WIDTH, whole, wrong};
 use crate::Architecture;
 use crate::spec::*;
+use epsmoe_device::op::Score;
 use std::ops::RangeInclusive;
 
 const HUNYUAN: Defaults = Defaults {
@@ -62,4 +64,42 @@ fn alike(keys: &Keys, key: &'static str, allowed: RangeInclusive<usize>) -> Chec
             allowed.end()
         )),
     }
+}
+
+const HUNYUAN_V3: Defaults = Defaults {
+    vocab: 120_832,
+    hidden: 4096,
+    inner: 13_312,
+    layers: 80,
+    heads: 64,
+    kv_heads: Some(8),
+    experts: 192,
+    top_k: 8,
+    positions: 131_072,
+    eps: 1e-5,
+    theta: 11_158_840.0,
+    bos: None,
+    eos: None,
+};
+
+pub(super) fn hunyuan_v3(keys: &Keys) -> Checked<ModelSpec> {
+    let draft = Draft::new(keys, &HUNYUAN_V3)?;
+    let bias = keys.flag("attention_bias")?.unwrap_or(false);
+    let head_dim = keys.whole("head_dim", HEAD_WIDTH)?.unwrap_or(128);
+    let attention = GqaSpec {
+        qkv_bias: bias,
+        output_bias: bias,
+        qk_norm: Some(QkNorm::PerHead),
+        ..draft.grouped_of(draft.kv_heads()?, head_dim)?
+    };
+    let inner = keys.whole("moe_intermediate_size", WIDTH)?.unwrap_or(1536);
+    let mut moe = draft.moe(inner)?;
+    moe.correction_bias = true;
+    moe.router.score = Score::Sigmoid;
+    moe.router.scale = keys.number("router_scaling_factor", FACTOR)?.unwrap_or(2.826) as f32;
+    let shared = keys.whole("num_shared_experts", 0..=64)?.unwrap_or(1);
+    moe.shared = (shared > 0).then_some(SharedSpec { inner: shared * inner, gated: false });
+    let sparse = sparse_layers(&draft, 1)?;
+    let layers = draft.layers(&moe, |layer| sparse[layer]);
+    draft.grouped_model((Architecture::HunyuanV3, TensorNames::HunyuanV3), attention, layers)
 }

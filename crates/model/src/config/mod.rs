@@ -10,6 +10,7 @@ mod dbrx;
 mod deepseek;
 mod draft;
 mod ernie;
+mod gemma;
 mod glm;
 mod gpt_oss;
 mod granite;
@@ -142,7 +143,11 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
     let keys = Keys { map: Some(map), section: "", remarks: &remarks };
     let architecture = architecture(&keys)?;
     let inner = language_model(map);
-    let nesting = if inner.is_some() { Nesting::Beside } else { Nesting::Alone };
+    let nesting = match (&inner, keys.word("model_type")?) {
+        (None, _) => Nesting::Alone,
+        (_, Some("kimi_k25")) => Nesting::Under,
+        _ => Nesting::Beside,
+    };
     let keys = Keys { map: inner.as_ref().or(Some(map)), ..keys };
     refuse_unsupported(architecture, &keys)?;
     let mut spec = match architecture {
@@ -165,6 +170,10 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
         Architecture::GraniteMoe | Architecture::GraniteMoeShared => granite::granite(&keys, architecture),
         Architecture::Qwen3Next => qwen::qwen3_next(&keys),
         Architecture::Qwen35Moe => qwen::qwen3_5(&keys),
+        Architecture::SolarOpen => glm::solar_open(&keys),
+        Architecture::ExaoneMoe => glm::exaone_moe(&keys),
+        Architecture::HunyuanV3 => hunyuan::hunyuan_v3(&keys),
+        Architecture::Gemma4 => gemma::gemma4(&keys),
     }?;
     spec.nesting = nesting;
     let experts: usize = spec.layers.iter().filter_map(|layer| layer.mlp.moe()).map(|moe| moe.experts).sum();
@@ -208,7 +217,14 @@ fn architecture(keys: &Keys) -> Checked<Architecture> {
 }
 
 /// Other names of what is supported.
-const ALIASES: [(&str, Architecture); 4] = [
+const ALIASES: [(&str, Architecture); 11] = [
+    ("Gemma4ForCausalLM", Architecture::Gemma4),
+    ("gemma4_text", Architecture::Gemma4),
+    ("ExaoneMoeForCausalLM", Architecture::ExaoneMoe),
+    ("KimiK25ForConditionalGeneration", Architecture::DeepseekV3),
+    ("kimi_k25", Architecture::DeepseekV3),
+    ("Glm4vMoeForConditionalGeneration", Architecture::Glm4Moe),
+    ("glm4v_moe", Architecture::Glm4Moe),
     ("kimi_k2", Architecture::DeepseekV3),
     ("hunyuan", Architecture::HunyuanV1Moe),
     ("Qwen3_5MoeForCausalLM", Architecture::Qwen35Moe),
@@ -216,7 +232,7 @@ const ALIASES: [(&str, Architecture); 4] = [
 ];
 
 /// Architectures that people ask for, and what they have that is missing here.
-const UNSUPPORTED: [(&str, &str); 22] = [
+const UNSUPPORTED: [(&str, &str); 18] = [
     ("DeepseekV32ForCausalLM", INDEXER),
     ("GlmMoeDsaForCausalLM", INDEXER),
     ("DeepseekV4ForCausalLM", "its attention looks at compressed tokens, and its residual stream is several"),
@@ -228,30 +244,25 @@ const UNSUPPORTED: [(&str, &str); 22] = [
     ("NemotronHForCausalLM", STATE_SPACE),
     ("GraniteMoeHybridForCausalLM", STATE_SPACE),
     ("Lfm2MoeForCausalLM", "most of its layers are convolutions"),
-    ("Gemma4ForCausalLM", GEMMA),
-    ("Gemma4ForConditionalGeneration", GEMMA),
     ("Llama4ForCausalLM", LLAMA),
     ("Llama4ForConditionalGeneration", LLAMA),
     ("LongcatFlashForCausalLM", "it has experts that compute nothing, and two attentions a layer"),
     ("PhimoeForCausalLM", PHI),
     ("PhiMoEForCausalLM", PHI),
     ("BailingMoeForCausalLM", "it is of before Ling 2.0, whose router and attention are others"),
-    ("KimiK25ForConditionalGeneration", NESTED),
-    ("Glm4vMoeForConditionalGeneration", NESTED),
     ("Qwen3VLMoeForConditionalGeneration", NESTED),
 ];
 const INDEXER: &str = "its attention looks at tokens that an indexer chooses";
 const DELTA: &str = "most of its layers have a delta net whose decays are one for each channel";
 const LINEAR: &str = "most of its layers have linear attention";
 const STATE_SPACE: &str = "most of its layers are state space models";
-const GEMMA: &str = "its heads have two widths, and norms stand after its layers too";
 const LLAMA: &str = "its experts read what their router has scaled, and its attention is in chunks";
 const PHI: &str = "its router is a sparse mixer, and its norms have biases";
-const NESTED: &str = "its language model is nested in one that sees images";
+const NESTED: &str = "its language model is nested in one that sees images, and reads it between its layers";
 
 /// What would change results if it were passed over.
 fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
-    use Architecture::{Dots1, GptOss, Qwen2Moe, Qwen3Moe, Qwen3Next, Qwen35Moe};
+    use Architecture::{Dots1, ExaoneMoe, Gemma4, GptOss, Qwen2Moe, Qwen3Moe, Qwen3Next, Qwen35Moe};
     keys.only("hidden_act", &ACTIVATIONS)?;
     let windows = matches!(architecture, Qwen2Moe | Qwen3Moe);
     for key in ["use_sliding_window", "mlp_bias"] {
@@ -260,7 +271,8 @@ fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
         }
     }
     let slides = keys.flag("use_sliding_window")?.unwrap_or(false);
-    if matches!(architecture, Dots1 | GptOss | Qwen3Next | Qwen35Moe) || (architecture == Qwen2Moe && slides)
+    if matches!(architecture, Dots1 | ExaoneMoe | Gemma4 | GptOss | Qwen3Next | Qwen35Moe)
+        || (architecture == Qwen2Moe && slides)
     {
         return Ok(());
     }

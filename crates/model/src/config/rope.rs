@@ -82,6 +82,16 @@ impl Draft<'_> {
                 let spec = spec(yarn.stretch(&plain, theta), yarn.attention_factor);
                 Ok(Rope { spec, score_factor: yarn.score_factor, positions })
             }
+            "proportional" => {
+                // A part of the pairs turns, as slowly as if all did; the rest stand still.
+                let part = section.number("partial_rotary_factor", 0.0..=1.0)?.unwrap_or(1.0);
+                let factor = section.number("factor", FACTOR)?.unwrap_or(1.0) as f32;
+                let turning = (part * dim as f64 / 2.0).floor() as usize;
+                let frequency =
+                    |(index, plain): (usize, f32)| if index < turning { plain / factor } else { 0.0 };
+                let frequencies = plain.into_iter().enumerate().map(frequency).collect();
+                Ok(Rope { spec: spec(frequencies, 1.0), score_factor: 1.0, positions: self.positions })
+            }
             "llama3" => {
                 let spec = spec(llama3(&section, &plain)?, 1.0);
                 Ok(Rope { spec, score_factor: 1.0, positions: self.positions })
@@ -90,7 +100,7 @@ impl Draft<'_> {
             "longrope" | "su" => self.long_rope(&section, plain, spec),
             other => wrong(format!(
                 "`{}rope_type` is \"{}\", which is not supported; supported are default, linear, dynamic, yarn, \
-                 longrope and llama3",
+                 longrope, llama3 and proportional",
                 section.section,
                 quoted(other)
             )),

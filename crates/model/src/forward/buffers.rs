@@ -33,8 +33,13 @@ pub(super) struct StepBuffers {
     pub(super) normed: Buffer,
     /// The layer's input normed, for experts that read what was there before attention.
     pub(super) pre_attention: Buffer,
+    /// What parts give, normed, and the sum of two of them `[N, H]`, float32.
+    pub(super) out_normed: Buffer,
+    pub(super) both: Buffer,
     /// Of a dense MLP, for all tokens of the ranks that split it.
     pub(super) inner: Buffer,
+    /// Its products before an activation of its own, float32.
+    pub(super) open: Buffer,
     /// `[LOGIT_ROWS, V]`, and the largest of each row, where the host finds it `[LOGIT_ROWS, 1]`.
     pub(super) logits: Buffer,
     pub(super) tokens: Buffer,
@@ -45,7 +50,7 @@ pub(super) struct QueryBuffers {
     pub(super) index: Buffer,
     pub(super) positions: Buffer,
     pub(super) sequence_starts: Buffer,
-    pub(super) rope_table: Buffer,
+    pub(super) rope_tables: Vec<Buffer>,
 }
 
 impl StepBuffers {
@@ -65,10 +70,16 @@ impl StepBuffers {
                 index: indices("query_index", tokens, 1)?,
                 positions: indices("positions", tokens, 1)?,
                 sequence_starts: indices("sequence_starts", sequences + 1, 1)?,
-                rope_table: floats("rope_table", tokens, spec.rope.dim)?,
+                rope_tables: spec
+                    .ropes
+                    .iter()
+                    .map(|rope| floats("rope_table", tokens, rope.dim))
+                    .collect::<Result<_, _>>()?,
             })
         };
         let residual = spec.layers.iter().any(|layer| layer.residual_mlp.is_some());
+        let sandwich = if is_sandwich(spec) { spec.hidden } else { 0 };
+        let (mlp_tokens, inner) = (layout.most_in_mlp(tokens), layout.inner().most(widest_dense(spec)));
         Ok(StepBuffers {
             ids: indices("ids", shard, 1)?,
             slots: indices("slots", tokens, 1)?,
@@ -82,7 +93,10 @@ impl StepBuffers {
             delta: floats("delta", shard, spec.hidden)?,
             normed: values("normed", shard, spec.hidden)?,
             pre_attention: values("pre_attention", shard, if residual { spec.hidden } else { 0 })?,
-            inner: values("inner", layout.most_in_mlp(tokens), layout.inner().most(widest_dense(spec)))?,
+            out_normed: floats("out_normed", shard, sandwich)?,
+            both: floats("both", shard, sandwich)?,
+            inner: values("inner", mlp_tokens, inner)?,
+            open: floats("open_inner", mlp_tokens, if sandwich > 0 { 2 * inner } else { 0 })?,
             logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
             tokens: device.allocate_for_host("tokens", DType::U32, tokens.min(LOGIT_ROWS), 1)?,
         })
@@ -133,7 +147,9 @@ fn bytes_per_token(spec: &ModelSpec, dtype: DType) -> usize {
     }
     // The normed stream, what experts before attention read; the stream twice, and what is added.
     let values = values + widest_dense(spec) + 2 * spec.hidden;
-    let floats = floats + 3 * spec.hidden + 2 * spec.rope.dim;
+    let floats = floats + 3 * spec.hidden + 2 * spec.ropes.iter().map(|rope| rope.dim).sum::<usize>();
+    let sandwich = if is_sandwich(spec) { 2 * spec.hidden + 2 * widest_dense(spec) } else { 0 };
+    let floats = floats + sandwich;
     // Ids, slots, positions and places.
     values * dtype.bytes() + floats * DType::F32.bytes() + 8 * DType::U32.bytes()
 }
@@ -144,7 +160,8 @@ fn workspace_widths(attention: &AttentionSpec) -> (usize, usize) {
         AttentionSpec::Gqa(gqa) => {
             let (query, key) = (gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim);
             // Query, context, key, value, gate; query and key once more if they are normed.
-            (3 * query + 3 * key + if gqa.gated { query } else { 0 }, 0)
+            let more = if gqa.gated { query } else { 0 } + if gqa.value_norm { key } else { 0 };
+            (3 * query + 3 * key + more, 0)
         }
         AttentionSpec::Mla(mla) => {
             let (latent, row) = (mla.q_lora.unwrap_or(0), mla.kv_lora + mla.rope);
@@ -153,6 +170,11 @@ fn workspace_widths(attention: &AttentionSpec) -> (usize, usize) {
         }
         AttentionSpec::DeltaNet(spec) => spec.workspace_widths(),
     }
+}
+
+/// Whether layers norm what their parts give.
+fn is_sandwich(spec: &ModelSpec) -> bool {
+    spec.layers.iter().any(|layer| layer.sandwich)
 }
 
 /// The widest dense MLP of any layer.

@@ -68,16 +68,17 @@ impl<B: Backend> Model<B> {
         let rows = 0..positions.len();
         let index = which.map(|which| self.upload(which, &buffers.index.rows(rows.clone())?)).transpose()?;
         let positions = self.upload(&positions, &buffers.positions.rows(rows.clone())?)?;
-        let rope_table = buffers.rope_table.rows(rows)?;
-        let table = RopeTable {
-            positions: positions.clone(),
-            frequencies: self.frequencies.clone(),
-            scale: self.spec.rope.attention_factor,
-            out: rope_table.clone(),
-        };
-        self.compute(Place::default(), table)?;
+        let mut rope_tables = Vec::with_capacity(self.spec.ropes.len());
+        for ((rope, frequencies), out) in
+            self.spec.ropes.iter().zip(&self.frequencies).zip(&buffers.rope_tables)
+        {
+            let (out, scale) = (out.rows(rows.clone())?, rope.attention_factor);
+            let (positions, frequencies) = (positions.clone(), frequencies.clone());
+            self.compute(Place::default(), RopeTable { positions, frequencies, scale, out: out.clone() })?;
+            rope_tables.push(out);
+        }
         let sequence_starts = self.upload(&starts, &buffers.sequence_starts.rows(0..starts.len())?)?;
-        Ok(Queries { index, positions, sequence_starts, rope_table })
+        Ok(Queries { index, positions, sequence_starts, rope_tables })
     }
 
     /// The cache blocks of each sequence, in rows of one length.

@@ -4,7 +4,7 @@ use super::{Batch, Model, StepOutput, made_before};
 use crate::ModelError;
 use crate::step::Step;
 use epsmoe_base::{Phase, Place};
-use epsmoe_device::op::{ArgMax, Gather, Gemm};
+use epsmoe_device::op::{ArgMax, Gather, Gemm, SoftCap};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 
 impl<B: Backend> Model<B> {
@@ -43,6 +43,9 @@ impl<B: Backend> Model<B> {
         let (logits, tokens) = (buffers.logits.rows(0..last.rows)?, buffers.tokens.rows(0..last.rows)?);
         self.compute(place.phase(Phase::LmHead), Gemm::linear(last.clone(), &self.head, logits.clone()))?;
         self.scale(place.phase(Phase::LmHead), &logits, self.spec.factors.logits)?;
+        if let Some(cap) = self.spec.factors.cap {
+            self.compute(place, SoftCap { x: logits.clone(), cap })?;
+        }
         self.compute(place, ArgMax { logits, tokens })
     }
 

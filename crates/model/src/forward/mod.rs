@@ -9,13 +9,13 @@ mod repeat;
 use crate::attention::{Attention, Context};
 use crate::collectives::Group;
 use crate::load::Loader;
-use crate::mlp::{MlpWeights, ResidualWeights};
+use crate::mlp::{MlpWeights, ResidualWeights, Sandwich};
 use crate::parallel::Layout;
 use crate::step::{LayerTokens, Step};
 use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use buffers::StepBuffers;
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
-use epsmoe_device::op::{Add, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale};
+use epsmoe_device::op::{Activate, Add, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale, Swish};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
@@ -144,7 +144,8 @@ pub struct Model<B: Backend> {
     experts: Option<ExpertPipeline<B>>,
     options: ModelOptions,
     embedding: Weight,
-    frequencies: Weight,
+    /// Of each rotary embedding.
+    frequencies: Vec<Weight>,
     layers: Vec<LayerWeights>,
     final_norm: Weight,
     head: Weight,
@@ -158,6 +159,7 @@ struct LayerWeights {
     mlp_norm: Weight,
     mlp: MlpWeights,
     residual: Option<ResidualWeights>,
+    sandwich: Option<Sandwich>,
 }
 
 impl<B: Backend> Model<B> {
@@ -179,13 +181,17 @@ impl<B: Backend> Model<B> {
                 mlp_norm: loader.layer(layer, LayerPart::PostAttentionNorm)?,
                 mlp: MlpWeights::load(&loader, layer)?,
                 residual: ResidualWeights::load(&loader, layer)?,
+                sandwich: Sandwich::load(&loader, layer)?,
             })
         });
         let layers = layers.collect::<Result<_, ModelError>>()?;
         let (embedding, final_norm) = (loader.part(Part::Embedding)?, loader.part(Part::FinalNorm)?);
         let head = loader.part(Part::LmHead)?;
         let millibits = loader.expert_millibits()?;
-        let frequencies = loader.vector("inverse frequencies", &spec.rope.inverse_frequencies)?;
+        let frequencies = spec.ropes.iter().enumerate().map(|(index, rope)| {
+            loader.vector(&format!("inverse frequencies {index}"), &rope.inverse_frequencies)
+        });
+        let frequencies = frequencies.collect::<Result<_, _>>()?;
         let tokens = options.max_tokens;
         let group = |ranks, together| {
             Group::new(
@@ -296,7 +302,8 @@ impl<B: Backend> Model<B> {
         };
         let delta = self.buffers.delta.rows(0..stream.rows)?;
         let pre_attention = self.buffers.pre_attention.rows(0..stream.rows)?;
-        if weights.residual.is_some() {
+        let early = weights.residual.is_some() && weights.sandwich.is_none();
+        if early {
             self.norm(place, &stream, before, &weights.mlp_norm, &pre_attention)?;
         }
         let context = Context {
@@ -304,19 +311,23 @@ impl<B: Backend> Model<B> {
             place,
             step,
             queries: &tokens.queries,
-            rope: self.spec.rope.style,
+            rope: self.spec.layers[layer.0].rope.map(|rope| (rope, self.spec.ropes[rope].style)),
             eps: self.spec.norm.eps,
         };
         let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
         let shares = [&step.all.attention, &tokens.attention];
         self.attention.gather_compute_scatter(place, shares, &normed, &delta, attention)?;
+        if let Some(sandwich) = &weights.sandwich {
+            self.run_sandwich(place, (weights, sandwich), (step, tokens), [&stream, &delta], output)?;
+            return Ok(stream);
+        }
         self.add_to_stream(place, &delta, &stream)?;
         let (attended, normed) = (Origin { place, part: "attention" }, normed.rows(0..stream.rows)?);
         let shares = [&tokens.mlp; 2];
         let input = match &weights.residual {
             Some(residual) => {
                 self.norm(place, &stream, attended, &residual.norm, &normed)?;
-                let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, x, out);
+                let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, None, x, out);
                 self.mlp.gather_compute_scatter(place, shares, &normed, &delta, dense)?;
                 self.add_to_stream(place, &delta, &stream)?;
                 pre_attention
@@ -327,11 +338,48 @@ impl<B: Backend> Model<B> {
             }
         };
         self.mlp.gather_compute_scatter(place, shares, &input, &delta, |x, out| match &weights.mlp {
-            MlpWeights::Dense(mlp) => self.dense(place, mlp, x, out).map_err(ModelError::from),
+            MlpWeights::Dense(mlp) => self.dense(place, mlp, None, x, out).map_err(ModelError::from),
             MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
         })?;
         self.add_to_stream(place, &delta, &stream)?;
         Ok(stream)
+    }
+
+    /// What follows attention, whose output is in `delta`, in a layer that norms what its parts give.
+    fn run_sandwich(
+        &self,
+        place: Place,
+        (weights, sandwich): (&LayerWeights, &Sandwich),
+        (step, tokens): (&Step, &LayerTokens),
+        [stream, delta]: [&Buffer; 2],
+        output: &mut StepOutput,
+    ) -> Result<(), ModelError> {
+        let (rows, shares) = (0..stream.rows, [&tokens.mlp; 2]);
+        let out = |buffer: &Buffer| buffer.rows(rows.clone());
+        let (normed, one, both) =
+            (out(&self.buffers.normed)?, out(&self.buffers.out_normed)?, out(&self.buffers.both)?);
+        let attended = Origin { place, part: "attention" };
+        let given = Origin { place, part: "the MLP" };
+        self.norm(place, delta, attended, &sandwich.attention, &one)?;
+        self.add_to_stream(place, &one, stream)?;
+        let Some(residual) = &weights.residual else {
+            unreachable!("a sandwich has a dense MLP. This is a bug.")
+        };
+        self.norm(place, stream, attended, &residual.norm, &normed)?;
+        self.mlp.gather_compute_scatter(place, shares, &normed, delta, |x: &Buffer, out: &Buffer| {
+            self.dense(place, &residual.mlp, residual.activation, x, out)
+        })?;
+        self.norm(place, delta, given, &sandwich.dense, &both)?;
+        self.norm(place, stream, attended, &weights.mlp_norm, &normed)?;
+        self.mlp.gather_compute_scatter(place, shares, &normed, delta, |x, out| match &weights.mlp {
+            MlpWeights::Dense(mlp) => self.dense(place, mlp, None, x, out).map_err(ModelError::from),
+            MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
+        })?;
+        self.norm(place, delta, given, &sandwich.experts, &one)?;
+        self.compute(place, Add { x: one.clone(), out: both.clone() })?;
+        self.norm(place, &both, given, &sandwich.both, &one)?;
+        self.add_to_stream(place, &one, stream)?;
+        Ok(self.scale(place, stream, sandwich.scale)?)
     }
 
     /// The tokens that a layer computes. The last layer's sums over ranks have an order of their own.
@@ -351,10 +399,26 @@ impl<B: Backend> Model<B> {
         Ok(self.device.wait(&event, Deadline::behind(self.options.timeout))?)
     }
 
-    fn dense(&self, place: Place, mlp: &Mlp, x: &Buffer, out: &Buffer) -> Result<(), DeviceError> {
-        let inner = self.buffers.inner.rows(0..x.rows)?.columns(0..mlp.inner())?;
+    fn dense(
+        &self,
+        place: Place,
+        mlp: &Mlp,
+        activation: Option<Swish>,
+        x: &Buffer,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let rows = 0..x.rows;
+        let width = if activation.is_some() { mlp.inner() / 2 } else { mlp.inner() };
+        let inner = self.buffers.inner.rows(rows.clone())?.columns(0..width)?;
         let place = place.phase(Phase::Mlp);
-        self.compute(place, Gemm::gated(x.clone(), &mlp.gate_up, inner.clone()))?;
+        match activation {
+            None => self.compute(place, Gemm::gated(x.clone(), &mlp.gate_up, inner.clone()))?,
+            Some(swish) => {
+                let open = self.buffers.open.rows(rows)?.columns(0..2 * width)?;
+                self.compute(place, Gemm::linear(x.clone(), &mlp.gate_up, open.clone()))?;
+                self.compute(place, Activate { x: open, bias: None, swish, out: inner.clone() })?;
+            }
+        }
         self.compute(place, Gemm::linear(inner, &mlp.down, out.clone()))
     }
 

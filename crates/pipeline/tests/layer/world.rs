@@ -403,6 +403,7 @@ fn load(case: &Case, device: &Reference, layer: Layer) -> MoeLayer {
         layer,
         router_weight: map(format!("{number} router"), experts, hidden),
         bias: case.bias(number).map(bias),
+        scales: None,
         router: case.router,
         experts: held.map(|expert| mlp(format!("{number} expert {}", expert.0), case.inner)).collect(),
         slots: Arc::new(case.map.clone()),

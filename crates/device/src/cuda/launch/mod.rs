@@ -110,6 +110,7 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     rows::GatherFp8Args::LAYOUT,
     rows::KvWriteArgs::LAYOUT,
     rows::ScaleArgs::LAYOUT,
+    rows::SoftCapArgs::LAYOUT,
     rows::SlotBiasArgs::LAYOUT,
 ];
 
@@ -208,6 +209,7 @@ impl Launch<'_> {
             Op::Clamp(op) => self.clamp(op),
             Op::GateRows(op) => self.gate_rows(op),
             Op::Scale(op) => self.scale(op),
+            Op::SoftCap(op) => self.soft_cap(op),
             Op::Activate(op) => self.activate(op),
             Op::AddSlotBias(op) => self.add_slot_bias(op),
             Op::ShortConv(op) => self.short_conv(op),

@@ -1,6 +1,7 @@
 //! The choice of experts by the router's logits.
 
 use super::{Launch, Refusal, Rows, is_empty, within};
+use crate::Weight;
 use crate::cuda::layout::twin;
 use crate::op::{GroupScore, Route, Score, TopKRouter};
 use epsmoe_base::DType;
@@ -11,6 +12,7 @@ twin! {
         experts: Rows,
         weights: Rows,
         bias: u64,
+        scales: u64,
         scale: f32,
         top_k: u32,
         sigmoid: u32,
@@ -28,11 +30,14 @@ impl Launch<'_> {
             return Ok(());
         }
         let groups = op.router.groups;
+        let vector =
+            |of: &Option<Weight>| of.as_ref().map_or(Ok(0), |of| self.weights.get(of).map(|held| held.start));
         let arguments = RouteArgs {
             logits: self.rows(&op.logits)?,
             experts: self.rows(&op.experts)?,
             weights: self.rows(&op.weights)?,
-            bias: op.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
+            bias: vector(&op.bias)?,
+            scales: vector(&op.scales)?,
             scale: op.router.scale,
             top_k: op.router.top_k as u32,
             sigmoid: u32::from(op.router.score == Score::Sigmoid),

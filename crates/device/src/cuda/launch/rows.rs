@@ -6,7 +6,7 @@ use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{
     Activate, Add, AddSlotBias, ArgMax, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, KvWrite, Scale,
-    SlotBias,
+    SlotBias, SoftCap,
 };
 use epsmoe_base::DType;
 
@@ -107,9 +107,9 @@ twin! {
         out: Rows,
         bias: SlotBiasArgs,
         alpha: f32,
+        cubic: f32,
         limit: f32,
         shift: f32,
-        padding: u32,
     }
 }
 
@@ -120,7 +120,20 @@ twin! {
     }
 }
 
+twin! {
+    pub(super) struct SoftCapArgs = "Args" in "soft_cap.cu" {
+        x: Rows,
+        cap: f32,
+        padding: u32,
+    }
+}
+
 impl Launch<'_> {
+    pub(super) fn soft_cap(&mut self, op: &SoftCap) -> Result<(), Refusal> {
+        let arguments = SoftCapArgs { x: self.rows(&op.x)?, cap: op.cap, padding: 0 };
+        self.by_columns(Columns::Runs, "soft_cap", op.x.dtype, op.x.dtype, &op.x, arguments)
+    }
+
     pub(super) fn scale(&mut self, op: &Scale) -> Result<(), Refusal> {
         let arguments = ScaleArgs { x: self.rows(&op.x)?, factor: op.factor, padding: 0 };
         self.by_columns(Columns::Runs, "scale", op.x.dtype, op.x.dtype, &op.x, arguments)
@@ -146,9 +159,9 @@ impl Launch<'_> {
             out: self.rows(&op.out)?,
             bias: self.slot_bias(op.bias.as_ref(), op.x.width)?,
             alpha: op.swish.alpha,
+            cubic: op.swish.cubic,
             limit: op.swish.limit,
             shift: op.swish.shift,
-            padding: 0,
         };
         self.by_columns(Columns::Runs, "activate", op.x.dtype, op.out.dtype, &op.out, arguments)
     }
