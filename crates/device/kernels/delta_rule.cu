@@ -133,6 +133,7 @@ template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
 #define DELTA_RULE(KEYS, X)                                                                                  \
     extern "C" __global__ void __launch_bounds__(DELTA_THREADS)                                              \
         delta##KEYS##_##X##_f32(const __grid_constant__ Args args) {                                         \
+        take_turn();                                                                                         \
         delta_rule<KEYS, X>(args);                                                                           \
     }
 
