@@ -21,6 +21,7 @@ use std::ops::Range;
 pub const BLOCK_SIZE: usize = 64;
 
 /// The attention of one layer: the weights and the cache of this rank's heads.
+#[expect(clippy::large_enum_variant, reason = "one for each layer, in one list")]
 pub(crate) enum Attention {
     Gqa(Gqa),
     Mla(Mla),
