@@ -121,6 +121,35 @@ fn prompts_are_those_of_transformers() {
     );
 }
 
+/// Conversations with tools, reasoning and several turns through templates in the style of the supported families, and what
+/// transformers 5.17 makes of them (`families/make.py`).
+#[test]
+fn families_templates_give_what_transformers_gives() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/templates/families");
+    let cases = std::fs::read_to_string(folder.join("families.jsonl")).unwrap();
+    let (mut templates, mut wrong) = (BTreeMap::new(), Vec::new());
+    for case in cases.lines() {
+        let case: Value = serde_json::from_str(case).unwrap();
+        let name = case["template"].as_str().unwrap().to_owned();
+        let source = || std::fs::read_to_string(folder.join(format!("{name}.jinja"))).unwrap();
+        let template = templates.entry(name.clone()).or_insert_with(|| template(&source()));
+        let request = RenderRequest {
+            messages: case["messages"].as_array().unwrap(),
+            tools: case["tools"].as_array().map(Vec::as_slice),
+            kwargs: case["kwargs"].as_object(),
+            add_generation_prompt: case["add_generation_prompt"].as_bool().unwrap(),
+            ..RenderRequest::default()
+        };
+        let rendered = template.render(&request).map_err(|error| error.to_string());
+        let want = case["gives"].as_str().unwrap();
+        if rendered.as_deref() != Ok(want) {
+            wrong.push(format!("{name}, {}: {rendered:?}, not {want:?}", case["name"]));
+        }
+    }
+    assert_eq!(templates.len(), 6);
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 #[test]
 fn templates_see_what_they_are_given() {
     let source =
