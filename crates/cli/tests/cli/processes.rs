@@ -323,8 +323,8 @@ impl Machines {
         if up.status.success() {
             return Some(Machines);
         }
+        // Whoever has them now keeps them.
         eprintln!("skipped: {}", String::from_utf8_lossy(&up.stderr));
-        drop(Machines);
         None
     }
 
