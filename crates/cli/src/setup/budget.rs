@@ -110,13 +110,21 @@ impl Setup {
 
     /// The cache of these options, in a few words.
     pub(crate) fn describe_cache(&self, options: &EngineOptions) -> String {
-        let blocks = options.model().cache_blocks;
+        let (spec, blocks) = (&self.model.spec, options.model().cache_blocks);
         let groups = self.ranks / options.parallel.tensor.max(1);
         let bytes = self.block_bytes(options).saturating_mul(blocks as u64);
         let tokens = blocks * BLOCK_SIZE;
         let each = if groups > 1 { " for each group of ranks" } else { "" };
+        let state = spec.state_bytes(self.dtype, options.parallel.tensor) as u64;
+        let states = match spec.has_states() {
+            true => format!(
+                ", each of which carries {} along, so that what prompts begin with alike is computed anew",
+                Bytes(state)
+            ),
+            false => String::new(),
+        };
         format!(
-            "KV cache of {tokens} tokens{each} ({} a rank): {:.1} sequences of {} at once",
+            "KV cache of {tokens} tokens{each} ({} a rank): {:.1} sequences of {} at once{states}",
             Bytes(bytes),
             tokens as f64 / options.max_model_len.max(1) as f64,
             options.max_model_len
