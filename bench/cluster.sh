@@ -60,7 +60,11 @@ each)
 cut) ip -n ep"$2" link set eth0 down ;;
 mend) ip -n ep"$2" link set eth0 up ;;
 down)
-    for ((i = 0; i < $2; i++)); do ip netns delete ep$i || true; done
+    for ((i = 0; i < $2; i++)); do
+        # A namespace goes when its last process has, and its port only then.
+        ip link delete epv$i || true
+        ip netns delete ep$i || true
+    done
     ip link delete epbr
     ;;
 *)
