@@ -10,10 +10,10 @@ const SAMPLING: &str = "Sampling";
 
 /// A prompt: token ids, a text, or a conversation.
 #[derive(Args, Debug)]
-#[command(group = ArgGroup::new("a prompt").args(["prompt", "messages", "ids"]).required(true))]
+#[command(group = ArgGroup::new("a prompt").args(["prompt", "messages", "ids"]).required(true).multiple(true))]
 pub(crate) struct PromptArgs {
     /// The prompt as token ids, like 5,6,7
-    #[arg(long, conflicts_with_all = ["chat", "system", "chat_template_kwargs"])]
+    #[arg(long, conflicts_with_all = ["prompt", "chat", "system", "messages", "chat_template_kwargs"])]
     pub(crate) ids: Option<TokenIds>,
 
     #[command(flatten)]

@@ -25,7 +25,10 @@ fn models_that_are_not_there() {
     check(&model("preset:gpt"), "there is no preset `gpt`; there are: deepseek-v2-mini");
     check(&model(&format!("{}/config.json", fixture("mixtral"))), "is neither a folder nor a GGUF file");
     let empty = Folder::new();
-    check(&model(empty.0.path().to_str().unwrap()), "config.json: No such file");
+    check(
+        &model(empty.0.path().to_str().unwrap()),
+        "there is no config.json; name the folder of a model, or fetch it again",
+    );
     std::fs::write(empty.path("config.json"), r#"{"architectures": ["LlamaForCausalLM"]}"#).unwrap();
     check(
         &model(empty.0.path().to_str().unwrap()),
