@@ -621,7 +621,7 @@ fn families_of_deepseeks_gate() {
         "kimi_k25",
         "DeepseekV3ForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-6 bos 0 eos [1]
          latent 4 heads q 24 kv 16 of 12+8 value 12 scale 0.22361 bias false eps 1e-6
-         Interleaved 8 to 3.0000e-4 times 1.0000
+         Interleaved 8 to 2.9907e-4 times 1.0000
          dense 48
          12 experts of 16, top 3 Sigmoid normalised x2.8, bias, shared 16",
     );

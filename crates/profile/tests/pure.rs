@@ -80,7 +80,7 @@ fn simulated(case: &Case, cost: &CostModel) -> (LayerRun, Vec<Sample>) {
                     for work in &step.work {
                         let ns = match work {
                             Work::Gemm { rows, columns, depth, .. } => {
-                                cost.dense.product(*columns, *depth, 4).op_ns(rows.iter().copied())
+                                cost.dense.product(*columns, *depth, 32_000).op_ns(rows.iter().copied())
                             }
                             _ => span.duration_ns(),
                         };
@@ -113,7 +113,7 @@ fn the_spans_of_a_simulated_layer_say_what_its_work_costs() {
         assert!(!samples.is_empty(), "{}", case.what);
         for Sample { work, ns } in &samples {
             let Work::Gemm { kind, rows, columns, depth } = work else { continue };
-            let price = cost.gemm(*kind).product(*columns, *depth, 4).op_ns(rows.iter().copied());
+            let price = cost.gemm(*kind).product(*columns, *depth, 32_000).op_ns(rows.iter().copied());
             // What a lane needs between two operations belongs to the second.
             assert!(ns.abs_diff(price) <= 8_000, "{ns} ns for {work:?}, {price} expected: {}", case.what);
         }
@@ -139,7 +139,7 @@ fn what_others_take_of_the_processor_is_no_part_of_a_price() {
     let (mut shared, mut alone) = (0, 0);
     for Sample { work, ns } in &products {
         let Work::Gemm { kind, rows, columns, depth } = work else { continue };
-        let price = contended.gemm(*kind).product(*columns, *depth, 4).op_ns(rows.iter().copied());
+        let price = contended.gemm(*kind).product(*columns, *depth, 32_000).op_ns(rows.iter().copied());
         // What bursts took is taken back as well; what a lane needs between two operations belongs to the second.
         assert!(
             ns.abs_diff(price) <= price / 20 + 8_000,

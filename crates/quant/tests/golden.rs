@@ -153,7 +153,9 @@ fn codes_mean_what_is_decoded() {
             let across = start..start + mix.below(columns - start + 1);
             let Some(codes) = coded.codes(&golden.stored, part, across.clone()).unwrap() else { continue };
             assert_eq!(Some(codes.format), coded.format(&across), "{}", golden.name);
-            held.insert(golden.name.clone());
+            if part.count > 0 && across.len() > 8 {
+                held.insert(golden.name.clone());
+            }
             let mut weights = vec![f32::NAN; across.len()];
             for i in 0..part.count {
                 codes.decode(i, &mut weights);

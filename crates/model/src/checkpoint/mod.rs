@@ -362,9 +362,14 @@ impl Block {
 }
 
 fn missing(part: &Located, file: String) -> ModelError {
-    let mut names: Vec<String> = part.sources.iter().map(|source| format!("`{}`", source.name)).collect();
-    // One tensor may hold a part in several ways.
-    names.dedup();
+    let mut names: Vec<String> = Vec::new();
+    for source in &part.sources {
+        let name = format!("`{}`", source.name);
+        // One tensor may hold a part in several ways.
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
     let problem = format!(
         "there is no tensor {}; the weights are incomplete or of another model than config.json: fetch both again",
         names.join(" nor ")

@@ -154,5 +154,12 @@ fn looks_back(draft: &Draft) -> Checked<Vec<bool>> {
             shown(other)
         )),
     };
-    (0..draft.layers).map(of_layer).collect()
+    let looks_back = (0..draft.layers).map(of_layer).collect::<Checked<Vec<bool>>>()?;
+    if !looks_back.contains(&true) {
+        let layers = draft.layers;
+        return wrong(format!(
+            "none of its {layers} layers has full attention; a model with a cache of keys has one at least"
+        ));
+    }
+    Ok(looks_back)
 }
