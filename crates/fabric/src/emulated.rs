@@ -14,10 +14,10 @@
 //! of the others are.
 
 use crate::signal::lock;
-use crate::transport::{LinkPace, check_parts, check_subgroup};
+use crate::transport::{LinkPace, check_parts, check_subgroup, position};
 use crate::{Control, Exchange, Link, PacedLink, Transport};
 use epsmoe_base::{DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
-use epsmoe_device::op::{Accesses, HostToDevice};
+use epsmoe_device::op::HostToDevice;
 use epsmoe_device::{Backend, Buffer, DeviceError, PeerQueue};
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -142,7 +142,7 @@ impl<B> EmulatedTransport<B> {
     }
 
     fn me(&self) -> usize {
-        self.ranks.iter().position(|rank| *rank == self.shared.options.rank).unwrap_or(0)
+        position(&self.ranks, self.shared.options.rank)
     }
 }
 
@@ -254,9 +254,7 @@ impl<B: Backend<Queue: PeerQueue>> Transport<B> for EmulatedTransport<B> {
     ) -> Result<(), DeviceError> {
         check_parts(&exchange, self.ranks.len())?;
         let copies = self.copies(device, lane, place, &exchange)?;
-        let reads = exchange.send.iter().fold(Accesses::new(), Accesses::read);
-        let reads = copies.iter().fold(reads, |reads, copy| reads.read(&copy.from));
-        let accesses = exchange.receive.iter().fold(reads, Accesses::write);
+        let accesses = copies.iter().fold(exchange.accesses(), |all, copy| all.read(&copy.from));
         let bytes = exchange.link_bytes(self.me());
         let running =
             RunningExchange { shared: Arc::clone(&self.shared), name: exchange.name, place, bytes, copies };

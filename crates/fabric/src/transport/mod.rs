@@ -18,6 +18,7 @@ pub use threads::{FaultInjection, InjectedFault, ThreadsOptions};
 pub(crate) use threads::{LinkPace, ThreadTransport};
 
 use epsmoe_base::{DType, Lane, Place, Rank, count};
+use epsmoe_device::op::Accesses;
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use std::sync::Arc;
 
@@ -33,6 +34,12 @@ pub struct Exchange {
 }
 
 impl Exchange {
+    /// What of this rank's memory it touches: it reads what is sent, and writes what is received.
+    pub(crate) fn accesses(&self) -> Accesses {
+        let reads = self.send.iter().fold(Accesses::new(), Accesses::read);
+        self.receive.iter().fold(reads, Accesses::write)
+    }
+
     /// What the link of the rank at position `me` is occupied with: the larger of what leaves for other ranks and what
     /// comes from them. A link carries both directions at once; rows of a rank's own do not take it.
     pub(crate) fn link_bytes(&self, me: usize) -> u64 {
@@ -66,6 +73,11 @@ pub trait Transport<B: Backend>: Send + Sync + 'static {
     /// The transport of some of the ranks, in ascending order, this one among them. All ranks of this transport call it
     /// in the same order, each with the ranks of its own group.
     fn subgroup(&self, ranks: &[Rank]) -> Result<Arc<dyn Transport<B>>, DeviceError>;
+}
+
+/// Where a rank is among those of a transport.
+pub(crate) fn position(ranks: &[Rank], me: Rank) -> usize {
+    ranks.iter().position(|rank| *rank == me).unwrap_or(0)
 }
 
 /// Refuses a sub-group that `me` cannot be in.

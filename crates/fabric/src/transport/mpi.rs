@@ -155,7 +155,7 @@ impl Carrier for MpiCarrier {
         _: &mut dyn FnMut(bool) -> Result<(), Fault>,
     ) -> Result<(), Unsent> {
         self.faults.check().map_err(Unsent::Fault)?;
-        let head = postcard::to_stdvec(head).map_err(|error| Unsent::Broken(io::Error::other(error)))?;
+        let head = head.encoded()?;
         let length = 4 + head.len() + bytes.len();
         if length > LONGEST {
             let problem = format!(

@@ -7,14 +7,13 @@
 //! about an exchange would wait for each other in vain: nobody tells them before the deadline, and nothing has to, as both
 //! make it from one plan, whose digest they have compared.
 
-use super::{Exchange, Transport, check_parts, check_subgroup};
+use super::{Exchange, Transport, check_parts, check_subgroup, position};
 use crate::Control;
 use crate::signal::lock;
 use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
 use epsmoe_device::cuda::{
     Communicator, CudaBackend, CudaDevice, CudaQueue, NcclError, Part, UNIQUE_ID_BYTES, nccl_unique_id,
 };
-use epsmoe_device::op::Accesses;
 use epsmoe_device::{Backend, Buffer, DeviceError, PeerQueue};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
@@ -79,11 +78,10 @@ impl Transport<CudaBackend> for NcclTransport {
         exchange: Exchange,
     ) -> Result<(), DeviceError> {
         check_parts(&exchange, self.ranks.len())?;
-        let reads = exchange.send.iter().fold(Accesses::new(), Accesses::read);
-        let accesses = exchange.receive.iter().fold(reads, Accesses::write);
+        let accesses = exchange.accesses();
         let name = exchange.name;
         let (end, communicator) = (Arc::clone(&self.end), Arc::clone(&self.communicator));
-        let me = self.ranks.iter().position(|rank| *rank == end.control.rank()).unwrap_or(0);
+        let me = position(&self.ranks, end.control.rank());
         device.enqueue_external(lane, place, name, &accesses, move |queue| {
             end.within(name, place, |carry_on| fill(queue, &communicator, me, &exchange, carry_on))
         })
@@ -92,12 +90,12 @@ impl Transport<CudaBackend> for NcclTransport {
     fn subgroup(&self, ranks: &[Rank]) -> Result<Arc<dyn Transport<CudaBackend>>, DeviceError> {
         let me = self.end.control.rank();
         check_subgroup(&self.ranks, me, ranks)?;
-        let position = ranks.iter().position(|rank| *rank == me).unwrap_or(0);
+        let place = position(ranks, me);
         let what = "NCCL, meeting the ranks of a group";
         // Groups share no rank, so the first one's number is theirs.
-        let split = self.end.within(what, Place::default(), |carry_on| {
-            self.communicator.split(ranks[0].0, position, carry_on)
-        });
+        let split = self
+            .end
+            .within(what, Place::default(), |carry_on| self.communicator.split(ranks[0].0, place, carry_on));
         Ok(Arc::new(Self::new(Arc::clone(&self.end), ranks.into(), split.map_err(DeviceError::Fault)?)))
     }
 }

@@ -5,12 +5,11 @@
 //! gets all of them at once; then it puts what each has sent into its place, as it comes. Empty parcels are sent too: so
 //! ranks that are at different exchanges see it, and none is more than one exchange ahead of another.
 
-use super::{Exchange, Transport, check_part, check_parts, check_subgroup};
+use super::{Exchange, Transport, check_part, check_parts, check_subgroup, position};
 use crate::control::TcpControl;
 use crate::signal::{Signal, lock};
 use crate::{Control, Link, PacedLink};
 use epsmoe_base::{DType, Deadline, Fault, FaultKind, Lane, Place, Rank, hash_bytes};
-use epsmoe_device::op::Accesses;
 use epsmoe_device::{Backend, DeviceError, HostQueue};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -46,6 +45,11 @@ impl Head<'_> {
     /// Bytes of its rows; nothing if there cannot be so many.
     pub(crate) fn bytes(&self) -> Option<usize> {
         self.rows.checked_mul(self.width)?.checked_mul(self.dtype.bytes())
+    }
+
+    /// As it travels.
+    pub(crate) fn encoded(&self) -> Result<Vec<u8>, Unsent> {
+        postcard::to_stdvec(self).map_err(|error| Unsent::Broken(std::io::Error::other(error)))
     }
 
     /// The same, of words that may go.
@@ -189,11 +193,10 @@ impl<B: Backend<Queue: HostQueue>, C: Carrier> Transport<B> for ParcelTransport<
     ) -> Result<(), DeviceError> {
         check_parts(&exchange, self.ranks.len())?;
         let name = exchange.name;
-        let reads = exchange.send.iter().fold(Accesses::new(), Accesses::read);
-        let accesses = exchange.receive.iter().fold(reads, Accesses::write);
+        let accesses = exchange.accesses();
         let running = RunningExchange {
             end: Arc::clone(&self.end),
-            me: self.ranks.iter().position(|rank| *rank == self.end.control.rank()).unwrap_or(0),
+            me: position(&self.ranks, self.end.control.rank()),
             ranks: Arc::clone(&self.ranks),
             group: self.group,
             number: self.exchanges.fetch_add(1, Ordering::Relaxed),

@@ -106,7 +106,7 @@ impl Carrier for TcpCarrier {
         let Some(stream) = &self.streams[to.0] else {
             return Err(Unsent::Broken(io::Error::other("there is none. This is a bug.")));
         };
-        let head = postcard::to_stdvec(head).map_err(|error| Unsent::Broken(io::Error::other(error)))?;
+        let head = head.encoded()?;
         let mut first = Vec::with_capacity(12 + head.len());
         first.extend((head.len() as u32).to_le_bytes());
         first.extend((bytes.len() as u64).to_le_bytes());

@@ -9,11 +9,10 @@
 //! as soon as the others have filled theirs as far. The marks that travel with parts say from when on the queue may read
 //! them, and from when on they may be overwritten; and where the link is emulated, it is the queue that stands still.
 
-use super::{check_part, check_parts, check_subgroup};
+use super::{check_part, check_parts, check_subgroup, position};
 use crate::signal::{Signal, lock};
 use crate::{Exchange, Link, PacedLink, Transport};
 use epsmoe_base::{Deadline, Fault, FaultCell, FaultKind, Lane, Mix, Place, Rank};
-use epsmoe_device::op::Accesses;
 use epsmoe_device::{Backend, Buffer, DeviceError, Holds, Pace, PeerQueue};
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -175,10 +174,9 @@ impl<B: Backend<Queue: PeerQueue>> Transport<B> for ThreadTransport<B> {
             shorten(&mut exchange.send)?;
         }
         let name = exchange.name;
-        let reads = exchange.send.iter().fold(Accesses::new(), Accesses::read);
-        let accesses = exchange.receive.iter().fold(reads, Accesses::write);
+        let accesses = exchange.accesses();
         let running = RunningExchange {
-            me: group.ranks.iter().position(|member| *member == rank).unwrap_or(0),
+            me: position(&group.ranks, rank),
             end: Arc::clone(&self.end),
             group: Arc::clone(group),
             number,
