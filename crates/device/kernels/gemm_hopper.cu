@@ -28,7 +28,7 @@ struct Plain {
         for (u32 b = 0; b < blocks; ++b) {
             u32 slot = base + ring.stage * Ring<MAX_ROWS>::SLOT_BYTES;
             u32 w = operand(slot + group * (WEIGHT_BYTES / 2)), x = operand(slot + WEIGHT_BYTES);
-            bar_wait(base + BAR_FULL + 8 * ring.stage, ring.phase);
+            barrier_wait(base + BAR_FULL + 8 * ring.stage, ring.phase);
             wgmma_fence();
             Wgmma<COLS>::run(acc, w, x, b);
             Wgmma<COLS>::run(acc, w + 2, x + 2, 1);

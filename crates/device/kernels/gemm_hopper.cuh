@@ -16,6 +16,7 @@
 // Every output is one accumulator that takes k in steps of 16, ascending, in one wgmma chain. Neither the height
 // of a tile nor the place of a row in it, nor the number of CTAs, changes that order. K is never split.
 #pragma once
+#include "barrier.cuh"
 #include "gemm.cuh"
 
 typedef unsigned short u16;
@@ -88,35 +89,14 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void bar_init(u32 bar, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void bar_expect(u32 bar, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
 // These two take a shared::cluster address (peer_addr), so they reach this CTA and its peer alike. Spelling out
 // cluster scope would cost a full memory barrier per call. None is needed: what the barriers order is TMA traffic
 // and wgmma reads, or data that st.async counts.
-__device__ __forceinline__ void bar_arrive_cluster(u32 bar) {
+__device__ __forceinline__ void barrier_arrive_cluster(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-__device__ __forceinline__ void bar_expect_cluster(u32 bar, u32 bytes) {
+__device__ __forceinline__ void barrier_expect_cluster(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void bar_wait(u32 bar, u32 parity) {
-    u32 done;
-    do {
-        asm volatile(
-            "{\n .reg .pred p;\n"
-            " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-            " selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(bar), "r"(parity)
-            : "memory");
-    } while (!done);
 }
 
 __device__ __forceinline__ void warpgroup_barrier(u32 id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
@@ -272,11 +252,11 @@ struct SlotCursor {
 // last of them has read it.
 template <u32 LANES>
 __device__ __forceinline__ Work take_tile(u32 base, SlotCursor& c, bool hand_back) {
-    bar_wait(base + BAR_SLOT_FULL + 8 * c.slot, c.phase);
+    barrier_wait(base + BAR_SLOT_FULL + 8 * c.slot, c.phase);
     uint4 v = load_shared16(base + OFF_SLOTS + 16 * c.slot);
     Work t = {v.x, v.y, v.z, v.w};
     __syncwarp(LANES);
-    if (hand_back) bar_arrive_cluster(peer_addr(base + BAR_SLOT_EMPTY + 8 * c.slot, 0));
+    if (hand_back) barrier_arrive_cluster(peer_addr(base + BAR_SLOT_EMPTY + 8 * c.slot, 0));
     c.next();
     return t;
 }
@@ -307,7 +287,7 @@ __device__ __forceinline__ void place(u32 i, u32 row_tiles, u32 pairs, u32& row_
 __device__ __forceinline__ void announce(u32 base, u32 slot, const Work& t, u32 lane) {
     if (lane >= CLUSTER) return;
     u32 at = peer_addr(base + OFF_SLOTS + 16 * slot, lane), full = peer_addr(base + BAR_SLOT_FULL + 8 * slot, lane);
-    bar_expect_cluster(full, 16);
+    barrier_expect_cluster(full, 16);
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%2, %3, %4, %5}, [%1];" ::"r"(at), "r"(full),
                  "r"(t.row0), "r"(t.rows), "r"(t.pair), "r"(t.block)
                  : "memory");
@@ -368,7 +348,7 @@ __device__ void schedule(const HopperArgs& a, u32 base) {
         }
         // One lane waits: a lane that polled late could miss a whole phase, because the readers answer as soon as
         // another lane announces.
-        if (lane == 0) bar_wait(base + BAR_SLOT_EMPTY + 8 * cursor.slot, cursor.phase);
+        if (lane == 0) barrier_wait(base + BAR_SLOT_EMPTY + 8 * cursor.slot, cursor.phase);
         __syncwarp();
         announce(base, cursor.slot, t, lane);
         cursor.next();
@@ -406,8 +386,8 @@ __device__ void load_tiles(const HopperArgs& a, u32 base) {
         const u32 weight_bytes = Weights::bytes(a, weight_row);
         for (u32 b = 0; b < blocks; ++b) {
             u32 full = base + BAR_FULL + 8 * ring.stage, slot = base + ring.stage * Ring<MAX_ROWS>::SLOT_BYTES;
-            bar_wait(base + BAR_EMPTY + 8 * ring.stage, ring.phase);
-            bar_expect(full, weight_bytes + boxes * BOX_BYTES);
+            barrier_wait(base + BAR_EMPTY + 8 * ring.stage, ring.phase);
+            barrier_expect(full, weight_bytes + boxes * BOX_BYTES);
             Weights::load(a, weight, slot, full, b, weight_row);
             for (u32 x = rank; x < boxes; x += CLUSTER)
                 tma_load_2d_all(slot + WEIGHT_BYTES + x * BOX_BYTES, &a.rows, full, b * K_BLOCK, t.row0 + x * ROW_BOX);
@@ -420,7 +400,7 @@ __device__ void load_tiles(const HopperArgs& a, u32 base) {
 
 // Every warp of every CTA that reads a ring slot reports to both loaders, since each loader writes into both CTAs.
 __device__ __forceinline__ void release_stage(u32 base, u32 stage, u32 lane) {
-    if (lane < CLUSTER) bar_arrive_cluster(peer_addr(base + BAR_EMPTY + 8 * stage, lane));
+    if (lane < CLUSTER) barrier_arrive_cluster(peer_addr(base + BAR_EMPTY + 8 * stage, lane));
 }
 
 // After the last wgmma of a tile: no read of a sum moves above the wait.
@@ -591,15 +571,14 @@ __device__ __forceinline__ void hopper_gemm(const HopperArgs& a) {
         asm volatile("prefetch.tensormap [%0];" ::"l"(&a.rows) : "memory");
         asm volatile("prefetch.tensormap [%0];" ::"l"(&a.out) : "memory");
         for (u32 s = 0; s < Ring<MAX_ROWS>::STAGES; ++s) {
-            bar_init(base + BAR_FULL + 8 * s, 1);
-            bar_init(base + BAR_EMPTY + 8 * s, CONSUMER_WARPS * CLUSTER);
+            barrier_init(base + BAR_FULL + 8 * s, 1);
+            barrier_init(base + BAR_EMPTY + 8 * s, CONSUMER_WARPS * CLUSTER);
         }
         for (u32 s = 0; s < SLOTS; ++s) {
-            bar_init(base + BAR_SLOT_FULL + 8 * s, 1);
-            bar_init(base + BAR_SLOT_EMPTY + 8 * s, (CONSUMER_WARPS + 1) * CLUSTER);
+            barrier_init(base + BAR_SLOT_FULL + 8 * s, 1);
+            barrier_init(base + BAR_SLOT_EMPTY + 8 * s, (CONSUMER_WARPS + 1) * CLUSTER);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        barriers_made();
     }
     cluster_sync();
     if (warp < 4) {

@@ -85,7 +85,7 @@ struct Coded {
         const auto one = [&](u32 (&a)[4][4], u32 b) {
             const u32 slot = base + ring.stage * Ring<MAX_ROWS>::SLOT_BYTES, x = operand(slot + WEIGHT_BYTES);
             const char* brick = shared + (slot - smem_addr(shared)) + group * (WEIGHT_BYTES / 2);
-            bar_wait(base + BAR_FULL + 8 * ring.stage, ring.phase);
+            barrier_wait(base + BAR_FULL + 8 * ring.stage, ring.phase);
             const auto before = [&] {
                 if (BUFFERS == 1) release(b);
             };
