@@ -5,12 +5,15 @@
 // `attention_scores` gives each step of 64 keys a block. `attention_sums` gives each 32 columns of the values a block,
 // which goes through all steps: so no sum over keys is cut, and what the softmax carries along is the same. Scores
 // and their maxima wait in scratch memory in between.
+//
+// What a step waits for is little: the greatest score so far is known from the maxima alone, so that warps make the
+// powers of several steps at the same time, and only sums go from step to step.
 #include "attention.cuh"
+#include "barrier.cuh"
 
-constexpr u32 BLOCK = 128, WARPS = BLOCK / 32;
-constexpr u32 HEADS = 16;           // of a unit
-constexpr u32 SLICE = WARPS * 8;    // columns of the values of a block: eight a warp
-constexpr u32 TILE = HEADS * STEP;  // scores of a step
+constexpr u32 BLOCK = 128, WARPS = BLOCK / 32; // of `attention_scores`
+constexpr u32 HEADS = 16;                      // of a unit
+constexpr u32 TILE = HEADS * STEP;             // scores of a step
 
 // The twin of `launch::FewArgs`.
 struct FewArgs {
@@ -23,10 +26,9 @@ struct FewArgs {
     u32 padding;
 };
 
-// Where a thread finds the scores of a step that it turns into powers: those of one head, of one half of the positions,
-// of the pairs that a lane of an mma holds. In the j-th eighth of a half it has one pair.
+// Where a pair of scores stands in a step: position half * 32 + eighth * 8 + pair * 2, and the one after it.
 __device__ __forceinline__ u32 score_of(u32 eighth, u32 head, u32 half, u32 pair) {
-    return eighth * BLOCK + head * 8 + half * 4 + pair;
+    return eighth * (HEADS * 8) + head * 8 + half * 4 + pair;
 }
 
 // What the heads of a unit see.
@@ -49,7 +51,7 @@ __device__ __forceinline__ Unit look(const FewArgs& few, u32 index) {
     unit.heads = min(group - tile * HEADS, HEADS);
     if (threadIdx.x == 0) sequence = NONE;
     __syncthreads();
-    for (u32 b = threadIdx.x; b + 1 < args.starts.rows; b += BLOCK)
+    for (u32 b = threadIdx.x; b + 1 < args.starts.rows; b += blockDim.x)
         if (at<u32>(args.starts, b) <= unit.token && unit.token < at<u32>(args.starts, b + 1)) sequence = b;
     const u32 position = at<u32>(args.positions, unit.token);
     __syncthreads();
@@ -147,135 +149,225 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_scores_bf16_bf16(c
 
 // ------------------------------------------------------------------------------------------------------------ sums
 
-constexpr u32 STAGES = 5; // steps on their way
+constexpr u32 SUMMERS = 4, MAKERS = 6;            // warps that sum eight columns each, and warps that make powers
+constexpr u32 SLICE = SUMMERS * 8;                // columns of the values of a block
+constexpr u32 SUMS_BLOCK = 32 * (SUMMERS + MAKERS);
+constexpr u32 STAGES = 12;                        // steps under way: what makes a step begins when its place is free
 
+// A step, ready to be summed.
 struct Stage {
-    float2 scores[TILE / 2];
+    uint4 powers[STEP / 16][32];  // of 16 positions each, as an mma's lanes take them
+    float4 pairs[HEADS][4][2];    // of a head and a lane's pairs: sums of two powers, by eighths of the first half, then the second
     bf16 values[STEP * SLICE];
-    f32 most[HEADS];
+    f32 kept[HEADS];
 };
 
 // Offset of a piece in lines of 64 bytes, two of which meet all banks.
 __device__ __forceinline__ u32 value_place(u32 line, u32 piece) { return line * SLICE + ((piece ^ (line >> 1 & 3)) << 3); }
-// Offset in lines of 128 bytes.
-__device__ __forceinline__ u32 power_place(u32 line, u32 piece) { return line * STEP + ((piece ^ (line & 7)) << 3); }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) attention_sums_bf16_bf16(const __grid_constant__ FewArgs few) {
-    __shared__ __align__(128) Stage stages[STAGES];
-    __shared__ __align__(128) bf16 powers[2][HEADS * STEP];
-    __shared__ f32 kept[2][HEADS];
+struct Sums {
+    const FewArgs& few;
+    const Args& args;
+    const Unit& unit;
+    Stage* stages;
+    const u32 full, empty; // barriers of the stages
+    const u32 warp, lane, column;
+    const f32 scale;
+
+    // What a softmax of a head has before the first key; `total` only for those who add it up.
+    __device__ __forceinline__ Softmax begin(u32 head) const {
+        Softmax softmax;
+        if (args.sinks && head < unit.heads) {
+            softmax.most = sink_of(args, unit.head + head) / args.scale;
+            softmax.total = 1.0f;
+        }
+        return softmax;
+    }
+
+    // ------------------------------------------------------------------------------------------------ making powers
+
+    // The slot of a step's first position, if all of the step lie in one cached block.
+    __device__ __forceinline__ u32 find_values(u32 step) const {
+        const u32 position = unit.base + step * STEP;
+        const bool wanted = step < unit.steps && args.block_size % STEP == 0;
+        return slot_in(args, block_of(args, unit.sequence, position, wanted), unit.sequence, position, wanted);
+    }
+
+    // A lane brings the same piece of eight lines.
+    __device__ __forceinline__ void bring_values(u32 first, u32 step) const {
+        const u32 width = args.values.width / args.kv_heads, piece = lane % 4;
+        Stage& stage = stages[step % STAGES];
+#pragma unroll
+        for (u32 i = 0; i < STEP / 8; ++i) {
+            const u32 line = i * 8 + lane / 4, position = unit.base + step * STEP + line;
+            const bool seen = unit.first <= position && position < unit.end;
+            u32 slot = first == NONE ? NONE : first + line;
+            if (args.block_size % STEP != 0)
+                slot = slot_in(args, block_of(args, unit.sequence, position, seen), unit.sequence, position, seen);
+            const bool there = seen && slot != NONE && column + piece * LINE < width;
+            const void* from = reinterpret_cast<const void*>(args.values.start);
+            if (there) from = row<bf16>(args.values, slot) + unit.kv_head * width + column + piece * LINE;
+            copy_async(shared_address(stage.values + value_place(line, piece)), from, there ? 16 : 0);
+        }
+    }
+
+    // The scores of a step that a lane turns into powers: of heads lane / 4 and lane / 4 + 8, pairs lane % 4.
+    __device__ __forceinline__ void read_scores(float2 (&scores)[2][8], u32 step) const {
+        const float2* from = reinterpret_cast<const float2*>(few.scores) + (u64(blockIdx.y) * few.steps + step) * (TILE / 2);
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i)
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) scores[i][j] = __ldcg(from + score_of(j % 4, lane / 4 + 8 * i, j / 4, lane % 4));
+    }
+
+    __device__ __forceinline__ f32 most_of(u32 step, u32 head) const {
+        return __ldcg(reinterpret_cast<const f32*>(few.most) + (u64(blockIdx.y) * few.steps + step) * HEADS + head);
+    }
+
+    // Takes up the maxima of steps from `step` on, before `end`.
+    __device__ __forceinline__ void pass(Softmax (&softmax)[2], u32 step, u32 end) const {
+#pragma unroll
+        for (u32 skipped = 0; skipped < MAKERS; ++skipped)
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i)
+                if (step + skipped < end) softmax[i].most = fmaxf(softmax[i].most, most_of(step + skipped, lane / 4 + 8 * i));
+    }
+
+    __device__ __forceinline__ void make(Softmax (&softmax)[2], const float2 (&scores)[2][8], u32 step) const {
+        Stage& stage = stages[step % STAGES];
+        u32 powers[STEP / 16][4];
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const u32 head = lane / 4 + 8 * i;
+            const f32 kept = softmax[i].raise(most_of(step, head), scale);
+            if (lane % 4 == 0) stage.kept[head] = kept;
+            f32 pairs[8];
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) {
+                const f32 low = softmax[i].power(scores[i][j].x, scale), high = softmax[i].power(scores[i][j].y, scale);
+                pairs[j] = __fadd_rn(low, high);
+                powers[j / 2][j % 2 * 2 + i] = narrow_pair(low, high);
+            }
+            stage.pairs[head][lane % 4][0] = make_float4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            stage.pairs[head][lane % 4][1] = make_float4(pairs[4], pairs[5], pairs[6], pairs[7]);
+        }
+#pragma unroll
+        for (u32 k = 0; k < STEP / 16; ++k) stage.powers[k][lane] = make_uint4(powers[k][0], powers[k][1], powers[k][2], powers[k][3]);
+    }
+
+    // Every MAKERS-th step, by a warp.
+    __device__ __forceinline__ void make_all(u32 maker) const {
+        Softmax softmax[2] = {begin(lane / 4), begin(lane / 4 + 8)};
+        if (maker < unit.steps) bring_values(find_values(maker), maker);
+        u32 first = find_values(maker + MAKERS);
+        take_turn();
+        float2 scores[2][8];
+        if (maker < unit.steps) read_scores(scores, maker);
+        pass(softmax, 0, min(maker, unit.steps));
+        for (u32 step = maker; step < unit.steps; step += MAKERS) {
+            const u32 slot = step % STAGES, next = step + MAKERS;
+            barrier_follow(full + 8 * slot);
+            make(softmax, scores, step);
+            barrier_arrive(full + 8 * slot);
+            if (next >= unit.steps) break;
+            read_scores(scores, next);
+            if (next >= STAGES) barrier_wait(empty + 8 * (next % STAGES), next / STAGES % 2 ^ 1);
+            bring_values(first, next);
+            first = find_values(next + MAKERS);
+            pass(softmax, step + 1, next);
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------------------ summing
+
+    // What a lane sums of a step.
+    struct Share {
+        uint4 powers[STEP / 16];
+        u32 values[STEP / 32][4];
+        f32 kept[2];     // of rows lane / 4 and lane / 4 + 8
+        f32 head_kept;   // of the head whose total the thread adds up
+        float4 pairs[2]; // its powers: of the thread's half, then of the other
+    };
+
+    // Takes a step out of its stage, which is free then.
+    __device__ __forceinline__ void take(Share& share, u32 step) const {
+        const u32 slot = step % STAGES, thread = threadIdx.x, head = thread / 8, half = thread / 4 % 2;
+        const Stage& stage = stages[slot];
+        barrier_wait(full + 8 * slot, step / STAGES % 2);
+#pragma unroll
+        for (u32 k = 0; k < STEP / 16; ++k) share.powers[k] = stage.powers[k][lane];
+#pragma unroll
+        for (u32 i = 0; i < STEP / 32; ++i)
+            load_transposed(share.values[i], shared_address(stage.values + value_place(i * 32 + lane, warp)));
+        share.kept[0] = stage.kept[lane / 4], share.kept[1] = stage.kept[lane / 4 + 8];
+        share.head_kept = stage.kept[head];
+        share.pairs[0] = stage.pairs[head][thread % 4][half], share.pairs[1] = stage.pairs[head][thread % 4][half ^ 1];
+        __syncwarp();
+        if (lane == 0) barrier_arrive(empty + 8 * slot);
+    }
+
+    __device__ __forceinline__ void sum(f32 (&sums)[4], f32& total, const Share& share) const {
+        sums[0] *= share.kept[0], sums[1] *= share.kept[0], sums[2] *= share.kept[1], sums[3] *= share.kept[1];
+#pragma unroll
+        for (u32 k = 0; k < STEP / 16; ++k) {
+            const u32 a[4] = {share.powers[k].x, share.powers[k].y, share.powers[k].z, share.powers[k].w};
+            multiply(sums, a, share.values[k / 2][k % 2 * 2], share.values[k / 2][k % 2 * 2 + 1]);
+        }
+        total = __fmul_rn(total, share.head_kept);
+        const auto add = [&](const float4& pairs) {
+            total = __fadd_rn(total, pairs.x), total = __fadd_rn(total, pairs.y);
+            total = __fadd_rn(total, pairs.z), total = __fadd_rn(total, pairs.w);
+        };
+        add(share.pairs[0]);
+        // One thread adds up both halves; the other's sum is not used.
+        if (!few.halves) add(share.pairs[1]);
+    }
+
+    __device__ __forceinline__ void sum_all(f32 (&factors)[HEADS]) const {
+        const u32 head = threadIdx.x / 8, half = threadIdx.x / 4 % 2, pair = threadIdx.x % 4;
+        f32 sums[4] = {}, total = pair == 0 ? begin(head).total : 0.0f;
+        Share shares[2];
+        take(shares[0], 0);
+        for (u32 step = 0; step < unit.steps; step += 2) {
+            if (step + 1 < unit.steps) take(shares[1], step + 1);
+            sum(sums, total, shares[0]);
+            if (step + 1 == unit.steps) break;
+            if (step + 2 < unit.steps) take(shares[0], step + 2);
+            sum(sums, total, shares[1]);
+        }
+        const f32 quad = quad_sum(total), other = __shfl_xor_sync(~0u, quad, 4);
+        if (half == 0 && pair == 0) factors[head] = 1.0f / (few.halves ? quad + other : quad);
+        asm volatile("bar.sync 1, %0;" ::"n"(32 * SUMMERS) : "memory");
+        const u32 width = args.values.width / args.kv_heads, at_column = column + warp * 8 + lane % 4 * 2;
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const u32 row_of_unit = lane / 4 + 8 * i;
+            if (row_of_unit >= unit.heads || at_column >= width) continue;
+            const f32 factor = factors[row_of_unit];
+            bf16* out = row<bf16>(args.out, unit.token) + (unit.head + row_of_unit) * width + at_column;
+            *reinterpret_cast<u32*>(out) = narrow_pair(sums[2 * i] * factor, sums[2 * i + 1] * factor);
+        }
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(SUMS_BLOCK, 2) attention_sums_bf16_bf16(const __grid_constant__ FewArgs few) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ u64 barriers[2 * STAGES];
+    __shared__ f32 factors[HEADS];
     // What runs before is `attention_scores`, which began when everything before it was done: all but what that writes is
     // there.
-    const Args& args = few.attention;
-    const u32 thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const Unit unit = look(few, blockIdx.y);
     if (unit.sequence == NONE) return take_turn();
-    const u32 width = args.values.width / args.kv_heads, column = blockIdx.x * SLICE;
-    const u32 line = thread / 2, steps = unit.steps;
-    const u64 tile = u64(blockIdx.y) * few.steps;
-    const auto slot_of = [&](u32 step) {
-        const u32 position = unit.base + step * STEP + line;
-        const bool seen = step < steps && unit.first <= position && position < unit.end;
-        return slot_in(args, block_of(args, unit.sequence, position, seen), unit.sequence, position, seen);
-    };
-    const auto fetch_values = [&](u32 step, u32 slot) {
-        if (step < steps) {
-            Stage& stage = stages[step % STAGES];
-            const bf16* from = row<bf16>(args.values, slot == NONE ? 0 : slot) + unit.kv_head * width + column;
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i) {
-                const u32 piece = thread % 2 * 2 + i;
-                const bool there = slot != NONE && column + piece * LINE < width;
-                const void* anywhere = reinterpret_cast<const void*>(args.values.start);
-                copy_async(shared_address(stage.values + value_place(line, piece)), there ? from + piece * LINE : anywhere,
-                           there ? 16 : 0);
-            }
+    const u32 full = shared_address(barriers), empty = full + 8 * STAGES, warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) {
+        for (u32 slot = 0; slot < STAGES; ++slot) {
+            barrier_init(full + 8 * slot, 2 * 32); // lanes, and what each brings
+            barrier_init(empty + 8 * slot, SUMMERS);
         }
-    };
-    const auto fetch_scores = [&](u32 step) {
-        if (step < steps) {
-            Stage& stage = stages[step % STAGES];
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i) {
-                const uint4* scores = reinterpret_cast<const uint4*>(few.scores) + (tile + step) * (TILE / 4);
-                copy_async(shared_address(stage.scores) + (thread + i * BLOCK) * 16, scores + thread + i * BLOCK, 16);
-            }
-            const uint4* most = reinterpret_cast<const uint4*>(few.most) + (tile + step) * (HEADS / 4);
-            if (thread < HEADS / 4) copy_async(shared_address(stage.most) + thread * 16, most + thread, 16);
-        }
-        copies_commit();
-    };
-
-    // The softmax of a head: four or eight threads carry the same maximum along, and each its own powers' sum.
-    const u32 head = thread / 8, half = thread / 4 % 2, pair = thread % 4;
-    const f32 scale = args.scale * 1.4426950408889634f;
-    Softmax softmax;
-    if (args.sinks && head < unit.heads) {
-        softmax.most = sink_of(args, unit.head + head) / args.scale;
-        softmax.total = pair == 0 ? 1.0f : 0.0f;
     }
-    const auto raise = [&](u32 step) {
-        if (step >= steps) return;
-        const Stage& stage = stages[step % STAGES];
-        const f32 factor = softmax.raise(stage.most[head], scale);
-        if (half == 0 && pair == 0) kept[step % 2][head] = factor;
-        f32 low[4], high[4];
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j) {
-            const float2 scores = stage.scores[score_of(j, head, half, pair)];
-            low[j] = softmax.power(scores.x, scale), high[j] = softmax.power(scores.y, scale);
-            *reinterpret_cast<u32*>(powers[step % 2] + power_place(head, half * 4 + j) + pair * 2) = narrow_pair(low[j], high[j]);
-            softmax.add(low[j], high[j]);
-        }
-        if (few.halves) return;
-        // One thread adds up both halves; the other's sum is not used.
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j)
-            softmax.add(__shfl_xor_sync(~0u, low[j], 4), __shfl_xor_sync(~0u, high[j], 4));
-    };
-
-#pragma unroll
-    for (u32 step = 0; step + 1 < STAGES; ++step) fetch_values(step, slot_of(step));
-    take_turn();
-#pragma unroll
-    for (u32 step = 0; step + 1 < STAGES; ++step) fetch_scores(step);
-    u32 slot = slot_of(STAGES - 1);
-    copies_wait<STAGES - 2>();
     __syncthreads();
-    raise(0);
-    f32 sums[4] = {};
-    for (u32 step = 0; step < steps; ++step) {
-        copies_wait<STAGES - 3>();
-        __syncthreads(); // the next step is there, this one's powers are, and the last one is done with
-        fetch_values(step + STAGES - 1, slot);
-        fetch_scores(step + STAGES - 1);
-        slot = slot_of(step + STAGES);
-        const f32 first = kept[step % 2][lane / 4], second = kept[step % 2][lane / 4 + 8];
-        sums[0] *= first, sums[1] *= first, sums[2] *= second, sums[3] *= second;
-        const bf16* values = stages[step % STAGES].values;
-#pragma unroll
-        for (u32 i = 0; i < STEP / 32; ++i) {
-            u32 a[2][4], b[4];
-            load_transposed(b, shared_address(values + value_place(i * 32 + lane, warp)));
-#pragma unroll
-            for (u32 k = 0; k < 2; ++k)
-                load_matrices(a[k], shared_address(powers[step % 2] + power_place(lane % 16, i * 4 + k * 2 + lane / 16)));
-            multiply(sums, a[0], b[0], b[1]);
-            multiply(sums, a[1], b[2], b[3]);
-        }
-        raise(step + 1);
-    }
-    const f32 quad = quad_sum(softmax.total), other = __shfl_xor_sync(~0u, quad, 4);
-    __syncthreads();
-    if (half == 0 && pair == 0) kept[0][head] = 1.0f / (few.halves ? quad + other : quad);
-    __syncthreads();
-    const u32 at_column = column + warp * 8 + lane % 4 * 2;
-#pragma unroll
-    for (u32 i = 0; i < 2; ++i) {
-        const u32 row_of_unit = lane / 4 + 8 * i;
-        if (row_of_unit >= unit.heads || at_column >= width) continue;
-        const f32 factor = kept[0][row_of_unit];
-        bf16* out = row<bf16>(args.out, unit.token) + (unit.head + row_of_unit) * width + at_column;
-        *reinterpret_cast<u32*>(out) = narrow_pair(sums[2 * i] * factor, sums[2 * i + 1] * factor);
-    }
+    const f32 scale = few.attention.scale * 1.4426950408889634f;
+    const Sums sums{few, few.attention, unit, reinterpret_cast<Stage*>(shared), full, empty, warp, threadIdx.x % 32, blockIdx.x * SLICE, scale};
+    if (warp < SUMMERS) sums.sum_all(factors);
+    else sums.make_all(warp - SUMMERS);
 }

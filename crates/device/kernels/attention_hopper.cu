@@ -1,17 +1,16 @@
-// Attention of bf16 heads of 64 or 128 elements for Hopper, whose cached blocks hold whole steps: TMA brings keys and
-// values, wgmma multiplies. Bits are those of `attention_gqa.cu`, which takes everything else.
+// Attention of bf16 heads of 64 to 256 elements for Hopper, whose cached blocks hold whole steps: TMA brings keys and
+// values, wgmma multiplies. Bits are those of `attention_gqa.cu` and `attention_few.cu`, which take everything else.
 //
 // A block takes 128 rows of one sequence and key head. One thread keeps rings of keys and of values full; two warpgroups
-// take 64 rows each. The tensor cores multiply a step's powers by its values and score the next step's keys in one go; while
-// a warpgroup turns those scores into powers they are the other's.
+// take 64 rows each. The tensor cores score the next step's keys and then multiply this step's powers by its values; as soon
+// as the scores are there the warpgroup makes powers of them, while the values are still multiplied.
 #include "attention.cuh"
 #include "barrier.cuh"
 
 constexpr u32 GROUP = 128, GROUPS = 2, BLOCK = (1 + GROUPS) * GROUP; // threads of a warpgroup, those that multiply
 constexpr u32 ROWS = 64, HEIGHT = GROUPS * ROWS;                     // rows of a warpgroup, of a block
 constexpr u32 COLUMNS = 64;                                          // of a chunk: lines of 128 bytes
-constexpr u32 CHUNK = STEP * COLUMNS * 2;                            // bytes of a step's chunk
-constexpr u32 STAGES = 4;
+constexpr u32 CHUNK = STEP * COLUMNS * 2;                            // bytes of 64 lines of a chunk
 static_assert(ROWS == STEP, "queries, keys and values are cut into the same chunks");
 
 // How TMA finds a matrix, as the driver wrote it. The twin of `driver::TensorMap`.
@@ -25,14 +24,21 @@ struct HopperArgs {
     Args attention;
 };
 
+// Widths of keys and values, steps that there is room for, and whether queries stay in registers: the tensor cores then read
+// keys from shared memory alone.
+template <u32 KEY_, u32 VALUE_, u32 STAGES_, bool HELD_> struct Shape {
+    static constexpr u32 KEY = KEY_, VALUE = VALUE_, STAGES = STAGES_;
+    static constexpr bool HELD = HELD_;
+    static constexpr u32 KEYS = KEY / COLUMNS * CHUNK, VALUES = VALUE / COLUMNS * CHUNK; // bytes of a step
+};
+
 // What stands in shared memory; `kernels.rs` repeats its size.
-template <u32 WIDTH> struct Room {
-    static constexpr u32 CHUNKS = WIDTH / COLUMNS;
-    unsigned char queries[GROUPS][CHUNKS * CHUNK];
-    unsigned char keys[STAGES][CHUNKS * CHUNK];
-    unsigned char values[STAGES][CHUNKS * CHUNK];
+template <typename S> struct Room {
+    unsigned char queries[GROUPS][S::KEYS];
+    unsigned char keys[S::STAGES][S::KEYS];
+    unsigned char values[S::STAGES][S::VALUES];
     Sight<HEIGHT> sight;
-    u64 keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
+    u64 keys_full[S::STAGES], keys_empty[S::STAGES], values_full[S::STAGES], values_empty[S::STAGES];
 };
 
 // ----------------------------------------------------------------------------------------------------------- wgmma
@@ -46,7 +52,10 @@ __device__ __forceinline__ u64 operand(u32 address) {
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// At most PENDING groups of products are still under way.
+template <u32 PENDING> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
 
 #define F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define F16(i) F4(i), F4(i + 4), F4(i + 8), F4(i + 12)
@@ -54,10 +63,21 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 // d[64 rows x 64 positions] = queries * keys^T for 16 columns, added to d if `more`.
 __device__ __forceinline__ void score(f32 (&d)[32], u64 a, u64 b, u32 more) {
     asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,"
-                 "%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;\n}"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+                 "%26,%27,%28,%29,%30,%31"
+                 "}, %32, %33, p, 1, 1, 0, 0;\n}"
                  : F16(0), F16(16)
                  : "l"(a), "l"(b), "r"(more));
+}
+__device__ __forceinline__ void score(f32 (&d)[32], const u32 (&a)[4], u64 b, u32 more) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
+                 "%26,%27,%28,%29,%30,%31"
+                 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}"
+                 : F16(0), F16(16)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
 }
 
 // d[64 rows x columns] += powers * values for 16 positions.
@@ -73,6 +93,18 @@ __device__ __forceinline__ void weigh(f32 (&d)[64], const u32 (&a)[4], u64 b) {
                  "%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
                  "{%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
                  : F16(0), F16(16), F16(32), F16(48)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+__device__ __forceinline__ void weigh(f32 (&d)[128], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+                 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"
+                 "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,"
+                 "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"
+                 "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,"
+                 "%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,"
+                 "%126,%127"
+                 "}, {%128,%129,%130,%131}, %132, 1, 1, 1, 1;"
+                 : F16(0), F16(16), F16(32), F16(48), F16(64), F16(80), F16(96), F16(112)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
@@ -95,25 +127,24 @@ __device__ __forceinline__ void bring_box(u32 to, const TensorMap* map, u32 barr
 }
 
 // Brings the steps of a tile one after the other, as there is room. By one thread.
-template <u32 WIDTH>
-__device__ __forceinline__ void fetch_steps(const HopperArgs& all, Room<WIDTH>& room, const Tile& tile, u32 start, u32 high) {
-    constexpr u32 CHUNKS = Room<WIDTH>::CHUNKS;
+template <typename S>
+__device__ __forceinline__ void fetch_steps(const HopperArgs& all, Room<S>& room, const Tile& tile, u32 start, u32 high) {
     const Args& args = all.attention;
     u32 count = 0;
     for (u32 base = start; base < high; base += STEP, ++count) {
-        const u32 stage = count % STAGES, parity = count / STAGES % 2 ^ 1;
+        const u32 stage = count % S::STAGES, parity = count / S::STAGES % 2 ^ 1;
         const u32 block = block_of(args, tile.sequence, base, true);
         // A block that is outside the cache is complained of, and another read in its place.
         const u32 slot = slot_in(args, block, tile.sequence, base, true), row = slot == NONE ? 0 : slot;
-        const auto bring = [&](unsigned char* to, const TensorMap* map, u64& full, u64& empty) {
-            if (count >= STAGES) barrier_wait(shared_address(&empty), parity);
-            barrier_expect(shared_address(&full), CHUNKS * CHUNK);
+        const auto bring = [&](unsigned char* to, const TensorMap* map, u32 width, u64& full, u64& empty) {
+            if (count >= S::STAGES) barrier_wait(shared_address(&empty), parity);
+            barrier_expect(shared_address(&full), width / COLUMNS * CHUNK);
 #pragma unroll
-            for (u32 chunk = 0; chunk < CHUNKS; ++chunk)
-                bring_box(shared_address(to) + chunk * CHUNK, map, shared_address(&full), blockIdx.y * WIDTH + chunk * COLUMNS, row);
+            for (u32 chunk = 0; chunk < width / COLUMNS; ++chunk)
+                bring_box(shared_address(to) + chunk * CHUNK, map, shared_address(&full), blockIdx.y * width + chunk * COLUMNS, row);
         };
-        bring(room.keys[stage], &all.keys, room.keys_full[stage], room.keys_empty[stage]);
-        bring(room.values[stage], &all.values, room.values_full[stage], room.values_empty[stage]);
+        bring(room.keys[stage], &all.keys, S::KEY, room.keys_full[stage], room.keys_empty[stage]);
+        bring(room.values[stage], &all.values, S::VALUE, room.values_full[stage], room.values_empty[stage]);
     }
 }
 
@@ -128,20 +159,20 @@ __device__ __forceinline__ u32 place(u32 line, u32 piece) {
     return piece / 8 * CHUNK + line * 128 + (((piece ^ line) & 7) << 4);
 }
 
-template <u32 WIDTH>
-__device__ __forceinline__ void attend(const Args& args, Room<WIDTH>& room, u32 start, u32 high) {
-    constexpr u32 PIECES = WIDTH / LINE;
+template <typename S>
+__device__ __forceinline__ void attend(const Args& args, Room<S>& room, u32 start, u32 high) {
+    constexpr u32 KEY_PIECES = S::KEY / LINE, VALUE_PIECES = S::VALUE / LINE;
     const Sight<HEIGHT>& sight = room.sight;
     const u32 group = threadIdx.x / GROUP - 1, thread = threadIdx.x % GROUP, lane = thread % 32;
     const u32 first_line = group * ROWS, line = thread / 32 * 16 + lane / 4; // this thread's rows: this and the eighth after
     unsigned char* own = room.queries[group];
 
-    // Queries, zero past the sequence; a thread brings the same piece of some lines.
-    for (u32 at = thread / PIECES; at < ROWS; at += GROUP / PIECES) {
-        const u32 piece = thread % PIECES;
-        const bf16* from = sight.find(args.q, first_line + at, WIDTH);
+    // Queries, zero past the sequence.
+    for (u32 at = thread; at < ROWS * KEY_PIECES; at += GROUP) {
+        const u32 piece = at % KEY_PIECES;
+        const bf16* from = sight.find(args.q, first_line + at / KEY_PIECES, S::KEY);
         const void* anywhere = reinterpret_cast<const void*>(args.q.start);
-        copy_async(shared_address(own) + place(at, piece), from ? from + piece * LINE : anywhere, from ? 16 : 0);
+        copy_async(shared_address(own) + place(at / KEY_PIECES, piece), from ? from + piece * LINE : anywhere, from ? 16 : 0);
     }
     u32 end = 0, inner_low = 0, inner_high = NONE; // of this warpgroup's rows
     for (u32 at = first_line + lane; at < first_line + ROWS; at += 32) {
@@ -151,7 +182,8 @@ __device__ __forceinline__ void attend(const Args& args, Room<WIDTH>& room, u32 
     }
     end = __reduce_max_sync(~0u, end);
     inner_low = __reduce_max_sync(~0u, inner_low), inner_high = __reduce_min_sync(~0u, inner_high);
-    const u32 steps = end > start ? (end - start + STEP - 1) / STEP : 0, all_steps = (high - start + STEP - 1) / STEP;
+    const auto steps_to = [&](u32 end) { return end > start ? (end - start + STEP - 1) / STEP : 0; };
+    const u32 steps = steps_to(end), all_steps = steps_to(high);
 
     const f32 scale = args.scale * 1.4426950408889634f;
     Softmax softmax[2];
@@ -165,30 +197,38 @@ __device__ __forceinline__ void attend(const Args& args, Room<WIDTH>& room, u32 
             softmax[i].total = lane % 4 == 0 ? 1.0f : 0.0f;
         }
     }
-    f32 sums[WIDTH / 2];
+    f32 sums[S::VALUE / 2];
 #pragma unroll
-    for (u32 i = 0; i < WIDTH / 2; ++i) sums[i] = 0.0f;
-    f32 scores[32], kept[2];
+    for (u32 i = 0; i < S::VALUE / 2; ++i) sums[i] = 0.0f;
+    f32 scores[STEP / 2], kept[2];
     u32 powers[STEP / 16][4];
 
     copies_commit();
     copies_wait<0>();
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     group_barrier(group);
+    u32 held[S::HELD ? S::KEY / 16 : 1][4];
+    if constexpr (S::HELD) {
+#pragma unroll
+        for (u32 at = 0; at < S::KEY / 16; ++at)
+            load_matrices(held[at], shared_address(own) + place(thread / 32 * 16 + lane % 16, at * 2 + lane / 16));
+    }
 
+    const auto await_keys = [&](u32 step) {
+        if (step < steps) barrier_wait(shared_address(&room.keys_full[step % S::STAGES]), step / S::STAGES % 2);
+    };
     const auto score_step = [&](u32 step) {
-        const u32 stage = step % STAGES;
-        barrier_wait(shared_address(&room.keys_full[stage]), step / STAGES % 2);
-        const u64 a = operand(shared_address(own)), b = operand(shared_address(room.keys[stage]));
+        const u64 a = operand(shared_address(own)), b = operand(shared_address(room.keys[step % S::STAGES]));
         wgmma_fence();
 #pragma unroll
-        for (u32 at = 0; at < WIDTH / 16; ++at) {
+        for (u32 at = 0; at < S::KEY / 16; ++at) {
             const u32 offset = at / 4 * (CHUNK / 16) + at % 4 * 2;
-            score(scores, a + offset, b + offset, at > 0);
+            if constexpr (S::HELD) score(scores, held[at], b + offset, at > 0);
+            else score(scores, a + offset, b + offset, at > 0);
         }
         wgmma_commit();
     };
-    // Scores become powers, which are left beside what sums are to be multiplied with.
+    // Scores become powers where they stand, and `kept` what sums are to be multiplied with.
     const auto soften = [&](u32 step) {
         const u32 base = start + step * STEP;
         const bool partly = base < inner_low || base + STEP > inner_high;
@@ -210,11 +250,24 @@ __device__ __forceinline__ void attend(const Args& args, Room<WIDTH>& room, u32 
             kept[i] = softmax[i].raise(quad_max(most), scale);
 #pragma unroll
             for (u32 j = 0; j < STEP / 8; ++j) {
-                const f32 low = softmax[i].power(scores[4 * j + 2 * i], scale);
-                const f32 high = softmax[i].power(scores[4 * j + 2 * i + 1], scale);
+                f32 &low = scores[4 * j + 2 * i], &high = scores[4 * j + 2 * i + 1];
+                low = softmax[i].power(low, scale), high = softmax[i].power(high, scale);
                 softmax[i].add(low, high);
-                powers[j / 2][j % 2 * 2 + i] = narrow_pair(low, high);
             }
+        }
+    };
+    // No product that reads powers may be under way.
+    const auto round_powers = [&] {
+#pragma unroll
+        for (u32 j = 0; j < STEP / 8; ++j)
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) powers[j / 2][j % 2 * 2 + i] = narrow_pair(scores[4 * j + 2 * i], scores[4 * j + 2 * i + 1]);
+    };
+    const auto scale_sums = [&] {
+        // Factors of one change nothing.
+        if (__any_sync(~0u, kept[0] != 1.0f || kept[1] != 1.0f)) {
+#pragma unroll
+            for (u32 i = 0; i < S::VALUE / 2; ++i) sums[i] *= kept[i / 2 % 2];
         }
     };
     // Each warp says for itself that it is done.
@@ -222,20 +275,15 @@ __device__ __forceinline__ void attend(const Args& args, Room<WIDTH>& room, u32 
         if (lane == 0) barrier_arrive(shared_address(&empty));
     };
 
-    // Values of a step, once they are there and sums are ready for them.
+    // Values of a step, once they are there.
     const auto ready = [&](u32 step) {
-        const u32 base = start + step * STEP;
-        // Factors of one change nothing.
-        if (__any_sync(~0u, kept[0] != 1.0f || kept[1] != 1.0f)) {
-#pragma unroll
-            for (u32 i = 0; i < WIDTH / 2; ++i) sums[i] *= kept[i / 2 % 2];
-        }
-        barrier_wait(shared_address(&room.values_full[step % STAGES]), step / STAGES % 2);
-        unsigned char* values = room.values[step % STAGES];
+        const u32 base = start + step * STEP, stage = step % S::STAGES;
+        barrier_wait(shared_address(&room.values_full[stage]), step / S::STAGES % 2);
+        unsigned char* values = room.values[stage];
         if (base + STEP > high) {
             // What stands in the cache behind the last token is anybody's: even times zero it may not count.
-            for (u32 at = high - base + thread / PIECES; at < STEP; at += GROUP / PIECES)
-                *reinterpret_cast<uint4*>(values + place(at, thread % PIECES)) = make_uint4(0, 0, 0, 0);
+            for (u32 at = (high - base) * VALUE_PIECES + thread; at < STEP * VALUE_PIECES; at += GROUP)
+                *reinterpret_cast<uint4*>(values + place(at / VALUE_PIECES, at % VALUE_PIECES)) = make_uint4(0, 0, 0, 0);
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
             group_barrier(group);
         }
@@ -249,30 +297,39 @@ __device__ __forceinline__ void attend(const Args& args, Room<WIDTH>& room, u32 
     };
 
     if (steps > 0) {
+        await_keys(0);
         score_step(0);
-        wgmma_wait();
+        wgmma_wait<0>();
         hold(scores);
         release(room.keys_empty[0]);
         soften(0);
+        round_powers();
+        await_keys(1);
 #pragma unroll 1
         for (u32 step = 0; step + 1 < steps; ++step) {
-            const u32 values = ready(step);
-            score_step(step + 1);
-            weigh_step(values);
-            wgmma_wait();
             hold(scores), hold(sums), hold(powers);
-            release(room.values_empty[step % STAGES]);
-            release(room.keys_empty[(step + 1) % STAGES]);
+            score_step(step + 1);
+            weigh_step(ready(step));
+            wgmma_wait<1>();
+            hold(scores);
+            release(room.keys_empty[(step + 1) % S::STAGES]);
             soften(step + 1);
+            // Also keeps the compiler from waiting for the sums before powers are made.
+            await_keys(step + 2);
+            wgmma_wait<0>();
+            hold(sums), hold(powers);
+            release(room.values_empty[step % S::STAGES]);
+            scale_sums();
+            round_powers();
         }
         weigh_step(ready(steps - 1));
-        wgmma_wait();
+        wgmma_wait<0>();
         hold(sums);
-        release(room.values_empty[(steps - 1) % STAGES]);
+        release(room.values_empty[(steps - 1) % S::STAGES]);
     }
     // Steps that only the other warpgroup sees.
     for (u32 step = steps; step < all_steps; ++step) {
-        const u32 stage = step % STAGES, parity = step / STAGES % 2;
+        const u32 stage = step % S::STAGES, parity = step / S::STAGES % 2;
         barrier_wait(shared_address(&room.keys_full[stage]), parity);
         release(room.keys_empty[stage]);
         barrier_wait(shared_address(&room.values_full[stage]), parity);
@@ -284,25 +341,25 @@ __device__ __forceinline__ void attend(const Args& args, Room<WIDTH>& room, u32 
     for (u32 i = 0; i < 2; ++i) {
         const f32 factor = 1.0f / quad_sum(softmax[i].total);
 #pragma unroll
-        for (u32 j = 0; j < PIECES; ++j)
+        for (u32 j = 0; j < VALUE_PIECES; ++j)
             *reinterpret_cast<u32*>(own + place(line + 8 * i, j) + lane % 4 * 4) =
                 narrow_pair(sums[4 * j + 2 * i] * factor, sums[4 * j + 2 * i + 1] * factor);
     }
     __syncwarp();
 #pragma unroll 4
-    for (u32 at = thread / 32 * 16 + lane / PIECES; at < thread / 32 * 16 + 16; at += 32 / PIECES) {
+    for (u32 at = thread / 32 * 16 + lane / VALUE_PIECES; at < thread / 32 * 16 + 16; at += 32 / VALUE_PIECES) {
         if (sight.end[first_line + at] == 0) continue;
-        bf16* to = sight.find(args.out, first_line + at, WIDTH) + lane % PIECES * LINE;
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(own + place(at, lane % PIECES));
+        bf16* to = sight.find(args.out, first_line + at, S::VALUE) + lane % VALUE_PIECES * LINE;
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(own + place(at, lane % VALUE_PIECES));
     }
 }
 
-template <u32 WIDTH> __device__ __forceinline__ void attention(const HopperArgs& all) {
+template <typename S> __device__ __forceinline__ void attention(const HopperArgs& all) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    Room<WIDTH>& room = *reinterpret_cast<Room<WIDTH>*>(shared);
+    Room<S>& room = *reinterpret_cast<Room<S>*>(shared);
     const Args& args = all.attention;
     if (threadIdx.x == 0) {
-        for (u32 stage = 0; stage < STAGES; ++stage) {
+        for (u32 stage = 0; stage < S::STAGES; ++stage) {
             barrier_init(shared_address(&room.keys_full[stage]), 1);
             barrier_init(shared_address(&room.values_full[stage]), 1);
             barrier_init(shared_address(&room.keys_empty[stage]), GROUPS * GROUP / 32);
@@ -318,19 +375,22 @@ template <u32 WIDTH> __device__ __forceinline__ void attention(const HopperArgs&
     const u32 high = room.sight.high, start = high > 0 ? room.sight.low / STEP * STEP : 0;
     if (threadIdx.x < GROUP) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x == 0) fetch_steps<WIDTH>(all, room, tile, start, high);
+        if (threadIdx.x == 0) fetch_steps<S>(all, room, tile, start, high);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        attend<WIDTH>(args, room, start, high);
+        attend<S>(args, room, start, high);
     }
 }
 
-#define HOPPER(WIDTH)                                                                                        \
+#define HOPPER(KEY, VALUE, STAGES, HELD)                                                                     \
     extern "C" __global__ void __launch_bounds__(BLOCK, 1)                                                   \
-        attention_hopper##WIDTH##_bf16_bf16(const __grid_constant__ HopperArgs args) {                       \
+        attention_hopper##KEY##_bf16_bf16(const __grid_constant__ HopperArgs args) {                         \
         take_turn();                                                                                         \
-        attention<WIDTH>(args);                                                                              \
+        attention<Shape<KEY, VALUE, STAGES, HELD>>(args);                                                    \
     }
 
-HOPPER(64)
-HOPPER(128)
+// `kernels.rs` repeats the first three.
+HOPPER(64, 64, 4, true)
+HOPPER(128, 128, 4, true)
+HOPPER(192, 128, 4, true)
+HOPPER(256, 256, 2, false)

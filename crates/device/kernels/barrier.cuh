@@ -1,6 +1,12 @@
-// Barriers in shared memory that warps with different work meet at (sm_90).
+// Barriers in shared memory that warps with different work meet at; those that TMA signals on sm_90 only.
 #pragma once
 #include "tensor.cuh"
+
+#if __CUDA_ARCH__ >= 900
+#define BARRIER_LOOK "try_wait" // waits a while by itself
+#else
+#define BARRIER_LOOK "test_wait"
+#endif
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -31,7 +37,7 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     do {
         asm volatile(
             "{\n .reg .pred p;\n"
-            " mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            " mbarrier." BARRIER_LOOK ".parity.shared::cta.b64 p, [%1], %2;\n"
             " selp.u32 %0, 1, 0, p;\n}"
             : "=r"(done)
             : "r"(barrier), "r"(parity)

@@ -182,6 +182,7 @@ impl Engine {
             prefix_caching: options.prefix_caching
                 && matches!(options.routing, RoutingMode::FromRouter)
                 && !spec.has_states(),
+            by_origin: spec.tells_origins(),
         });
         let (vocab, max_model_len) = (spec.vocab, options.max_model_len);
         Ok(Engine {
@@ -440,6 +441,7 @@ impl Engine {
             batch.blocks.push(sequence.blocks().to_vec());
             batch.states.push([sequence.state(); 2]);
             batch.sequences.push(chunk.id.0);
+            batch.generated += usize::from(chunk.generated);
             let at = |position: usize| (first + position - positions.start) as u32;
             let last = positions.end - 1;
             let next = chunk.next_token && !chunk.prompt_rows.contains(&last);

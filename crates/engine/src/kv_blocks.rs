@@ -25,9 +25,11 @@ impl BlockKeys {
         BlockKey(self.0.hash_one(salt), self.1.hash_one(salt))
     }
 
-    /// The block with these tokens, behind another.
-    pub(crate) fn next(&self, before: BlockKey, tokens: &[u32]) -> BlockKey {
-        BlockKey(self.0.hash_one((before, tokens)), self.1.hash_one((before, tokens)))
+    /// The block with these tokens, behind another; of tokens whose origin matters, the first `prompt` are of a prompt
+    /// and the others were generated.
+    pub(crate) fn next(&self, before: BlockKey, tokens: &[u32], prompt: usize) -> BlockKey {
+        let content = (before, tokens, prompt);
+        BlockKey(self.0.hash_one(content), self.1.hash_one(content))
     }
 }
 
@@ -180,7 +182,7 @@ mod tests {
     fn keys(keys: &BlockKeys, salt: Option<u64>, blocks: u32) -> Vec<BlockKey> {
         let mut before = keys.root(salt);
         let next = |block| {
-            before = keys.next(before, &[block; BLOCK_SIZE]);
+            before = keys.next(before, &[block; BLOCK_SIZE], BLOCK_SIZE);
             before
         };
         (0..blocks).map(next).collect()

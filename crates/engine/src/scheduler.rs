@@ -9,6 +9,9 @@
 //! 3. Then those that wait are let in, oldest first and none before its turn, by the group with the least left to
 //!    compute, if its cache has room for all tokens that they have so far.
 //!
+//! Where it matters whether a token is of a prompt or was generated (latent attention: `docs/bits.md`), no chunk has both
+//! kinds, a step has chunks of generated tokens first, and blocks of different kinds are different blocks.
+//!
 //! The oldest sequence can always go on, because no request may need more blocks than a group has.
 
 use crate::RequestId;
@@ -32,6 +35,8 @@ pub(crate) struct SchedulerLimits {
     pub(crate) kv_blocks: usize,
     /// Whether sequences that begin alike share blocks.
     pub(crate) prefix_caching: bool,
+    /// Whether generated tokens have other bits than the same tokens of a prompt.
+    pub(crate) by_origin: bool,
 }
 
 /// What is to be scheduled.
@@ -53,6 +58,8 @@ pub(crate) struct Sequence {
     tokens: Vec<u32>,
     /// Tokens of the prompt.
     prompt: usize,
+    /// The first token that has other bits than it would have in a prompt; `usize::MAX` if none does.
+    origin: usize,
     /// New tokens that may still come.
     remaining: usize,
     /// First position of the prompt whose logits are still wanted; the prompt's length if none are.
@@ -79,6 +86,8 @@ pub(crate) struct ScheduledChunk {
     pub(crate) prompt_rows: Range<usize>,
     /// Whether a new token follows the last of them.
     pub(crate) next_token: bool,
+    /// Whether they were all generated, where that matters; else none was.
+    pub(crate) generated: bool,
 }
 
 /// What a scheduler did so far.
@@ -138,6 +147,7 @@ impl Scheduler {
             id,
             tokens: job.prompt,
             prompt,
+            origin: if self.limits.by_origin { prompt } else { usize::MAX },
             remaining: job.max_tokens,
             wanted: if job.prompt_rows { 0 } else { prompt },
             computed: 0,
@@ -221,7 +231,11 @@ impl Scheduler {
             }
             self.groups[group].admit(sequence, &found, &mut steps[group]);
         }
-        steps.into_iter().map(|step| step.chunks).collect()
+        let chunks = steps.into_iter().map(|mut step| {
+            step.chunks.sort_by_key(|chunk| !chunk.generated);
+            step.chunks
+        });
+        chunks.collect()
     }
 
     /// Whether every block belongs to whoever has it.
@@ -332,6 +346,10 @@ impl Group {
         let Some(sequence) = self.running.get_mut(&id) else { return };
         let start = sequence.computed;
         let mut end = start + sequence.pending().min(step.tokens_left);
+        let generated = start >= sequence.origin;
+        if !generated {
+            end = end.min(sequence.origin);
+        }
         let first_row = sequence.wanted.max(start);
         let rows_end = end.min(sequence.prompt).max(first_row);
         if rows_end - first_row > step.prompt_rows_left {
@@ -346,7 +364,7 @@ impl Group {
         sequence.computed = end;
         sequence.wanted = prompt_rows.end;
         let next_token = end == sequence.tokens.len() && sequence.remaining > 0;
-        step.chunks.push(ScheduledChunk { id, positions: start..end, prompt_rows, next_token });
+        step.chunks.push(ScheduledChunk { id, positions: start..end, prompt_rows, next_token, generated });
         if let Some(keys) = &self.keys {
             sequence.extend_keys(keys, end / BLOCK_SIZE);
             for block in start / BLOCK_SIZE..end / BLOCK_SIZE {
@@ -393,7 +411,8 @@ impl Sequence {
         while self.keys.len() < blocks {
             let start = self.keys.len() * BLOCK_SIZE;
             let before = self.keys.last().copied().unwrap_or(self.root);
-            self.keys.push(keys.next(before, &self.tokens[start..start + BLOCK_SIZE]));
+            let prompt = self.origin.saturating_sub(start).min(BLOCK_SIZE);
+            self.keys.push(keys.next(before, &self.tokens[start..start + BLOCK_SIZE], prompt));
         }
     }
 }
@@ -410,6 +429,7 @@ mod tests {
         max_prompt_rows: 1000,
         kv_blocks: 8,
         prefix_caching: true,
+        by_origin: false,
     };
 
     /// Plays a script: `add ID prompt NEW`, where the prompt is runs of a token like `7x100,8x5`, then maybe `rows` or
@@ -638,6 +658,51 @@ mod tests {
             "
             0:0..80 1:64..80 2:0..64 3:0..65; [] wait, 6 blocks",
         );
+    }
+
+    #[test]
+    fn generated_tokens_are_told_from_those_of_prompts() {
+        let limits = SchedulerLimits { by_origin: true, max_batched_tokens: 200, kv_blocks: 4, ..LIMITS };
+        // The one that gave way has its prompt computed, then what it had generated, before others' prompts.
+        check(
+            SchedulerLimits { prefix_caching: false, ..limits },
+            "add 0 1x64 70
+             add 1 2x63 70
+             add 2 3x63 70
+             step
+             step
+             step
+             remove 0
+             step
+             add 3 4x5 9
+             step",
+            "
+            0:0..64 1:0..63 2:0..63; [] wait, 3 blocks
+            0:64..65 1:63..64 2:63..64; [] wait, 4 blocks
+            0:65..66 1:64..65; [2] wait, 4 blocks
+            1:65..66 2:0..63; [] wait, 4 blocks
+            1:66..67 2:63..65; [3] wait, 4 blocks",
+        );
+        // A prompt does not begin with what another has generated, though the tokens are the same.
+        let script = "add 0 1x60 9
+             step
+             step
+             step
+             step
+             step
+             step
+             add 1 1x60,1000x6 9
+             step";
+        let same = "
+            0:0..60; [] wait, 1 blocks
+            0:60..61; [] wait, 1 blocks
+            0:61..62; [] wait, 1 blocks
+            0:62..63; [] wait, 1 blocks
+            0:63..64; [] wait, 1 blocks
+            0:64..65; [] wait, 2 blocks
+            0:65..66";
+        check(limits, script, &format!("{same} 1:0..66; [] wait, 4 blocks"));
+        check(SchedulerLimits { by_origin: false, ..limits }, script, &format!("{same} 1:64..66; [] wait, 3 blocks"));
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod collectives;
 mod forward;
 mod load;
 mod mlp;
+mod origins;
 mod parallel;
 mod step;
 

@@ -2,7 +2,7 @@
 
 use crate::checkpoint::held_format;
 use crate::parallel::{Layout, Share};
-use crate::{LayerPart, Map, ModelError, ModelSpec, Part, Source, Tensor, WeightSource, Window};
+use crate::{LayerPart, Map, MlaSpec, ModelError, ModelSpec, Part, Source, Tensor, WeightSource, Window};
 use epsmoe_base::{DType, Expert, Layer};
 use epsmoe_device::{Backend, DeviceError, Weight, WeightShape};
 use epsmoe_pipeline::Mlp;
@@ -173,6 +173,46 @@ impl<B: Backend> Loader<'_, B> {
         self.held(&name, WeightShape::Matrix { n: k, k: n }, || {
             Ok(vec![self.read(part, &window)?.transposed()])
         })
+    }
+
+    /// The map from cached rows of latent attention, `[c, k_r]`, to the keys of some heads, one after the other: each is
+    /// `KeyUp·c`, then `k_r` as it is. `[heads · (nope + rope), kv_lora + rope]`
+    pub(crate) fn keys_of_rows(
+        &self,
+        layer: Layer,
+        spec: &MlaSpec,
+        heads: &Range<usize>,
+    ) -> Result<Weight, ModelError> {
+        let MlaSpec { kv_lora, nope, rope, .. } = *spec;
+        let (n, k) = (heads.len() * (nope + rope), kv_lora + rope);
+        let name = format!("keys of rows {layer:?} {heads:?}");
+        self.held(&name, WeightShape::Matrix { n, k }, || {
+            let mut rows = vec![0.0f32; n * k];
+            for (head, rows) in heads.clone().zip(rows.chunks_exact_mut((nope + rope) * k)) {
+                let up = self.read(LayerPart::KeyUp(head).of(layer), &Window::whole())?.floats();
+                for (row, up) in rows.chunks_exact_mut(k).zip(up.chunks_exact(kv_lora)) {
+                    row[..kv_lora].copy_from_slice(up);
+                }
+                for turned in 0..rope {
+                    rows[(nope + turned) * k + kv_lora + turned] = 1.0;
+                }
+            }
+            let bytes = rows.iter().flat_map(|weight| weight.to_le_bytes()).collect();
+            Ok(vec![Tensor { dtype: DType::F32, shape: vec![n, k], bytes }])
+        })
+    }
+
+    /// The map from latents to the values of some heads, one after the other `[heads · value, kv_lora]`.
+    pub(crate) fn values_of_latents(
+        &self,
+        layer: Layer,
+        spec: &MlaSpec,
+        heads: &Range<usize>,
+    ) -> Result<Weight, ModelError> {
+        let (n, k) = (heads.len() * spec.value, spec.kv_lora);
+        let name = format!("values of latents {layer:?} {heads:?}");
+        let parts = heads.clone().map(|head| (LayerPart::ValueUp(head).of(layer), Window::whole()));
+        self.held(&name, WeightShape::Matrix { n, k }, || self.joined(parts, vec![n, k]))
     }
 
     /// Windows of parts that make one weight: in the codes that they are kept in, if they all have one format and the device

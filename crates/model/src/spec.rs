@@ -558,6 +558,11 @@ impl ModelSpec {
         self.layers.iter().any(|layer| matches!(layer.attention, AttentionSpec::DeltaNet(_)))
     }
 
+    /// Whether a generated token has other bits than it would have in a prompt: latent attention has a form for each.
+    pub fn tells_origins(&self) -> bool {
+        self.layers.iter().any(|layer| matches!(layer.attention, AttentionSpec::Mla(_)))
+    }
+
     /// Whether the weights of a norm are stored less 1.
     pub(crate) fn is_less_one(&self, part: Part) -> bool {
         use LayerPart::{InputNorm, KeyNorm, PostAttentionNorm, QueryNorm};

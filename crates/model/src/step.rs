@@ -2,6 +2,7 @@
 
 use crate::Batch;
 use crate::collectives::Shares;
+use crate::origins::Origins;
 use crate::parallel::Layout;
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
 use epsmoe_device::Buffer;
@@ -51,6 +52,8 @@ pub(crate) struct Queries {
     pub(crate) sequence_starts: Buffer,
     /// `[Q, rope.dim]` of each rotary embedding.
     pub(crate) rope_tables: Vec<Buffer>,
+    /// By the origins of their tokens, of a model that tells them.
+    pub(crate) origins: Option<Origins>,
 }
 
 /// How many tokens each rank of the world has in its shard, of how many of them logits are wanted, and, if routing is
@@ -172,10 +175,10 @@ impl Batch {
     fn fingerprint(&self) -> u64 {
         let whole = self.whole.iter().map(|&whole| u32::from(whole)).collect();
         let parts = [&self.ids, &self.positions, &self.slots, &self.sequence_starts, &self.logits, &whole];
-        let states = self.states.concat();
+        let (states, generated) = (self.states.concat(), vec![self.generated as u32]);
         let words = parts
             .into_iter()
-            .chain([&states])
+            .chain([&states, &generated])
             .chain(&self.blocks)
             .flat_map(|part| [part.len() as u32].into_iter().chain(part.iter().copied()));
         hash_bytes(&words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>())

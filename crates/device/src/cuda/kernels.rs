@@ -111,8 +111,9 @@ sources! {
     "attention": ["attention"] in SAME, 128 threads;
     "attention_gqa": ["attention64", "attention128"] in [(BF16, BF16)], 128 threads;
     "attention_mla": ["attention_mla"] in [(BF16, BF16)], 256 threads on "sm_90a";
-    "attention_hopper": ["attention_hopper64", "attention_hopper128"] in [(BF16, BF16)], 384 threads on "sm_90a";
-    "attention_few": ["attention_scores", "attention_sums"] in [(BF16, BF16)], 128 threads;
+    "attention_hopper": ["attention_hopper64", "attention_hopper128", "attention_hopper192", "attention_hopper256"] in [(BF16, BF16)], 384 threads on "sm_90a";
+    "attention_few": ["attention_scores"] in [(BF16, BF16)], 128 threads;
+    "attention_few": ["attention_sums"] in [(BF16, BF16)], 320 threads;
     "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
     "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
         256 threads;
@@ -211,17 +212,28 @@ const fn grouped_tile(operation: &'static str, width: u32) -> AttentionTile {
 pub(super) const ATTENTION_64: AttentionTile = grouped_tile("attention64", 64);
 pub(super) const ATTENTION_128: AttentionTile = grouped_tile("attention128", 128);
 
-const fn hopper_attention(operation: &'static str, width: u32) -> AttentionTile {
-    const STAGES: u32 = 4;
-    let (rows, step) = (128, FEW_STEP as u32);
-    // Queries, rings of keys and values; of each row its token, head and what it sees, of all rows together; barriers.
-    let shared_bytes = (rows + 2 * STAGES * step) * width * 2 + (4 * rows + 4) * 4 + 4 * STAGES * 8;
-    AttentionTile { operation, rows, shared_bytes }
+/// A kernel for heads of exactly so many elements.
+#[derive(Clone, Copy)]
+pub(super) struct HopperAttention {
+    /// Of a key and of a value.
+    pub(super) widths: [usize; 2],
+    pub(super) tile: AttentionTile,
 }
 
-/// Heads of exactly so many elements in cached blocks of whole steps, by TMA and wgmma: the bits of the ones above.
-pub(super) const ATTENTION_HOPPER: [(usize, AttentionTile); 2] =
-    [(64, hopper_attention("attention_hopper64", 64)), (128, hopper_attention("attention_hopper128", 128))];
+const fn hopper_attention(operation: &'static str, widths: [usize; 2], stages: u32) -> HopperAttention {
+    let (rows, step, key, value) = (128, FEW_STEP as u32, widths[0] as u32, widths[1] as u32);
+    // Queries, rings of keys and values; of each row its token, head and what it sees, of all rows together; barriers.
+    let shared_bytes = (rows * key + stages * step * (key + value)) * 2 + (4 * rows + 4) * 4 + 4 * stages * 8;
+    HopperAttention { widths, tile: AttentionTile { operation, rows, shared_bytes } }
+}
+
+/// In cached blocks of whole steps, by TMA and wgmma: the bits of the ones above, where these take such heads.
+pub(super) const ATTENTION_HOPPER: [HopperAttention; 4] = [
+    hopper_attention("attention_hopper64", [64, 64], 4),
+    hopper_attention("attention_hopper128", [128, 128], 4),
+    hopper_attention("attention_hopper192", [192, 128], 4),
+    hopper_attention("attention_hopper256", [256, 256], 2),
+];
 /// One key head of up to 576 elements whose leading ones, up to 512, are the values; Hopper only.
 pub(super) const ATTENTION_MLA: AttentionTile =
     AttentionTile { operation: "attention_mla", rows: 64, shared_bytes: 28 * 8192 + 2064 };
@@ -231,6 +243,9 @@ pub(super) const MLA_WIDTHS: (usize, usize) = (576, 512);
 pub(super) const FEW_STEP: usize = 64;
 pub(super) const FEW_HEADS: usize = 16;
 pub(super) const FEW_COLUMNS: usize = 32;
+
+/// Shared memory for the steps that are under way to the sums: powers, sums of pairs, values and factors of each.
+pub(super) const FEW_SUMS_BYTES: usize = 12 * (2048 + 2048 + FEW_STEP * FEW_COLUMNS * 2 + FEW_HEADS * 4);
 
 /// Shared memory for queries and the keys of a step, in chunks of 64 columns.
 pub(super) const fn few_shared_bytes(key_width: usize) -> usize {

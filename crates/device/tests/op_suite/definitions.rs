@@ -577,6 +577,9 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
     let wide = Heads { heads: 8, key_width: 128, value_width: 128, ..grouped };
     let latents = Heads { heads: 16, key_width: 576, value_width: 512, ..latent };
     let few_latents = Heads { heads: 3, key_width: 160, value_width: 128, ..latent };
+    // Latents decompressed, and heads wider than most.
+    let apart = Heads { heads: 3, kv_heads: 3, key_width: 192, value_width: 128, ..plain };
+    let widest = Heads { heads: 6, kv_heads: 2, key_width: 256, value_width: 256, ..plain };
     // Several steps of keys, tiles of queries and sequences that share neither.
     let long: Lengths<'_> = &[(0, 150), (200, 1), (61, 70), (0, 0), (127, 2)];
     let mixed: Lengths<'_> = &[(0, 7), (12, 1), (0, 0), (3, 4), (0, 1), (40, 1)];
@@ -610,6 +613,12 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         (Heads { sinks: true, ..window(wide, 70) }, long, 16),
         (Heads { sinks: true, key_width: 64, value_width: 64, ..wide }, long, 64),
         (Heads { sinks: true, ..few_latents }, mixed, 64),
+        (apart, long, 64),
+        (apart, mixed, 64),
+        (apart, mixed, 5),
+        (widest, long, 64),
+        (Heads { sinks: true, ..window(widest, 70) }, long, 64),
+        (window(widest, 9), mixed, 16),
     ];
     for (heads, lengths, block_size) in cases {
         let what = format!("{heads:?} over {lengths:?} in blocks of {block_size}");

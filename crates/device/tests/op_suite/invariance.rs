@@ -184,6 +184,8 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
     let latent = Heads { heads: 3, kv_heads: 1, key_width: 40, value_width: 32, latent: true, ..grouped };
     let wide = Heads { heads: 8, key_width: 128, value_width: 128, ..grouped };
     let wide_latent = Heads { heads: 5, key_width: 160, value_width: 128, ..latent };
+    let apart = Heads { heads: 3, kv_heads: 3, key_width: 192, value_width: 128, ..grouped };
+    let widest = Heads { heads: 6, key_width: 256, value_width: 256, ..grouped };
     let windowed = |heads, window| Heads { window: Some(window), ..heads };
     // As wide as the heads of models, in blocks as large as theirs: another kernel on a GPU.
     let in_blocks = |heads| (heads, 64);
@@ -204,6 +206,9 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
             windowed(wide, 66),
             Heads { sinks: true, key_width: 64, value_width: 64, ..wide },
             wide_latent,
+            apart,
+            widest,
+            Heads { sinks: true, ..windowed(widest, 66) },
         ]
         .map(in_blocks),
     );

@@ -402,9 +402,12 @@ fn median_ns(records: &[Record], name: &str) -> f64 {
     times[times.len() / 2] as f64
 }
 
-/// Name, heads, key heads, width of keys and values; latents have the values in their keys.
-const HEADS: [(&str, usize, usize, usize, usize); 3] = [
-    ("DeepSeek-V2-Lite", 16, 1, 576, 512),
+/// Name, heads, key heads, width of keys and values; of latents, which one key head has, values are in their keys.
+const HEADS: [(&str, usize, usize, usize, usize); 6] = [
+    ("V2-Lite, absorbed", 16, 1, 576, 512),
+    ("V2-Lite, prompt", 16, 16, 192, 128),
+    ("DeepSeek-V2, prompt", 128, 128, 192, 128),
+    ("Qwen3.5-35B-A3B", 16, 2, 256, 256),
     ("Qwen3-30B-A3B", 32, 4, 128, 128),
     ("OLMoE-1B-7B", 16, 16, 128, 128),
 ];
@@ -427,7 +430,7 @@ fn attentions() {
         Ok(device) => device,
         Err(missing) => return eprintln!("skipped: {missing}"),
     };
-    println!("attention         sequences  cached  new each  median µs   TFLOP/s");
+    println!("attention             sequences  cached  new each  median µs   TFLOP/s");
     for heads in HEADS {
         for sequences in SEQUENCES {
             let weights = CudaWeights::new(&device).expect("a store");
@@ -463,7 +466,7 @@ fn measure_attention(
     };
     let slots = sequences * blocks * BLOCK;
     let keys = filled("keys", slots, kv_heads * key_width);
-    let values = match key_width == value_width {
+    let values = match key_width == value_width || kv_heads > 1 {
         true => filled("values", slots, kv_heads * value_width),
         false => keys.columns(0..value_width).expect("inside"),
     };
@@ -492,7 +495,7 @@ fn measure_attention(
     let seen = sequences * (cached * new + new * (new + 1) / 2);
     let flops = 2.0 * (seen * heads * (key_width + value_width)) as f64;
     format!(
-        "{name:16}  {sequences:9}  {cached:6}  {new:8}  {:9.1}  {:8.1}",
+        "{name:20}  {sequences:9}  {cached:6}  {new:8}  {:9.1}  {:8.1}",
         median / 1e3,
         flops / median / 1e3
     )

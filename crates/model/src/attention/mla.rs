@@ -1,19 +1,22 @@
-//! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) in its absorbed form, for prefill and
-//! decode alike, so that cached decoding has the bits of recomputation.
+//! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). A token leaves one row in the cache: a normed
+//! latent `c` and a rotated key that all heads share. Per head, keys and values are `KeyUp·c` and `ValueUp·c`.
 //!
-//! A token leaves one row in the cache: a normed latent `c` and a rotated key that all heads share. Per head,
-//! keys and values are `KeyUp·c` and `ValueUp·c`, which need not be formed:
+//! Queries of a prompt look at these: the context's rows are *decompressed*, some heads at a time, and forgotten again.
+//! Queries of generated tokens, which are few, do without:
 //!
 //! `q·(KeyUp·c) = (KeyUpᵀ·q)·c`   and   `Σ p·(ValueUp·c) = ValueUp·(Σ p·c)`,
 //!
-//! so every head attends to the cached rows themselves, with the latent part as the value. Ranks that split the
-//! heads have the maps into latents and the cache in common, whole.
+//! so every head attends to the cached rows themselves, with the latent part as the value: the *absorbed* form. Which form a
+//! token has depends on where it is from alone; `docs/bits.md` says why. Ranks that split the heads have the maps into
+//! latents and the cache in common, whole.
 
-use super::{Context, Heads, Linear, blocks};
+use super::{BLOCK_SIZE, Context, Heads, Linear, blocks};
+use crate::forward::ModelOptions;
 use crate::load::Loader;
+use crate::origins::{HEADS_TOGETHER, Round, RoundRoom, Span};
 use crate::{LayerPart, MlaSpec, ModelError, Window};
 use epsmoe_base::{DType, Layer};
-use epsmoe_device::op::{Copy, Epilogue, Gemm, GemmPart};
+use epsmoe_device::op::{Copy, Epilogue, Gather, Gemm, GemmPart};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use std::ops::Range;
 
@@ -27,6 +30,8 @@ pub(crate) struct Mla {
     kv_down: Linear,
     kv_norm: Weight,
     heads: Vec<Head>,
+    /// What decompresses: of some heads each, in order.
+    decompressing: Vec<Decompressing>,
     output: Linear,
     /// `[slots, kv_lora + rope]`.
     cache: Buffer,
@@ -37,6 +42,15 @@ struct Head {
     /// `KeyUpᵀ` `[kv_lora, nope]`.
     keys: Weight,
     /// `ValueUp` `[value, kv_lora]`.
+    values: Weight,
+}
+
+/// Maps from cached rows to the keys and values of some heads.
+struct Decompressing {
+    heads: Range<usize>,
+    /// `[heads · (nope + rope), kv_lora + rope]`.
+    keys: Weight,
+    /// `[heads · value, kv_lora]`.
     values: Weight,
 }
 
@@ -57,6 +71,12 @@ pub(super) struct Workspace {
     /// Weighted latents `[T, heads · kv_lora]`.
     attended: Buffer,
     context: Buffer,
+    /// The cached rows of a round's contexts `[N, kv_lora + rope]`.
+    latents: Buffer,
+    /// Their keys and values, of some heads at a time: `[P, nope + rope]` and `[P, value]`.
+    keys: Buffer,
+    values: Buffer,
+    room: RoundRoom,
 }
 
 impl Workspace {
@@ -64,9 +84,12 @@ impl Workspace {
         device: &B,
         spec: &MlaSpec,
         hidden: usize,
-        tokens: usize,
+        options: &ModelOptions,
     ) -> Result<Self, DeviceError> {
+        let tokens = options.max_tokens;
+        let room = RoundRoom::of(spec.heads, options.max_sequences, options.max_blocks);
         let reserve = |name, width| device.allocate(name, device.dtype(), tokens, width);
+        let reserve_rows = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
         let floats = |name, width| device.allocate(name, DType::F32, tokens, width);
         let (query_latent, row) = (spec.q_lora.unwrap_or(0), spec.kv_lora + spec.rope);
         Ok(Workspace {
@@ -79,6 +102,10 @@ impl Workspace {
             absorbed: reserve("absorbed", spec.heads * row)?,
             attended: reserve("attended", spec.heads * spec.kv_lora)?,
             context: reserve("context", spec.heads * spec.value)?,
+            latents: reserve_rows("latents", room.positions, row)?,
+            keys: reserve_rows("decompressed_keys", room.pairs, spec.nope + spec.rope)?,
+            values: reserve_rows("decompressed_values", room.pairs, spec.value)?,
+            room,
         })
     }
 
@@ -94,6 +121,7 @@ impl Workspace {
             absorbed: self.absorbed.rows(0..queries)?,
             attended: self.attended.rows(0..queries)?,
             context: self.context.rows(0..queries)?,
+            ..self.clone()
         })
     }
 }
@@ -123,6 +151,7 @@ impl Mla {
             kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
             kv_norm: loader.layer(layer, LayerPart::KvDownNorm)?,
             output: Linear::load_output(loader, layer, spec.bias, blocks(&heads, spec.value))?,
+            decompressing: Decompressing::load(loader, layer, &spec, &heads)?,
             heads: heads.map(|head| Head::load(loader, layer, head)).collect::<Result<_, _>>()?,
             cache: loader.device.allocate("cached_latents", loader.device.dtype(), slots, width)?,
             workspace: workspace.clone(),
@@ -139,19 +168,15 @@ impl Mla {
         let workspace = self.workspace.first(x.rows, out.rows)?;
         self.project_queries(cx, &cx.queries_of(x, &workspace.input)?, &workspace)?;
         self.cache_rows(cx, x, &workspace)?;
-        self.absorb_queries(cx, &workspace)?;
-        let MlaSpec { heads, kv_lora, scale, value, .. } = self.spec;
-        let latents = self.cache.columns(0..kv_lora)?;
-        let attention = Heads { heads, kv_heads: 1, scale, window: None, sinks: None };
-        cx.attend(attention, &workspace.absorbed, &self.cache, &latents, &workspace.attended)?;
-        self.per_head(cx, |head, weights| {
-            let (latent, value) = (block(head, kv_lora), block(head, value));
-            Ok((
-                workspace.attended.columns(latent)?,
-                weights.values.clone(),
-                workspace.context.columns(value)?,
-            ))
-        })?;
+        let MlaSpec { nope, rope, .. } = self.spec;
+        cx.rotate(cx.queries, &workspace.query, nope + rope, nope)?;
+        let origins = cx.queries.origins.as_ref();
+        if let Some(span) = origins.and_then(|origins| origins.generated.as_ref()) {
+            self.attend_absorbed(cx, span, &workspace)?;
+        }
+        for round in origins.iter().flat_map(|origins| &origins.rounds) {
+            self.attend_decompressed(cx, round, &workspace)?;
+        }
         cx.linear(&workspace.context, &self.output, out)
     }
 
@@ -185,23 +210,85 @@ impl Mla {
         cx.store(&workspace.row, &self.cache)
     }
 
-    /// Per head, `KeyUpᵀ` times the unrotated part of the query, then the rotated part.
-    fn absorb_queries<B: Backend>(
+    /// Queries in terms of the cached rows, which are keys, and in front of them values.
+    fn attend_absorbed<B: Backend>(
         &self,
         cx: &Context<'_, B>,
+        span: &Span,
         workspace: &Workspace,
     ) -> Result<(), DeviceError> {
-        let MlaSpec { kv_lora, nope, rope, .. } = self.spec;
+        let MlaSpec { heads, kv_lora, nope, rope, scale, value, .. } = self.spec;
         let width = kv_lora + rope;
+        let of_span = |buffer: &Buffer| buffer.rows(span.rows.clone());
+        let (query, absorbed) = (of_span(&workspace.query)?, of_span(&workspace.absorbed)?);
+        let (attended, context) = (of_span(&workspace.attended)?, of_span(&workspace.context)?);
         self.per_head(cx, |head, weights| {
-            let unrotated = workspace.query.columns(block(head, nope + rope))?.columns(0..nope)?;
-            let absorbed = workspace.absorbed.columns(block(head, width))?.columns(0..kv_lora)?;
+            let unrotated = query.columns(block(head, nope + rope))?.columns(0..nope)?;
+            let absorbed = absorbed.columns(block(head, width))?.columns(0..kv_lora)?;
             Ok((unrotated, weights.keys.clone(), absorbed))
         })?;
-        let rotated = workspace.query.reshape(nope + rope)?.columns(nope..nope + rope)?;
-        let behind = workspace.absorbed.reshape(width)?.columns(kv_lora..width)?;
+        let rotated = query.reshape(nope + rope)?.columns(nope..nope + rope)?;
+        let behind = absorbed.reshape(width)?.columns(kv_lora..width)?;
         cx.compute(Copy { x: rotated, out: behind })?;
-        cx.rotate(cx.queries, &workspace.absorbed, width, kv_lora)
+        let attention = Heads { heads, kv_heads: 1, scale, window: None, sinks: None };
+        let latents = self.cache.columns(0..kv_lora)?;
+        cx.attend_in(span, attention, &absorbed, &self.cache, &latents, &attended)?;
+        self.per_head(cx, |head, weights| {
+            let (latent, value) = (block(head, kv_lora), block(head, value));
+            Ok((attended.columns(latent)?, weights.values.clone(), context.columns(value)?))
+        })
+    }
+
+    /// Queries and decompressed contexts, as many heads at a time as there is room for.
+    fn attend_decompressed<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        round: &Round,
+        workspace: &Workspace,
+    ) -> Result<(), DeviceError> {
+        let MlaSpec { kv_lora, nope, rope, scale, value, .. } = self.spec;
+        let latents = workspace.latents.rows(0..round.cached.rows * BLOCK_SIZE)?;
+        let in_blocks = |rows: &Buffer| rows.reshape(BLOCK_SIZE * (kv_lora + rope));
+        let (x, out) = (in_blocks(&self.cache)?, in_blocks(&latents)?);
+        cx.compute(Gather { x, index: round.cached.clone(), out })?;
+        let together = workspace.room.products(latents.rows);
+        let turns = self.decompressing.len().div_ceil(together);
+        for maps in self.decompressing.chunks(self.decompressing.len().div_ceil(turns)) {
+            let heads = maps[0].heads.start..maps[maps.len() - 1].heads.end;
+            let (keys, values) = self.decompress(cx, maps, &latents, workspace)?;
+            let of_heads = |buffer: &Buffer, width| {
+                buffer.rows(round.span.rows.clone())?.columns(blocks(&heads, width))
+            };
+            let query = of_heads(&workspace.query, nope + rope)?;
+            let context = of_heads(&workspace.context, value)?;
+            let count = heads.len();
+            let attention = Heads { heads: count, kv_heads: count, scale, window: None, sinks: None };
+            cx.attend_in(&round.span, attention, &query, &keys, &values, &context)?;
+        }
+        Ok(())
+    }
+
+    /// Keys `[N, heads · (nope + rope)]` and values `[N, heads · value]` of cached rows.
+    fn decompress<B: Backend>(
+        &self,
+        cx: &Context<'_, B>,
+        maps: &[Decompressing],
+        latents: &Buffer,
+        workspace: &Workspace,
+    ) -> Result<(Buffer, Buffer), DeviceError> {
+        let (key, value) = (self.spec.nope + self.spec.rope, self.spec.value);
+        let heads = maps[0].heads.start..maps[maps.len() - 1].heads.end;
+        let pairs = 0..latents.rows * heads.len();
+        let keys = workspace.keys.rows(pairs.clone())?.reshape(heads.len() * key)?;
+        let values = workspace.values.rows(pairs)?.reshape(heads.len() * value)?;
+        let normed = latents.columns(0..self.spec.kv_lora)?;
+        for map in maps {
+            let own = map.heads.start - heads.start..map.heads.end - heads.start;
+            let (keys, values) = (keys.columns(blocks(&own, key))?, values.columns(blocks(&own, value))?);
+            cx.compute(Gemm::linear(latents.clone(), &map.keys, keys))?;
+            cx.compute(Gemm::linear(normed.clone(), &map.values, values))?;
+        }
+        Ok((keys, values))
     }
 
     /// One product per head, all in one operation.
@@ -216,6 +303,26 @@ impl Mla {
         });
         let parts = parts.collect::<Result<_, DeviceError>>()?;
         cx.compute(Gemm { parts, bias: None, epilogue: Epilogue::Store })
+    }
+}
+
+impl Decompressing {
+    /// For the heads `heads` of the model, which are this rank's.
+    fn load<B: Backend>(
+        loader: &Loader<'_, B>,
+        layer: Layer,
+        spec: &MlaSpec,
+        heads: &Range<usize>,
+    ) -> Result<Vec<Self>, ModelError> {
+        let some = |first: usize| {
+            let of_model = first..heads.end.min(first + HEADS_TOGETHER);
+            Ok(Decompressing {
+                keys: loader.keys_of_rows(layer, spec, &of_model)?,
+                values: loader.values_of_latents(layer, spec, &of_model)?,
+                heads: of_model.start - heads.start..of_model.end - heads.start,
+            })
+        };
+        heads.clone().step_by(HEADS_TOGETHER).map(some).collect()
     }
 }
 

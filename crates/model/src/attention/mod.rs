@@ -7,6 +7,7 @@ mod mla;
 
 use crate::forward::ModelOptions;
 use crate::load::Loader;
+use crate::origins::Span;
 use crate::step::{Queries, Step};
 use crate::{AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, Window};
 use delta_net::DeltaNet;
@@ -39,9 +40,10 @@ impl Workspace {
     fn allocate<B: Backend>(
         loader: &Loader<'_, B>,
         attention: &AttentionSpec,
-        tokens: usize,
+        options: &ModelOptions,
     ) -> Result<Self, DeviceError> {
         let (device, hidden, share) = (loader.device, loader.spec.hidden, loader.layout.in_group());
+        let tokens = options.max_tokens;
         Ok(match attention {
             AttentionSpec::Gqa(spec) => {
                 let own = gqa::OwnHeads::of(spec, share);
@@ -50,7 +52,7 @@ impl Workspace {
             }
             AttentionSpec::Mla(spec) => {
                 let own = MlaSpec { heads: share.of(spec.heads).len(), ..*spec };
-                Workspace::Mla(own, mla::Workspace::allocate(device, &own, hidden, tokens)?)
+                Workspace::Mla(own, mla::Workspace::allocate(device, &own, hidden, options)?)
             }
             AttentionSpec::DeltaNet(spec) => {
                 let own = spec.of_heads(share.of(spec.key_heads).len());
@@ -72,7 +74,7 @@ impl Attention {
         for (layer, LayerSpec { attention, .. }) in loader.spec.layers.iter().enumerate() {
             let layer = Layer(layer);
             if !workspaces.iter().any(|(of, _)| of == attention) {
-                workspaces.push((*attention, Workspace::allocate(loader, attention, options.max_tokens)?));
+                workspaces.push((*attention, Workspace::allocate(loader, attention, options)?));
             }
             let found = workspaces.iter().find(|(of, _)| of == attention);
             layers.push(match (attention, found.map(|(_, workspace)| workspace)) {
@@ -211,8 +213,28 @@ impl<B: Backend> Context<'_, B> {
         self.compute(KvWrite { x: x.clone(), slots: self.step.slots.clone(), cache: cache.clone() })
     }
 
+    /// Attention of all queries to what is cached.
     fn attend(
         &self,
+        heads: Heads,
+        q: &Buffer,
+        keys: &Buffer,
+        values: &Buffer,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let all = Span {
+            rows: 0..q.rows,
+            positions: self.queries.positions.clone(),
+            sequence_starts: self.queries.sequence_starts.clone(),
+            blocks: self.step.blocks.clone(),
+        };
+        self.attend_in(&all, heads, q, keys, values, out)
+    }
+
+    /// Attention of some queries, to rows of keys and values that their blocks name.
+    fn attend_in(
+        &self,
+        span: &Span,
         heads: Heads,
         q: &Buffer,
         keys: &Buffer,
@@ -224,9 +246,9 @@ impl<B: Backend> Context<'_, B> {
             q: q.clone(),
             keys: keys.clone(),
             values: values.clone(),
-            sequence_starts: self.queries.sequence_starts.clone(),
-            positions: self.queries.positions.clone(),
-            blocks: self.step.blocks.clone(),
+            sequence_starts: span.sequence_starts.clone(),
+            positions: span.positions.clone(),
+            blocks: span.blocks.clone(),
             block_size: BLOCK_SIZE,
             longest: self.step.longest,
             heads,

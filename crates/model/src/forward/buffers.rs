@@ -1,8 +1,9 @@
 //! Room for one step.
 
 use super::{ModelOptions, experts};
+use crate::origins::RoundRoom;
 use crate::parallel::Layout;
-use crate::{AttentionSpec, MlpSpec, ModelError, ModelSpec};
+use crate::{AttentionSpec, MlaSpec, MlpSpec, ModelError, ModelSpec};
 use epsmoe_base::{DType, Rank};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 
@@ -51,6 +52,10 @@ pub(super) struct QueryBuffers {
     pub(super) positions: Buffer,
     pub(super) sequence_starts: Buffer,
     pub(super) rope_tables: Vec<Buffer>,
+    /// Of rounds: first queries of sequences, cached blocks, and blocks of what is decompressed.
+    pub(super) round_starts: Buffer,
+    pub(super) round_cached: Buffer,
+    pub(super) round_blocks: Buffer,
 }
 
 impl StepBuffers {
@@ -65,8 +70,12 @@ impl StepBuffers {
         let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
         let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
+        let rounds = if spec.tells_origins() { sequences } else { 0 };
         let queries = || -> Result<QueryBuffers, DeviceError> {
             Ok(QueryBuffers {
+                round_starts: indices("round_starts", 2 * rounds, 1)?,
+                round_cached: indices("round_cached", rounds * options.max_blocks, 1)?,
+                round_blocks: indices("round_blocks", rounds * options.max_blocks, 1)?,
                 index: indices("query_index", tokens, 1)?,
                 positions: indices("positions", tokens, 1)?,
                 sequence_starts: indices("sequence_starts", sequences + 1, 1)?,
@@ -122,12 +131,35 @@ impl ModelOptions {
             product(tokens, bytes_per_token(spec, dtype)),
             product(tokens.min(LOGIT_ROWS), (spec.vocab + 1) * word),
             product(self.max_sequences + 1, (self.max_blocks + 4) * word),
+            self.rounds_bytes(spec, dtype),
             product(self.states, spec.state_bytes(dtype, self.parallel.tensor)),
             group(layout.attention_ranks().len(), tokens),
             group(layout.mlp_ranks().len(), layout.most_in_mlp(tokens)),
             experts::buffer_bytes(spec, &layout, self, dtype)?,
         ];
         Ok(parts.into_iter().fold(0, u64::saturating_add))
+    }
+}
+
+impl ModelOptions {
+    /// Bytes of what the contexts of prompts are decompressed into, where attention goes to latents.
+    fn rounds_bytes(&self, spec: &ModelSpec, dtype: DType) -> u64 {
+        let mut kinds: Vec<&MlaSpec> = Vec::new();
+        for layer in &spec.layers {
+            if let AttentionSpec::Mla(mla) = &layer.attention
+                && !kinds.contains(&mla)
+            {
+                kinds.push(mla);
+            }
+        }
+        let of_kind = |mla: &&MlaSpec| {
+            let room = RoundRoom::of(mla.heads, self.max_sequences, self.max_blocks);
+            let elements = room.positions.saturating_mul(mla.kv_lora + mla.rope)
+                + room.pairs.saturating_mul(mla.nope + mla.rope + mla.value);
+            (elements as u64).saturating_mul(dtype.bytes() as u64)
+        };
+        let indices = if kinds.is_empty() { 0 } else { 4 * self.max_sequences * (self.max_blocks + 1) };
+        kinds.iter().map(of_kind).fold((indices * DType::U32.bytes()) as u64, u64::saturating_add)
     }
 }
 

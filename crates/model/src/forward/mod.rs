@@ -41,6 +41,9 @@ pub struct Batch {
     pub blocks: Vec<Vec<u32>>,
     /// The slot that each sequence's state is read from, and the one that it is left in, if the model has states `[B]`.
     pub states: Vec<[u32; 2]>,
+    /// The tokens of so many sequences, which come first, were generated; those of the others are of prompts. Only models
+    /// that [tell origins](ModelSpec::tells_origins) look at it.
+    pub generated: usize,
     /// Number of each sequence, by which a routing log knows it `[B]`.
     pub sequences: Vec<u64>,
     /// Tokens whose logits are computed, ascending.

@@ -4,7 +4,7 @@ use super::{Launch, MOST_ROWS, Refusal, Rows, is_empty, within};
 use crate::cuda::driver::{Matrix, TensorMap};
 use crate::cuda::kernels::{
     ATTENTION_64, ATTENTION_128, ATTENTION_HOPPER, ATTENTION_MLA, AttentionTile, FEW_COLUMNS, FEW_HEADS,
-    FEW_STEP, MLA_WIDTHS, few_shared_bytes,
+    FEW_STEP, FEW_SUMS_BYTES, HopperAttention, MLA_WIDTHS, few_shared_bytes,
 };
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
@@ -90,7 +90,8 @@ impl Launch<'_> {
             })
         };
         let dtypes = (op.q.dtype, op.out.dtype);
-        let Some(tile) = attention_tile_for(op, self.kernels.has_hopper()) else {
+        let hopper = vectors.then(|| self.hopper_attention(op)).flatten();
+        let Some(tile) = hopper.or_else(|| attention_tile_for(op, self.kernels.has_hopper())) else {
             let kernel = self.kernels.get("attention", dtypes.0, dtypes.1)?;
             let shared = size_of::<f32>() * (key_width + value_width);
             let shared = within("attention: elements of a head", shared, kernel.shared_limit)?;
@@ -105,10 +106,7 @@ impl Launch<'_> {
         {
             return self.attention_of_few(op, few);
         }
-        let hopper = vectors.then(|| self.hopper_attention(op)).flatten();
-        let blocks =
-            (grid(rows.div_ceil(hopper.unwrap_or(tile).rows as usize) + op.blocks.rows)?, op.kv_heads as u32);
-        let tile = hopper.unwrap_or(tile);
+        let blocks = (grid(tiles)?, op.kv_heads as u32);
         let kernel = self.kernels.get(tile.operation, dtypes.0, dtypes.1)?;
         let shared = within("attention: a tile", tile.shared_bytes as usize, kernel.shared_limit)?;
         if hopper.is_none() {
@@ -132,11 +130,12 @@ impl Launch<'_> {
 impl Launch<'_> {
     /// The kernel by TMA and wgmma, if it takes such heads and such a cache.
     fn hopper_attention(&self, op: &Attention) -> Option<AttentionTile> {
-        let steps = self.kernels.has_hopper() && op.block_size.is_multiple_of(FEW_STEP) && op.scale > 0.0;
-        let fits = |&&(width, _): &&(usize, AttentionTile)| {
-            steps && [op.key_width(), op.value_width()] == [width; 2]
-        };
-        ATTENTION_HOPPER.iter().find(fits).map(|&(_, tile)| tile)
+        let steps = self.kernels.has_hopper()
+            && op.q.dtype == DType::BF16
+            && op.block_size.is_multiple_of(FEW_STEP)
+            && op.scale > 0.0;
+        let fits = |kernel: &&HopperAttention| steps && [op.key_width(), op.value_width()] == kernel.widths;
+        ATTENTION_HOPPER.iter().find(fits).map(|kernel| kernel.tile)
     }
 
     /// Whether the kernels for many rows would leave most of the GPU without work, and each sequence has few.
@@ -176,7 +175,8 @@ impl Launch<'_> {
         let (scores, sums) = (scores?, sums?);
         let shared = within("attention: a step", few_shared_bytes(op.key_width()), scores.shared_limit)?;
         self.start(&scores.function, (few.steps, units), shared, few)?;
-        self.start(&sums.function, (op.value_width().div_ceil(FEW_COLUMNS) as u32, units), 0, few)
+        let blocks = (op.value_width().div_ceil(FEW_COLUMNS) as u32, units);
+        self.start(&sums.function, blocks, FEW_SUMS_BYTES as u32, few)
     }
 }
 
