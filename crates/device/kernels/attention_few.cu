@@ -195,19 +195,23 @@ struct Sums {
 
     // A lane brings the same piece of eight lines.
     __device__ __forceinline__ void bring_values(u32 first, u32 step) const {
-        const u32 width = args.values.width / args.kv_heads, piece = lane % 4;
-        Stage& stage = stages[step % STAGES];
+        const u32 width = args.values.width / args.kv_heads, piece = lane % 4, base = unit.base + step * STEP;
+        const u32 to = shared_address(stages[step % STAGES].values + value_place(lane / 4, piece));
+        const u32 at = unit.kv_head * width + column + piece * LINE;
+        if (first != NONE && unit.first <= base && base + STEP <= unit.end && column + SLICE <= width) {
+            const bf16* from = row<bf16>(args.values, first + lane / 4) + at;
 #pragma unroll
+            for (u32 i = 0; i < STEP / 8; ++i, from += 8 * args.values.stride) copy_async(to + i * (8 * SLICE * 2), from, 16);
+            return;
+        }
+#pragma unroll 1
         for (u32 i = 0; i < STEP / 8; ++i) {
-            const u32 line = i * 8 + lane / 4, position = unit.base + step * STEP + line;
+            const u32 position = base + i * 8 + lane / 4;
             const bool seen = unit.first <= position && position < unit.end;
-            u32 slot = first == NONE ? NONE : first + line;
-            if (args.block_size % STEP != 0)
-                slot = slot_in(args, block_of(args, unit.sequence, position, seen), unit.sequence, position, seen);
-            const bool there = seen && slot != NONE && column + piece * LINE < width;
-            const void* from = reinterpret_cast<const void*>(args.values.start);
-            if (there) from = row<bf16>(args.values, slot) + unit.kv_head * width + column + piece * LINE;
-            copy_async(shared_address(stage.values + value_place(line, piece)), from, there ? 16 : 0);
+            const u32 slot = slot_in(args, block_of(args, unit.sequence, position, seen), unit.sequence, position, seen);
+            const bool there = slot != NONE && column + piece * LINE < width;
+            const void* from = there ? row<bf16>(args.values, slot) + at : reinterpret_cast<const bf16*>(args.values.start);
+            copy_async(to + i * (8 * SLICE * 2), from, there ? 16 : 0);
         }
     }
 
@@ -220,26 +224,27 @@ struct Sums {
             for (u32 j = 0; j < 8; ++j) scores[i][j] = __ldcg(from + score_of(j % 4, lane / 4 + 8 * i, j / 4, lane % 4));
     }
 
-    __device__ __forceinline__ f32 most_of(u32 step, u32 head) const {
-        return __ldcg(reinterpret_cast<const f32*>(few.most) + (u64(blockIdx.y) * few.steps + step) * HEADS + head);
-    }
-
-    // Takes up the maxima of steps from `step` on, before `end`.
-    __device__ __forceinline__ void pass(Softmax (&softmax)[2], u32 step, u32 end) const {
+    // The maxima of a step that a warp makes, of heads lane / 4 and lane / 4 + 8, after those of the steps since its last one.
+    __device__ __forceinline__ void read_maxima(f32 (&maxima)[2][MAKERS], u32 step) const {
+        const f32* from = reinterpret_cast<const f32*>(few.most) + u64(blockIdx.y) * few.steps * HEADS + lane / 4;
 #pragma unroll
-        for (u32 skipped = 0; skipped < MAKERS; ++skipped)
+        for (u32 back = 0; back < MAKERS; ++back)
 #pragma unroll
             for (u32 i = 0; i < 2; ++i)
-                if (step + skipped < end) softmax[i].most = fmaxf(softmax[i].most, most_of(step + skipped, lane / 4 + 8 * i));
+                // Before the first step, it is taken once more.
+                maxima[i][back] = __ldcg(from + (step > back ? step - back : 0) * HEADS + 8 * i);
     }
 
-    __device__ __forceinline__ void make(Softmax (&softmax)[2], const float2 (&scores)[2][8], u32 step) const {
+    __device__ __forceinline__ void make(Softmax (&softmax)[2], const f32 (&maxima)[2][MAKERS], const float2 (&scores)[2][8], u32 step) const {
         Stage& stage = stages[step % STAGES];
         u32 powers[STEP / 16][4];
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
             const u32 head = lane / 4 + 8 * i;
-            const f32 kept = softmax[i].raise(most_of(step, head), scale);
+#pragma unroll
+            for (u32 back = 1; back < MAKERS; ++back)
+                if (step >= back) softmax[i].most = fmaxf(softmax[i].most, maxima[i][back]);
+            const f32 kept = softmax[i].raise(maxima[i][0], scale);
             if (lane % 4 == 0) stage.kept[head] = kept;
             f32 pairs[8];
 #pragma unroll
@@ -262,19 +267,18 @@ struct Sums {
         u32 first = find_values(maker + MAKERS);
         take_turn();
         float2 scores[2][8];
-        if (maker < unit.steps) read_scores(scores, maker);
-        pass(softmax, 0, min(maker, unit.steps));
+        f32 maxima[2][MAKERS];
+        if (maker < unit.steps) read_scores(scores, maker), read_maxima(maxima, maker);
         for (u32 step = maker; step < unit.steps; step += MAKERS) {
             const u32 slot = step % STAGES, next = step + MAKERS;
             barrier_follow(full + 8 * slot);
-            make(softmax, scores, step);
+            make(softmax, maxima, scores, step);
             barrier_arrive(full + 8 * slot);
             if (next >= unit.steps) break;
-            read_scores(scores, next);
+            read_scores(scores, next), read_maxima(maxima, next);
             if (next >= STAGES) barrier_wait(empty + 8 * (next % STAGES), next / STAGES % 2 ^ 1);
             bring_values(first, next);
             first = find_values(next + MAKERS);
-            pass(softmax, step + 1, next);
         }
     }
 

@@ -1,14 +1,8 @@
 // In every head: (a, b) -> (a cos - b sin, b cos + a sin), in place; a thread turns a run of pairs.
-#include "common.cuh"
+#include "turn.cuh"
 
 // `pairs` is a view whose width counts pairs over all heads.
 struct Args { Rows x, rope_table, pairs; u32 head_width, first, interleaved, padding; };
-
-__device__ __forceinline__ void turn(f32& a, f32& b, f32 cos, f32 sin) {
-    const f32 x = a, y = b;
-    a = x * cos - y * sin;
-    b = y * cos + x * sin;
-}
 
 template <typename X, typename Y> __device__ void rotate(const Args& args) {
     const u32 half = args.rope_table.width / 2;

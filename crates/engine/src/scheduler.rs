@@ -702,7 +702,11 @@ mod tests {
             0:64..65; [] wait, 2 blocks
             0:65..66";
         check(limits, script, &format!("{same} 1:0..66; [] wait, 4 blocks"));
-        check(SchedulerLimits { by_origin: false, ..limits }, script, &format!("{same} 1:64..66; [] wait, 3 blocks"));
+        check(
+            SchedulerLimits { by_origin: false, ..limits },
+            script,
+            &format!("{same} 1:64..66; [] wait, 3 blocks"),
+        );
     }
 
     #[test]

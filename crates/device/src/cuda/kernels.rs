@@ -20,8 +20,9 @@ use std::thread::Builder;
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 11] = [
+const HEADERS: [(&str, &str); 12] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
+    ("turn.cuh", include_str!("../../kernels/turn.cuh")),
     ("barrier.cuh", include_str!("../../kernels/barrier.cuh")),
     ("tensor.cuh", include_str!("../../kernels/tensor.cuh")),
     ("matches.cuh", include_str!("../../kernels/matches.cuh")),
@@ -94,7 +95,7 @@ sources! {
     "gather_fp8": ["to_fp8", "from_fp8", "through_fp8"] in SAME, 256 threads;
     "kv_write": ["kv_write"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
     "embed": ["embed"] in [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, F32), (F16, BF16)], 256 threads;
-    "norm": ["norm"] in ANY, 256 threads;
+    "norm": ["norm", "norm_narrow"] in ANY, 256 threads;
     "rope_table": ["rope_table"] in [(F32, F32)], 256 threads;
     "rotate": ["rotate"] in SAME, 256 threads;
     "reduce": ["reduce"] in ANY, 256 threads;

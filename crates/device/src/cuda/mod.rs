@@ -711,6 +711,8 @@ impl Backend for CudaBackend {
         let subject = match &op {
             Op::Attention(op) => Some(&op.keys),
             Op::Norm(op) => Some(&op.x),
+            Op::AddNorm(op) => Some(&op.norm.x),
+            Op::NormRotate(op) => Some(&op.norm.x),
             Op::ArgMax(op) => Some(&op.logits),
             _ => None,
         };

@@ -16,7 +16,7 @@ pub use assignments::{AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, So
 pub use attention::{Attention, KvWrite};
 pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
 pub(crate) use norm::not_finite;
-pub use norm::{Norm, NormKind, Origin};
+pub use norm::{AddNorm, Norm, NormKind, NormRotate, Origin};
 pub use recurrent::{Carried, DeltaRule, Gate, Gating, ShortConv};
 pub use rope::{RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
@@ -70,6 +70,8 @@ ops! {
     HostToDevice => "host_to_device", Input;
     Embed => "embed", Embed;
     Norm => "norm", Norm;
+    AddNorm => "add_norm", Norm;
+    NormRotate => "norm_rotate", Norm;
     Gemm => "gemm", Projection;
     ExpertGemm => "gemm", GateUp;
     RopeTable => "rope_table", Rope;
@@ -102,7 +104,12 @@ ops! {
 impl Op {
     /// Who is to be named for numbers that the operation finds in its input, if not the operation.
     pub(crate) fn origin(&self) -> Option<Origin> {
-        if let Op::Norm(norm) = self { norm.origin } else { None }
+        match self {
+            Op::Norm(op) => op.origin,
+            Op::AddNorm(op) => op.norm.origin,
+            Op::NormRotate(op) => op.norm.origin,
+            _ => None,
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Normalisation of rows.
 
-use super::{Accesses, expect_wide, same_rows};
+use super::{Accesses, Add, Rotate, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::Place;
 
@@ -68,5 +68,73 @@ impl Norm {
 
     pub(super) fn accesses(&self) -> Accesses {
         Accesses::new().read(&self.x).read_weights([&self.weight]).write(&self.out)
+    }
+}
+
+/// [`Add`] to a stream, then the [`Norm`] of the stream: the bits of the two, in one pass where a processor can.
+#[derive(Clone, Debug)]
+pub struct AddNorm {
+    /// Into the stream.
+    pub add: Add,
+    /// Of what it becomes: `norm.x` is `add.out`.
+    pub norm: Norm,
+}
+
+impl AddNorm {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        self.add.check()?;
+        self.norm.check()?;
+        if self.norm.x != self.add.out {
+            return Err(DeviceError::Shape(format!(
+                "add_norm: the norm of {:?} is not of the sum {:?}",
+                self.norm.x, self.add.out
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new()
+            .read(&self.add.x)
+            .write(&self.add.out)
+            .read_weights([&self.norm.weight])
+            .write(&self.norm.out)
+    }
+}
+
+/// [`Norm`] of every head of every token, which then [`Rotate`] turns: the bits of the two, in one pass where a processor can.
+#[derive(Clone, Debug)]
+pub struct NormRotate {
+    /// Of rows `[T · heads, W]`.
+    pub norm: Norm,
+    /// Of the rows `[T, heads · W]` that these are, in heads of `W`.
+    pub rotate: Rotate,
+}
+
+impl NormRotate {
+    /// Heads of a token.
+    pub(crate) fn heads(&self) -> usize {
+        self.rotate.x.width / self.norm.out.width.max(1)
+    }
+
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        self.norm.check()?;
+        self.rotate.check()?;
+        let heads = self.rotate.x.reshape(self.rotate.head_width)?;
+        if heads != self.norm.out {
+            return Err(DeviceError::Shape(format!(
+                "norm_rotate: heads of {} of {:?} are not the normed rows {:?}",
+                self.rotate.head_width, self.rotate.x, self.norm.out
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new()
+            .read(&self.norm.x)
+            .read(&self.rotate.rope_table)
+            .read_weights([&self.norm.weight])
+            .write(&self.norm.out)
     }
 }

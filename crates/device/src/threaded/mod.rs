@@ -22,7 +22,7 @@ pub use weights::{Pack, WeightStore};
 pub(crate) use weights::{check_codes, check_sources, held_format};
 
 use crate::hazard::{Agent, Clock, Hazards};
-use crate::op::{Accesses, Epilogue, ExpertGemm, GemmPart, Op};
+use crate::op::{Accesses, AddNorm, Epilogue, ExpertGemm, GemmPart, NormRotate, Op};
 use crate::{Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
 use epsmoe_quant::{Codes, Format};
@@ -347,6 +347,14 @@ fn run<K: Kernels>(
         Op::Embed(op) => typed!(op.out.dtype, embed, op),
         Op::Norm(op) => typed!(op.x.dtype, op.out.dtype, norm, op),
         Op::Rotate(op) => typed!(op.x.dtype, rotate, op),
+        Op::AddNorm(AddNorm { add, norm }) => {
+            typed!(add.x.dtype, add, add)?;
+            typed!(norm.x.dtype, norm.out.dtype, norm, norm)
+        }
+        Op::NormRotate(NormRotate { norm, rotate }) => {
+            typed!(norm.x.dtype, norm.out.dtype, norm, norm)?;
+            typed!(rotate.x.dtype, rotate, rotate)
+        }
         Op::KvWrite(op) => typed!(op.x.dtype, kv_write, op),
         Op::Attention(op) => typed!(op.q.dtype, attention, op),
         Op::Gather(op) => typed!(op.x.dtype, gather, op),

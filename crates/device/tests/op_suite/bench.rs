@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 30;
+const OPERATIONS: usize = 32;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -94,6 +94,8 @@ fn number(op: &Op) -> usize {
         Op::DeltaRule(_) => 27,
         Op::Gate(_) => 28,
         Op::SoftCap(_) => 29,
+        Op::AddNorm(_) => 30,
+        Op::NormRotate(_) => 31,
     }
 }
 

@@ -25,6 +25,8 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     folding_order(&bench);
     stored_formats(&bench);
     rotations(&bench);
+    sums_and_their_norms(&bench);
+    turned_norms(&bench);
     products(&bench);
     activations(&bench);
     attentions(&bench);
@@ -95,6 +97,73 @@ fn norms<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
         });
         bench.check(&what, &out, &want.collect::<Vec<_>>());
         bench.check_exactly(&format!("input of {what}"), &input, &x.values);
+    }
+}
+
+/// What is added and normed in one has the bits of both, one after the other: in rows of one run, of a block's registers, and
+/// wider ones.
+fn sums_and_their_norms<B: Backend>(bench: &Bench<B>) {
+    for (rows, width) in [(0, 8), (3, 5), (40, 128), (5, 256), (7, 300), (3, 2048), (2, 5000), (2, 9001)] {
+        let scale = bench.vector(&bench.random_of(DType::F32, 1, width, 2.0));
+        for (kind, format) in [(NormKind::Rms, DType::F32), (NormKind::Layer, bench.dtype)] {
+            let what = format!("{kind:?} of a sum [{rows}, {width}] in {format}");
+            let sheet = || bench.random_of(format, rows, width, 3.0);
+            let (stream, delta) = (sheet(), bench.put_as(format, &sheet()));
+            let run = |together: bool| {
+                let (x, out) = (bench.put_as(format, &stream), bench.room(bench.dtype, rows, width));
+                let add = Add { x: delta.view.clone(), out: x.view.clone() };
+                let (weight, eps) = (scale.clone(), 1e-5);
+                let norm = Norm { kind, x: x.view.clone(), weight, eps, out: out.view.clone(), origin: None };
+                if together {
+                    bench.run(&what, AddNorm { add, norm });
+                } else {
+                    bench.run(&what, add);
+                    bench.run(&what, norm);
+                }
+                (bench.get(&what, &x), bench.get(&what, &out))
+            };
+            assert_eq!(run(true), run(false), "{what}, seed {}", bench.seed);
+        }
+    }
+}
+
+/// Heads that are normed and turned in one have the bits of both, one after the other.
+fn turned_norms<B: Backend>(bench: &Bench<B>) {
+    // Tokens, heads, elements of a head and how many of them are turned.
+    for (tokens, heads, width, dims) in [
+        (0, 2, 16, 16),
+        (1, 1, 128, 128),
+        (5, 3, 128, 64),
+        (9, 2, 64, 64),
+        (7, 5, 256, 256),
+        (3, 2, 96, 48),
+        (4, 3, 20, 12),
+        (2, 2, 320, 64),
+    ] {
+        let scale = bench.vector(&bench.random_of(DType::F32, 1, width, 2.0));
+        let rope_table = bench.put_as(DType::F32, &bench.random_of(DType::F32, tokens, dims, 1.0)).view;
+        let x = bench.put(&bench.random(tokens * heads, width, 3.0)).view;
+        for style in [RopeStyle::HalfSplit, RopeStyle::Interleaved] {
+            let what = format!("{style:?} of {dims} of {width} after a norm, {heads} heads, {tokens} tokens");
+            let run = |together: bool| {
+                let rows = bench.device.allocate("normed", bench.dtype, tokens * heads, width).expect("memory");
+                let turned = rows.reshape(heads * width).expect("no gaps");
+                let (weight, eps) = (scale.clone(), 1e-5);
+                let norm = Norm { kind: NormKind::Rms, x: x.clone(), weight, eps, out: rows, origin: None };
+                let (x, rope_table) = (turned.clone(), rope_table.clone());
+                let rotate = Rotate { x, head_width: width, start: 0, style, rope_table };
+                if together {
+                    bench.run(&what, NormRotate { norm, rotate });
+                } else {
+                    bench.run(&what, norm);
+                    bench.run(&what, rotate);
+                }
+                let out = bench.room(bench.dtype, tokens, heads * width);
+                bench.run(&what, Copy { x: turned, out: out.view.clone() });
+                bench.get(&what, &out)
+            };
+            assert_eq!(run(true), run(false), "{what}, seed {}", bench.seed);
+        }
     }
 }
 

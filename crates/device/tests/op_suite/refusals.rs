@@ -159,6 +159,14 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         (rms(&half, &scale, &y).into(), "norm: input is half[3, 4] bfloat16, but must be float32 of width 4"),
         (rms(&x, &long, &y).into(), "norm: long is Vector { n: 5 }, the input x[3, 4] float32"),
         (
+            AddNorm { add: Add { x: x.clone(), out: y.clone() }, norm: rms(&x, &scale, &y) }.into(),
+            "add_norm: the norm of x[3, 4] float32 is not of the sum y[3, 4] float32",
+        ),
+        (
+            NormRotate { norm: rms(&x, &scale, &y), rotate: rotate(4, 0, &narrow) }.into(),
+            "norm_rotate: heads of 4 of x[3, 4] float32 are not the normed rows y[3, 4] float32",
+        ),
+        (
             Gemm::linear(x.clone(), &map, more.clone()).into(),
             "gemm: x[3, 4] float32 and more[5, 4] float32 must have equally many rows",
         ),

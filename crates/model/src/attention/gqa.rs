@@ -3,6 +3,7 @@
 use super::{Context, Heads, Linear, blocks};
 use crate::load::Loader;
 use crate::parallel::Share;
+use crate::step::Queries;
 use crate::{GqaSpec, LayerPart, ModelError, QkNorm, Window};
 use epsmoe_base::Layer;
 use epsmoe_device::op::{Clamp, Gate, Gating};
@@ -200,10 +201,14 @@ impl Gqa {
         if rotate_first {
             rotate(&query, &key)?;
         }
+        // Norms of heads that are turned afterwards do both.
+        let turns = spec.qk_norm == Some(QkNorm::PerHead) && !rotate_first && spec.clip_qkv.is_none();
         if let Some([query_norm, key_norm]) = &self.norms {
-            query =
-                self.norm_heads(cx, &query, query_norm, self.workspace.normed_query.rows(queries.clone())?)?;
-            key = self.norm_heads(cx, &key, key_norm, self.workspace.normed_key.rows(tokens)?)?;
+            let (normed_query, normed_key) =
+                (self.workspace.normed_query.rows(queries.clone())?, self.workspace.normed_key.rows(tokens)?);
+            let [query_tokens, key_tokens] = [cx.queries, &cx.step.all.queries].map(|of| turns.then_some(of));
+            query = self.norm_heads(cx, query_tokens, &query, query_norm, normed_query)?;
+            key = self.norm_heads(cx, key_tokens, &key, key_norm, normed_key)?;
         }
         let (projected_queries, projected_keys) = own.projected();
         let query = query.columns(own.among(&own.query, &projected_queries))?;
@@ -213,7 +218,7 @@ impl Gqa {
                 cx.compute(Clamp { x: x.clone(), limit })?;
             }
         }
-        if !rotate_first {
+        if !rotate_first && !turns {
             rotate(&query, &key)?;
         }
         cx.store(&key, &self.cached_keys)?;
@@ -240,10 +245,11 @@ impl Gqa {
         gated.then(of).transpose()
     }
 
-    /// The norm of queries or keys, each head by itself or all of a token together.
+    /// The norm of queries or keys, each head by itself or all of a token together; heads of `turned` tokens are then turned.
     fn norm_heads<B: Backend>(
         &self,
         cx: &Context<'_, B>,
+        turned: Option<&Queries>,
         x: &Buffer,
         weight: &Weight,
         out: Buffer,
@@ -254,6 +260,10 @@ impl Gqa {
         };
         // What is projected for a head may be more than is normed.
         let x = x.reshape(x.width / (out.width / width))?.columns(0..width)?;
+        if let Some(tokens) = turned {
+            cx.norm_rotate(tokens, &x, weight, &out)?;
+            return Ok(out);
+        }
         cx.norm(&x, weight, cx.eps, &out.reshape(width)?)?;
         Ok(out)
     }

@@ -256,9 +256,8 @@ impl Mla {
         for maps in self.decompressing.chunks(self.decompressing.len().div_ceil(turns)) {
             let heads = maps[0].heads.start..maps[maps.len() - 1].heads.end;
             let (keys, values) = self.decompress(cx, maps, &latents, workspace)?;
-            let of_heads = |buffer: &Buffer, width| {
-                buffer.rows(round.span.rows.clone())?.columns(blocks(&heads, width))
-            };
+            let of_heads =
+                |buffer: &Buffer, width| buffer.rows(round.span.rows.clone())?.columns(blocks(&heads, width));
             let query = of_heads(&workspace.query, nope + rope)?;
             let context = of_heads(&workspace.context, value)?;
             let count = heads.len();

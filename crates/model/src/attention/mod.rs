@@ -12,7 +12,7 @@ use crate::step::{Queries, Step};
 use crate::{AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, Window};
 use delta_net::DeltaNet;
 use epsmoe_base::{Lane, Layer, Place};
-use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, Op, RopeStyle, Rotate};
+use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, RopeStyle, Rotate};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use gqa::Gqa;
 use mla::Mla;
@@ -176,6 +176,29 @@ impl<B: Backend> Context<'_, B> {
     fn norm(&self, x: &Buffer, weight: &Weight, eps: f32, out: &Buffer) -> Result<(), DeviceError> {
         let (x, weight, out) = (x.clone(), weight.clone(), out.clone());
         self.compute(op::Norm { kind: NormKind::Rms, x, weight, eps, out, origin: None })
+    }
+
+    /// The norm of every head of these tokens, turned like [`rotate`](Self::rotate) from its first element on.
+    fn norm_rotate(
+        &self,
+        tokens: &Queries,
+        x: &Buffer,
+        weight: &Weight,
+        heads: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let (x, weight, head_width) = (x.clone(), weight.clone(), x.width);
+        let norm = op::Norm {
+            kind: NormKind::Rms,
+            x,
+            weight,
+            eps: self.eps,
+            out: heads.reshape(head_width)?,
+            origin: None,
+        };
+        let Some((rope, style)) = self.rope else { return self.compute(norm) };
+        let rope_table = tokens.rope_tables[rope].clone();
+        let rotate = Rotate { x: heads.clone(), head_width, start: 0, style, rope_table };
+        self.compute(NormRotate { norm, rotate })
     }
 
     /// The rows of `x` whose queries are computed, in `room` if they are not all.

@@ -68,8 +68,7 @@ impl<B: Backend> Model<B> {
             let before = |&start: &u32| which.partition_point(|&token| token < start) as u32;
             (positions.collect(), batch.sequence_starts.iter().map(before).collect())
         };
-        let (at, starts) =
-            which.map_or_else(|| (batch.positions.clone(), batch.sequence_starts.clone()), of);
+        let (at, starts) = which.map_or_else(|| (batch.positions.clone(), batch.sequence_starts.clone()), of);
         let rows = 0..at.len();
         let index = which.map(|which| self.upload(which, &buffers.index.rows(rows.clone())?)).transpose()?;
         let positions = self.upload(&at, &buffers.positions.rows(rows.clone())?)?;

@@ -15,7 +15,7 @@ use crate::step::{LayerTokens, Step};
 use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use buffers::StepBuffers;
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
-use epsmoe_device::op::{Activate, Add, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale, Swish};
+use epsmoe_device::op::{Activate, Add, AddNorm, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale, Swish};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
@@ -256,6 +256,7 @@ impl<B: Backend> Model<B> {
     /// The residual stream of this rank's tokens through all layers.
     fn run_layers(&self, step: &Step, output: &mut StepOutput) -> Result<Buffer, ModelError> {
         let mut stream = self.buffers.stream.rows(0..step.all.attention.of(self.fabric.rank().0).len())?;
+        self.enter(Layer(0), None, &stream)?;
         for (index, layer) in self.layers.iter().enumerate() {
             stream = self.run_layer(Layer(index), layer, step, &stream, output)?;
         }
@@ -279,7 +280,20 @@ impl<B: Backend> Model<B> {
         self.experts.as_ref()?.report()
     }
 
-    /// The residual stream through one layer; see [`LayerSpec`](crate::LayerSpec) for the equations. What ranks split
+    /// Adds what the layer before gave to the stream, and norms the stream for a layer, if there is one more.
+    fn enter(&self, layer: Layer, given: Option<&Buffer>, stream: &Buffer) -> Result<(), DeviceError> {
+        let before = made_before(layer.0);
+        match (self.layers.get(layer.0), given) {
+            (Some(weights), given) => {
+                let normed = self.buffers.normed.rows(0..stream.rows)?;
+                self.add_and_norm(Place::layer(layer), given, stream, before, &weights.input_norm, &normed)
+            }
+            (None, Some(delta)) => self.add_to_stream(before.place, delta, stream),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// The residual stream through one layer, whose norm is there already; see [`LayerSpec`](crate::LayerSpec) for the equations. What ranks split
     /// is computed for the tokens of all of them, the rest for this rank's shard. Every token leaves its keys and values
     /// in the cache. What follows is computed for all tokens, but in the last layer only for those whose logits are
     /// wanted, and only they are in the stream that comes out.
@@ -294,7 +308,6 @@ impl<B: Backend> Model<B> {
         let (place, before, tokens) =
             (Place::layer(layer), made_before(layer.0), self.tokens_of(layer, step)?);
         let normed = self.buffers.normed.rows(0..stream.rows)?;
-        self.norm(place, stream, before, &weights.input_norm, &normed)?;
         let stream = match &tokens.index {
             Some(index) => {
                 let out = self.buffers.wanted_stream.rows(0..index.rows)?;
@@ -322,21 +335,21 @@ impl<B: Backend> Model<B> {
         self.attention.gather_compute_scatter(place, shares, &normed, &delta, attention)?;
         if let Some(sandwich) = &weights.sandwich {
             self.run_sandwich(place, (weights, sandwich), (step, tokens), [&stream, &delta], output)?;
+            self.enter(Layer(layer.0 + 1), None, &stream)?;
             return Ok(stream);
         }
-        self.add_to_stream(place, &delta, &stream)?;
         let (attended, normed) = (Origin { place, part: "attention" }, normed.rows(0..stream.rows)?);
         let shares = [&tokens.mlp; 2];
         let input = match &weights.residual {
             Some(residual) => {
-                self.norm(place, &stream, attended, &residual.norm, &normed)?;
+                self.add_and_norm(place, Some(&delta), &stream, attended, &residual.norm, &normed)?;
                 let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, None, x, out);
                 self.mlp.gather_compute_scatter(place, shares, &normed, &delta, dense)?;
                 self.add_to_stream(place, &delta, &stream)?;
                 pre_attention
             }
             None => {
-                self.norm(place, &stream, attended, &weights.mlp_norm, &normed)?;
+                self.add_and_norm(place, Some(&delta), &stream, attended, &weights.mlp_norm, &normed)?;
                 normed
             }
         };
@@ -344,7 +357,7 @@ impl<B: Backend> Model<B> {
             MlpWeights::Dense(mlp) => self.dense(place, mlp, None, x, out).map_err(ModelError::from),
             MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
         })?;
-        self.add_to_stream(place, &delta, &stream)?;
+        self.enter(Layer(layer.0 + 1), Some(&delta), &stream)?;
         Ok(stream)
     }
 
@@ -439,6 +452,24 @@ impl<B: Backend> Model<B> {
             place,
             Norm { kind, x: x.clone(), weight: weight.clone(), eps, out: out.clone(), origin },
         )
+    }
+
+    /// Adds to the residual stream what a part of a model gave, if it gave anything, and norms the stream.
+    fn add_and_norm(
+        &self,
+        place: Place,
+        delta: Option<&Buffer>,
+        stream: &Buffer,
+        origin: Origin,
+        weight: &Weight,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let Some(delta) = delta else { return self.norm(place, stream, origin, weight, out) };
+        self.scale(place, delta, self.spec.factors.residual)?;
+        let (kind, eps, origin) = (self.spec.norm.kind, self.spec.norm.eps, Some(origin));
+        let (x, weight, out) = (stream.clone(), weight.clone(), out.clone());
+        let add = Add { x: delta.clone(), out: stream.clone() };
+        self.compute(place, AddNorm { add, norm: Norm { kind, x, weight, eps, out, origin } })
     }
 
     fn add_to_stream(&self, place: Place, delta: &Buffer, stream: &Buffer) -> Result<(), DeviceError> {

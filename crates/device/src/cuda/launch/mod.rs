@@ -188,6 +188,8 @@ impl Launch<'_> {
             Op::HostToDevice(op) => self.host_to_device(op),
             Op::Gemm(op) => self.gemm(op),
             Op::Norm(op) => self.norm(op),
+            Op::AddNorm(op) => self.add_norm(op),
+            Op::NormRotate(op) => self.norm_rotate(op),
             Op::RopeTable(op) => self.rope_table(op),
             Op::Rotate(op) => self.rotate(op),
             Op::Attention(op) => self.attention(op),
