@@ -146,7 +146,8 @@ fn turned_norms<B: Backend>(bench: &Bench<B>) {
         for style in [RopeStyle::HalfSplit, RopeStyle::Interleaved] {
             let what = format!("{style:?} of {dims} of {width} after a norm, {heads} heads, {tokens} tokens");
             let run = |together: bool| {
-                let rows = bench.device.allocate("normed", bench.dtype, tokens * heads, width).expect("memory");
+                let rows =
+                    bench.device.allocate("normed", bench.dtype, tokens * heads, width).expect("memory");
                 let turned = rows.reshape(heads * width).expect("no gaps");
                 let (weight, eps) = (scale.clone(), 1e-5);
                 let norm = Norm { kind: NormKind::Rms, x: x.clone(), weight, eps, out: rows, origin: None };
