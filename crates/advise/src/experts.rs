@@ -17,7 +17,7 @@ impl Advisor<'_> {
     fn law(&self) -> SyntheticRouting {
         let (router, load) = (&self.moe.router, self.load);
         SyntheticRouting {
-            top_k: router.top_k,
+            top_k: self.moe.computed(),
             groups: router.groups.map(|limit| (limit.groups, limit.kept)),
             zipf_permille: load.zipf_permille,
             seed: load.seed,
@@ -26,7 +26,7 @@ impl Advisor<'_> {
 
     fn sizes(&self, map: &SlotMap, inner: usize, shared_inner: usize) -> LayerSizes {
         let load = self.load;
-        let (hidden, top_k, wire) = (self.model.hidden, self.moe.router.top_k, load.wire());
+        let (hidden, top_k, wire) = (self.model.hidden, self.moe.computed(), load.wire());
         let weight_millibits = load.weights.experts;
         LayerSizes {
             hidden,

@@ -30,7 +30,7 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
     const u32 position = at<u32>(args.positions, t);
     if (!stands(args, position)) return;
     const u32* blocks = row<u32>(args.blocks, sequence);
-    const u32 first = args.window && position >= args.window ? position + 1 - args.window : 0;
+    const u32 first = first_seen(args, position + 1);
     // A sink is a score that came before all others, of a value that is zero.
     f32 most = args.sinks ? sink_of(args, head) : minus_infinity(), total = args.sinks ? 1.0f : 0.0f;
     for (u32 base = first / STEP * STEP; base <= position; base += STEP) {

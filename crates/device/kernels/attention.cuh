@@ -21,8 +21,14 @@ struct Args {
     u32 window;  // positions seen, itself included; 0: all
     u32 vectors; // every view of q, keys, values, out and each head in it starts on 16 bytes
     u32 longest; // positions are below
-    u32 padding;
+    u32 stretch; // positions are cut into stretches of so many, of which a token sees its own; 0: they are not
 };
+
+// The first position that the token before position `end` sees.
+__device__ __forceinline__ u32 first_seen(const Args& args, u32 end) {
+    if (args.stretch) return (end - 1) / args.stretch * args.stretch;
+    return args.window && end > args.window ? end - args.window : 0;
+}
 
 __device__ __forceinline__ f32 minus_infinity() { return __uint_as_float(0xff800000u); }
 
@@ -126,8 +132,7 @@ template <u32 HEIGHT> struct Sight {
                 token[r] = tile.token + (tile.row + r) / group;
                 head[r] = kv_head * group + (tile.row + r) % group;
                 const u32 position = at<u32>(args.positions, token[r]);
-                if (stands(args, position)) to = position + 1;
-                from = args.window && to > args.window ? to - args.window : 0;
+                if (stands(args, position)) to = position + 1, from = first_seen(args, to);
             }
             first[r] = from, end[r] = to;
             if (to > 0) {

@@ -57,7 +57,7 @@ __device__ __forceinline__ Unit look(const FewArgs& few, u32 index) {
     __syncthreads();
     unit.sequence = sequence;
     unit.end = position + 1;
-    unit.first = args.window && unit.end > args.window ? unit.end - args.window : 0;
+    unit.first = first_seen(args, unit.end);
     unit.base = unit.first / STEP * STEP;
     unit.steps = position / STEP - unit.first / STEP + 1;
     if (!stands(args, position)) unit.sequence = NONE;

@@ -1,4 +1,4 @@
-// out[m] = round((x[m] - mean) / sqrt(variance + eps) * weight); the mean counts as 0 for RMS. A row whose squares have no
+// out[m] = round((x[m] - mean) / sqrt(variance + eps) * weight + bias); the mean counts as 0 for RMS. A row whose squares have no
 // finite sum is not finite itself. Before, what is added may come to x, which is stored; afterwards, heads may be turned.
 //
 // A block takes a row, or, where rows are narrow, each of its warps or halves of warps takes one: what the other lanes of a
@@ -9,7 +9,7 @@ struct Args {
     Rows x, out;
     Rows added;      // likewise, or nothing
     Rows rope_table; // of tokens, each of `heads` rows, or nothing
-    u64 weight;
+    u64 weight, bias;
     f32 eps;
     u32 centred;
     Report report;
@@ -33,12 +33,17 @@ __device__ __forceinline__ void add_squares(f32& squares, const Run& run, f32 me
     }
 }
 
-// The norm of a run, as it is stored.
+// The norm of a run from column n on, as it is stored.
 template <typename Y>
-__device__ __forceinline__ void scale(Run& run, const f32* weight, f32 mean, f32 factor, u32 count) {
-    const Run scales = read(weight, count);
+__device__ __forceinline__ void scale(const Args& args, Run& run, u32 n, f32 mean, f32 factor, u32 count) {
+    const Run scales = read(reinterpret_cast<const f32*>(args.weight) + n, count);
+    Run added = {};
+    if (args.bias) added = read(reinterpret_cast<const f32*>(args.bias) + n, count);
 #pragma unroll
-    for (u32 j = 0; j < RUN; ++j) run.values[j] = wide(narrow<Y>((run.values[j] - mean) * factor * scales.values[j]));
+    for (u32 j = 0; j < RUN; ++j) {
+        const f32 normed = (run.values[j] - mean) * factor * scales.values[j];
+        run.values[j] = wide(narrow<Y>(args.bias ? normed + added.values[j] : normed));
+    }
 }
 
 // A run of a row, with what is added to it.
@@ -99,7 +104,7 @@ template <typename X, typename Y> __device__ void norm_narrow(const Args& args) 
     const f32 variance = lanes_sum(squares, lanes) / f32(width);
     if (there && n == 0 && !finite(variance)) complain(args.report, NOT_FINITE, m, 0);
     const f32 factor = 1.0f / sqrtf(variance + args.eps);
-    if (count > 0) scale<Y>(run, reinterpret_cast<const f32*>(args.weight) + n, mean, factor, count);
+    if (count > 0) scale<Y>(args, run, n, mean, factor, count);
     if (args.rope_table.start) turn_head(args, run, there ? m / args.heads : 0, n);
     if (count > 0) write(row<Y>(args.out, m) + n, run, count);
 }
@@ -130,7 +135,7 @@ template <typename X, typename Y, u32 PIECES> __device__ void norm_held(const Ar
     for (u32 piece = 0; piece < PIECES; ++piece) {
         const u32 n = column(piece), count = length(piece);
         if (count == 0) break;
-        scale<Y>(runs[piece], reinterpret_cast<const f32*>(args.weight) + n, mean, factor, count);
+        scale<Y>(args, runs[piece], n, mean, factor, count);
         write(row<Y>(args.out, m) + n, runs[piece], count);
     }
 }
@@ -159,7 +164,7 @@ template <typename X, typename Y> __device__ void norm_wide(const Args& args) {
     const f32 factor = 1.0f / sqrtf(variance + args.eps);
     FOR_RUNS_OF_ROW(width, n, count) {
         Run run = read(x + n, count);
-        scale<Y>(run, reinterpret_cast<const f32*>(args.weight) + n, mean, factor, count);
+        scale<Y>(args, run, n, mean, factor, count);
         write(row<Y>(args.out, m) + n, run, count);
     }
 }

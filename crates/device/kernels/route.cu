@@ -7,11 +7,13 @@ struct Args {
     u64 scales; // likewise
     f32 scale;
     u32 top_k;
-    u32 sigmoid;      // scores: 0 softmax, 1 sigmoid
+    u32 score;        // 0 softmax, 1 sigmoid, 2 sigmoid of the best logits, 3 sparse mixer
     u32 normalise;    // chosen weights are divided by their sum
     u32 groups, kept; // 0 groups: no restriction
     u32 two_best;     // a group is judged by the sum of its two best, else by its best
     f32 epsilon;      // added to a sum of sigmoid scores
+    f32 jitter;       // of a sparse mixer
+    u32 padding;
 };
 
 // Larger for the better choice: by value in total order, then by the lower number.
@@ -42,6 +44,18 @@ __device__ __forceinline__ u32 take_best(u64* ranks, u32 count, u32 lane) {
     return index;
 }
 
+// The weight of an expert that a sparse mixer chose: its softmax over those still in the running that are near it.
+__device__ __forceinline__ f32 mixed(const f32* logits, const u64* ranks, u32 experts, u32 expert, f32 jitter, u32 lane) {
+    const f32 most = logits[expert];
+    f32 total = 0.0f;
+    for (u32 e = lane; e < experts; e += 32) {
+        if (ranks[e] == 0 && e != expert) continue;
+        const f32 behind = (most - logits[e]) / fmaxf(fabsf(logits[e]), most);
+        if (!(behind > 2.0f * jitter)) total += expf(logits[e] - most); // also where it is a NaN, of equal logits of 0
+    }
+    return 1.0f / warp_sum(total);
+}
+
 extern "C" __global__ void __launch_bounds__(32) route_f32_f32(const __grid_constant__ Args args) {
     take_turn();
     // Ranks of the experts, ranks of the groups, then scores and preferences.
@@ -54,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(32) route_f32_f32(const __grid_cons
     const f32* logits = row<f32>(args.logits, t);
     const f32* bias = reinterpret_cast<const f32*>(args.bias);
 
-    if (args.sigmoid) {
+    if (args.score == 1 || args.score == 2) {
         for (u32 e = lane; e < experts; e += 32) scores[e] = sigmoid(logits[e]);
     } else {
         f32 most = __uint_as_float(0xff800000u);
@@ -68,7 +82,10 @@ extern "C" __global__ void __launch_bounds__(32) route_f32_f32(const __grid_cons
         total = warp_sum(total);
         for (u32 e = lane; e < experts; e += 32) scores[e] /= total;
     }
-    for (u32 e = lane; e < experts; e += 32) preference[e] = bias ? scores[e] + bias[e] : scores[e];
+    for (u32 e = lane; e < experts; e += 32) {
+        const f32 compared = args.score < 2 ? scores[e] : logits[e];
+        preference[e] = bias ? compared + bias[e] : compared;
+    }
     __syncwarp();
 
     for (u32 e = lane; e < experts; e += 32) ranks[e] = rank_of(preference[e], e);
@@ -105,6 +122,7 @@ extern "C" __global__ void __launch_bounds__(32) route_f32_f32(const __grid_cons
         u32 expert = take_best(ranks, experts, lane);
         // Out of range only if nothing was left, which the shapes exclude.
         f32 weight = expert < experts ? scores[expert] : 0.0f;
+        if (args.score == 3 && expert < experts) weight = mixed(logits, ranks, experts, expert, args.jitter, lane);
         if (lane == 0) {
             chosen[slot] = expert;
             weights[slot] = weight;
@@ -112,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(32) route_f32_f32(const __grid_cons
         total += weight;
     }
     __syncwarp();
-    f32 divisor = !args.normalise ? 1.0f : args.sigmoid ? total + args.epsilon : total;
+    f32 divisor = !args.normalise ? 1.0f : args.score == 1 || args.score == 2 ? total + args.epsilon : total;
     for (u32 slot = lane; slot < args.top_k; slot += 32) {
         const f32 weight = weights[slot] / divisor * args.scale;
         weights[slot] = args.scales ? weight * reinterpret_cast<const f32*>(args.scales)[chosen[slot]] : weight;

@@ -41,6 +41,10 @@ BLOCK_PER_BIN(send_rows) {
 BLOCK_PER_BIN(send_sums) {
     take_turn();
     const u32 slot = blockIdx.x, k = args.slots.width;
+    // Tokens that are sent nowhere.
+    for (u32 token = threadIdx.x; slot == 0 && token < args.slots.rows; token += WARPS * 32)
+        if (*row<u32>(args.slots, token) == NONE)
+            for (u32 rank = 0; rank < args.sums.width; ++rank) row<u32>(args.sums, token)[rank] = NONE;
     const u32 start = sum_before(row<u32>(args.counts, 2), slot);
     const auto wanted = [&](u32 from) { return at<u32>(args.last, from) == slot; };
     for_matches(args.last.rows, wanted, [&](u32 from, u32 rank) {
@@ -58,7 +62,8 @@ BLOCK_PER_BIN(send_sums) {
         u32* sums = row<u32>(args.sums, token);
         if (ranks >= args.sums.width) return complain(args.report, RANKS_OF_TOKEN, token, args.sums.width);
         sums[ranks] = start + rank;
-        if (slots[k - 1] == slot)
+        const u32 next = place_of(slots, k, slot) + 1;
+        if (next == k || slots[next] == NONE)
             for (u32 rest = ranks + 1; rest < args.sums.width; ++rest) sums[rest] = NONE;
     });
 }

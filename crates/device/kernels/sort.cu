@@ -38,9 +38,16 @@ BLOCK_PER_BIN(sort) {
         *row<u32>(args.starts, slot) = start;
         if (slot + 1 == local) {
             *row<u32>(args.starts, local) = start + found;
-            if (start + found != all) complain(args.report, ASSIGNMENTS, start + found, all);
+            const bool fewer = !args.travelled && start + found < all;
+            if (start + found != all && !fewer) complain(args.report, ASSIGNMENTS, start + found, all);
         }
     }
+    // In place there may be fewer, of some rows none.
+    if (!args.travelled && slot + 1 == local)
+        for (u32 unused = start + found + threadIdx.x; unused < all; unused += WARPS * 32) *row<u32>(args.rows, unused) = 0;
+    for (u32 r = threadIdx.x; !args.travelled && slot == 0 && r < count; r += WARPS * 32)
+        if (*row<u32>(args.slots, r) == NONE)
+            for (u32 place = 0; place < width; ++place) row<u32>(args.terms, r)[place] = NONE;
     visit(stretch, start + rank, wanted, [&](u32 r, u32 assignment) {
         if (assignment >= all) return complain(args.report, SOURCE_ROW, assignment, all);
         const u32 m = args.travelled ? at<u32>(args.order, r) : r;

@@ -133,6 +133,27 @@ impl<B: Backend> Group<B> {
         Ok(value)
     }
 
+    /// The same of two sums of the same rows; `spare` has room for this rank's parts of the second.
+    pub(crate) fn gather_compute_scatter_both<T, E: From<DeviceError>>(
+        &self,
+        place: Place,
+        [read, written]: [&Shares; 2],
+        (x, spare): (&Buffer, &Buffer),
+        [first, second]: [&Buffer; 2],
+        parts: impl FnOnce(&Buffer, [&Buffer; 2]) -> Result<T, E>,
+    ) -> Result<T, E> {
+        if self.ranks.len() == 1 {
+            return parts(x, [first, second]);
+        }
+        let gathered = self.all_gather(place, read, x)?;
+        let rows = 0..written.total();
+        let computed = [self.computed.rows(rows.clone())?, spare.rows(rows)?];
+        let value = parts(&gathered, [&computed[0], &computed[1]])?;
+        self.reduce_scatter(place, written, &computed[0], first)?;
+        self.reduce_scatter(place, written, &computed[1], second)?;
+        Ok(value)
+    }
+
     /// The rows `x` of every rank of the group, in rank order.
     pub(crate) fn all_gather(
         &self,

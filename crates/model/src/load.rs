@@ -9,6 +9,19 @@ use epsmoe_pipeline::Mlp;
 use epsmoe_quant::Codes;
 use std::ops::Range;
 
+/// A norm of the residual stream.
+#[derive(Clone)]
+pub(crate) struct NormWeights {
+    pub(crate) weight: Weight,
+    pub(crate) bias: Option<Weight>,
+}
+
+impl From<Weight> for NormWeights {
+    fn from(weight: Weight) -> Self {
+        NormWeights { weight, bias: None }
+    }
+}
+
 /// Reads the parts of one model into one device.
 pub(crate) struct Loader<'a, B> {
     pub(crate) spec: &'a ModelSpec,
@@ -125,6 +138,25 @@ impl<B: Backend> Loader<'_, B> {
             whole.bytes.extend(tensor.bytes);
         }
         Ok(vec![whole])
+    }
+
+    /// A norm of the residual stream, with its bias, if the model's norms have one.
+    pub(crate) fn norm(&self, weight: Part, bias: Part) -> Result<NormWeights, ModelError> {
+        let bias = self.spec.norm.bias.then(|| self.part(bias));
+        Ok(NormWeights { weight: self.part(weight)?, bias: bias.transpose()? })
+    }
+
+    /// A vector with a factor on it.
+    pub(crate) fn scaled(&self, part: Part, factor: f32) -> Result<Weight, ModelError> {
+        if factor == 1.0 {
+            return self.part(part);
+        }
+        let whole = Window::whole();
+        self.held(&format!("{} times {factor}", self.name(part, &whole)), self.shape(part, &whole), || {
+            let tensor = self.read(part, &whole)?;
+            let bytes = tensor.floats().into_iter().flat_map(|value| (factor * value).to_le_bytes()).collect();
+            Ok(vec![Tensor { dtype: DType::F32, shape: tensor.shape, bytes }])
+        })
     }
 
     /// A part that is one number.

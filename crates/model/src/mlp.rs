@@ -1,11 +1,11 @@
 //! The MLP of a layer: dense, a mixture of experts, or both.
 
-use crate::load::Loader;
+use crate::load::{Loader, NormWeights};
 use crate::{Branch, LayerPart, Map, MlpSpec, ModelError, MoeSpec, Part, Window};
 use epsmoe_base::Layer;
 use epsmoe_device::op::Swish;
-use epsmoe_device::{Backend, Weight};
-use epsmoe_pipeline::{ExpertActivation, Mlp, MoeLayer, SharedMlp};
+use epsmoe_device::Backend;
+use epsmoe_pipeline::{ExpertActivation, Identities, Mlp, MoeLayer, SharedMlp};
 use std::sync::Arc;
 
 /// The MLP weights of one layer on one rank.
@@ -18,7 +18,7 @@ pub(crate) enum MlpWeights {
 
 /// A dense MLP beside a mixture of experts.
 pub(crate) struct ResidualWeights {
-    pub(crate) norm: Weight,
+    pub(crate) norm: NormWeights,
     pub(crate) mlp: Mlp,
     /// If it is not that of gated products.
     pub(crate) activation: Option<Swish>,
@@ -91,6 +91,9 @@ fn load_moe<B: Backend>(
         experts: map.experts_on(rank).map(expert).collect::<Result<_, _>>()?,
         slots: Arc::new(map),
         shared: spec.shared.as_ref().map(shared).transpose()?,
+        identities: (spec.identities > 0)
+            .then_some(Identities { experts: spec.identities, added: inner.index == 0 }),
+        scaled_inputs: spec.scaled_inputs,
     })
 }
 
@@ -98,7 +101,7 @@ impl ResidualWeights {
     pub(crate) fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer) -> Result<Option<Self>, ModelError> {
         let spec = &loader.spec.layers[layer.0];
         let load = |_| -> Result<Self, ModelError> {
-            let norm = loader.layer(layer, LayerPart::ResidualNorm)?;
+            let norm = loader.layer(layer, LayerPart::ResidualNorm)?.into();
             let (inner, activation) = (loader.layout.inner(), spec.mlp.moe().and_then(|moe| moe.activation));
             let mlp = match activation {
                 Some(_) => loader.open_mlp(layer, inner, LayerPart::Residual)?,
@@ -112,16 +115,16 @@ impl ResidualWeights {
 
 /// The norms of what the parts of a layer give, and the factor behind it.
 pub(crate) struct Sandwich {
-    pub(crate) attention: Weight,
-    pub(crate) dense: Weight,
-    pub(crate) experts: Weight,
-    pub(crate) both: Weight,
+    pub(crate) attention: NormWeights,
+    pub(crate) dense: NormWeights,
+    pub(crate) experts: NormWeights,
+    pub(crate) both: NormWeights,
     pub(crate) scale: f32,
 }
 
 impl Sandwich {
     pub(crate) fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer) -> Result<Option<Self>, ModelError> {
-        let norm = |branch| loader.layer(layer, LayerPart::OutNorm(branch));
+        let norm = |branch| loader.layer(layer, LayerPart::OutNorm(branch)).map(NormWeights::from);
         let load = || -> Result<Self, ModelError> {
             Ok(Sandwich {
                 attention: norm(Branch::Attention)?,

@@ -13,8 +13,12 @@ pub enum Part {
     Embedding,
     /// The norm after the last layer.
     FinalNorm,
+    /// The bias of that norm.
+    FinalNormBias,
     /// Hidden vectors to logits, `[V, H]`.
     LmHead,
+    /// Added to logits.
+    LmHeadBias,
     /// A part of one layer.
     Layer(Layer, LayerPart),
 }
@@ -24,7 +28,9 @@ pub enum Part {
 #[expect(missing_docs, reason = "the names say it; spec.rs says what they do")]
 pub enum LayerPart {
     InputNorm,
+    InputNormBias,
     PostAttentionNorm,
+    PostAttentionNormBias,
     ResidualNorm,
     Query,
     Key,
@@ -193,7 +199,8 @@ pub struct Source {
     pub only: Option<Form>,
 }
 
-/// Rows of several parts that take turns: this part has row `at` of each `of`. In a transposed tensor, columns do.
+/// Rows of several parts that take turns: this part has row `at` of each `of`, or, where nothing alternates, all rows from `at`
+/// on. In a transposed tensor, columns do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Turn {
     /// Its place in each turn.
@@ -246,8 +253,14 @@ impl ModelSpec {
             .iter()
             .enumerate()
             .flat_map(|(index, layer)| self.layer_parts(layer).map(move |part| part.of(Layer(index))));
-        let head = (!self.tie_embeddings).then_some(Part::LmHead);
-        [Part::Embedding].into_iter().chain(layers).chain([Part::FinalNorm]).chain(head)
+        let ends = [
+            (Part::FinalNorm, true),
+            (Part::FinalNormBias, self.norm.bias),
+            (Part::LmHead, !self.tie_embeddings),
+            (Part::LmHeadBias, self.head_bias),
+        ];
+        let ends = ends.into_iter().filter_map(|(part, present)| present.then_some(part));
+        [Part::Embedding].into_iter().chain(layers).chain(ends)
     }
 
     /// Where checkpoints keep a part.
@@ -263,13 +276,19 @@ impl ModelSpec {
             });
             names
         };
-        let sources = names.into_iter().map(|(naming, name)| self.source(kept_as, naming, name)).collect();
+        let sources = names.into_iter().map(|(naming, name)| self.source(kept_as, naming, name));
+        let mut sources: Vec<Source> = sources.collect();
+        // A language model may also have been taken out of what it was nested in.
+        let alone: Vec<Source> = sources.iter().filter_map(|source| self.unnested(source)).collect();
+        sources.extend(alone);
         Located { shape: self.shape(part), sources }
     }
 
     fn layer_parts(&self, layer: &LayerSpec) -> impl Iterator<Item = LayerPart> {
         use LayerPart::*;
+        let bias = |part| self.norm.bias.then_some(part);
         let mut parts = vec![InputNorm];
+        parts.extend(bias(InputNormBias));
         parts.extend(attention_parts(&layer.attention));
         if layer.residual_mlp.is_some() {
             parts.push(ResidualNorm);
@@ -280,6 +299,7 @@ impl ModelSpec {
             parts.push(LayerScale);
         }
         parts.push(PostAttentionNorm);
+        parts.extend(bias(PostAttentionNormBias));
         let (mut experts, mut biases) = (0, false);
         match &layer.mlp {
             MlpSpec::Dense { .. } => parts.extend(Map::ALL.map(Dense)),
@@ -306,6 +326,16 @@ impl ModelSpec {
         parts.into_iter().chain(experts)
     }
 
+    /// A place by the name that it has outside of a larger model.
+    fn unnested(&self, source: &Source) -> Option<Source> {
+        let name = match self.nesting {
+            Nesting::Alone => return None,
+            Nesting::Beside => format!("model.{}", source.name.strip_prefix("model.language_model.")?),
+            Nesting::Under => source.name.strip_prefix("language_model.")?.to_owned(),
+        };
+        Some(Source { name, ..source.clone() })
+    }
+
     fn source(&self, part: Part, naming: TensorNames, name: &str) -> Source {
         let whole = || Place::from(self.shape(part).sources().1, 0);
         let (name, place) = match part {
@@ -316,11 +346,15 @@ impl ModelSpec {
                     _ => "model.layers",
                 };
                 let place = self.place(layer, inside, naming, name).unwrap_or_else(whole);
+                let (number, name) = match self.naming {
+                    TensorNames::Longcat => halved(layer, name),
+                    _ => (layer.0, name.to_owned()),
+                };
                 let name = match inside {
                     LayerPart::Expert(expert, _) => name.replace("{e}", &expert.0.to_string()),
-                    _ => name.to_owned(),
+                    _ => name,
                 };
-                (format!("{blocks}.{}.{name}", layer.0), place)
+                (format!("{blocks}.{number}.{name}"), place)
             }
             _ => (name.to_owned(), whole()),
         };
@@ -358,7 +392,7 @@ impl ModelSpec {
             }
             (TensorNames::Gguf, SharedExpertGate) => Some(Place::from(vec![self.hidden], 0)),
             // One tensor for each.
-            (TensorNames::Gguf, Expert(..)) if name.contains("{e}") => None,
+            (_, Expert(..)) if name.contains("{e}") => None,
             (
                 TensorNames::Dbrx
                 | TensorNames::Merged
@@ -367,6 +401,7 @@ impl ModelSpec {
                 | TensorNames::Granite
                 | TensorNames::Qwen35
                 | TensorNames::Gemma
+                | TensorNames::Llama4
                 | TensorNames::Gguf,
                 Expert(expert, map),
             ) => Some(self.stacked_expert(layer, expert, map, naming, name)),
@@ -450,7 +485,7 @@ impl ModelSpec {
 
     /// One tensor for all experts. DBRX: three of `[E·I, H]`, where down is stored transposed. Merged:
     /// gate over up `[E, 2I, H]`, and down `[E, H, I]`; Granite too. GGUF: as merged, or gate and up apart `[E, I, H]`.
-    /// gpt-oss: gate and up in turn, and everything transposed unless it is coded.
+    /// gpt-oss: gate and up in turn, and everything transposed unless it is coded. Llama 4: gate beside up, transposed too.
     fn stacked_expert(
         &self,
         layer: Layer,
@@ -476,6 +511,14 @@ impl ModelSpec {
                 transposed: true,
                 turn: Turn::gate_up(map),
                 only: Some(Form::Plain),
+                ..Place::from(vec![experts, hidden, 2 * inner], e * hidden)
+            },
+            (TensorNames::Llama4, Map::DownProj) => {
+                Place { transposed: true, ..Place::from(vec![experts, inner, hidden], e * inner) }
+            }
+            (TensorNames::Llama4, _) => Place {
+                transposed: true,
+                turn: Turn { at: if map == Map::UpProj { inner } else { 0 }, of: 1 },
                 ..Place::from(vec![experts, hidden, 2 * inner], e * hidden)
             },
             (TensorNames::GptOssCoded, Map::DownProj) => {
@@ -510,6 +553,17 @@ impl ModelSpec {
     }
 }
 
+/// Of a layer that is half of a published one: that one's number, and a name with the half's number in it, where both have
+/// such a part.
+fn halved(layer: Layer, name: &str) -> (usize, String) {
+    let both = ["self_attn", "input_layernorm", "post_attention_layernorm", "mlps"];
+    let name = match name.split_once('.') {
+        Some((first, rest)) if both.contains(&first) => format!("{first}.{}.{rest}", layer.0 % 2),
+        _ => name.to_owned(),
+    };
+    (layer.0 / 2, name)
+}
+
 /// The parts of one layer's attention.
 fn attention_parts(attention: &AttentionSpec) -> Vec<LayerPart> {
     use LayerPart::*;
@@ -517,10 +571,10 @@ fn attention_parts(attention: &AttentionSpec) -> Vec<LayerPart> {
         AttentionSpec::Gqa(spec) => vec![
             (Query, true),
             (QueryBias, spec.qkv_bias),
-            (QueryNorm, spec.qk_norm.is_some()),
+            (QueryNorm, spec.has_norm_weights()),
             (Key, true),
             (KeyBias, spec.qkv_bias),
-            (KeyNorm, spec.qk_norm.is_some()),
+            (KeyNorm, spec.has_norm_weights()),
             (Value, !spec.values_are_keys),
             (ValueBias, spec.qkv_bias && !spec.values_are_keys),
             (Output, true),
@@ -571,10 +625,14 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
         Part::Embedding => return &["token_embd.weight"],
         Part::FinalNorm => return &["output_norm.weight"],
         Part::LmHead => return &["output.weight"],
+        Part::FinalNormBias => return &["output_norm.bias"],
+        Part::LmHeadBias => return &["output.bias"],
         Part::Layer(_, part) => part,
     };
     match part {
         InputNorm => &["attn_norm.weight"],
+        InputNormBias => &["attn_norm.bias"],
+        PostAttentionNormBias => &["ffn_norm.bias"],
         Sinks => &["attn_sinks.weight"],
         PostAttentionNorm => &["ffn_norm.weight", "attn_output_norm.weight", "post_attention_norm.weight"],
         ResidualNorm => &["ffn_norm_exps.weight"],
@@ -625,7 +683,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
     use Map::*;
     use TensorNames::{
         Bailing, Common, Dbrx, Ernie, Exaone, Gemma, GptOss, GptOssCoded, Granite, Hunyuan, HunyuanV3,
-        Merged, Mixtral, Qwen, Qwen35,
+        Llama4, Longcat, Merged, Mixtral, Qwen, Qwen35,
     };
     let part = match part {
         Part::Embedding => {
@@ -636,11 +694,15 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             ];
         }
         Part::FinalNorm => return &[(Common, "model.norm.weight"), (Dbrx, "transformer.norm_f.weight")],
+        Part::FinalNormBias => return &[(Common, "model.norm.bias")],
         Part::LmHead => return &[(Common, "lm_head.weight")],
+        Part::LmHeadBias => return &[(Common, "lm_head.bias")],
         Part::Layer(_, part) => part,
     };
     match part {
         InputNorm => &[(Common, "input_layernorm.weight"), (Dbrx, "norm_attn_norm.norm_1.weight")],
+        InputNormBias => &[(Common, "input_layernorm.bias")],
+        PostAttentionNormBias => &[(Common, "post_attention_layernorm.bias")],
         PostAttentionNorm => &[
             (Common, "post_attention_layernorm.weight"),
             (Dbrx, "norm_attn_norm.norm_2.weight"),
@@ -723,6 +785,8 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Gemma, "router.proj.weight"),
             (GptOss, "mlp.router.weight"),
             (Granite, "block_sparse_moe.router.layer.weight"),
+            (Longcat, "mlp.router.classifier.weight"),
+            (Llama4, "feed_forward.router.weight"),
         ],
         RouterBias => &[(Common, "mlp.router.bias")],
         RouterScale => &[(Gemma, "router.scale")],
@@ -735,6 +799,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Bailing, "mlp.gate.expert_bias"),
             (HunyuanV3, "mlp.expert_bias"),
             (Exaone, "mlp.e_score_correction_bias"),
+            (Longcat, "mlp.router.e_score_correction_bias"),
         ],
         Expert(_, GateProj) => &[
             (Common, "mlp.experts.{e}.gate_proj.weight"),
@@ -746,6 +811,8 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (GptOss, "mlp.experts.gate_up_proj"),
             (GptOssCoded, "mlp.experts.gate_up_proj"),
             (Granite, "block_sparse_moe.input_linear.weight"),
+            (Llama4, "feed_forward.experts.gate_up_proj"),
+            (Llama4, "feed_forward.experts.{e}.gate_proj.weight"),
         ],
         Expert(_, UpProj) => &[
             (Common, "mlp.experts.{e}.up_proj.weight"),
@@ -757,6 +824,8 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (GptOss, "mlp.experts.gate_up_proj"),
             (GptOssCoded, "mlp.experts.gate_up_proj"),
             (Granite, "block_sparse_moe.input_linear.weight"),
+            (Llama4, "feed_forward.experts.gate_up_proj"),
+            (Llama4, "feed_forward.experts.{e}.up_proj.weight"),
         ],
         Expert(_, DownProj) => &[
             (Common, "mlp.experts.{e}.down_proj.weight"),
@@ -768,6 +837,8 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (GptOss, "mlp.experts.down_proj"),
             (GptOssCoded, "mlp.experts.down_proj"),
             (Granite, "block_sparse_moe.output_linear.weight"),
+            (Llama4, "feed_forward.experts.down_proj"),
+            (Llama4, "feed_forward.experts.{e}.down_proj.weight"),
         ],
         ExpertBias(_, GateProj | UpProj) => &[(Common, "mlp.experts.gate_up_proj_bias")],
         ExpertBias(_, DownProj) => &[(Common, "mlp.experts.down_proj_bias")],
@@ -778,6 +849,8 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Hunyuan, "mlp.shared_mlp.gate_proj.weight"),
             (HunyuanV3, "mlp.shared_mlp.gate_proj.weight"),
             (Granite, "shared_mlp.input_linear.weight"),
+            (Longcat, "mlps.gate_proj.weight"),
+            (Llama4, "feed_forward.shared_expert.gate_proj.weight"),
         ],
         Shared(UpProj) => &[
             (Common, "mlp.shared_experts.up_proj.weight"),
@@ -786,6 +859,8 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Hunyuan, "mlp.shared_mlp.up_proj.weight"),
             (HunyuanV3, "mlp.shared_mlp.up_proj.weight"),
             (Granite, "shared_mlp.input_linear.weight"),
+            (Longcat, "mlps.up_proj.weight"),
+            (Llama4, "feed_forward.shared_expert.up_proj.weight"),
         ],
         Shared(DownProj) => &[
             (Common, "mlp.shared_experts.down_proj.weight"),
@@ -794,11 +869,28 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Hunyuan, "mlp.shared_mlp.down_proj.weight"),
             (HunyuanV3, "mlp.shared_mlp.down_proj.weight"),
             (Granite, "shared_mlp.output_linear.weight"),
+            (Longcat, "mlps.down_proj.weight"),
+            (Llama4, "feed_forward.shared_expert.down_proj.weight"),
         ],
         SharedExpertGate => &[(Common, "mlp.shared_expert_gate.weight")],
-        Dense(GateProj) => &[(Common, "mlp.gate_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w1.weight")],
-        Dense(UpProj) => &[(Common, "mlp.up_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w3.weight")],
-        Dense(DownProj) => &[(Common, "mlp.down_proj.weight"), (Mixtral, "block_sparse_moe.mlp.w2.weight")],
+        Dense(GateProj) => &[
+            (Common, "mlp.gate_proj.weight"),
+            (Mixtral, "block_sparse_moe.mlp.w1.weight"),
+            (Longcat, "mlps.gate_proj.weight"),
+            (Llama4, "feed_forward.gate_proj.weight"),
+        ],
+        Dense(UpProj) => &[
+            (Common, "mlp.up_proj.weight"),
+            (Mixtral, "block_sparse_moe.mlp.w3.weight"),
+            (Longcat, "mlps.up_proj.weight"),
+            (Llama4, "feed_forward.up_proj.weight"),
+        ],
+        Dense(DownProj) => &[
+            (Common, "mlp.down_proj.weight"),
+            (Mixtral, "block_sparse_moe.mlp.w2.weight"),
+            (Longcat, "mlps.down_proj.weight"),
+            (Llama4, "feed_forward.down_proj.weight"),
+        ],
         Residual(GateProj) => &[(Common, "residual_mlp.w1.weight"), (Gemma, "mlp.gate_proj.weight")],
         Residual(UpProj) => &[(Common, "residual_mlp.w3.weight"), (Gemma, "mlp.up_proj.weight")],
         Residual(DownProj) => &[(Common, "residual_mlp.w2.weight"), (Gemma, "mlp.down_proj.weight")],

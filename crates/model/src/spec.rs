@@ -4,7 +4,7 @@
 use crate::names::{LayerPart, Map, Part};
 use epsmoe_base::DType;
 use epsmoe_device::WeightShape;
-use epsmoe_device::op::{NormKind, RopeStyle, Swish, TopKRouter};
+use epsmoe_device::op::{Growth, NormKind, RopeStyle, Sight, Swish, TopKRouter};
 use std::fmt;
 
 /// What the logits of an architecture are held against.
@@ -90,6 +90,8 @@ pub struct ModelSpec {
     pub factors: Factors,
     /// Whether the output projection is the embedding table.
     pub tie_embeddings: bool,
+    /// Whether logits have a bias.
+    pub head_bias: bool,
     /// The format its weights are published in.
     pub dtype: DType,
     /// The token a text begins with, if the model wants one.
@@ -126,15 +128,15 @@ architectures! {
     /// Ling 2.0, Ring 2.0.
     BailingMoeV2 => "BailingMoeV2ForCausalLM", "bailing_moe_v2", Twin, "bailingmoe2";
     /// ERNIE-4.5-21B-A3B, ERNIE-4.5-300B-A47B.
-    Ernie45Moe => "Ernie4_5_MoeForCausalLM", "ernie4_5_moe", Transformers, "";
+    Ernie45Moe => "Ernie4_5_MoeForCausalLM", "ernie4_5_moe", Transformers, "ernie4_5-moe";
     /// Hunyuan-A13B.
-    HunyuanV1Moe => "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", Transformers, "";
+    HunyuanV1Moe => "HunYuanMoEV1ForCausalLM", "hunyuan_v1_moe", Transformers, "hunyuan-moe";
     /// gpt-oss-20b, gpt-oss-120b.
     GptOss => "GptOssForCausalLM", "gpt_oss", Transformers, "gpt-oss";
     /// Granite 3 MoE.
-    GraniteMoe => "GraniteMoeForCausalLM", "granitemoe", Transformers, "";
+    GraniteMoe => "GraniteMoeForCausalLM", "granitemoe", Transformers, "granitemoe";
     /// Granite MoE with a shared expert.
-    GraniteMoeShared => "GraniteMoeSharedForCausalLM", "granitemoeshared", Transformers, "";
+    GraniteMoeShared => "GraniteMoeSharedForCausalLM", "granitemoeshared", Transformers, "granitemoe";
     /// Qwen3-Next-80B-A3B.
     Qwen3Next => "Qwen3NextForCausalLM", "qwen3_next", Transformers, "";
     /// Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B, Qwen3.6-35B-A3B.
@@ -147,6 +149,12 @@ architectures! {
     HunyuanV3 => "HYV3ForCausalLM", "hy_v3", Transformers, "";
     /// Gemma-4-26B-A4B.
     Gemma4 => "Gemma4ForConditionalGeneration", "gemma4", Transformers, "";
+    /// LongCat-Flash.
+    LongcatFlash => "LongcatFlashForCausalLM", "longcat_flash", Transformers, "";
+    /// Llama-4 Scout, Maverick.
+    Llama4 => "Llama4ForConditionalGeneration", "llama4", Transformers, "";
+    /// Phi-3.5-MoE.
+    Phimoe => "PhimoeForCausalLM", "phimoe", Transformers, "";
 }
 
 impl fmt::Display for Architecture {
@@ -186,6 +194,10 @@ pub enum TensorNames {
     Granite,
     /// As Qwen, but what feeds a delta net in a tensor for each, and all experts in one tensor, or as common.
     Qwen35,
+    /// As common, but what belongs to an attention numbered in it: two of our layers are one of this family's.
+    Longcat,
+    /// As common, but MLPs of names of their own: all experts in one tensor, transposed, gate beside up.
+    Llama4,
     /// All experts in one tensor of three dimensions, as newer libraries keep them in memory.
     Merged,
     /// `blk.3.ffn_gate_exps.weight`: GGUF, whose files know no other names.
@@ -225,8 +237,10 @@ impl Default for Factors {
 /// A norm over the hidden width.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormSpec {
-    /// Which norm; neither kind has a bias.
+    /// Which norm.
     pub kind: NormKind,
+    /// Whether it has a bias.
+    pub bias: bool,
     /// Added under the root.
     pub eps: f32,
     /// Whether weights are stored less 1, those of the norms of queries and keys too.
@@ -282,6 +296,11 @@ impl GqaSpec {
         if self.gated { 2 * self.head_dim } else { self.head_dim }
     }
 
+    /// Whether the norm of queries and keys has weights.
+    pub(crate) fn has_norm_weights(&self) -> bool {
+        self.qk_norm.is_some_and(|norm| norm != QkNorm::Unweighted)
+    }
+
     /// The same for all of them.
     fn query_rows(&self) -> usize {
         self.heads * self.query_rows_of_head()
@@ -295,6 +314,8 @@ pub enum QkNorm {
     PerHead,
     /// All heads of a token together.
     FullWidth,
+    /// Each head by itself, without weights.
+    Unweighted,
 }
 
 /// Latent attention: `c = norm(KvDown·x)` is cached with one rotated key `k_r` of width `rope`; per head,
@@ -317,8 +338,10 @@ pub struct MlaSpec {
     pub inner_eps: f32,
     /// Whether `QueryDown`, `KvDown` and the output projection have a bias.
     pub bias: bool,
-    /// Factor on the scores, with the square of yarn's magnitude scale.
+    /// Factor on the scores, with the square of yarn's magnitude scale, and that of queries.
     pub scale: f32,
+    /// Factor on the latent of keys and values, behind its norm.
+    pub latent_scale: f32,
 }
 
 /// A gated delta net. Queries, keys and values of all heads pass a convolution over the last tokens and the delta rule
@@ -426,6 +449,8 @@ pub struct RopeSpec {
     pub inverse_frequencies: Vec<f32>,
     /// Factor on cosines and sines.
     pub attention_factor: f32,
+    /// A further one on queries; where there is one, keys are left as they are.
+    pub growth: Option<Growth>,
 }
 
 /// One layer, `x → y`. With `a = x + attention(norm(x))`:
@@ -435,13 +460,15 @@ pub struct RopeSpec {
 ///   layer's input and do not wait for attention;
 /// - in a sandwich (Gemma 4), `a = x + out(attention(norm(x)))` and
 ///   `y = scale · (a + out(out(residual(residual_norm(a))) + out(mlp(norm(a)))))`: each `out` is a norm of its own, and the
-///   dense MLP has the activation of the experts.
+///   dense MLP has the activation of the experts;
+/// - with late experts (LongCat-Flash), `y = a + shared(norm(a))`, and the next layer adds `experts(norm(a))` to what it
+///   gives: they have all of its time to travel in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
     /// How tokens look at each other.
     pub attention: AttentionSpec,
-    /// How many positions back a token sees, itself included; everything when absent.
-    pub window: Option<usize>,
+    /// How far back a token sees.
+    pub sight: Sight,
     /// Which of the model's rotary embeddings its queries and keys have; none, and no positions at all, when absent.
     pub rope: Option<usize>,
     /// The MLP after attention.
@@ -450,6 +477,8 @@ pub struct LayerSpec {
     pub residual_mlp: Option<usize>,
     /// Whether what the parts give is normed too.
     pub sandwich: bool,
+    /// Whether what its experts give is added behind the next layer; that has none.
+    pub late_experts: bool,
 }
 
 /// The MLP of a layer; every one is gated, `down(silu(gate·x) ⊙ (up·x))`.
@@ -497,6 +526,22 @@ pub struct MoeSpec {
     pub expert_scales: bool,
     /// The expert of every token, added to the routed sum.
     pub shared: Option<SharedSpec>,
+    /// Further experts, numbered after the others, that give rows back as they are.
+    pub identities: usize,
+    /// Whether weights are put on what experts read, instead of what they give.
+    pub scaled_inputs: bool,
+}
+
+impl MoeSpec {
+    /// Experts that the router chooses from.
+    pub fn choices(&self) -> usize {
+        self.experts + self.identities
+    }
+
+    /// Experts that compute for a token, of those that it is sent to: where some give rows back as they are, on average.
+    pub fn computed(&self) -> usize {
+        (self.router.top_k * self.experts).div_ceil(self.choices())
+    }
 }
 
 /// A shared expert.
@@ -527,7 +572,7 @@ impl ModelSpec {
             count.active += match part {
                 Part::Layer(layer, LayerPart::Expert(expert, _) | LayerPart::ExpertBias(expert, _)) => {
                     // Which experts a token meets varies, but they are equal: the first stand for the chosen.
-                    let chosen = self.layers[layer.0].mlp.moe().map_or(0, |moe| moe.router.top_k);
+                    let chosen = self.layers[layer.0].mlp.moe().map_or(0, MoeSpec::computed);
                     if expert.0 < chosen { numbers } else { 0 }
                 }
                 _ => numbers,
@@ -580,7 +625,8 @@ impl ModelSpec {
         let (vocab, hidden) = (self.vocab, self.hidden);
         match part {
             Part::Embedding => WeightShape::Table { rows: vocab, width: hidden },
-            Part::FinalNorm => vector(hidden),
+            Part::FinalNorm | Part::FinalNormBias => vector(hidden),
+            Part::LmHeadBias => vector(vocab),
             Part::LmHead => matrix(vocab, hidden),
             Part::Layer(layer, part) => self.layer_shape(&self.layers[layer.0], part),
         }
@@ -591,10 +637,11 @@ impl ModelSpec {
         let hidden = self.hidden;
         let shape = match (part, &layer.mlp, layer.residual_mlp) {
             (InputNorm | PostAttentionNorm | ResidualNorm | OutNorm(_), ..) => Some(vector(hidden)),
+            (InputNormBias | PostAttentionNormBias, ..) => Some(vector(hidden)),
             (LayerScale, ..) => Some(vector(1)),
             (RouterScale, MlpSpec::Moe(_), _) => Some(vector(hidden)),
-            (Router, MlpSpec::Moe(moe), _) => Some(matrix(moe.experts, hidden)),
-            (RouterBias | CorrectionBias | ExpertScales, MlpSpec::Moe(moe), _) => Some(vector(moe.experts)),
+            (Router, MlpSpec::Moe(moe), _) => Some(matrix(moe.choices(), hidden)),
+            (RouterBias | CorrectionBias | ExpertScales, MlpSpec::Moe(moe), _) => Some(vector(moe.choices())),
             (ExpertBias(_, Map::DownProj), MlpSpec::Moe(_), _) => Some(vector(hidden)),
             (ExpertBias(..), MlpSpec::Moe(moe), _) => Some(vector(moe.inner)),
             (Expert(_, map), MlpSpec::Moe(moe), _) => Some(map.shape(hidden, moe.inner)),
@@ -623,6 +670,7 @@ impl ModelSpec {
             (KeyBias | ValueBias, AttentionSpec::Gqa(spec)) => vector(spec.kv_heads * spec.head_dim),
             (QueryNorm | KeyNorm, AttentionSpec::Gqa(spec)) => vector(match (spec.qk_norm?, part) {
                 (QkNorm::PerHead, _) => spec.head_dim,
+                (QkNorm::Unweighted, _) => return None,
                 (QkNorm::FullWidth, QueryNorm) => spec.heads * spec.head_dim,
                 (QkNorm::FullWidth, _) => spec.kv_heads * spec.head_dim,
             }),

@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use epsmoe_base::DType;
-use epsmoe_device::op::{GroupLimit, Swish, TopKRouter};
+use epsmoe_device::op::{GroupLimit, Sight, Swish, TopKRouter};
 use epsmoe_model::config::{self, Config};
 use epsmoe_model::{
     Architecture, AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, preset, preset_text,
@@ -115,14 +115,22 @@ fn layer(layer: &LayerSpec) -> String {
             if moe.correction_bias {
                 text += ", bias";
             }
+            if moe.identities > 0 {
+                text += &format!(", {} identities", moe.identities);
+            }
+            if moe.scaled_inputs {
+                text += ", scaled inputs";
+            }
             if let Some(shared) = moe.shared {
                 text += &format!(", shared {}{}", shared.inner, if shared.gated { " gated" } else { "" });
             }
             text
         }
     };
-    if let Some(window) = layer.window {
-        text += &format!(", window {window}");
+    match layer.sight {
+        Sight::All => {}
+        Sight::Last(window) => text += &format!(", window {window}"),
+        Sight::Stretch(stretch) => text += &format!(", stretch {stretch}"),
     }
     match layer.rope {
         Some(0) => {}
@@ -134,6 +142,9 @@ fn layer(layer: &LayerSpec) -> String {
     }
     if layer.sandwich {
         text += ", sandwich";
+    }
+    if layer.late_experts {
+        text += ", late";
     }
     text
 }
@@ -518,6 +529,43 @@ fn published_configurations_are_read() {
         "head_dim": 128, "first_k_dense_replace": 1, "sliding_window": 128, "sliding_window_pattern": "LLLG",
         "routed_scaling_factor": 2.5, "norm_topk_prob": true, "vocab_size": 153_600, "rope_theta": 1_000_000
     });
+    let longcat = json!({
+        "architectures": ["LongcatFlashForCausalLM"], "attention_bias": false, "vocab_size": 131_072, "hidden_size": 6144,
+        "ffn_hidden_size": 12_288, "expert_ffn_hidden_size": 2048, "num_layers": 28, "num_attention_heads": 64,
+        "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "v_head_dim": 128, "qk_nope_head_dim": 128,
+        "mla_scale_q_lora": true, "mla_scale_kv_lora": true, "routed_scaling_factor": 6.0, "n_routed_experts": 512,
+        "rms_norm_eps": 1e-5, "rope_theta": 10_000_000.0, "max_position_embeddings": 131_072, "zero_expert_num": 256,
+        "zero_expert_type": "identity", "moe_topk": 12, "attention_method": "MLA", "bos_token_id": 1, "eos_token_id": 2
+    });
+    let scout = json!({
+        "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "tie_word_embeddings": false,
+        "text_config": {
+            "attention_bias": false, "attention_chunk_size": 8192, "attn_temperature_tuning": 4, "floor_scale": 8192,
+            "attn_scale": 0.1, "head_dim": 128, "hidden_size": 5120, "interleave_moe_layer_step": 1,
+            "intermediate_size": 8192, "intermediate_size_mlp": 16_384, "max_position_embeddings": 10_485_760,
+            "model_type": "llama4_text", "no_rope_layers": [], "num_attention_heads": 40, "num_experts_per_tok": 1,
+            "num_hidden_layers": 48, "num_key_value_heads": 8, "num_local_experts": 16, "rope_theta": 500_000.0,
+            "rope_scaling": { "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3" }, "use_qk_norm": true,
+            "vocab_size": 202_048
+        },
+        "vision_config": { "model_type": "llama4_vision_model" }
+    });
+    let maverick = json!({ "text_config": {
+        "model_type": "llama4_text", "hidden_size": 5120, "interleave_moe_layer_step": 2, "intermediate_size": 8192,
+        "intermediate_size_mlp": 16_384, "num_attention_heads": 40, "num_hidden_layers": 48, "num_key_value_heads": 8,
+        "num_local_experts": 128, "num_experts_per_tok": 1, "rope_scaling": null, "use_qk_norm": false, "vocab_size": 202_048
+    } });
+    let phi = json!({
+        "architectures": ["PhiMoEForCausalLM"], "attention_bias": true, "hidden_size": 4096, "input_jitter_noise": 0.01,
+        "intermediate_size": 6400, "lm_head_bias": true, "max_position_embeddings": 131_072, "model_type": "phimoe",
+        "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_local_experts": 16, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+        "rope_scaling": { "type": "longrope", "short_factor": vec![1.0; 64], "long_factor": vec![2.0; 64],
+            "short_mscale": 1.243_163_121_016_122, "long_mscale": 1.243_163_121_016_122,
+            "original_max_position_embeddings": 4096 },
+        "router_jitter_noise": 0.01, "sliding_window": 131_072, "tie_word_embeddings": false, "vocab_size": 32_064
+    });
     let with = |base: &Value, patch: Value| {
         let mut config = base.clone();
         config.as_object_mut().unwrap().extend(patch.as_object().unwrap().clone());
@@ -547,6 +595,11 @@ fn published_configurations_are_read() {
         ("Gemma-4-26B-A4B", gemma, 25.2, 3.8),
         ("Solar-Open-100B", solar, 102.6, 12.0),
         ("K-EXAONE-236B-A23B", exaone, 236.6, 23.7),
+        // Of the twelve experts that a token is sent to, eight compute, on average.
+        ("LongCat-Flash", longcat, 560.7, 27.9),
+        ("Llama-4 Scout", scout.clone(), 107.8, 17.2),
+        ("Llama-4 Maverick", with(&scout, maverick), 400.7, 17.2),
+        ("Phi-3.5-MoE", phi, 41.9, 6.6),
     ];
     for (name, config, total, active) in expected {
         let spec = config::parse(config.to_string().as_bytes(), name).unwrap();
@@ -628,6 +681,62 @@ fn families_of_deepseeks_gate() {
 }
 
 #[test]
+fn longcat_llama_and_phi() {
+    check(
+        "longcat_flash",
+        "LongcatFlashForCausalLM bfloat16 V320 H32 positions 4096 Rms 1e-5 bos 0 eos [1]
+         latent 4 heads q 24 kv 16 of 12+8 value 12 scale 0.25820 bias false eps 1e-6
+         Interleaved 8 to 5.6234e-6 times 1.0000
+         8 experts of 16, top 4 Softmax x3, bias, 4 identities, shared 40, late
+         dense 40
+         8 experts of 16, top 4 Softmax x3, bias, 4 identities, shared 40, late
+         dense 40",
+    );
+    check(
+        "llama4_text",
+        "Llama4ForConditionalGeneration bfloat16 V320 H48 positions 4096 Rms 1e-5 bos 0 eos [1]
+         6/2 heads of 8 scale 0.35355, norm Unweighted, after rope
+         6/2 heads of 8 scale 0.35355
+         Interleaved 8 to 5.3183e-5 times 1.0000
+         dense 40, stretch 20
+         6 experts of 24, top 1 SigmoidOfLogit x1, scaled inputs, shared 24, stretch 20
+         dense 40, stretch 20
+         6 experts of 24, top 1 SigmoidOfLogit x1, scaled inputs, shared 24, rope 1",
+    );
+    check(
+        "phimoe",
+        "PhimoeForCausalLM bfloat16 V320 H48 positions 1024 Layer 1e-5 bos 0 eos [1]
+         6/2 heads of 8 scale 0.35355, qkv bias, output bias
+         HalfSplit 8 to 6.6667e-4 times 1.2000
+         8 experts of 20, top 2 SparseMixer { jitter: 0.1 } x1, window 100",
+    );
+    let spec = config::read(&fixture("longcat_flash")).unwrap();
+    let AttentionSpec::Mla(attention) = spec.layers[0].attention else { panic!("{:?}", spec.layers[0]) };
+    assert_eq!(attention.latent_scale, 2f32.sqrt());
+    for (patch, expected) in [
+        (json!({ "zero_expert_type": "zero" }), "`zero_expert_type` is \"zero\", but must be `identity`, the only kind supported; correct it or fetch the file again"),
+        (json!({ "norm_topk_prob": true }), "`norm_topk_prob` is true, which is not supported"),
+    ] {
+        refused("longcat_flash", patch, expected);
+    }
+    refused(
+        "llama4_text",
+        json!({ "attention_chunk_size": null }),
+        "layer 0 has attention in chunks, but `attention_chunk_size` is null; correct it or fetch the file again",
+    );
+    refused(
+        "llama4_text",
+        json!({ "no_rope_layers": [1, 0] }),
+        "`no_rope_layers` must say 0 or 1 for each of 4 layers; correct it or fetch the file again",
+    );
+    refused(
+        "phimoe",
+        json!({ "num_experts_per_tok": 3 }),
+        "`num_experts_per_tok` is 3; this router always chooses 2",
+    );
+}
+
+#[test]
 fn delta_nets() {
     check(
         "qwen3_next",
@@ -674,7 +783,11 @@ fn what_is_asked_for_and_missing_is_said() {
             "KimiLinearForCausalLM",
             "most of its layers have a delta net whose decays are one for each channel",
         ),
-        ("LongcatFlashForCausalLM", "it has experts that compute nothing, and two attentions a layer"),
+        ("JambaForCausalLM", "most of its layers are state space models"),
+        (
+            "DeepseekV4ForCausalLM",
+            "its attention looks at compressed tokens, and its residual stream is several",
+        ),
     ] {
         refused(
             "mixtral",

@@ -58,12 +58,15 @@ pub(crate) struct LayerBuffers {
     /// Sums that came back `[rows sent, H]`, and which of them make each token's output `[T, min(k, R)]`.
     pub(crate) combined_rows: Buffer,
     pub(crate) combine_index: Buffer,
-    /// In a world of one rank, a constant: the tokens themselves, `0, 1, 2, …` `[T, 1]`.
+    /// Where tokens are looked up by themselves, a constant: `0, 1, 2, …` `[T, 1]`.
     pub(crate) every_token: Buffer,
     /// The shared expert's activations `[T, shared I]`, its gate `[T, 1]` and its output `[T, H]`.
     pub(crate) shared_inner: Buffer,
     pub(crate) shared_gate: Buffer,
     pub(crate) shared_out: Buffer,
+    /// The weight of experts that give rows back as they are `[T, 1]`, and what they give `[T, H]`.
+    pub(crate) kept_weights: Buffer,
+    pub(crate) kept_rows: Buffer,
 }
 
 impl LayerBuffers {
@@ -76,6 +79,7 @@ impl LayerBuffers {
             shared_inner,
             top_k,
             experts,
+            identities,
             ranks,
             local_slots,
             replicas,
@@ -85,6 +89,7 @@ impl LayerBuffers {
         // What is counted and announced is told of each micro-batch.
         let batches = if options.policy.schedule == Schedule::TwoBatch { 2 } else { 1 };
         let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
+        let kept_tokens = if identities > 0 { tokens } else { 0 };
         let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
         let travelling = |name, rows, format: RowFormat| {
             let (dtype, elements) = format.elements(hidden);
@@ -93,7 +98,7 @@ impl LayerBuffers {
         let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
         Ok(LayerBuffers {
-            router_logits: floats("router_logits", tokens, experts)?,
+            router_logits: floats("router_logits", tokens, experts + identities)?,
             router_experts: indices("router_experts", tokens, top_k)?,
             router_weights: floats("router_weights", tokens, top_k)?,
             slot_of: indices("slot_of", experts, replicas)?,
@@ -121,10 +126,12 @@ impl LayerBuffers {
             sums: travelling("sums", rows_received, wire.combine)?,
             combined_rows: travelling("combined_rows", rows_sent, wire.combine)?,
             combine_index: indices("combine_index", tokens, layer.ranks_of_token())?,
-            every_token: indices("every_token", if ranks == 1 { tokens } else { 0 }, 1)?,
+            every_token: indices("every_token", if ranks == 1 { tokens } else { kept_tokens }, 1)?,
             shared_inner: values("shared_inner", shared_tokens, shared_inner)?,
             shared_gate: floats("shared_gate", shared_tokens, 1)?,
             shared_out: values("shared_out", shared_tokens, hidden)?,
+            kept_weights: floats("kept_weights", kept_tokens, 1)?,
+            kept_rows: values("kept_rows", kept_tokens, hidden)?,
         })
     }
 

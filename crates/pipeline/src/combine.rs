@@ -4,7 +4,7 @@ use crate::batch::{Batch, Rows};
 use crate::run::Call;
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Lane, Phase, Place, Stage};
-use epsmoe_device::Backend;
+use epsmoe_device::{Backend, Buffer};
 use epsmoe_device::op::Reduce;
 
 impl<B: Backend> ExpertPipeline<B> {
@@ -29,9 +29,34 @@ impl<B: Backend> ExpertPipeline<B> {
         Ok(Some(self.device.record(Lane::Transfer)))
     }
 
-    /// Every token's sums, added in rank order, then the shared expert's output. In place a token has one sum, which was
-    /// rounded as if it had travelled.
-    pub(crate) fn sum(&self, call: &Call<'_>, batch: &Batch) -> Result<(), PipelineError> {
+    /// What a batch's sums are added to: the shared expert's output, and rows that experts give back as they are.
+    pub(crate) fn addend(&self, call: &Call<'_>, batch: &Batch) -> Result<Option<Buffer>, PipelineError> {
+        let (buffers, tokens) = (&self.buffers, batch.tokens.clone());
+        let shared = call.layer.shared.as_ref().filter(|_| call.shared_out.is_none());
+        let shared = shared.map(|_| buffers.shared_out.rows(tokens.clone())).transpose()?;
+        if !call.layer.identities.is_some_and(|identities| identities.added) {
+            return Ok(shared);
+        }
+        let out = buffers.kept_rows.rows(tokens.clone())?;
+        let keep = Reduce {
+            x: batch.x.clone(),
+            index: buffers.every_token.rows(0..tokens.len())?,
+            weights: Some(buffers.kept_weights.rows(tokens)?),
+            addend: shared,
+            out: out.clone(),
+        };
+        self.compute(Place::layer(call.layer.layer).phase(Phase::Reduce), keep)?;
+        Ok(Some(out))
+    }
+
+    /// Every token's sums, added in rank order, then what there is to add. In place a token has one sum, which was rounded
+    /// as if it had travelled.
+    pub(crate) fn sum(
+        &self,
+        place: Place,
+        batch: &Batch,
+        addend: Option<Buffer>,
+    ) -> Result<(), PipelineError> {
         let (buffers, tokens) = (&batch.buffers, batch.tokens.clone());
         let (x, index) = match &batch.rows {
             Rows::InPlace => {
@@ -39,11 +64,9 @@ impl<B: Backend> ExpertPipeline<B> {
             }
             Rows::Travel(travel) => (
                 buffers.combined_rows.rows(0..travel.traffic.rows_sent(self.fabric.rank()))?,
-                buffers.combine_index.rows(tokens.clone())?,
+                buffers.combine_index.rows(tokens)?,
             ),
         };
-        let addend = call.layer.shared.as_ref().map(|_| buffers.shared_out.rows(tokens)).transpose()?;
-        let sum = Reduce { x, index, weights: None, addend, out: batch.y.clone() };
-        self.compute(Place::layer(call.layer.layer).phase(Phase::Sum), sum)
+        self.compute(place, Reduce { x, index, weights: None, addend, out: batch.y.clone() })
     }
 }

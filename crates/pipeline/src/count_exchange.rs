@@ -29,7 +29,7 @@ impl<B: Backend> ExpertPipeline<B> {
         let of_batch = |number: usize| -> Result<LayerHistograms, PlanError> {
             let of_rank =
                 |message: &CountMessage| message.counts.get(number).cloned().unwrap_or_else(nothing);
-            LayerHistograms::new(map, call.layer.router.top_k, messages.iter().map(of_rank).collect())
+            LayerHistograms::of_fanout(map, call.layer.fanout(), messages.iter().map(of_rank).collect())
         };
         let counts = (0..packed.len()).map(of_batch).collect::<Result<Vec<_>, _>>()?;
         let feedback: Vec<Feedback> = messages.into_iter().filter_map(|message| message.feedback).collect();

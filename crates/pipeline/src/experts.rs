@@ -7,7 +7,7 @@ use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{DType, Lane, Phase, Place, Stage};
 use epsmoe_device::op::{
     Activate, AddSlotBias, Epilogue, ExpertGemm, Fp8, Gemm, GemmPart, HostToDevice, ReceiveOrder, Reduce,
-    SlotBias, SortBySlot, Travelled,
+    ScaleTerms, SlotBias, SortBySlot, Travelled,
 };
 use epsmoe_device::{Backend, Buffer, Weight};
 use epsmoe_plan::GemmKind;
@@ -99,6 +99,10 @@ impl<B: Backend> ExpertPipeline<B> {
             Fp8::Through,
             [batch.x.clone(), index, expanded.clone()],
         )?;
+        let weights = buffers.slot_weights.rows(batch.tokens.clone())?;
+        if call.layer.scaled_inputs {
+            self.scale_inputs(place, &expanded, [&buffers.reduce_index.rows(tokens.clone())?, &weights], 0)?;
+        }
         let starts = buffers.slot_starts.rows(0..call.layer.experts.len() + 1)?;
         let product = |x, weight: fn(&Mlp) -> &Weight, epilogue, out| ExpertGemm {
             x,
@@ -114,8 +118,8 @@ impl<B: Backend> ExpertPipeline<B> {
         let down = product(inner, |mlp| &mlp.down, Epilogue::Store, outputs.clone());
         self.compute(place.phase(Phase::Down), down)?;
         self.add_down_bias(place, call, &starts, &outputs, 0)?;
-        let weights = buffers.slot_weights.rows(batch.tokens.clone())?;
-        self.reduce(place, outputs, &buffers.reduce_index, &weights, &buffers.sums, tokens)
+        let weights = (!call.layer.scaled_inputs).then_some(&weights);
+        self.reduce(place, outputs, &buffers.reduce_index, weights, &buffers.sums, tokens)
     }
 
     /// The experts of one stage over rows that have arrived. Outputs of earlier stages are kept until the last expert of
@@ -135,7 +139,13 @@ impl<B: Backend> ExpertPipeline<B> {
             buffers.expand_index.rows(assignments.clone())?,
             buffers.expanded.rows(0..assignments.len())?,
         ];
+        let expanded = expand[2].clone();
         self.gather_rows(place.phase(Phase::Expand), Fp8::Decode, expand)?;
+        if call.layer.scaled_inputs {
+            let rows = 0..traffic.rows_received(me);
+            let terms = [&buffers.reduce_index.rows(rows.clone())?, &buffers.reduce_weights.rows(rows)?];
+            self.scale_inputs(place, &expanded, terms, assignments.start)?;
+        }
         let slots = batch.table.slots_of(me, stage);
         let inner = buffers.inner.rows(0..assignments.len())?;
         let (epilogue, activated) = self.activated(call, buffers, &inner)?;
@@ -159,7 +169,20 @@ impl<B: Backend> ExpertPipeline<B> {
         self.add_down_bias(place, call, &starts, &buffers.outputs.rows(assignments.clone())?, first)?;
         let (outputs, rows) =
             (buffers.outputs.rows(0..assignments.end)?, traffic.combine_send_stage(me, stage));
-        self.reduce(place, outputs, &buffers.reduce_index, &buffers.reduce_weights, &buffers.sums, rows)
+        let weights = (!call.layer.scaled_inputs).then_some(&buffers.reduce_weights);
+        self.reduce(place, outputs, &buffers.reduce_index, weights, &buffers.sums, rows)
+    }
+
+    /// Puts the weights of all sums on the rows of a stage's assignments, which count from `first` on.
+    fn scale_inputs(
+        &self,
+        place: Place,
+        x: &Buffer,
+        [index, weights]: [&Buffer; 2],
+        first: usize,
+    ) -> Result<(), PipelineError> {
+        let scale = ScaleTerms { x: x.clone(), index: index.clone(), weights: weights.clone(), first };
+        self.compute(place.phase(Phase::Expand), scale)
     }
 
     /// What gate and up products end in, and where: in the activations themselves, or before an operation of their own.
@@ -227,20 +250,20 @@ impl<B: Backend> ExpertPipeline<B> {
         }
     }
 
-    /// Partial sums of the rows whose last expert here is done: weights applied, folded in slot order.
+    /// Partial sums of the rows whose last expert here is done: weights applied, if they are not yet, folded in slot order.
     fn reduce(
         &self,
         place: Place,
         outputs: Buffer,
         index: &Buffer,
-        weights: &Buffer,
+        weights: Option<&Buffer>,
         sums: &Buffer,
         rows: Range<usize>,
     ) -> Result<(), PipelineError> {
         let reduce = Reduce {
             x: outputs,
             index: index.rows(rows.clone())?,
-            weights: Some(weights.rows(rows.clone())?),
+            weights: weights.map(|weights| weights.rows(rows.clone())).transpose()?,
             addend: None,
             out: sums.rows(rows)?,
         };

@@ -47,7 +47,8 @@ pub use count_exchange::disagreement;
 pub use routed_peers::RoutedPeers;
 pub use routing_log::{Flips, RoutingLog, RoutingLogError, TokenId};
 pub use run::{
-    ExpertActivation, ExpertPipeline, HostTimes, LayerReport, Mlp, MoeLayer, PipelineOptions, SharedMlp,
+    ExpertActivation, ExpertPipeline, HostTimes, Identities, LayerReport, Mlp, MoeLayer, Pending,
+    PipelineOptions, SharedMlp,
 };
 pub use spans::take_spans;
 

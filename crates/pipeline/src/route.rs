@@ -3,7 +3,7 @@
 use crate::run::MoeLayer;
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Phase, Place};
-use epsmoe_device::op::{AssignSlots, Gemm, HostToDevice, Route};
+use epsmoe_device::op::{AssignSlots, Gemm, HostToDevice, Route, Slotless};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 use epsmoe_plan::{Routing, SlotMap};
 
@@ -15,7 +15,7 @@ impl<B: Backend> ExpertPipeline<B> {
         let tokens = 0..x.rows;
         let experts = self.device.read_u32(&self.buffers.router_experts.rows(tokens.clone())?)?;
         let weights = self.device.read_f32(&self.buffers.router_weights.rows(tokens)?)?;
-        Ok(Routing::new(layer.slots.experts(), layer.router.top_k, experts, weights)?)
+        Ok(Routing::new(layer.choices(), layer.router.top_k, experts, weights)?)
     }
 
     /// Chooses every token's experts: their numbers and weights `[T, k]`, on the device.
@@ -50,12 +50,16 @@ impl<B: Backend> ExpertPipeline<B> {
     pub(crate) fn assign(&self, layer: &MoeLayer, tokens: usize) -> Result<(), PipelineError> {
         self.hold_map(&layer.slots)?;
         let (buffers, tokens) = (&self.buffers, 0..tokens);
+        let slotless = |experts| -> Result<_, DeviceError> {
+            Ok(Slotless { experts, weights: buffers.kept_weights.rows(tokens.clone())? })
+        };
         let assign = AssignSlots {
             experts: buffers.router_experts.rows(tokens.clone())?,
             weights: buffers.router_weights.rows(tokens.clone())?,
             slot_of: self.slot_table(&layer.slots)?,
             slots: buffers.slots.rows(tokens.clone())?,
-            slot_weights: buffers.slot_weights.rows(tokens)?,
+            slot_weights: buffers.slot_weights.rows(tokens.clone())?,
+            slotless: layer.identities.map(|identities| slotless(identities.experts)).transpose()?,
         };
         self.compute(Place::layer(layer.layer), assign)
     }

@@ -13,7 +13,7 @@ use epsmoe_plan::{
 };
 use serde::{Deserialize, Serialize};
 use std::cell::{Cell, RefCell};
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -57,6 +57,32 @@ pub struct MoeLayer {
     pub activation: Option<ExpertActivation>,
     /// The expert that every token visits, if the model has one.
     pub shared: Option<SharedMlp>,
+    /// Experts that give rows back as they are, if the model has some.
+    pub identities: Option<Identities>,
+    /// Whether weights are put on what experts read, instead of what they give.
+    pub scaled_inputs: bool,
+}
+
+impl MoeLayer {
+    /// Experts that the router chooses from.
+    pub fn choices(&self) -> usize {
+        self.slots.experts() + self.identities.map_or(0, |identities| identities.experts)
+    }
+
+    /// How many slots tokens are sent to.
+    pub(crate) fn fanout(&self) -> RangeInclusive<usize> {
+        let least = if self.identities.is_some() { 0 } else { self.router.top_k };
+        least..=self.router.top_k
+    }
+}
+
+/// Experts that give rows back as they are: nothing of theirs is computed, and no row travels for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identities {
+    /// How many; they are numbered after the others.
+    pub experts: usize,
+    /// Whether this rank adds what they give: of ranks that split every expert, one does.
+    pub added: bool,
 }
 
 /// An activation that is an operation of its own, and the biases of the experts' maps.
@@ -143,6 +169,18 @@ pub(crate) struct Call<'a> {
     /// Input and output `[T, H]`.
     pub(crate) x: &'a Buffer,
     pub(crate) y: &'a Buffer,
+    /// Where the shared expert's output is wanted by itself, instead of in `y`.
+    pub(crate) shared_out: Option<&'a Buffer>,
+}
+
+/// A layer that is enqueued up to its last sums.
+pub struct Pending<B: Backend> {
+    batches: Vec<Batch>,
+    /// `[batch]` the arrival of its last sums.
+    combined: Vec<Option<B::Event>>,
+    /// `[batch]` what is added to them.
+    addends: Vec<Option<Buffer>>,
+    report: LayerReport,
 }
 
 impl<B: Backend> ExpertPipeline<B> {
@@ -223,7 +261,35 @@ impl<B: Backend> ExpertPipeline<B> {
     /// enqueued: `y` is complete when the compute lane is.
     pub fn run(&self, layer: &MoeLayer, x: &Buffer, y: &Buffer) -> Result<LayerReport, PipelineError> {
         self.choose(layer, x)?;
-        self.run_chosen(Call { layer, table: None, x, y })
+        self.run_chosen(Call { layer, table: None, x, y, shared_out: None })
+    }
+
+    /// The first part of a layer whose shared expert's output goes to `shared`, and what the experts give to `y`, but not
+    /// before [`finish`](Self::finish): what is enqueued until then computes while the last sums travel. `routing`, if
+    /// there is one, overrules the router.
+    pub fn begin(
+        &self,
+        layer: &MoeLayer,
+        routing: Option<&Routing>,
+        x: &Buffer,
+        [shared, y]: [&Buffer; 2],
+    ) -> Result<Pending<B>, PipelineError> {
+        match routing {
+            Some(routing) => self.overrule(layer, routing)?,
+            None => self.choose(layer, x)?,
+        }
+        self.begin_chosen(&Call { layer, table: None, x, y, shared_out: Some(shared) })
+    }
+
+    /// The rest of it, as work of `place`.
+    pub fn finish(&self, place: Place, pending: Pending<B>) -> Result<LayerReport, PipelineError> {
+        let Pending { batches, combined, addends, mut report } = pending;
+        for ((batch, combined), addend) in batches.iter().zip(&combined).zip(addends) {
+            self.after(Lane::Compute, combined.as_ref());
+            self.sum(place, batch, addend)?;
+        }
+        report.host.enqueued = Some(Instant::now());
+        Ok(report)
     }
 
     /// [`run`](Self::run) with experts that are already chosen.
@@ -235,7 +301,7 @@ impl<B: Backend> ExpertPipeline<B> {
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
         self.overrule(layer, routing)?;
-        self.run_chosen(Call { layer, table: None, x, y })
+        self.run_chosen(Call { layer, table: None, x, y, shared_out: None })
     }
 
     /// [`run`](Self::run) by a given table, the same on all ranks, instead of what was asked for at the start: to measure
@@ -252,7 +318,7 @@ impl<B: Backend> ExpertPipeline<B> {
         if let Some(routing) = routing {
             self.overrule(layer, routing)?;
         }
-        self.run_chosen(Call { layer, table: Some(table), x, y })
+        self.run_chosen(Call { layer, table: Some(table), x, y, shared_out: None })
     }
 
     /// Whether a layer of so many tokens is enqueued without anything that the host waits for or brings along.
@@ -265,10 +331,13 @@ impl<B: Backend> ExpertPipeline<B> {
     }
 
     fn run_chosen(&self, call: Call<'_>) -> Result<LayerReport, PipelineError> {
-        let mut report = LayerReport::default();
+        let pending = self.begin_chosen(&call)?;
+        self.finish(sum_of(call.layer), pending)
+    }
+
+    fn begin_chosen(&self, call: &Call<'_>) -> Result<Pending<B>, PipelineError> {
         self.assign(call.layer, call.x.rows)?;
-        self.run_tokens(&call, 0..call.x.rows, &mut report)?;
-        Ok(report)
+        self.run_tokens(call, 0..call.x.rows, LayerReport::default())
     }
 
     /// Runs some of the tokens. If some rank could not hold what would arrive there, every rank sees it in the counts,
@@ -277,13 +346,14 @@ impl<B: Backend> ExpertPipeline<B> {
         &self,
         call: &Call<'_>,
         tokens: Range<usize>,
-        report: &mut LayerReport,
-    ) -> Result<(), PipelineError> {
+        mut report: LayerReport,
+    ) -> Result<Pending<B>, PipelineError> {
         match self.plan(call, &tokens, &mut report.host)? {
-            Some(batches) => self.walk(call, &tokens, &batches, report),
+            Some(batches) => self.walk(call, &tokens, batches, report),
             None => {
                 let (first, second) = halves(tokens);
-                self.run_tokens(call, first, report)?;
+                let first = self.run_tokens(call, first, report)?;
+                let report = self.finish(sum_of(call.layer), first)?;
                 self.run_tokens(call, second, report)
             }
         }
@@ -358,16 +428,16 @@ impl<B: Backend> ExpertPipeline<B> {
         &self,
         call: &Call<'_>,
         tokens: &Range<usize>,
-        batches: &[Batch],
-        report: &mut LayerReport,
-    ) -> Result<(), PipelineError> {
+        batches: Vec<Batch>,
+        mut report: LayerReport,
+    ) -> Result<Pending<B>, PipelineError> {
         let StageTable { order, shared, reserved, .. } = &batches[0].table;
         self.device.reserve_for_transfers(*reserved);
-        let mut events = Events::new(batches);
+        let mut events = Events::new(&batches);
         for (position, step) in order.iter().enumerate() {
             match *step {
                 Transfer::Dispatch(stage) => {
-                    let number = batch_of(batches, stage);
+                    let number = batch_of(&batches, stage);
                     if events.metadata.len() == number {
                         events.metadata.push(self.exchange_metadata(call, &batches[number])?);
                     }
@@ -375,10 +445,10 @@ impl<B: Backend> ExpertPipeline<B> {
                     // The first rows travel: time for the shared expert.
                     let first = position == 0 && *shared == SharedExpert::BesideFirstDispatch;
                     self.run_shared_if(first, call, tokens)?;
-                    self.run_arrived(call, batches, &mut events)?;
+                    self.run_arrived(call, &batches, &mut events)?;
                 }
                 Transfer::Combine(stage) => {
-                    let (number, reduced) = (batch_of(batches, stage), events.reduced[stage.0].as_ref());
+                    let (number, reduced) = (batch_of(&batches, stage), events.reduced[stage.0].as_ref());
                     events.combined[number] = self.combine(call, &batches[number], stage, reduced)?;
                 }
             }
@@ -388,14 +458,11 @@ impl<B: Backend> ExpertPipeline<B> {
             events.combined.iter().for_each(|combined| self.after(Lane::Compute, combined.as_ref()));
             self.run_shared_if(true, call, tokens)?;
         }
-        for (batch, combined) in batches.iter().zip(&events.combined) {
-            self.after(Lane::Compute, combined.as_ref());
-            self.sum(call, batch)?;
-        }
         self.device.reserve_for_transfers(0);
-        report.host.enqueued = Some(Instant::now());
-        self.note(batches, report);
-        Ok(())
+        self.note(&batches, &mut report);
+        let addend = |batch| self.addend(call, batch);
+        let addends = batches.iter().map(addend).collect::<Result<_, _>>()?;
+        Ok(Pending { batches, combined: events.combined, addends, report })
     }
 
     /// The stages whose rows, and those of all stages before, are on their way.
@@ -424,8 +491,8 @@ impl<B: Backend> ExpertPipeline<B> {
         let Some(shared) = call.layer.shared.as_ref().filter(|_| now) else { return Ok(()) };
         let place = Place::layer(call.layer.layer).phase(Phase::Shared);
         let (buffers, x) = (&self.buffers, call.x.rows(tokens.clone())?);
-        let (inner, out) =
-            (buffers.shared_inner.rows(tokens.clone())?, buffers.shared_out.rows(tokens.clone())?);
+        let out = call.shared_out.unwrap_or(&buffers.shared_out).rows(tokens.clone())?;
+        let inner = buffers.shared_inner.rows(tokens.clone())?;
         self.compute(place, Gemm::gated(x.clone(), &shared.mlp.gate_up, inner.clone()))?;
         self.compute(place, Gemm::linear(inner, &shared.mlp.down, out.clone()))?;
         if let Some(weight) = &shared.gate {
@@ -473,6 +540,11 @@ impl<B: Backend> ExpertPipeline<B> {
         report.peak_bytes = report.peak_bytes.max(LayerBytes::of(sizes, &needed).total());
         report.tables.extend(batches.iter().map(|batch| batch.table.clone()));
     }
+}
+
+/// What the last sums of a layer are.
+fn sum_of(layer: &MoeLayer) -> Place {
+    Place::layer(layer.layer).phase(Phase::Sum)
 }
 
 /// What has been enqueued of a layer, and the events that say when it is done; none where nothing travels.

@@ -107,6 +107,8 @@ pub struct LayerSizes {
     pub top_k: usize,
     /// Routed experts of the layer, E.
     pub experts: usize,
+    /// Further experts that its router chooses from, which give rows back as they are.
+    pub identities: usize,
     /// Ranks that hold them, R.
     pub ranks: usize,
     /// The most slots that a rank has, L.
@@ -132,6 +134,7 @@ impl LayerSizes {
             shared_inner: 0,
             top_k: 0,
             experts: map.experts(),
+            identities: 0,
             ranks: map.ranks(),
             local_slots: map.max_local(),
             replicas: map.most_replicas(),
@@ -165,7 +168,7 @@ pub fn millibits(dtype: DType) -> u64 {
 /// Bytes of every buffer of one rank's MoE layer; its input and its output belong to the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerBytes {
-    /// Router logits `[T, E]`, what was chosen, and the same in slots `[T, k]`.
+    /// Router logits of all experts, what was chosen, and the same in slots `[T, k]`.
     pub router: u64,
     /// Rows to be sent, `[rows sent, H]`, in the format that they travel in.
     pub dispatch_send: u64,
@@ -183,7 +186,8 @@ pub struct LayerBytes {
     pub combine_send: u64,
     /// Partial sums that came back, `[rows sent, H]`, likewise.
     pub combine_receive: u64,
-    /// The shared expert's activations `[T, shared I]`, gate `[T, 1]` and output `[T, H]`.
+    /// The shared expert's activations `[T, shared I]`, gate `[T, 1]` and output `[T, H]`; what experts give back as it is
+    /// `[T, H]`, and their weight.
     pub shared: u64,
     /// Histograms, index arrays and weights that the kernels read.
     pub index: u64,
@@ -193,7 +197,7 @@ impl LayerBytes {
     /// What a layer of these sizes takes for a capacity: that of its pool, or what the layer at hand needs.
     pub fn of(sizes: &LayerSizes, capacity: &Capacity) -> Self {
         let Capacity { tokens, rows_sent, rows_received, assignments, stage_assignments } = *capacity;
-        let LayerSizes { hidden, inner, shared_inner, top_k, experts, .. } = *sizes;
+        let LayerSizes { hidden, inner, shared_inner, top_k, experts, identities, .. } = *sizes;
         let product = |numbers: [usize; 3]| {
             numbers.iter().fold(1u64, |product, &number| product.saturating_mul(number as u64))
         };
@@ -201,9 +205,10 @@ impl LayerBytes {
         let travelling = |rows: usize, format: RowFormat| product([rows, format.bytes(hidden), 1]);
         let words = |rows: usize, width: usize| product([rows, width, 4]);
         let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
+        let kept_tokens = if identities > 0 { tokens } else { 0 };
         let sum = |parts: &[u64]| parts.iter().fold(0u64, |sum, &part| sum.saturating_add(part));
         LayerBytes {
-            router: sum(&[words(tokens, experts), words(tokens, 4 * top_k)]),
+            router: sum(&[words(tokens, experts + identities), words(tokens, 4 * top_k)]),
             dispatch_send: travelling(rows_sent, sizes.wire.dispatch),
             dispatch_receive: travelling(rows_received, sizes.wire.dispatch),
             metadata: sum(&[words(rows_sent, 2 * top_k), words(rows_received, 2 * top_k)]),
@@ -219,6 +224,8 @@ impl LayerBytes {
                 matrix(shared_tokens, shared_inner),
                 words(shared_tokens, 1),
                 matrix(shared_tokens, hidden),
+                words(kept_tokens, 1),
+                matrix(kept_tokens, hidden),
             ]),
             index: sum(&[
                 // The map, and histograms over its slots.
@@ -227,8 +234,8 @@ impl LayerBytes {
                 // Token and last slot of each row sent; where each token's sums are.
                 words(rows_sent, 2),
                 words(tokens, sizes.ranks_of_token()),
-                // In a world of one rank, the tokens themselves.
-                words(if sizes.ranks == 1 { tokens } else { 0 }, 1),
+                // The tokens themselves, where they are looked up.
+                words(if sizes.ranks == 1 { tokens } else { kept_tokens }, 1),
                 // What was announced, the orders of rows and of sums; starts of the slots.
                 words(sizes.slots(), 5),
                 words(rows_received, 2),

@@ -3,6 +3,7 @@
 
 use crate::{PlanError, Routing, SlotMap, SlotRouting};
 use epsmoe_base::Rank;
+use std::ops::RangeInclusive;
 
 /// One rank's tokens as histograms over all slots of the layer.
 ///
@@ -93,7 +94,12 @@ impl TokenHistograms {
     }
 
     /// Refuses counts that no routing can have.
-    fn check(&self, rank: Rank, map: &SlotMap, top_k: usize) -> Result<(), PlanError> {
+    fn check(
+        &self,
+        rank: Rank,
+        map: &SlotMap,
+        fanout: &RangeInclusive<usize>,
+    ) -> Result<(), PlanError> {
         let slots = map.slots();
         for histogram in [&self.assignments, &self.first, &self.last] {
             if histogram.len() != slots {
@@ -104,10 +110,13 @@ impl TokenHistograms {
         let contradiction = |left_name: String, left: u64, right_name: String, right: u64| {
             Err(PlanError::Counts { rank, left_name, left, right_name, right })
         };
-        let (assignments, pairs) = (sum(&self.assignments), u64::from(self.tokens) * top_k as u64);
-        if assignments != pairs {
+        let assignments = sum(&self.assignments);
+        let pairs = |slots: &usize| u64::from(self.tokens) * *slots as u64;
+        let bounds = pairs(fanout.start())..=pairs(fanout.end());
+        if !bounds.contains(&assignments) {
             let name = "the sum of its assignments".into();
-            return contradiction(name, assignments, "tokens × k".into(), pairs);
+            let bound = if assignments < *bounds.start() { bounds.start() } else { bounds.end() };
+            return contradiction(name, assignments, "tokens × k".into(), *bound);
         }
         for destination in map.all_ranks() {
             let block = map.slots_of_rank(destination);
@@ -148,13 +157,22 @@ pub struct LayerHistograms {
 }
 
 impl LayerHistograms {
-    /// Checks what the ranks announced: `ranks[r]` came from rank r; every rank routes to `top_k` experts.
+    /// Checks what the ranks announced: `ranks[r]` came from rank r; every token is sent to `top_k` slots.
     pub fn new(map: &SlotMap, top_k: usize, ranks: Vec<TokenHistograms>) -> Result<Self, PlanError> {
+        Self::of_fanout(map, top_k..=top_k, ranks)
+    }
+
+    /// The same where tokens are sent to so many slots, not all to as many.
+    pub fn of_fanout(
+        map: &SlotMap,
+        fanout: RangeInclusive<usize>,
+        ranks: Vec<TokenHistograms>,
+    ) -> Result<Self, PlanError> {
         if ranks.len() != map.ranks() {
             return Err(PlanError::CountsRanks { got: ranks.len(), want: map.ranks() });
         }
         for (rank, counts) in map.all_ranks().zip(&ranks) {
-            counts.check(rank, map, top_k)?;
+            counts.check(rank, map, &fanout)?;
         }
         let assignments = ranks.iter().map(|counts| sum(&counts.assignments)).sum();
         if assignments > u64::from(u32::MAX) {

@@ -97,6 +97,8 @@ impl<B: Backend> RigRank<B> {
                 .collect::<Result<_, _>>()?,
             slots: Arc::clone(&self.map),
             shared: shared.map(|mlp| SharedMlp { mlp, gate: None }),
+            identities: None,
+            scaled_inputs: false,
         })
     }
 

@@ -85,6 +85,7 @@ sources! {
     "clamp": ["clamp"] in SAME, 256 threads;
     "gate_rows": ["gate_rows"] in SAME, 256 threads;
     "scale": ["scale"] in SAME, 256 threads;
+    "scale_terms": ["scale_terms"] in SAME, 256 threads;
     "soft_cap": ["soft_cap"] in SAME, 256 threads;
     "activate": ["activate"] in ANY, 256 threads;
     "add_slot_bias": ["add_slot_bias"] in SAME, 256 threads;

@@ -28,7 +28,8 @@ pub const NONE: u32 = u32::MAX;
 /// Each token's experts as slots, in ascending order, with their weights: the order in which sums are folded.
 ///
 /// An expert may be in several slots. A token whose experts' numbers add up to s takes those in column s modulo m: its
-/// choice alone decides, not its row or rank.
+/// choice alone decides, not its row or rank. Some models have experts without a slot, which give a token's row back as it
+/// is: its slots are then filled up by [`NONE`].
 ///
 /// ```text
 /// slot_of       [[2, 2], [0, 3], [1, 1]]    expert 0 is in slot 2, expert 1 in slots 0 and 3, expert 2 in slot 1
@@ -43,16 +44,31 @@ pub struct AssignSlots {
     pub weights: Buffer,
     /// Slots of each expert `[E, m]`, uint32, different from those of others.
     pub slot_of: Buffer,
-    /// Slots of each token, ascending `[T, k]`, uint32.
+    /// Slots of each token, ascending, filled up by [`NONE`] `[T, k]`, uint32.
     pub slots: Buffer,
-    /// Their weights `[T, k]`, float32.
+    /// Their weights, filled up by zeros `[T, k]`, float32.
     pub slot_weights: Buffer,
+    /// The experts that have none, numbered after the others, if there are any.
+    pub slotless: Option<Slotless>,
+}
+
+/// Experts that give rows back as they are.
+#[derive(Clone, Debug)]
+pub struct Slotless {
+    /// How many.
+    pub experts: usize,
+    /// The sum of their weights, of each token `[T, 1]`, float32.
+    pub weights: Buffer,
 }
 
 impl AssignSlots {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        let AssignSlots { experts, weights, slot_of, slots, slot_weights } = self;
+        let AssignSlots { experts, weights, slot_of, slots, slot_weights, slotless } = self;
         same_rows("assign_slots", &[experts, weights, slots, slot_weights])?;
+        if let Some(Slotless { weights, .. }) = slotless {
+            same_rows("assign_slots", &[experts, weights])?;
+            expect("assign_slots", "weights of experts without slots", weights, DType::F32, 1)?;
+        }
         expect("assign_slots", "experts", experts, DType::U32, experts.width)?;
         expect("assign_slots", "weights", weights, DType::F32, experts.width)?;
         expect("assign_slots", "slot_of", slot_of, DType::U32, slot_of.width.max(1))?;
@@ -62,7 +78,8 @@ impl AssignSlots {
 
     pub(super) fn accesses(&self) -> Accesses {
         let reads = Accesses::new().read(&self.experts).read(&self.weights).read(&self.slot_of);
-        reads.write(&self.slots).write(&self.slot_weights)
+        let writes = reads.write(&self.slots).write(&self.slot_weights);
+        self.slotless.iter().fold(writes, |writes, slotless| writes.write(&slotless.weights))
     }
 }
 
@@ -79,7 +96,7 @@ impl AssignSlots {
 /// ```
 #[derive(Clone, Debug)]
 pub struct CountSlots {
-    /// Slots of each token, ascending `[T, k]`, uint32.
+    /// Slots of each token, ascending, filled up by [`NONE`] `[T, k]`, uint32.
     pub slots: Buffer,
     /// The first slot on the rank of each slot `[S, 1]`, uint32.
     pub block_starts: Buffer,
@@ -120,7 +137,7 @@ impl CountSlots {
 /// ```
 #[derive(Clone, Debug)]
 pub struct SendOrder {
-    /// Slots of each token, ascending `[T, k]`, uint32.
+    /// Slots of each token, ascending, filled up by [`NONE`] `[T, k]`, uint32.
     pub slots: Buffer,
     /// Their weights `[T, k]`, float32.
     pub weights: Buffer,
@@ -231,7 +248,7 @@ pub struct SortBySlot {
     pub travelled: Option<Travelled>,
     /// Where the assignments of each slot start, and the end `[L + 1, 1]`, uint32.
     pub starts: Buffer,
-    /// Row of each assignment `[A, 1]`, uint32: all there are.
+    /// Row of each assignment `[A, 1]`, uint32: all there are. In place there may be fewer; the rest is 0.
     pub rows: Buffer,
     /// Assignments of each sum in ascending slot order, filled up by [`NONE`] `[N, k]`, uint32.
     pub terms: Buffer,

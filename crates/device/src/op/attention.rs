@@ -27,8 +27,39 @@ impl KvWrite {
     }
 }
 
+/// Which of the cached positions up to its own a token sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sight {
+    /// All.
+    #[default]
+    All,
+    /// The last so many, its own among them.
+    Last(usize),
+    /// Those of its own stretch: positions are cut into stretches of so many, from 0 on.
+    Stretch(usize),
+}
+
+impl Sight {
+    /// The first position that the token at `position` sees.
+    pub fn first(self, position: usize) -> usize {
+        match self {
+            Sight::All => 0,
+            Sight::Last(count) => (position + 1).saturating_sub(count),
+            Sight::Stretch(count) => position - position % count,
+        }
+    }
+
+    /// How many positions a token sees at most, if not all of any text.
+    pub fn most(self) -> Option<usize> {
+        match self {
+            Sight::All => None,
+            Sight::Last(count) | Sight::Stretch(count) => Some(count),
+        }
+    }
+}
+
 /// Causal attention of packed new tokens over their sequences' cached keys and values, which hold the new
-/// tokens too. Token `t` of sequence `b` sees the cached positions `0..=positions[t]` of `b`:
+/// tokens too. Token `t` of sequence `b` sees the cached positions up to `positions[t]` of `b`, as far back as its sight:
 ///
 /// `out[t, h] = Σ_j softmax_j(scale · q[t, h]·keys[j, h / (heads/kv_heads)]) · values[j, h / (heads/kv_heads)]`
 ///
@@ -59,8 +90,8 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Factor on the scores.
     pub scale: f32,
-    /// How many positions back a token sees, itself included; everything when absent.
-    pub window: Option<usize>,
+    /// How far back tokens see.
+    pub sight: Sight,
     /// One score of each head that belongs to no key, `heads` elements, if the model has them.
     pub sinks: Option<Weight>,
     /// Output `[T, heads · value_width]`.
@@ -82,6 +113,9 @@ impl Attention {
         same_rows("attention", &[&self.q, &self.out, &self.positions])?;
         same_rows("attention", &[&self.keys, &self.values])?;
         let (heads, kv_heads) = (self.heads, self.kv_heads);
+        if self.sight.most() == Some(0) {
+            return Err(DeviceError::Shape(format!("attention: nothing is seen by {:?}", self.sight)));
+        }
         if heads == 0 || kv_heads == 0 || !heads.is_multiple_of(kv_heads) || self.block_size == 0 {
             return Err(DeviceError::Shape(format!(
                 "attention: {heads} heads over {kv_heads} key heads, blocks of {}",

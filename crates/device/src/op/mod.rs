@@ -12,16 +12,18 @@ mod route;
 mod rows;
 
 pub use activate::{Activate, AddSlotBias, SlotBias, Swish};
-pub use assignments::{AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, SortBySlot, Travelled};
-pub use attention::{Attention, KvWrite};
+pub use assignments::{
+    AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, Slotless, SortBySlot, Travelled,
+};
+pub use attention::{Attention, KvWrite, Sight};
 pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
 pub(crate) use norm::not_finite;
 pub use norm::{AddNorm, Norm, NormKind, NormRotate, Origin};
 pub use recurrent::{Carried, DeltaRule, Gate, Gating, ShortConv};
-pub use rope::{RopeStyle, RopeTable, Rotate};
+pub use rope::{Growth, RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
 pub use rows::{
-    Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce, Scale, SoftCap,
+    Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce, Scale, ScaleTerms, SoftCap,
 };
 
 use crate::{AllocationId, Buffer, DeviceError, Weight, WeightSlot};
@@ -93,6 +95,7 @@ ops! {
     Clamp => "clamp", Projection;
     GateRows => "gate_rows", SharedGate;
     Scale => "scale", Residual;
+    ScaleTerms => "scale_terms", Expand;
     SoftCap => "soft_cap", LmHead;
     Activate => "activate", GateUp;
     AddSlotBias => "add_slot_bias", Down;

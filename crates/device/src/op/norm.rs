@@ -13,7 +13,7 @@ pub enum NormKind {
     Layer,
 }
 
-/// `out[m] = norm(x[m]) ⊙ weight`, computed in float32 and rounded once. (Published code rounds before it applies
+/// `out[m] = norm(x[m]) ⊙ weight + bias`, computed in float32 and rounded once. (Published code rounds before it applies
 /// the weight as well, which in bfloat16 makes up a quarter of a model's error.)
 ///
 /// A row whose squares have no finite sum holds a NaN, an infinity, or a number that cannot be squared. It stops the
@@ -26,6 +26,8 @@ pub struct Norm {
     pub x: Buffer,
     /// Scale, `W` elements.
     pub weight: Weight,
+    /// Added last, `W` elements, if the norm has a bias.
+    pub bias: Option<Weight>,
     /// Added under the root.
     pub eps: f32,
     /// Output `[M, W]`, another buffer than the input.
@@ -57,17 +59,18 @@ impl Norm {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("norm", &[&self.x, &self.out])?;
         expect_wide("norm", "input", &self.x, self.out.dtype, self.out.width)?;
-        if self.weight.shape != (WeightShape::Vector { n: self.x.width }) {
-            return Err(DeviceError::Shape(format!(
-                "norm: {} is {:?}, the input {:?}",
-                self.weight.name, self.weight.shape, self.x
-            )));
+        let fits = |vector: &&Weight| vector.shape == (WeightShape::Vector { n: self.x.width });
+        match [&self.weight].into_iter().chain(&self.bias).find(|vector| !fits(vector)) {
+            Some(Weight { name, shape, .. }) => {
+                Err(DeviceError::Shape(format!("norm: {name} is {shape:?}, the input {:?}", self.x)))
+            }
+            None => Ok(()),
         }
-        Ok(())
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.x).read_weights([&self.weight]).write(&self.out)
+        let reads = Accesses::new().read(&self.x).read_weights([&self.weight]).read_weights(&self.bias);
+        reads.write(&self.out)
     }
 }
 
@@ -98,6 +101,7 @@ impl AddNorm {
             .read(&self.add.x)
             .write(&self.add.out)
             .read_weights([&self.norm.weight])
+            .read_weights(&self.norm.bias)
             .write(&self.norm.out)
     }
 }
@@ -135,6 +139,7 @@ impl NormRotate {
             .read(&self.norm.x)
             .read(&self.rotate.rope_table)
             .read_weights([&self.norm.weight])
+            .read_weights(&self.norm.bias)
             .write(&self.norm.out)
     }
 }

@@ -4,7 +4,23 @@ use super::{Accesses, expect, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
-/// `out[t] = scale · (cos(p·f₀) … cos(p·f_{d/2−1}), sin(p·f₀) … sin(p·f_{d/2−1}))` with `p = positions[t]`.
+/// A factor that grows with the position `p`, in steps: `1 + rate · ln(1 + ⌊(p + 1) / step⌋)` (arXiv 2501.19399).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Growth {
+    /// Positions of a step.
+    pub step: f32,
+    /// How fast it grows.
+    pub rate: f32,
+}
+
+impl Growth {
+    /// The factor at a position.
+    pub fn at(self, position: f32) -> f32 {
+        1.0 + self.rate * ((position + 1.0) / self.step).floor().ln_1p()
+    }
+}
+
+/// `out[t] = scale · (cos(p·f₀) … cos(p·f_{d/2−1}), sin(p·f₀) … sin(p·f_{d/2−1}))` with `p = positions[t]`, times the growth.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
     /// Position of each token `[T, 1]`, uint32.
@@ -13,6 +29,8 @@ pub struct RopeTable {
     pub frequencies: Weight,
     /// Attention factor of scaled rotary embeddings; 1 otherwise.
     pub scale: f32,
+    /// A further factor, if there is one.
+    pub growth: Option<Growth>,
     /// Cosines, then sines, `[T, d]`, float32.
     pub out: Buffer,
 }

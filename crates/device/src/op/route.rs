@@ -25,12 +25,21 @@ impl TopKRouter {
 }
 
 /// How logits become scores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Score {
     /// Softmax over all experts.
     Softmax,
     /// Sigmoid of each logit; a correction bias may be added for the choice, never for the weight.
     Sigmoid,
+    /// The same where logits are compared, of which sigmoids are the weights: those of large ones are all 1.
+    SigmoidOfLogit,
+    /// The best of all, then the best of the others, and so on, each under its softmax over those that are left and not far
+    /// behind it: by no more than `2 · jitter` of their own size, or of the best one's, if that is larger (SparseMixer,
+    /// arXiv 2409.12136). Knows no groups, no bias and no factors.
+    SparseMixer {
+        /// Of the noise that the router was trained with.
+        jitter: f32,
+    },
 }
 
 /// Group-limited routing (DeepSeek-V2, arXiv 2405.04434, section 2.2.2): experts in `groups` equal,
@@ -115,6 +124,10 @@ impl Route {
         });
         if let Some((what, vector)) = wrong {
             return shape(format!("{what} {} is {:?}, but there are {e} experts", vector.name, vector.shape));
+        }
+        let more = self.router.groups.is_some() || self.bias.is_some() || self.scales.is_some();
+        if more && matches!(self.router.score, Score::SparseMixer { .. }) {
+            return shape("a sparse mixer knows no groups, no bias and no factors".into());
         }
         if let Some(limit) = self.router.groups {
             let fits = limit.groups > 0 && e.is_multiple_of(limit.groups) && limit.kept <= limit.groups;

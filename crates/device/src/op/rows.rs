@@ -258,6 +258,32 @@ impl Scale {
     }
 }
 
+/// `x[index[n, j] − first] = weights[n, j] · x[index[n, j] − first]` for the first indices of each row that are not
+/// [`NONE`](super::NONE), in place; what lies outside of x is left out. No index comes twice.
+#[derive(Clone, Debug)]
+pub struct ScaleTerms {
+    /// What is scaled `[M, W]`.
+    pub x: Buffer,
+    /// Rows counted from `first` on `[N, k]`, uint32.
+    pub index: Buffer,
+    /// Their factors `[N, k]`, float32.
+    pub weights: Buffer,
+    /// The number of the first row of x.
+    pub first: usize,
+}
+
+impl ScaleTerms {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        same_rows("scale_terms", &[&self.index, &self.weights])?;
+        expect("scale_terms", "index", &self.index, DType::U32, self.index.width)?;
+        expect("scale_terms", "weights", &self.weights, DType::F32, self.index.width)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        Accesses::new().read(&self.index).read(&self.weights).write(&self.x)
+    }
+}
+
 /// `x = cap · tanh(x / cap)`, in place.
 #[derive(Clone, Debug)]
 pub struct SoftCap {

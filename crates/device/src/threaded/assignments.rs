@@ -11,13 +11,21 @@ impl<K: Kernels> Rows<'_, K> {
         let slot_of = self.view::<u32>(&op.slot_of);
         let (mut slots, mut slot_weights) =
             (self.view_mut::<u32>(&op.slots), self.view_mut::<f32>(&op.slot_weights));
+        let with_slots = slot_of.rows;
+        let all = with_slots + op.slotless.as_ref().map_or(0, |slotless| slotless.experts);
+        let mut kept = op.slotless.as_ref().map(|slotless| self.view_mut::<f32>(&slotless.weights));
         for t in 0..experts.rows {
             let (experts, weights) = (experts.row(t), weights.row(t));
             let (slots, slot_weights) = (slots.row(t), slot_weights.row(t));
             let replica = experts.iter().copied().fold(0, u32::wrapping_add) as usize % slot_of.width;
             // Insertion sort: k is small, and routers often answer in order.
-            for (sorted, (&expert, &weight)) in experts.iter().zip(weights).enumerate() {
-                let slot = slot_of.row(in_range("expert", expert, slot_of.rows)?)[replica];
+            let mut sorted = 0;
+            for (&expert, &weight) in experts.iter().zip(weights) {
+                let number = in_range("expert", expert, all)?;
+                if number >= with_slots {
+                    continue;
+                }
+                let slot = slot_of.row(number)[replica];
                 let mut at = sorted;
                 while at > 0 && slots[at - 1] > slot {
                     (slots[at], slot_weights[at]) = (slots[at - 1], slot_weights[at - 1]);
@@ -27,6 +35,12 @@ impl<K: Kernels> Rows<'_, K> {
                     return Err(format!("token {t} is sent to expert {expert} twice"));
                 }
                 (slots[at], slot_weights[at]) = (slot, weight);
+                sorted += 1;
+            }
+            slots[sorted..].fill(NONE);
+            slot_weights[sorted..].fill(0.0);
+            if let Some(kept) = &mut kept {
+                kept.row(t)[0] = weight_from(with_slots as u32, experts, weights);
             }
         }
         Ok(())
@@ -170,15 +184,18 @@ impl<K: Kernels> Rows<'_, K> {
             counts[in_range("slot", *slot, local)?] += 1;
         }
         let total: u64 = counts.iter().map(|&count| u64::from(count)).sum();
-        if total != rows.rows as u64 {
+        let fewer = op.travelled.is_none() && total < rows.rows as u64;
+        if total != rows.rows as u64 && !fewer {
             return Err(format!("there are {total} assignments, expected {}", rows.rows));
         }
         // next[s]: the number of slot s's next assignment.
-        let mut next = starts(&counts, rows.rows)?;
+        let total = total as usize;
+        let mut next = starts(&counts, total)?;
+        (total..rows.rows).for_each(|unused| rows.row(unused)[0] = 0);
         for (slot, &start) in next.iter().enumerate() {
             starts_out.row(slot)[0] = start;
         }
-        starts_out.row(local)[0] = rows.rows as u32;
+        starts_out.row(local)[0] = total as u32;
         let mut each = |row: usize, ids: &[u32], terms: &mut [u32]| -> Result<(), String> {
             terms.fill(NONE);
             for (term, &slot) in terms.iter_mut().zip(ids.iter().take_while(|&&slot| slot != NONE)) {
@@ -203,11 +220,20 @@ impl<K: Kernels> Rows<'_, K> {
     }
 }
 
+/// The weights of a token's experts from number `first` on, added in the order of their numbers.
+fn weight_from(first: u32, experts: &[u32], weights: &[f32]) -> f32 {
+    let pairs = experts.iter().zip(weights).filter(|(expert, _)| **expert >= first);
+    let mut pairs: Vec<(u32, f32)> = pairs.map(|(&expert, &weight)| (expert, weight)).collect();
+    pairs.sort_unstable_by_key(|&(expert, _)| expert);
+    pairs.into_iter().map(|(_, weight)| weight).sum()
+}
+
 /// A token's slots, rank by rank; every slot is below the number of slots.
 fn runs<'a>(
     slots: &'a [u32],
     block_starts: &View<'a, u32>,
 ) -> Result<impl Iterator<Item = &'a [u32]> + use<'a>, String> {
+    let slots = &slots[..slots.iter().position(|&slot| slot == NONE).unwrap_or(slots.len())];
     slots.iter().try_for_each(|&slot| in_range("slot", slot, block_starts.rows).map(drop))?;
     let block_starts = *block_starts;
     let block = move |slot: u32| block_starts.at(slot as usize);

@@ -366,6 +366,7 @@ fn run<K: Kernels>(
         Op::Clamp(op) => typed!(op.x.dtype, clamp, op),
         Op::GateRows(op) => typed!(op.x.dtype, gate_rows, op),
         Op::Scale(op) => typed!(op.x.dtype, scale, op),
+        Op::ScaleTerms(op) => typed!(op.x.dtype, scale_terms, op),
         Op::SoftCap(op) => typed!(op.x.dtype, soft_cap, op),
         Op::Activate(op) => typed!(op.x.dtype, op.out.dtype, activate, op),
         Op::AddSlotBias(op) => typed!(op.x.dtype, add_slot_bias, op),

@@ -5,7 +5,7 @@ use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::op::{
     Activate, Add, AddSlotBias, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8,
     GroupLimit, GroupScore, HostToDevice, KvWrite, NONE, Norm, NormKind, Origin, Reduce, RopeStyle,
-    RopeTable, Rotate, Route, Scale, Score, SlotBias, SoftCap, TopKRouter, not_finite,
+    RopeTable, Rotate, Route, Scale, ScaleTerms, Score, SlotBias, SoftCap, TopKRouter, not_finite,
 };
 use crate::{Buffer, Weight};
 use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words};
@@ -49,8 +49,8 @@ pub struct AttentionViews<'a, T> {
 impl<T: Plain> AttentionViews<'_, T> {
     /// The cached positions that new token `t` sees.
     pub fn visible(&self, t: usize) -> std::ops::Range<usize> {
-        let end = self.positions[t] as usize + 1;
-        self.op.window.map_or(0, |window| end.saturating_sub(window))..end
+        let position = self.positions[t] as usize;
+        self.op.sight.first(position)..position + 1
     }
 
     /// The cache slot of a position of a sequence.
@@ -122,6 +122,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
 
     pub(super) fn norm<X: Element, Y: Element>(&self, op: &Norm) -> Result<(), String> {
         let weight = self.weights.vector(&op.weight)?;
+        let bias = op.bias.as_ref().map(|bias| self.weights.vector(bias)).transpose()?;
         let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
         let refused = FirstRow::default();
         self.for_rows(&out, |m, out| {
@@ -133,8 +134,9 @@ impl<'a, K: Kernels> Rows<'a, K> {
             let variance = sum(x, |value| (value - mean) * (value - mean)) / x.len() as f32;
             refused.note(m, !variance.is_finite());
             let factor = 1.0 / (variance + op.eps).sqrt();
-            for ((out, &x), &weight) in out.iter_mut().zip(x).zip(&*weight) {
-                *out = Y::from_f32((x.to_f32() - mean) * factor * weight);
+            for (n, ((out, &x), &weight)) in out.iter_mut().zip(x).zip(&*weight).enumerate() {
+                let normed = (x.to_f32() - mean) * factor * weight;
+                *out = Y::from_f32(bias.as_ref().map_or(normed, |bias| normed + bias[n]));
             }
         });
         refused.check(&op.x, op.origin)
@@ -145,10 +147,11 @@ impl<'a, K: Kernels> Rows<'a, K> {
         let (positions, mut out) = (self.view::<u32>(&op.positions), self.view_mut::<f32>(&op.out));
         for t in 0..out.rows {
             let position = positions.at(t) as f32;
+            let scale = op.growth.map_or(op.scale, |growth| op.scale * growth.at(position));
             let (cosines, sines) = out.row(t).split_at_mut(frequencies.len());
             for ((cos, sin), frequency) in cosines.iter_mut().zip(sines).zip(&*frequencies) {
                 let angle = position * frequency;
-                (*cos, *sin) = (angle.cos() * op.scale, angle.sin() * op.scale);
+                (*cos, *sin) = (angle.cos() * scale, angle.sin() * scale);
             }
         }
         Ok(())
@@ -347,6 +350,20 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
+    pub(super) fn scale_terms<T: Element>(&self, op: &ScaleTerms) -> Result<(), String> {
+        let (x, index) = (self.view_mut::<T>(&op.x), self.view::<u32>(&op.index));
+        let weights = self.view::<f32>(&op.weights);
+        self.kernels.parallel(index.rows, &|n| {
+            for (&term, weight) in index.row(n).iter().zip(weights.row(n)).take_while(|(term, _)| **term != NONE) {
+                let Some(m) = (term as usize).checked_sub(op.first).filter(|&m| m < x.rows) else { continue };
+                // SAFETY: no index comes twice.
+                let row = unsafe { x.row_shared(m) };
+                row.iter_mut().for_each(|x| *x = T::from_f32(x.to_f32() * weight));
+            }
+        });
+        Ok(())
+    }
+
     pub(super) fn soft_cap<T: Element>(&self, op: &SoftCap) -> Result<(), String> {
         let x = self.view_mut::<T>(&op.x);
         self.for_rows(&x, |_, row| {
@@ -512,10 +529,35 @@ fn choose(
     experts: &mut [u32],
     weights: &mut [f32],
 ) {
+    match router.score {
+        Score::SparseMixer { jitter } => mix(jitter, logits, experts, weights),
+        _ => pick(router, logits, bias, experts, weights),
+    }
+    let total: f32 = weights.iter().sum();
+    let divisor = match (router.normalise, router.score) {
+        (false, _) => 1.0,
+        (true, Score::Softmax | Score::SparseMixer { .. }) => total,
+        (true, Score::Sigmoid | Score::SigmoidOfLogit) => total + TopKRouter::EPSILON,
+    };
+    weights.iter_mut().for_each(|weight| *weight = *weight / divisor * router.scale);
+    if let Some(scales) = scales {
+        weights.iter_mut().zip(experts).for_each(|(weight, expert)| *weight *= scales[*expert as usize]);
+    }
+}
+
+/// The best of the experts, each with its score.
+fn pick(
+    router: &TopKRouter,
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    experts: &mut [u32],
+    weights: &mut [f32],
+) {
     let scores = scores(router.score, logits);
+    let compared = if router.score == Score::SigmoidOfLogit { logits } else { &scores };
     let mut preference: Vec<f32> = match bias {
-        Some(bias) => scores.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
-        None => scores.clone(),
+        Some(bias) => compared.iter().zip(bias).map(|(score, bias)| score + bias).collect(),
+        None => compared.to_vec(),
     };
     if let Some(limit) = router.groups {
         keep_best_groups(limit, &mut preference);
@@ -524,27 +566,37 @@ fn choose(
         experts[slot] = expert as u32;
         weights[slot] = scores[expert];
     }
-    let total: f32 = weights.iter().sum();
-    let divisor = match (router.normalise, router.score) {
-        (false, _) => 1.0,
-        (true, Score::Softmax) => total,
-        (true, Score::Sigmoid) => total + TopKRouter::EPSILON,
-    };
-    weights.iter_mut().for_each(|weight| *weight = *weight / divisor * router.scale);
-    if let Some(scales) = scales {
-        weights.iter_mut().zip(experts).for_each(|(weight, expert)| *weight *= scales[*expert as usize]);
-    }
 }
 
 fn scores(score: Score, logits: &[f32]) -> Vec<f32> {
     match score {
-        Score::Sigmoid => logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect(),
-        Score::Softmax => {
+        Score::Sigmoid | Score::SigmoidOfLogit => {
+            logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect()
+        }
+        Score::Softmax | Score::SparseMixer { .. } => {
             let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let powers: Vec<f32> = logits.iter().map(|logit| (logit - most).exp()).collect();
             let total: f32 = powers.iter().sum();
             powers.into_iter().map(|power| power / total).collect()
         }
+    }
+}
+
+/// Chooses as a sparse mixer does; see [`Score::SparseMixer`].
+fn mix(jitter: f32, logits: &[f32], experts: &mut [u32], weights: &mut [f32]) {
+    let mut left: Vec<usize> = best(logits, logits.len());
+    for (expert, weight) in experts.iter_mut().zip(weights) {
+        let most = logits[left[0]];
+        let near = |&&other: &&usize| {
+            let behind = (most - logits[other]) / logits[other].abs().max(most);
+            // Of equal logits of 0 it is a NaN.
+            behind.is_nan() || behind <= 2.0 * jitter
+        };
+        // In the order of their numbers, as all sums over experts.
+        let mut beside: Vec<usize> = left.iter().filter(near).copied().collect();
+        beside.sort_unstable();
+        let total: f32 = beside.into_iter().map(|other| (logits[other] - most).exp()).sum();
+        (*expert, *weight) = (left.remove(0) as u32, 1.0 / total);
     }
 }
 

@@ -45,10 +45,15 @@ impl Places {
         Places { starts, slot_of: bench.shuffled(slots), replicas }
     }
 
-    /// Where a token finds its experts.
-    fn slots_of<'a>(&'a self, experts: &'a [u32]) -> impl Iterator<Item = u32> + 'a {
+    /// Where a token finds its experts, those that have slots, with their weights.
+    fn pairs_of(&self, experts: &[u32], weights: &[f32]) -> Vec<(u32, f32)> {
         let replica = experts.iter().sum::<u32>() as usize % self.replicas;
-        experts.iter().map(move |&expert| self.slot_of[expert as usize * self.replicas + replica])
+        let slot = |expert: u32| self.slot_of.get(expert as usize * self.replicas + replica).copied();
+        let pairs = experts.iter().zip(weights);
+        let mut pairs: Vec<_> =
+            pairs.filter_map(|(&expert, &weight)| Some((slot(expert)?, weight))).collect();
+        pairs.sort_by_key(|&(slot, _)| slot);
+        pairs
     }
 
     fn rank_of(&self, slot: u32) -> usize {
@@ -70,16 +75,15 @@ pub(crate) fn assignments<B: Backend>(bench: &Bench<B>) {
         (4, 40, 6, 90),
         (2, 160, 8, 700),
     ] {
-        for crowded in [false, true] {
-            layer(bench, ranks, experts, top_k, most, crowded);
+        for (crowded, slotless) in [(false, 0), (true, 0), (false, experts / 2), (true, top_k / 2), (true, top_k + 1)] {
+            layer(bench, (ranks, experts, slotless), top_k, most, crowded);
         }
     }
 }
 
 fn layer<B: Backend>(
     bench: &Bench<B>,
-    ranks: usize,
-    experts: usize,
+    (ranks, experts, slotless): (usize, usize, usize),
     top_k: usize,
     most: usize,
     crowded: bool,
@@ -88,9 +92,12 @@ fn layer<B: Backend>(
     let mut to: Vec<Vec<Row>> = vec![Vec::new(); ranks];
     for source in 0..ranks {
         let tokens = if source == 1 { 0 } else { bench.below(most + 1) };
-        let what = format!("{tokens} tokens of rank {source} of {ranks} to {top_k} of {experts} experts");
-        let chosen: Vec<u32> = (0..tokens).flat_map(|_| choice(bench, experts, top_k, crowded)).collect();
-        for row in sent(bench, &what, &places, source, &chosen, top_k) {
+        let what = format!(
+            "{tokens} tokens of rank {source} of {ranks} to {top_k} of {experts} experts and {slotless} without slots"
+        );
+        let all = experts + slotless;
+        let chosen: Vec<u32> = (0..tokens).flat_map(|_| choice(bench, all, top_k, crowded)).collect();
+        for row in sent(bench, &what, &places, source, (&chosen, slotless), top_k) {
             to[places.rank_of(row.0)].push(row.1);
         }
     }
@@ -120,19 +127,16 @@ fn sent<B: Backend>(
     what: &str,
     places: &Places,
     source: usize,
-    chosen: &[u32],
+    (chosen, slotless): (&[u32], usize),
     top_k: usize,
 ) -> Vec<(u32, Row)> {
     let (tokens, total, seed) = (chosen.len() / top_k, places.slot_of.len(), bench.seed);
     let weights = bench.random_of(DType::F32, tokens, top_k, 1.0);
     let same =
         |name: &str, got: Vec<u32>, want: Vec<u32>| assert_eq!(got, want, "{name}: {what}, seed {seed}");
-    let pairs = |token: usize| {
-        let slots = places.slots_of(&chosen[token * top_k..(token + 1) * top_k]);
-        let mut pairs: Vec<(u32, f32)> = slots.zip(weights.row(token).iter().copied()).collect();
-        pairs.sort_by_key(|&(slot, _)| slot);
-        pairs
-    };
+    let experts_of = |token: usize| &chosen[token * top_k..(token + 1) * top_k];
+    let pairs = |token: usize| places.pairs_of(experts_of(token), weights.row(token));
+    let kept = bench.room(DType::F32, tokens, 1);
     let slots = bench.room(DType::U32, tokens, top_k);
     let slot_weights = bench.room(DType::F32, tokens, top_k);
     bench.run(
@@ -143,11 +147,33 @@ fn sent<B: Backend>(
             slot_of: bench.put_words(&places.slot_of, places.replicas).view,
             slots: slots.view.clone(),
             slot_weights: slot_weights.view.clone(),
+            slotless: (slotless > 0).then(|| Slotless { experts: slotless, weights: kept.view.clone() }),
         },
     );
     let all: Vec<(u32, f32)> = (0..tokens).flat_map(pairs).collect();
-    same("slots", bench.get_words(what, &slots), all.iter().map(|pair| pair.0).collect());
-    bench.check_exactly(what, &slot_weights, &all.iter().map(|pair| pair.1).collect::<Vec<_>>());
+    let slots_of = |token: usize| filled(pairs(token).into_iter().map(|pair| pair.0), top_k);
+    let weights_of = |token: usize| {
+        let weights = pairs(token).into_iter().map(|pair| pair.1);
+        weights.chain(std::iter::repeat(0.0)).take(top_k).collect::<Vec<f32>>()
+    };
+    same("slots", bench.get_words(what, &slots), (0..tokens).flat_map(slots_of).collect());
+    bench.check_exactly(what, &slot_weights, &(0..tokens).flat_map(weights_of).collect::<Vec<_>>());
+    if slotless > 0 {
+        let with_slots = places.slot_of.len() / places.replicas;
+        let kept_of = |token: usize| {
+            let pairs = experts_of(token).iter().zip(weights.row(token));
+            let mut kept: Vec<_> = pairs.filter(|(expert, _)| **expert as usize >= with_slots).collect();
+            kept.sort_by_key(|(expert, _)| **expert);
+            kept.into_iter().map(|(_, weight)| *weight).sum::<f32>()
+        };
+        bench.check_exactly(what, &kept, &(0..tokens).map(kept_of).collect::<Vec<_>>());
+    }
+    if places.starts.len() == 2 {
+        // In place, where tokens may have no slot at all.
+        let row = |token| Row { source, token, slots: pairs(token) };
+        let rows: Vec<Row> = (0..tokens).map(row).collect();
+        sorted(bench, &format!("{what}, in place"), &rows, &slots.view, None, total);
+    }
 
     let mut rows: Vec<(u32, u32, Row)> = Vec::new();
     for token in 0..tokens {
@@ -431,7 +457,9 @@ fn sorted<B: Backend>(
     }
     all.sort_unstable();
     let starts = bench.room(DType::U32, local + 1, 1);
-    let of_assignment = bench.room(DType::U32, all.len(), 1);
+    // In place there may be fewer than there is room for.
+    let room = if travelled.is_some() { all.len() } else { rows.len() * top_k };
+    let of_assignment = bench.room(DType::U32, room, 1);
     let terms = bench.room(DType::U32, rows.len(), top_k);
     bench.run(
         what,
@@ -447,7 +475,8 @@ fn sorted<B: Backend>(
     let got = bench.get_words(what, &starts);
     assert_eq!(got, (0..=local).map(before).collect::<Vec<_>>(), "starts: {what}, seed {seed}");
     let got = bench.get_words(what, &of_assignment);
-    assert_eq!(got, all.iter().map(|of| of.1 as u32).collect::<Vec<_>>(), "rows: {what}, seed {seed}");
+    let rows_of = all.iter().map(|of| of.1 as u32).chain(std::iter::repeat(0)).take(room);
+    assert_eq!(got, rows_of.collect::<Vec<_>>(), "rows: {what}, seed {seed}");
     let number = |m: usize, slot: u32| {
         all.iter().position(|of| (of.0, of.2) == (slot, m)).expect("every assignment is there") as u32
     };

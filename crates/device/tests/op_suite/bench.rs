@@ -1,7 +1,7 @@
 //! A processor to try operations on: numbers go in, an operation runs, numbers come out.
 
 use epsmoe_base::{DType, Deadline, Fault, Lane, Layer, Mix, Place};
-use epsmoe_device::op::{Attention, Embed, HostToDevice, Op};
+use epsmoe_device::op::{Attention, Embed, HostToDevice, Op, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
 use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
@@ -59,7 +59,7 @@ pub(crate) struct Bench<B: Backend> {
 }
 
 /// Number of operations there are.
-const OPERATIONS: usize = 32;
+const OPERATIONS: usize = 33;
 
 /// Each operation's own number.
 fn number(op: &Op) -> usize {
@@ -96,6 +96,7 @@ fn number(op: &Op) -> usize {
         Op::SoftCap(_) => 29,
         Op::AddNorm(_) => 30,
         Op::NormRotate(_) => 31,
+        Op::ScaleTerms(_) => 32,
     }
 }
 
@@ -347,7 +348,7 @@ impl Sequences {
             heads: heads.heads,
             kv_heads: heads.kv_heads,
             scale: heads.scale(),
-            window: heads.window,
+            sight: heads.sight,
             sinks: heads.sinks.then(|| {
                 let values = (0..heads.heads).map(Heads::sink).collect();
                 bench.vector(&Sheet { rows: 1, width: heads.heads, values })
@@ -374,7 +375,7 @@ pub(crate) struct Heads {
     pub(crate) value_width: usize,
     /// Values are the leading columns of the keys.
     pub(crate) latent: bool,
-    pub(crate) window: Option<usize>,
+    pub(crate) sight: Sight,
     pub(crate) sinks: bool,
 }
 

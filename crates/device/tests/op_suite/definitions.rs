@@ -32,6 +32,7 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     attentions(&bench);
     crate::recurrent::definitions(&bench);
     routes(&bench);
+    scaled_terms(&bench);
     chosen_experts(&bench);
     largest(&bench);
     assignments::assignments(&bench);
@@ -77,23 +78,28 @@ fn lookups<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
 
 fn norms<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let scale = bench.random_of(DType::F32, 1, width, 2.0);
-    let kinds = [(NormKind::Rms, 1e-5), (NormKind::Layer, 1e-2)];
-    for ((kind, eps), format) in kinds.into_iter().flat_map(|kind| [(kind, bench.dtype), (kind, DType::F32)])
+    let added = bench.random_of(DType::F32, 1, width, 2.0);
+    let kinds = [(NormKind::Rms, 1e-5, false), (NormKind::Layer, 1e-2, false), (NormKind::Layer, 1e-2, true)];
+    for ((kind, eps, biased), format) in
+        kinds.into_iter().flat_map(|kind| [(kind, bench.dtype), (kind, DType::F32)])
     {
-        let what = format!("{kind:?} of {format} [{rows}, {width}]");
+        let what = format!("{kind:?} of {format} [{rows}, {width}], bias {biased}");
         let x = bench.random_of(format, rows, width, 3.0);
         let (input, out) = (bench.put_as(format, &x), bench.room(bench.dtype, rows, width));
         let (from, to) = (input.view.clone(), out.view.clone());
-        bench.run(&what, Norm { kind, x: from, weight: bench.vector(&scale), eps, out: to, origin: None });
+        let (weight, bias) = (bench.vector(&scale), biased.then(|| bench.vector(&added)));
+        bench.run(&what, Norm { kind, x: from, weight, bias, eps, out: to, origin: None });
         let want = (0..rows).flat_map(|row| {
             let row = wide(x.row(row));
             let mean = |values: &[f64]| values.iter().sum::<f64>() / width as f64;
             let centre = if kind == NormKind::Layer { mean(&row) } else { 0.0 };
             let squares: Vec<f64> = row.iter().map(|x| (x - centre) * (x - centre)).collect();
             let root = (mean(&squares) + f64::from(eps)).sqrt();
-            let scaled =
-                row.iter().zip(&scale.values).map(|(x, &scale)| (x - centre) / root * f64::from(scale));
-            scaled.collect::<Vec<f64>>()
+            let added = |n: usize| if biased { f64::from(added.values[n]) } else { 0.0 };
+            let normed = |(n, x): (usize, &f64)| {
+                (x - centre) / root * f64::from(scale.values[n]) + added(n)
+            };
+            row.iter().enumerate().map(normed).collect::<Vec<f64>>()
         });
         bench.check(&what, &out, &want.collect::<Vec<_>>());
         bench.check_exactly(&format!("input of {what}"), &input, &x.values);
@@ -113,7 +119,7 @@ fn sums_and_their_norms<B: Backend>(bench: &Bench<B>) {
                 let (x, out) = (bench.put_as(format, &stream), bench.room(bench.dtype, rows, width));
                 let add = Add { x: delta.view.clone(), out: x.view.clone() };
                 let (weight, eps) = (scale.clone(), 1e-5);
-                let norm = Norm { kind, x: x.view.clone(), weight, eps, out: out.view.clone(), origin: None };
+                let norm = Norm { kind, x: x.view.clone(), weight, bias: None, eps, out: out.view.clone(), origin: None };
                 if together {
                     bench.run(&what, AddNorm { add, norm });
                 } else {
@@ -150,7 +156,7 @@ fn turned_norms<B: Backend>(bench: &Bench<B>) {
                     bench.device.allocate("normed", bench.dtype, tokens * heads, width).expect("memory");
                 let turned = rows.reshape(heads * width).expect("no gaps");
                 let (weight, eps) = (scale.clone(), 1e-5);
-                let norm = Norm { kind: NormKind::Rms, x: x.clone(), weight, eps, out: rows, origin: None };
+                let norm = Norm { kind: NormKind::Rms, x: x.clone(), weight, bias: None, eps, out: rows, origin: None };
                 let (x, rope_table) = (turned.clone(), rope_table.clone());
                 let rotate = Rotate { x, head_width: width, start: 0, style, rope_table };
                 if together {
@@ -389,18 +395,24 @@ fn rotations<B: Backend>(bench: &Bench<B>) {
         let frequencies: Vec<f32> = (0..half).map(|i| 0.0317_f32.powf(i as f32 / half as f32)).collect();
         let frequencies = Sheet { rows: 1, width: half, values: frequencies };
         let rope_table = bench.room(DType::F32, tokens, dims);
+        let growth = (heads == 1).then_some(Growth { step: 16.0, rate: 0.3 });
+        let factor = |t: usize| {
+            let steps = |growth: Growth| ((f64::from(positions[t]) + 1.0) / f64::from(growth.step)).floor();
+            1.25 * growth.map_or(1.0, |growth| 1.0 + f64::from(growth.rate) * steps(growth).ln_1p())
+        };
         bench.run(
             &what,
             RopeTable {
                 positions: bench.put_words(&positions, 1).view,
                 frequencies: bench.vector(&frequencies),
                 scale: 1.25,
+                growth,
                 out: rope_table.view.clone(),
             },
         );
         let angle = |t: usize, i: usize| f64::from(positions[t]) * f64::from(frequencies.values[i]);
         let (cos, sin) =
-            (|t: usize, i: usize| 1.25 * angle(t, i).cos(), |t: usize, i: usize| 1.25 * angle(t, i).sin());
+            (|t: usize, i: usize| factor(t) * angle(t, i).cos(), |t: usize, i: usize| factor(t) * angle(t, i).sin());
         let want = each(tokens, dims, |t, i| if i < half { cos(t, i) } else { sin(t, i - half) });
         bench.check(&format!("rope_table of {what}"), &rope_table, &want);
 
@@ -557,7 +569,11 @@ fn product<B: Backend>(bench: &Bench<B>, parts: Parts, k: usize, n: usize, epilo
 fn attended(sequences: &Sequences, heads: &Heads, q: &Sheet, keys: &Sheet, values: &Sheet) -> Vec<f64> {
     let mut out = Vec::new();
     for (t, (sequence, position)) in sequences.tokens().into_iter().enumerate() {
-        let first = heads.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        let first = match heads.sight {
+            Sight::All => 0,
+            Sight::Last(count) => (position + 1).saturating_sub(count),
+            Sight::Stretch(count) => position / count * count,
+        };
         for head in 0..heads.heads {
             let kv = head * heads.kv_heads / heads.heads;
             let q = &q.row(t)[head * heads.key_width..][..heads.key_width];
@@ -637,12 +653,13 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         key_width: 8,
         value_width: 8,
         latent: false,
-        window: None,
+        sight: Sight::All,
         sinks: false,
     };
     let grouped = Heads { heads: 6, kv_heads: 2, key_width: 5, value_width: 3, ..plain };
     let latent = Heads { heads: 5, kv_heads: 1, key_width: 24, value_width: 17, latent: true, ..plain };
-    let window = |heads, window| Heads { window: Some(window), ..heads };
+    let window = |heads, count| Heads { sight: Sight::Last(count), ..heads };
+    let stretch = |heads, count| Heads { sight: Sight::Stretch(count), ..heads };
     // As wide as the heads of models: other kernels on a GPU.
     let wide = Heads { heads: 8, key_width: 128, value_width: 128, ..grouped };
     let latents = Heads { heads: 16, key_width: 576, value_width: 512, ..latent };
@@ -668,6 +685,13 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         (window(grouped, 5), mixed, 4),
         (window(latent, 9), mixed, 2),
         (window(plain, 1000), mixed, 4),
+        (stretch(plain, 1), mixed, 4),
+        (stretch(grouped, 5), mixed, 4),
+        (stretch(latent, 9), mixed, 2),
+        (stretch(plain, 1000), mixed, 4),
+        (stretch(wide, 70), long, 16),
+        (stretch(wide, 64), long, 64),
+        (stretch(few_latents, 70), long, 16),
         (plain, long, 64),
         (wide, long, 64),
         (wide, mixed, 7),
@@ -718,16 +742,21 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
 
 /// Experts and weights of one token, by the definition: pick the best one, again and again.
 fn routed(router: &TopKRouter, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32>, Vec<f64>) {
+    if let Score::SparseMixer { jitter } = router.score {
+        return mixed(router, jitter, logits);
+    }
     let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let power = |&logit: &f32| (f64::from(logit) - f64::from(most)).exp();
     let total: f64 = logits.iter().map(power).sum();
     let score = |logit: &f32| match router.score {
-        Score::Softmax => power(logit) / total,
-        Score::Sigmoid => sigmoid(f64::from(*logit)),
+        Score::Softmax | Score::SparseMixer { .. } => power(logit) / total,
+        Score::Sigmoid | Score::SigmoidOfLogit => sigmoid(f64::from(*logit)),
     };
     let scores: Vec<f64> = logits.iter().map(score).collect();
     let preference: Vec<f64> = scores
         .iter()
+        .enumerate()
+        .map(|(e, score)| if router.score == Score::SigmoidOfLogit { f64::from(logits[e]) } else { *score })
         .enumerate()
         .map(|(e, score)| score + bias.map_or(0.0, |bias| f64::from(bias[e])))
         .collect();
@@ -755,6 +784,27 @@ fn routed(router: &TopKRouter, logits: &[f32], bias: Option<&[f32]>) -> (Vec<u32
     let divisor = if router.normalise { sum } else { 1.0 };
     let weights = chosen.iter().map(|&expert| scores[expert] / divisor * f64::from(router.scale)).collect();
     (chosen.iter().map(|&expert| expert as u32).collect(), weights)
+}
+
+/// The same for a sparse mixer: whoever is far behind the best of those that are left does not count.
+fn mixed(router: &TopKRouter, jitter: f32, logits: &[f32]) -> (Vec<u32>, Vec<f64>) {
+    let value: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
+    let mut left: Vec<usize> = (0..logits.len()).collect();
+    let (mut experts, mut weights) = (Vec::new(), Vec::new());
+    for _ in 0..router.top_k {
+        let best = first(&left, &value, 1)[0];
+        let most = value[best];
+        let near = |other: &f64| (most - other) <= 2.0 * f64::from(jitter) * other.abs().max(most);
+        let beside = left.iter().map(|&other| value[other]).filter(near);
+        weights.push(f64::from(router.scale) / beside.map(|other| (other - most).exp()).sum::<f64>());
+        experts.push(best as u32);
+        left.retain(|&other| other != best);
+    }
+    if router.normalise {
+        let sum: f64 = weights.iter().sum();
+        weights.iter_mut().for_each(|weight| *weight *= f64::from(router.scale) / sum);
+    }
+    (experts, weights)
 }
 
 /// The `count` best of `which`, best first, of equals the lower number.
@@ -793,7 +843,13 @@ fn routes<B: Backend>(bench: &Bench<B>) {
             (Score::Sigmoid, true, true),
             (Score::Sigmoid, false, true),
             (Score::Sigmoid, true, false),
+            (Score::SigmoidOfLogit, false, false),
+            (Score::SparseMixer { jitter: 0.1 }, false, false),
+            (Score::SparseMixer { jitter: 0.3 }, true, false),
         ] {
+            if groups.is_some() && matches!(score, Score::SparseMixer { .. }) {
+                continue;
+            }
             let router = TopKRouter { top_k, score, groups, normalise, scale: 2.5 };
             // Logits that differ by 1/32 or more and are not symmetric about zero, biases that are whole: no two
             // experts or groups are so close that rounding decides.
@@ -814,7 +870,8 @@ fn route<B: Backend>(bench: &Bench<B>, router: &TopKRouter, logits: &Sheet, bias
     let weights = bench.room(DType::F32, logits.rows, router.top_k);
     let vector = |bias: &[f32]| bench.vector(&Sheet { rows: 1, width: bias.len(), values: bias.to_vec() });
     let scales = bench.random_of(DType::F32, 1, logits.width, 2.0);
-    let scaled = router.normalise.then_some(&scales);
+    let mixes = matches!(router.score, Score::SparseMixer { .. });
+    let scaled = (router.normalise && !mixes).then_some(&scales);
     bench.run(
         &what,
         Route {
@@ -835,6 +892,34 @@ fn route<B: Backend>(bench: &Bench<B>, router: &TopKRouter, logits: &Sheet, bias
     }
     assert_eq!(bench.get_words(&what, &experts), want_experts, "{what}, seed {}", bench.seed);
     bench.check(&what, &weights, &want_weights);
+}
+
+/// Sums of some of the rows, in stages that begin in the middle of them.
+fn scaled_terms<B: Backend>(bench: &Bench<B>) {
+    for (rows, sums, top_k, width, first) in [(0, 0, 2, 3, 0), (1, 1, 1, 1, 0), (6, 5, 3, 9, 4), (40, 33, 2, 72, 11)] {
+        let what = format!("{rows} rows of {width} from {first} on, {sums} sums of {top_k}");
+        let mut index: Vec<u32> = bench.shuffled(sums * top_k);
+        // Rows have fewer terms than there is room for.
+        for row in index.chunks_mut(top_k).step_by(3) {
+            row[top_k - 1] = NONE;
+        }
+        let factors = bench.random_of(DType::F32, sums, top_k, 2.0);
+        let x = bench.random(rows, width, 2.0);
+        let out = bench.put(&x);
+        let scale = ScaleTerms {
+            x: out.view.clone(),
+            index: bench.put_words(&index, top_k).view,
+            weights: bench.put_as(DType::F32, &factors).view,
+            first,
+        };
+        bench.run(&what, scale);
+        let factor = |m: usize| {
+            let at = index.iter().position(|&term| term as usize == m + first);
+            at.map_or(1.0, |at| f64::from(factors.values[at]))
+        };
+        let want = each(rows, width, |m, n| factor(m) * f64::from(x.row(m)[n]));
+        bench.check(&what, &out, &want);
+    }
 }
 
 /// Ties and limits, worked by hand.

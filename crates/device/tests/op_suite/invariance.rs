@@ -105,7 +105,7 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
     let vector = bench.vector(&bench.random_of(DType::F32, 1, WIDTH, 1.0));
     let gates = bench.random_of(DType::F32, ROWS, 1, 2.0);
     let norm =
-        |kind, x, out| Norm { kind, x, weight: Weight::clone(&vector), eps: 1e-5, out, origin: None }.into();
+        |kind, x, out| Norm { kind, x, weight: Weight::clone(&vector), bias: None, eps: 1e-5, out, origin: None }.into();
     let rope_table = bench.random_of(DType::F32, ROWS, 36, 1.0);
     let terms: Vec<u32> = (0..3 * ROWS).map(|term| (term * 7 % 3) as u32).collect();
     let reduce = |rows: Range<usize>, x: Buffer, out: Buffer| -> Op {
@@ -178,7 +178,7 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         key_width: 9,
         value_width: 7,
         latent: false,
-        window: None,
+        sight: Sight::All,
         sinks: false,
     };
     let latent = Heads { heads: 3, kv_heads: 1, key_width: 40, value_width: 32, latent: true, ..grouped };
@@ -186,7 +186,8 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
     let wide_latent = Heads { heads: 5, key_width: 160, value_width: 128, ..latent };
     let apart = Heads { heads: 3, kv_heads: 3, key_width: 192, value_width: 128, ..grouped };
     let widest = Heads { heads: 6, key_width: 256, value_width: 256, ..grouped };
-    let windowed = |heads, window| Heads { window: Some(window), ..heads };
+    let windowed = |heads, count| Heads { sight: Sight::Last(count), ..heads };
+    let stretched = |heads, count| Heads { sight: Sight::Stretch(count), ..heads };
     // As wide as the heads of models, in blocks as large as theirs: another kernel on a GPU.
     let in_blocks = |heads| (heads, 64);
     let cases = [
@@ -196,6 +197,8 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         wide,
         wide_latent,
         windowed(wide, 66),
+        stretched(wide, 66),
+        stretched(wide_latent, 66),
         windowed(wide_latent, 66),
         Heads { sinks: true, ..grouped },
         Heads { sinks: true, ..windowed(wide, 66) },

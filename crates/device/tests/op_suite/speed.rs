@@ -4,7 +4,9 @@
 
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
-use epsmoe_device::op::{Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, NONE, Op, Reduce};
+use epsmoe_device::op::{
+    Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, NONE, Op, Reduce, Sight,
+};
 use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
 use epsmoe_quant::{Code, Codes, Format, Scale};
 use half::bf16;
@@ -482,7 +484,7 @@ fn measure_attention(
         heads,
         kv_heads,
         scale: 1.0 / (key_width as f32).sqrt(),
-        window: None,
+        sight: Sight::All,
         sinks: None,
         out: backend.allocate("out", DType::BF16, tokens, heads * value_width).expect("memory"),
     };

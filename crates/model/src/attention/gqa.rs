@@ -6,7 +6,7 @@ use crate::parallel::Share;
 use crate::step::Queries;
 use crate::{GqaSpec, LayerPart, ModelError, QkNorm, Window};
 use epsmoe_base::Layer;
-use epsmoe_device::op::{Clamp, Gate, Gating};
+use epsmoe_device::op::{Clamp, Gate, Gating, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ pub(crate) struct Gqa {
     value: Option<Linear>,
     /// Ones, where values are normed.
     value_norm: Option<Weight>,
-    /// Of queries and of keys.
+    /// Of queries and of keys; ones, where the norm has no weights.
     norms: Option<[Weight; 2]>,
     /// Of this rank's heads.
     sinks: Option<Weight>,
@@ -26,7 +26,7 @@ pub(crate) struct Gqa {
     /// `[slots, kv_heads · head_dim]`.
     cached_keys: Buffer,
     cached_values: Buffer,
-    window: Option<usize>,
+    sight: Sight,
     workspace: Workspace,
 }
 
@@ -140,12 +140,18 @@ impl Gqa {
             let window = Window::rows(rows);
             Linear::load(loader, layer, weight, spec.qkv_bias.then_some(bias), &window)
         };
-        let norms = |_| -> Result<_, ModelError> {
-            Ok([loader.layer(layer, LayerPart::QueryNorm)?, loader.layer(layer, LayerPart::KeyNorm)?])
-        };
         let sinks = || loader.window(LayerPart::Sinks.of(layer), &Window::rows(own.query.clone()));
         let value = || linear(LayerPart::Value, LayerPart::ValueBias, own.elements(&own.kv));
         let ones = || loader.vector(&format!("{} ones", spec.head_dim), &vec![1.0; spec.head_dim]);
+        let norms = |norm| -> Result<_, ModelError> {
+            match norm {
+                QkNorm::Unweighted => Ok([ones()?, ones()?]),
+                _ => Ok([
+                    loader.layer(layer, LayerPart::QueryNorm)?,
+                    loader.layer(layer, LayerPart::KeyNorm)?,
+                ]),
+            }
+        };
         let (queries, keys) = own.projected();
         let width = own.kv.len() * spec.head_dim;
         let cache = |name| loader.device.allocate(name, loader.device.dtype(), slots, width);
@@ -163,7 +169,7 @@ impl Gqa {
             output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
             cached_keys: cache("cached_keys")?,
             cached_values: cache("cached_values")?,
-            window: loader.spec.layers[layer.0].window,
+            sight: loader.spec.layers[layer.0].sight,
             workspace: workspace.clone(),
             own: own.clone(),
         })
@@ -196,13 +202,17 @@ impl Gqa {
         let rotate_first = spec.norm_after_rope;
         let rotate = |query: &Buffer, key: &Buffer| {
             cx.rotate(cx.queries, query, spec.head_dim, 0)?;
+            if !cx.turns_keys() {
+                return Ok(());
+            }
             cx.rotate(&cx.step.all.queries, key, spec.head_dim, 0)
         };
         if rotate_first {
             rotate(&query, &key)?;
         }
         // Norms of heads that are turned afterwards do both.
-        let turns = spec.qk_norm == Some(QkNorm::PerHead) && !rotate_first && spec.clip_qkv.is_none();
+        let alike = spec.clip_qkv.is_none() && cx.turns_keys();
+        let turns = spec.qk_norm == Some(QkNorm::PerHead) && !rotate_first && alike;
         if let Some([query_norm, key_norm]) = &self.norms {
             let (normed_query, normed_key) =
                 (self.workspace.normed_query.rows(queries.clone())?, self.workspace.normed_key.rows(tokens)?);
@@ -226,7 +236,7 @@ impl Gqa {
         let mut context = self.workspace.context.rows(queries.clone())?;
         let (heads, kv_heads) = (own.query.len(), own.kv.len());
         let heads =
-            Heads { heads, kv_heads, scale: spec.scale, window: self.window, sinks: self.sinks.clone() };
+            Heads { heads, kv_heads, scale: spec.scale, sight: self.sight, sinks: self.sinks.clone() };
         cx.attend(heads, &query, &self.cached_keys, &self.cached_values, &context)?;
         if let Some(gate) = gate {
             // Its queries are done with.
@@ -255,7 +265,7 @@ impl Gqa {
         out: Buffer,
     ) -> Result<Buffer, DeviceError> {
         let width = match self.own.spec.qk_norm {
-            Some(QkNorm::PerHead) => self.own.spec.head_dim,
+            Some(QkNorm::PerHead | QkNorm::Unweighted) => self.own.spec.head_dim,
             _ => out.width,
         };
         // What is projected for a head may be more than is normed.

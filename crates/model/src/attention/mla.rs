@@ -16,7 +16,7 @@ use crate::load::Loader;
 use crate::origins::{HEADS_TOGETHER, Round, RoundRoom, Span};
 use crate::{LayerPart, MlaSpec, ModelError, Window};
 use epsmoe_base::{DType, Layer};
-use epsmoe_device::op::{Copy, Epilogue, Gather, Gemm, GemmPart};
+use epsmoe_device::op::{Copy, Epilogue, Gather, Gemm, GemmPart, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use std::ops::Range;
 
@@ -149,7 +149,7 @@ impl Mla {
             query_down: spec.q_lora.map(down).transpose()?,
             query: loader.window(query.of(layer), &query_rows)?,
             kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
-            kv_norm: loader.layer(layer, LayerPart::KvDownNorm)?,
+            kv_norm: loader.scaled(LayerPart::KvDownNorm.of(layer), spec.latent_scale)?,
             output: Linear::load_output(loader, layer, spec.bias, blocks(&heads, spec.value))?,
             decompressing: Decompressing::load(loader, layer, &spec, &heads)?,
             heads: heads.map(|head| Head::load(loader, layer, head)).collect::<Result<_, _>>()?,
@@ -230,7 +230,7 @@ impl Mla {
         let rotated = query.reshape(nope + rope)?.columns(nope..nope + rope)?;
         let behind = absorbed.reshape(width)?.columns(kv_lora..width)?;
         cx.compute(Copy { x: rotated, out: behind })?;
-        let attention = Heads { heads, kv_heads: 1, scale, window: None, sinks: None };
+        let attention = Heads { heads, kv_heads: 1, scale, sight: Sight::All, sinks: None };
         let latents = self.cache.columns(0..kv_lora)?;
         cx.attend_in(span, attention, &absorbed, &self.cache, &latents, &attended)?;
         self.per_head(cx, |head, weights| {
@@ -261,7 +261,7 @@ impl Mla {
             let query = of_heads(&workspace.query, nope + rope)?;
             let context = of_heads(&workspace.context, value)?;
             let count = heads.len();
-            let attention = Heads { heads: count, kv_heads: count, scale, window: None, sinks: None };
+            let attention = Heads { heads: count, kv_heads: count, scale, sight: Sight::All, sinks: None };
             cx.attend_in(&round.span, attention, &query, &keys, &values, &context)?;
         }
         Ok(())

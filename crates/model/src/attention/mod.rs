@@ -9,10 +9,10 @@ use crate::forward::ModelOptions;
 use crate::load::Loader;
 use crate::origins::Span;
 use crate::step::{Queries, Step};
-use crate::{AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, Window};
+use crate::{AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, RopeSpec, Window};
 use delta_net::DeltaNet;
 use epsmoe_base::{Lane, Layer, Place};
-use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, RopeStyle, Rotate};
+use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, Rotate, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use gqa::Gqa;
 use mla::Mla;
@@ -152,8 +152,8 @@ pub(crate) struct Context<'a, B> {
     pub(crate) step: &'a Step,
     /// The tokens that attention is computed for; all of the step store keys and values.
     pub(crate) queries: &'a Queries,
-    /// Which rotary embedding its layer has, and how it forms pairs.
-    pub(crate) rope: Option<(usize, RopeStyle)>,
+    /// The rotary embedding that its layer has, and its number.
+    pub(crate) rope: Option<(usize, &'a RopeSpec)>,
     /// Epsilon of the model's norms.
     pub(crate) eps: f32,
 }
@@ -163,7 +163,7 @@ struct Heads {
     heads: usize,
     kv_heads: usize,
     scale: f32,
-    window: Option<usize>,
+    sight: Sight,
     sinks: Option<Weight>,
 }
 
@@ -175,7 +175,7 @@ impl<B: Backend> Context<'_, B> {
 
     fn norm(&self, x: &Buffer, weight: &Weight, eps: f32, out: &Buffer) -> Result<(), DeviceError> {
         let (x, weight, out) = (x.clone(), weight.clone(), out.clone());
-        self.compute(op::Norm { kind: NormKind::Rms, x, weight, eps, out, origin: None })
+        self.compute(op::Norm { kind: NormKind::Rms, x, weight, bias: None, eps, out, origin: None })
     }
 
     /// The norm of every head of these tokens, turned like [`rotate`](Self::rotate) from its first element on.
@@ -191,13 +191,14 @@ impl<B: Backend> Context<'_, B> {
             kind: NormKind::Rms,
             x,
             weight,
+            bias: None,
             eps: self.eps,
             out: heads.reshape(head_width)?,
             origin: None,
         };
-        let Some((rope, style)) = self.rope else { return self.compute(norm) };
-        let rope_table = tokens.rope_tables[rope].clone();
-        let rotate = Rotate { x: heads.clone(), head_width, start: 0, style, rope_table };
+        let Some((number, rope)) = self.rope else { return self.compute(norm) };
+        let rope_table = tokens.rope_tables[number].clone();
+        let rotate = Rotate { x: heads.clone(), head_width, start: 0, style: rope.style, rope_table };
         self.compute(NormRotate { norm, rotate })
     }
 
@@ -217,9 +218,14 @@ impl<B: Backend> Context<'_, B> {
         head_width: usize,
         start: usize,
     ) -> Result<(), DeviceError> {
-        let Some((rope, style)) = self.rope else { return Ok(()) };
-        let rope_table = tokens.rope_tables[rope].clone();
-        self.compute(Rotate { x: x.clone(), head_width, start, style, rope_table })
+        let Some((number, rope)) = self.rope else { return Ok(()) };
+        let rope_table = tokens.rope_tables[number].clone();
+        self.compute(Rotate { x: x.clone(), head_width, start, style: rope.style, rope_table })
+    }
+
+    /// Whether keys turn as queries do.
+    fn turns_keys(&self) -> bool {
+        self.rope.is_some_and(|(_, rope)| rope.growth.is_none())
     }
 
     /// Whose states the step goes on from.
@@ -264,7 +270,7 @@ impl<B: Backend> Context<'_, B> {
         values: &Buffer,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let Heads { heads, kv_heads, scale, window, sinks } = heads;
+        let Heads { heads, kv_heads, scale, sight, sinks } = heads;
         self.compute(op::Attention {
             q: q.clone(),
             keys: keys.clone(),
@@ -277,7 +283,7 @@ impl<B: Backend> Context<'_, B> {
             heads,
             kv_heads,
             scale,
-            window,
+            sight,
             sinks,
             out: out.clone(),
         })

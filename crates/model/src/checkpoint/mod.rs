@@ -322,7 +322,7 @@ impl Block {
         );
         if source.transposed {
             let rows = columns.start + source.first_row..columns.end + source.first_row;
-            let row_width = n * source.turn.of;
+            let row_width = source.shape.last().copied().unwrap_or(n);
             return Block { rows: Rows::range(rows), columns: window_rows, turn: source.turn, row_width };
         }
         let Turn { at, of } = source.turn;
@@ -348,7 +348,7 @@ impl Block {
         let mut pieces =
             (0..count).map(|row| (first + row * step) * self.row_width).zip(bytes.chunks_exact_mut(piece));
         if of == 1 {
-            return pieces.try_for_each(|(row, into)| fill(row + self.columns.start, into));
+            return pieces.try_for_each(|(row, into)| fill(row + self.columns.start + at, into));
         }
         let mut turns = vec![0; ((self.columns.len() - 1) * of + 1) * size];
         pieces.try_for_each(|(row, into)| {

@@ -170,6 +170,7 @@ pub(super) fn latent_model(
         inner_eps: 1e-6, // Whatever `rms_norm_eps` says.
         bias: keys.flag("attention_bias")?.unwrap_or(false),
         scale: (((nope + rope_dim) as f64).powf(-0.5) * rope.score_factor) as f32,
+        latent_scale: 1.0,
     };
     let attention = AttentionSpec::Mla(attention);
     draft.complete((architecture, TensorNames::Common), NormKind::Rms, rope, layers, |_| attention)

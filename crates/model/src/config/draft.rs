@@ -5,7 +5,7 @@ use super::rope::Rope;
 use crate::Architecture;
 use crate::spec::*;
 use epsmoe_base::DType;
-use epsmoe_device::op::{NormKind, RopeStyle, Score, TopKRouter};
+use epsmoe_device::op::{NormKind, RopeStyle, Score, Sight, TopKRouter};
 use serde_json::Value;
 
 /// What a config may leave out.
@@ -40,11 +40,12 @@ pub(super) struct Draft<'a> {
 
 /// A layer but for its attention; see [`LayerSpec`].
 pub(super) struct DraftLayer {
-    pub(super) window: Option<usize>,
+    pub(super) sight: Sight,
     pub(super) rope: Option<usize>,
     pub(super) mlp: MlpSpec,
     pub(super) residual_mlp: Option<usize>,
     pub(super) sandwich: bool,
+    pub(super) late_experts: bool,
 }
 
 impl<'a> Draft<'a> {
@@ -100,11 +101,12 @@ impl<'a> Draft<'a> {
         let eps = keys.number("rms_norm_eps", EPSILON)?.unwrap_or(defaults.eps) as f32;
         let layers = layers.into_iter().enumerate().map(|(index, layer)| LayerSpec {
             attention: attention(index),
-            window: layer.window,
+            sight: layer.sight,
             rope: layer.rope,
             mlp: layer.mlp,
             residual_mlp: layer.residual_mlp,
             sandwich: layer.sandwich,
+            late_experts: layer.late_experts,
         });
         Ok(ModelSpec {
             architecture,
@@ -113,11 +115,12 @@ impl<'a> Draft<'a> {
             vocab,
             hidden: self.hidden,
             max_positions: rope.positions,
-            norm: NormSpec { kind: norm, eps, less_one: false },
+            norm: NormSpec { kind: norm, bias: false, eps, less_one: false },
             ropes: vec![rope.spec],
             layers: layers.collect(),
             factors: Factors::default(),
             tie_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
+            head_bias: false,
             dtype: dtype(keys),
             bos: special(keys, "bos_token_id", vocab, defaults.bos).first().copied(),
             eos: special(keys, "eos_token_id", vocab, defaults.eos),
@@ -176,19 +179,20 @@ impl<'a> Draft<'a> {
         let inner = self.inner;
         let mlp = |index| if is_moe(index) { MlpSpec::Moe(moe.clone()) } else { MlpSpec::Dense { inner } };
         let layer = |index| DraftLayer {
-            window: None,
+            sight: Sight::All,
             rope: Some(0),
             mlp: mlp(index),
             residual_mlp: None,
             sandwich: false,
+            late_experts: false,
         };
         (0..self.layers).map(layer).collect()
     }
 
     /// The same, each layer with the window of `sliding_window`, if there is one.
     pub(super) fn windowed(&self, mut layers: Vec<DraftLayer>) -> Checked<Vec<DraftLayer>> {
-        let window = self.keys.whole("sliding_window", POSITIONS)?;
-        layers.iter_mut().for_each(|layer| layer.window = window);
+        let sight = self.keys.whole("sliding_window", POSITIONS)?.map_or(Sight::All, Sight::Last);
+        layers.iter_mut().for_each(|layer| layer.sight = sight);
         Ok(layers)
     }
 
@@ -219,7 +223,7 @@ impl<'a> Draft<'a> {
                     "layer {index} has a sliding window, but `sliding_window` is missing; {MEND}"
                 ));
             }
-            layer.window = window.filter(|_| slides);
+            layer.sight = window.filter(|_| slides).map_or(Sight::All, Sight::Last);
         }
         Ok(layers)
     }
@@ -297,6 +301,8 @@ pub(super) fn softmax_moe(experts: usize, inner: usize, top_k: usize) -> MoeSpec
         router_scale: false,
         expert_scales: false,
         shared: None,
+        identities: 0,
+        scaled_inputs: false,
     }
 }
 

@@ -6,7 +6,7 @@ use super::keys::{Checked, EXPERTS, FACTOR, HEAD_WIDTH, HEADS, Keys, WIDTH, wron
 use super::rope::Rope;
 use crate::Architecture;
 use crate::spec::*;
-use epsmoe_device::op::{NormKind, RopeStyle, Swish};
+use epsmoe_device::op::{NormKind, RopeStyle, Sight, Swish};
 use serde_json::{Map, Value, json};
 
 const GEMMA4: Defaults = Defaults {
@@ -34,10 +34,10 @@ pub(super) fn gemma4(keys: &Keys) -> Checked<ModelSpec> {
     });
     let mut layers = draft.windowed_by_type(layers, |layer| !(layer + 1).is_multiple_of(6))?;
     if let Some(last) = layers.last_mut() {
-        last.window = None; // Whatever its type says.
+        last.sight = Sight::All; // Whatever its type says.
     }
-    layers.iter_mut().for_each(|layer| layer.rope = Some(usize::from(layer.window.is_none())));
-    let wide: Vec<bool> = layers.iter().map(|layer| layer.window.is_none()).collect();
+    layers.iter_mut().for_each(|layer| layer.rope = Some(usize::from(layer.sight == Sight::All)));
+    let wide: Vec<bool> = layers.iter().map(|layer| layer.sight == Sight::All).collect();
     let [near, far] = attentions(&draft)?;
     let of_layer = |layer: usize| AttentionSpec::Gqa(if wide[layer] { far } else { near });
     let plain = json!({ "rope_type": "default", "rope_theta": 1e4 });

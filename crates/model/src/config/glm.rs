@@ -6,6 +6,7 @@ use super::draft::{Defaults, Draft};
 use super::keys::{Checked, HEAD_WIDTH, Keys, LAYERS, MEND, POSITIONS, wrong};
 use crate::Architecture;
 use crate::spec::*;
+use epsmoe_device::op::Sight;
 
 const GLM4_MOE: Defaults = Defaults {
     vocab: 151_552,
@@ -165,6 +166,6 @@ pub(super) fn exaone_moe(keys: &Keys) -> Checked<ModelSpec> {
     let layers = draft.layers(&moe, |layer| sparse[layer]);
     let windows = keys.whole("sliding_window", POSITIONS)?.is_some();
     let mut layers = draft.windowed_by_type(layers, |layer| windows && !(layer + 1).is_multiple_of(4))?;
-    layers.iter_mut().filter(|layer| windows && layer.window.is_none()).for_each(|layer| layer.rope = None);
+    layers.iter_mut().filter(|layer| windows && layer.sight == Sight::All).for_each(|layer| layer.rope = None);
     draft.grouped_model((Architecture::ExaoneMoe, TensorNames::Exaone), attention, layers)
 }

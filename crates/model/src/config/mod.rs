@@ -16,9 +16,12 @@ mod gpt_oss;
 mod granite;
 mod hunyuan;
 mod keys;
+mod llama;
+mod longcat;
 mod minimax;
 mod mixtral;
 mod olmoe;
+mod phi;
 mod qwen;
 mod rope;
 
@@ -145,7 +148,7 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
     let inner = language_model(map);
     let nesting = match (&inner, keys.word("model_type")?) {
         (None, _) => Nesting::Alone,
-        (_, Some("kimi_k25")) => Nesting::Under,
+        (_, Some("kimi_k25" | "llama4")) => Nesting::Under,
         _ => Nesting::Beside,
     };
     let keys = Keys { map: inner.as_ref().or(Some(map)), ..keys };
@@ -174,6 +177,9 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
         Architecture::ExaoneMoe => glm::exaone_moe(&keys),
         Architecture::HunyuanV3 => hunyuan::hunyuan_v3(&keys),
         Architecture::Gemma4 => gemma::gemma4(&keys),
+        Architecture::LongcatFlash => longcat::longcat_flash(&keys),
+        Architecture::Llama4 => llama::llama4(&keys),
+        Architecture::Phimoe => phi::phimoe(&keys),
     }?;
     spec.nesting = nesting;
     let experts: usize = spec.layers.iter().filter_map(|layer| layer.mlp.moe()).map(|moe| moe.experts).sum();
@@ -217,7 +223,10 @@ fn architecture(keys: &Keys) -> Checked<Architecture> {
 }
 
 /// Other names of what is supported.
-const ALIASES: [(&str, Architecture); 11] = [
+const ALIASES: [(&str, Architecture); 14] = [
+    ("Llama4ForCausalLM", Architecture::Llama4),
+    ("llama4_text", Architecture::Llama4),
+    ("PhiMoEForCausalLM", Architecture::Phimoe),
     ("Gemma4ForCausalLM", Architecture::Gemma4),
     ("gemma4_text", Architecture::Gemma4),
     ("ExaoneMoeForCausalLM", Architecture::ExaoneMoe),
@@ -232,7 +241,7 @@ const ALIASES: [(&str, Architecture); 11] = [
 ];
 
 /// Architectures that people ask for, and what they have that is missing here.
-const UNSUPPORTED: [(&str, &str); 18] = [
+const UNSUPPORTED: [(&str, &str); 13] = [
     ("DeepseekV32ForCausalLM", INDEXER),
     ("GlmMoeDsaForCausalLM", INDEXER),
     ("DeepseekV4ForCausalLM", "its attention looks at compressed tokens, and its residual stream is several"),
@@ -244,11 +253,6 @@ const UNSUPPORTED: [(&str, &str); 18] = [
     ("NemotronHForCausalLM", STATE_SPACE),
     ("GraniteMoeHybridForCausalLM", STATE_SPACE),
     ("Lfm2MoeForCausalLM", "most of its layers are convolutions"),
-    ("Llama4ForCausalLM", LLAMA),
-    ("Llama4ForConditionalGeneration", LLAMA),
-    ("LongcatFlashForCausalLM", "it has experts that compute nothing, and two attentions a layer"),
-    ("PhimoeForCausalLM", PHI),
-    ("PhiMoEForCausalLM", PHI),
     ("BailingMoeForCausalLM", "it is of before Ling 2.0, whose router and attention are others"),
     ("Qwen3VLMoeForConditionalGeneration", NESTED),
 ];
@@ -256,13 +260,11 @@ const INDEXER: &str = "its attention looks at tokens that an indexer chooses";
 const DELTA: &str = "most of its layers have a delta net whose decays are one for each channel";
 const LINEAR: &str = "most of its layers have linear attention";
 const STATE_SPACE: &str = "most of its layers are state space models";
-const LLAMA: &str = "its experts read what their router has scaled, and its attention is in chunks";
-const PHI: &str = "its router is a sparse mixer, and its norms have biases";
 const NESTED: &str = "its language model is nested in one that sees images, and reads it between its layers";
 
 /// What would change results if it were passed over.
 fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
-    use Architecture::{Dots1, ExaoneMoe, Gemma4, GptOss, Qwen2Moe, Qwen3Moe, Qwen3Next, Qwen35Moe};
+    use Architecture::{Dots1, ExaoneMoe, Gemma4, GptOss, Llama4, Qwen2Moe, Qwen3Moe, Qwen3Next, Qwen35Moe};
     keys.only("hidden_act", &ACTIVATIONS)?;
     let windows = matches!(architecture, Qwen2Moe | Qwen3Moe);
     for key in ["use_sliding_window", "mlp_bias"] {
@@ -271,7 +273,7 @@ fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
         }
     }
     let slides = keys.flag("use_sliding_window")?.unwrap_or(false);
-    if matches!(architecture, Dots1 | ExaoneMoe | Gemma4 | GptOss | Qwen3Next | Qwen35Moe)
+    if matches!(architecture, Dots1 | ExaoneMoe | Gemma4 | GptOss | Llama4 | Qwen3Next | Qwen35Moe)
         || (architecture == Qwen2Moe && slides)
     {
         return Ok(());

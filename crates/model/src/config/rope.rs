@@ -64,6 +64,7 @@ impl Draft<'_> {
             dim,
             inverse_frequencies,
             attention_factor: attention_factor as f32,
+            growth: None,
         };
         match section.word("rope_type")?.or(section.word("type")?).unwrap_or("default") {
             // Text has one position a token, whatever images would have.
@@ -187,13 +188,16 @@ fn llama3(section: &Keys, plain: &[f32]) -> Checked<Vec<f32>> {
             section.section
         ));
     };
-    if high <= low {
-        return wrong(format!("`high_freq_factor` ({high}) must exceed `low_freq_factor` ({low}); {MEND}"));
+    if high < low {
+        return wrong(format!(
+            "`high_freq_factor` ({high}) must not be below `low_freq_factor` ({low}); {MEND}"
+        ));
     }
     let (original, factor, low, high) = (original as f32, factor as f32, low as f32, high as f32);
     let blend = |&frequency: &f32| {
         let turns = original / (2.0 * PI as f32 / frequency);
-        let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+        // Where both are equal nothing lies between.
+        let kept = if high > low { ((turns - low) / (high - low)).clamp(0.0, 1.0) } else { f32::from(turns > low) };
         (1.0 - kept) * frequency / factor + kept * frequency
     };
     Ok(plain.iter().map(blend).collect())

@@ -37,6 +37,11 @@ pub(super) struct StepBuffers {
     /// What parts give, normed, and the sum of two of them `[N, H]`, float32.
     pub(super) out_normed: Buffer,
     pub(super) both: Buffer,
+    /// What experts give late, and what of it is left for the logits `[N, H]`, float32; a rank's part of it, of ranks that
+    /// split them.
+    pub(super) late: Buffer,
+    pub(super) wanted_late: Buffer,
+    pub(super) late_parts: Buffer,
     /// Of a dense MLP, for all tokens of the ranks that split it.
     pub(super) inner: Buffer,
     /// Its products before an activation of its own, float32.
@@ -88,6 +93,7 @@ impl StepBuffers {
         };
         let residual = spec.layers.iter().any(|layer| layer.residual_mlp.is_some());
         let sandwich = if is_sandwich(spec) { spec.hidden } else { 0 };
+        let late = if is_late(spec) { spec.hidden } else { 0 };
         let (mlp_tokens, inner) = (layout.most_in_mlp(tokens), layout.inner().most(widest_dense(spec)));
         Ok(StepBuffers {
             ids: indices("ids", shard, 1)?,
@@ -104,6 +110,9 @@ impl StepBuffers {
             pre_attention: values("pre_attention", shard, if residual { spec.hidden } else { 0 })?,
             out_normed: floats("out_normed", shard, sandwich)?,
             both: floats("both", shard, sandwich)?,
+            late: floats("late_experts", shard, late)?,
+            wanted_late: floats("wanted_late_experts", shard, late)?,
+            late_parts: values("late_parts", if layout.mlp_ranks().len() > 1 { mlp_tokens } else { 0 }, late)?,
             inner: values("inner", mlp_tokens, inner)?,
             open: floats("open_inner", mlp_tokens, if sandwich > 0 { 2 * inner } else { 0 })?,
             logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
@@ -181,7 +190,8 @@ fn bytes_per_token(spec: &ModelSpec, dtype: DType) -> usize {
     let values = values + widest_dense(spec) + 2 * spec.hidden;
     let floats = floats + 3 * spec.hidden + 2 * spec.ropes.iter().map(|rope| rope.dim).sum::<usize>();
     let sandwich = if is_sandwich(spec) { 2 * spec.hidden + 2 * widest_dense(spec) } else { 0 };
-    let floats = floats + sandwich;
+    let late = if is_late(spec) { spec.hidden } else { 0 };
+    let (values, floats) = (values + late, floats + sandwich + 2 * late);
     // Ids, slots, positions and places.
     values * dtype.bytes() + floats * DType::F32.bytes() + 8 * DType::U32.bytes()
 }
@@ -207,6 +217,11 @@ fn workspace_widths(attention: &AttentionSpec) -> (usize, usize) {
 /// Whether layers norm what their parts give.
 fn is_sandwich(spec: &ModelSpec) -> bool {
     spec.layers.iter().any(|layer| layer.sandwich)
+}
+
+/// Whether what experts give is added behind the next layer.
+fn is_late(spec: &ModelSpec) -> bool {
+    spec.layers.iter().any(|layer| layer.late_experts)
 }
 
 /// The widest dense MLP of any layer.

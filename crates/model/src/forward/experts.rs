@@ -2,13 +2,14 @@
 
 use super::{ExpertTokens, Model, ModelOptions, RoutingMode, StepOutput};
 use crate::parallel::Layout;
-use crate::step::Step;
+use crate::step::{LayerTokens, Step};
 use crate::{Experts, ModelError, ModelSpec};
-use epsmoe_base::{DType, WireDType, WireFormat};
+use epsmoe_base::{DType, Phase, Place, WireDType, WireFormat};
+use epsmoe_device::op::Gather;
 use epsmoe_device::{Backend, Buffer};
 use epsmoe_fabric::Fabric;
-use epsmoe_pipeline::{ExpertPipeline, MoeLayer, PipelineError, PipelineOptions, PipelineSizes};
-use epsmoe_plan::{Capacity, LayerBytes, LayerSizes, Policy, Schedule};
+use epsmoe_pipeline::{ExpertPipeline, MoeLayer, Pending, PipelineError, PipelineOptions, PipelineSizes};
+use epsmoe_plan::{Capacity, LayerBytes, LayerSizes, Policy, Routing, Schedule};
 use std::sync::Arc;
 
 /// What runs the MoE layers of one rank, if the model has any: whole experts over all ranks, or a part of every
@@ -60,6 +61,7 @@ fn layer_sizes(
         kept_products: moe.activation.is_some(),
         shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
         top_k: moe.router.top_k,
+        identities: moe.identities,
         wire: WireFormat::of(wire, dtype),
         ..LayerSizes::of(&map, dtype)
     }))
@@ -82,6 +84,14 @@ pub(super) fn buffer_bytes(
     Ok(layer.map_or(0, |layer| LayerBytes::of(&layer, &capacity(layout, options, &layer)).total()))
 }
 
+/// Experts whose outputs are added behind the next layer.
+pub(super) struct LateExperts<B: Backend> {
+    /// What they give, for this rank's shard `[N, H]`, once `pending` is finished.
+    out: Buffer,
+    /// Nothing, if it is already.
+    pending: Option<Pending<B>>,
+}
+
 impl<B: Backend> Model<B> {
     /// An MoE layer whose routing is made, counted, recorded or replayed.
     pub(super) fn mixture(
@@ -92,9 +102,79 @@ impl<B: Backend> Model<B> {
         y: &Buffer,
         output: &mut StepOutput,
     ) -> Result<(), ModelError> {
+        let (pipeline, routing) = (self.pipeline(), self.routing(moe, step, x, output)?);
+        output.layers.push(match routing {
+            Some(routing) => pipeline.run_routed(moe, &routing, x, y)?,
+            None => pipeline.run(moe, x, y)?,
+        });
+        Ok(())
+    }
+
+    /// The same where the shared expert's output goes to `shared`, and what the others give is not waited for.
+    pub(super) fn begin_late(
+        &self,
+        place: Place,
+        moe: &MoeLayer,
+        (step, tokens): (&Step, &LayerTokens),
+        [x, shared]: [&Buffer; 2],
+        output: &mut StepOutput,
+    ) -> Result<LateExperts<B>, ModelError> {
+        let (pipeline, out) = (self.pipeline(), self.buffers.late.rows(0..x.rows)?);
+        let alone = self.mlp.ranks().len() == 1;
+        let pending = self.mlp.gather_compute_scatter_both(
+            place,
+            [&tokens.mlp; 2],
+            (x, &self.buffers.late_parts),
+            [shared, &out],
+            |x, outs| -> Result<_, ModelError> {
+                let routing = self.routing(moe, step, x, output)?;
+                let pending = pipeline.begin(moe, routing.as_ref(), x, outs)?;
+                if alone {
+                    return Ok(Some(pending));
+                }
+                output.layers.push(pipeline.finish(place.phase(Phase::Sum), pending)?);
+                Ok(None)
+            },
+        )?;
+        Ok(LateExperts { out, pending })
+    }
+
+    /// What experts of the layer before gave to the tokens that are left.
+    pub(super) fn finish_late(
+        &self,
+        place: Place,
+        tokens: &LayerTokens,
+        late: LateExperts<B>,
+        output: &mut StepOutput,
+    ) -> Result<Buffer, ModelError> {
+        let LateExperts { mut out, pending } = late;
+        if let Some(pending) = pending {
+            output.layers.push(self.pipeline().finish(place.phase(Phase::Residual), pending)?);
+        }
+        if let Some(index) = &tokens.index {
+            let wanted = self.buffers.wanted_late.rows(0..index.rows)?;
+            self.compute(place, Gather { x: out, index: index.clone(), out: wanted.clone() })?;
+            out = wanted;
+        }
+        Ok(out)
+    }
+
+    fn pipeline(&self) -> &ExpertPipeline<B> {
         let Some(pipeline) = &self.experts else {
             unreachable!("a model with experts has a pipeline. This is a bug.")
         };
+        pipeline
+    }
+
+    /// The routing of a layer that is counted, recorded or replayed.
+    fn routing(
+        &self,
+        moe: &MoeLayer,
+        step: &Step,
+        x: &Buffer,
+        output: &mut StepOutput,
+    ) -> Result<Option<Routing>, ModelError> {
+        let pipeline = self.pipeline();
         let routing = match &self.options.routing {
             RoutingMode::FromRouter if step.count_experts => Some(pipeline.route(moe, x)?),
             RoutingMode::FromRouter => None,
@@ -110,14 +190,10 @@ impl<B: Backend> Model<B> {
             }
         };
         if let Some(routing) = routing.as_ref().filter(|_| step.count_experts) {
-            let mut tokens = vec![0; moe.slots.experts()];
+            let mut tokens = vec![0; moe.choices()];
             routing.experts().iter().for_each(|&expert| tokens[expert as usize] += 1);
             output.expert_tokens.push(ExpertTokens { layer: moe.layer, tokens });
         }
-        output.layers.push(match routing {
-            Some(routing) => pipeline.run_routed(moe, &routing, x, y)?,
-            None => pipeline.run(moe, x, y)?,
-        });
-        Ok(())
+        Ok(routing)
     }
 }

@@ -76,9 +76,10 @@ impl<B: Backend> Model<B> {
         for ((rope, frequencies), out) in
             self.spec.ropes.iter().zip(&self.frequencies).zip(&buffers.rope_tables)
         {
-            let (out, scale) = (out.rows(rows.clone())?, rope.attention_factor);
+            let (out, scale, growth) = (out.rows(rows.clone())?, rope.attention_factor, rope.growth);
             let (positions, frequencies) = (positions.clone(), frequencies.clone());
-            self.compute(Place::default(), RopeTable { positions, frequencies, scale, out: out.clone() })?;
+            let table = RopeTable { positions, frequencies, scale, growth, out: out.clone() };
+            self.compute(Place::default(), table)?;
             rope_tables.push(out);
         }
         let sequence_starts = self.upload(&starts, &buffers.sequence_starts.rows(0..starts.len())?)?;

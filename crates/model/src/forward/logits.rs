@@ -41,7 +41,8 @@ impl<B: Backend> Model<B> {
     pub(super) fn compute_logits(&self, last: &Buffer) -> Result<(), DeviceError> {
         let (place, buffers) = (Place::default(), &self.buffers);
         let (logits, tokens) = (buffers.logits.rows(0..last.rows)?, buffers.tokens.rows(0..last.rows)?);
-        self.compute(place.phase(Phase::LmHead), Gemm::linear(last.clone(), &self.head, logits.clone()))?;
+        let product = Gemm::linear(last.clone(), &self.head, logits.clone());
+        self.compute(place.phase(Phase::LmHead), Gemm { bias: self.head_bias.clone(), ..product })?;
         self.scale(place.phase(Phase::LmHead), &logits, self.spec.factors.logits)?;
         if let Some(cap) = self.spec.factors.cap {
             self.compute(place, SoftCap { x: logits.clone(), cap })?;

@@ -8,12 +8,13 @@ mod repeat;
 
 use crate::attention::{Attention, Context};
 use crate::collectives::Group;
-use crate::load::Loader;
+use crate::load::{Loader, NormWeights};
 use crate::mlp::{MlpWeights, ResidualWeights, Sandwich};
 use crate::parallel::Layout;
 use crate::step::{LayerTokens, Step};
 use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use buffers::StepBuffers;
+use experts::LateExperts;
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
 use epsmoe_device::op::{Activate, Add, AddNorm, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale, Swish};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
@@ -150,16 +151,17 @@ pub struct Model<B: Backend> {
     /// Of each rotary embedding.
     frequencies: Vec<Weight>,
     layers: Vec<LayerWeights>,
-    final_norm: Weight,
+    final_norm: NormWeights,
     head: Weight,
+    head_bias: Option<Weight>,
     buffers: StepBuffers,
     repeats: Repeats,
 }
 
 struct LayerWeights {
-    input_norm: Weight,
+    input_norm: NormWeights,
     attention: Attention,
-    mlp_norm: Weight,
+    mlp_norm: NormWeights,
     mlp: MlpWeights,
     residual: Option<ResidualWeights>,
     sandwich: Option<Sandwich>,
@@ -179,17 +181,21 @@ impl<B: Backend> Model<B> {
         let layers = Attention::load(&loader, &options)?.into_iter().enumerate().map(|(layer, attention)| {
             let layer = Layer(layer);
             Ok(LayerWeights {
-                input_norm: loader.layer(layer, LayerPart::InputNorm)?,
+                input_norm: loader
+                    .norm(LayerPart::InputNorm.of(layer), LayerPart::InputNormBias.of(layer))?,
                 attention,
-                mlp_norm: loader.layer(layer, LayerPart::PostAttentionNorm)?,
+                mlp_norm: loader
+                    .norm(LayerPart::PostAttentionNorm.of(layer), LayerPart::PostAttentionNormBias.of(layer))?,
                 mlp: MlpWeights::load(&loader, layer)?,
                 residual: ResidualWeights::load(&loader, layer)?,
                 sandwich: Sandwich::load(&loader, layer)?,
             })
         });
         let layers = layers.collect::<Result<_, ModelError>>()?;
-        let (embedding, final_norm) = (loader.part(Part::Embedding)?, loader.part(Part::FinalNorm)?);
+        let embedding = loader.part(Part::Embedding)?;
+        let final_norm = loader.norm(Part::FinalNorm, Part::FinalNormBias)?;
         let head = loader.part(Part::LmHead)?;
+        let head_bias = spec.head_bias.then(|| loader.part(Part::LmHeadBias)).transpose()?;
         let millibits = loader.expert_millibits()?;
         let frequencies = spec.ropes.iter().enumerate().map(|(index, rope)| {
             loader.vector(&format!("inverse frequencies {index}"), &rope.inverse_frequencies)
@@ -221,6 +227,7 @@ impl<B: Backend> Model<B> {
             layers,
             final_norm,
             head,
+            head_bias,
             layout,
             options,
             fabric,
@@ -257,8 +264,9 @@ impl<B: Backend> Model<B> {
     fn run_layers(&self, step: &Step, output: &mut StepOutput) -> Result<Buffer, ModelError> {
         let mut stream = self.buffers.stream.rows(0..step.all.attention.of(self.fabric.rank().0).len())?;
         self.enter(Layer(0), None, &stream)?;
+        let mut late = None;
         for (index, layer) in self.layers.iter().enumerate() {
-            stream = self.run_layer(Layer(index), layer, step, &stream, output)?;
+            stream = self.run_layer(Layer(index), layer, step, (&stream, &mut late), output)?;
         }
         Ok(stream)
     }
@@ -296,13 +304,13 @@ impl<B: Backend> Model<B> {
     /// The residual stream through one layer, whose norm is there already; see [`LayerSpec`](crate::LayerSpec) for the equations. What ranks split
     /// is computed for the tokens of all of them, the rest for this rank's shard. Every token leaves its keys and values
     /// in the cache. What follows is computed for all tokens, but in the last layer only for those whose logits are
-    /// wanted, and only they are in the stream that comes out.
+    /// wanted, and only they are in the stream that comes out. `late` is what experts of one layer give in the next.
     fn run_layer(
         &self,
         layer: Layer,
         weights: &LayerWeights,
         step: &Step,
-        stream: &Buffer,
+        (stream, late): (&Buffer, &mut Option<LateExperts<B>>),
         output: &mut StepOutput,
     ) -> Result<Buffer, ModelError> {
         let (place, before, tokens) =
@@ -327,7 +335,7 @@ impl<B: Backend> Model<B> {
             place,
             step,
             queries: &tokens.queries,
-            rope: self.spec.layers[layer.0].rope.map(|rope| (rope, self.spec.ropes[rope].style)),
+            rope: self.spec.layers[layer.0].rope.map(|rope| (rope, &self.spec.ropes[rope])),
             eps: self.spec.norm.eps,
         };
         let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
@@ -353,11 +361,24 @@ impl<B: Backend> Model<B> {
                 normed
             }
         };
-        self.mlp.gather_compute_scatter(place, shares, &input, &delta, |x, out| match &weights.mlp {
-            MlpWeights::Dense(mlp) => self.dense(place, mlp, None, x, out).map_err(ModelError::from),
-            MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
-        })?;
-        self.enter(Layer(layer.0 + 1), Some(&delta), &stream)?;
+        let experts_before = late.take();
+        match &weights.mlp {
+            MlpWeights::Moe(moe) if self.spec.layers[layer.0].late_experts => {
+                *late = Some(self.begin_late(place, moe, (step, tokens), [&input, &delta], output)?);
+            }
+            mlp => self.mlp.gather_compute_scatter(place, shares, &input, &delta, |x, out| match mlp {
+                MlpWeights::Dense(mlp) => self.dense(place, mlp, None, x, out).map_err(ModelError::from),
+                MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
+            })?,
+        }
+        let given = match experts_before {
+            None => delta,
+            Some(experts) => {
+                self.add_to_stream(place, &delta, &stream)?;
+                self.finish_late(place, tokens, experts, output)?
+            }
+        };
+        self.enter(Layer(layer.0 + 1), Some(&given), &stream)?;
         Ok(stream)
     }
 
@@ -444,14 +465,12 @@ impl<B: Backend> Model<B> {
         place: Place,
         x: &Buffer,
         origin: Origin,
-        weight: &Weight,
+        weights: &NormWeights,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let (kind, eps, origin) = (self.spec.norm.kind, self.spec.norm.eps, Some(origin));
-        self.compute(
-            place,
-            Norm { kind, x: x.clone(), weight: weight.clone(), eps, out: out.clone(), origin },
-        )
+        let NormWeights { weight, bias } = weights.clone();
+        self.compute(place, Norm { kind, x: x.clone(), weight, bias, eps, out: out.clone(), origin })
     }
 
     /// Adds to the residual stream what a part of a model gave, if it gave anything, and norms the stream.
@@ -461,15 +480,15 @@ impl<B: Backend> Model<B> {
         delta: Option<&Buffer>,
         stream: &Buffer,
         origin: Origin,
-        weight: &Weight,
+        weights: &NormWeights,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let Some(delta) = delta else { return self.norm(place, stream, origin, weight, out) };
+        let Some(delta) = delta else { return self.norm(place, stream, origin, weights, out) };
         self.scale(place, delta, self.spec.factors.residual)?;
         let (kind, eps, origin) = (self.spec.norm.kind, self.spec.norm.eps, Some(origin));
-        let (x, weight, out) = (stream.clone(), weight.clone(), out.clone());
+        let (x, NormWeights { weight, bias }, out) = (stream.clone(), weights.clone(), out.clone());
         let add = Add { x: delta.clone(), out: stream.clone() };
-        self.compute(place, AddNorm { add, norm: Norm { kind, x, weight, eps, out, origin } })
+        self.compute(place, AddNorm { add, norm: Norm { kind, x, weight, bias, eps, out, origin } })
     }
 
     fn add_to_stream(&self, place: Place, delta: &Buffer, stream: &Buffer) -> Result<(), DeviceError> {

@@ -152,7 +152,7 @@ fn a_rank_that_is_told_what_the_others_sent_gives_the_same_bits() {
     let seed = test_seed();
     for index in 0..24 {
         let mut mix = Mix::keyed(seed, &[index]);
-        let case = Case::random(mix.next_u64(), DType::F32, 2);
+        let case = Case { identities: 0, ..Case::random(mix.next_u64(), DType::F32, 2) };
         let policy = random_policy(&case.map, &mut mix);
         let rank = mix.below(case.map.ranks());
         let heard = Arc::<Heard>::default();
@@ -183,7 +183,7 @@ fn a_rank_that_knows_the_others_routing_has_the_counts_of_their_world() {
         let dtype = [DType::F32, DType::BF16][mix.below(2)];
         let random = Case::random(mix.next_u64(), dtype, 1);
         let tokens = vec![1 + mix.below(24); random.map.ranks()];
-        let case = Case { tokens, ..random };
+        let case = Case { tokens, identities: 0, ..random };
         let policy = random_policy(&case.map, &mut mix);
         let setup = Setup::new(policy.clone());
         let rank = mix.below(case.map.ranks());
@@ -209,7 +209,8 @@ fn mirrored_ranks_have_this_ranks_tokens() {
     for index in 0..8 {
         let mut mix = Mix::keyed(seed, &[200 + index]);
         let random = Case::random(mix.next_u64(), DType::BF16, 2);
-        let case = Case { tokens: vec![1 + mix.below(24); random.map.ranks()], ..random };
+        let tokens = vec![1 + mix.below(24); random.map.ranks()];
+        let case = Case { tokens, identities: 0, ..random };
         let policy = random_policy(&case.map, &mut mix);
         let rank = mix.below(case.map.ranks());
         let setup = Setup::new(policy.clone());

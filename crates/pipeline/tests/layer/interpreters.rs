@@ -28,8 +28,9 @@ fn what_ran_is_what_was_priced() {
     let (mut scattered, mut without_tokens, mut without_rows) = (0, 0, 0);
     for index in 0..60 {
         let mut mix = Mix::keyed(seed, &[index]);
-        // No gate on the shared expert: nothing prices it.
-        let case = Case { shared_gate: false, ..Case::random(mix.next_u64(), DType::F32, 1) };
+        // No gate on the shared expert, and experts that multiply: nothing prices the rest.
+        let of = Case::random(mix.next_u64(), DType::F32, 1);
+        let case = Case { shared_gate: false, identities: 0, scaled_inputs: false, ..of };
         let map = &case.map;
         let table = random_table(map, &mut mix);
         let shown = format!("seed {seed}, case {index}, {case:?}\n{table}");

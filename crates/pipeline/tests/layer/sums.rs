@@ -36,12 +36,12 @@ fn travelled(case: &Case, x: &[f64]) -> Vec<f64> {
 
 /// One token through the first layer, in float64; nothing if its choice of experts is too close to call.
 fn definition(case: &Case, x: &[f64]) -> Option<Vec<f64>> {
-    let experts = case.map.experts();
+    let experts = case.choices();
     let logits = times(&case.tensor("0 router", experts, case.hidden), x);
     let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
     let score = |logit: &f64| match case.router.score {
         Score::Softmax => logit.exp() / total,
-        Score::Sigmoid => sigmoid(*logit),
+        _ => sigmoid(*logit),
     };
     let scores: Vec<f64> = logits.iter().map(score).collect();
     let bias = case.bias(0);
@@ -61,7 +61,15 @@ fn definition(case: &Case, x: &[f64]) -> Option<Vec<f64>> {
         |factor: f64, more: Vec<f64>| y.iter_mut().zip(more).for_each(|(y, more)| *y += factor * more);
     for &expert in chosen {
         let weight = scores[expert] / sum * f64::from(case.router.scale);
-        add(weight, mlp(case, &format!("0 expert {expert}"), case.inner, &travelled));
+        let name = format!("0 expert {expert}");
+        if expert >= case.map.experts() {
+            add(weight, x.to_vec());
+        } else if case.scaled_inputs {
+            let scaled: Vec<f64> = travelled.iter().map(|x| weight * x).collect();
+            add(1.0, mlp(case, &name, case.inner, &scaled));
+        } else {
+            add(weight, mlp(case, &name, case.inner, &travelled));
+        }
     }
     if let Some(inner) = case.shared {
         let gate = || sigmoid(times(&case.tensor("0 shared gate", 1, case.hidden), x)[0]);

@@ -11,7 +11,8 @@ use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
 use epsmoe_fabric::{Fabric, FaultInjection, ThreadsOptions};
 use epsmoe_pipeline::{
-    ExpertPipeline, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, SharedMlp,
+    ExpertPipeline, Identities, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes,
+    SharedMlp,
 };
 use epsmoe_plan::*;
 use half::bf16;
@@ -42,6 +43,10 @@ pub(crate) struct Case {
     pub(crate) layers: usize,
     /// What rows travel in; like activations unless it says so.
     pub(crate) wire: Option<WireFormat>,
+    /// Experts that give rows back as they are.
+    pub(crate) identities: usize,
+    /// Whether weights are put on what experts read.
+    pub(crate) scaled_inputs: bool,
 }
 
 impl Case {
@@ -70,7 +75,14 @@ impl Case {
             shared_gate: mix.below(2) == 0,
             layers,
             wire: (mix.below(3) == 0).then(|| WireFormat::of(WireDType::Fp8, dtype)),
+            identities: if mix.below(3) == 0 { 1 + mix.below(5) } else { 0 },
+            scaled_inputs: mix.below(4) == 0,
         }
+    }
+
+    /// Experts that the router chooses from.
+    pub(crate) fn choices(&self) -> usize {
+        self.map.experts() + self.identities
     }
 
     /// Two ranks of four experts, top 3, with 24 tokens each: rows in every stage, whatever the cut.
@@ -90,6 +102,8 @@ impl Case {
             tokens: vec![24, 24],
             layers: 2,
             wire: None,
+            identities: 0,
+            scaled_inputs: false,
         }
     }
 
@@ -114,6 +128,7 @@ impl Case {
             inner: self.inner,
             shared_inner: self.shared.unwrap_or(0),
             top_k: self.router.top_k,
+            identities: self.identities,
             wire: self.wire.unwrap_or(WireFormat::plain(self.dtype)),
             ..LayerSizes::of(&self.map, self.dtype)
         }
@@ -122,7 +137,7 @@ impl Case {
     /// The router's correction bias.
     pub(crate) fn bias(&self, layer: usize) -> Option<Vec<f32>> {
         let hot = self.hot?;
-        let mut bias = self.tensor(&format!("{layer} bias"), 1, self.map.experts());
+        let mut bias = self.tensor(&format!("{layer} bias"), 1, self.choices());
         bias[hot] = 50.0;
         Some(bias)
     }
@@ -371,7 +386,7 @@ fn options(case: &Case, setup: &Setup, rank: Rank) -> PipelineOptions {
 }
 
 fn load(case: &Case, device: &Reference, layer: Layer) -> MoeLayer {
-    let (hidden, experts) = (case.hidden, case.map.experts());
+    let (hidden, experts) = (case.hidden, case.choices());
     let take = |name: String, shape: WeightShape, tensors: &[Vec<f32>]| -> Weight {
         let bytes = |tensor: &Vec<f32>| tensor.iter().flat_map(|value| value.to_le_bytes()).collect();
         let bytes: Vec<Vec<u8>> = tensors.iter().map(bytes).collect();
@@ -408,6 +423,8 @@ fn load(case: &Case, device: &Reference, layer: Layer) -> MoeLayer {
         experts: held.map(|expert| mlp(format!("{number} expert {}", expert.0), case.inner)).collect(),
         slots: Arc::new(case.map.clone()),
         shared: case.shared.map(shared),
+        identities: (case.identities > 0).then_some(Identities { experts: case.identities, added: true }),
+        scaled_inputs: case.scaled_inputs,
     }
 }
 

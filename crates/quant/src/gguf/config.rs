@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 /// Architectures that are translated.
 const SUPPORTED: &str = "llama (with experts), qwen2moe, qwen3moe, olmoe, dbrx, deepseek2, glm4moe, dots1, bailingmoe2, \
-                         minimax-m2 and gpt-oss";
+                         minimax-m2, gpt-oss, ernie4_5-moe, hunyuan-moe and granitemoe";
 
 impl Gguf {
     /// The name of the model's architecture.
@@ -35,6 +35,9 @@ impl Gguf {
             "bailingmoe2" => draft.bailing(),
             "minimax-m2" => draft.minimax(),
             "gpt-oss" => draft.gpt_oss(),
+            "ernie4_5-moe" => draft.ernie(),
+            "hunyuan-moe" => draft.hunyuan(),
+            "granitemoe" => draft.granite(),
             other => {
                 return Err(QuantError::new(format!(
                     "architecture `{}` is not supported in GGUF; supported are {SUPPORTED}",
@@ -101,6 +104,12 @@ impl Draft<'_> {
         self.set("tie_word_embeddings", !self.has("output.weight"));
         self.set("rope_theta", rounded(self.number("rope.freq_base")?.unwrap_or(10_000.0)));
         self.special_tokens()
+    }
+
+    /// Rows of a matrix; none, if it is not there.
+    fn rows(&self, tensor: &str) -> usize {
+        let shape = self.file.tensors.get(tensor).map(|tensor| tensor.tensor.shape.as_slice());
+        shape.and_then(|shape| shape.first()).copied().unwrap_or(0)
     }
 
     /// Rows of the embedding.
@@ -353,6 +362,64 @@ impl Draft<'_> {
             let mscale = rounded(f64::from((10.0 * rounded(stretch)) as f32));
             scaling.insert("mscale".into(), mscale.into());
             scaling.insert("mscale_all_dim".into(), mscale.into());
+        }
+        Ok(self.keys)
+    }
+
+    /// ERNIE 4.5. What the header says of shared experts depends on the program that wrote it; the tensors do not.
+    fn ernie(mut self) -> Keys {
+        self.common("Ernie4_5_MoeForCausalLM")?;
+        self.grouped()?;
+        self.experts()?;
+        let inner = self.required("expert_feed_forward_length")?;
+        self.set("moe_intermediate_size", inner);
+        let layers = 0..self.required("block_count")?.min(MOST_LAYERS);
+        let mut sparse = layers.filter(|layer| self.has(&format!("blk.{layer}.ffn_gate_inp.weight")));
+        let first = sparse.next();
+        let last = sparse.next_back().or(first).unwrap_or(0);
+        let first = first.unwrap_or(0);
+        let shared = self.rows(&format!("blk.{first}.ffn_gate_shexp.weight"));
+        self.set("moe_num_shared_experts", shared as u64 / inner.max(1));
+        self.set("moe_layer_start_index", first);
+        self.set("moe_layer_end_index", last);
+        self.set("moe_layer_interval", self.whole("interleave_moe_layer_step")?.unwrap_or(1));
+        Ok(self.keys)
+    }
+
+    /// Hunyuan-A13B. Its frequencies are stretched by their base alone, which the file has as it was made.
+    fn hunyuan(mut self) -> Keys {
+        self.common("HunYuanMoEV1ForCausalLM")?;
+        self.grouped()?;
+        self.experts()?;
+        self.keys.remove("rope_scaling");
+        self.set("moe_intermediate_size", self.required("expert_feed_forward_length")?);
+        let shared = self.rows("blk.0.ffn_gate_shexp.weight") as u64;
+        self.set("num_shared_expert", u64::from(shared > 0));
+        if shared > 0 {
+            self.set("intermediate_size", shared);
+        }
+        self.set("use_qk_norm", self.has("blk.0.attn_q_norm.weight"));
+        self.set("norm_topk_prob", true);
+        Ok(self.keys)
+    }
+
+    /// Granite with experts: rows of queries and keys lie in pairs, and factors have keys of their own.
+    fn granite(mut self) -> Keys {
+        self.common("GraniteMoeSharedForCausalLM")?;
+        self.grouped()?;
+        self.experts()?;
+        self.set("rope_interleave", true);
+        self.set("shared_intermediate_size", self.rows("blk.0.ffn_gate_shexp.weight") as u64);
+        let factors = [
+            ("attention.scale", "attention_multiplier"),
+            ("embedding_scale", "embedding_multiplier"),
+            ("residual_scale", "residual_multiplier"),
+            ("logit_scale", "logits_scaling"),
+        ];
+        for (key, name) in factors {
+            if let Some(factor) = self.number(key)? {
+                self.set(name, rounded(factor));
+            }
         }
         Ok(self.keys)
     }

@@ -13,7 +13,10 @@ twin! {
         slot_of: Rows,
         slots: Rows,
         slot_weights: Rows,
+        kept: Rows,
         report: Report,
+        slotless: u32,
+        padding: u32,
     }
 }
 
@@ -76,7 +79,10 @@ impl Launch<'_> {
             slot_of: self.rows(&op.slot_of)?,
             slots: self.rows(&op.slots)?,
             slot_weights: self.rows(&op.slot_weights)?,
+            kept: op.slotless.as_ref().map_or(Ok(Rows::NONE), |slotless| self.rows(&slotless.weights))?,
             report: self.report,
+            slotless: op.slotless.as_ref().map_or(0, |slotless| slotless.experts as u32),
+            padding: 0,
         };
         self.by_columns(Columns::Each, "assign", DType::F32, DType::F32, &op.experts, arguments)
     }

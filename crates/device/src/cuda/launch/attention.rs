@@ -8,7 +8,7 @@ use crate::cuda::kernels::{
 };
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
-use crate::op::Attention;
+use crate::op::{Attention, Sight};
 use crate::{Buffer, DeviceError};
 use epsmoe_base::DType;
 
@@ -30,7 +30,7 @@ twin! {
         window: u32,
         vectors: u32,
         longest: u32,
-        padding: u32,
+        stretch: u32,
     }
 }
 
@@ -65,6 +65,13 @@ impl Launch<'_> {
         let on_vectors = |rows: &Rows| rows.start.is_multiple_of(16) && rows.stride.is_multiple_of(8);
         let vectors = [q, keys, values, out].iter().all(on_vectors)
             && [key_width, value_width].iter().all(|width| width.is_multiple_of(8));
+        // What is longer than any position cuts nothing off.
+        let positions = |count: usize| u32::try_from(count).unwrap_or(0);
+        let (window, stretch) = match op.sight {
+            Sight::All => (0, 0),
+            Sight::Last(count) => (positions(count), 0),
+            Sight::Stretch(count) => (0, positions(count)),
+        };
         let arguments = AttentionArgs {
             q,
             keys,
@@ -79,10 +86,10 @@ impl Launch<'_> {
             heads: op.heads as u32,
             kv_heads: op.kv_heads as u32,
             scale: op.scale,
-            window: op.window.map_or(0, |window| u32::try_from(window).unwrap_or(0)),
+            window,
             vectors: u32::from(vectors),
             longest: u32::try_from(op.longest).unwrap_or(u32::MAX),
-            padding: 0,
+            stretch,
         };
         let grid = |blocks: usize| {
             u32::try_from(blocks).map_err(|_| {
@@ -149,7 +156,7 @@ impl Launch<'_> {
     /// kernel for many.
     fn few(&self, op: &Attention, tile: &AttentionTile, attention: AttentionArgs) -> Option<FewArgs> {
         let scratch = self.scratch?;
-        let longest = op.window.map_or(op.longest, |window| op.longest.min(window + FEW_STEP));
+        let longest = op.sight.most().map_or(op.longest, |most| op.longest.min(most + FEW_STEP));
         let steps = longest.div_ceil(FEW_STEP).max(1);
         let tiles = (op.heads / op.kv_heads).div_ceil(FEW_HEADS);
         let units = op.q.rows * op.kv_heads * tiles;

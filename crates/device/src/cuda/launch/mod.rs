@@ -211,6 +211,7 @@ impl Launch<'_> {
             Op::Clamp(op) => self.clamp(op),
             Op::GateRows(op) => self.gate_rows(op),
             Op::Scale(op) => self.scale(op),
+            Op::ScaleTerms(op) => self.scale_terms(op),
             Op::SoftCap(op) => self.soft_cap(op),
             Op::Activate(op) => self.activate(op),
             Op::AddSlotBias(op) => self.add_slot_bias(op),

@@ -12,6 +12,8 @@ twin! {
         out: Rows,
         frequencies: u64,
         scale: f32,
+        step: f32,
+        rate: f32,
         padding: u32,
     }
 }
@@ -35,6 +37,8 @@ impl Launch<'_> {
             out: self.rows(&op.out)?,
             frequencies: self.weights.get(&op.frequencies)?.start,
             scale: op.scale,
+            step: op.growth.map_or(1.0, |growth| growth.step),
+            rate: op.growth.map_or(0.0, |growth| growth.rate),
             padding: 0,
         };
         self.elements("rope_table", DType::F32, DType::F32, &op.out, arguments)

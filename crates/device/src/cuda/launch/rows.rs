@@ -6,7 +6,7 @@ use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{
     Activate, Add, AddSlotBias, ArgMax, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, KvWrite, Scale,
-    SlotBias, SoftCap,
+    ScaleTerms, SlotBias, SoftCap,
 };
 use epsmoe_base::DType;
 
@@ -92,6 +92,17 @@ twin! {
 }
 
 twin! {
+    pub(super) struct ScaleTermsArgs = "Args" in "scale_terms.cu" {
+        x: Rows,
+        index: Rows,
+        weights: Rows,
+        terms: Rows,
+        first: u32,
+        padding: u32,
+    }
+}
+
+twin! {
     pub(super) struct SlotBiasArgs = "SlotBias" in "slot_bias.cuh" {
         bias: u64,
         starts: Rows,
@@ -137,6 +148,20 @@ impl Launch<'_> {
     pub(super) fn scale(&mut self, op: &Scale) -> Result<(), Refusal> {
         let arguments = ScaleArgs { x: self.rows(&op.x)?, factor: op.factor, padding: 0 };
         self.by_columns(Columns::Runs, "scale", op.x.dtype, op.x.dtype, &op.x, arguments)
+    }
+
+    /// A row of work for each term, whether it is one of these rows or not.
+    pub(super) fn scale_terms(&mut self, op: &ScaleTerms) -> Result<(), Refusal> {
+        let terms = Buffer { rows: op.index.rows * op.index.width, ..op.x.clone() };
+        let arguments = ScaleTermsArgs {
+            x: self.rows(&op.x)?,
+            index: self.rows(&op.index)?,
+            weights: self.rows(&op.weights)?,
+            terms: Rows { rows: terms.rows as u32, width: terms.width as u32, ..Rows::NONE },
+            first: op.first as u32,
+            padding: 0,
+        };
+        self.by_columns(Columns::Runs, "scale_terms", op.x.dtype, op.x.dtype, &terms, arguments)
     }
 
     fn slot_bias(&self, op: Option<&SlotBias>, width: usize) -> Result<SlotBiasArgs, Refusal> {
