@@ -11,7 +11,7 @@ BLOCK_PER_BIN(count) {
     for (u32 pair = threadIdx.x; pair < pairs; pair += WARPS * 32) {
         const u32* slots = row<u32>(args.slots, pair / k);
         const u32 place = pair % k, other = slots[place];
-        if (slot == 0 && other != NONE && other >= args.block_starts.rows)
+        if (slot == 0 && other >= args.block_starts.rows && other != NONE)
             complain(args.report, SLOT, other, args.block_starts.rows);
         if (other != slot) continue;
         all += 1;
