@@ -154,7 +154,8 @@ impl<B: Backend> Loader<'_, B> {
         let whole = Window::whole();
         self.held(&format!("{} times {factor}", self.name(part, &whole)), self.shape(part, &whole), || {
             let tensor = self.read(part, &whole)?;
-            let bytes = tensor.floats().into_iter().flat_map(|value| (factor * value).to_le_bytes()).collect();
+            let bytes =
+                tensor.floats().into_iter().flat_map(|value| (factor * value).to_le_bytes()).collect();
             Ok(vec![Tensor { dtype: DType::F32, shape: tensor.shape, bytes }])
         })
     }

@@ -3,8 +3,8 @@
 use crate::load::{Loader, NormWeights};
 use crate::{Branch, LayerPart, Map, MlpSpec, ModelError, MoeSpec, Part, Window};
 use epsmoe_base::Layer;
-use epsmoe_device::op::Swish;
 use epsmoe_device::Backend;
+use epsmoe_device::op::Swish;
 use epsmoe_pipeline::{ExpertActivation, Identities, Mlp, MoeLayer, SharedMlp};
 use std::sync::Arc;
 

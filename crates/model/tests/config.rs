@@ -714,7 +714,10 @@ fn longcat_llama_and_phi() {
     let AttentionSpec::Mla(attention) = spec.layers[0].attention else { panic!("{:?}", spec.layers[0]) };
     assert_eq!(attention.latent_scale, 2f32.sqrt());
     for (patch, expected) in [
-        (json!({ "zero_expert_type": "zero" }), "`zero_expert_type` is \"zero\", but must be `identity`, the only kind supported; correct it or fetch the file again"),
+        (
+            json!({ "zero_expert_type": "zero" }),
+            "`zero_expert_type` is \"zero\", but must be `identity`, the only kind supported; correct it or fetch the file again",
+        ),
         (json!({ "norm_topk_prob": true }), "`norm_topk_prob` is true, which is not supported"),
     ] {
         refused("longcat_flash", patch, expected);

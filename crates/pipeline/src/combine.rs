@@ -4,8 +4,8 @@ use crate::batch::{Batch, Rows};
 use crate::run::Call;
 use crate::{ExpertPipeline, PipelineError};
 use epsmoe_base::{Lane, Phase, Place, Stage};
-use epsmoe_device::{Backend, Buffer};
 use epsmoe_device::op::Reduce;
+use epsmoe_device::{Backend, Buffer};
 
 impl<B: Backend> ExpertPipeline<B> {
     /// The sums that one stage completed, from every rank to every rank, after the event that says so; the event says

@@ -94,12 +94,7 @@ impl TokenHistograms {
     }
 
     /// Refuses counts that no routing can have.
-    fn check(
-        &self,
-        rank: Rank,
-        map: &SlotMap,
-        fanout: &RangeInclusive<usize>,
-    ) -> Result<(), PlanError> {
+    fn check(&self, rank: Rank, map: &SlotMap, fanout: &RangeInclusive<usize>) -> Result<(), PlanError> {
         let slots = map.slots();
         for histogram in [&self.assignments, &self.first, &self.last] {
             if histogram.len() != slots {

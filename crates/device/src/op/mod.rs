@@ -23,7 +23,8 @@ pub use recurrent::{Carried, DeltaRule, Gate, Gating, ShortConv};
 pub use rope::{Growth, RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
 pub use rows::{
-    Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce, Scale, ScaleTerms, SoftCap,
+    Add, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, HostToDevice, Reduce, Scale, ScaleTerms,
+    SoftCap,
 };
 
 use crate::{AllocationId, Buffer, DeviceError, Weight, WeightSlot};

@@ -354,7 +354,9 @@ impl<'a, K: Kernels> Rows<'a, K> {
         let (x, index) = (self.view_mut::<T>(&op.x), self.view::<u32>(&op.index));
         let weights = self.view::<f32>(&op.weights);
         self.kernels.parallel(index.rows, &|n| {
-            for (&term, weight) in index.row(n).iter().zip(weights.row(n)).take_while(|(term, _)| **term != NONE) {
+            for (&term, weight) in
+                index.row(n).iter().zip(weights.row(n)).take_while(|(term, _)| **term != NONE)
+            {
                 let Some(m) = (term as usize).checked_sub(op.first).filter(|&m| m < x.rows) else { continue };
                 // SAFETY: no index comes twice.
                 let row = unsafe { x.row_shared(m) };
@@ -546,13 +548,7 @@ fn choose(
 }
 
 /// The best of the experts, each with its score.
-fn pick(
-    router: &TopKRouter,
-    logits: &[f32],
-    bias: Option<&[f32]>,
-    experts: &mut [u32],
-    weights: &mut [f32],
-) {
+fn pick(router: &TopKRouter, logits: &[f32], bias: Option<&[f32]>, experts: &mut [u32], weights: &mut [f32]) {
     let scores = scores(router.score, logits);
     let compared = if router.score == Score::SigmoidOfLogit { logits } else { &scores };
     let mut preference: Vec<f32> = match bias {

@@ -75,7 +75,9 @@ pub(crate) fn assignments<B: Backend>(bench: &Bench<B>) {
         (4, 40, 6, 90),
         (2, 160, 8, 700),
     ] {
-        for (crowded, slotless) in [(false, 0), (true, 0), (false, experts / 2), (true, top_k / 2), (true, top_k + 1)] {
+        for (crowded, slotless) in
+            [(false, 0), (true, 0), (false, experts / 2), (true, top_k / 2), (true, top_k + 1)]
+        {
             layer(bench, (ranks, experts, slotless), top_k, most, crowded);
         }
     }

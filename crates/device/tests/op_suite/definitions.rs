@@ -96,9 +96,7 @@ fn norms<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
             let squares: Vec<f64> = row.iter().map(|x| (x - centre) * (x - centre)).collect();
             let root = (mean(&squares) + f64::from(eps)).sqrt();
             let added = |n: usize| if biased { f64::from(added.values[n]) } else { 0.0 };
-            let normed = |(n, x): (usize, &f64)| {
-                (x - centre) / root * f64::from(scale.values[n]) + added(n)
-            };
+            let normed = |(n, x): (usize, &f64)| (x - centre) / root * f64::from(scale.values[n]) + added(n);
             row.iter().enumerate().map(normed).collect::<Vec<f64>>()
         });
         bench.check(&what, &out, &want.collect::<Vec<_>>());
@@ -119,7 +117,15 @@ fn sums_and_their_norms<B: Backend>(bench: &Bench<B>) {
                 let (x, out) = (bench.put_as(format, &stream), bench.room(bench.dtype, rows, width));
                 let add = Add { x: delta.view.clone(), out: x.view.clone() };
                 let (weight, eps) = (scale.clone(), 1e-5);
-                let norm = Norm { kind, x: x.view.clone(), weight, bias: None, eps, out: out.view.clone(), origin: None };
+                let norm = Norm {
+                    kind,
+                    x: x.view.clone(),
+                    weight,
+                    bias: None,
+                    eps,
+                    out: out.view.clone(),
+                    origin: None,
+                };
                 if together {
                     bench.run(&what, AddNorm { add, norm });
                 } else {
@@ -156,7 +162,15 @@ fn turned_norms<B: Backend>(bench: &Bench<B>) {
                     bench.device.allocate("normed", bench.dtype, tokens * heads, width).expect("memory");
                 let turned = rows.reshape(heads * width).expect("no gaps");
                 let (weight, eps) = (scale.clone(), 1e-5);
-                let norm = Norm { kind: NormKind::Rms, x: x.clone(), weight, bias: None, eps, out: rows, origin: None };
+                let norm = Norm {
+                    kind: NormKind::Rms,
+                    x: x.clone(),
+                    weight,
+                    bias: None,
+                    eps,
+                    out: rows,
+                    origin: None,
+                };
                 let (x, rope_table) = (turned.clone(), rope_table.clone());
                 let rotate = Rotate { x, head_width: width, start: 0, style, rope_table };
                 if together {
@@ -411,8 +425,10 @@ fn rotations<B: Backend>(bench: &Bench<B>) {
             },
         );
         let angle = |t: usize, i: usize| f64::from(positions[t]) * f64::from(frequencies.values[i]);
-        let (cos, sin) =
-            (|t: usize, i: usize| factor(t) * angle(t, i).cos(), |t: usize, i: usize| factor(t) * angle(t, i).sin());
+        let (cos, sin) = (
+            |t: usize, i: usize| factor(t) * angle(t, i).cos(),
+            |t: usize, i: usize| factor(t) * angle(t, i).sin(),
+        );
         let want = each(tokens, dims, |t, i| if i < half { cos(t, i) } else { sin(t, i - half) });
         bench.check(&format!("rope_table of {what}"), &rope_table, &want);
 
@@ -896,7 +912,9 @@ fn route<B: Backend>(bench: &Bench<B>, router: &TopKRouter, logits: &Sheet, bias
 
 /// Sums of some of the rows, in stages that begin in the middle of them.
 fn scaled_terms<B: Backend>(bench: &Bench<B>) {
-    for (rows, sums, top_k, width, first) in [(0, 0, 2, 3, 0), (1, 1, 1, 1, 0), (6, 5, 3, 9, 4), (40, 33, 2, 72, 11)] {
+    for (rows, sums, top_k, width, first) in
+        [(0, 0, 2, 3, 0), (1, 1, 1, 1, 0), (6, 5, 3, 9, 4), (40, 33, 2, 72, 11)]
+    {
         let what = format!("{rows} rows of {width} from {first} on, {sums} sums of {top_k}");
         let mut index: Vec<u32> = bench.shuffled(sums * top_k);
         // Rows have fewer terms than there is room for.

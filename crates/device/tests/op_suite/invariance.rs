@@ -104,8 +104,9 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
     let x = bench.random(ROWS, WIDTH, 2.0);
     let vector = bench.vector(&bench.random_of(DType::F32, 1, WIDTH, 1.0));
     let gates = bench.random_of(DType::F32, ROWS, 1, 2.0);
-    let norm =
-        |kind, x, out| Norm { kind, x, weight: Weight::clone(&vector), bias: None, eps: 1e-5, out, origin: None }.into();
+    let norm = |kind, x, out| {
+        Norm { kind, x, weight: Weight::clone(&vector), bias: None, eps: 1e-5, out, origin: None }.into()
+    };
     let rope_table = bench.random_of(DType::F32, ROWS, 36, 1.0);
     let terms: Vec<u32> = (0..3 * ROWS).map(|term| (term * 7 % 3) as u32).collect();
     let reduce = |rows: Range<usize>, x: Buffer, out: Buffer| -> Op {

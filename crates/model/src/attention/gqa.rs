@@ -146,10 +146,9 @@ impl Gqa {
         let norms = |norm| -> Result<_, ModelError> {
             match norm {
                 QkNorm::Unweighted => Ok([ones()?, ones()?]),
-                _ => Ok([
-                    loader.layer(layer, LayerPart::QueryNorm)?,
-                    loader.layer(layer, LayerPart::KeyNorm)?,
-                ]),
+                _ => {
+                    Ok([loader.layer(layer, LayerPart::QueryNorm)?, loader.layer(layer, LayerPart::KeyNorm)?])
+                }
             }
         };
         let (queries, keys) = own.projected();

@@ -166,6 +166,9 @@ pub(super) fn exaone_moe(keys: &Keys) -> Checked<ModelSpec> {
     let layers = draft.layers(&moe, |layer| sparse[layer]);
     let windows = keys.whole("sliding_window", POSITIONS)?.is_some();
     let mut layers = draft.windowed_by_type(layers, |layer| windows && !(layer + 1).is_multiple_of(4))?;
-    layers.iter_mut().filter(|layer| windows && layer.sight == Sight::All).for_each(|layer| layer.rope = None);
+    layers
+        .iter_mut()
+        .filter(|layer| windows && layer.sight == Sight::All)
+        .for_each(|layer| layer.rope = None);
     draft.grouped_model((Architecture::ExaoneMoe, TensorNames::Exaone), attention, layers)
 }

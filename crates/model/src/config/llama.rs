@@ -28,11 +28,7 @@ pub(super) fn llama4(keys: &Keys) -> Checked<ModelSpec> {
     let draft = Draft::new(keys, &LLAMA4)?;
     let head_dim = keys.whole("head_dim", HEAD_WIDTH)?.unwrap_or(128);
     let bias = keys.flag("attention_bias")?.unwrap_or(false);
-    let far = GqaSpec {
-        qkv_bias: bias,
-        output_bias: bias,
-        ..draft.grouped_of(draft.kv_heads()?, head_dim)?
-    };
+    let far = GqaSpec { qkv_bias: bias, output_bias: bias, ..draft.grouped_of(draft.kv_heads()?, head_dim)? };
     let normed = keys.flag("use_qk_norm")?.unwrap_or(true).then_some(QkNorm::Unweighted);
     let near = GqaSpec { qk_norm: normed, norm_after_rope: true, ..far };
     let turns = turning(&draft)?;
@@ -115,7 +111,9 @@ fn sights(draft: &Draft, turns: &[bool], layers: &mut [DraftLayer]) -> Checked<(
         layer.sight = match stretch {
             _ if !near => Sight::All,
             Some(stretch) => Sight::Stretch(stretch),
-            None => return wrong(format!("layer {index} has attention in chunks, but `{CHUNK}` is null; {MEND}")),
+            None => {
+                return wrong(format!("layer {index} has attention in chunks, but `{CHUNK}` is null; {MEND}"));
+            }
         };
     }
     Ok(())

@@ -197,7 +197,8 @@ fn llama3(section: &Keys, plain: &[f32]) -> Checked<Vec<f32>> {
     let blend = |&frequency: &f32| {
         let turns = original / (2.0 * PI as f32 / frequency);
         // Where both are equal nothing lies between.
-        let kept = if high > low { ((turns - low) / (high - low)).clamp(0.0, 1.0) } else { f32::from(turns > low) };
+        let kept =
+            if high > low { ((turns - low) / (high - low)).clamp(0.0, 1.0) } else { f32::from(turns > low) };
         (1.0 - kept) * frequency / factor + kept * frequency
     };
     Ok(plain.iter().map(blend).collect())

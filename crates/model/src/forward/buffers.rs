@@ -112,7 +112,11 @@ impl StepBuffers {
             both: floats("both", shard, sandwich)?,
             late: floats("late_experts", shard, late)?,
             wanted_late: floats("wanted_late_experts", shard, late)?,
-            late_parts: values("late_parts", if layout.mlp_ranks().len() > 1 { mlp_tokens } else { 0 }, late)?,
+            late_parts: values(
+                "late_parts",
+                if layout.mlp_ranks().len() > 1 { mlp_tokens } else { 0 },
+                late,
+            )?,
             inner: values("inner", mlp_tokens, inner)?,
             open: floats("open_inner", mlp_tokens, if sandwich > 0 { 2 * inner } else { 0 })?,
             logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,

@@ -14,13 +14,13 @@ use crate::parallel::Layout;
 use crate::step::{LayerTokens, Step};
 use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use buffers::StepBuffers;
-use experts::LateExperts;
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
 use epsmoe_device::op::{Activate, Add, AddNorm, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale, Swish};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
 use epsmoe_plan::{Capacity, Policy, ScheduleReport, Span};
+use experts::LateExperts;
 use repeat::Repeats;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -184,8 +184,10 @@ impl<B: Backend> Model<B> {
                 input_norm: loader
                     .norm(LayerPart::InputNorm.of(layer), LayerPart::InputNormBias.of(layer))?,
                 attention,
-                mlp_norm: loader
-                    .norm(LayerPart::PostAttentionNorm.of(layer), LayerPart::PostAttentionNormBias.of(layer))?,
+                mlp_norm: loader.norm(
+                    LayerPart::PostAttentionNorm.of(layer),
+                    LayerPart::PostAttentionNormBias.of(layer),
+                )?,
                 mlp: MlpWeights::load(&loader, layer)?,
                 residual: ResidualWeights::load(&loader, layer)?,
                 sandwich: Sandwich::load(&loader, layer)?,
