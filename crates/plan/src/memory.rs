@@ -299,6 +299,7 @@ mod tests {
             shared_inner: 20,
             top_k: 2,
             experts: 5,
+            identities: 0,
             ranks: 2,
             local_slots: 3,
             replicas: 2,
