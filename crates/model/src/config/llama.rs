@@ -112,7 +112,9 @@ fn sights(draft: &Draft, turns: &[bool], layers: &mut [DraftLayer]) -> Checked<(
             _ if !near => Sight::All,
             Some(stretch) => Sight::Stretch(stretch),
             None => {
-                return wrong(format!("layer {index} has attention in chunks, but `{CHUNK}` is null; {MEND}"));
+                return wrong(format!(
+                    "layer {index} has attention in chunks, but `{CHUNK}` is null; {MEND}"
+                ));
             }
         };
     }
