@@ -3,7 +3,7 @@
 use super::{ModelOptions, experts};
 use crate::origins::RoundRoom;
 use crate::parallel::Layout;
-use crate::{AttentionSpec, MlaSpec, MlpSpec, ModelError, ModelSpec};
+use crate::{AttentionSpec, LayerSpec, MlaSpec, MlpSpec, ModelError, ModelSpec};
 use epsmoe_base::{DType, Rank};
 use epsmoe_device::{Backend, Buffer, DeviceError};
 
@@ -155,7 +155,8 @@ impl ModelOptions {
 }
 
 impl ModelOptions {
-    /// Bytes of what the contexts of prompts are decompressed into, where attention goes to latents.
+    /// Bytes of what the contexts of prompts are decompressed into, where attention goes to latents, and of the maps that do it:
+    /// they are made of the model's weights, beside them.
     fn rounds_bytes(&self, spec: &ModelSpec, dtype: DType) -> u64 {
         let mut kinds: Vec<&MlaSpec> = Vec::new();
         for layer in &spec.layers {
@@ -171,8 +172,16 @@ impl ModelOptions {
                 + room.pairs.saturating_mul(mla.nope + mla.rope + mla.value);
             (elements as u64).saturating_mul(dtype.bytes() as u64)
         };
+        let of_maps = |layer: &LayerSpec| {
+            let AttentionSpec::Mla(mla) = layer.attention else { return 0 };
+            let heads = mla.heads.div_ceil(self.parallel.tensor.max(1));
+            let of_head = (mla.nope + mla.rope) * (mla.kv_lora + mla.rope) + mla.value * mla.kv_lora;
+            (heads.saturating_mul(of_head) as u64).saturating_mul(dtype.bytes() as u64)
+        };
+        let maps = spec.layers.iter().map(of_maps).fold(0, u64::saturating_add);
         let indices = if kinds.is_empty() { 0 } else { 4 * self.max_sequences * (self.max_blocks + 1) };
-        kinds.iter().map(of_kind).fold((indices * DType::U32.bytes()) as u64, u64::saturating_add)
+        let rest = maps.saturating_add((indices * DType::U32.bytes()) as u64);
+        kinds.iter().map(of_kind).fold(rest, u64::saturating_add)
     }
 }
 
