@@ -554,6 +554,8 @@ impl Setup {
             wire: self.wire,
             parallel,
             routing: self.routing.clone(),
+            // On a CPU a few tokens behind a long context would take most of their time to decompress it.
+            decompress_prompts: matches!(self.processor, Processor::Cuda(_)),
             timeout: self.timeout,
             record_spans: false,
         })

@@ -41,6 +41,9 @@ pub struct EngineOptions {
     pub parallel: Parallel,
     /// What decides where tokens go, and whether that is recorded.
     pub routing: RoutingMode,
+    /// Whether prompts see latents decompressed, which pays where products are cheap: then generated tokens have other bits
+    /// (docs/bits.md).
+    pub decompress_prompts: bool,
     /// How long any wait may take.
     pub timeout: Duration,
     /// Whether what ran when is told, in [`StepReport::timeline`].
@@ -62,6 +65,7 @@ impl EngineOptions {
             wire: self.wire,
             parallel: self.parallel,
             routing: self.routing.clone(),
+            decompress_prompts: self.decompress_prompts,
             timeout: self.timeout,
         }
     }
@@ -182,7 +186,7 @@ impl Engine {
             prefix_caching: options.prefix_caching
                 && matches!(options.routing, RoutingMode::FromRouter)
                 && !spec.has_states(),
-            by_origin: spec.tells_origins(),
+            by_origin: options.decompress_prompts && spec.has_latents(),
         });
         let (vocab, max_model_len) = (spec.vocab, options.max_model_len);
         Ok(Engine {

@@ -141,6 +141,7 @@ fn options() -> EngineOptions {
         parallel: Parallel::default(),
         routing: RoutingMode::FromRouter,
         timeout: Duration::from_secs(10),
+        decompress_prompts: true,
         record_spans: false,
     }
 }

@@ -17,10 +17,10 @@ pub(crate) struct Span {
     pub(crate) blocks: Buffer,
 }
 
-/// The queries of a step, by where their tokens are from.
+/// The queries of a step, by how they attend to latents.
 pub(crate) struct Origins {
-    /// Those of generated tokens.
-    pub(crate) generated: Option<Span>,
+    /// Those of generated tokens; all, where prompts are not decompressed.
+    pub(crate) absorbed: Option<Span>,
     /// Those of prompts.
     pub(crate) rounds: Vec<Round>,
 }
@@ -46,6 +46,9 @@ pub(crate) struct RoundRoom {
 }
 
 impl RoundRoom {
+    /// Where nothing is decompressed.
+    pub(crate) const NONE: RoundRoom = RoundRoom { positions: 0, pairs: 0 };
+
     /// For a model with so many heads and sequences of so many blocks.
     pub(crate) fn of(heads: usize, sequences: usize, most_blocks: usize) -> Self {
         /// Enough to keep a GPU busy, and little beside a model.

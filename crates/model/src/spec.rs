@@ -603,8 +603,8 @@ impl ModelSpec {
         self.layers.iter().any(|layer| matches!(layer.attention, AttentionSpec::DeltaNet(_)))
     }
 
-    /// Whether a generated token has other bits than it would have in a prompt: latent attention has a form for each.
-    pub fn tells_origins(&self) -> bool {
+    /// Whether attention goes to latents, for which it has two forms.
+    pub fn has_latents(&self) -> bool {
         self.layers.iter().any(|layer| matches!(layer.attention, AttentionSpec::Mla(_)))
     }
 

@@ -52,7 +52,7 @@ pub(crate) struct Queries {
     pub(crate) sequence_starts: Buffer,
     /// `[Q, rope.dim]` of each rotary embedding.
     pub(crate) rope_tables: Vec<Buffer>,
-    /// By the origins of their tokens, of a model that tells them.
+    /// By the origins of their tokens, of a model with latents.
     pub(crate) origins: Option<Origins>,
 }
 

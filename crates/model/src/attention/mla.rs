@@ -1,13 +1,14 @@
 //! Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1). A token leaves one row in the cache: a normed
 //! latent `c` and a rotated key that all heads share. Per head, keys and values are `KeyUp·c` and `ValueUp·c`.
 //!
-//! Queries of a prompt look at these: the context's rows are *decompressed*, some heads at a time, and forgotten again.
-//! Queries of generated tokens, which are few, do without:
+//! Queries of a prompt may look at these: the context's rows are *decompressed*, some heads at a time, and forgotten again.
+//! Queries of generated tokens, which are few, and all where [prompts are not decompressed](ModelOptions::decompress_prompts), do
+//! without:
 //!
 //! `q·(KeyUp·c) = (KeyUpᵀ·q)·c`   and   `Σ p·(ValueUp·c) = ValueUp·(Σ p·c)`,
 //!
 //! so every head attends to the cached rows themselves, with the latent part as the value: the *absorbed* form. Which form a
-//! token has depends on where it is from alone; `docs/bits.md` says why. Ranks that split the heads have the maps into
+//! token has depends on where it is from alone: `docs/bits.md`. Ranks that split the heads have the maps into
 //! latents and the cache in common, whole.
 
 use super::{BLOCK_SIZE, Context, Heads, Linear, blocks};
@@ -87,7 +88,10 @@ impl Workspace {
         options: &ModelOptions,
     ) -> Result<Self, DeviceError> {
         let tokens = options.max_tokens;
-        let room = RoundRoom::of(spec.heads, options.max_sequences, options.max_blocks);
+        let room = match options.decompress_prompts {
+            true => RoundRoom::of(spec.heads, options.max_sequences, options.max_blocks),
+            false => RoundRoom::NONE,
+        };
         let reserve = |name, width| device.allocate(name, device.dtype(), tokens, width);
         let reserve_rows = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
         let floats = |name, width| device.allocate(name, DType::F32, tokens, width);
@@ -151,7 +155,10 @@ impl Mla {
             kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
             kv_norm: loader.scaled(LayerPart::KvDownNorm.of(layer), spec.latent_scale)?,
             output: Linear::load_output(loader, layer, spec.bias, blocks(&heads, spec.value))?,
-            decompressing: Decompressing::load(loader, layer, &spec, &heads)?,
+            decompressing: match workspace.room {
+                RoundRoom::NONE => Vec::new(),
+                _ => Decompressing::load(loader, layer, &spec, &heads)?,
+            },
             heads: heads.map(|head| Head::load(loader, layer, head)).collect::<Result<_, _>>()?,
             cache: loader.device.allocate("cached_latents", loader.device.dtype(), slots, width)?,
             workspace: workspace.clone(),
@@ -171,7 +178,7 @@ impl Mla {
         let MlaSpec { nope, rope, .. } = self.spec;
         cx.rotate(cx.queries, &workspace.query, nope + rope, nope)?;
         let origins = cx.queries.origins.as_ref();
-        if let Some(span) = origins.and_then(|origins| origins.generated.as_ref()) {
+        if let Some(span) = origins.and_then(|origins| origins.absorbed.as_ref()) {
             self.attend_absorbed(cx, span, &workspace)?;
         }
         for round in origins.iter().flat_map(|origins| &origins.rounds) {

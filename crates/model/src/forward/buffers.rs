@@ -75,7 +75,7 @@ impl StepBuffers {
         let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
         let floats = |name, rows, width| device.allocate(name, DType::F32, rows, width);
         let indices = |name, rows, width| device.allocate(name, DType::U32, rows, width);
-        let rounds = if spec.tells_origins() { sequences } else { 0 };
+        let rounds = if options.tells_origins(spec) { sequences } else { 0 };
         let queries = || -> Result<QueryBuffers, DeviceError> {
             Ok(QueryBuffers {
                 round_starts: indices("round_starts", 2 * rounds, 1)?,
@@ -158,6 +158,9 @@ impl ModelOptions {
     /// Bytes of what the contexts of prompts are decompressed into, where attention goes to latents, and of the maps that do it:
     /// they are made of the model's weights, beside them.
     fn rounds_bytes(&self, spec: &ModelSpec, dtype: DType) -> u64 {
+        if !self.decompress_prompts {
+            return 0;
+        }
         let mut kinds: Vec<&MlaSpec> = Vec::new();
         for layer in &spec.layers {
             if let AttentionSpec::Mla(mla) = &layer.attention

@@ -84,26 +84,30 @@ impl<B: Backend> Model<B> {
         }
         let sequence_starts = self.upload(&starts, &buffers.sequence_starts.rows(0..starts.len())?)?;
         let mut queries = Queries { index, positions, sequence_starts, rope_tables, origins: None };
-        if self.spec.tells_origins() {
+        if self.spec.has_latents() {
             let starts: Vec<usize> = starts.iter().map(|&start| start as usize).collect();
+            let told = self.options.tells_origins(&self.spec);
+            let absorbed = if told { batch.generated } else { batch.blocks.len() };
             queries.origins = Some(Origins {
-                generated: generated(batch.generated, &starts, &queries, blocks)?,
-                rounds: self.rounds(batch, &at, &starts, &queries.positions, buffers)?,
+                absorbed: first_sequences(absorbed, &starts, &queries, blocks)?,
+                rounds: self.rounds(batch, absorbed, &at, &starts, &queries.positions, buffers)?,
             });
         }
         Ok(queries)
     }
 
-    /// The rounds in which queries of prompts attend: `at` are the positions, `starts` the first queries of each sequence.
+    /// The rounds in which queries of sequences from the `first` on attend: `at` are the positions, `starts` the first queries of
+    /// each sequence.
     fn rounds(
         &self,
         batch: &Batch,
+        first: usize,
         at: &[u32],
         starts: &[usize],
         positions: &Buffer,
         buffers: &QueryBuffers,
     ) -> Result<Vec<Round>, DeviceError> {
-        let looking = (batch.generated..batch.blocks.len()).filter(|&b| starts[b] < starts[b + 1]);
+        let looking = (first..batch.blocks.len()).filter(|&b| starts[b] < starts[b + 1]);
         // Of each sequence that looks, the blocks up to the last position that is seen.
         let contexts: Vec<(usize, &[u32])> = looking
             .map(|b| (b, &batch.blocks[b][..(at[starts[b + 1] - 1] as usize + 1).div_ceil(BLOCK_SIZE)]))
@@ -150,8 +154,8 @@ impl<B: Backend> Model<B> {
     }
 }
 
-/// The queries of the first sequences, whose tokens were generated.
-fn generated(
+/// The queries of the first sequences.
+fn first_sequences(
     sequences: usize,
     starts: &[usize],
     queries: &Queries,

@@ -42,8 +42,8 @@ pub struct Batch {
     pub blocks: Vec<Vec<u32>>,
     /// The slot that each sequence's state is read from, and the one that it is left in, if the model has states `[B]`.
     pub states: Vec<[u32; 2]>,
-    /// The tokens of so many sequences, which come first, were generated; those of the others are of prompts. Only models
-    /// that [tell origins](ModelSpec::tells_origins) look at it.
+    /// The tokens of so many sequences, which come first, were generated; those of the others are of prompts. It matters where
+    /// [prompts are decompressed](ModelOptions::decompress_prompts).
     pub generated: usize,
     /// Number of each sequence, by which a routing log knows it `[B]`.
     pub sequences: Vec<u64>,
@@ -78,8 +78,17 @@ pub struct ModelOptions {
     pub parallel: Parallel,
     /// What decides where tokens go.
     pub routing: RoutingMode,
+    /// Whether prompts see latents decompressed: then generated tokens have other bits (docs/bits.md).
+    pub decompress_prompts: bool,
     /// How long any wait may take.
     pub timeout: Duration,
+}
+
+impl ModelOptions {
+    /// Whether it matters to this model if a token is of a prompt or was generated.
+    pub(crate) fn tells_origins(&self, spec: &ModelSpec) -> bool {
+        self.decompress_prompts && spec.has_latents()
+    }
 }
 
 /// What decides which experts a token goes to.
@@ -215,7 +224,8 @@ impl<B: Backend> Model<B> {
             )
         };
         let labelled = !matches!(options.routing, RoutingMode::FromRouter);
-        let identity = format!("{spec:?} {} {:?} {labelled}", device.dtype(), options.parallel);
+        let origins = options.decompress_prompts;
+        let identity = format!("{spec:?} {} {:?} {labelled} {origins}", device.dtype(), options.parallel);
         let identity = hash_bytes(identity.as_bytes());
         Ok(Model {
             attention: group(layout.attention_ranks(), tokens)?,

@@ -20,7 +20,7 @@ impl<B: Backend> Model<B> {
         let decoding = tokens > 0 && tokens == batch.blocks.len() && tokens == batch.logits.len();
         let alone = self.fabric.size() == 1 && step.last.is_none() && tokens <= self.buffers.logits.rows;
         let watched = batch.count_experts || !matches!(self.options.routing, RoutingMode::FromRouter);
-        let absorbed = batch.generated == tokens || !self.spec.tells_origins();
+        let absorbed = batch.generated == tokens || !self.options.tells_origins(&self.spec);
         if !decoding || !alone || watched || !absorbed {
             return Ok(None);
         }

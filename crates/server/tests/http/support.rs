@@ -192,6 +192,7 @@ impl Setup {
             parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },
             routing: RoutingMode::FromRouter,
             timeout: PATIENCE,
+            decompress_prompts: true,
             record_spans: false,
         };
         let checkpoint = Checkpoint::open(&folder(self.checkpoint)).unwrap();
