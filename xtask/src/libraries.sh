@@ -6,9 +6,12 @@ for folder in /usr/local/cuda/lib64 /usr/local/cuda-*/lib64 /usr/local/cuda*/tar
     fi
 done
 # NCCL, where Python brings it and nobody else does.
-if [[ $(ldconfig -p 2>/dev/null) != *libnccl.so* ]]; then
+case $(ldconfig -p 2>/dev/null) in
+*libnccl.so*) ;;
+*)
     nccl=$(python3 -c 'import nvidia.nccl; print(nvidia.nccl.__path__[0] + "/lib")' 2>/dev/null) || true
-    [ -n "$nccl" ] && export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$nccl"
-fi
+    [ -z "$nccl" ] || export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$nccl"
+    ;;
+esac
 # A missing GPU is a failure here, not a skipped test.
 export EPSMOE_TEST_ALL=1 RUST_BACKTRACE=0

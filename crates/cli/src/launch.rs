@@ -162,6 +162,18 @@ impl Launch {
         })
     }
 
+    /// The same for a second world beside this one, with processes and a port of its own.
+    pub(crate) fn beside(self) -> Result<Self> {
+        if self.children != (1..self.size) {
+            bail!(
+                "processes that {} starts have one model: compare two on one machine, where --distributed-executor-backend \
+                 process starts some for each, or thread needs none",
+                self.by
+            );
+        }
+        Ok(Launch { master: (self.master.0, 0), ..self })
+    }
+
     /// What all ranks must know.
     pub(crate) fn secret(&self) -> Result<Secret> {
         match env::text("EPSMOE_SECRET") {

@@ -32,8 +32,8 @@ use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOpti
 use epsmoe_model::checkpoint;
 use epsmoe_model::config::Config;
 use epsmoe_model::{
-    Checkpoint, HeldWeights, LayerPart, Method, Model, ModelSpec, Part, Quantising, Synthetic, WeightSource,
-    gguf_file, preset_text,
+    Checkpoint, HeldWeights, LayerPart, Method, Model, ModelOptions, ModelSpec, Part, Quantising, Synthetic,
+    WeightSource, gguf_file, preset_text,
 };
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
@@ -385,11 +385,9 @@ impl Setup {
 
     /// The same with another model in the place of this one.
     pub(crate) fn with_model(args: &RunArgs, model: &str) -> Result<Self> {
-        if Launch::find(args)?.is_some() {
-            bail!("ranks that are processes have one model: compare two in one process, without a launcher");
-        }
-        let model = OpenModel::open(&ModelArgs::of(model), args.seed, Quantisation::Auto)?;
-        Self::settled(args, None, model, None)
+        let args = args.with_model(model)?;
+        let launch = Launch::find(&args)?.map(Launch::beside).transpose()?;
+        Self::settled(&args, None, OpenModel::open(&args.model, args.seed, args.quantization)?, launch)
     }
 
     /// The same for one rank of a world whose other ranks are emulated: attention whole, experts spread.
@@ -703,14 +701,23 @@ impl Setup {
         self.work_as(processes, fabric, device)
     }
 
-    /// Takes orders from rank 0, with that processor for each engine.
+    /// Takes orders from rank 0, with that processor for each engine; engines share their weights.
     fn work_as<B: Backend>(
         &self,
         processes: &Processes,
         fabric: Fabric<B>,
         device: impl Fn() -> Result<B>,
     ) -> Result<()> {
-        Ok(work(processes, |options| {
+        let mut held = false;
+        let check = |options: &ModelOptions| {
+            let checked =
+                self.check_room_for(std::slice::from_ref(options), std::mem::replace(&mut held, true));
+            checked.map_err(|error| {
+                let me = &processes.members()[processes.rank().0];
+                EngineError::Request(format!("{me}: {}", output::flattened(&error)))
+            })
+        };
+        Ok(work(processes, check, |options| {
             let device = device().map_err(|error| EngineError::Request(output::flattened(&error)))?;
             let spec = Arc::clone(&self.model.spec);
             Ok(Model::load(spec, &*self.model.weights, Arc::new(device), fabric.clone(), options)?)

@@ -49,11 +49,12 @@ impl Workers {
         &self.processes
     }
 
-    /// Has all of them load the model.
+    /// Has all of them load the model, once each has found that it can.
     pub(crate) fn load(self: &Arc<Self>, options: &ModelOptions) -> Result<Loading, EngineError> {
         let engine = self.engines.fetch_add(1, Ordering::Relaxed);
         let order = encoded(&Order::Load { engine, options: Cow::Borrowed(options) })?;
         self.ranks().try_for_each(|rank| self.processes.send(rank, &order))?;
+        self.processes.control().barrier(Place::default())?;
         Ok(Loading { workers: Arc::clone(self), engine })
     }
 
@@ -150,12 +151,14 @@ impl Drop for ProcessExecutor {
     }
 }
 
-/// A worker's life: does what rank 0 orders until rank 0 says goodbye. `load` makes the model of an engine.
+/// A worker's life: does what rank 0 orders until rank 0 says goodbye. `check` refuses what this machine has no room for,
+/// which it looks at while no rank loads; then `load` makes the model of an engine.
 ///
 /// # Errors
 /// The world has stopped.
 pub fn work<B: Backend>(
     processes: &Processes,
+    mut check: impl FnMut(&ModelOptions) -> Result<(), EngineError>,
     mut load: impl FnMut(ModelOptions) -> Result<Model<B>, EngineError>,
 ) -> Result<(), Fault> {
     let (rank, faults) = (processes.rank(), processes.faults());
@@ -166,6 +169,8 @@ pub fn work<B: Backend>(
             .map_err(|_| invalid("an order that is none came from rank 0".into()))?
         {
             Order::Load { engine, options } => {
+                check(&options).map_err(|error| invalid(error.to_string()))?;
+                processes.control().barrier(Place::default())?;
                 let loaded = catch_unwind(AssertUnwindSafe(|| load(options.into_owned())));
                 let model = match loaded {
                     Ok(loaded) => loaded.map_err(|error| match error {

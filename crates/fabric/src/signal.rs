@@ -28,6 +28,21 @@ impl Signal {
 
     /// Gives the lock back until something may have changed, or for [`FaultCell::POLL`].
     pub(crate) fn wait<'a, T>(&self, mutex: &'a Mutex<T>, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        self.wait_for(FaultCell::POLL, mutex, guard)
+    }
+
+    /// The same where nobody minds if a fault is noticed later than by whoever waits for work under way.
+    pub(crate) fn idle<'a, T>(&self, mutex: &'a Mutex<T>, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        const LONG: Duration = Duration::from_millis(200);
+        self.wait_for(LONG, mutex, guard)
+    }
+
+    fn wait_for<'a, T>(
+        &self,
+        longest: Duration,
+        mutex: &'a Mutex<T>,
+        guard: MutexGuard<'a, T>,
+    ) -> MutexGuard<'a, T> {
         let seen = self.changes.load(Ordering::Acquire);
         let guard = if self.spin.is_zero() {
             guard
@@ -43,7 +58,7 @@ impl Signal {
             }
             guard
         };
-        self.sleepers.wait_timeout(guard, FaultCell::POLL).unwrap_or_else(PoisonError::into_inner).0
+        self.sleepers.wait_timeout(guard, longest).unwrap_or_else(PoisonError::into_inner).0
     }
 }
 

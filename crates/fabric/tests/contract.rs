@@ -152,6 +152,48 @@ mod ranks_over_nccl {
         parts_for_all_ranks_or_a_refusal: contract::refusals;
     );
 
+    /// What the rows of two ranks take, both ways at once, by copies from GPU to GPU and by NCCL; one line for each.
+    #[test]
+    #[ignore = "a measurement"]
+    fn speed() {
+        if most() == 0 {
+            return;
+        }
+        let begin = Start { size: 2, seed: 0, timeout: PATIENT };
+        let worlds = [("copies", world_on(gpus(), 2, options(PATIENT))), ("nccl", start(begin))];
+        for (name, world) in worlds {
+            let times =
+                on_all_ranks(world, |node| [1 << 14, 1 << 28].map(|bytes| exchange_takes(node, bytes)));
+            let [small, large] = [0, 1].map(|at| times.iter().map(|times| times[at]).fold(0.0, f64::max));
+            println!("{name}: {:.1} us for 16 KiB, {:.0} GB/s for 256 MiB", small * 1e6, 0.268435456 / large);
+        }
+    }
+
+    /// The median time of exchanges of so many bytes to the next rank and back, in seconds.
+    fn exchange_takes(node: &contract::Node<CudaBackend>, bytes: usize) -> f64 {
+        let (size, me) = (node.size(), node.rank());
+        let part = |other: usize| {
+            let rows = if other == me { 0 } else { bytes >> 13 };
+            node.device.allocate("rows", DType::BF16, rows, 1 << 12).expect("memory")
+        };
+        let parts = || (0..size).map(part).collect::<Vec<_>>();
+        let exchange = Exchange { name: "dispatch", send: parts(), receive: parts() };
+        let transport = &node.fabric.transport;
+        let mut times: Vec<f64> = (0..21)
+            .map(|_| {
+                node.fabric.control.barrier(Place::default()).expect("all come");
+                let begun = Instant::now();
+                transport
+                    .all_to_all_v(&node.device, Lane::Transfer, Place::default(), exchange.clone())
+                    .expect("enqueued");
+                node.finish().expect("no fault");
+                begun.elapsed().as_secs_f64()
+            })
+            .collect();
+        times.sort_unstable_by(f64::total_cmp);
+        times[times.len() / 2]
+    }
+
     /// NCCL wants a GPU for each rank.
     fn most() -> usize {
         let missing = (gpus().len() < 2).then(|| "fewer than two GPUs".to_owned());

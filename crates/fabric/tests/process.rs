@@ -4,7 +4,7 @@
 use epsmoe_base::{FaultCell, Mix, Place, Rank, env::test_seed};
 use epsmoe_fabric::process::{Lobby, Processes, RendezvousError, Secret, WorldOptions, join};
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -180,6 +180,73 @@ fn garbage_on_the_port_disturbs_nobody() {
     let _guest = other.join().unwrap();
     assert_eq!(host.faults().get(), None, "seed {seed}");
     drop(silent);
+}
+
+/// Carries a connection to rank 0 and back, and spoils some of what the guest says after `whole` bytes.
+fn spoiling(to: u16, whole: usize, mut mix: Mix) -> u16 {
+    let listener = TcpListener::bind((HERE, 0)).expect("a free port");
+    let port = listener.local_addr().expect("an address").port();
+    std::thread::spawn(move || {
+        let guest = listener.accept()?.0;
+        let host = TcpStream::connect((HERE, to))?;
+        let back = (host.try_clone()?, guest.try_clone()?);
+        std::thread::spawn(move || std::io::copy(&mut &back.0, &mut &back.1));
+        let (mut carried, mut bytes) = (0, [0; 64]);
+        loop {
+            let read = (&guest).read(&mut bytes)?;
+            if read == 0 {
+                return host.shutdown(std::net::Shutdown::Write);
+            }
+            for (at, byte) in bytes[..read].iter_mut().enumerate() {
+                if carried + at >= whole && mix.below(8) == 0 {
+                    *byte = mix.below(256) as u8;
+                }
+            }
+            carried += read;
+            (&host).write_all(&bytes[..read])?;
+        }
+    });
+    port
+}
+
+/// What somebody says who knows the secret, or who sits between two who do, stops the world by name or is refused; nothing
+/// hangs, panics or takes memory for it.
+#[test]
+fn spoilt_messages_of_a_rank_stop_the_world() {
+    let seed = test_seed();
+    let (mut refused, mut stopped) = (0, 0);
+    for round in 0..24 {
+        let mut mix = Mix::keyed(seed, &[round]);
+        let short =
+            WorldOptions { patience: Duration::from_secs(1), timeout: Duration::from_secs(1), ..options() };
+        let begun = Instant::now();
+        let (lobby, port) = lobby(2, short.clone());
+        // In the handshake, in the hello, or in messages of the world.
+        let whole = mix.below(600);
+        let guest = guest(spoiling(port, whole, mix.clone()), 1, short);
+        let Ok(host) = wait(lobby) else {
+            refused += 1;
+            assert!(guest.join().expect("no panic").is_err(), "seed {seed}, round {round}");
+            continue;
+        };
+        let talk = |processes: Processes| {
+            let letters = (0..40).try_for_each(|_| {
+                processes.control().exchange("news", Place::default(), vec![7; 30])?;
+                processes.send(Rank(1 - processes.rank().0), &[1; 20])
+            });
+            letters.is_err()
+        };
+        let other = std::thread::spawn(move || guest.join().expect("no panic").map(|(guest, _)| talk(guest)));
+        let failed = talk(host);
+        let other = other.join().expect("no panic");
+        stopped += usize::from(failed || other.unwrap_or(true));
+        assert!(
+            begun.elapsed() < Duration::from_secs(12),
+            "seed {seed}, round {round}: {:?}",
+            begun.elapsed()
+        );
+    }
+    assert!(refused > 0 && stopped > 5, "seed {seed}: {refused} refused, {stopped} stopped");
 }
 
 /// A process whose connection closes without a goodbye has ended, and everybody hears its name.

@@ -126,13 +126,14 @@ pub struct LayerReport {
     pub tables: Vec<StageTable>,
     /// The most bytes that one of them needed on this rank.
     pub peak_bytes: u64,
-    /// When the host was done with what no lane does; of the last chunk. The clock of another process says nothing here.
-    #[serde(skip)]
+    /// When the host was done with what no lane does; of the last chunk.
     pub host: HostTimes,
 }
 
-/// When the host of a rank was done with a part of a layer; in place there are no counts to wait for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// When the host of a rank was done with a part of a layer; in place there are no counts to wait for. The clock of another
+/// process says nothing here: of what came from there only the times between the parts mean something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "SinceCounted", into = "SinceCounted")]
 pub struct HostTimes {
     /// The histograms are read.
     pub counted: Option<Instant>,
@@ -144,6 +145,26 @@ pub struct HostTimes {
     pub planned: Option<Instant>,
     /// Everything is enqueued.
     pub enqueued: Option<Instant>,
+}
+
+/// How long after `counted` each part was done, as it is told to other processes.
+#[derive(Serialize, Deserialize)]
+struct SinceCounted([Option<Duration>; 5]);
+
+impl From<HostTimes> for SinceCounted {
+    fn from(times: HostTimes) -> Self {
+        let HostTimes { counted, packed, exchanged, planned, enqueued } = times;
+        let since = |time: Option<Instant>| Some(time?.saturating_duration_since(counted?));
+        SinceCounted([counted, packed, exchanged, planned, enqueued].map(since))
+    }
+}
+
+impl From<SinceCounted> for HostTimes {
+    fn from(SinceCounted(since): SinceCounted) -> Self {
+        let counted = Instant::now();
+        let [counted, packed, exchanged, planned, enqueued] = since.map(|since| counted.checked_add(since?));
+        HostTimes { counted, packed, exchanged, planned, enqueued }
+    }
 }
 
 /// The MoE layers of one rank.

@@ -1,5 +1,6 @@
 //! What every command that runs a model takes.
 
+use super::run_args;
 use super::values::{
     DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, Quantisation, ScheduleKind, SharedExpertPlace,
     TransferOrder, WireDtype,
@@ -198,6 +199,17 @@ pub(crate) struct RunArgs {
     /// All of the others, for ranks that are other processes.
     #[arg(skip)]
     pub(crate) flags: Vec<String>,
+}
+
+impl RunArgs {
+    /// The same with another model, of which nothing else is said.
+    pub(crate) fn with_model(&self, model: &str) -> anyhow::Result<Self> {
+        let of_model = ["--model=", "--revision=", "--hf-overrides=", "--quantization="];
+        let of_others = |flag: &&String| !of_model.iter().any(|begin| flag.starts_with(begin));
+        let others = self.flags.iter().filter(of_others).cloned();
+        let flags: Vec<String> = others.chain([format!("--model={model}")]).collect();
+        Ok(RunArgs { world: self.world.clone(), ..run_args(&flags)? })
+    }
 }
 
 /// Which model.

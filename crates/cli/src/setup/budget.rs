@@ -38,9 +38,17 @@ impl Needs {
 impl Setup {
     /// Refuses a model that the machine has too little memory for.
     pub(crate) fn check_memory(&self, options: &[EngineOptions]) -> Result<()> {
+        let models: Vec<ModelOptions> = options.iter().map(EngineOptions::model).collect();
+        // They may be there from an engine before.
+        self.check_room_for(&models, self.gpu_weights.get().is_some())
+    }
+
+    /// Refuses models that all ranks of this machine run, if they have too little memory for them; unless they hold the
+    /// weights already.
+    pub(super) fn check_room_for(&self, options: &[ModelOptions], held: bool) -> Result<()> {
         // A host's memory is taken as it is touched, and experts' rows spread over the ranks.
         let worst = matches!(self.processor, Processor::Cuda(_)) || self.emulated.is_some();
-        let needs = self.needs(options, worst)?;
+        let needs = self.needs(options, worst, held)?;
         match self.room()? {
             Some(room) if needs.total() > room.available => bail!(
                 "{} needs {} for its weights ({}), {} for its caches and about {} to compute in{}, but {} has {} left: \
@@ -74,12 +82,13 @@ impl Setup {
     /// The same options with a cache that fits: of the size that was asked for, or else of all the memory that is left,
     /// but no more than the most sequences of the greatest length need.
     pub(crate) fn with_cache(&self, options: EngineOptions, args: &CacheArgs) -> Result<EngineOptions> {
-        let block = self.block_bytes(&options).max(1);
+        let block = self.block_bytes(&options.parallel).max(1);
         let most = most_blocks(&options);
         let (fitting, from) = match (args.kv_cache_memory_bytes, self.room()?) {
             (Some(asked), _) => (asked.0 / block, "--kv-cache-memory-bytes".to_owned()),
             (None, Some(room)) => {
-                let needs = self.needs(&[EngineOptions { kv_blocks: Some(0), ..options.clone() }], true)?;
+                let model = EngineOptions { kv_blocks: Some(0), ..options.clone() }.model();
+                let needs = self.needs(&[model], true, self.gpu_weights.get().is_some())?;
                 let all = share(&room, args.gpu_memory_utilization);
                 let left = all.saturating_sub(needs.total());
                 let from = format!(
@@ -112,7 +121,7 @@ impl Setup {
     pub(crate) fn describe_cache(&self, options: &EngineOptions) -> String {
         let (spec, blocks) = (&self.model.spec, options.model().cache_blocks);
         let groups = self.ranks / options.parallel.tensor.max(1);
-        let bytes = self.block_bytes(options).saturating_mul(blocks as u64);
+        let bytes = self.block_bytes(&options.parallel).saturating_mul(blocks as u64);
         let tokens = blocks * BLOCK_SIZE;
         let each = if groups > 1 { " for each group of ranks" } else { "" };
         let state = spec.state_bytes(self.dtype, options.parallel.tensor) as u64;
@@ -131,33 +140,31 @@ impl Setup {
         )
     }
 
-    /// What engines with these options take up together: with all that ranks reserve for the `worst` routing, or with
-    /// what each would compute alone.
-    fn needs(&self, options: &[EngineOptions], worst: bool) -> Result<Needs> {
+    /// What models with these options take up together: with all that ranks reserve for the `worst` routing, or with
+    /// what each would compute alone; without their weights where those are `held`.
+    fn needs(&self, options: &[ModelOptions], worst: bool, held: bool) -> Result<Needs> {
         let (spec, dtype) = (&self.model.spec, self.dtype);
         // The largest weight is there twice while it is loaded.
         let loading = spec.largest_part().saturating_mul(dtype.bytes() as u64);
         let ranks = self.sharing_ranks();
         let numbers = match ranks == self.ranks {
-            // They are there from an engine before.
-            _ if self.gpu_weights.get().is_some() => 0,
+            _ if held => 0,
             // Processes share none.
             _ if self.launch.is_some() => {
-                let of = |options: &EngineOptions| spec.parameters_of_rank(&options.parallel, self.ranks);
+                let of = |options: &ModelOptions| spec.parameters_of_rank(&options.parallel, self.ranks);
                 options.iter().map(of).max().unwrap_or(0).saturating_mul(ranks as u64)
             }
             true => spec.parameters().total,
             // Ways to run the model that differ share what they can.
             false => {
-                let of = |options: &EngineOptions| spec.parameters_of_rank(&options.parallel, self.ranks);
+                let of = |options: &ModelOptions| spec.parameters_of_rank(&options.parallel, self.ranks);
                 options.iter().map(of).max().unwrap_or(0)
             }
         };
         let weights = self.held.bytes_of(numbers);
         let mut needs = Needs { weights, buffers: loading, caches: 0 };
-        for options in options {
+        for model in options {
             let of_all = |bytes: u64| bytes.saturating_mul(ranks as u64);
-            let model = options.model();
             let buffers = of_all(match worst {
                 true => model.workspace_bytes(spec, self.ranks, dtype)?,
                 false => {
@@ -165,7 +172,7 @@ impl Setup {
                     alone.workspace_bytes(spec, 1, dtype)?
                 }
             });
-            let cache = of_all(self.block_bytes(options).saturating_mul(model.cache_blocks as u64));
+            let cache = of_all(self.block_bytes(&model.parallel).saturating_mul(model.cache_blocks as u64));
             needs.buffers = needs.buffers.saturating_add(buffers);
             needs.caches = needs.caches.saturating_add(cache);
         }
@@ -182,8 +189,8 @@ impl Setup {
     }
 
     /// Bytes of a block of the cache on the rank that has the most of it.
-    fn block_bytes(&self, options: &EngineOptions) -> u64 {
-        let token = self.model.spec.cache_bytes_per_token(self.dtype, options.parallel.tensor);
+    fn block_bytes(&self, parallel: &Parallel) -> u64 {
+        let token = self.model.spec.cache_bytes_per_token(self.dtype, parallel.tensor);
         (token * BLOCK_SIZE) as u64
     }
 

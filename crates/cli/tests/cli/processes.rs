@@ -1,7 +1,7 @@
 //! Ranks that are processes: started by rank 0 or by a launcher, they give the bits of ranks that are threads; and
 //! whatever becomes of one of them, rank 0 says it in a sentence, and nobody is left behind.
 
-use crate::common::{Folder, command, fixture, refused};
+use crate::common::{Folder, command, fixture, json, refused};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -127,6 +127,70 @@ fn launchers_start_workers_or_the_same_command_everywhere() {
         assert_eq!(worker.1, "");
         assert_eq!(std::fs::read(&out).unwrap(), want, "{other}");
     }
+}
+
+/// One that comes when the others have waited, beside one that is there already.
+#[test]
+fn ranks_that_start_late_or_twice() {
+    let folder = Folder::new();
+    let (out, port) = (folder.text("out"), port());
+    let words =
+        format!("logits --model {} --ids 5,6,7 --out {out} -dp 3 -ep --threads 1", fixture("mixtral"));
+    let want = command(&words).output().map(|_| std::fs::read(&out).unwrap()).unwrap();
+    std::fs::remove_file(&out).unwrap();
+    let first = launched(&words, 0, 3, port).spawn().unwrap();
+    let early = launched("worker", 1, 3, port).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let told = refused(&mut launched("worker", 1, 3, port));
+    assert!(told.contains("rank 1 is there already: rank 1 (process "), "{told}");
+    let late = launched("worker", 2, 3, port).spawn().unwrap();
+    let all = [first, early, late].map(ended);
+    assert!(all.iter().all(|(fine, _)| *fine), "{all:?}");
+    assert_eq!(std::fs::read(&out).unwrap(), want);
+}
+
+/// Both models of a comparison, each over processes of its own.
+#[test]
+fn two_models_are_compared() {
+    let folder = Folder::new();
+    let text = folder.text("text");
+    std::fs::write(&text, "What one model says of a text, and another. ".repeat(20)).unwrap();
+    let words = format!(
+        "eval perplexity {text} --model {} --reference {} --context 32 --chunks 3 --json -dp 2 -ep --threads 1",
+        fixture("qwen3_moe_mxfp4"),
+        fixture("qwen3_moe"),
+    );
+    let threads = json(&mut command(&words));
+    assert!(threads["reference"]["kl_divergence"].as_f64() > Some(0.0), "{threads}");
+    let processes = format!("{words} --distributed-executor-backend process");
+    assert_eq!(json(&mut command(&processes)), threads);
+    let told = refused(&mut launched(&words, 0, 2, port()));
+    assert!(told.starts_with("processes that torchrun starts have one model"), "{told}");
+}
+
+/// A worker whose machine has no room for its part says so, with its name and both sizes, before anybody loads.
+#[test]
+fn a_machine_with_too_little_memory_is_named() {
+    let words = "logits --model preset:mixtral-mini --ids 5,6,7 --out none -dp 2 -ep --threads 1 --hf-overrides \
+                 {\"hidden_size\":2048,\"intermediate_size\":4096}";
+    let port = port();
+    let first = launched(words, 0, 2, port).spawn().unwrap();
+    let mut worker = Command::new("sh");
+    worker.args(["-c", "ulimit -v 1500000 && exec \"$0\" worker", env!("CARGO_BIN_EXE_epsmoe")]);
+    for (name, value) in launched("worker", 1, 2, port).get_envs() {
+        match value {
+            Some(value) => worker.env(name, value),
+            None => worker.env_remove(name),
+        };
+    }
+    let worker = worker.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let process = worker.id();
+    let ((first, told), (worker, heard)) = (ended(first), ended(worker));
+    assert!(!first && !worker, "{told} {heard}");
+    let name = format!("rank 1 (process {process} on ");
+    assert!(told.contains(&name) && told.contains("needs ") && told.contains("GiB"), "{told}");
+    assert!(told.contains("but the limit of this process (ulimit) has "), "{told}");
+    assert_eq!(told.lines().count(), 1, "{told}");
 }
 
 #[test]
@@ -368,6 +432,66 @@ fn a_cut_link_is_noticed_on_both_sides() {
     assert!(told.contains("rank 1 (process ") && told.contains(" on ep1)"), "{told}");
     assert!(heard.contains("rank 0 (process ") && heard.contains(" on ep0)"), "{heard}");
     assert!(begun.elapsed() < Duration::from_secs(2 * 2 + 6), "{:?}", begun.elapsed());
+}
+
+/// A file system that is full; nothing where none can be made.
+struct FullDisk(Folder);
+
+impl FullDisk {
+    /// A copy of a model that its disk had no more room for is on it.
+    fn with_copy_of(model: &str) -> Option<Self> {
+        let disk = Folder::new();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=512k", "none"]).arg(disk.0.path());
+        if !mount.status().is_ok_and(|status| status.success()) {
+            eprintln!("skipped: no file system can be mounted");
+            return None;
+        }
+        let disk = FullDisk(disk);
+        let copied =
+            Command::new("cp").args(["-r", &fixture(model), &disk.0.text("model")]).output().unwrap();
+        assert!(!copied.status.success(), "the disk was large enough");
+        Some(disk)
+    }
+}
+
+impl Drop for FullDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.0.path()).status();
+    }
+}
+
+/// A worker writes nothing that it needs; a copy of the checkpoint that is not whole is named; and where rank 0 cannot write
+/// its answer, everybody ends.
+#[test]
+fn a_disk_that_is_full() {
+    let Some(disk) = FullDisk::with_copy_of("mixtral") else { return };
+    let folder = Folder::new();
+    let out = folder.text("out");
+    let words = |out: &str| {
+        format!(
+            "logits --model {} --ids 5,6,7 --out {out} -dp 2 -ep --threads 1 --timeout 20",
+            fixture("mixtral")
+        )
+    };
+    let start = |words: &str, worker: &str| {
+        let port = port();
+        let log = std::fs::File::create(disk.0.path("log")).unwrap();
+        let mut worker = launched(worker, 1, 2, port);
+        worker.current_dir(disk.0.0.path()).stderr(log);
+        worker.envs(["HOME", "TMPDIR", "XDG_CACHE_HOME"].map(|name| (name, disk.0.0.path())));
+        let worker = worker.spawn().unwrap();
+        let first = launched(words, 0, 2, port).spawn().unwrap();
+        (ended(first), ended(worker).0)
+    };
+    let ((fine, told), worker) = start(&words(&out), "worker");
+    assert!(fine && worker, "{told}");
+    let ((fine, told), worker) = start(&words(&out), &format!("worker --model {}", disk.0.text("model")));
+    assert!(!fine && !worker && told.contains("rank 1") && told.contains(&disk.0.text("model")), "{told}");
+    // It looks for the place before it looks for others.
+    let ((fine, told), _) = start(&words(&disk.0.text("out")), "worker --timeout 2");
+    assert!(!fine && told.contains("cannot write ") && told.contains("No space left"), "{told}");
+    assert_eq!(told.lines().count(), 1, "{told}");
 }
 
 /// The secret stands in no command line.

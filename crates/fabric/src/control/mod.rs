@@ -37,6 +37,10 @@ pub trait Control: Send + Sync + 'static {
         self.faults().raise(fault)
     }
 
+    /// Tells the others that nothing more will come from this rank, so that they need not wait for it when they end. Dropping
+    /// the control does so too; who has something else to end together with them says it before.
+    fn say_goodbye(&self) {}
+
     /// What people call a rank: where it is, if that can be somewhere else.
     fn name(&self, rank: Rank) -> String {
         rank.to_string()

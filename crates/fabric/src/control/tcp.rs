@@ -187,7 +187,8 @@ impl TcpControl {
             if party.lines[from.0].as_ref().is_none_or(Line::is_over) {
                 return Ok(None);
             }
-            letters = party.delivered.wait(&party.letters, letters);
+            // There may be nothing to do for hours.
+            letters = party.delivered.idle(&party.letters, letters);
         }
     }
 }
@@ -232,6 +233,10 @@ impl Control for TcpControl {
 
     fn faults(&self) -> &FaultCell {
         &self.party.faults
+    }
+
+    fn say_goodbye(&self) {
+        self.party.say_goodbye();
     }
 
     fn name(&self, rank: Rank) -> String {
@@ -436,11 +441,17 @@ impl Party {
         }
     }
 
+    /// Says that nothing more will come from here, once.
+    fn say_goodbye(&self) {
+        if !self.closing.swap(true, Ordering::AcqRel) {
+            // Who has left needs no goodbye.
+            self.lines().for_each(|(_, line)| drop(line.send(BYE, &[&[]])));
+        }
+    }
+
     /// Says goodbye. Rank 0 gives the others a moment to do so too, and whoever waits for them finds them gone.
     fn leave(&self) {
-        self.closing.store(true, Ordering::Release);
-        // Who has left needs no goodbye.
-        self.lines().for_each(|(_, line)| drop(line.send(BYE, &[&[]])));
+        self.say_goodbye();
         let patience = if self.faults.get().is_some() { STOPPED } else { GOODBYE };
         let begun = Instant::now();
         while self.me == Rank(0)

@@ -23,6 +23,8 @@ pub(crate) struct NcclTransport {
     end: Arc<End>,
     ranks: Arc<[Rank]>,
     communicator: Arc<Communicator>,
+    /// The one that the others were split from, and the last to go.
+    is_first: bool,
 }
 
 /// What all transports of a rank share.
@@ -53,15 +55,15 @@ impl NcclTransport {
         let what = "NCCL, meeting the other ranks";
         let met =
             end.within(what, place, |carry_on| Communicator::meet(device, id, rank.0, size, carry_on))?;
-        let transport = Self::new(end, (0..size).map(Rank).collect(), met);
+        let transport = Self::new(end, (0..size).map(Rank).collect(), met, true);
         transport.end.watch()?;
         Ok(transport)
     }
 
-    fn new(end: Arc<End>, ranks: Arc<[Rank]>, communicator: Communicator) -> Self {
+    fn new(end: Arc<End>, ranks: Arc<[Rank]>, communicator: Communicator, is_first: bool) -> Self {
         let communicator = Arc::new(communicator);
         lock(&end.communicators).push(Arc::downgrade(&communicator));
-        NcclTransport { end, ranks, communicator }
+        NcclTransport { end, ranks, communicator, is_first }
     }
 }
 
@@ -96,18 +98,22 @@ impl Transport<CudaBackend> for NcclTransport {
         let split = self
             .end
             .within(what, Place::default(), |carry_on| self.communicator.split(ranks[0].0, place, carry_on));
-        Ok(Arc::new(Self::new(Arc::clone(&self.end), ranks.into(), split.map_err(DeviceError::Fault)?)))
+        let split = split.map_err(DeviceError::Fault)?;
+        Ok(Arc::new(Self::new(Arc::clone(&self.end), ranks.into(), split, false)))
     }
 }
 
 impl Drop for NcclTransport {
-    /// Whoever leaves in peace gives the others a moment to leave too: they may still fetch what it sent. A world that ends
-    /// because its rank 0 has all it wanted has fetched everything, and its other ranks are told only afterwards; so nothing
-    /// is wrong if they do not come, and the communicator is given up.
+    /// Ranks leave together, as some may still fetch what others sent; so whoever ends the first transport tells the others
+    /// that they can go too. If they do not come within a moment they have nothing to fetch any more, and the communicator is
+    /// given up.
     fn drop(&mut self) {
-        const MOMENT: Duration = Duration::from_millis(300);
+        const MOMENT: Duration = Duration::from_secs(2);
         if self.end.faults().get().is_some() {
             return;
+        }
+        if self.is_first {
+            self.end.control.say_goodbye();
         }
         let mut deadline = Deadline::after(MOMENT);
         let mut carry_on = || match deadline.passed() {

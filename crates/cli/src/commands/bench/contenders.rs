@@ -1,6 +1,8 @@
 //! What a bench compares, and the rounds in which it is measured.
 
-use super::times::{HostTime, LayerTime, busiest, host_times, layer_times, quantile, smallest_transfer};
+use super::times::{
+    HostTime, LayerTime, StepTime, busiest, host_times, layer_times, quantile, smallest_transfer,
+};
 use super::{Decisions, PacingFigures, Row};
 use crate::args::{BenchArgs, ContenderSpec, ScheduleKind};
 use crate::output;
@@ -122,6 +124,7 @@ pub(super) struct Contender {
     links: Vec<Arc<PacedLink>>,
     stands_for: usize,
     pub(super) rates: Vec<f64>,
+    steps: Vec<StepTime>,
     layers: Vec<LayerTime>,
     hosts: Vec<HostTime>,
     smallest_transfer_ms: Option<f64>,
@@ -134,8 +137,11 @@ pub(super) struct Contender {
     pub(super) timeline: Timeline,
 }
 
+/// Rounds that tell what ran when, where others do not.
+const RECORDED: usize = 3;
+
 /// Rounds in which every schedule takes its turn, the first of them to warm up; who begins moves on. Where it costs time to
-/// tell what ran when (`apart`), rates are those of rounds that do not, and a last round of each tells it.
+/// tell what ran when (`apart`), rates are those of rounds that do not, and a few more rounds tell it.
 pub(super) fn measure(
     args: &BenchArgs,
     prompts: &[Vec<u32>],
@@ -159,10 +165,13 @@ pub(super) fn measure(
             progress.inc(1);
         }
     }
-    for contender in contenders.iter_mut().filter(|_| apart) {
-        contender.engine.record_spans(true);
-        contender.round(prompts, args.output_len)?;
-        contender.rates.pop();
+    for _ in 0..if apart { RECORDED } else { 0 } {
+        for contender in &mut *contenders {
+            contender.engine.record_spans(true);
+            contender.round(prompts, args.output_len)?;
+            contender.rates.pop();
+            contender.steps.pop();
+        }
     }
     progress.finish_and_clear();
     Ok(())
@@ -178,6 +187,7 @@ impl Contender {
             links,
             stands_for,
             rates: Vec::new(),
+            steps: Vec::new(),
             layers: Vec::new(),
             hosts: Vec::new(),
             smallest_transfer_ms: None,
@@ -194,9 +204,13 @@ impl Contender {
         let tokens = tokens * self.stands_for;
         let requests = prompts.iter().map(|prompt| super::request(prompt, output_len)).collect();
         self.timeline = Timeline::default();
-        let (mut steps, begun) = (Vec::new(), Instant::now());
-        self.engine.run(requests, |step| steps.push(step.clone()))?;
+        let (mut steps, mut ends, begun) = (Vec::new(), Vec::new(), Instant::now());
+        self.engine.run(requests, |step| {
+            ends.push(begun.elapsed());
+            steps.push(step.clone());
+        })?;
         self.rates.push(tokens as f64 / begun.elapsed().as_secs_f64());
+        self.steps.extend(StepTime::of(&ends, output_len));
         for step in steps {
             self.layers.extend(layer_times(&step.timeline));
             self.hosts.extend(host_times(&step));
@@ -216,6 +230,7 @@ impl Contender {
 
     fn forget(&mut self) {
         self.rates.clear();
+        self.steps.clear();
         self.layers.clear();
         self.hosts.clear();
         self.smallest_transfer_ms = None;
@@ -239,6 +254,7 @@ impl Contender {
             |of: &Contender, figure: fn(&LayerTime) -> f64| quantile(of.layers.iter().map(figure), 0.5);
         let layers = |figure: fn(&LayerTime) -> f64| median(self, figure);
         let host = |figure: fn(&HostTime) -> f64| quantile(self.hosts.iter().map(figure), 0.5).unwrap_or(0.0);
+        let step = |figure: fn(&StepTime) -> Option<f64>| quantile(self.steps.iter().filter_map(figure), 0.5);
         let bound = serial.and_then(|serial| {
             Some(median(serial, |layer| layer.compute_ms)?.max(median(serial, |layer| layer.transfer_ms)?))
         });
@@ -272,6 +288,8 @@ impl Contender {
             },
             tokens_per_second: rate(0.5),
             tokens_per_second_range: [rate(0.25), rate(0.75)],
+            first_step_ms: step(|times| Some(times.first_ms)),
+            decode_step_ms: step(|times| times.decode_ms),
             moe_layer_ms: layers(|layer| layer.ms),
             compute_ms: layers(|layer| layer.compute_ms),
             experts_ms: layers(|layer| layer.experts_ms),

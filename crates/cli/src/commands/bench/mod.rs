@@ -73,6 +73,10 @@ struct Row {
     tokens_per_second: f64,
     /// Of the middle half of the rounds.
     tokens_per_second_range: [f64; 2],
+    /// The first step of a round, of all prompts or as many as fit in one.
+    first_step_ms: Option<f64>,
+    /// A step in which every prompt gets one more token; null if each gets but one.
+    decode_step_ms: Option<f64>,
     /// From routing to the layer's sum, on the rank that takes longest. Median over layers and rounds.
     moe_layer_ms: Option<f64>,
     /// Computation of the layer, on the rank that computes most.
@@ -366,6 +370,7 @@ impl Report {
                     .max_by(|one, other| one.0.total_cmp(&other.0))
                     .map(|it| it.1),
             )
+            .chain(self.rows.iter().filter_map(Row::steps))
             .chain(self.pacing.as_ref().map(|it| it.to_string()))
         {
             table.push_str(&remark);
@@ -444,6 +449,16 @@ impl Row {
             count(self.stages, "stage")
         );
         Some((blocking, sentence))
+    }
+
+    /// What steps take, where there are such that only continue prompts.
+    fn steps(&self) -> Option<String> {
+        let (first, decode) = (self.first_step_ms?, self.decode_step_ms?);
+        let stages = count(self.stages, "stage");
+        Some(format!(
+            "steps ({}, {stages}): {first:.2} ms the first, {decode:.2} ms one that decodes",
+            self.schedule
+        ))
     }
 
     /// Of the serial schedule: what there is to hide, and behind what.

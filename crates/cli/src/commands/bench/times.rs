@@ -5,7 +5,7 @@ use epsmoe_engine::StepReport;
 use epsmoe_plan::{LayerWindow, Span, TimeBreakdown, Timeline};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// One MoE layer of one step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -22,6 +22,25 @@ pub(super) struct LayerTime {
     pub(super) transfer_ms: f64,
 }
 
+/// What steps of one round took.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct StepTime {
+    pub(super) first_ms: f64,
+    /// The median of those that only continue prompts.
+    pub(super) decode_ms: Option<f64>,
+}
+
+impl StepTime {
+    /// From when each step was over; nothing of no steps. Whatever the prompts took, the last half of the new tokens came when
+    /// all of them were done.
+    pub(super) fn of(ends: &[Duration], output_len: usize) -> Option<Self> {
+        let millis = |time: Duration| time.as_secs_f64() * 1e3;
+        let decodes = &ends[ends.len().saturating_sub(output_len / 2 + 1)..];
+        let steps = decodes.windows(2).map(|pair| millis(pair[1] - pair[0]));
+        Some(StepTime { first_ms: millis(*ends.first()?), decode_ms: quantile(steps, 0.5) })
+    }
+}
+
 /// What the hosts of the ranks took for one MoE layer, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub(super) struct HostTime {
@@ -35,7 +54,7 @@ pub(super) struct HostTime {
     pub(super) enqueueing_us: f64,
 }
 
-/// Every MoE layer of a step whose ranks met.
+/// Every MoE layer of a step whose ranks met, but for the last of several, as of [`layer_times`].
 pub(super) fn host_times(step: &StepReport) -> Vec<HostTime> {
     let layers = step.outputs.iter().map(|output| output.layers.len()).min().unwrap_or(0);
     let between = |from: Option<Instant>, to: Option<Instant>| {
@@ -53,7 +72,7 @@ pub(super) fn host_times(step: &StepReport) -> Vec<HostTime> {
         }
         Some(time)
     };
-    (0..layers).filter_map(of_layer).collect()
+    (0..layers.max(2) - 1).take(layers).filter_map(of_layer).collect()
 }
 
 /// The MoE layer of a timeline whose time is the median, on all ranks.
@@ -71,7 +90,7 @@ pub(super) fn median_layer(timeline: &Timeline) -> Option<Timeline> {
     Some(inside(&spans, start, end))
 }
 
-/// Every MoE layer of a step.
+/// Every MoE layer of a step, but for the last of several: of that only the tokens are computed whose logits are wanted.
 pub(super) fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
     let mut layers: BTreeMap<Layer, LayerTime> = BTreeMap::new();
     for (layer, rank, window) in moe_layers(timeline) {
@@ -92,6 +111,9 @@ pub(super) fn layer_times(timeline: &Timeline) -> Vec<LayerTime> {
         if transfer_ms > 0.0 && (time.transfer_ms == 0.0 || transfer_ms < time.transfer_ms) {
             time.transfer_ms = transfer_ms;
         }
+    }
+    if layers.len() > 1 {
+        layers.pop_last();
     }
     layers.into_values().collect()
 }
@@ -198,6 +220,14 @@ mod tests {
             (smallest_transfer(&timeline), smallest_transfer(&Timeline::default())),
             (Some(2.0), None)
         );
+    }
+
+    #[test]
+    fn steps_are_timed_from_their_ends() {
+        let ends = [10, 17, 19, 20, 23].map(Duration::from_millis);
+        assert_eq!(StepTime::of(&ends, 5), Some(StepTime { first_ms: 10.0, decode_ms: Some(2.0) }));
+        assert_eq!(StepTime::of(&ends[..1], 1), Some(StepTime { first_ms: 10.0, decode_ms: None }));
+        assert_eq!(StepTime::of(&[], 1), None);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use library::{BYTES, Code, Comm, Config, Nccl, SUCCESS, UniqueId};
 use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -278,13 +279,29 @@ impl Communicator {
         nccl.check("ncclCommDestroy", unsafe { (nccl.destroy)(raw) }, null_mut())
     }
 
-    /// Gives up whatever is under way, so that the streams that wait for it go on.
+    /// Gives up whatever is under way, so that the streams that wait for it go on. NCCL may wait for other ranks before it
+    /// returns, which is why it does so on a thread of its own, and nobody waits for that for long.
     pub fn abort(&self) {
+        const PATIENCE: Duration = Duration::from_secs(1);
         let mut handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
-        let raw = std::mem::replace(&mut handle.0, null_mut());
-        if !raw.is_null() && self.device.context.bind().is_ok() {
-            // SAFETY: alive until now, and never used again.
-            let _ = unsafe { (self.nccl.abort)(raw) };
+        let given_up = std::mem::replace(&mut *handle, Handle(null_mut()));
+        drop(handle);
+        if given_up.0.is_null() {
+            return;
+        }
+        let (nccl, device) = (self.nccl, Arc::clone(&self.device));
+        let (done, is_done) = channel();
+        let call = move || {
+            let Handle(raw) = { given_up };
+            if device.context.bind().is_ok() {
+                // SAFETY: alive until now, and never used again.
+                let _ = unsafe { (nccl.abort)(raw) };
+            }
+            // Who waited may have gone.
+            let _ = done.send(());
+        };
+        if std::thread::Builder::new().name("nccl-abort".into()).spawn(call).is_ok() {
+            let _ = is_done.recv_timeout(PATIENCE);
         }
     }
 }
