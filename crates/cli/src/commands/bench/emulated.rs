@@ -3,7 +3,7 @@
 use crate::args::OneOf;
 use crate::output;
 use crate::setup::Setup;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use epsmoe_base::Layer;
 use epsmoe_engine::{EngineOptions, RoutingMode};
 use epsmoe_model::ModelSpec;
@@ -23,6 +23,12 @@ pub(super) fn learn(
     prompts: &[Vec<u32>],
     output_len: usize,
 ) -> Result<Vec<Vec<u32>>> {
+    let identities =
+        setup.model.spec.layers.iter().filter_map(|layer| layer.mlp.moe()).any(|moe| moe.identities > 0);
+    ensure!(
+        !identities,
+        "--emulate-rank knows no experts that give rows back as they are, which this model has: leave it out, or use `bench layer`"
+    );
     let each = prompts.len().div_ceil(one.size);
     let of_rank = |rank: usize| {
         // Ranks have as many each: the first prompts again where they do not come out even.

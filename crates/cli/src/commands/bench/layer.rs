@@ -14,6 +14,7 @@ use epsmoe_device::cpu::{Cpu, CpuKernels};
 use epsmoe_device::cuda::{
     CudaBackend, CudaDevice, CudaOptions, CudaWeights, DriverCalls, count_driver_calls, take_driver_calls,
 };
+use epsmoe_device::op::TopKRouter;
 use epsmoe_device::threaded::ThreadedOptions;
 use epsmoe_device::{Backend, PeerQueue};
 use epsmoe_fabric::Link;
@@ -192,15 +193,17 @@ pub(crate) fn run(args: &BenchLayerArgs) -> Result<()> {
 
 impl Bench<'_> {
     fn shape(&self, hidden: usize, moe: &MoeSpec, tokens: usize) -> EmulatedShape {
+        // Of experts that give rows back as they are nothing is computed and nothing travels.
+        let router = TopKRouter { top_k: moe.computed(), ..moe.router };
         EmulatedShape {
             shape: RigShape {
                 hidden,
                 inner: moe.inner,
                 experts: moe.experts,
-                top_k: moe.router.top_k,
+                top_k: router.top_k,
                 shared_inner: moe.shared.map_or(0, |shared| shared.inner),
             },
-            router: moe.router,
+            router,
             rank: Rank(self.args.emulate_rank.rank),
             size: self.args.emulate_rank.size,
             tokens,
