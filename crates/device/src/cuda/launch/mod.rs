@@ -110,6 +110,7 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     rows::GatherFp8Args::LAYOUT,
     rows::KvWriteArgs::LAYOUT,
     rows::ScaleArgs::LAYOUT,
+    rows::ScaleTermsArgs::LAYOUT,
     rows::SoftCapArgs::LAYOUT,
     rows::SlotBiasArgs::LAYOUT,
 ];
