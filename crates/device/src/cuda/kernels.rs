@@ -109,7 +109,8 @@ sources! {
     "receive_order": ["receive_sums"] in [(F32, F32)], 1024 threads;
     "sort": ["sort"] in [(F32, F32)], 1024 threads;
     "expert_parts": ["list_parts", "list_blocks"] in [(F32, F32)], 32 threads;
-    "probe": ["spin", "mark"] in [(DType::U32, DType::U32)], 256 threads;
+    "probe": ["spin"] in [(DType::U32, DType::U32)], 1024 threads;
+    "probe": ["mark"] in [(DType::U32, DType::U32)], 256 threads;
     "attention": ["attention"] in SAME, 128 threads;
     "attention_gqa": ["attention64", "attention128"] in [(BF16, BF16)], 128 threads;
     "attention_mla": ["attention_mla"] in [(BF16, BF16)], 256 threads on "sm_90a";

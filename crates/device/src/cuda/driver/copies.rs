@@ -49,7 +49,7 @@ impl Piece {
     }
 }
 
-/// So many copies, one after the other, on the copy engine as copies of their own would be. To give them new addresses and
+/// So many copies, one after the other, done by what copies of their own would be done by. To give them new addresses and
 /// start them takes the host a fifth of what a call for each does.
 pub(in crate::cuda) struct CopyGraph {
     graph: sys::CUgraph,

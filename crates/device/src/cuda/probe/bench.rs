@@ -42,8 +42,11 @@ pub(super) struct Bench {
     words: PinnedMemory,
     words_on_device: u64,
     used: AtomicUsize,
-    /// Zeroed; its first line counts blocks, the others are for flags.
+    /// Zeroed; its first line counts blocks, the second lets spinning kernels go, the others are for flags.
     flags: DeviceMemory,
+    /// Spinning kernels so far, and the stream that lets them go.
+    spun: AtomicU32,
+    releases: Stream,
     pub(super) source: DeviceMemory,
     pub(super) target: DeviceMemory,
     host: PinnedMemory,
@@ -64,6 +67,8 @@ twin! {
         arrived: u64,
         started: u64,
         cycles: u64,
+        number: u32,
+        padding: u32,
     }
 }
 
@@ -109,6 +114,8 @@ impl Bench {
             words,
             used: AtomicUsize::new(0),
             flags,
+            spun: AtomicU32::new(0),
+            releases: stream,
             source,
             target,
             host_on_device: host.device_address()?,
@@ -143,27 +150,35 @@ impl Bench {
         Word { value, address: self.words_on_device + (index * LINE) as u64 }
     }
 
-    /// The address of a word of device memory, zero until written; `index` is below 63.
+    /// The address of a word of device memory, zero until written; `index` is below 62.
     pub(super) fn flag(&self, index: usize) -> u64 {
-        self.flags.start + ((1 + index) * LINE) as u64
+        self.flags.start + ((2 + index) * LINE) as u64
     }
 
     pub(super) fn record(&self, stream: &Stream) -> Result<Event, CudaError> {
         self.events.record(stream)
     }
 
-    /// Starts a kernel of `blocks` blocks that each take a whole multiprocessor, until the word returned is set.
-    pub(super) fn spin(&self, stream: &Stream, blocks: u32) -> Result<Held<'_>, CudaError> {
-        let (flag, started) = (self.word(), self.word());
-        let arguments = Spin {
-            flag: flag.address,
-            arrived: self.flags.start,
-            started: started.address,
-            cycles: SPIN_CYCLES,
+    /// Starts a kernel of `blocks` blocks that each take a whole multiprocessor, until what is returned is dropped. Meanwhile it
+    /// looks at a word of this memory.
+    pub(super) fn spin(&self, stream: &Stream, blocks: u32, polled: Polled) -> Result<Held<'_>, CudaError> {
+        let started = self.word();
+        let release = match polled {
+            Polled::Host => Release::Word(self.word()),
+            Polled::Device => {
+                let number = self.spun.fetch_add(1, Ordering::Relaxed) + 1;
+                Release::Flag { bench: self, address: self.flags.start + LINE as u64, number }
+            }
         };
+        let (flag, number) = match &release {
+            Release::Word(word) => (word.address, 1),
+            Release::Flag { address, number, .. } => (*address, *number),
+        };
+        let (arrived, cycles) = (self.flags.start, SPIN_CYCLES);
+        let arguments = Spin { flag, arrived, started: started.address, cycles, number, padding: 0 };
         // SAFETY: the twin of the kernel's arguments; its words live as long as the bench.
         unsafe { stream.launch(&self.spin, (blocks, 1), self.spin_shared, &arguments) }?;
-        Ok(Held { flag, started })
+        Ok(Held { release, started })
     }
 
     /// Lets a stream wait until what is returned is dropped.
@@ -171,7 +186,7 @@ impl Bench {
         let (flag, started) = (self.word(), self.word());
         self.write(stream, started.address, 1)?;
         self.wait(stream, flag.address, 1)?;
-        Ok(Held { flag, started })
+        Ok(Held { release: Release::Word(flag), started })
     }
 
     /// Enqueues a kernel of one small block that sets `word`.
@@ -205,10 +220,26 @@ impl Drop for Bench {
     }
 }
 
+/// Where the word lies that a spinning kernel looks at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Polled {
+    /// In the GPU's memory.
+    Device,
+    /// In the host's.
+    Host,
+}
+
 /// A spinning kernel or a waiting stream; it goes on when this is dropped.
 pub(super) struct Held<'a> {
-    flag: Word<'a>,
+    release: Release<'a>,
     started: Word<'a>,
+}
+
+/// What lets it go on.
+enum Release<'a> {
+    Word(Word<'a>),
+    /// A word of device memory that a stream writes.
+    Flag { bench: &'a Bench, address: u64, number: u32 },
 }
 
 impl Held<'_> {
@@ -220,7 +251,13 @@ impl Held<'_> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        self.flag.set(1);
+        match &self.release {
+            Release::Word(word) => word.set(1),
+            Release::Flag { bench, address, number } => {
+                // If the GPU refuses that, the kernel still ends by itself.
+                let _ = bench.write(&bench.releases, *address, *number);
+            }
+        }
     }
 }
 

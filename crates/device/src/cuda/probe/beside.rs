@@ -1,12 +1,15 @@
 //! Does other work progress beside a kernel that holds multiprocessors and waits?
 
-use super::bench::{Bench, LARGEST, NEVER, quantile, time_until};
+use super::bench::{Bench, LARGEST, NEVER, Polled, quantile, time_until};
 use super::{Figure, Table};
 use crate::cuda::driver::{Copy2d, CudaError, End, Stream};
 use std::time::Duration;
 
 /// Multiprocessors that the spinning kernel leaves free.
 pub(super) const FREE: [u32; 4] = [0, 4, 8, 16];
+
+/// Where it looks meanwhile, besides: the columns behind those of device memory.
+const POLLING_HOST: [u32; 2] = [0, 4];
 
 const REPEATS: usize = 9;
 const MIB: usize = 1 << 20;
@@ -121,10 +124,12 @@ pub(super) fn spinning_kernel(bench: &Bench) -> Result<Table, CudaError> {
     for (work, row) in WORKS.iter().zip(&mut rows) {
         row.1.push(work.time(bench)?);
     }
-    for free in FREE {
+    let ways = FREE.map(|free| (free, Polled::Device)).into_iter();
+    let ways: Vec<_> = ways.chain(POLLING_HOST.map(|free| (free, Polled::Host))).collect();
+    for &(free, polled) in &ways {
         for (work, row) in WORKS.iter().zip(&mut rows) {
             let stream = bench.stream()?;
-            let held = bench.spin(&stream, bench.multiprocessors().saturating_sub(free).max(1))?;
+            let held = bench.spin(&stream, bench.multiprocessors().saturating_sub(free).max(1), polled)?;
             row.1.push(match held.runs() {
                 true => work.time(bench)?,
                 false => Figure::Missing("the spinning kernel did not start".into()),
@@ -133,11 +138,14 @@ pub(super) fn spinning_kernel(bench: &Bench) -> Result<Table, CudaError> {
             wait_for(bench, &stream)?;
         }
     }
-    let free = FREE.map(|free| format!("{free} free"));
+    let named = ways.iter().map(|(free, polled)| match polled {
+        Polled::Device => format!("{free} free"),
+        Polled::Host => format!("{free} free, polling host memory"),
+    });
     Ok(Table {
         title: "Work beside a kernel that spins on all multiprocessors but some".into(),
         unit: "µs",
-        columns: ["alone".into()].into_iter().chain(free).collect(),
+        columns: ["alone".into()].into_iter().chain(named).collect(),
         rows,
     })
 }

@@ -1,6 +1,6 @@
 //! Which parts of a GPU kernels can be confined to, and whether two parts work at the same time.
 
-use super::bench::Bench;
+use super::bench::{Bench, Polled};
 use super::beside::{Work, wait_for};
 use super::{Figure, Table};
 use crate::cuda::driver::{CudaError, Partition, Stream};
@@ -43,7 +43,7 @@ pub(super) fn together(bench: &Bench, parts: &[Arc<Partition>; 2]) -> Result<Tab
             for (_, other) in places {
                 let spinning = stream(place)?;
                 // With twice the blocks, half of them wait for the others to end: `started` stays unset.
-                let held = bench.spin(&spinning, size * times)?;
+                let held = bench.spin(&spinning, size * times, Polled::Device)?;
                 held.runs();
                 figures.push(Work::Kernel.time_on(bench, &stream(other)?)?);
                 drop(held);

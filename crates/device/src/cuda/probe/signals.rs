@@ -1,6 +1,6 @@
 //! How long it takes to signal between host and streams, how many streams there may be, how well a host paces.
 
-use super::bench::{Bench, Held, NEVER, Word, quantile, time_until};
+use super::bench::{Bench, Held, NEVER, Polled, Word, quantile, time_until};
 use super::beside::{Work, wait_for};
 use super::{Figure, Table};
 use crate::cuda::driver::{CudaError, Partition, Stream};
@@ -119,7 +119,7 @@ pub(super) fn queues(bench: &Bench) -> Result<Table, CudaError> {
     type Block = for<'a> fn(&'a Bench, &Stream) -> Result<Held<'a>, CudaError>;
     let blocks: [(&str, Block); 2] = [
         ("a kernel waits for a kernel of its stream", |bench, stream| {
-            let held = bench.spin(stream, 1)?;
+            let held = bench.spin(stream, 1, Polled::Device)?;
             bench.mark(stream, bench.word(), 1)?;
             Ok(held)
         }),
@@ -174,8 +174,9 @@ pub(super) fn pacing(bench: &Bench) -> Result<Table, CudaError> {
         let mut figures = vec![Figure::Measured(copy.as_secs_f64() * 1e6)];
         for busy in [false, true] {
             let spinning = bench.stream()?;
+            let blocks = bench.multiprocessors().saturating_sub(4).max(1);
             let held = match busy {
-                true => Some(bench.spin(&spinning, bench.multiprocessors().saturating_sub(4).max(1))?),
+                true => Some(bench.spin(&spinning, blocks, Polled::Device)?),
                 false => None,
             };
             figures.extend(match paced(bench, work, copy)? {

@@ -31,6 +31,7 @@ impl Product {
         let [m, n, k] = SHAPE;
         let weights = CudaWeights::new(&bench.device)?;
         let backend = CudaBackend::new(Rank(0), &bench.device, &weights, CudaOptions::new(DType::BF16))?;
+        backend.set_recording(true);
         let mut mix = Mix::new(1);
         let numbers: Vec<u8> = (0..n * k).flat_map(|_| bf16::from_f32(mix.signed()).to_le_bytes()).collect();
         let tensors = [TensorBytes { dtype: DType::BF16, bytes: &numbers }];
