@@ -239,7 +239,11 @@ pub(super) struct Held<'a> {
 enum Release<'a> {
     Word(Word<'a>),
     /// A word of device memory that a stream writes.
-    Flag { bench: &'a Bench, address: u64, number: u32 },
+    Flag {
+        bench: &'a Bench,
+        address: u64,
+        number: u32,
+    },
 }
 
 impl Held<'_> {
