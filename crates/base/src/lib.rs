@@ -29,6 +29,7 @@ pub mod json;
 mod phase;
 mod random;
 pub mod text;
+mod threads;
 mod units;
 mod wire;
 
@@ -37,5 +38,6 @@ pub use fault::{Deadline, Fault, FaultCell, FaultKind, Jury, Place, panic_text};
 pub use ids::{Expert, Lane, Layer, Rank, Stage};
 pub use phase::Phase;
 pub use random::{Mix, hash_bytes};
+pub use threads::{by_threads, cores};
 pub use units::{Bytes, count};
 pub use wire::{RowFormat, WireDType, WireFormat};

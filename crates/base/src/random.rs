@@ -16,6 +16,11 @@ impl Mix {
         Mix(key.iter().fold(scramble(seed), |state, &word| scramble(state ^ scramble(word))))
     }
 
+    /// What its numbers follow from, for another implementation of [`at`](Mix::at).
+    pub fn key(&self) -> u64 {
+        self.0
+    }
+
     /// The `index`-th number of this generator, without drawing the ones before it.
     pub fn at(&self, index: u64) -> u64 {
         scramble(self.0.wrapping_add(GOLDEN.wrapping_mul(index)))

@@ -1,9 +1,9 @@
 //! What this computer is, for figures that are to be compared and for `doctor`.
 
 use crate::memory;
+use epsmoe_base::cores;
 use serde::Serialize;
 use std::fs::read_to_string;
-use std::num::NonZero;
 
 /// A computer.
 #[derive(Clone, Debug, Serialize)]
@@ -36,11 +36,6 @@ impl Machine {
             arch: std::env::consts::ARCH,
         }
     }
-}
-
-/// Hardware threads that this process may use.
-pub(crate) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 
 /// Programs that wanted to run, averaged over the last 1, 5 and 15 minutes, where the system tells.

@@ -13,13 +13,13 @@ use crate::args::{
 };
 use crate::launch::Launch;
 use crate::locate::{Place, locate};
+use crate::output;
 use crate::prompt::encode;
 use crate::watch::LayerSample;
-use crate::{machine, output};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_advise::{DTYPE, WeightBits};
 use epsmoe_base::files::open_plain;
-use epsmoe_base::{Bytes, DType, FaultCell, Rank, WireDType, WireFormat, hash_bytes};
+use epsmoe_base::{Bytes, DType, FaultCell, Rank, WireDType, WireFormat, cores, count, hash_bytes};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{self, CpuKernels};
 use epsmoe_device::cuda::{self, CudaBackend, CudaDevice, CudaOptions, CudaWeights};
@@ -285,7 +285,12 @@ impl Processor {
     /// Opens what was typed; `auto` is GPUs only where that works, and for ranks that are processes only if it is said.
     fn open(kind: DeviceKind, ranks: usize, launch: Option<&Launch>) -> Result<Self> {
         match kind {
-            DeviceKind::Auto if launch.is_some() => Ok(Processor::Cpu),
+            DeviceKind::Auto if launch.is_some() => {
+                output::remark(
+                    "--device auto: the CPU, as ranks that are processes get GPUs only by --device cuda",
+                );
+                Ok(Processor::Cpu)
+            }
             DeviceKind::Cpu => Ok(Processor::Cpu),
             DeviceKind::Reference => Ok(Processor::Reference),
             DeviceKind::CudaAt(number) => Ok(Processor::Cuda(vec![CudaDevice::open(number)?; ranks])),
@@ -293,7 +298,19 @@ impl Processor {
                 Some(launch) => Ok(Processor::Cuda(vec![CudaDevice::open(launch.local)?])),
                 None => Self::on_gpus(ranks),
             },
-            DeviceKind::Auto => Ok(Self::on_gpus(ranks).unwrap_or(Processor::Cpu)),
+            DeviceKind::Auto => Ok(Self::on_gpus(ranks).map_or_else(
+                |missing| {
+                    output::remark(format_args!(
+                        "--device auto: the CPU, because {}",
+                        output::flattened(&missing)
+                    ));
+                    Processor::Cpu
+                },
+                |gpus| {
+                    output::remark(format_args!("--device auto: {}", count(ranks, "GPU")));
+                    gpus
+                },
+            )),
         }
     }
 
@@ -375,6 +392,8 @@ pub(crate) struct Setup {
     sequences: Option<usize>,
     model_len: Option<usize>,
     timeout: Duration,
+    /// Share of a GPU's memory that may be taken.
+    utilization: f64,
 }
 
 impl Setup {
@@ -435,7 +454,7 @@ impl Setup {
         if matches!(processor, Processor::Cuda(_)) && args.world.fabric == FabricKind::Mpi {
             bail!("--fabric mpi carries the rows of CPUs, those of GPUs travel by NCCL: leave it out");
         }
-        let threads = args.threads.unwrap_or((machine::cores() / here).max(1));
+        let threads = args.threads.unwrap_or((cores() / here).max(1));
         let dtype = match args.dtype {
             Dtype::Auto => processor.dtype(model.spec.dtype),
             Dtype::Float32 => DType::F32,
@@ -484,6 +503,7 @@ impl Setup {
             sequences: args.max_num_seqs,
             model_len: args.max_model_len,
             timeout: Duration::from_secs_f64(args.timeout),
+            utilization: args.gpu_memory_utilization,
             model,
         };
         setup.check_policy(&setup.parallel, &setup.policy)?;
@@ -591,7 +611,7 @@ impl Setup {
     /// leaves its rank a core, if there are enough for all of them and one that paces.
     fn spin(&self) -> Duration {
         match self.processor {
-            Processor::Cuda(_) if machine::cores() > self.ranks => Duration::from_micros(200),
+            Processor::Cuda(_) if cores() > self.ranks => Duration::from_micros(200),
             _ => Duration::ZERO,
         }
     }
@@ -827,9 +847,9 @@ impl Setup {
         if !self.explain {
             return;
         }
-        match engine.schedule() {
-            Some(report) if report.layers > 0 => output::remark(report),
-            Some(_) => output::remark(
+        match engine.schedule().filter(|report| report.layers > 0) {
+            Some(report) => output::remark(report),
+            None if self.ranks == 1 => output::remark(
                 "every MoE layer ran in one stage: its rank is alone, nothing travels, and stages have nothing to hide",
             ),
             None => {

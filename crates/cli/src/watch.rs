@@ -1,5 +1,6 @@
 //! Weights that tell how much of them has been read.
 
+use epsmoe_base::Mix;
 use epsmoe_model::{Hints, ModelError, Stored, Target, WeightSource};
 use indicatif::ProgressBar;
 
@@ -30,6 +31,10 @@ impl WeightSource for LayerSample<'_> {
 
     fn quantises(&self) -> Option<Target> {
         self.source.quantises()
+    }
+
+    fn numbers(&self, name: &str) -> Option<(Mix, f32)> {
+        self.source.numbers(name)
     }
 
     fn place(&self, name: &str) -> String {

@@ -20,7 +20,7 @@ use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{Cpu, CpuKernels, Peaks};
 use epsmoe_device::op::{Embed, Epilogue, Gemm, GemmPart, HostToDevice};
 use epsmoe_device::threaded::ThreadedOptions;
-use epsmoe_device::{Backend, Buffer, TensorBytes, Weight, WeightShape};
+use epsmoe_device::{Backend, Buffer, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_quant::{Code, Codes, Format, Scale};
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,27 +1,13 @@
 //! What every processor promises.
 
 use crate::op::{Accesses, Op};
-use crate::{Buffer, DeviceError, TensorBytes, Weight, WeightShape};
+use crate::{AllocationId, Buffer, DeviceError, Drawn, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{DType, Deadline, Fault, Lane, Place, Rank};
 use epsmoe_quant::{Codes, Format};
+use std::cell::Cell;
 
-/// A processor with memory, weights and two lanes.
-///
-/// * An operation is only *enqueued*, on a lane, and refused only for bad arguments. What goes wrong while
-///   it runs is sticky: it sets the world's fault cell and surfaces at [`wait`](Backend::wait).
-/// * A lane runs its operations in order. Two lanes run beside each other and are ordered by events alone.
-/// * **Row invariance**: the bits of an output row depend on its inputs, the weight and the kernel, never on
-///   how many rows there are, where it stands among them, or on which lane it runs.
-pub trait Backend: Send + Sync + 'static {
-    /// A point in a lane: complete once everything enqueued on the lane before it is.
-    type Event: Clone + Send + Sync + 'static;
-
-    /// A lane as work that is no operation sees it: see [`enqueue_external`](Backend::enqueue_external).
-    type Queue: Send + Sync + 'static;
-
-    /// The rank this processor works for.
-    fn rank(&self) -> Rank;
-
+/// Who is asked for buffers: a processor, or a [`Tally`].
+pub trait Reserve {
     /// The format activations are computed and sent in.
     fn dtype(&self) -> DType;
 
@@ -45,8 +31,64 @@ pub trait Backend: Send + Sync + 'static {
     ) -> Result<Buffer, DeviceError> {
         self.allocate(name, dtype, rows, width)
     }
+}
 
-    /// Bytes reserved by [`allocate`](Backend::allocate) so far.
+/// Counts what would be reserved on a processor, and reserves nothing: so what a model is going to need is known from the
+/// very code that will ask for it.
+#[derive(Debug)]
+pub struct Tally {
+    dtype: DType,
+    bytes: Cell<u64>,
+}
+
+impl Tally {
+    /// Nothing yet, of a processor that computes in `dtype`.
+    pub fn new(dtype: DType) -> Self {
+        Tally { dtype, bytes: Cell::new(0) }
+    }
+
+    /// Bytes of everything that was asked for.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.get()
+    }
+}
+
+impl Reserve for Tally {
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn allocate(
+        &self,
+        name: &'static str,
+        dtype: DType,
+        rows: usize,
+        width: usize,
+    ) -> Result<Buffer, DeviceError> {
+        let bytes = [width, dtype.bytes()].iter().fold(rows as u64, |all, &by| all.saturating_mul(by as u64));
+        self.bytes.set(self.bytes.get().saturating_add(bytes));
+        Ok(Buffer { allocation: AllocationId(u32::MAX), name, dtype, offset: 0, rows, width, stride: width })
+    }
+}
+
+/// A processor with memory, weights and two lanes.
+///
+/// * An operation is only *enqueued*, on a lane, and refused only for bad arguments. What goes wrong while
+///   it runs is sticky: it sets the world's fault cell and surfaces at [`wait`](Backend::wait).
+/// * A lane runs its operations in order. Two lanes run beside each other and are ordered by events alone.
+/// * **Row invariance**: the bits of an output row depend on its inputs, the weight and the kernel, never on
+///   how many rows there are, where it stands among them, or on which lane it runs.
+pub trait Backend: Reserve + Send + Sync + 'static {
+    /// A point in a lane: complete once everything enqueued on the lane before it is.
+    type Event: Clone + Send + Sync + 'static;
+
+    /// A lane as work that is no operation sees it: see [`enqueue_external`](Backend::enqueue_external).
+    type Queue: Send + Sync + 'static;
+
+    /// The rank this processor works for.
+    fn rank(&self) -> Rank;
+
+    /// Bytes reserved by [`allocate`](Reserve::allocate) so far.
     fn allocated_bytes(&self) -> u64;
 
     /// A weight this process already holds under that name, loaded by this rank or another.
@@ -59,6 +101,13 @@ pub trait Backend: Send + Sync + 'static {
         shape: WeightShape,
         tensors: &[TensorBytes<'_>],
     ) -> Result<Weight, DeviceError>;
+
+    /// The same for tensors that are made rather than stored, where the processor makes them faster than a host brings them;
+    /// nothing where it does not, and the numbers are to be brought.
+    fn draw(&self, name: &str, shape: WeightShape, tensors: &[Drawn]) -> Result<Option<Weight>, DeviceError> {
+        let _ = (name, shape, tensors);
+        Ok(None)
+    }
 
     /// Whether maps can stay in these codes on this processor; otherwise they are decoded before they are loaded.
     fn holds(&self, format: &Format) -> bool {

@@ -7,8 +7,10 @@ pub enum DeviceError {
     #[error("{0}")]
     Shape(String),
     /// The device has not enough memory.
-    #[error("{name} needs {needed}, which this machine cannot give; {mend}")]
+    #[error("{name} needs {needed}, which {owner} cannot give; {mend}")]
     OutOfMemory {
+        /// Whose memory it is.
+        owner: &'static str,
         /// What was to be allocated.
         name: String,
         /// Its size.

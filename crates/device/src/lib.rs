@@ -19,8 +19,8 @@ pub mod reference;
 pub mod threaded;
 mod weight;
 
-pub use backend::{Backend, Record};
+pub use backend::{Backend, Record, Reserve, Tally};
 pub use buffer::{AllocationId, Buffer};
 pub use error::DeviceError;
 pub use queue::{Holds, HostQueue, Pace, PeerQueue};
-pub use weight::{TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};
+pub use weight::{Drawn, TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};

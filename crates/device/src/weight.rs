@@ -1,6 +1,6 @@
 //! Weights: loaded once, in the backend's own layout, then only named.
 
-use epsmoe_base::DType;
+use epsmoe_base::{DType, Mix};
 use epsmoe_quant::Format;
 use std::fmt;
 use std::sync::Arc;
@@ -128,4 +128,20 @@ pub struct TensorBytes<'a> {
     pub dtype: DType,
     /// Row-major elements.
     pub bytes: &'a [u8],
+}
+
+/// A tensor that is made rather than stored: the number of index `i` is `step` times a signed 16-bit number, of which each
+/// word of `numbers` has four, lowest first; rounded to bfloat16, as a checkpoint would have it.
+#[derive(Clone, Debug)]
+pub struct Drawn {
+    /// Where the numbers come from.
+    pub numbers: Mix,
+    /// The factor on them.
+    pub step: f32,
+    /// Index of the first element.
+    pub first: u64,
+    /// From a row's element to the one below it.
+    pub row_step: u64,
+    /// From a column's element to the one beside it.
+    pub column_step: u64,
 }

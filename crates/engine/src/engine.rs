@@ -7,14 +7,13 @@ use crate::{
     Completion, EngineError, EngineStats, Event, Executor, Failure, Finish, Request, RequestId, StepReport,
     ThreadExecutor, TokenLogprobs, Workers,
 };
-use epsmoe_base::{Fault, FaultCell, Rank, WireDType};
+use epsmoe_base::{Fault, FaultCell, Rank, WireDType, cores};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{BLOCK_SIZE, Batch, Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
 use epsmoe_pipeline::RoutingLog;
 use epsmoe_plan::{Capacity, Policy, ScheduleReport};
 use std::collections::HashMap;
-use std::num::NonZero;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -514,11 +513,7 @@ fn advance(parts: &mut [Part<'_>], vocab: usize, workspaces: &mut Vec<Workspace>
         }
     };
     let logits: usize = parts.iter().map(|part| part.rows.logits.len()).sum();
-    let threads = if logits < PARALLEL_LOGITS {
-        1
-    } else {
-        std::thread::available_parallelism().map_or(1, NonZero::get).min(parts.len())
-    };
+    let threads = if logits < PARALLEL_LOGITS { 1 } else { cores().min(parts.len()) };
     workspaces.resize_with(threads.max(1), Workspace::default);
     if threads <= 1 {
         return run(parts, &mut workspaces[0]);

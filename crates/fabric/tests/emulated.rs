@@ -4,7 +4,7 @@ use epsmoe_base::{DType, Deadline, FaultCell, FaultKind, Lane, Layer, Place, Ran
 use epsmoe_device::op::HostToDevice;
 use epsmoe_device::reference::{self, PlainKernels, Reference};
 use epsmoe_device::threaded::ThreadedOptions;
-use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve};
 use epsmoe_fabric::{EmulatedOptions, Exchange, Fabric, Mirrored, Peers};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

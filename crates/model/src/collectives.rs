@@ -21,7 +21,7 @@
 
 use epsmoe_base::{DType, Lane, Phase, Place, Rank};
 use epsmoe_device::op::{HostToDevice, Reduce};
-use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve};
 use epsmoe_fabric::{Exchange, Fabric, Transport};
 use std::ops::Range;
 use std::sync::Arc;
@@ -32,6 +32,11 @@ pub(crate) struct Group<B: Backend> {
     transport: Arc<dyn Transport<B>>,
     rank: Rank,
     ranks: Range<usize>,
+    buffers: GroupBuffers,
+}
+
+/// What the exchanges of a group need; nothing in a group of one.
+pub(crate) struct GroupBuffers {
     /// Tokens of all ranks of the group, and this rank's parts of them `[tokens, H]`.
     gathered: Buffer,
     computed: Buffer,
@@ -57,25 +62,36 @@ impl Shares {
     }
 }
 
+impl GroupBuffers {
+    /// For so many ranks that have at most `together` tokens, each at most `shard` of them.
+    pub(crate) fn allocate(
+        device: &impl Reserve,
+        ranks: usize,
+        hidden: usize,
+        [together, shard]: [usize; 2],
+    ) -> Result<Self, DeviceError> {
+        let (together, shard) = if ranks == 1 { (0, 0) } else { (together, shard) };
+        let values = |name, rows| device.allocate(name, device.dtype(), rows, hidden);
+        Ok(GroupBuffers {
+            gathered: values("gathered", together)?,
+            computed: values("computed", together)?,
+            received: values("received_parts", ranks * shard)?,
+            index: device.allocate("part_index", DType::U32, shard, ranks)?,
+        })
+    }
+}
+
 impl<B: Backend> Group<B> {
-    /// Reserves what the group's exchanges need: its ranks have at most `together` tokens, this one's shard `shard`.
+    /// Some ranks of the world, this one among them.
     pub(crate) fn new(
         device: Arc<B>,
         fabric: &Fabric<B>,
         ranks: Range<usize>,
-        hidden: usize,
-        together: usize,
-        shard: usize,
+        buffers: GroupBuffers,
     ) -> Result<Self, DeviceError> {
-        let (together, shard) = if ranks.len() == 1 { (0, 0) } else { (together, shard) };
-        let parts = ranks.len() * shard;
-        let values = |name, rows| device.allocate(name, device.dtype(), rows, hidden);
         let members: Vec<Rank> = ranks.clone().map(Rank).collect();
         Ok(Group {
-            gathered: values("gathered", together)?,
-            computed: values("computed", together)?,
-            received: values("received_parts", parts)?,
-            index: device.allocate("part_index", DType::U32, shard, ranks.len())?,
+            buffers,
             rank: fabric.rank(),
             transport: fabric.transport.subgroup(&members)?,
             ranks,
@@ -107,7 +123,7 @@ impl<B: Backend> Group<B> {
         }
         let parts = |token| (0..size).map(move |member| (member * shard + token) as u32);
         let words = (0..shard).flat_map(parts).collect();
-        let out = self.index.rows(0..shard)?;
+        let out = self.buffers.index.rows(0..shard)?;
         self.device.enqueue(Lane::Compute, Place::default(), HostToDevice { words, out })?;
         Ok(())
     }
@@ -127,7 +143,7 @@ impl<B: Backend> Group<B> {
             return part(x, out);
         }
         let gathered = self.all_gather(place, read, x)?;
-        let computed = self.computed.rows(0..written.total())?;
+        let computed = self.buffers.computed.rows(0..written.total())?;
         let value = part(&gathered, &computed)?;
         self.reduce_scatter(place, written, &computed, out)?;
         Ok(value)
@@ -147,7 +163,7 @@ impl<B: Backend> Group<B> {
         }
         let gathered = self.all_gather(place, read, x)?;
         let rows = 0..written.total();
-        let computed = [self.computed.rows(rows.clone())?, spare.rows(rows)?];
+        let computed = [self.buffers.computed.rows(rows.clone())?, spare.rows(rows)?];
         let value = parts(&gathered, [&computed[0], &computed[1]])?;
         self.reduce_scatter(place, written, &computed[0], first)?;
         self.reduce_scatter(place, written, &computed[1], second)?;
@@ -164,7 +180,7 @@ impl<B: Backend> Group<B> {
         if self.ranks.len() == 1 {
             return Ok(x.clone());
         }
-        let gathered = self.gathered.rows(0..shares.total())?;
+        let gathered = self.buffers.gathered.rows(0..shares.total())?;
         self.exchange(
             place.phase(Phase::AllGather),
             "all-gather",
@@ -190,10 +206,10 @@ impl<B: Backend> Group<B> {
             |rank| computed.rows(shares.of(rank)),
             |rank| {
                 let member = rank - self.ranks.start;
-                self.received.rows(member * shard..(member + 1) * shard)
+                self.buffers.received.rows(member * shard..(member + 1) * shard)
             },
         )?;
-        let (x, index) = (self.received.rows(0..parts)?, self.index.rows(0..shard)?);
+        let (x, index) = (self.buffers.received.rows(0..parts)?, self.buffers.index.rows(0..shard)?);
         let sum = Reduce { x, index, weights: None, addend: None, out: out.clone() };
         self.device.enqueue(Lane::Compute, place, sum)
     }
@@ -259,7 +275,8 @@ mod tests {
     ) -> Vec<f32> {
         let rank = device.rank().0;
         let (first, mine) = (rank / size * size, shard[rank]);
-        let group = Group::new(Arc::clone(&device), fabric, first..first + size, HIDDEN, 8, 4).unwrap();
+        let buffers = GroupBuffers::allocate(&*device, size, HIDDEN, [8, 4]).unwrap();
+        let group = Group::new(Arc::clone(&device), fabric, first..first + size, buffers).unwrap();
         let shares = group.shares(shard);
         group.begin(&shares).unwrap();
         let values = |name, rows| device.allocate(name, DType::F32, rows, HIDDEN).unwrap();

@@ -1,10 +1,11 @@
 //! Parts of a model become weights of a device: read once, each rank only what it holds.
 
 use crate::checkpoint::held_format;
+use crate::names::Located;
 use crate::parallel::{Layout, Share};
 use crate::{LayerPart, Map, MlaSpec, ModelError, ModelSpec, Part, Source, Tensor, WeightSource, Window};
-use epsmoe_base::{DType, Expert, Layer};
-use epsmoe_device::{Backend, DeviceError, Weight, WeightShape};
+use epsmoe_base::{DType, Expert, Layer, by_threads, cores};
+use epsmoe_device::{Backend, DeviceError, Drawn, Weight, WeightShape};
 use epsmoe_pipeline::Mlp;
 use epsmoe_quant::Codes;
 use std::ops::Range;
@@ -20,6 +21,18 @@ impl From<Weight> for NormWeights {
     fn from(weight: Weight) -> Self {
         NormWeights { weight, bias: None }
     }
+}
+
+/// Threads that read, each of which has the bytes of one weight at hand: from here on the memory of a host that feeds a GPU
+/// is the limit.
+const READERS: usize = 16;
+
+/// Does the pieces of loading `0..pieces` on as many threads as read.
+pub(crate) fn by_readers<T: Send>(
+    pieces: usize,
+    read: impl Fn(usize) -> Result<T, ModelError> + Sync,
+) -> Result<Vec<T>, ModelError> {
+    by_threads(cores().min(READERS), pieces, read)
 }
 
 /// Reads the parts of one model into one device.
@@ -42,7 +55,7 @@ impl<B: Backend> Loader<'_, B> {
         self.part(part.of(layer))
     }
 
-    /// Some rows or columns of a part; named after them, so that ranks that hold the same ones share them.
+    /// Some rows or columns of a part; named after where they are stored, so that ranks that hold the same ones share them.
     pub(crate) fn window(&self, part: Part, window: &Window) -> Result<Weight, ModelError> {
         let name = self.name(part, window);
         // With tied embeddings one stored tensor serves as a table and as a map.
@@ -263,7 +276,20 @@ impl<B: Backend> Loader<'_, B> {
         if let Some(codes) = self.codes(shape, parts, window)? {
             return Ok(self.device.load_codes(name, shape, &codes)?);
         }
+        if let Some(drawn) = self.drawn(parts, window)?
+            && let Some(weight) = self.device.draw(name, shape, &drawn)?
+        {
+            return Ok(weight);
+        }
         self.held(name, shape, || parts.iter().map(|&part| self.read(part, window)).collect())
+    }
+
+    /// Parts that are made rather than stored; nothing unless all of them are.
+    fn drawn(&self, parts: &[Part], window: &Window) -> Result<Option<Vec<Drawn>>, ModelError> {
+        if parts.iter().any(|&part| self.spec.is_less_one(part)) {
+            return Ok(None);
+        }
+        parts.iter().map(|&part| self.source.drawn(&self.spec.locate(part), window)).collect()
     }
 
     /// The codes of parts that can be held in them.
@@ -342,8 +368,7 @@ impl<B: Backend> Loader<'_, B> {
         }
         let infinite = matches!(part, Part::Layer(_, LayerPart::CorrectionBias));
         let Some(at) = first_not_finite(&tensor, infinite) else { return Ok(tensor) };
-        let there = |source: &&Source| self.source.find(&source.name).is_ok_and(|found| found.is_some());
-        let source = located.sources.iter().find(there).unwrap_or(&located.sources[0]);
+        let source = self.stored(&located);
         let first = |range: &Option<Range<usize>>| range.as_ref().map_or(0, |range| range.start);
         let width = tensor.shape.get(1).copied().unwrap_or(1);
         let (row, column) = (first(&window.rows) + at / width, first(&window.columns) + at % width);
@@ -357,6 +382,12 @@ impl<B: Backend> Loader<'_, B> {
                 source.first_row + row * source.turn.of + source.turn.at
             ),
         })
+    }
+
+    /// The place of a part that the source has; the published one where parts of it are stored one by one.
+    fn stored<'l>(&self, located: &'l Located) -> &'l Source {
+        let there = |source: &&Source| self.source.find(&source.name).is_ok_and(|found| found.is_some());
+        located.sources.iter().find(there).unwrap_or(&located.sources[0])
     }
 
     /// Rows and columns of a matrix.
@@ -381,7 +412,9 @@ impl<B: Backend> Loader<'_, B> {
         let range = |what, range: &Option<Range<usize>>| {
             range.as_ref().map_or_else(String::new, |range| format!(" {what} {range:?}"))
         };
-        format!("{part:?}{}{}", range("rows", &window.rows), range("columns", &window.columns))
+        let located = self.spec.locate(part);
+        let place = self.stored(&located).place();
+        format!("{place}{}{}", range("rows", &window.rows), range("columns", &window.columns))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::load::{Loader, NormWeights};
 use crate::{Branch, LayerPart, Map, MlpSpec, ModelError, MoeSpec, Part, Window};
-use epsmoe_base::Layer;
+use epsmoe_base::{Expert, Layer};
 use epsmoe_device::Backend;
 use epsmoe_device::op::Swish;
 use epsmoe_pipeline::{ExpertActivation, Identities, Mlp, MoeLayer, SharedMlp};
@@ -42,13 +42,6 @@ fn load_moe<B: Backend>(
 ) -> Result<MoeLayer, ModelError> {
     let inner = loader.layout.inner();
     let (map, rank) = loader.layout.slot_map(spec.experts)?;
-    let expert = |expert| {
-        let part = |map| LayerPart::Expert(expert, map);
-        match spec.activation {
-            None => loader.mlp(layer, inner, part),
-            Some(_) => loader.open_mlp(layer, inner, part),
-        }
-    };
     let biases = |part: Map, window: &Window| -> Vec<(Part, Window)> {
         let of = |expert| (LayerPart::ExpertBias(expert, part).of(layer), window.clone());
         map.experts_on(rank).map(of).collect()
@@ -88,13 +81,43 @@ fn load_moe<B: Backend>(
         bias: bias.transpose()?,
         activation,
         router: spec.router,
-        experts: map.experts_on(rank).map(expert).collect::<Result<_, _>>()?,
+        experts: map
+            .experts_on(rank)
+            .map(|expert| load_expert(loader, layer, spec, expert))
+            .collect::<Result<_, _>>()?,
         slots: Arc::new(map),
         shared: spec.shared.as_ref().map(shared).transpose()?,
         identities: (spec.identities > 0)
             .then_some(Identities { experts: spec.identities, added: inner.index == 0 }),
         scaled_inputs: spec.scaled_inputs,
     })
+}
+
+/// This rank's share of an expert.
+pub(crate) fn load_expert<B: Backend>(
+    loader: &Loader<'_, B>,
+    layer: Layer,
+    spec: &MoeSpec,
+    expert: Expert,
+) -> Result<Mlp, ModelError> {
+    let (inner, part) = (loader.layout.inner(), |map| LayerPart::Expert(expert, map));
+    match spec.activation {
+        None => loader.mlp(layer, inner, part),
+        Some(_) => loader.open_mlp(layer, inner, part),
+    }
+}
+
+/// This rank's experts of all layers.
+pub(crate) fn experts_of<'a, B: Backend>(
+    loader: &Loader<'a, B>,
+) -> Result<Vec<(Layer, &'a MoeSpec, Expert)>, ModelError> {
+    let mut experts = Vec::new();
+    for (layer, spec) in loader.spec.layers.iter().enumerate() {
+        let Some(moe) = spec.mlp.moe() else { continue };
+        let (map, rank) = loader.layout.slot_map(moe.experts)?;
+        experts.extend(map.experts_on(rank).map(|expert| (Layer(layer), moe, expert)));
+    }
+    Ok(experts)
 }
 
 impl ResidualWeights {

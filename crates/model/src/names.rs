@@ -199,6 +199,21 @@ pub struct Source {
     pub only: Option<Form>,
 }
 
+impl Source {
+    /// The stored tensor, and where in it the part is if it is not all of it: no two parts of a model have it in common.
+    pub fn place(&self) -> String {
+        let Turn { at, of } = self.turn;
+        let mut place = self.name.clone();
+        if self.first_row > 0 {
+            place += &format!(" from row {}", self.first_row);
+        }
+        if self.turn != Turn::ALONE {
+            place += &format!(", {at} of {of}");
+        }
+        place
+    }
+}
+
 /// Rows of several parts that take turns: this part has row `at` of each `of`, or, where nothing alternates, all rows from `at`
 /// on. In a transposed tensor, columns do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -53,6 +53,11 @@ impl Synthetic {
         synthetic
     }
 
+    /// Where the numbers of a tensor come from.
+    fn mix(&self, name: &str) -> Mix {
+        Mix::keyed(self.seed, &[hash_bytes(name.as_bytes())])
+    }
+
     /// Names and shapes of all tensors, in the order of the forward pass.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &[usize])> {
         self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice()))
@@ -70,12 +75,16 @@ impl WeightSource for Synthetic {
             Values::One => {
                 into.chunks_exact_mut(2).for_each(|out| out.copy_from_slice(&bf16::ONE.to_le_bytes()))
             }
-            Values::Uniform(step) => {
-                let numbers = Mix::keyed(self.seed, &[hash_bytes(name.as_bytes())]);
-                fill_by_threads(&numbers, step, first, into);
-            }
+            Values::Uniform(step) => fill_uniform(&self.mix(name), step, first, into),
         }
         Ok(())
+    }
+
+    fn numbers(&self, name: &str) -> Option<(Mix, f32)> {
+        match self.tensors[*self.by_name.get(name)?].values {
+            Values::One => None,
+            Values::Uniform(step) => Some((self.mix(name), step)),
+        }
     }
 
     fn place(&self, _name: &str) -> String {
@@ -118,23 +127,6 @@ fn values(spec: &ModelSpec, part: Part) -> Values {
 
 /// Enough to be seen, not enough to drown what it is added to.
 const BIAS_DEVIATION: f32 = 0.1;
-
-/// Bytes that are worth a thread: some ten times what starting one takes.
-const BYTES_OF_THREAD: usize = 1 << 20;
-
-/// [`fill_uniform`] in as many ranges as there are cores.
-fn fill_by_threads(numbers: &Mix, step: f32, first: usize, into: &mut [u8]) {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let piece = into.len().div_ceil(cores).max(BYTES_OF_THREAD).next_multiple_of(2);
-    if into.len() <= piece {
-        return fill_uniform(numbers, step, first, into);
-    }
-    std::thread::scope(|scope| {
-        for (index, into) in into.chunks_mut(piece).enumerate() {
-            scope.spawn(move || fill_uniform(numbers, step, first + index * piece / 2, into));
-        }
-    });
-}
 
 /// Numbers to a word of the hash.
 const LANES: usize = 4;

@@ -3,12 +3,12 @@
 
 use epsmoe_base::{DType, Mix, env};
 use epsmoe_model::{
-    Checkpoint, LayerPart, Map, ModelSpec, Part, Synthetic, Tensor, TensorNames, WeightSource, Window,
-    config, preset,
+    Checkpoint, LayerPart, Map, ModelSpec, PRESETS, Part, Synthetic, Tensor, TensorNames, WeightSource,
+    Window, config, preset,
 };
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView, serialize};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -189,6 +189,56 @@ fn a_written_synthetic_model_reads_as_it_was() {
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         for part in spec.parts() {
             assert_eq!(whole(&checkpoint, &spec, part), whole(&synthetic, &spec, part), "{name}: {part:?}");
+        }
+    }
+}
+
+/// Weights are known by their places, so no two parts may share one, but for tied embeddings.
+#[test]
+fn no_two_parts_have_one_place() {
+    let fixtures = FIXTURES.iter().map(|name| (*name, open(name).0));
+    let presets = PRESETS.iter().map(|(name, _)| (*name, preset(name).unwrap()));
+    for (name, spec) in fixtures.chain(presets) {
+        let mut places = HashMap::new();
+        for part in spec.parts() {
+            for (way, source) in spec.locate(part).sources.iter().enumerate() {
+                let other = places.insert((way, source.place()), part);
+                let tied = [Some(part), other].contains(&Some(Part::LmHead)) && spec.tie_embeddings;
+                assert!(other.is_none() || tied, "{name}: {} is {part:?} and {other:?}", source.place());
+            }
+        }
+    }
+}
+
+/// What a processor makes out of places alone are the numbers that are read.
+#[test]
+fn drawn_numbers_are_those_that_are_read() {
+    let seed = env::test_seed();
+    println!("EPSMOE_TEST_SEED={seed}");
+    let mut random = Mix::new(seed);
+    for name in ["dbrx", "qwen3_moe", "deepseek_v3", "gpt_oss", "arctic"] {
+        let spec = config::read(&fixture(name)).unwrap();
+        let synthetic = Synthetic::new(&spec, seed);
+        for part in spec.parts() {
+            let located = spec.locate(part);
+            let tensor = whole(&synthetic, &spec, part);
+            let [n, k] = [tensor.shape[0], tensor.shape.get(1).copied().unwrap_or(1)];
+            let first = [random.below(n), random.below(k)];
+            let window = Window { rows: Some(first[0]..n), columns: Some(first[1]..k) };
+            let Some(drawn) = synthetic.drawn(&located, &window).unwrap() else {
+                assert!(tensor.floats().iter().all(|&value| value == 1.0), "{name}: {part:?}");
+                continue;
+            };
+            let piece = synthetic.read(&located, &window).unwrap().floats();
+            for (at, value) in piece.into_iter().enumerate() {
+                // Vectors are rows.
+                let width = if tensor.shape.len() == 1 { n } else { k - first[1] };
+                let [row, column] = [at / width, at % width].map(|at| at as u64);
+                let index = drawn.first + row * drawn.row_step + column * drawn.column_step;
+                let word = drawn.numbers.at(index / 4);
+                let number = f32::from((word >> (16 * (index % 4))) as i16) * drawn.step;
+                assert_eq!(value, bf16::from_f32(number).to_f32(), "{name}: {part:?}, element {at}");
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::PipelineOptions;
 use epsmoe_base::{DType, RowFormat};
 use epsmoe_device::op::ReceiveOrder;
-use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_device::{Buffer, DeviceError, Reserve};
 use epsmoe_plan::{Capacity, LayerSizes, Schedule};
 
 /// Widths of the MoE layers of a model, and how much of everything a rank can hold at once.
@@ -70,7 +70,7 @@ pub(crate) struct LayerBuffers {
 }
 
 impl LayerBuffers {
-    pub(crate) fn allocate<B: Backend>(device: &B, options: &PipelineOptions) -> Result<Self, DeviceError> {
+    pub(crate) fn allocate(device: &impl Reserve, options: &PipelineOptions) -> Result<Self, DeviceError> {
         let PipelineSizes { layer, capacity } = options.sizes;
         let Capacity { tokens, rows_sent, rows_received, assignments, stage_assignments } = capacity;
         let LayerSizes {
@@ -90,6 +90,8 @@ impl LayerBuffers {
         let batches = if options.policy.schedule == Schedule::TwoBatch { 2 } else { 1 };
         let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
         let kept_tokens = if identities > 0 { tokens } else { 0 };
+        // Where nothing is sent, experts read rows where they are.
+        let arriving = if rows_sent > 0 { rows_received } else { 0 };
         let values = |name, rows, width| device.allocate(name, device.dtype(), rows, width);
         let travelling = |name, rows, format: RowFormat| {
             let (dtype, elements) = format.elements(hidden);
@@ -110,7 +112,7 @@ impl LayerBuffers {
             send_last: indices("send_last", rows_sent, 1)?,
             send_rows: travelling("send_rows", rows_sent, wire.dispatch)?,
             send_metadata: indices("send_metadata", rows_sent, 2 * top_k)?,
-            received_rows: travelling("received_rows", rows_received, wire.dispatch)?,
+            received_rows: travelling("received_rows", arriving, wire.dispatch)?,
             received_metadata: indices("received_metadata", rows_received, 2 * top_k)?,
             receive_bins: indices("receive_bins", batches * ranks * local_slots, ReceiveOrder::BIN)?,
             receive_order: indices("receive_order", rows_received, 1)?,

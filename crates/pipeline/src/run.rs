@@ -5,7 +5,7 @@ use crate::batch::{Batch, Rows, batch_of};
 use crate::buffers::{LayerBuffers, PipelineSizes};
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, RowFormat, Stage, WireDType, WireFormat, hash_bytes};
 use epsmoe_device::op::{Fp8, GateRows, Gather, GatherFp8, Gemm, HostToDevice, Op, Swish, TopKRouter};
-use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
     Ahead, Capacity, LayerBytes, Planner, Policy, Routing, Schedule, ScheduleReport, SharedExpert, SlotMap,
@@ -119,6 +119,13 @@ pub struct PipelineOptions {
     pub timeout: Duration,
 }
 
+impl PipelineOptions {
+    /// Reserves what a pipeline does that is told this, to count it.
+    pub fn reserve(&self, device: &impl Reserve) -> Result<(), DeviceError> {
+        LayerBuffers::allocate(device, self).map(drop)
+    }
+}
+
 /// What a layer did.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LayerReport {
@@ -212,7 +219,7 @@ impl<B: Backend> ExpertPipeline<B> {
     /// device refuses.
     pub fn new(device: Arc<B>, fabric: Fabric<B>, options: PipelineOptions) -> Result<Self, PipelineError> {
         let sizes = &options.sizes;
-        let least = Capacity::worst_case(1, &sizes.layer);
+        let least = Capacity::for_policy(1, &sizes.layer, &options.policy);
         if !sizes.capacity.holds(&least) {
             // Halving a layer's tokens would never end.
             let message =
@@ -371,11 +378,16 @@ impl<B: Backend> ExpertPipeline<B> {
     ) -> Result<Pending<B>, PipelineError> {
         match self.plan(call, &tokens, &mut report.host)? {
             Some(batches) => self.walk(call, &tokens, batches, report),
-            None => {
+            None if tokens.len() > 1 => {
                 let (first, second) = halves(tokens);
                 let first = self.run_tokens(call, first, report)?;
                 let report = self.finish(sum_of(call.layer), first)?;
                 self.run_tokens(call, second, report)
+            }
+            None => {
+                let capacity = &self.options.sizes.capacity;
+                let message = format!("one token does not fit in {capacity:?} as this table runs it");
+                Err(DeviceError::Shape(message).into())
             }
         }
     }

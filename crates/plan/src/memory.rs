@@ -1,6 +1,6 @@
 //! How much a layer needs before it runs, and whether it fits.
 
-use crate::{SlotMap, Traffic};
+use crate::{Policy, SlotMap, Traffic};
 use epsmoe_base::{Bytes, DType, Rank, RowFormat, Stage, WireFormat};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -37,6 +37,14 @@ impl Capacity {
     pub fn in_place(tokens: usize, top_k: usize) -> Self {
         let assignments = tokens.saturating_mul(top_k);
         Capacity { tokens, rows_sent: 0, rows_received: tokens, assignments, stage_assignments: assignments }
+    }
+
+    /// The most that so many tokens of a rank can need under a policy.
+    pub fn for_policy(tokens: usize, sizes: &LayerSizes, policy: &Policy) -> Self {
+        match sizes.ranks {
+            1 if policy.stays_in_place() => Self::in_place(tokens, sizes.top_k),
+            _ => Self::worst_case(tokens, sizes),
+        }
     }
 
     /// What `rank` needs for the layer at hand.
@@ -206,11 +214,12 @@ impl LayerBytes {
         let words = |rows: usize, width: usize| product([rows, width, 4]);
         let shared_tokens = if shared_inner > 0 { tokens } else { 0 };
         let kept_tokens = if identities > 0 { tokens } else { 0 };
+        let arriving = if rows_sent > 0 { rows_received } else { 0 };
         let sum = |parts: &[u64]| parts.iter().fold(0u64, |sum, &part| sum.saturating_add(part));
         LayerBytes {
             router: sum(&[words(tokens, experts + identities), words(tokens, 4 * top_k)]),
             dispatch_send: travelling(rows_sent, sizes.wire.dispatch),
-            dispatch_receive: travelling(rows_received, sizes.wire.dispatch),
+            dispatch_receive: travelling(arriving, sizes.wire.dispatch),
             metadata: sum(&[words(rows_sent, 2 * top_k), words(rows_received, 2 * top_k)]),
             expanded: matrix(stage_assignments, hidden),
             activated: sum(&[

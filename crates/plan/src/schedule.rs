@@ -139,6 +139,11 @@ impl Policy {
     /// Permille that more stages must be predicted to gain over fewer before auto takes them.
     pub const AUTO_MARGIN: u64 = 20;
 
+    /// Whether a rank that is alone runs every layer in place: as one stage of one grouped product.
+    pub fn stays_in_place(&self) -> bool {
+        matches!(self.schedule, Schedule::Serial | Schedule::Auto) && self.gemm != Some(GemmKind::Dense)
+    }
+
     /// The table for one layer's tokens: the same on every rank that has the same policy.
     /// For auto that is the staged one: where its decisions come from, only an [`AutoPlanner`] knows. For two-batch it is
     /// the first micro-batch's; [`Policy::micro_batches`] has both.

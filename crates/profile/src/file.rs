@@ -1,7 +1,7 @@
 //! Where a machine's cost model is kept, and for which hardware it is good.
 
 use epsmoe_base::files::{check_place, read_plain_text, write_whole};
-use epsmoe_base::{DType, env};
+use epsmoe_base::{DType, cores, env};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_fabric::Link;
 use epsmoe_plan::{CostError, CostModel, HostCost, LinkCost, Piecewise};
@@ -91,7 +91,7 @@ impl Fingerprint {
         Fingerprint {
             gpu: None,
             cpu: name.unwrap_or("unknown processor").to_owned(),
-            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            cores: cores(),
             ranks,
             threads,
             isa,

@@ -6,7 +6,7 @@ use epsmoe_base::{DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Ran
 use epsmoe_device::cpu::gemm::{Isa, PackedMatrix};
 use epsmoe_device::cpu::{Cpu, CpuKernels};
 use epsmoe_device::threaded::{ThreadedBackend, ThreadedOptions, WeightStore};
-use epsmoe_device::{Backend, DeviceError};
+use epsmoe_device::{Backend, DeviceError, Reserve};
 use epsmoe_fabric::{Fabric, Link, ThreadsOptions};
 use epsmoe_pipeline::{
     ExpertPipeline, HostTimes, MoeLayer, PipelineError, PipelineOptions, PipelineSizes, take_spans,

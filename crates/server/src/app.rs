@@ -5,8 +5,9 @@ use crate::metrics::Metrics;
 use crate::openai::{ApiError, now};
 use crate::options::{ServedModel, ServerOptions};
 use epsmoe_text::Tokenizer;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::sync::watch;
 
 /// The server's one state, shared by all requests.
 pub(crate) struct App {
@@ -16,7 +17,7 @@ pub(crate) struct App {
     /// When the server started, in seconds since 1970.
     pub(crate) started: u64,
     guides: OnceLock<Result<GuideFactory, String>>,
-    draining: AtomicBool,
+    draining: watch::Sender<bool>,
 }
 
 /// The state as routes are given it.
@@ -25,7 +26,7 @@ pub(crate) type Shared = Arc<App>;
 impl App {
     pub(crate) fn new(model: ServedModel, options: ServerOptions) -> Self {
         let metrics = Metrics::new(&model.engine, options.metric_names, &options.served_names[0]);
-        let (guides, draining) = (OnceLock::new(), AtomicBool::new(false));
+        let (guides, draining) = (OnceLock::new(), watch::Sender::new(false));
         App { model, options, metrics, started: now(), guides, draining }
     }
 
@@ -53,7 +54,17 @@ impl App {
 
     /// From now on the server is not ready for more.
     pub(crate) fn start_draining(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.draining.send_replace(true);
+    }
+
+    /// Ends a while after the server has begun to shut down: what clients had sent by then has arrived.
+    pub(crate) async fn last_bodies(&self) -> ApiError {
+        /// As long as networks take to deliver what was sent.
+        const WHILE: Duration = Duration::from_secs(1);
+        // The sender is this app's, so the wait ends by its word alone.
+        let _ = self.draining.subscribe().wait_for(|draining| *draining).await;
+        tokio::time::sleep(WHILE).await;
+        shutting_down()
     }
 
     /// Whether a request can be served; 503 if not.
@@ -61,9 +72,13 @@ impl App {
         if let Some(fault) = self.model.engine.fault() {
             return Err(ApiError::unavailable(format!("the model has stopped: {fault}")));
         }
-        if self.draining.load(Ordering::Relaxed) {
-            return Err(ApiError::busy("the server is shutting down"));
+        if *self.draining.borrow() {
+            return Err(shutting_down());
         }
         Ok(())
     }
+}
+
+fn shutting_down() -> ApiError {
+    ApiError::busy("the server is shutting down")
 }

@@ -89,7 +89,11 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
 async fn read(body: Body, app: &Shared) -> Result<Bytes, ApiError> {
     let limits = &app.options.limits;
     let reading = tokio::time::timeout(limits.body_timeout, to_bytes(body, limits.body_bytes));
-    match reading.await {
+    let read = tokio::select! {
+        read = reading => read,
+        ended = app.last_bodies() => return Err(ended),
+    };
+    match read {
         Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(error)) if error.source().is_some_and(|source| source.is::<LengthLimitError>()) => {
             Err(too_large(limits.body_bytes))

@@ -33,6 +33,7 @@ pub(crate) use values::{
 };
 pub(crate) use world::{ExecutorBackend, FabricKind, WorkerArgs, WorldArgs};
 
+use clap::builder::ArgPredicate;
 use clap::{Arg, ArgAction, ArgMatches, Args, CommandFactory, FromArgMatches, Id, Parser, Subcommand};
 use std::ffi::OsString;
 
@@ -73,9 +74,13 @@ pub(crate) enum Command {
     Tokenize(TokenizeArgs),
     /// Compare schedules: serial, two micro-batches, stages, and what the cost model chooses
     #[command(mut_arg("model", |model| model.required(false).default_value("preset:deepseek-v2-mini")))]
-    #[command(mut_arg("data_parallel_size", |size| size.default_value("2")))]
+    #[command(mut_arg("data_parallel_size", |size| {
+        size.default_value("2").default_value_if("device", ArgPredicate::Equals("cuda".into()), "1")
+    }))]
     #[command(mut_arg("enable_expert_parallel", |enable| enable.default_value("true")))]
-    #[command(mut_arg("link", |link| link.default_value("100MB/s,50us")))]
+    #[command(mut_arg("link", |link| {
+        link.default_value("100MB/s,50us").default_value_if("device", ArgPredicate::Equals("cuda".into()), "none")
+    }))]
     Bench(Box<BenchArgs>),
     /// Be one of the other ranks of a command that runs a model in several processes
     Worker(WorkerArgs),

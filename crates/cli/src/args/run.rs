@@ -5,7 +5,7 @@ use super::values::{
     DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, Quantisation, ScheduleKind, SharedExpertPlace,
     TransferOrder, WireDtype,
 };
-use super::values::{bounded, seconds};
+use super::values::{bounded, seconds, share};
 use super::world::WorldArgs;
 use clap::Args;
 use clap::builder::BoolishValueParser;
@@ -181,6 +181,18 @@ pub(crate) struct RunArgs {
         help_heading = LIMITS
     )]
     pub(crate) max_model_len: Option<usize>,
+
+    /// Most of a GPU's memory that weights, buffers and the KV cache take together; on a CPU, most of what this process may use
+    /// that a server's KV cache makes them
+    #[arg(
+        long,
+        env = "EPSMOE_GPU_MEMORY_UTILIZATION",
+        value_name = "SHARE",
+        default_value = "0.9",
+        value_parser = share,
+        help_heading = LIMITS
+    )]
+    pub(crate) gpu_memory_utilization: f64,
 
     /// Longest wait for a rank or a lane, in seconds
     #[arg(

@@ -1,7 +1,7 @@
 //! `epsmoe serve`.
 
 use super::RunArgs;
-use super::values::{ByteSize, Origins, Parsers, bounded, seconds, share};
+use super::values::{ByteSize, Origins, Parsers, bounded, seconds};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 use epsmoe_server::{Reasoning, ToolParser};
@@ -35,7 +35,7 @@ pub(crate) struct ServeArgs {
     pub(crate) uds: Option<PathBuf>,
 
     /// What requests call the model; can be given several times [default: MODEL as typed]
-    #[arg(long, value_name = "NAME", help_heading = SERVER)]
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new(), help_heading = SERVER)]
     pub(crate) served_model_name: Vec<String>,
 
     /// Answer only requests with this key; can be given several times
@@ -108,18 +108,6 @@ pub(crate) struct ServeArgs {
 /// How large the KV cache is.
 #[derive(Args, Debug)]
 pub(crate) struct CacheArgs {
-    /// Most of the GPU's memory, or on a CPU of the memory that this process may use, that weights, buffers and the KV
-    /// cache take together
-    #[arg(
-        long,
-        env = "EPSMOE_GPU_MEMORY_UTILIZATION",
-        value_name = "SHARE",
-        default_value = "0.9",
-        value_parser = share,
-        help_heading = LIMITS
-    )]
-    pub(crate) gpu_memory_utilization: f64,
-
     /// Size of the KV cache of each rank, like 8GiB [default: what is left of --gpu-memory-utilization, at most what
     /// --max-num-seqs sequences of --max-model-len need]
     #[arg(long, env = "EPSMOE_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", help_heading = LIMITS)]

@@ -7,7 +7,7 @@ use crate::tensors::{TensorPlan, write_header};
 use crate::unfinished::{Shard, Unfinished, bytes_of, shards, write_index};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::files::read_plain;
-use epsmoe_base::{Bytes, count, json};
+use epsmoe_base::{Bytes, cores, count, json};
 use epsmoe_device::WeightShape;
 use epsmoe_model::config::{self, Config};
 use epsmoe_model::{Checkpoint, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file};
@@ -199,9 +199,8 @@ fn write_shard(
 /// The bytes of an item's tensors, coded by all cores, some rows each.
 fn in_bands(target: Target, item: &Item, weights: &[f32]) -> Result<Vec<Vec<u8>>, QuantError> {
     let [rows, columns] = item.shape;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     // Blocks of rows stay whole.
-    let band = rows.div_ceil(cores).next_multiple_of(BAND) * columns;
+    let band = rows.div_ceil(cores()).next_multiple_of(BAND) * columns;
     let encode = |band: &[f32]| target.encode(&item.name, band, columns);
     let bands: Vec<_> = std::thread::scope(|scope| {
         let bands: Vec<_> = weights.chunks(band).map(|band| scope.spawn(move || encode(band))).collect();

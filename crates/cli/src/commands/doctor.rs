@@ -10,7 +10,7 @@ use clap::FromArgMatches;
 use epsmoe_base::{Bytes, env};
 use epsmoe_device::DeviceError;
 use epsmoe_device::cpu::gemm::Isa;
-use epsmoe_device::cuda::{self, CudaDevice, Probes};
+use epsmoe_device::cuda::{self, CACHE_VARIABLE, CudaDevice, Probes};
 use epsmoe_engine::Request;
 use epsmoe_plan::{Policy, Schedule};
 use serde::Serialize;
@@ -38,7 +38,7 @@ struct Finding {
 pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let machine = Machine::look();
     let load_average = machine::load_average();
-    let gpu = CudaDevice::open(0);
+    let gpu = open_gpu(0);
     let mut findings = vec![
         cores(&machine, load_average),
         memory(),
@@ -50,6 +50,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
         first_gpu(&gpu),
     ];
     if let Ok(device) = &gpu {
+        findings.push(kernels(device));
         findings.push(pipeline("cuda:0"));
         findings.extend(other_gpus(device));
         findings.push(nccl());
@@ -238,6 +239,23 @@ fn cache() -> Finding {
     ))
 }
 
+/// A GPU all of whose kernels are there.
+fn open_gpu(number: usize) -> Result<Arc<CudaDevice>, DeviceError> {
+    let device = CudaDevice::open(number)?;
+    device.finish_kernels()?;
+    Ok(device)
+}
+
+/// Where a GPU's kernels are kept.
+fn kernels(device: &CudaDevice) -> Finding {
+    match device.kernel_folder() {
+        Some(folder) => fine(format!("Its kernels are compiled, and kept in {}.", folder.display())),
+        None => lacking(format!(
+            "Its kernels are compiled anew at every start, because there is no folder to keep them in: set {CACHE_VARIABLE}."
+        )),
+    }
+}
+
 fn first_gpu(gpu: &Result<Arc<CudaDevice>, DeviceError>) -> Finding {
     match gpu {
         Ok(device) => fine(format!("A GPU can be used: {}.", device.describe())),
@@ -249,7 +267,7 @@ fn first_gpu(gpu: &Result<Arc<CudaDevice>, DeviceError>) -> Finding {
 fn other_gpus(first: &Arc<CudaDevice>) -> Vec<Finding> {
     let (mut findings, mut devices) = (Vec::new(), vec![Arc::clone(first)]);
     for number in 1..CudaDevice::count().unwrap_or(0) {
-        match CudaDevice::open(number) {
+        match open_gpu(number) {
             Ok(device) => {
                 findings.push(fine(format!("GPU {number} can be used: {}.", device.describe())));
                 devices.push(device);

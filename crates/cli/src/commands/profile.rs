@@ -3,7 +3,7 @@
 use crate::args::{DeviceKind, Dtype, ProfileArgs};
 use crate::{machine, output};
 use anyhow::{Result, bail};
-use epsmoe_base::{DType, FaultCell, Rank};
+use epsmoe_base::{DType, FaultCell, Rank, cores};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_pipeline::PipelineError;
@@ -49,7 +49,7 @@ fn settle(args: &ProfileArgs, ranks: usize) -> (Fingerprint, RigOptions) {
         Dtype::Bfloat16 => DType::BF16,
     };
     let isa = args.isa.unwrap_or_else(Isa::detect);
-    let threads = args.threads.unwrap_or((machine::cores() / ranks).max(1));
+    let threads = args.threads.unwrap_or((cores() / ranks).max(1));
     let options = RigOptions {
         ranks,
         threads,
@@ -74,6 +74,7 @@ fn on_gpu(args: &ProfileArgs, number: usize, ranks: usize) -> Result<(Fingerprin
         Dtype::Float32 => DType::F32,
     };
     let gpu = CudaDevice::open(number)?;
+    gpu.finish_kernels()?;
     let fingerprint = Fingerprint::of_gpu(gpu.describe(), ranks, dtype);
     let (machine, kernels) = (fingerprint.machine(), fingerprint.kernels());
     let mut start = CostModel { machine, kernels, dtype, ..Machine::built_in("8xH200")?.cost() };

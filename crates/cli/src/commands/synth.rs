@@ -6,15 +6,15 @@ use crate::tensors::{TensorPlan, write_header};
 use crate::unfinished::{Unfinished, bytes_of, shards, write_index};
 use anyhow::{Context, Result, bail};
 use epsmoe_base::files::read_plain_text;
-use epsmoe_base::{Bytes, count};
-use epsmoe_model::{Synthetic, WeightSource, config, preset_text};
+use epsmoe_base::{Bytes, by_threads, cores, count};
+use epsmoe_model::{ModelError, Synthetic, WeightSource, config, preset_text};
 use epsmoe_quant::StoredType;
 use indicatif::ProgressBar;
 use std::io::{self, Write};
 use std::path::Path;
 use std::slice;
 
-/// Bytes made at a time.
+/// Bytes that a core makes at a time.
 const PIECE: usize = 4 << 20;
 
 /// Writes the weights, then config.json: a folder without it is not finished.
@@ -70,14 +70,21 @@ fn write_shard(
     progress: &ProgressBar,
 ) -> io::Result<()> {
     write_header(out, tensors)?;
-    let mut piece = vec![0; PIECE];
     for tensor in tensors {
         let bytes = tensor.bytes() as usize;
-        for start in (0..bytes).step_by(PIECE) {
-            let piece = &mut piece[..PIECE.min(bytes - start)];
-            weights.fill(&tensor.name, start / tensor.dtype.bytes(1), piece).map_err(io::Error::other)?;
-            out.write_all(piece)?;
-            progress.inc(piece.len() as u64);
+        let piece = |start: usize| {
+            let mut piece = vec![0; PIECE.min(bytes - start)];
+            weights.fill(&tensor.name, start / tensor.dtype.bytes(1), &mut piece)?;
+            Ok::<_, ModelError>(piece)
+        };
+        let starts: Vec<usize> = (0..bytes).step_by(PIECE).collect();
+        // As many pieces at a time as there are cores to make them.
+        for starts in starts.chunks(cores()) {
+            let pieces = by_threads(starts.len(), starts.len(), |at| piece(starts[at]));
+            for piece in pieces.map_err(io::Error::other)? {
+                out.write_all(&piece)?;
+                progress.inc(piece.len() as u64);
+            }
         }
     }
     Ok(())

@@ -6,6 +6,7 @@ use crate::args::CacheArgs;
 use crate::memory;
 use anyhow::{Result, bail};
 use epsmoe_base::{Bytes, count};
+use epsmoe_device::cuda;
 use epsmoe_engine::{EngineOptions, Parallel};
 use epsmoe_model::{BLOCK_SIZE, ModelOptions};
 use std::fmt::Display;
@@ -47,23 +48,42 @@ impl Setup {
     /// weights already.
     pub(super) fn check_room_for(&self, options: &[ModelOptions], held: bool) -> Result<()> {
         // A host's memory is taken as it is touched, and experts' rows spread over the ranks.
-        let worst = matches!(self.processor, Processor::Cuda(_)) || self.emulated.is_some();
-        let needs = self.needs(options, worst, held)?;
-        match self.room()? {
-            Some(room) if needs.total() > room.available => bail!(
-                "{} needs {} for its weights ({}), {} for its caches and about {} to compute in{}, but {} has {} left: \
-                 use a smaller model, shorter contexts or fewer sequences",
-                self.model.name,
-                Bytes(needs.weights),
-                self.held,
-                Bytes(needs.caches),
-                Bytes(needs.buffers),
-                self.processor.sharing().map_or(String::new(), |ranks| format!(" on {ranks} ranks")),
-                room.owner,
-                Bytes(room.available)
-            ),
-            _ => Ok(()),
+        let on_gpu = matches!(self.processor, Processor::Cuda(_));
+        let needs = self.needs(options, on_gpu || self.emulated.is_some(), held)?;
+        let Some(room) = self.room()? else { return Ok(()) };
+        let allowed = if on_gpu { (room.total as f64 * self.utilization) as u64 } else { room.total };
+        if needs.total() <= room.available.min(allowed) {
+            return Ok(());
         }
+        let needed = format!(
+            "{} needs {} for its weights ({}), {} for its caches and {} to compute in{}",
+            self.model.name,
+            Bytes(needs.weights),
+            self.held,
+            Bytes(needs.caches),
+            Bytes(needs.buffers),
+            self.processor.sharing().map_or(String::new(), |ranks| format!(" on {ranks} ranks")),
+        );
+        if needs.total() <= room.available {
+            bail!(
+                "{needed}, but may have {} of the {} of {}: raise --gpu-memory-utilization, which is {}",
+                Bytes(allowed),
+                Bytes(room.total),
+                room.owner,
+                self.utilization
+            );
+        }
+        bail!(
+            "{needed}, but {} has {} left of {}: {}",
+            room.owner,
+            Bytes(room.available),
+            Bytes(room.total),
+            match on_gpu {
+                true =>
+                    "use more GPUs, a smaller model, shorter contexts or fewer sequences, or end what else runs there",
+                false => "use a smaller model, shorter contexts or fewer sequences",
+            }
+        )
     }
 
     /// Refuses what a command keeps beside the model, if this process may not have so much.
@@ -89,10 +109,10 @@ impl Setup {
             (None, Some(room)) => {
                 let model = EngineOptions { kv_blocks: Some(0), ..options.clone() }.model();
                 let needs = self.needs(&[model], true, self.gpu_weights.get().is_some())?;
-                let all = share(&room, args.gpu_memory_utilization);
+                let all = share(&room, self.utilization);
                 let left = all.saturating_sub(needs.total());
                 let from = format!(
-                    "what is left of {} of {} beside {} for weights and about {} to compute in",
+                    "what is left of {} of {} beside {} for weights and {} to compute in",
                     Bytes(all),
                     room.owner,
                     Bytes(needs.weights),
@@ -144,9 +164,13 @@ impl Setup {
     /// what each would compute alone; without their weights where those are `held`.
     fn needs(&self, options: &[ModelOptions], worst: bool, held: bool) -> Result<Needs> {
         let (spec, dtype) = (&self.model.spec, self.dtype);
-        // The largest weight is there twice while it is loaded.
-        let loading = spec.largest_part().saturating_mul(dtype.bytes() as u64);
         let ranks = self.sharing_ranks();
+        // What there is beside weights and buffers.
+        let beside = match &self.processor {
+            Processor::Cuda(_) => cuda::RANK_BYTES.saturating_mul(ranks as u64),
+            // The largest weight is there twice while it is loaded.
+            _ => spec.largest_part().saturating_mul(dtype.bytes() as u64),
+        };
         let numbers = match ranks == self.ranks {
             _ if held => 0,
             // Processes share none.
@@ -162,19 +186,24 @@ impl Setup {
             }
         };
         let weights = self.held.bytes_of(numbers);
-        let mut needs = Needs { weights, buffers: loading, caches: 0 };
+        let mut needs = Needs { weights, buffers: beside, caches: 0 };
         for model in options {
             let of_all = |bytes: u64| bytes.saturating_mul(ranks as u64);
-            let buffers = of_all(match worst {
-                true => model.workspace_bytes(spec, self.ranks, dtype)?,
+            let all = of_all(match worst {
+                true => model.reserved_bytes(spec, self.ranks, dtype)?,
                 false => {
                     let alone = ModelOptions { parallel: Parallel::default(), ..model.clone() };
-                    alone.workspace_bytes(spec, 1, dtype)?
+                    alone.reserved_bytes(spec, 1, dtype)?
                 }
             });
             let cache = of_all(self.block_bytes(&model.parallel).saturating_mul(model.cache_blocks as u64));
+            let made = of_all(if held { 0 } else { model.made_bytes(spec, dtype) });
+            let buffers = all.saturating_sub(cache).saturating_add(made);
             needs.buffers = needs.buffers.saturating_add(buffers);
             needs.caches = needs.caches.saturating_add(cache);
+        }
+        if matches!(self.processor, Processor::Cuda(_)) {
+            needs.buffers = needs.buffers.saturating_add(cuda::beside_pieces(needs.total()));
         }
         Ok(needs)
     }
@@ -212,7 +241,7 @@ impl Setup {
             }));
         };
         let memories = devices.iter().map(|device| device.memory_bytes()).collect::<Result<Vec<_>, _>>()?;
-        let owner = if devices.len() > 1 { "a GPU" } else { "the GPU" };
+        let owner = if devices.len() > 1 { "the fullest of the GPUs" } else { "the GPU" };
         Ok(memories.into_iter().min().map(|(available, total)| Room { owner, total, available }))
     }
 }

@@ -650,13 +650,16 @@ impl Module {
         Ok(Module { handle, context: Arc::clone(context) })
     }
 
-    /// A kernel of the module, to be started with blocks of `threads` threads.
-    pub(super) fn function(&self, name: &str, threads: u32) -> Result<Function, CudaError> {
+    /// A kernel of the module, to be started with blocks of `threads` threads; nothing if there is none of that name.
+    pub(super) fn function(&self, name: &str, threads: u32) -> Result<Option<Function>, CudaError> {
         let name = CString::new(name).unwrap_or_default();
         let mut handle = null_mut();
         // SAFETY: the module is loaded; the name ends in zero.
-        unsafe { call!(cuModuleGetFunction(&mut handle, self.handle, name.as_ptr())) }?;
-        Ok(Function { handle, threads, early: false })
+        match unsafe { call!(cuModuleGetFunction(&mut handle, self.handle, name.as_ptr())) } {
+            Ok(()) => Ok(Some(Function { handle, threads, early: false })),
+            Err(error) if error.code == sys::CUresult::CUDA_ERROR_NOT_FOUND => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -1,20 +1,21 @@
 //! The kernels: their sources, compiled for the GPU at hand and kept on disk.
 
+mod cache;
+mod loaded;
+mod parts;
+
+pub(super) use loaded::Kernels;
+
 use super::bricks::SIDE;
-use super::driver::{Context, Function, Module};
-use super::layout;
-use super::nvrtc::{self, Compiled, Unit};
+use super::driver::Context;
+use super::nvrtc;
 use crate::DeviceError;
-use cudarc::driver::sys::CUdevice_attribute::{
-    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
-    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-};
-use epsmoe_base::files::{read_plain, write_whole};
-use epsmoe_base::{DType, env, hash_bytes};
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::thread::Builder;
+use cache::Cache;
+use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+use epsmoe_base::{DType, by_threads, cores};
+use parts::{options, parts_for};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The environment variable that names the folder of compiled kernels; without it they are kept in
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
@@ -80,6 +81,7 @@ const SAME: [(DType, DType); 2] = [(F32, F32), (BF16, BF16)];
 const ANY: [(DType, DType); 4] = [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16)];
 
 sources! {
+    "draw": ["draw"] in [(BF16, F32), (BF16, BF16)], 256 threads;
     "copy": ["copy"] in ANY, 256 threads;
     "add": ["add"] in ANY, 256 threads;
     "clamp": ["clamp"] in SAME, 256 threads;
@@ -272,15 +274,14 @@ pub struct KernelUse {
 /// tells what each uses. Fails if NVRTC is missing or a kernel does not compile.
 pub fn check_kernels(architecture: &str) -> Result<Vec<KernelUse>, DeviceError> {
     nvrtc::version()?;
-    let mut uses = Vec::new();
-    let wanted = |source: &&Source| source.is_for(architecture) && is_first_of_file(source);
-    for source in SOURCES.iter().filter(wanted) {
-        let mut options = options(architecture);
-        options.push("--ptxas-options=-v".into());
-        let compiled = compile(source, &options)?;
-        uses.extend(kernel_uses(source.file, &compiled.log));
-    }
-    Ok(uses)
+    let parts = parts_for(architecture);
+    let mut options = options(architecture);
+    options.push("--ptxas-options=-v".into());
+    let uses = by_threads(cores(), parts.len(), |part| {
+        let compiled = parts[part].compile(&options)?;
+        Ok::<_, DeviceError>(kernel_uses(parts[part].source.file, &compiled.log))
+    })?;
+    Ok(uses.into_iter().flatten().collect())
 }
 
 /// What [`warm_kernels`] found and did.
@@ -288,9 +289,9 @@ pub fn check_kernels(architecture: &str) -> Result<Vec<KernelUse>, DeviceError> 
 pub struct Warmed {
     /// Where compiled kernels are kept.
     pub folder: PathBuf,
-    /// Source files that were compiled already.
+    /// Files of machine code that were there already.
     pub kept: usize,
-    /// Source files that were compiled now.
+    /// Files that were made now.
     pub compiled: usize,
 }
 
@@ -299,33 +300,27 @@ pub struct Warmed {
 ///
 /// # Errors
 /// NVRTC is missing, a kernel does not compile for that architecture, or the folder cannot be written.
-pub fn warm_kernels(architecture: &str, mut each: impl FnMut(usize, usize)) -> Result<Warmed, DeviceError> {
+pub fn warm_kernels(architecture: &str, each: impl Fn(usize, usize) + Sync) -> Result<Warmed, DeviceError> {
     let cache = Cache::open(architecture, nvrtc::version()?);
     let unwritable = |why: &str| {
         DeviceError::Unsupported(format!("compiled kernels cannot be kept: {why}; set {CACHE_VARIABLE}"))
     };
-    let folder = cache.folder.clone().ok_or_else(|| unwritable("there is no home folder"))?;
-    let mut warmed = Warmed { folder, kept: 0, compiled: 0 };
-    let wanted = |source: &&Source| source.is_for(architecture) && is_first_of_file(source);
-    let files: Vec<&Source> = SOURCES.iter().filter(wanted).collect();
-    for (done, source) in files.iter().enumerate() {
-        each(done, files.len());
-        if cache.kept(source).is_some() {
-            warmed.kept += 1;
-            continue;
+    let folder = cache.folder().ok_or_else(|| unwritable("there is no home folder, or none to write to"))?;
+    let (parts, done) = (parts_for(architecture), AtomicUsize::new(0));
+    let compiled = by_threads(cores(), parts.len(), |part| {
+        let part = &parts[part];
+        let missing = cache.kept(part).is_none();
+        if missing {
+            cache.renew(part)?;
+            if cache.kept(part).is_none() {
+                return Err(unwritable(&format!("{} has no room for them", folder.display())));
+            }
         }
-        cache.renew(source)?;
-        if cache.kept(source).is_none() {
-            return Err(unwritable(&format!("{} is not a folder to write to", warmed.folder.display())));
-        }
-        warmed.compiled += 1;
-    }
-    Ok(warmed)
-}
-
-/// Two entries may share a file; it is compiled once.
-fn is_first_of_file(source: &Source) -> bool {
-    SOURCES.iter().find(|other| other.file == source.file).is_some_and(|first| std::ptr::eq(first, source))
+        each(done.fetch_add(1, Ordering::Relaxed) + 1, parts.len());
+        Ok(missing)
+    })?;
+    let compiled = compiled.into_iter().filter(|&missing| missing).count();
+    Ok(Warmed { folder: folder.to_owned(), kept: parts.len() - compiled, compiled })
 }
 
 /// Reads what the assembler says of each kernel:
@@ -351,116 +346,6 @@ fn kernel_uses(file: &'static str, log: &str) -> Vec<KernelUse> {
     uses
 }
 
-fn options(architecture: &str) -> Vec<String> {
-    [
-        format!("--gpu-architecture={architecture}"),
-        "--std=c++17".into(),
-        "--device-as-default-execution-space".into(),
-    ]
-    .into()
-}
-
-fn compile(source: &Source, options: &[String]) -> Result<Compiled, DeviceError> {
-    let headers = HEADERS.map(|(file, text)| (file, checked(file, text)));
-    let headers: Vec<(&str, &str)> = headers.iter().map(|(file, text)| (*file, text.as_str())).collect();
-    let text = checked(source.file, source.text);
-    nvrtc::compile(&Unit { name: source.file, text: &text, headers: &headers }, options)
-}
-
-/// A source with what it is held against on the host's side.
-fn checked(file: &str, text: &str) -> String {
-    format!("{text}\n{}", layout::checks(file))
-}
-
-/// Every kernel, ready to be started on one GPU.
-pub(super) struct Kernels {
-    functions: HashMap<Key, Kernel>,
-    /// Bytes of shared memory that a multiprocessor has for all its blocks.
-    shared_bytes: u32,
-    // Functions live as long as their modules.
-    _modules: Vec<Module>,
-}
-
-/// A kernel and what it may ask for.
-#[derive(Clone, Copy)]
-pub(super) struct Kernel {
-    pub(super) function: Function,
-    /// Bytes of shared memory that a block may ask for.
-    pub(super) shared_limit: u32,
-    /// For products: blocks that a multiprocessor holds at once, each with its tiles in shared memory, bricks not counted.
-    pub(super) resident: u32,
-}
-
-impl Kernels {
-    /// Compiles what the cache does not hold, and loads everything.
-    pub(super) fn load(context: &Arc<Context>, architecture: &str) -> Result<Self, DeviceError> {
-        let version = nvrtc::version()?;
-        let cache = &Cache::open(architecture, version);
-        let wanted = |source: &&Source| source.is_for(architecture) && is_first_of_file(source);
-        let files: Vec<&Source> = SOURCES.iter().filter(wanted).collect();
-        // A missing kernel takes about as long to compile as all others together to load: side by side.
-        let cubins: Vec<Result<Vec<u8>, DeviceError>> = std::thread::scope(|scope| {
-            let start = |source| Builder::new().spawn_scoped(scope, move || cache.cubin(source));
-            let tasks: Vec<_> = files.iter().map(|&source| (source, start(source))).collect();
-            let crashed = || DeviceError::Unsupported("a kernel's compilation crashed".into());
-            let done = tasks.into_iter().map(|(source, task)| match task {
-                Ok(task) => task.join().unwrap_or_else(|_| Err(crashed())),
-                // Where the system gives no more threads they are compiled one after the other.
-                Err(_) => cache.cubin(source),
-            });
-            done.collect()
-        });
-        let mut modules = HashMap::new();
-        for (source, cubin) in files.iter().zip(cubins) {
-            modules.insert(source.file, Module::load(context, &cubin?)?);
-        }
-        let optin = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as u32;
-        let mut functions = HashMap::new();
-        for source in SOURCES.iter().filter(|source| source.is_for(architecture)) {
-            for &operation in source.operations {
-                for &(from, to) in source.formats {
-                    let name = format!("{operation}_{}_{}", short(from), short(to));
-                    let mut function = modules[source.file].function(&name, source.threads)?;
-                    if architecture == HOPPER && source.file != "probe.cu" {
-                        // SAFETY: every kernel of an operation begins by taking its turn; a test looks.
-                        function = unsafe { function.early() };
-                    }
-                    let shared_limit = optin.saturating_sub(function.static_shared()?);
-                    function.allow_shared(shared_limit)?;
-                    let mut tiles = TILES.into_iter().chain(THIN);
-                    let tile = tiles.find(|tile| tile.operations.contains(&operation));
-                    let resident = match tile {
-                        Some(tile) => function.resident_blocks(tile.shared_bytes)?.max(1),
-                        None => 1,
-                    };
-                    functions.insert((operation, from, to), Kernel { function, shared_limit, resident });
-                }
-            }
-        }
-        let all = context.attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
-        Ok(Kernels { functions, shared_bytes: all.max(0) as u32, _modules: modules.into_values().collect() })
-    }
-
-    /// Whether kernels may use wgmma and TMA.
-    pub(super) fn has_hopper(&self) -> bool {
-        self.functions.contains_key(&("gemm_hopper256", BF16, BF16))
-    }
-
-    /// Blocks of a product that a multiprocessor holds at once, each with so much shared memory.
-    pub(super) fn resident(&self, kernel: &Kernel, shared: u32) -> u32 {
-        /// What the system takes of every block's.
-        const OF_SYSTEM: u32 = 1024;
-        kernel.resident.min(self.shared_bytes / (shared + OF_SYSTEM)).max(1)
-    }
-
-    /// The kernel of an operation for these formats.
-    pub(super) fn get(&self, operation: &'static str, from: DType, to: DType) -> Result<Kernel, DeviceError> {
-        self.functions.get(&(operation, from, to)).copied().ok_or_else(|| {
-            DeviceError::Unsupported(format!("{operation}: no kernel from {from} to {to} on a GPU"))
-        })
-    }
-}
-
 fn short(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "f32",
@@ -468,73 +353,6 @@ fn short(dtype: DType) -> &'static str {
         DType::F16 => "f16",
         DType::U32 => "u32",
     }
-}
-
-/// Bytes of a file of machine code: some ten times what the largest has.
-const MOST_BYTES: u64 = 64 << 20;
-
-/// Compiled kernels on disk, named by what they were made of. A cache that cannot be written is only slow.
-struct Cache {
-    folder: Option<PathBuf>,
-    architecture: String,
-    version: (i32, i32),
-}
-
-impl Cache {
-    fn open(architecture: &str, version: (i32, i32)) -> Self {
-        let inside = |variable, path: &str| env::text(variable).map(|folder| Path::new(&folder).join(path));
-        let folder = env::text(CACHE_VARIABLE)
-            .map(PathBuf::from)
-            .or_else(|| inside("XDG_CACHE_HOME", "epsmoe/kernels"))
-            .or_else(|| inside("HOME", ".cache/epsmoe/kernels"));
-        Cache { folder, architecture: architecture.to_owned(), version }
-    }
-
-    fn cubin(&self, source: &Source) -> Result<Vec<u8>, DeviceError> {
-        self.kept(source).map_or_else(|| self.renew(source), Ok)
-    }
-
-    /// What lies on disk, if it is what was put there.
-    fn kept(&self, source: &Source) -> Option<Vec<u8>> {
-        unsealed(read_plain(&self.path(source)?, MOST_BYTES).ok()?)
-    }
-
-    /// Compiles, and keeps what came of it: whole files only, so that programs that start at the same time never read
-    /// each other's halves.
-    fn renew(&self, source: &Source) -> Result<Vec<u8>, DeviceError> {
-        let cubin = compile(source, &options(&self.architecture))?.cubin;
-        if let Some(path) = self.path(source) {
-            let made = path.parent().map_or(Ok(()), std::fs::create_dir_all);
-            // If that fails nothing is lost: the next start compiles again.
-            let sealed = [&cubin[..], &seal(&cubin)].concat();
-            let _ = made.and_then(|()| write_whole(&path, |out| out.write_all(&sealed)));
-        }
-        Ok(cubin)
-    }
-
-    fn path(&self, source: &Source) -> Option<PathBuf> {
-        let mut content = format!("{:?} {:?}\n", self.version, options(&self.architecture));
-        for &(file, text) in HEADERS.iter().chain([&(source.file, source.text)]) {
-            content.push_str(&checked(file, text));
-        }
-        let stem = source.file.trim_end_matches(".cu");
-        let name = format!("{stem}-{}-{:016x}.cubin", self.architecture, hash_bytes(content.as_bytes()));
-        Some(self.folder.as_ref()?.join(name))
-    }
-}
-
-/// What stands behind machine code on disk: its length and its hash. A driver given damaged code may crash.
-fn seal(cubin: &[u8]) -> [u8; 16] {
-    let words = [cubin.len() as u64, hash_bytes(cubin)].map(u64::to_le_bytes);
-    words.as_flattened().try_into().unwrap_or_else(|_| unreachable!("two words of eight bytes"))
-}
-
-/// The machine code of a file, unless it was damaged.
-fn unsealed(mut file: Vec<u8>) -> Option<Vec<u8>> {
-    let cubin = file.len().checked_sub(seal(&[]).len())?;
-    let whole = file[cubin..] == seal(&file[..cubin]);
-    file.truncate(cubin);
-    whole.then_some(file)
 }
 
 /// Multiprocessors of a GPU.
@@ -545,21 +363,6 @@ pub(super) fn multiprocessors(context: &Context) -> Result<u32, DeviceError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn damaged_machine_code_is_noticed() {
-        let cubin = b"\x7fELF and more".to_vec();
-        let file = [&cubin[..], &seal(&cubin)].concat();
-        assert_eq!(unsealed(file.clone()), Some(cubin.clone()));
-        let flipped = |at: usize| {
-            let mut file = file.clone();
-            file[at] ^= 1;
-            file
-        };
-        assert!((0..file.len()).all(|at| unsealed(flipped(at)).is_none()));
-        assert!((0..file.len()).all(|length| unsealed(file[..length].to_vec()).is_none()));
-        assert_eq!(unsealed(cubin), None, "without a seal");
-    }
 
     #[test]
     fn the_assembler_is_understood() {

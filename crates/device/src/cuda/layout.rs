@@ -4,7 +4,7 @@
 //! side of it, so a twin that differs in a size, an offset or a name does not compile.
 
 use super::report::Report;
-use super::{driver, hopper, launch, probe, report};
+use super::{driver, hopper, launch, probe, report, weights};
 use std::fmt::Write;
 
 /// Where Rust puts the fields of a struct.
@@ -61,7 +61,14 @@ pub(super) fn checks(file: &str) -> String {
                 writeln!(text, "static_assert({name} == {number}, \"cause {name} is {number} in Rust\");");
         }
     }
-    let layouts = [driver::LAYOUTS, launch::LAYOUTS, hopper::LAYOUTS, report::LAYOUTS, probe::LAYOUTS];
+    let layouts = [
+        driver::LAYOUTS,
+        launch::LAYOUTS,
+        hopper::LAYOUTS,
+        report::LAYOUTS,
+        probe::LAYOUTS,
+        weights::LAYOUTS,
+    ];
     for layout in layouts.into_iter().flatten().filter(|layout| layout.file == file) {
         let Layout { twin, size, .. } = layout;
         let _ =

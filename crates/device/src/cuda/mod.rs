@@ -9,6 +9,7 @@
 //! read while waiting (`report.rs`) and stops the world with the words that a host processor uses.
 
 mod bricks;
+mod carrier;
 mod driver;
 mod hopper;
 mod kernels;
@@ -34,7 +35,9 @@ pub use queue::{CudaQueue, CudaRows};
 use crate::hazard::{Agent, Clock, Hazards};
 use crate::op::{Accesses, Op, Origin};
 use crate::threaded::Fill;
-use crate::{AllocationId, Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
+use crate::{
+    AllocationId, Backend, Buffer, DeviceError, Drawn, Record, Reserve, TensorBytes, Weight, WeightShape,
+};
 use bricks::Bricks;
 use cudarc::driver::sys::CUdevice_attribute::{
     CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -52,6 +55,7 @@ use report::ReportPage;
 use staging::Staging;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -60,6 +64,14 @@ use weights::WeightStore;
 /// Bytes that kernels of one operation have to hand over in: attention scores of one token and 16 heads over 256K
 /// positions, or of 64 such tokens over 4K.
 const SCRATCH: usize = 16 << 20;
+
+/// Bytes that a rank takes of a GPU beside its buffers.
+pub const RANK_BYTES: u64 = SCRATCH as u64 + staging::CAPACITY + (2 << 20);
+
+/// Bytes of slabs that stay free beside so many bytes of weights and buffers, at most.
+pub fn beside_pieces(bytes: u64) -> u64 {
+    bytes / 32 + (64 << 20)
+}
 
 /// The oldest driver that runs what CUDA 13 compiles, as 1000 · major + 10 · minor.
 const OLDEST_DRIVER: i32 = 13_000;
@@ -84,11 +96,12 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
-    /// Opens GPU number `ordinal`; compiles the kernels if the cache on disk does not hold them. Every absence (no
-    /// driver, an old one, no such GPU, no NVRTC) is an error that says what would mend it.
+    /// Opens GPU number `ordinal`, and begins to load its kernels, or to compile them if the cache on disk does not hold
+    /// them: what needs one waits for it. Every absence (no driver, an old one, no such GPU, no NVRTC) is an error that
+    /// says what would mend it.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, DeviceError> {
         let (context, architecture) = Self::find(ordinal)?;
-        let kernels = Kernels::load(&context, &architecture)?;
+        let kernels = Kernels::begin(&context, &architecture)?;
         let multiprocessors = kernels::multiprocessors(&context)?;
         let version = driver::driver_version().unwrap_or(0);
         let description = format!(
@@ -107,6 +120,16 @@ impl CudaDevice {
             pacer: Pacer::default(),
             underway: Mutex::default(),
         }))
+    }
+
+    /// Waits until its kernels are ready, but for those that only weights in codes need.
+    pub fn finish_kernels(&self) -> Result<(), DeviceError> {
+        self.kernels.finish()
+    }
+
+    /// The folder that compiled kernels are kept in; nothing if there is none to write to, and every start compiles.
+    pub fn kernel_folder(&self) -> Option<&Path> {
+        self.kernels.folder()
     }
 
     /// What kernels for GPU number `ordinal` are compiled for, such as `sm_90a`.
@@ -197,12 +220,7 @@ pub struct CudaWeights(Arc<WeightStore>);
 impl CudaWeights {
     /// An empty store.
     pub fn new(device: &CudaDevice) -> Result<Self, DeviceError> {
-        let stream = Stream::new(&device.context)?;
-        Ok(CudaWeights(Arc::new(WeightStore::new(
-            stream,
-            Pool::new(&device.context, None),
-            device.kernels.has_hopper(),
-        ))))
+        Ok(CudaWeights(Arc::new(WeightStore::new(&device.context, device.kernels.has_hopper())?)))
     }
 }
 
@@ -624,14 +642,7 @@ impl Drop for CudaBackend {
     }
 }
 
-impl Backend for CudaBackend {
-    type Event = CudaEvent;
-    type Queue = CudaQueue;
-
-    fn rank(&self) -> Rank {
-        self.rank
-    }
-
+impl Reserve for CudaBackend {
     fn dtype(&self) -> DType {
         self.options.dtype
     }
@@ -645,6 +656,7 @@ impl Backend for CudaBackend {
     ) -> Result<Buffer, DeviceError> {
         let bytes = rows.checked_mul(width).and_then(|elements| elements.checked_mul(dtype.bytes()));
         let too_large = || DeviceError::OutOfMemory {
+            owner: "the GPU",
             name: format!("{name} [{rows}, {width}] {dtype}"),
             needed: Bytes(bytes.unwrap_or(usize::MAX) as u64),
             mend: "lower --max-num-batched-tokens or --max-model-len",
@@ -675,6 +687,15 @@ impl Backend for CudaBackend {
         let allocation = self.memory.lock().unwrap_or_else(PoisonError::into_inner).add(region);
         Ok(Buffer { allocation, name, dtype, offset: 0, rows, width, stride: width })
     }
+}
+
+impl Backend for CudaBackend {
+    type Event = CudaEvent;
+    type Queue = CudaQueue;
+
+    fn rank(&self) -> Rank {
+        self.rank
+    }
 
     fn allocated_bytes(&self) -> u64 {
         let memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
@@ -695,12 +716,18 @@ impl Backend for CudaBackend {
         self.weights.0.load(self.options.dtype, name, shape, tensors)
     }
 
+    fn draw(&self, name: &str, shape: WeightShape, tensors: &[Drawn]) -> Result<Option<Weight>, DeviceError> {
+        self.device.context.bind()?;
+        self.weights.0.draw(&self.device.kernels, self.options.dtype, name, shape, tensors).map(Some)
+    }
+
     fn holds(&self, format: &Format) -> bool {
         held_bits(format, self.options.dtype).is_some()
     }
 
     fn load_codes(&self, name: &str, shape: WeightShape, matrices: &[Codes]) -> Result<Weight, DeviceError> {
         self.device.context.bind()?;
+        self.device.kernels.expect_codes();
         self.weights.0.load_codes(self.options.dtype, name, shape, matrices)
     }
 

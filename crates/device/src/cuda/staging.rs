@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const CAPACITY: u64 = 8 << 20;
+pub(super) const CAPACITY: u64 = 8 << 20;
 const ALIGNMENT: u64 = 256;
 
 /// How long the GPU may take to consume a ring's worth of data.

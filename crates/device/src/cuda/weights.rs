@@ -1,11 +1,14 @@
-//! The weights of a process on one GPU: loaded once, shared by all its ranks there.
+//! The weights of a process on one GPU: loaded once, by several threads, and shared by all its ranks there.
 
 use super::bricks::Bricks;
-use super::driver::{Copy2d, CudaError, End, Matrix, Stream, TensorMap};
+use super::carrier::{Carriers, Lines};
+use super::driver::{Context, CudaError, Matrix, Stream, TensorMap};
 use super::hopper;
+use super::kernels::Kernels;
+use super::layout::{self, twin};
 use super::memory::Pool;
 use crate::threaded::{check_codes, check_sources, held_format};
-use crate::{DeviceError, TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};
+use crate::{DeviceError, Drawn, TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};
 use epsmoe_base::{Bytes, DType};
 use epsmoe_quant::Codes;
 use half::bf16;
@@ -31,7 +34,8 @@ pub(super) struct Held {
 pub(super) struct WeightStore {
     /// Whether bf16 maps get a `TensorMap`.
     mapped: bool,
-    stream: Mutex<Stream>,
+    stream: Stream,
+    carriers: Carriers,
     pool: Mutex<Pool>,
     inner: RwLock<Inner>,
 }
@@ -43,8 +47,14 @@ struct Inner {
 }
 
 impl WeightStore {
-    pub(super) fn new(stream: Stream, pool: Pool, mapped: bool) -> Self {
-        WeightStore { mapped, stream: Mutex::new(stream), pool: Mutex::new(pool), inner: RwLock::default() }
+    pub(super) fn new(context: &Arc<Context>, mapped: bool) -> Result<Self, CudaError> {
+        Ok(WeightStore {
+            mapped,
+            stream: Stream::new(context)?,
+            carriers: Carriers::new(context),
+            pool: Mutex::new(Pool::new(context, None)),
+            inner: RwLock::default(),
+        })
     }
 
     pub(super) fn find(&self, name: &str) -> Option<Weight> {
@@ -74,19 +84,47 @@ impl WeightStore {
         tensors: &[TensorBytes<'_>],
     ) -> Result<Weight, DeviceError> {
         check_sources(name, shape, tensors)?;
-        let format = held_format(name, shape, dtype, tensors)?;
-        let (rows, width, kept) = match shape {
-            WeightShape::Matrix { n, k } | WeightShape::GateUp { inner: n, k } => (n, k, dtype),
-            WeightShape::Vector { n } => (1, n, DType::F32),
-            WeightShape::Table { rows, width } => (rows, width, tensors[0].dtype),
-        };
-        let aligned = matches!(shape, WeightShape::Matrix { .. } | WeightShape::GateUp { .. });
-        let stride = if aligned { width.next_multiple_of(16 / kept.bytes()) } else { width };
-        let mut held = self.bring(name, &Layout { rows, width, stride, dtype: kept }, tensors)?;
-        if self.mapped && aligned && kept == DType::BF16 {
-            held.map = self.map(name, &held)?;
+        let format = held_format(name, shape, dtype, tensors[0].dtype)?;
+        let layout = Layout::of(shape, dtype, tensors[0].dtype);
+        let held = self.reserve(name, &layout)?;
+        self.bring(&layout, &held, tensors)?;
+        self.keep(name, shape, format, self.mapped(name, shape, held)?)
+    }
+
+    /// Makes a weight of numbers that follow from their places, each the bfloat16 that a checkpoint would have.
+    pub(super) fn draw(
+        &self,
+        kernels: &Kernels,
+        dtype: DType,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[Drawn],
+    ) -> Result<Weight, DeviceError> {
+        let format = held_format(name, shape, dtype, DType::BF16)?;
+        let layout = Layout::of(shape, dtype, DType::BF16);
+        let kernel = kernels.get("draw", DType::BF16, layout.dtype)?;
+        let held = self.reserve(name, &layout)?;
+        for (tensor, to) in tensors.iter().zip(0..) {
+            let arguments = DrawArgs {
+                out: held.start + layout.place(to, 0),
+                stride: layout.stride as u64,
+                rows: layout.rows as u32,
+                width: layout.width as u32,
+                together: layout.together() as u32,
+                apart: (layout.together() * layout.tensors) as u32,
+                key: tensor.numbers.key(),
+                first: tensor.first,
+                row_step: tensor.row_step,
+                column_step: tensor.column_step,
+                step: tensor.step,
+                padding: 0,
+            };
+            let blocks = (layout.width.div_ceil(DRAW_THREADS) as u32, layout.rows.clamp(1, DRAW_ROWS) as u32);
+            // SAFETY: the kernel writes the rows of this tensor inside the memory of this weight, which nobody else has yet.
+            unsafe { self.stream.launch(&kernel.function, blocks, 0, &arguments) }?;
         }
-        self.keep(name, shape, format, held)
+        self.stream.synchronize()?;
+        self.keep(name, shape, format, self.mapped(name, shape, held)?)
     }
 
     /// Brings a map to the GPU in its codes, or decoded if kernels cannot do with its scales what they mean.
@@ -131,117 +169,160 @@ impl WeightStore {
         Ok(weight)
     }
 
-    /// Describes a weight to TMA, in GPU memory, once and for all.
-    fn map(&self, name: &str, held: &Held) -> Result<u64, DeviceError> {
-        let Held { start, rows, width, stride, .. } = *held;
+    /// The same with its description for TMA, in GPU memory, once and for all, if it is one that TMA reads.
+    fn mapped(&self, name: &str, shape: WeightShape, held: Held) -> Result<Held, DeviceError> {
+        let Held { start, rows, width, stride, dtype, .. } = held;
+        if !self.mapped || !shape.is_map() || dtype != DType::BF16 {
+            return Ok(held);
+        }
         let map = TensorMap::new(&Matrix { start, rows, width, stride, piece: hopper::WEIGHT_PIECE })?;
-        self.bring_bytes(name, bytemuck::bytes_of(&map))
+        Ok(Held { map: self.bring_bytes(name, bytemuck::bytes_of(&map))?, ..held })
+    }
+
+    /// A piece of memory that holds nothing defined.
+    fn take(&self, name: &str, bytes: usize) -> Result<u64, DeviceError> {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        pool.take(bytes, &self.stream)?.ok_or_else(|| too_large(name, bytes))
     }
 
     /// Brings bytes to the GPU as they are.
     fn bring_bytes(&self, name: &str, bytes: &[u8]) -> Result<u64, DeviceError> {
-        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = {
-            let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-            pool.take(bytes.len(), &stream)?.ok_or_else(|| too_large(name, bytes.len()))?
-        };
-        let copy = Copy2d {
-            from: End::Host(bytes.as_ptr().cast_mut().cast()),
-            from_pitch: bytes.len(),
-            to: End::Device(at),
-            to_pitch: bytes.len(),
-            width: bytes.len(),
-            rows: 1,
-        };
-        copy_now(&stream, copy)?;
+        let at = self.take(name, bytes.len())?;
+        let whole = Lines { width: bytes.len(), count: 1, pitch: bytes.len() };
+        // SAFETY: the piece was just taken with that size, and nobody else has it yet.
+        self.carriers.with(|carrier| unsafe { carrier.bring(bytes, at, whole) })?;
         Ok(at)
     }
 
-    /// A single tensor keeps its rows. Of several, eight rows of each follow one another, the last eight filled up
-    /// with zeros.
-    fn bring(&self, name: &str, layout: &Layout, tensors: &[TensorBytes<'_>]) -> Result<Held, DeviceError> {
-        let Layout { rows, width, stride, dtype } = *layout;
-        let (size, count) = (dtype.bytes(), tensors.len());
-        // Rows of one tensor that stand together.
-        let together = if count == 1 { rows.max(1) } else { hopper::INTERLEAVED };
-        let packed = if count == 1 { Some(rows) } else { rows.checked_next_multiple_of(together) };
-        let packed = packed.and_then(|rows| rows.checked_mul(count));
-        let bytes = packed
-            .and_then(|rows| rows.checked_mul(stride))
-            .and_then(|elements| elements.checked_mul(size))
-            .ok_or_else(|| too_large(name, usize::MAX))?;
-        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        let start = {
-            let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-            pool.take(bytes, &stream)?.ok_or_else(|| too_large(name, bytes))?
+    /// Memory for a weight, zero where no number will be.
+    fn reserve(&self, name: &str, layout: &Layout) -> Result<Held, DeviceError> {
+        let Layout { width, stride, dtype, .. } = *layout;
+        let (Some(rows), Some(bytes)) = (layout.packed_rows(), layout.bytes()) else {
+            return Err(too_large(name, usize::MAX));
         };
-        if stride != width || packed != Some(rows * count) {
+        let start = self.take(name, bytes)?;
+        if stride != width || rows != layout.rows * layout.tensors {
             // SAFETY: the piece was just taken with that size, and nobody else has it yet.
-            unsafe { stream.fill(start, 0, bytes) }?;
+            unsafe { self.stream.fill(start, 0, bytes) }?;
+            self.stream.synchronize()?;
         }
-        for (index, tensor) in tensors.iter().enumerate() {
-            let converted = (tensor.dtype != dtype).then(|| convert(tensor, rows * width, dtype));
-            let source = converted.as_deref().unwrap_or(tensor.bytes).as_ptr().cast_mut();
-            let (row, kept_row) = (width * size, stride * size);
-            // `pieces` pieces of `lines` rows each, the first of them at row `first` of the tensor.
-            let bring = |first: usize, pieces: usize, lines: usize| {
-                let host = source.wrapping_add(first * row).cast();
-                let device = start + ((first * count + index * together) * kept_row) as u64;
-                let copy = Copy2d {
-                    from: End::Host(host),
-                    from_pitch: lines * row,
-                    to: End::Device(device),
-                    to_pitch: if pieces == 1 { lines * row } else { count * lines * kept_row },
-                    width: lines * row,
-                    rows: pieces,
-                };
-                copy_now(&stream, copy)
-            };
-            if stride == width {
-                // Rows that stand together are one long row.
-                let whole = rows / together;
-                bring(0, whole, together)?;
-                bring(whole * together, 1, rows % together)?;
-            } else {
-                for first in (0..rows).step_by(together) {
-                    let lines = together.min(rows - first);
-                    let copy = Copy2d {
-                        from: End::Host(source.wrapping_add(first * row).cast()),
-                        from_pitch: row,
-                        to: End::Device(start + ((first * count + index * together) * kept_row) as u64),
-                        to_pitch: kept_row,
-                        width: row,
-                        rows: lines,
-                    };
-                    copy_now(&stream, copy)?;
+        Ok(Held { start, dtype, bricks: None, rows, width, stride, map: 0 })
+    }
+
+    /// Brings tensors to where the layout says.
+    fn bring(&self, layout: &Layout, held: &Held, tensors: &[TensorBytes<'_>]) -> Result<(), CudaError> {
+        let row = layout.width * layout.dtype.bytes();
+        self.carriers.with(|carrier| {
+            for (tensor, to) in tensors.iter().zip(0..) {
+                let converted = (tensor.dtype != layout.dtype).then(|| convert(tensor, layout));
+                let bytes = converted.as_deref().unwrap_or(tensor.bytes);
+                for (first, lines) in layout.lines() {
+                    let (from, at) = (&bytes[first * row..], held.start + layout.place(to, first));
+                    // SAFETY: the lines lie inside the memory of this weight, which nobody else has yet.
+                    unsafe { carrier.bring(from, at, lines) }?;
                 }
             }
-        }
-        let rows = packed.unwrap_or(rows);
-        Ok(Held { start, dtype, bricks: None, rows, width, stride, map: 0 })
+            Ok(())
+        })
     }
 }
 
-/// Where the numbers of each tensor of a weight go.
+/// Threads of a block of `draw`, and most blocks along its rows.
+const DRAW_THREADS: usize = 256;
+const DRAW_ROWS: usize = 4096;
+
+twin! {
+    pub(super) struct DrawArgs = "Args" in "draw.cu" {
+        out: u64,
+        stride: u64,
+        rows: u32,
+        width: u32,
+        together: u32,
+        apart: u32,
+        key: u64,
+        first: u64,
+        row_step: u64,
+        column_step: u64,
+        step: f32,
+        padding: u32,
+    }
+}
+
+/// What the source is held against.
+pub(super) const LAYOUTS: &[&layout::Layout] = &[DrawArgs::LAYOUT];
+
+/// Where the numbers of a weight's tensors lie. A single tensor keeps its rows. Of several, eight rows of each follow one
+/// another, the last eight filled up with zeros.
 struct Layout {
+    tensors: usize,
+    /// Of each tensor.
     rows: usize,
     width: usize,
     stride: usize,
     dtype: DType,
 }
 
-/// Copies and waits: host memory is free afterwards.
-fn copy_now(stream: &Stream, copy: Copy2d) -> Result<(), CudaError> {
-    // SAFETY: both ends are the caller's until the wait below.
-    unsafe { stream.copy(&copy.without_gaps()) }?;
-    stream.synchronize()
+impl Layout {
+    /// Of a weight on a GPU that computes in `dtype`, whose tensors are `stored` so: the rows of maps on 16 bytes.
+    fn of(shape: WeightShape, dtype: DType, stored: DType) -> Self {
+        let (tensors, dimensions) = shape.sources();
+        let (rows, width, dtype) = match shape {
+            WeightShape::Vector { n } => (1, n, DType::F32),
+            WeightShape::Table { rows, width } => (rows, width, stored),
+            _ => (dimensions[0], dimensions[1], dtype),
+        };
+        let stride = if shape.is_map() { width.next_multiple_of(16 / dtype.bytes()) } else { width };
+        Layout { tensors, rows, width, stride, dtype }
+    }
+
+    /// Rows of one tensor that stand together.
+    fn together(&self) -> usize {
+        if self.tensors == 1 { self.rows.max(1) } else { hopper::INTERLEAVED }
+    }
+
+    /// Rows of all tensors, and those of zeros; nothing if there is no such number, as of `bytes`.
+    fn packed_rows(&self) -> Option<usize> {
+        let rows = if self.tensors == 1 {
+            Some(self.rows)
+        } else {
+            self.rows.checked_next_multiple_of(self.together())
+        };
+        rows?.checked_mul(self.tensors)
+    }
+
+    fn bytes(&self) -> Option<usize> {
+        self.packed_rows()?.checked_mul(self.stride)?.checked_mul(self.dtype.bytes())
+    }
+
+    /// Where a row of a tensor lies that begins rows which stand together, in bytes.
+    fn place(&self, tensor: usize, row: usize) -> u64 {
+        ((row * self.tensors + tensor * self.together()) * self.stride * self.dtype.bytes()) as u64
+    }
+
+    /// A tensor's rows as lines that lie evenly in the weight: the first row of each such piece, and its lines.
+    fn lines(&self) -> Vec<(usize, Lines)> {
+        let (together, size) = (self.together(), self.dtype.bytes());
+        let (row, kept) = (self.width * size, self.stride * size);
+        if self.stride != self.width {
+            let of = |first: usize| {
+                let count = together.min(self.rows - first);
+                (first, Lines { width: row, count, pitch: kept })
+            };
+            return (0..self.rows).step_by(together).map(of).collect();
+        }
+        // Rows that stand together are one line.
+        let (whole, rest) = (self.rows / together, self.rows % together);
+        let pitch = self.tensors * together * kept;
+        let all = Lines { width: together * row, count: whole, pitch };
+        vec![(0, all), (whole * together, Lines { width: rest * row, count: 1, pitch })]
+    }
 }
 
-/// The first `elements` numbers of a tensor in another format.
-fn convert(tensor: &TensorBytes<'_>, elements: usize, dtype: DType) -> Vec<u8> {
-    let mut wide = vec![0.0f32; elements];
+/// The numbers of a tensor in the format of a layout.
+fn convert(tensor: &TensorBytes<'_>, layout: &Layout) -> Vec<u8> {
+    let mut wide = vec![0.0f32; layout.rows * layout.width];
     tensor.convert(0, &mut wide);
-    match dtype {
+    match layout.dtype {
         DType::BF16 => wide.into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
         _ => wide.into_iter().flat_map(f32::to_le_bytes).collect(),
     }
@@ -260,6 +341,7 @@ fn decoded(codes: &Codes) -> Vec<u8> {
 
 fn too_large(name: &str, bytes: usize) -> DeviceError {
     DeviceError::OutOfMemory {
+        owner: "the GPU",
         name: name.to_owned(),
         needed: Bytes(bytes as u64),
         mend: "use more ranks on more GPUs, or a smaller model",

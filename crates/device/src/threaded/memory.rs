@@ -55,6 +55,7 @@ impl Memory {
     ) -> Result<Buffer, DeviceError> {
         let bytes = rows.checked_mul(width).and_then(|elements| elements.checked_mul(dtype.bytes()));
         let region = bytes.and_then(|bytes| self.fresh(bytes)).ok_or_else(|| DeviceError::OutOfMemory {
+            owner: "this machine",
             name: format!("{name} [{rows}, {width}] {dtype}"),
             needed: Bytes(bytes.unwrap_or(usize::MAX) as u64),
             mend: "lower --max-num-batched-tokens or --max-model-len",

@@ -23,7 +23,7 @@ pub(crate) use weights::{check_codes, check_sources, held_format};
 
 use crate::hazard::{Agent, Clock, Hazards};
 use crate::op::{Accesses, AddNorm, Epilogue, ExpertGemm, GemmPart, NormRotate, Op};
-use crate::{Backend, Buffer, DeviceError, Record, TensorBytes, Weight, WeightShape};
+use crate::{Backend, Buffer, DeviceError, Record, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
 use epsmoe_quant::{Codes, Format};
 use half::bf16;
@@ -174,14 +174,7 @@ impl<K: Kernels> ThreadedBackend<K> {
     }
 }
 
-impl<K: Kernels> Backend for ThreadedBackend<K> {
-    type Event = Clock;
-    type Queue = Memory;
-
-    fn rank(&self) -> Rank {
-        self.rank
-    }
-
+impl<K: Kernels> Reserve for ThreadedBackend<K> {
     fn dtype(&self) -> DType {
         self.options.dtype
     }
@@ -194,6 +187,15 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
         width: usize,
     ) -> Result<Buffer, DeviceError> {
         self.memory.allocate(name, dtype, rows, width)
+    }
+}
+
+impl<K: Kernels> Backend for ThreadedBackend<K> {
+    type Event = Clock;
+    type Queue = Memory;
+
+    fn rank(&self) -> Rank {
+        self.rank
     }
 
     fn allocated_bytes(&self) -> u64 {
@@ -463,6 +465,7 @@ pub(crate) fn even_part(range: Range<usize>, parts: usize, index: usize) -> Rang
 /// Refuses to hold what the machine's memory cannot.
 pub(crate) fn out_of_memory(name: &str, bytes: u64) -> DeviceError {
     DeviceError::OutOfMemory {
+        owner: "this machine",
         name: name.to_owned(),
         needed: Bytes(bytes),
         mend: "use more ranks on more machines, or a smaller model",

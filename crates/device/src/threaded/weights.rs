@@ -86,7 +86,7 @@ impl<M> WeightStore<M> {
         tensors: &[TensorBytes<'_>],
     ) -> Result<Weight, DeviceError> {
         check_sources(name, shape, tensors)?;
-        let format = held_format(name, shape, dtype, tensors)?;
+        let format = held_format(name, shape, dtype, tensors[0].dtype)?;
         let held = match shape {
             WeightShape::Matrix { n, k } | WeightShape::GateUp { inner: n, k } => {
                 let matrix = kernels.pack(&Pack { n, k, tensors, dtype });
@@ -185,12 +185,12 @@ pub(crate) fn held_format(
     name: &str,
     shape: WeightShape,
     dtype: DType,
-    tensors: &[TensorBytes<'_>],
+    stored: DType,
 ) -> Result<WeightFormat, DeviceError> {
     let held = match shape {
         WeightShape::Matrix { .. } | WeightShape::GateUp { .. } => dtype,
         WeightShape::Vector { .. } => DType::F32,
-        WeightShape::Table { .. } => tensors[0].dtype,
+        WeightShape::Table { .. } => stored,
     };
     WeightFormat::plain(held).ok_or_else(|| {
         DeviceError::Shape(format!("{name}: no weight is held in {held}; store it as a float"))

@@ -1,5 +1,5 @@
 //! Every operation on every processor: against its definition in float64 (`definitions`), against itself
-//! with other rows around (`invariance`), with weights in codes (`coded`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
+//! with other rows around (`invariance`), with weights in codes (`coded`) or made on the spot (`drawn`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
 //!
 //! A new processor is one line in `processors!`. A new operation does not compile until `Bench::run` knows it,
 //! and fails `definitions` until it is checked there. `EPSMOE_TEST_SEED` repeats a run;
@@ -9,6 +9,7 @@ mod assignments;
 mod bench;
 mod coded;
 mod definitions;
+mod drawn;
 mod invariance;
 mod lanes;
 mod recurrent;
@@ -85,6 +86,12 @@ macro_rules! processors {
             #[test]
             fn codes_give_the_bits_of_what_they_mean_in_bfloat16() {
                 on($bench(DType::BF16), coded::suite);
+            }
+
+            #[test]
+            fn drawn_weights_are_those_that_are_brought() {
+                on($bench(DType::BF16), drawn::suite);
+                on($bench(DType::F32), drawn::suite);
             }
 
             #[test]

@@ -7,7 +7,7 @@ use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::op::{
     Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, NONE, Op, Reduce, Sight,
 };
-use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
+use epsmoe_device::{Backend, Buffer, Record, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_quant::{Code, Codes, Format, Scale};
 use half::bf16;
 use std::io::BufRead;

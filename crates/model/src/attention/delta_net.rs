@@ -9,7 +9,7 @@ use crate::names::DeltaRows;
 use crate::{DeltaNetSpec, LayerPart, ModelError, Part, Window};
 use epsmoe_base::{DType, Layer};
 use epsmoe_device::op::{DeltaRule, Gate, Gating, Gemm, ShortConv};
-use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use std::ops::Range;
 
 pub(crate) struct DeltaNet {
@@ -49,8 +49,8 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    pub(super) fn allocate<B: Backend>(
-        device: &B,
+    pub(super) fn allocate(
+        device: &impl Reserve,
         spec: &DeltaNetSpec,
         hidden: usize,
         tokens: usize,
@@ -73,10 +73,13 @@ impl Workspace {
 }
 
 impl DeltaNetSpec {
-    /// Numbers and floats of a token in a [`Workspace`], without its input.
-    pub(crate) fn workspace_widths(&self) -> (usize, usize) {
-        let (mixed, context) = (self.mixed_width(), self.context_width());
-        (mixed + 2 * context, mixed + 2 * self.value_heads + 3 * context)
+    /// The last rows, and the states, of so many sequences.
+    pub(super) fn states(&self, device: &impl Reserve, slots: usize) -> Result<[Buffer; 2], DeviceError> {
+        let (rows, of_head) = (slots * (self.taps - 1), self.key_width * self.value_width);
+        Ok([
+            device.allocate("kept_rows", device.dtype(), rows, self.mixed_width())?,
+            device.allocate("delta_states", DType::F32, slots * self.value_heads, of_head)?,
+        ])
     }
 }
 
@@ -86,7 +89,7 @@ impl DeltaNet {
         layer: Layer,
         (whole, heads): (&DeltaNetSpec, Range<usize>),
         workspace: &Workspace,
-        slots: usize,
+        [kept, states]: [Buffer; 2],
     ) -> Result<Self, ModelError> {
         let spec = whole.of_heads(heads.len());
         let of_heads = |kinds: &[DeltaRows], part: fn(usize, DeltaRows) -> LayerPart| -> Vec<Part> {
@@ -100,8 +103,6 @@ impl DeltaNet {
             .collect();
         let values = blocks(&heads, whole.group());
         let of_values = |part: LayerPart| loader.window(part.of(layer), &Window::rows(values.clone()));
-        let allocate = |name, dtype, rows, width| loader.device.allocate(name, dtype, rows, width);
-        let kept_rows = slots * (spec.taps - 1);
         Ok(DeltaNet {
             mixed: matrix(&DeltaRows::MIXED)?,
             convolution: loader.vectors(&taps)?,
@@ -117,13 +118,8 @@ impl DeltaNet {
                 )?,
                 bias: None,
             },
-            kept: allocate("kept_rows", loader.device.dtype(), kept_rows, spec.mixed_width())?,
-            states: allocate(
-                "delta_states",
-                DType::F32,
-                slots * spec.value_heads,
-                spec.key_width * spec.value_width,
-            )?,
+            kept,
+            states,
             workspace: workspace.clone(),
             spec,
         })

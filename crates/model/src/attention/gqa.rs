@@ -7,7 +7,7 @@ use crate::step::Queries;
 use crate::{GqaSpec, LayerPart, ModelError, QkNorm, Window};
 use epsmoe_base::Layer;
 use epsmoe_device::op::{Clamp, Gate, Gating, Sight};
-use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use std::ops::Range;
 
 pub(crate) struct Gqa {
@@ -72,6 +72,13 @@ impl OwnHeads {
         }
     }
 
+    /// Keys and values of so many tokens.
+    pub(super) fn cache(&self, device: &impl Reserve, slots: usize) -> Result<[Buffer; 2], DeviceError> {
+        let width = self.kv.len() * self.spec.head_dim;
+        let cache = |name| device.allocate(name, device.dtype(), slots, width);
+        Ok([cache("cached_keys")?, cache("cached_values")?])
+    }
+
     /// The elements of `heads`.
     fn elements(&self, heads: &Range<usize>) -> Range<usize> {
         blocks(heads, self.spec.head_dim)
@@ -99,8 +106,8 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    pub(super) fn allocate<B: Backend>(
-        device: &B,
+    pub(super) fn allocate(
+        device: &impl Reserve,
         own: &OwnHeads,
         hidden: usize,
         tokens: usize,
@@ -133,7 +140,7 @@ impl Gqa {
         layer: Layer,
         own: &OwnHeads,
         workspace: &Workspace,
-        slots: usize,
+        [cached_keys, cached_values]: [Buffer; 2],
     ) -> Result<Self, ModelError> {
         let spec = own.spec;
         let linear = |weight, bias: LayerPart, rows: Range<usize>| {
@@ -152,8 +159,6 @@ impl Gqa {
             }
         };
         let (queries, keys) = own.projected();
-        let width = own.kv.len() * spec.head_dim;
-        let cache = |name| loader.device.allocate(name, loader.device.dtype(), slots, width);
         Ok(Gqa {
             query: linear(
                 LayerPart::Query,
@@ -166,8 +171,8 @@ impl Gqa {
             norms: spec.qk_norm.map(norms).transpose()?,
             sinks: spec.sinks.then(sinks).transpose()?,
             output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
-            cached_keys: cache("cached_keys")?,
-            cached_values: cache("cached_values")?,
+            cached_keys,
+            cached_values,
             sight: loader.spec.layers[layer.0].sight,
             workspace: workspace.clone(),
             own: own.clone(),

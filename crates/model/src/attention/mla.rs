@@ -18,7 +18,7 @@ use crate::origins::{HEADS_TOGETHER, Round, RoundRoom, Span};
 use crate::{LayerPart, MlaSpec, ModelError, Window};
 use epsmoe_base::{DType, Layer};
 use epsmoe_device::op::{Copy, Epilogue, Gather, Gemm, GemmPart, Sight};
-use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use std::ops::Range;
 
 pub(crate) struct Mla {
@@ -81,8 +81,8 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    pub(super) fn allocate<B: Backend>(
-        device: &B,
+    pub(super) fn allocate(
+        device: &impl Reserve,
         spec: &MlaSpec,
         hidden: usize,
         options: &ModelOptions,
@@ -130,6 +130,11 @@ impl Workspace {
     }
 }
 
+/// Latents of so many tokens.
+pub(super) fn cache(device: &impl Reserve, spec: &MlaSpec, slots: usize) -> Result<Buffer, DeviceError> {
+    device.allocate("cached_latents", device.dtype(), slots, spec.kv_lora + spec.rope)
+}
+
 impl Mla {
     pub(super) fn load<B: Backend>(
         loader: &Loader<'_, B>,
@@ -137,7 +142,7 @@ impl Mla {
         spec: MlaSpec,
         heads: Range<usize>,
         workspace: &Workspace,
-        slots: usize,
+        cache: Buffer,
     ) -> Result<Self, ModelError> {
         let linear = |weight, bias: LayerPart| {
             Linear::load(loader, layer, weight, spec.bias.then_some(bias), &Window::whole())
@@ -148,7 +153,6 @@ impl Mla {
         };
         let query = if spec.q_lora.is_some() { LayerPart::QueryUp } else { LayerPart::Query };
         let query_rows = Window::rows(blocks(&heads, spec.nope + spec.rope));
-        let width = spec.kv_lora + spec.rope;
         Ok(Mla {
             query_down: spec.q_lora.map(down).transpose()?,
             query: loader.window(query.of(layer), &query_rows)?,
@@ -160,7 +164,7 @@ impl Mla {
                 _ => Decompressing::load(loader, layer, &spec, &heads)?,
             },
             heads: heads.map(|head| Head::load(loader, layer, head)).collect::<Result<_, _>>()?,
-            cache: loader.device.allocate("cached_latents", loader.device.dtype(), slots, width)?,
+            cache,
             workspace: workspace.clone(),
             spec,
         })

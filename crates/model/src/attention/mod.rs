@@ -8,12 +8,15 @@ mod mla;
 use crate::forward::ModelOptions;
 use crate::load::Loader;
 use crate::origins::Span;
+use crate::parallel::Share;
 use crate::step::{Queries, Step};
-use crate::{AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, RopeSpec, Window};
+use crate::{
+    AttentionSpec, DeltaNetSpec, LayerPart, LayerSpec, MlaSpec, ModelError, ModelSpec, RopeSpec, Window,
+};
 use delta_net::DeltaNet;
 use epsmoe_base::{Lane, Layer, Place};
 use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, Rotate, Sight};
-use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use gqa::Gqa;
 use mla::Mla;
 use std::ops::Range;
@@ -33,16 +36,16 @@ pub(crate) enum Attention {
 enum Workspace {
     Gqa(gqa::OwnHeads, gqa::Workspace),
     Mla(MlaSpec, mla::Workspace),
-    DeltaNet(delta_net::Workspace),
+    DeltaNet(DeltaNetSpec, delta_net::Workspace),
 }
 
 impl Workspace {
-    fn allocate<B: Backend>(
-        loader: &Loader<'_, B>,
-        attention: &AttentionSpec,
+    fn allocate(
+        device: &impl Reserve,
+        (attention, hidden): (&AttentionSpec, usize),
+        share: Share,
         options: &ModelOptions,
     ) -> Result<Self, DeviceError> {
-        let (device, hidden, share) = (loader.device, loader.spec.hidden, loader.layout.in_group());
         let tokens = options.max_tokens;
         Ok(match attention {
             AttentionSpec::Gqa(spec) => {
@@ -56,43 +59,82 @@ impl Workspace {
             }
             AttentionSpec::DeltaNet(spec) => {
                 let own = spec.of_heads(share.of(spec.key_heads).len());
-                Workspace::DeltaNet(delta_net::Workspace::allocate(device, &own, hidden, tokens)?)
+                Workspace::DeltaNet(own, delta_net::Workspace::allocate(device, &own, hidden, tokens)?)
             }
         })
     }
 }
 
+/// The workspaces of every kind of attention that a model has.
+pub(crate) struct Rooms(Vec<(AttentionSpec, Workspace)>);
+
+impl Rooms {
+    /// For a rank that has this share of the heads.
+    pub(crate) fn allocate(
+        device: &impl Reserve,
+        spec: &ModelSpec,
+        share: Share,
+        options: &ModelOptions,
+    ) -> Result<Self, DeviceError> {
+        let mut rooms: Vec<(AttentionSpec, Workspace)> = Vec::new();
+        for LayerSpec { attention, .. } in &spec.layers {
+            if !rooms.iter().any(|(of, _)| of == attention) {
+                let workspace = Workspace::allocate(device, (attention, spec.hidden), share, options)?;
+                rooms.push((*attention, workspace));
+            }
+        }
+        Ok(Rooms(rooms))
+    }
+
+    /// Reserves what a layer keeps of tokens that it may look back at, or of sequences, as [`Attention::load`] does.
+    pub(crate) fn reserve_kept(
+        &self,
+        device: &impl Reserve,
+        attention: &AttentionSpec,
+        options: &ModelOptions,
+    ) -> Result<(), DeviceError> {
+        let slots = options.cache_blocks * BLOCK_SIZE;
+        match self.of(attention) {
+            Workspace::Gqa(own, _) => own.cache(device, slots).map(drop),
+            Workspace::Mla(own, _) => mla::cache(device, own, slots).map(drop),
+            Workspace::DeltaNet(own, _) => own.states(device, options.states).map(drop),
+        }
+    }
+
+    fn of(&self, attention: &AttentionSpec) -> &Workspace {
+        let found = self.0.iter().find(|(of, _)| of == attention);
+        let Some((_, workspace)) = found else {
+            unreachable!("{attention:?} has a workspace. This is a bug.")
+        };
+        workspace
+    }
+}
+
 impl Attention {
-    /// The attention of every layer.
+    /// The attention of one layer, which computes in one of the `rooms`.
     pub(crate) fn load<B: Backend>(
         loader: &Loader<'_, B>,
+        layer: Layer,
+        rooms: &Rooms,
         options: &ModelOptions,
-    ) -> Result<Vec<Self>, ModelError> {
-        let (slots, share) = (options.cache_blocks * BLOCK_SIZE, loader.layout.in_group());
-        let mut workspaces: Vec<(AttentionSpec, Workspace)> = Vec::new();
-        let mut layers = Vec::with_capacity(loader.spec.layers.len());
-        for (layer, LayerSpec { attention, .. }) in loader.spec.layers.iter().enumerate() {
-            let layer = Layer(layer);
-            if !workspaces.iter().any(|(of, _)| of == attention) {
-                workspaces.push((*attention, Workspace::allocate(loader, attention, options)?));
+    ) -> Result<Self, ModelError> {
+        let (share, attention) = (loader.layout.in_group(), &loader.spec.layers[layer.0].attention);
+        let (device, slots) = (loader.device, options.cache_blocks * BLOCK_SIZE);
+        Ok(match (attention, rooms.of(attention)) {
+            (_, Workspace::Gqa(own, workspace)) => {
+                Attention::Gqa(Gqa::load(loader, layer, own, workspace, own.cache(device, slots)?)?)
             }
-            let found = workspaces.iter().find(|(of, _)| of == attention);
-            layers.push(match (attention, found.map(|(_, workspace)| workspace)) {
-                (_, Some(Workspace::Gqa(own, workspace))) => {
-                    Attention::Gqa(Gqa::load(loader, layer, own, workspace, slots)?)
-                }
-                (AttentionSpec::Mla(spec), Some(Workspace::Mla(own, workspace))) => {
-                    let heads = share.of(spec.heads);
-                    Attention::Mla(Mla::load(loader, layer, *own, heads, workspace, slots)?)
-                }
-                (AttentionSpec::DeltaNet(spec), Some(Workspace::DeltaNet(workspace))) => {
-                    let heads = (spec, share.of(spec.key_heads));
-                    Attention::DeltaNet(DeltaNet::load(loader, layer, heads, workspace, options.states)?)
-                }
-                _ => unreachable!("{attention:?} has a workspace of its own kind. This is a bug."),
-            });
-        }
-        Ok(layers)
+            (AttentionSpec::Mla(spec), Workspace::Mla(own, workspace)) => {
+                let (heads, cache) = (share.of(spec.heads), mla::cache(device, own, slots)?);
+                Attention::Mla(Mla::load(loader, layer, *own, heads, workspace, cache)?)
+            }
+            (AttentionSpec::DeltaNet(spec), Workspace::DeltaNet(own, workspace)) => {
+                let heads = (spec, share.of(spec.key_heads));
+                let kept = own.states(device, options.states)?;
+                Attention::DeltaNet(DeltaNet::load(loader, layer, heads, workspace, kept)?)
+            }
+            _ => unreachable!("{attention:?} has a workspace of its own kind. This is a bug."),
+        })
     }
 
     /// `out = attention(x)` for `x` `[T, H]` and `out` `[Q, H]`, one row for each query: of this rank's heads, to be

@@ -19,10 +19,10 @@ pub use quantising::Quantising;
 
 use crate::ModelError;
 use crate::names::{Form, Located, Source, Turn};
-use epsmoe_base::DType;
 use epsmoe_base::files::{open_plain, read_plain};
 use epsmoe_base::text::{printable, shortened};
-use epsmoe_device::{TensorBytes, WeightShape};
+use epsmoe_base::{DType, Mix};
+use epsmoe_device::{Drawn, TensorBytes, WeightShape};
 use epsmoe_quant::{
     CodedTensor, Codes, Format, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType, Target,
 };
@@ -53,6 +53,25 @@ pub trait WeightSource: Send + Sync {
     /// The coding that plain weights are brought into when they are loaded, if any.
     fn quantises(&self) -> Option<Target> {
         None
+    }
+
+    /// Where the numbers of a tensor come from, and the factor on them, if it is made as [`Drawn`] says.
+    fn numbers(&self, name: &str) -> Option<(Mix, f32)> {
+        let _ = name;
+        None
+    }
+
+    /// A window of a part whose tensor is made rather than stored.
+    fn drawn(&self, part: &Located, window: &Window) -> Result<Option<Drawn>, ModelError> {
+        Ok(self.kept(part)?.and_then(|(source, _)| {
+            let (numbers, step) = self.numbers(&source.name)?;
+            let drawn = Block::new(source, part.shape, window).drawn(source.transposed, numbers, step);
+            Some(match part.shape {
+                // What is stored as rows of one element is one row.
+                WeightShape::Vector { .. } => Drawn { column_step: drawn.row_step, ..drawn },
+                _ => drawn,
+            })
+        }))
     }
 
     /// What to call the place of a tensor in messages.
@@ -329,6 +348,15 @@ impl Block {
         let first = source.first_row + at + window_rows.start * of;
         let rows = Rows { first, count: window_rows.len(), step: of };
         Block { rows, columns, turn: Turn::ALONE, row_width: k }
+    }
+
+    /// How the part's elements follow from their places, where stored ones follow from their number.
+    fn drawn(&self, transposed: bool, numbers: Mix, step: f32) -> Drawn {
+        let Block { rows, columns, turn, row_width } = self;
+        let first = rows.first * row_width + columns.start * turn.of + turn.at;
+        let (down, beside) = ((rows.step * row_width) as u64, turn.of as u64);
+        let (row_step, column_step) = if transposed { (beside, down) } else { (down, beside) };
+        Drawn { numbers, step, first: first as u64, row_step, column_step }
     }
 
     /// Whole rows lie one after the other and are read at once, pieces of rows one by one.

@@ -2,6 +2,7 @@
 
 use super::{Stored, WeightSource};
 use crate::ModelError;
+use epsmoe_base::Mix;
 use epsmoe_quant::{Hints, Target};
 
 /// A source whose plain maps become codes when they are loaded.
@@ -36,6 +37,10 @@ impl WeightSource for Quantising {
 
     fn quantises(&self) -> Option<Target> {
         Some(self.target)
+    }
+
+    fn numbers(&self, name: &str) -> Option<(Mix, f32)> {
+        self.source.numbers(name)
     }
 
     fn place(&self, name: &str) -> String {

@@ -1,11 +1,13 @@
 //! Room for one step.
 
 use super::{ModelOptions, experts};
-use crate::origins::RoundRoom;
+use crate::attention::Rooms;
+use crate::collectives::GroupBuffers;
 use crate::parallel::Layout;
-use crate::{AttentionSpec, LayerSpec, MlaSpec, MlpSpec, ModelError, ModelSpec};
+use crate::{AttentionSpec, LayerSpec, MlpSpec, ModelError, ModelSpec};
 use epsmoe_base::{DType, Rank};
-use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_device::{Buffer, DeviceError, Reserve, Tally};
+use std::ops::Range;
 
 /// Logits are computed for this many tokens at a time.
 const LOGIT_ROWS: usize = 256;
@@ -64,8 +66,8 @@ pub(super) struct QueryBuffers {
 }
 
 impl StepBuffers {
-    pub(super) fn allocate<B: Backend>(
-        device: &B,
+    pub(super) fn allocate(
+        device: &impl Reserve,
         spec: &ModelSpec,
         options: &ModelOptions,
         layout: &Layout,
@@ -125,108 +127,47 @@ impl StepBuffers {
     }
 }
 
-impl ModelOptions {
-    /// About how many bytes each of `ranks` ranks computes in, beside its weights and its cache: never less than it
-    /// reserves.
-    pub fn workspace_bytes(&self, spec: &ModelSpec, ranks: usize, dtype: DType) -> Result<u64, ModelError> {
-        let layout = self.parallel.layout(spec, Rank(0), ranks)?;
-        let (tokens, word) = (self.max_tokens, DType::U32.bytes());
-        let product = |rows: usize, bytes: usize| (rows as u64).saturating_mul(bytes as u64);
-        // Of ranks that split work: what they compute together, what comes of it, and the parts of their shards.
-        let group = |ranks: usize, together: usize| match ranks {
-            1 => 0,
-            _ => product(
-                2 * together + ranks * layout.most_in_shard(tokens),
-                spec.hidden * dtype.bytes() + word,
-            ),
-        };
-        let parts = [
-            product(tokens, bytes_per_token(spec, dtype)),
-            product(tokens.min(LOGIT_ROWS), (spec.vocab + 1) * word),
-            product(self.max_sequences + 1, (self.max_blocks + 4) * word),
-            self.rounds_bytes(spec, dtype),
-            product(self.states, spec.state_bytes(dtype, self.parallel.tensor)),
-            group(layout.attention_ranks().len(), tokens),
-            group(layout.mlp_ranks().len(), layout.most_in_mlp(tokens)),
-            experts::buffer_bytes(spec, &layout, self, dtype)?,
-        ];
-        Ok(parts.into_iter().fold(0, u64::saturating_add))
-    }
+/// What the exchanges of a rank's two groups need: of those that split attention, and of those that split MLPs.
+pub(super) fn groups(
+    device: &impl Reserve,
+    spec: &ModelSpec,
+    layout: &Layout,
+    tokens: usize,
+) -> Result<[GroupBuffers; 2], DeviceError> {
+    let group = |ranks: Range<usize>, together| {
+        let most = [together, layout.most_in_shard(tokens)];
+        GroupBuffers::allocate(device, ranks.len(), spec.hidden, most)
+    };
+    Ok([group(layout.attention_ranks(), tokens)?, group(layout.mlp_ranks(), layout.most_in_mlp(tokens))?])
 }
 
 impl ModelOptions {
-    /// Bytes of what the contexts of prompts are decompressed into, where attention goes to latents, and of the maps that do it:
-    /// they are made of the model's weights, beside them.
-    fn rounds_bytes(&self, spec: &ModelSpec, dtype: DType) -> u64 {
+    /// Bytes of the maps by which the contexts of prompts are decompressed, where attention goes to latents: weights that are
+    /// made of the model's, beside them.
+    pub fn made_bytes(&self, spec: &ModelSpec, dtype: DType) -> u64 {
         if !self.decompress_prompts {
             return 0;
         }
-        let mut kinds: Vec<&MlaSpec> = Vec::new();
-        for layer in &spec.layers {
-            if let AttentionSpec::Mla(mla) = &layer.attention
-                && !kinds.contains(&mla)
-            {
-                kinds.push(mla);
-            }
-        }
-        let of_kind = |mla: &&MlaSpec| {
-            let room = RoundRoom::of(mla.heads, self.max_sequences, self.max_blocks);
-            let elements = room.positions.saturating_mul(mla.kv_lora + mla.rope)
-                + room.pairs.saturating_mul(mla.nope + mla.rope + mla.value);
-            (elements as u64).saturating_mul(dtype.bytes() as u64)
-        };
         let of_maps = |layer: &LayerSpec| {
             let AttentionSpec::Mla(mla) = layer.attention else { return 0 };
             let heads = mla.heads.div_ceil(self.parallel.tensor.max(1));
             let of_head = (mla.nope + mla.rope) * (mla.kv_lora + mla.rope) + mla.value * mla.kv_lora;
             (heads.saturating_mul(of_head) as u64).saturating_mul(dtype.bytes() as u64)
         };
-        let maps = spec.layers.iter().map(of_maps).fold(0, u64::saturating_add);
-        let indices = if kinds.is_empty() { 0 } else { 4 * self.max_sequences * (self.max_blocks + 1) };
-        let rest = maps.saturating_add((indices * DType::U32.bytes()) as u64);
-        kinds.iter().map(of_kind).fold(rest, u64::saturating_add)
+        spec.layers.iter().map(of_maps).fold(0, u64::saturating_add)
     }
-}
 
-/// Bytes of a token in all buffers but those of MoE layers, on a rank that splits nothing.
-fn bytes_per_token(spec: &ModelSpec, dtype: DType) -> usize {
-    let mut kinds: Vec<&AttentionSpec> = Vec::new();
-    for layer in &spec.layers {
-        if !kinds.contains(&&layer.attention) {
-            kinds.push(&layer.attention);
+    /// How many bytes each of `ranks` ranks reserves beside its weights, its cache included: asked of the code that does.
+    pub fn reserved_bytes(&self, spec: &ModelSpec, ranks: usize, dtype: DType) -> Result<u64, ModelError> {
+        let (layout, tally) = (self.parallel.layout(spec, Rank(0), ranks)?, Tally::new(dtype));
+        let rooms = Rooms::allocate(&tally, spec, layout.in_group(), self)?;
+        for layer in &spec.layers {
+            rooms.reserve_kept(&tally, &layer.attention, self)?;
         }
-    }
-    let (mut values, mut floats) = (0, 0);
-    for kind in &kinds {
-        let widths = workspace_widths(kind);
-        // With the input of queries.
-        (values, floats) = (values + widths.0 + spec.hidden, floats + widths.1);
-    }
-    // The normed stream, what experts before attention read; the stream twice, and what is added.
-    let values = values + widest_dense(spec) + 2 * spec.hidden;
-    let floats = floats + 3 * spec.hidden + 2 * spec.ropes.iter().map(|rope| rope.dim).sum::<usize>();
-    let sandwich = if is_sandwich(spec) { 2 * spec.hidden + 2 * widest_dense(spec) } else { 0 };
-    let late = if is_late(spec) { spec.hidden } else { 0 };
-    let (values, floats) = (values + late, floats + sandwich + 2 * late);
-    // Ids, slots, positions and places.
-    values * dtype.bytes() + floats * DType::F32.bytes() + 8 * DType::U32.bytes()
-}
-
-/// Numbers, and floats, of a token in what layers with such attention share.
-fn workspace_widths(attention: &AttentionSpec) -> (usize, usize) {
-    match attention {
-        AttentionSpec::Gqa(gqa) => {
-            let (query, key) = (gqa.heads * gqa.head_dim, gqa.kv_heads * gqa.head_dim);
-            // Query, context, key, value, gate; query and key once more if they are normed.
-            let more = if gqa.gated { query } else { 0 } + if gqa.value_norm { key } else { 0 };
-            (3 * query + 3 * key + more, 0)
-        }
-        AttentionSpec::Mla(mla) => {
-            let (latent, row) = (mla.q_lora.unwrap_or(0), mla.kv_lora + mla.rope);
-            let heads = mla.heads * (mla.nope + mla.rope + row + mla.kv_lora + mla.value);
-            (latent + row + heads, latent + row)
-        }
-        AttentionSpec::DeltaNet(spec) => spec.workspace_widths(),
+        groups(&tally, spec, &layout, self.max_tokens)?;
+        experts::reserve(&tally, spec, &layout, self)?;
+        StepBuffers::allocate(&tally, spec, self, &layout)?;
+        Ok(tally.bytes())
     }
 }
 

@@ -6,10 +6,10 @@ use crate::step::{LayerTokens, Step};
 use crate::{Experts, ModelError, ModelSpec};
 use epsmoe_base::{DType, Phase, Place, WireDType, WireFormat};
 use epsmoe_device::op::Gather;
-use epsmoe_device::{Backend, Buffer};
+use epsmoe_device::{Backend, Buffer, Reserve};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, MoeLayer, Pending, PipelineError, PipelineOptions, PipelineSizes};
-use epsmoe_plan::{Capacity, LayerBytes, LayerSizes, Policy, Routing, Schedule};
+use epsmoe_plan::{Capacity, LayerSizes, Policy, Routing, Schedule};
 use std::sync::Arc;
 
 /// What runs the MoE layers of one rank, if the model has any: whole experts over all ranks, or a part of every
@@ -23,26 +23,49 @@ pub(super) fn pipeline<B: Backend>(
     fabric: &Fabric<B>,
     weight_millibits: Option<u64>,
 ) -> Result<Option<ExpertPipeline<B>>, ModelError> {
-    let Some(layer) = layer_sizes(spec, layout, options.wire, device.dtype())? else { return Ok(None) };
+    let Some(options) = pipeline_options(spec, layout, options, device.dtype())? else { return Ok(None) };
+    let PipelineSizes { layer, .. } = options.sizes;
     let weight_millibits = weight_millibits.unwrap_or(layer.weight_millibits);
     let layer = LayerSizes { weight_millibits, ..layer };
-    let capacity = capacity(layout, options, &layer);
-    let (policy, fabric) = match layout.experts() {
-        Experts::Ep => (options.policy.clone(), fabric.clone()),
-        // Experts that never travel leave stages nothing to run beside.
-        Experts::Tp => {
-            let policy =
-                Policy { gemm: options.policy.gemm, schedule: Schedule::Serial, ..Policy::default() };
-            (policy, Fabric::single_rank())
-        }
+    let sizes = PipelineSizes { layer, ..options.sizes };
+    let fabric = match layout.experts() {
+        Experts::Ep => fabric.clone(),
+        Experts::Tp => Fabric::single_rank(),
     };
-    let options = PipelineOptions {
-        sizes: PipelineSizes { layer, capacity },
-        policy,
-        identity,
-        timeout: options.timeout,
-    };
+    let options = PipelineOptions { sizes, identity, ..options };
     Ok(Some(ExpertPipeline::new(Arc::clone(device), fabric, options)?))
+}
+
+/// Reserves what [`pipeline`] does.
+pub(super) fn reserve(
+    device: &impl Reserve,
+    spec: &ModelSpec,
+    layout: &Layout,
+    options: &ModelOptions,
+) -> Result<(), ModelError> {
+    if let Some(options) = pipeline_options(spec, layout, options, device.dtype())? {
+        options.reserve(device)?;
+    }
+    Ok(())
+}
+
+/// What the pipeline of one rank is told; nothing in a model without experts.
+fn pipeline_options(
+    spec: &ModelSpec,
+    layout: &Layout,
+    options: &ModelOptions,
+    dtype: DType,
+) -> Result<Option<PipelineOptions>, ModelError> {
+    let Some(layer) = layer_sizes(spec, layout, options.wire, dtype)? else { return Ok(None) };
+    let policy = match layer.ranks {
+        // Where nothing travels stages have nothing to hide.
+        1 => Policy { gemm: options.policy.gemm, schedule: Schedule::Serial, ..Policy::default() },
+        _ => options.policy.clone(),
+    };
+    let tokens = layout.most_in_mlp(options.max_tokens);
+    let capacity = options.capacity.unwrap_or_else(|| Capacity::for_policy(tokens, &layer, &policy));
+    let sizes = PipelineSizes { layer, capacity };
+    Ok(Some(PipelineOptions { policy, sizes, identity: 0, timeout: options.timeout }))
 }
 
 /// The sizes of the model's MoE layers on one rank; nothing without any.
@@ -65,23 +88,6 @@ fn layer_sizes(
         wire: WireFormat::of(wire, dtype),
         ..LayerSizes::of(&map, dtype)
     }))
-}
-
-/// What MoE layers have room for.
-fn capacity(layout: &Layout, options: &ModelOptions, layer: &LayerSizes) -> Capacity {
-    let worst = || Capacity::worst_case(layout.most_in_mlp(options.max_tokens), layer);
-    options.capacity.unwrap_or_else(worst)
-}
-
-/// Bytes of the buffers that all MoE layers of one rank share.
-pub(super) fn buffer_bytes(
-    spec: &ModelSpec,
-    layout: &Layout,
-    options: &ModelOptions,
-    dtype: DType,
-) -> Result<u64, ModelError> {
-    let layer = layer_sizes(spec, layout, options.wire, dtype)?;
-    Ok(layer.map_or(0, |layer| LayerBytes::of(&layer, &capacity(layout, options, &layer)).total()))
 }
 
 /// Experts whose outputs are added behind the next layer.

@@ -6,14 +6,14 @@ mod input;
 mod logits;
 mod repeat;
 
-use crate::attention::{Attention, Context};
+use crate::attention::{Attention, Context, Rooms};
 use crate::collectives::Group;
-use crate::load::{Loader, NormWeights};
-use crate::mlp::{MlpWeights, ResidualWeights, Sandwich};
+use crate::load::{Loader, NormWeights, by_readers};
+use crate::mlp::{MlpWeights, ResidualWeights, Sandwich, experts_of, load_expert};
 use crate::parallel::Layout;
 use crate::step::{LayerTokens, Step};
 use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
-use buffers::StepBuffers;
+use buffers::{StepBuffers, groups};
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
 use epsmoe_device::op::{Activate, Add, AddNorm, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale, Swish};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
@@ -143,6 +143,20 @@ pub struct ExpertTokens {
     pub tokens: Vec<u32>,
 }
 
+/// Loads what most of a model is, by many threads: whoever asks for it later finds it. Tables come first, as long as there is
+/// memory to have them twice; then this rank's experts of all layers.
+fn load_ahead<B: Backend>(loader: &Loader<'_, B>) -> Result<(), ModelError> {
+    let (tables, experts) = ([Part::Embedding, Part::LmHead], experts_of(loader)?);
+    by_readers(tables.len() + experts.len(), |at| {
+        if let Some(&table) = tables.get(at) {
+            return loader.part(table).map(drop);
+        }
+        let (layer, moe, expert) = experts[at - tables.len()];
+        load_expert(loader, layer, moe, expert).map(drop)
+    })?;
+    Ok(())
+}
+
 /// The model of one rank: its weights, its cache and its buffers.
 pub struct Model<B: Backend> {
     spec: Arc<ModelSpec>,
@@ -187,12 +201,14 @@ impl<B: Backend> Model<B> {
     ) -> Result<Self, ModelError> {
         let layout = options.parallel.layout(&spec, fabric.rank(), fabric.size())?;
         let loader = Loader { spec: &spec, source, device: &*device, layout };
-        let layers = Attention::load(&loader, &options)?.into_iter().enumerate().map(|(layer, attention)| {
+        let rooms = Rooms::allocate(&*device, &spec, layout.in_group(), &options)?;
+        load_ahead(&loader)?;
+        let layers = by_readers(spec.layers.len(), |layer| {
             let layer = Layer(layer);
             Ok(LayerWeights {
                 input_norm: loader
                     .norm(LayerPart::InputNorm.of(layer), LayerPart::InputNormBias.of(layer))?,
-                attention,
+                attention: Attention::load(&loader, layer, &rooms, &options)?,
                 mlp_norm: loader.norm(
                     LayerPart::PostAttentionNorm.of(layer),
                     LayerPart::PostAttentionNormBias.of(layer),
@@ -201,8 +217,7 @@ impl<B: Backend> Model<B> {
                 residual: ResidualWeights::load(&loader, layer)?,
                 sandwich: Sandwich::load(&loader, layer)?,
             })
-        });
-        let layers = layers.collect::<Result<_, ModelError>>()?;
+        })?;
         let embedding = loader.part(Part::Embedding)?;
         let final_norm = loader.norm(Part::FinalNorm, Part::FinalNormBias)?;
         let head = loader.part(Part::LmHead)?;
@@ -212,24 +227,15 @@ impl<B: Backend> Model<B> {
             loader.vector(&format!("inverse frequencies {index}"), &rope.inverse_frequencies)
         });
         let frequencies = frequencies.collect::<Result<_, _>>()?;
-        let tokens = options.max_tokens;
-        let group = |ranks, together| {
-            Group::new(
-                Arc::clone(&device),
-                &fabric,
-                ranks,
-                spec.hidden,
-                together,
-                layout.most_in_shard(tokens),
-            )
-        };
+        let [attention, mlp] = groups(&*device, &spec, &layout, options.max_tokens)?;
+        let group = |ranks, buffers| Group::new(Arc::clone(&device), &fabric, ranks, buffers);
         let labelled = !matches!(options.routing, RoutingMode::FromRouter);
         let origins = options.decompress_prompts;
         let identity = format!("{spec:?} {} {:?} {labelled} {origins}", device.dtype(), options.parallel);
         let identity = hash_bytes(identity.as_bytes());
         Ok(Model {
-            attention: group(layout.attention_ranks(), tokens)?,
-            mlp: group(layout.mlp_ranks(), layout.most_in_mlp(tokens))?,
+            attention: group(layout.attention_ranks(), attention)?,
+            mlp: group(layout.mlp_ranks(), mlp)?,
             experts: experts::pipeline(&spec, &layout, &options, identity, &device, &fabric, millibits)?,
             buffers: StepBuffers::allocate(&*device, &spec, &options, &layout)?,
             repeats: Repeats::default(),

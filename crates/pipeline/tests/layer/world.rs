@@ -8,7 +8,7 @@ use epsmoe_base::{
 use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::reference::{self, PlainKernels, PlainMatrix, Reference};
 use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
-use epsmoe_device::{Backend, Buffer, Record, TensorBytes, Weight, WeightShape};
+use epsmoe_device::{Backend, Buffer, Record, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_fabric::{Fabric, FaultInjection, ThreadsOptions};
 use epsmoe_pipeline::{
     ExpertPipeline, Identities, LayerReport, Mlp, MoeLayer, PipelineError, PipelineOptions, PipelineSizes,

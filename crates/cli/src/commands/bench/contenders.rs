@@ -71,13 +71,16 @@ pub(super) fn of_spec(auto: &Policy, spec: &ContenderSpec) -> Policy {
     Policy { schedule, stages, order, ..base }
 }
 
-/// The schedules to compare: what was typed, or serial, two micro-batches, 2, 4, 8, … stages, and auto.
+/// The schedules to compare: what was typed, or serial, and of several ranks two micro-batches, 2, 4, 8, …
+/// stages, and auto.
 fn policies(setup: &Setup, typed: Option<ScheduleKind>) -> Result<Vec<Policy>> {
     Ok(match typed {
         Some(ScheduleKind::Serial | ScheduleKind::Auto | ScheduleKind::TwoBatch) => {
             vec![setup.policy.clone()]
         }
         Some(ScheduleKind::Staged) => staged(setup, &setup.parallel)?,
+        // Nothing travels, so there is nothing to schedule.
+        None if setup.ranks == 1 && setup.policy.stages.is_none() => vec![serial(&setup.policy)],
         None => {
             let whole = [serial(&setup.policy), two_batch(&setup.policy)].into_iter();
             whole.chain(staged(setup, &setup.parallel)?).chain(auto(setup)).collect()

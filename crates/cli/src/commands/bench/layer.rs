@@ -8,7 +8,7 @@ use crate::machine::{self, Machine};
 use crate::setup;
 use crate::{memory, output};
 use anyhow::{Context, Result, anyhow, bail};
-use epsmoe_base::{Bytes, DType, FaultCell, Mix, Rank, RowFormat, WireDType, WireFormat};
+use epsmoe_base::{Bytes, DType, FaultCell, Mix, Rank, RowFormat, WireDType, WireFormat, cores};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{Cpu, CpuKernels};
 use epsmoe_device::cuda::{
@@ -114,6 +114,7 @@ pub(crate) fn run(args: &BenchLayerArgs) -> Result<()> {
         DeviceKind::CudaAt(number) => Some(CudaDevice::open(number)?),
         DeviceKind::Auto | DeviceKind::Reference => bail!("bench layer runs on --device cpu or cuda"),
     };
+    gpu.iter().try_for_each(|gpu| gpu.finish_kernels())?;
     let dtype = match args.dtype {
         Dtype::Bfloat16 => DType::BF16,
         Dtype::Float32 => DType::F32,
@@ -126,7 +127,7 @@ pub(crate) fn run(args: &BenchLayerArgs) -> Result<()> {
         }
     };
     let wire = args.wire_dtype.of(dtype)?;
-    let (threads, isa) = (args.threads.unwrap_or(machine::cores()), Isa::detect());
+    let (threads, isa) = (args.threads.unwrap_or(cores()), Isa::detect());
     let size = args.emulate_rank.size;
     let fingerprint = match &gpu {
         Some(gpu) => Fingerprint::of_gpu(gpu.describe(), size, dtype),

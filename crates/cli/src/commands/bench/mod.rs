@@ -181,6 +181,15 @@ pub(crate) fn run(args: &BenchArgs) -> Result<()> {
         Some(one) => emulated::learn(&setup, one, &options, &prompts, args.output_len)?,
         None => prompts,
     };
+    if setup.ranks == 1 && setup.emulated.is_none() {
+        output::remark(match args.run.device {
+            DeviceKind::Cuda => {
+                "one rank: nothing travels, and schedules have nothing to hide. --data-parallel-size N takes N GPUs, --device cuda:0 \
+                 lets two ranks share one"
+            }
+            _ => "one rank: nothing travels, and schedules have nothing to hide",
+        });
+    }
     let engines = setup.start_all(&options)?;
     let load_seconds = begun.elapsed().as_secs_f64();
     // A rank stands for all of its world.

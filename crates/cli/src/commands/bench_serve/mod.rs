@@ -9,6 +9,7 @@ use crate::args::BenchServeArgs;
 use crate::client::Client;
 use crate::output;
 use anyhow::{Result, bail};
+use epsmoe_base::count;
 use figures::Figures;
 use prompts::Prompt;
 use request::Outcome;
@@ -32,7 +33,12 @@ pub(crate) fn run(args: &BenchServeArgs) -> Result<()> {
         bail!("no request was answered: {}", output::flattened(problem));
     }
     if let Some(problem) = failed {
-        output::remark(format_args!("the first failure: {}", output::flattened(problem)));
+        let failures = outcomes.iter().filter(|outcome| outcome.is_err()).count();
+        output::warn(format_args!(
+            "{failures} of {} failed, of which the figures say nothing; the first of them: {}",
+            count(outcomes.len(), "request"),
+            output::flattened(problem)
+        ));
     }
     let figures = Figures::of(&outcomes, wall, args);
     if let Some(file) = &args.json {

@@ -167,6 +167,7 @@ impl Kept<'_> {
     /// Where on the GPU a copy of these bytes stays.
     fn bring(&mut self, bytes: &[u8]) -> Result<u64, Refusal> {
         let full = || DeviceError::OutOfMemory {
+            owner: "the GPU",
             name: "what steps bring along".into(),
             needed: Bytes(bytes.len() as u64),
             mend: "lower --max-model-len",

@@ -156,6 +156,7 @@ impl Capabilities {
 
 /// Measures; takes some seconds, in which the GPU should have nothing else to do.
 pub fn probe(device: &Arc<CudaDevice>) -> Result<Probes, DeviceError> {
+    device.finish_kernels()?;
     let bench = Bench::new(device)?;
     let parts = Partition::pair(bench.context(), 16);
     let beside = beside::spinning_kernel(&bench).map_err(DeviceError::from);

@@ -5,7 +5,7 @@ use super::beside::Work;
 use super::{Figure, Table};
 use crate::cuda::{CudaBackend, CudaOptions, CudaWeights};
 use crate::op::{Embed, Epilogue, Gemm, GemmPart, HostToDevice};
-use crate::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
+use crate::{Backend, Buffer, DeviceError, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use half::bf16;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
