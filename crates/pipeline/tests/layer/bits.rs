@@ -2,7 +2,7 @@
 //! chunk and run, however slow the lanes and the fabric are.
 
 use crate::world::{Case, Got, Setup, random_policy, random_table, run};
-use epsmoe_base::{DType, Mix, env::test_seed};
+use epsmoe_base::{DType, Mix, Phase, env::test_seed};
 use epsmoe_plan::{Capacity, Policy, SlotMap};
 
 fn bits(gots: &[Got]) -> Vec<Vec<u32>> {
@@ -51,6 +51,34 @@ fn schedules_do_not_change_bits() {
 fn tables_with_cuts_and_kernels_for_each_rank_and_stage_do_not_change_bits() {
     let gots = check(12, 2, 6, |case, mix, setup| setup.table = Some(random_table(&case.map, mix)));
     assert!(gots.iter().any(|got| got.reports[0].tables[0].gemm.windows(2).any(|pair| pair[0] != pair[1])));
+}
+
+/// What stands between the two parts computes while sums travel.
+#[test]
+fn a_layer_in_two_parts_has_the_bits_of_one() {
+    let seed = test_seed();
+    let mut beside = 0;
+    for index in 0..20 {
+        let mut mix = Mix::keyed(seed, &[index]);
+        // In float32 without identities: then nothing is rounded between the sums and the shared expert's output.
+        let case = Case { identities: 0, ..Case::random(mix.next_u64(), DType::F32, 1) };
+        let policy = random_policy(&case.map, &mut mix);
+        let setup = Setup { delay: Some(mix.next_u64()), ..Setup::new(policy.clone()) };
+        let shown = format!("{policy}, seed {seed}, case {index}, {case:?}");
+        let want = bits(&runs(&case, &setup, &shown));
+        let got = runs(&case, &Setup { in_two: true, ..setup }, &shown);
+        assert!(bits(&got) == want, "other bits in two parts: {shown}");
+        beside += got.iter().filter(|got| overlaps(got)).count();
+    }
+    assert!(beside > 0, "nothing ever computed while sums travelled, seed {seed}");
+}
+
+/// Whether work between the parts of a layer began before its last sums had come back.
+fn overlaps(got: &Got) -> bool {
+    let of = |phase| got.records.iter().filter(move |record| record.place.phase == Some(phase));
+    let back = of(Phase::Combine).map(|record| record.end_ns).max();
+    let between = of(Phase::Residual).map(|record| record.start_ns).min();
+    back.zip(between).is_some_and(|(back, between)| between < back)
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 use crate::emulated::Heard;
 use epsmoe_base::{
-    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Place, Rank, Stage, WireDType,
+    DType, Deadline, Fault, FaultCell, FaultKind, Lane, Layer, Mix, Phase, Place, Rank, Stage, WireDType,
     WireFormat, hash_bytes,
 };
-use epsmoe_device::op::{Embed, HostToDevice, Score, TopKRouter};
+use epsmoe_device::op::{Add, Copy, Embed, HostToDevice, Score, TopKRouter};
 use epsmoe_device::reference::{self, PlainKernels, PlainMatrix, Reference};
 use epsmoe_device::threaded::{ThreadedOptions, WeightStore};
 use epsmoe_device::{Backend, Buffer, Record, Reserve, TensorBytes, Weight, WeightShape};
@@ -203,6 +203,8 @@ pub(crate) struct Setup {
     pub(crate) timeout: Duration,
     /// A rank, and what writes down what the others say and send to it.
     pub(crate) heard: Option<(usize, Arc<Heard>)>,
+    /// Whether layers are begun, and finished behind other work.
+    pub(crate) in_two: bool,
 }
 
 impl Setup {
@@ -221,6 +223,7 @@ impl Setup {
             late: None,
             timeout: PATIENT,
             heard: None,
+            in_two: false,
         }
     }
 
@@ -356,6 +359,7 @@ fn run_rank(
     let mut reports = Vec::new();
     for layer in &layers {
         reports.push(match &table {
+            None if setup.in_two => run_in_two(&pipeline, &device, layer, [&x, &y])?,
             None => pipeline.run(layer, &x, &y)?,
             Some(table) => pipeline.run_table(layer, None, table, &x, &y)?,
         });
@@ -364,6 +368,25 @@ fn run_rank(
     finish()?;
     let (waits, records) = (device.waits(), device.take_records());
     Ok(Got { y: device.read_f32(&x)?, waits, reports, routing, records, pipeline_bytes })
+}
+
+/// A layer whose last sums are awaited behind other work, and to which the shared expert's output is added then.
+fn run_in_two(
+    pipeline: &ExpertPipeline<Reference>,
+    device: &Reference,
+    layer: &MoeLayer,
+    [x, y]: [&Buffer; 2],
+) -> Result<LayerReport, PipelineError> {
+    let place = Place::layer(Layer(layer.layer.0 + 1)).phase(Phase::Residual);
+    let [shared, other] = ["shared", "other"].map(|name| device.allocate(name, y.dtype, y.rows, y.width));
+    let (shared, other) = (shared?, other?);
+    let pending = pipeline.begin(layer, None, x, [&shared, y])?;
+    device.enqueue(Lane::Compute, place, Copy { x: x.clone(), out: other })?;
+    let report = pipeline.finish(place, pending)?;
+    if layer.shared.is_some() {
+        device.enqueue(Lane::Compute, place, Add { x: shared, out: y.clone() })?;
+    }
+    Ok(report)
 }
 
 /// The next version of a map.
