@@ -161,7 +161,7 @@ pub struct TileCost {
 impl TileCost {
     /// Rows of the tallest tile, and of the steps in which heights differ.
     const MOST_ROWS: u64 = 256;
-    const ROWS: u64 = 32;
+    pub(crate) const ROWS: u64 = 32;
     /// Heights that are tried.
     const LIMITS: [u64; 4] = [256, 192, 128, 64];
 
@@ -355,6 +355,11 @@ impl Product<'_> {
         // Picoseconds over permille are nanoseconds.
         let compute_ns = rows.saturating_mul(self.row_ps) / self.rows.clamped(rows).max(1);
         compute_ns.max(self.weight_ns).min(MOST_NS)
+    }
+
+    /// Whether it is priced by the tiles that it is cut into.
+    pub(crate) fn has_tiles(&self) -> bool {
+        self.tiles.is_some()
     }
 
     /// One operation over experts with so many rows each, at most [`MOST_NS`].

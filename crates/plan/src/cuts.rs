@@ -13,7 +13,7 @@
 //! after k, and transfer time still to come after t. Of all partial plans with as many stages and the same end, the
 //! best by that bound survives.
 
-use crate::{CostModel, GemmKind, LayerSizes, MOST_NS, Payload, Transfer, Workload};
+use crate::{CostModel, GemmKind, LayerSizes, MOST_NS, Payload, Product, TileCost, Transfer, Workload};
 use epsmoe_base::Rank;
 
 /// Predicted times of one rank's experts as running sums, so that a stage's time is a subtraction.
@@ -36,12 +36,19 @@ pub(crate) struct Loads {
 impl Loads {
     /// Of every rank, where so many permille of the processor are left to transfers.
     pub(crate) fn of(workload: &Workload<'_>, cost: &CostModel, reserved: u64) -> Vec<Loads> {
-        let sums = Sums::of(workload, cost);
-        workload.map.all_ranks().map(|rank| Self::of_rank(workload, cost, reserved, &sums, rank)).collect()
+        let (sums, mut prices) = (Sums::of(workload, cost), ExpertPrices::new(workload.shape, cost));
+        let of_rank = |rank| Self::of_rank(workload, cost, reserved, (&sums, &mut prices), rank);
+        workload.map.all_ranks().map(of_rank).collect()
     }
 
-    fn of_rank(workload: &Workload<'_>, cost: &CostModel, reserved: u64, sums: &Sums, rank: Rank) -> Loads {
-        let LayerSizes { hidden, inner, weight_millibits, wire, .. } = *workload.shape;
+    fn of_rank(
+        workload: &Workload<'_>,
+        cost: &CostModel,
+        reserved: u64,
+        (sums, prices): (&Sums, &mut ExpertPrices<'_>),
+        rank: Rank,
+    ) -> Loads {
+        let LayerSizes { hidden, wire, .. } = *workload.shape;
         let row_bytes = workload.shape.row_bytes() as u64;
         let block = workload.map.slots_of_rank(rank);
         let share = cost.share(reserved);
@@ -56,27 +63,23 @@ impl Loads {
         let (gather, gather_slope) = line(&cost.rows.gather, assignments * row_bytes);
         let (reduce, reduce_slope) = line(&cost.rows.reduce, assignments * row_bytes);
         let copy_ns = |assignments: u64| assignments * row_bytes * (gather_slope + reduce_slope) / 1024;
-        let up = |kind| cost.gemm(kind).product(2 * inner, hidden, weight_millibits);
-        let down = |kind| cost.gemm(kind).product(hidden, inner, weight_millibits);
-        let products = [GemmKind::Grouped, GemmKind::Dense].map(|kind| [up(kind), down(kind)]);
-        let [overhead, dense_overhead] = products.map(|[up, down]| up.overhead_ns() + down.overhead_ns());
-        let computed = |kind: usize, expert: usize| {
-            let assignments = u64::from(sums.assignments[expert]);
-            let per_op = if kind == 1 && assignments > 0 { dense_overhead } else { 0 };
-            let [up, down] = &products[kind];
-            (up.expert_ns(assignments) + down.expert_ns(assignments) + per_op + copy_ns(assignments))
-                * share.compute
-                / 1000
+        let [overhead, dense_overhead] = prices.overheads;
+        let mut computed = |kind: usize| {
+            running_sums(experts, |local| {
+                let assignments = u64::from(sums.assignments[block.start + local]);
+                let per_op = if kind == 1 && assignments > 0 { dense_overhead } else { 0 };
+                (prices.expert_ns(kind, assignments) + per_op + copy_ns(assignments)) * share.compute / 1000
+            })
         };
+        let (grouped, dense) = (computed(0), computed(1));
         let [dispatch, combine] = [(&sums.first, wire.dispatch), (&sums.last, wire.combine)]
             .map(|(side, format)| side.link_sums(block.clone(), cost, format.bytes(hidden) as u64));
-        let running = |of: &dyn Fn(usize) -> u64| running_sums(experts, |local| of(block.start + local));
         Loads {
             dispatch,
             combine,
             start: cost.link.exchange_ns + cost.link.near.extended(0),
-            grouped: running(&|expert| computed(0, expert)),
-            dense: running(&|expert| computed(1, expert)),
+            grouped,
+            dense,
             stage: (overhead + gather + reduce) * share.compute / 1000,
             dense_stage: (gather + reduce) * share.compute / 1000,
         }
@@ -246,6 +249,46 @@ struct Partial {
     bound: u64,
 }
 
+/// What both products of an expert cost by its rows, asked again and again in every layer. Where tiles are priced that takes
+/// a while, and changes with every so many rows only: then it is found once for each of these steps.
+struct ExpertPrices<'a> {
+    /// `[kind]` gate and up, down.
+    products: [[Product<'a>; 2]; 2],
+    /// `[kind]` what an operation costs besides its experts.
+    overheads: [u64; 2],
+    /// `[kind]` by steps of rows, of those that were asked for.
+    known: [Vec<Option<u64>>; 2],
+}
+
+impl<'a> ExpertPrices<'a> {
+    /// Steps that are kept: more rows than anybody has.
+    const MOST_STEPS: usize = 4096;
+
+    fn new(shape: &LayerSizes, cost: &'a CostModel) -> Self {
+        let LayerSizes { hidden, inner, weight_millibits, .. } = *shape;
+        let products = [GemmKind::Grouped, GemmKind::Dense].map(|kind| {
+            [(2 * inner, hidden), (hidden, inner)]
+                .map(|(columns, depth)| cost.gemm(kind).product(columns, depth, weight_millibits))
+        });
+        let overheads = products.each_ref().map(|[up, down]| up.overhead_ns() + down.overhead_ns());
+        ExpertPrices { products, overheads, known: Default::default() }
+    }
+
+    fn expert_ns(&mut self, kind: usize, rows: u64) -> u64 {
+        let products = self.products[kind];
+        let exact = |rows| products.iter().map(|product| product.expert_ns(rows)).sum::<u64>();
+        let step = rows.div_ceil(TileCost::ROWS) as usize;
+        if step >= Self::MOST_STEPS || products.iter().any(|product| !product.has_tiles()) {
+            return exact(rows);
+        }
+        let known = &mut self.known[kind];
+        if known.len() <= step {
+            known.resize(step + 1, None);
+        }
+        *known[step].get_or_insert_with(|| exact(step as u64 * TileCost::ROWS))
+    }
+}
+
 /// The longest time of a rank's experts, so that what is multiplied by a permille fits.
 const MOST_SUM_NS: u64 = 1000 * MOST_NS;
 
@@ -253,7 +296,7 @@ const MOST_SUM_NS: u64 = 1000 * MOST_NS;
 /// than one rank.
 const MOST_BOUNDARIES: usize = 512;
 
-fn running_sums(number: usize, of: impl Fn(usize) -> u64) -> Vec<u64> {
+fn running_sums(number: usize, mut of: impl FnMut(usize) -> u64) -> Vec<u64> {
     let mut sums = Vec::with_capacity(number + 1);
     let mut sum = 0;
     sums.push(0);

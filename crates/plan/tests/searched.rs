@@ -350,7 +350,10 @@ fn cuts_for_takes_microseconds() {
     };
     let (layer, cost) = large();
     time(&layer, &cost, "64 x 512");
-    let cost = Machine::built_in("8xH800").unwrap().cost();
+    let built_in = Machine::built_in("8xH800").unwrap().cost();
+    // One whose products are priced by tiles.
+    let measured = include_str!("../../../bench/runs/2026-11-30-h200-ranks/profile.toml");
+    let measured = CostModel::parse(measured).unwrap();
     for (name, experts, top_k, hidden, inner) in
         [("dsv2", 160, 6, 5120, 1536), ("dsv3", 256, 8, 7168, 2048), ("qwen3-30b", 128, 8, 2048, 768)]
     {
@@ -359,6 +362,7 @@ fn cuts_for_takes_microseconds() {
         let counts = law.counts(&map, &[8192; 8]).unwrap();
         let sizes = LayerSizes { hidden, inner, top_k, ..LayerSizes::of(&map, DType::BF16) };
         let layer = Layer { map, counts, shape: LayerSizes { shared_inner: 0, ..sizes }, law };
-        time(&layer, &cost, name);
+        time(&layer, &built_in, name);
+        time(&layer, &measured, &format!("{name}, H200"));
     }
 }
