@@ -9,7 +9,7 @@ use epsmoe_device::cpu::{CpuKernels, gemm::Isa};
 use epsmoe_device::cuda::{self, CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::reference::{self, PlainKernels, Reference};
 use epsmoe_device::threaded::{Fill, Kernels, ThreadedBackend, ThreadedOptions, WeightStore};
-use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve};
 use epsmoe_fabric::contract::{self, Lanes, PATIENT, SHORT, SLACK, Start, World, on_all_ranks};
 use epsmoe_fabric::process::{Lobby, Processes, Secret, WorldOptions, join};
 use epsmoe_fabric::{Exchange, Fabric, FaultInjection, InjectedFault, ThreadsOptions};
