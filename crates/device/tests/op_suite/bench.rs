@@ -145,12 +145,16 @@ impl<B: Backend> Bench<B> {
     /// Room for `[rows, width]` somewhere inside a poisoned allocation. In half of them rows start on a multiple of
     /// eight elements, as they do in a model, which opens faster ways to some processors.
     pub(crate) fn room(&self, dtype: DType, rows: usize, width: usize) -> Placed {
-        let (above, left) = (self.below(3), self.below(3));
-        let (height, stride) = (above + rows + self.below(3), left + width + self.below(3));
-        let (left, stride) = match self.below(2) {
-            0 => (left, stride),
-            _ => (8 * left, (8 * left + width).next_multiple_of(8) + 8 * (stride - left - width)),
-        };
+        match self.below(2) {
+            0 => self.room_on(1, dtype, rows, width),
+            _ => self.room_on(8, dtype, rows, width),
+        }
+    }
+
+    /// Room whose rows begin at a multiple of `unit` elements.
+    pub(crate) fn room_on(&self, unit: usize, dtype: DType, rows: usize, width: usize) -> Placed {
+        let (above, left, right) = (self.below(3), unit * self.below(3), unit * self.below(3));
+        let (height, stride) = (above + rows + self.below(3), (left + width).next_multiple_of(unit) + right);
         let whole = self.device.allocate("room", dtype, height, stride).expect("memory");
         let view = whole.rows(above..above + rows).and_then(|rows| rows.columns(left..left + width));
         Placed { view: view.expect("a view inside"), whole }
@@ -163,6 +167,13 @@ impl<B: Backend> Bench<B> {
 
     pub(crate) fn put_as(&self, dtype: DType, sheet: &Sheet) -> Placed {
         let placed = self.room(dtype, sheet.rows, sheet.width);
+        self.fill(&placed.view, sheet);
+        placed
+    }
+
+    /// The numbers of `sheet` in rows that begin at a multiple of `unit` elements.
+    pub(crate) fn put_on(&self, unit: usize, sheet: &Sheet) -> Placed {
+        let placed = self.room_on(unit, self.dtype, sheet.rows, sheet.width);
         self.fill(&placed.view, sheet);
         placed
     }
