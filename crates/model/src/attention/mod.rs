@@ -25,7 +25,6 @@ use std::ops::Range;
 pub const BLOCK_SIZE: usize = 64;
 
 /// The attention of one layer: the weights and the cache of this rank's heads.
-#[expect(clippy::large_enum_variant, reason = "one for each layer, in one list")]
 pub(crate) enum Attention {
     Gqa(Gqa),
     Mla(Mla),
@@ -33,6 +32,7 @@ pub(crate) enum Attention {
 }
 
 /// Room for what is computed in between, which layers of one kind share.
+#[expect(clippy::large_enum_variant, reason = "one for each layer, in one list")]
 enum Workspace {
     Gqa(gqa::OwnHeads, gqa::Workspace),
     Mla(MlaSpec, mla::Workspace),

@@ -74,8 +74,8 @@ impl Launch<'_> {
             return Ok(());
         }
         let (kernel, rows) = match op.x.width {
-            0..=HALF => ("norm_narrow", 2 * THREADS / WARP),
-            ..=NARROW => ("norm_narrow", THREADS / WARP),
+            width if width <= HALF => ("norm_narrow", 2 * THREADS / WARP),
+            width if width <= NARROW => ("norm_narrow", THREADS / WARP),
             _ => ("norm", 1),
         };
         let kernel = self.kernels.get(kernel, op.x.dtype, op.out.dtype)?;
