@@ -198,7 +198,9 @@ fn a_written_synthetic_model_reads_as_it_was() {
 fn no_two_parts_have_one_place() {
     let fixtures = FIXTURES.iter().map(|name| (*name, open(name).0));
     let presets = PRESETS.iter().map(|(name, _)| (*name, preset(name).unwrap()));
-    for (name, spec) in fixtures.chain(presets) {
+    // A layer of LongCat-Flash is half of one that is published, under names that other families give to a whole one.
+    let whole = |(name, _): &(&str, ModelSpec)| !name.starts_with("longcat");
+    for (name, spec) in fixtures.chain(presets).filter(whole) {
         let mut places = HashMap::new();
         for part in spec.parts() {
             for (way, source) in spec.locate(part).sources.iter().enumerate() {
@@ -704,7 +706,9 @@ fn weights_of_another_model() {
          `model.layers.7.mlp.experts.2.up_proj.weight` nor \
          `model.layers.7.block_sparse_moe.experts.2.w3.weight` nor `model.layers.7.mlp.experts.gate_up_proj` nor \
          `model.layers.7.experts.gate_up_proj` nor \
-         `model.layers.7.block_sparse_moe.input_linear.weight`; the weights are incomplete or of another model than config.json: fetch both again"
+         `model.layers.7.block_sparse_moe.input_linear.weight` nor \
+         `model.layers.7.feed_forward.experts.gate_up_proj` nor \
+         `model.layers.7.feed_forward.experts.2.up_proj.weight`; the weights are incomplete or of another model than config.json: fetch both again"
     );
 }
 
