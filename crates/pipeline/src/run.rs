@@ -365,7 +365,7 @@ impl<B: Backend> ExpertPipeline<B> {
 
     fn begin_chosen(&self, call: &Call<'_>) -> Result<Pending<B>, PipelineError> {
         self.assign(call.layer, call.x.rows)?;
-        self.run_tokens(call, 0..call.x.rows, LayerReport::default())
+        self.run_tokens(call, 0..call.x.rows, LayerReport::default(), 0)
     }
 
     /// Runs some of the tokens. If some rank could not hold what would arrive there, every rank sees it in the counts,
@@ -375,14 +375,17 @@ impl<B: Backend> ExpertPipeline<B> {
         call: &Call<'_>,
         tokens: Range<usize>,
         mut report: LayerReport,
+        halvings: u32,
     ) -> Result<Pending<B>, PipelineError> {
+        // After so many no rank can have more than one token, of which this one does not know.
+        const MOST_HALVINGS: u32 = u32::BITS;
         match self.plan(call, &tokens, &mut report.host)? {
             Some(batches) => self.walk(call, &tokens, batches, report),
-            None if tokens.len() > 1 => {
+            None if halvings < MOST_HALVINGS => {
                 let (first, second) = halves(tokens);
-                let first = self.run_tokens(call, first, report)?;
+                let first = self.run_tokens(call, first, report, halvings + 1)?;
                 let report = self.finish(sum_of(call.layer), first)?;
-                self.run_tokens(call, second, report)
+                self.run_tokens(call, second, report, halvings + 1)
             }
             None => {
                 let capacity = &self.options.sizes.capacity;
