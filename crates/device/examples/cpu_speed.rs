@@ -15,7 +15,7 @@
 
 #![expect(clippy::print_stdout, reason = "a table for people")]
 
-use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
+use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank, cores};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{Cpu, CpuKernels, Peaks};
 use epsmoe_device::op::{Embed, Epilogue, Gemm, GemmPart, HostToDevice};
@@ -59,9 +59,12 @@ const fn format(code: Code, scale: Scale, [group, part]: [usize; 2]) -> Format {
 
 impl Asked {
     fn parse(words: impl Iterator<Item = String>) -> Result<Self, String> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let mut asked =
-            Asked { threads: cores, isa: Isa::detect(), dtypes: vec![DType::F32, DType::BF16], coded: None };
+        let mut asked = Asked {
+            threads: cores(),
+            isa: Isa::detect(),
+            dtypes: vec![DType::F32, DType::BF16],
+            coded: None,
+        };
         for word in words {
             if let Ok(threads) = word.parse() {
                 asked.threads = threads;

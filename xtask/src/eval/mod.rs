@@ -11,7 +11,7 @@ mod verify;
 use anyhow::{Context, Result, bail, ensure};
 use cases::{Case, Model, Models, cases};
 use clap::{Args, Subcommand};
-use epsmoe_base::DType;
+use epsmoe_base::{DType, cores};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cuda::{self, CudaDevice};
 use epsmoe_profile::{Fingerprint, RigOptions, default_path, load};
@@ -168,8 +168,7 @@ fn models(options: &Options, cases: &[&Case]) -> Result<Models> {
 fn settle(options: &Options, ranks: usize) -> (Fingerprint, RigOptions) {
     let dtype = if options.bfloat16 { DType::BF16 } else { DType::F32 };
     let isa = options.isa.unwrap_or_else(Isa::detect);
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = options.threads.unwrap_or((cores / ranks).max(1));
+    let threads = options.threads.unwrap_or((cores() / ranks).max(1));
     let timeout = Duration::from_secs(60);
     let rig = RigOptions { ranks, threads, isa, dtype, link: None, timeout, weights: Arc::default() };
     (Fingerprint::of_cpu(ranks, threads, isa, dtype), rig)

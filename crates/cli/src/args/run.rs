@@ -182,8 +182,8 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) max_model_len: Option<usize>,
 
-    /// Most of a GPU's memory that weights, buffers and the KV cache take together; on a CPU, most of what this process may use
-    /// that a server's KV cache makes them
+    /// Most of a GPU's memory that weights, buffers and the KV cache take together; on a CPU, of the memory that this
+    /// process may use, where a server sizes its KV cache
     #[arg(
         long,
         env = "EPSMOE_GPU_MEMORY_UTILIZATION",

@@ -7,7 +7,7 @@ use crate::tensors::{TensorPlan, write_header};
 use crate::unfinished::{Shard, Unfinished, bytes_of, shards, write_index};
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_base::files::read_plain;
-use epsmoe_base::{Bytes, cores, count, json};
+use epsmoe_base::{Bytes, by_threads, cores, count, json};
 use epsmoe_device::WeightShape;
 use epsmoe_model::config::{self, Config};
 use epsmoe_model::{Checkpoint, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file};
@@ -201,14 +201,11 @@ fn in_bands(target: Target, item: &Item, weights: &[f32]) -> Result<Vec<Vec<u8>>
     let [rows, columns] = item.shape;
     // Blocks of rows stay whole.
     let band = rows.div_ceil(cores()).next_multiple_of(BAND) * columns;
-    let encode = |band: &[f32]| target.encode(&item.name, band, columns);
-    let bands: Vec<_> = std::thread::scope(|scope| {
-        let bands: Vec<_> = weights.chunks(band).map(|band| scope.spawn(move || encode(band))).collect();
-        bands.into_iter().map(|band| band.join().expect("a thread that codes does not panic")).collect()
-    });
+    let bands: Vec<&[f32]> = weights.chunks(band).collect();
+    let coded = by_threads(cores(), bands.len(), |at| target.encode(&item.name, bands[at], columns))?;
     let mut bytes: Vec<Vec<u8>> = vec![Vec::new(); item.tensors.len()];
-    for band in bands {
-        for (bytes, coded) in bytes.iter_mut().zip(band?) {
+    for band in coded {
+        for (bytes, coded) in bytes.iter_mut().zip(band) {
             bytes.extend(coded.bytes);
         }
     }

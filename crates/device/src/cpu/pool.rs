@@ -20,6 +20,7 @@
 //! bits 29..0   number of workers inside the job
 //! ```
 
+use epsmoe_base::cores;
 use std::any::Any;
 use std::hint::spin_loop;
 use std::io;
@@ -281,7 +282,7 @@ impl Shared {
 
 /// Polls `ready` for a while, then parks between polls; whoever makes it ready unparks.
 fn wait_until<T>(ready: impl Fn() -> Option<T>) -> T {
-    static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
+    static CORES: LazyLock<usize> = LazyLock::new(cores);
     let begin = Instant::now();
     let limit = if THREADS.load(Ordering::Relaxed) > *CORES { SPIN_CROWDED } else { SPIN_ALONE };
     while begin.elapsed() < limit {

@@ -23,17 +23,16 @@ pub(super) fn pipeline<B: Backend>(
     fabric: &Fabric<B>,
     weight_millibits: Option<u64>,
 ) -> Result<Option<ExpertPipeline<B>>, ModelError> {
-    let Some(options) = pipeline_options(spec, layout, options, device.dtype())? else { return Ok(None) };
-    let PipelineSizes { layer, .. } = options.sizes;
-    let weight_millibits = weight_millibits.unwrap_or(layer.weight_millibits);
-    let layer = LayerSizes { weight_millibits, ..layer };
-    let sizes = PipelineSizes { layer, ..options.sizes };
+    let Some(told) = pipeline_options(spec, layout, options, device.dtype())? else { return Ok(None) };
+    let mut told = PipelineOptions { identity, ..told };
+    if let Some(weight_millibits) = weight_millibits {
+        told.sizes.layer.weight_millibits = weight_millibits;
+    }
     let fabric = match layout.experts() {
         Experts::Ep => fabric.clone(),
         Experts::Tp => Fabric::single_rank(),
     };
-    let options = PipelineOptions { sizes, identity, ..options };
-    Ok(Some(ExpertPipeline::new(Arc::clone(device), fabric, options)?))
+    Ok(Some(ExpertPipeline::new(Arc::clone(device), fabric, told)?))
 }
 
 /// Reserves what [`pipeline`] does.

@@ -319,10 +319,11 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    /// The residual stream through one layer, whose norm is there already; see [`LayerSpec`](crate::LayerSpec) for the equations. What ranks split
-    /// is computed for the tokens of all of them, the rest for this rank's shard. Every token leaves its keys and values
-    /// in the cache. What follows is computed for all tokens, but in the last layer only for those whose logits are
-    /// wanted, and only they are in the stream that comes out. `late` is what experts of one layer give in the next.
+    /// The residual stream through one layer, whose norm is there already; see [`LayerSpec`](crate::LayerSpec) for the
+    /// equations. What ranks split is computed for the tokens of all of them, the rest for this rank's shard. Every token
+    /// leaves its keys and values in the cache. What follows is computed for all tokens, but in the last layer only for
+    /// those whose logits are wanted, and only they are in the stream that comes out. `late` is what experts of one layer
+    /// give in the next.
     fn run_layer(
         &self,
         layer: Layer,
