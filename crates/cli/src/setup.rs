@@ -568,6 +568,7 @@ impl Setup {
             max_model_len,
             kv_blocks: None,
             prefix_caching: false,
+            kept_states: 0,
             policy: policy.clone(),
             wire: self.wire,
             parallel,

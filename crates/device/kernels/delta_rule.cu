@@ -52,6 +52,8 @@ template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
     const u32 from = slot_of(args.carried, sequence, 0, slots), to = slot_of(args.carried, sequence, 1, slots);
     if (from == slots || to == slots) return;
 
+    const Kept kept = kept_of(args.carried, sequence, span, slots);
+
     const u32 thread = threadIdx.x, warp = thread / 32, part = thread % PARTS, own = thread / PARTS;
     const u32 column = first_column + own;
     const bool begins = at<u32>(args.carried.positions, span.start) == 0;
@@ -64,6 +66,17 @@ template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
             const u32 n = (i * PARTS + part) * 4 + j;
             state[i][j] = begins || n >= args.key_width || column >= width ? 0.0f : before[n * width + column];
         }
+
+    const auto leave = [&](u32 slot) {
+        f32* after = row<f32>(args.states, slot * heads + head);
+#pragma unroll
+        for (u32 i = 0; i < QUADS; ++i)
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                const u32 n = (i * PARTS + part) * 4 + j;
+                if (n < args.key_width && column < width) after[n * width + column] = state[i][j];
+            }
+    };
 
     const f32 rate = expf(reinterpret_cast<const f32*>(args.decay)[head]);
     const f32 bias = reinterpret_cast<const f32*>(args.bias)[head];
@@ -117,17 +130,11 @@ template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
             }
             const f32 result = column_sum((seen[0] + seen[1]) + (seen[2] + seen[3]));
             if (part == 0 && column < width) row<f32>(args.out, base + t)[head * width + column] = result;
+            if (base + t + 1 == kept.end) leave(kept.slot);
         }
     }
 
-    f32* after = row<f32>(args.states, to * heads + head);
-#pragma unroll
-    for (u32 i = 0; i < QUADS; ++i)
-#pragma unroll
-        for (u32 j = 0; j < 4; ++j) {
-            const u32 n = (i * PARTS + part) * 4 + j;
-            if (n < args.key_width && column < width) after[n * width + column] = state[i][j];
-        }
+    leave(to);
 }
 
 #define DELTA_RULE(KEYS, X)                                                                                  \

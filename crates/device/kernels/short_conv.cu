@@ -1,5 +1,5 @@
 // out[t, c] = silu(sum over k of weight[c, k] * x[t - taps + 1 + k, c]), within each sequence; then its last taps - 1 rows
-// of x become its state.
+// of x become its state, and those before another token a state that is kept.
 #include "carried.cuh"
 
 // `kept` is a view [sequences, width] that only counts.
@@ -36,15 +36,21 @@ template <typename X, typename Y> __device__ void keep_rows(const Args& args) {
         if (span.start == span.end) continue;
         const u32 from = slot_of(args.carried, sequence, 0, states), to = slot_of(args.carried, sequence, 1, states);
         if (from == states || to == states) continue;
-        const u32 tokens = span.end - span.start, position = at<u32>(args.carried.positions, span.end - 1);
+        const u32 before = at<u32>(args.carried.positions, span.start);
         // Rows move towards the front: each is read before it is written.
-        for (u32 i = 0; i < kept; ++i) {
-            const u32 back = kept - i;
-            Run row_of = {};
-            if (back <= tokens) row_of = read(row<X>(args.x, span.end - back) + n, count);
-            else if (back <= position + 1) row_of = read(row<X>(args.states, from * kept + i + tokens) + n, count);
-            write(row<X>(args.states, to * kept + i) + n, row_of, count);
-        }
+        const auto keep = [&](u32 slot, u32 end) {
+            const u32 tokens = end - span.start;
+            for (u32 i = 0; i < kept; ++i) {
+                const u32 back = kept - i;
+                Run row_of = {};
+                if (back <= tokens) row_of = read(row<X>(args.x, end - back) + n, count);
+                else if (back <= before + tokens) row_of = read(row<X>(args.states, from * kept + i + tokens) + n, count);
+                write(row<X>(args.states, slot * kept + i) + n, row_of, count);
+            }
+        };
+        const Kept other = kept_of(args.carried, sequence, span, states);
+        if (other.end != 0) keep(other.slot, other.end);
+        keep(to, span.end);
     }
 }
 

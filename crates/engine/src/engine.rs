@@ -32,6 +32,9 @@ pub struct EngineOptions {
     pub capacity: Option<Capacity>,
     /// Whether sequences that begin alike share what was computed of them.
     pub prefix_caching: bool,
+    /// Of a model whose sequences carry states, how many of them a group keeps, so that sequences which begin alike can go on
+    /// from there.
+    pub kept_states: usize,
     /// How MoE layers are scheduled.
     pub policy: Policy,
     /// What rows travel between ranks in.
@@ -58,7 +61,7 @@ impl EngineOptions {
             max_sequences: self.max_sequences,
             cache_blocks: self.kv_blocks.unwrap_or(max_blocks.saturating_mul(self.max_sequences)),
             max_blocks,
-            states: self.max_sequences,
+            states: self.max_sequences + self.kept_states,
             policy: self.policy.clone(),
             capacity: self.capacity,
             wire: self.wire,
@@ -181,10 +184,9 @@ impl Engine {
             max_sequences: options.max_sequences.max(1),
             max_prompt_rows: (PROMPT_LOGITS_BYTES / (spec.vocab.max(1) * size_of::<f32>())).max(1),
             kv_blocks,
-            // A routing log has every token of every sequence, and a state is there for the last token only.
-            prefix_caching: options.prefix_caching
-                && matches!(options.routing, RoutingMode::FromRouter)
-                && !spec.has_states(),
+            // A routing log has every token of every sequence.
+            prefix_caching: options.prefix_caching && matches!(options.routing, RoutingMode::FromRouter),
+            states: spec.has_states().then_some(options.kept_states),
             by_origin: options.decompress_prompts && spec.has_latents(),
         });
         let (vocab, max_model_len) = (spec.vocab, options.max_model_len);
@@ -442,7 +444,7 @@ impl Engine {
             batch.slots.extend(positions.clone().map(|position| slot(sequence.blocks(), position)));
             batch.sequence_starts.push(batch.ids.len() as u32);
             batch.blocks.push(sequence.blocks().to_vec());
-            batch.states.push([sequence.state(); 2]);
+            batch.states.push(chunk.states);
             batch.sequences.push(chunk.id.0);
             batch.generated += usize::from(chunk.generated);
             let at = |position: usize| (first + position - positions.start) as u32;

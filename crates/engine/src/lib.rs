@@ -2,7 +2,7 @@
 //!
 //! Start at [`Engine::step`]: each step gives every rank a batch, runs them together, and turns what comes back into
 //! tokens. Around it: `request` (what is asked and answered), `scheduler` (what is computed next, and who gives way),
-//! `kv_blocks` (who owns which block of the cache, and what lies in it), `executor` (the ranks, as threads) and `workers` (as processes), `sampler` (a token from
+//! `kv_blocks` (who owns which block of the cache, and what lies in it), `states` (the same for what sequences carry along), `executor` (the ranks, as threads) and `workers` (as processes), `sampler` (a token from
 //! logits), `figures` (what MoE layers did, for whoever wants to see). [`EngineService`] gives an engine a thread of its own, to which requests come at any time.
 //!
 //! This room knows no text, no wire format and no architecture.
@@ -15,6 +15,7 @@ mod request;
 mod sampler;
 mod scheduler;
 mod service;
+mod states;
 #[cfg(test)]
 mod tests;
 mod workers;

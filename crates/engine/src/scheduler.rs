@@ -12,11 +12,18 @@
 //! Where it matters whether a token is of a prompt or was generated (latent attention: `docs/bits.md`), no chunk has both
 //! kinds, a step has chunks of generated tokens first, and blocks of different kinds are different blocks.
 //!
+//! Where sequences carry states, one can begin behind cached blocks only where the state behind the last of them is kept
+//! (`states.rs`). Of a chunk one state is kept: behind the last of the blocks that another sequence has too but could not
+//! go on from; else behind the last whole block of the prompt, for whoever asks the same or goes on with the conversation;
+//! else behind the chunk's own last whole block, until the sequence leaves the next. A sequence that could save most of
+//! its work by what this step keeps waits for the next.
+//!
 //! The oldest sequence can always go on, because no request may need more blocks than a group has.
 
 use crate::RequestId;
 use crate::kv_blocks::{BlockKey, BlockKeys, KvBlocks};
-use epsmoe_model::BLOCK_SIZE;
+use crate::states::States;
+use epsmoe_model::{BLOCK_SIZE, StateSlots};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -35,6 +42,8 @@ pub(crate) struct SchedulerLimits {
     pub(crate) kv_blocks: usize,
     /// Whether sequences that begin alike share blocks.
     pub(crate) prefix_caching: bool,
+    /// Whether sequences carry states along, and slots for such as are kept.
+    pub(crate) states: Option<usize>,
     /// Whether generated tokens have other bits than the same tokens of a prompt.
     pub(crate) by_origin: bool,
 }
@@ -71,6 +80,12 @@ pub(crate) struct Sequence {
     blocks: Vec<u32>,
     /// The slot of its state, while it runs.
     state: u32,
+    /// The block behind which it goes on from a kept state, until it has.
+    behind: Option<BlockKey>,
+    /// So many of its first blocks others have had too, but it could not go on behind them.
+    shared: usize,
+    /// The block behind which a state of its own is kept until it leaves the next.
+    latest: Option<BlockKey>,
     /// What lies in its first blocks, as far as anybody asked, and what stands before the first one.
     keys: Vec<BlockKey>,
     root: BlockKey,
@@ -88,6 +103,8 @@ pub(crate) struct ScheduledChunk {
     pub(crate) next_token: bool,
     /// Whether they were all generated, where that matters; else none was.
     pub(crate) generated: bool,
+    /// Where its state is, and where it is left.
+    pub(crate) states: StateSlots,
 }
 
 /// What a scheduler did so far.
@@ -114,8 +131,9 @@ pub(crate) struct Scheduler {
 struct Group {
     running: BTreeMap<RequestId, Sequence>,
     kv: KvBlocks,
-    /// Slots for states that nobody has: one for each sequence that may run.
-    states: Vec<u32>,
+    states: States,
+    /// Whether a state must be kept where a sequence is to go on.
+    carries: bool,
     /// If sequences share blocks.
     keys: Option<BlockKeys>,
 }
@@ -133,7 +151,8 @@ impl Scheduler {
         let group = |_| Group {
             running: BTreeMap::new(),
             kv: KvBlocks::new(limits.kv_blocks),
-            states: (0..limits.max_sequences as u32).rev().collect(),
+            states: States::new(limits.max_sequences, limits.states.unwrap_or(0)),
+            carries: limits.states.is_some(),
             keys: limits.prefix_caching.then(|| keys.clone()),
         };
         let groups = (0..limits.groups).map(group).collect();
@@ -154,6 +173,9 @@ impl Scheduler {
             cached: None,
             blocks: Vec::new(),
             state: 0,
+            behind: None,
+            shared: 0,
+            latest: None,
             keys: Vec::new(),
             root: self.keys.root(job.salt),
         };
@@ -208,6 +230,7 @@ impl Scheduler {
         let limits = self.limits;
         let mut steps = Vec::with_capacity(self.groups.len());
         for group in &mut self.groups {
+            group.states.begin_step();
             let mut step = Step {
                 chunks: Vec::new(),
                 tokens_left: limits.max_batched_tokens,
@@ -227,7 +250,7 @@ impl Scheduler {
             let sequence = next.remove();
             if sequence.cached.is_none() && limits.prefix_caching {
                 self.counts.prefix_queries += sequence.prompt as u64;
-                self.counts.prefix_hits += (found.len() * BLOCK_SIZE) as u64;
+                self.counts.prefix_hits += (found.blocks.len() * BLOCK_SIZE) as u64;
             }
             self.groups[group].admit(sequence, &found, &mut steps[group]);
         }
@@ -243,16 +266,23 @@ impl Scheduler {
     pub(crate) fn check(&self) {
         for group in &self.groups {
             group.kv.check(group.running.values().map(|sequence| &sequence.blocks));
-            let had = group.running.values().map(|sequence| sequence.state);
-            let mut states: Vec<u32> = had.chain(group.states.iter().copied()).collect();
-            states.sort_unstable();
-            assert!(states.into_iter().eq(0..self.limits.max_sequences as u32), "slots of states");
+            let own = group.running.values().map(|sequence| sequence.state);
+            let held = group.running.values().filter_map(|sequence| sequence.behind);
+            group.states.check(own, held, self.limits.max_sequences + self.limits.states.unwrap_or(0));
         }
         assert!(self.waiting.values().all(|sequence| sequence.blocks.is_empty()));
         if let ([group], Some(first)) = (&*self.groups, self.waiting.keys().next()) {
             assert!(group.running.keys().all(|id| id < first), "somebody was overtaken");
         }
     }
+}
+
+/// What a sequence finds in a group's cache.
+struct Found {
+    /// The blocks that it begins with.
+    blocks: Vec<u32>,
+    /// How many it could begin with, were the states behind them kept.
+    shared: usize,
 }
 
 /// Where a waiting sequence is let in, and the cached blocks that it begins with there: the group with the least to
@@ -263,17 +293,20 @@ fn place(
     steps: &[Step],
     sequence: &mut Sequence,
     keys: &BlockKeys,
-) -> Option<(usize, Vec<u32>)> {
+) -> Option<(usize, Found)> {
     let reusable = if limits.prefix_caching { sequence.reusable() } else { 0 };
     sequence.extend_keys(keys, reusable);
     let places = groups.iter().zip(steps).enumerate().filter_map(|(index, (group, step))| {
-        let found = group.kv.find(&sequence.keys[..reusable]);
-        let open = group.running.len() < limits.max_sequences && step.tokens_left > 0;
+        let (found, later) = group.find(&sequence.keys[..reusable]);
+        let begin = found.blocks.len();
+        let left = sequence.tokens.len() - begin * BLOCK_SIZE;
+        let worth_waiting = 2 * (later - begin) * BLOCK_SIZE > left;
+        let open = group.running.len() < limits.max_sequences && step.tokens_left > 0 && !worth_waiting;
         // Those that run will soon need more: what would be taken back at once is not given away.
         let spare = group.running.len().min(limits.kv_blocks / 100);
-        let fits = open && group.kv.fits(&found, sequence.tokens.len(), spare);
+        let fits = open && group.kv.fits(&found.blocks, sequence.tokens.len(), spare);
         let in_step = limits.max_batched_tokens - step.tokens_left;
-        let load = in_step + group.load() + sequence.tokens.len() - found.len() * BLOCK_SIZE;
+        let load = in_step + group.load() + left;
         fits.then_some((load, index, found))
     });
     let (_, group, found) = places.min_by_key(|(load, index, _)| (*load, *index))?;
@@ -284,6 +317,15 @@ impl Group {
     /// Tokens that it has still to compute after this step, as far as that is known.
     fn load(&self) -> usize {
         self.running.values().map(|sequence| sequence.pending() + sequence.remaining).sum()
+    }
+
+    /// What a sequence with these blocks can begin with, and behind how many blocks it could go on from the next step on.
+    fn find(&self, keys: &[BlockKey]) -> (Found, usize) {
+        let mut blocks = self.kv.find(keys);
+        let shared = blocks.len();
+        let [now, later] = if self.carries { self.states.find(&keys[..shared]) } else { [shared; 2] };
+        blocks.truncate(now);
+        (Found { blocks, shared }, later)
     }
 
     /// Numbers of the running sequences that lack their newest token only, or that lack more.
@@ -322,18 +364,22 @@ impl Group {
     /// Takes back what a sequence has.
     fn release(&mut self, sequence: &mut Sequence) {
         self.kv.release(&mut sequence.blocks);
-        self.states.push(sequence.state);
+        self.states.give(sequence.state);
+        sequence.behind.take().and_then(|key| self.states.read(key));
     }
 
     /// Lets a sequence in, with blocks for all tokens that it has.
-    fn admit(&mut self, mut sequence: Sequence, found: &[u32], step: &mut Step) {
-        let id = sequence.id;
-        self.kv.share(&mut sequence.blocks, found);
-        sequence.computed = found.len() * BLOCK_SIZE;
+    fn admit(&mut self, mut sequence: Sequence, found: &Found, step: &mut Step) {
+        let (id, begin) = (sequence.id, found.blocks.len());
+        self.kv.share(&mut sequence.blocks, &found.blocks);
+        sequence.computed = begin * BLOCK_SIZE;
+        sequence.shared = found.shared;
+        sequence.behind = if self.carries { sequence.keys[..begin].last().copied() } else { None };
+        sequence.behind.into_iter().for_each(|key| self.states.hold(key));
         sequence.cached.get_or_insert(sequence.computed);
         let grown = self.kv.grow(&mut sequence.blocks, sequence.tokens.len());
         debug_assert!(grown.is_ok(), "{id} was let in without room");
-        let state = self.states.pop();
+        let state = self.states.take();
         debug_assert!(state.is_some(), "{id} was let in without a place for its state");
         sequence.state = state.unwrap_or(0);
         self.running.insert(id, sequence);
@@ -364,13 +410,21 @@ impl Group {
         sequence.computed = end;
         sequence.wanted = prompt_rows.end;
         let next_token = end == sequence.tokens.len() && sequence.remaining > 0;
-        step.chunks.push(ScheduledChunk { id, positions: start..end, prompt_rows, next_token, generated });
         if let Some(keys) = &self.keys {
             sequence.extend_keys(keys, end / BLOCK_SIZE);
             for block in start / BLOCK_SIZE..end / BLOCK_SIZE {
                 self.kv.publish(sequence.blocks[block], sequence.keys[block]);
             }
         }
+        let states = sequence.states(&mut self.states, self.carries && self.keys.is_some(), start..end);
+        step.chunks.push(ScheduledChunk {
+            id,
+            positions: start..end,
+            prompt_rows,
+            next_token,
+            generated,
+            states,
+        });
     }
 }
 
@@ -383,11 +437,6 @@ impl Sequence {
     /// Its cache blocks, in order.
     pub(crate) fn blocks(&self) -> &[u32] {
         &self.blocks
-    }
-
-    /// The slot of its state.
-    pub(crate) fn state(&self) -> u32 {
-        self.state
     }
 
     /// Tokens that were found in the cache when it was let in for the first time.
@@ -404,6 +453,28 @@ impl Sequence {
     fn reusable(&self) -> usize {
         let wanted = if self.wanted < self.prompt { self.wanted } else { usize::MAX };
         wanted.min(self.tokens.len() - 1) / BLOCK_SIZE
+    }
+
+    /// Where its state is read and left by a chunk of these positions, and which is kept on the way.
+    fn states(&mut self, states: &mut States, keeps: bool, chunk: Range<usize>) -> StateSlots {
+        let to = self.state;
+        let from = self.behind.take().and_then(|key| states.read(key)).unwrap_or(to);
+        let own = StateSlots { from, to, kept: None };
+        let behind = |blocks: &usize| (chunk.start + 1..=chunk.end).contains(&(blocks * BLOCK_SIZE));
+        if !keeps {
+            return own;
+        }
+        let (prompt, last) = (self.prompt.saturating_sub(1) / BLOCK_SIZE, chunk.end / BLOCK_SIZE);
+        let wanted = [self.shared, prompt, last].into_iter().filter(behind);
+        let mut wanted = wanted.map(|blocks| (blocks, self.keys[blocks - 1]));
+        let Some((blocks, key)) = wanted.find(|(_, key)| !states.has(*key)) else { return own };
+        if let Some(latest) = self.latest.take() {
+            states.forget_unread(latest);
+        }
+        let Some(slot) = states.keep(key) else { return own };
+        self.latest = (blocks != self.shared && blocks != prompt).then_some(key);
+        let after = blocks * BLOCK_SIZE - chunk.start;
+        StateSlots { kept: Some((slot, after as u32)), ..own }
     }
 
     /// Makes sure that the keys of its first `blocks` blocks are there.
@@ -429,6 +500,7 @@ mod tests {
         max_prompt_rows: 1000,
         kv_blocks: 8,
         prefix_caching: true,
+        states: None,
         by_origin: false,
     };
 
@@ -473,6 +545,12 @@ mod tests {
                 write!(told, "{separator}{id}:{}..{}", positions.start, positions.end).unwrap();
                 if !chunk.prompt_rows.is_empty() {
                     write!(told, " rows {}..{}", chunk.prompt_rows.start, chunk.prompt_rows.end).unwrap();
+                }
+                if let Some((slot, after)) = chunk.states.kept {
+                    write!(told, " keeps {} in {slot}", chunk.positions.start + after as usize).unwrap();
+                }
+                if chunk.states.from != chunk.states.to {
+                    write!(told, " from {}", chunk.states.from).unwrap();
                 }
                 if chunk.next_token {
                     scheduler.push(group, chunk.id, 1000 + id as u32);
@@ -706,6 +784,66 @@ mod tests {
             SchedulerLimits { by_origin: false, ..limits },
             script,
             &format!("{same} 1:64..66; [] wait, 3 blocks"),
+        );
+    }
+
+    #[test]
+    fn sequences_go_on_from_states_that_were_kept() {
+        let limits = SchedulerLimits {
+            max_batched_tokens: 300,
+            max_sequences: 2,
+            states: Some(3),
+            kv_blocks: 40,
+            ..LIMITS
+        };
+        // The end of a prompt is kept, then the end of what was generated, which moves. The next turn finds both.
+        check(
+            limits,
+            "add 0 1x130 66
+             step
+             step
+             add 1 1x130,9x20 2
+             step
+             step",
+            "
+            0:0..130 keeps 128 in 2; [] wait, 3 blocks
+            0:130..131; [] wait, 3 blocks
+            0:131..132 1:128..150 from 2; [] wait, 4 blocks
+            0:132..133 1:150..151; [] wait, 3 blocks",
+        );
+        // Of two that begin alike the second keeps the state behind what they share; whoever would save most of its work
+        // by that waits for the step to end.
+        check(
+            SchedulerLimits { max_sequences: 4, max_batched_tokens: 1000, ..limits },
+            "add 0 1x140,2x60 1
+             add 1 1x140,3x60 1
+             add 2 1x140,4x60 1
+             step
+             step",
+            "
+            0:0..200 keeps 192 in 4 1:0..200 keeps 128 in 5; [2] wait, 0 blocks
+            2:128..200 keeps 192 in 6 from 5; [] wait, 0 blocks",
+        );
+        // A long prompt keeps one state on its way, and makes room for the next by the one that was not used for longest.
+        check(
+            SchedulerLimits { states: Some(2), ..limits },
+            "add 0 1x700 1
+             step
+             step
+             step
+             add 1 2x70 1
+             step
+             add 2 3x70 1
+             step
+             add 3 2x70 1
+             step",
+            "
+            0:0..300 keeps 256 in 2; [] wait, 11 blocks
+            0:300..600 keeps 576 in 3; [] wait, 11 blocks
+            0:600..700 keeps 640 in 2; [] wait, 0 blocks
+            1:0..70 keeps 64 in 3; [] wait, 0 blocks
+            2:0..70 keeps 64 in 2; [] wait, 0 blocks
+            3:64..70 from 3; [] wait, 0 blocks",
         );
     }
 

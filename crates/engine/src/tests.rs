@@ -7,7 +7,7 @@ use crate::{
 };
 use epsmoe_base::env::test_seed;
 use epsmoe_base::{Fault, Mix, WireDType};
-use epsmoe_model::{BLOCK_SIZE, Batch, ModelSpec, StepOutput, preset};
+use epsmoe_model::{BLOCK_SIZE, Batch, ModelSpec, StateSlots, StepOutput, preset};
 use epsmoe_plan::{Policy, ScheduleReport};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -17,23 +17,46 @@ const VOCAB: usize = 50;
 const RUNS: u64 = 200;
 
 /// Ranks without a model. A slot of their cache holds a hash of all tokens up to its position, made of the one before it
-/// in the sequence's blocks; logits are numbers that follow from it. So a block that is not, or no longer, what a
-/// sequence takes it for changes its tokens.
+/// in the sequence's blocks, and so does a slot for states; logits are numbers that follow from both. So a block or a state
+/// that is not, or no longer, what a sequence takes it for changes its tokens.
 struct Memory {
-    caches: Vec<Vec<u64>>,
+    caches: Vec<Cache>,
     started: VecDeque<Vec<Arc<Batch>>>,
     limits: EngineOptions,
 }
 
+#[derive(Clone)]
+struct Cache {
+    slots: Vec<u64>,
+    states: Vec<u64>,
+    /// Whether what comes depends on states.
+    carries: bool,
+}
+
 impl Memory {
-    fn new(ranks: usize, options: &EngineOptions) -> Self {
+    fn new(carries: bool, ranks: usize, options: &EngineOptions) -> Self {
         let slots = options.model().cache_blocks * BLOCK_SIZE;
-        Memory { caches: vec![vec![0; slots]; ranks], started: VecDeque::new(), limits: options.clone() }
+        let cache = Cache { slots: vec![0; slots], states: vec![0; options.model().states], carries };
+        Memory { caches: vec![cache; ranks], started: VecDeque::new(), limits: options.clone() }
     }
 
-    fn run(cache: &mut [u64], batch: &Batch) -> StepOutput {
+    fn run(Cache { slots: cache, states, carries }: &mut Cache, batch: &Batch) -> StepOutput {
         let mut hashes = Vec::new();
+        let before = states.clone();
+        let written = |of: &StateSlots| std::iter::once(of.to).chain(of.kept.map(|(slot, _)| slot));
+        for (one, of) in batch.states.iter().enumerate() {
+            assert!(of.kept.is_none_or(|(slot, _)| slot != of.from && slot != of.to), "{of:?}");
+            for other in batch.states[..one].iter().chain(&batch.states[one + 1..]) {
+                assert!(
+                    written(of)
+                        .all(|slot| slot != other.from && !written(other).any(|theirs| theirs == slot))
+                );
+            }
+        }
         for (sequence, span) in batch.sequence_starts.windows(2).enumerate() {
+            let of = batch.states[sequence];
+            let begins = batch.positions[span[0] as usize] == 0;
+            let mut state = if begins { 7 } else { before[of.from as usize] };
             for token in span[0] as usize..span[1] as usize {
                 let (id, position) = (batch.ids[token], batch.positions[token] as usize);
                 let slot = |position: usize| {
@@ -43,8 +66,17 @@ impl Memory {
                 assert_eq!(slot(position), batch.slots[token] as usize);
                 let before = position.checked_sub(1).map_or(7, |before| cache[slot(before)]);
                 cache[slot(position)] = Mix::keyed(before, &[u64::from(id)]).next_u64();
-                hashes.push(cache[slot(position)]);
+                state = Mix::keyed(state, &[u64::from(id)]).next_u64();
+                // Both are the same hash, if they are right.
+                let hash = cache[slot(position)];
+                let wrong = if *carries { hash ^ state } else { 0 };
+                hashes.push(hash ^ wrong.rotate_left(9));
+                for (slot, _) in of.kept.into_iter().filter(|(_, after)| token as u32 + 1 == span[0] + after)
+                {
+                    states[slot as usize] = state;
+                }
             }
+            states[of.to as usize] = state;
         }
         let mut output = StepOutput::default();
         for (&token, &whole) in batch.logits.iter().zip(&batch.whole) {
@@ -123,8 +155,9 @@ impl Executor for Timed {
     }
 }
 
-fn spec() -> Arc<ModelSpec> {
-    let spec = preset("qwen3-moe-mini").unwrap();
+fn spec(carries: bool) -> Arc<ModelSpec> {
+    let spec = preset(if carries { "qwen3.5-35b-a3b" } else { "qwen3-moe-mini" }).unwrap();
+    assert_eq!(spec.has_states(), carries);
     Arc::new(ModelSpec { vocab: VOCAB, eos: vec![3], ..spec })
 }
 
@@ -136,6 +169,7 @@ fn options() -> EngineOptions {
         kv_blocks: None,
         capacity: None,
         prefix_caching: false,
+        kept_states: 0,
         policy: Policy::default(),
         wire: WireDType::Auto,
         parallel: Parallel::default(),
@@ -147,7 +181,12 @@ fn options() -> EngineOptions {
 }
 
 fn engine(ranks: usize, options: EngineOptions) -> Engine {
-    Engine::over(spec(), Box::new(Memory::new(ranks, &options)), options).unwrap()
+    engine_of(false, ranks, options)
+}
+
+/// An engine of a model whose sequences carry states, or none.
+fn engine_of(carries: bool, ranks: usize, options: EngineOptions) -> Engine {
+    Engine::over(spec(carries), Box::new(Memory::new(carries, ranks, &options)), options).unwrap()
 }
 
 /// What a request asks for: made anew for every engine, from the same seed.
@@ -208,7 +247,7 @@ fn alone(request: Request) -> Completion {
 
 #[test]
 fn random_schedules_give_what_requests_give_alone() {
-    let (mut preemptions, mut hits, mut aborted) = (0, 0, 0);
+    let (mut preemptions, mut hits, mut aborted) = (0, [0; 2], 0);
     let seed = test_seed();
     for run in 0..RUNS {
         println!("EPSMOE_TEST_SEED={seed}, run {run}");
@@ -216,7 +255,9 @@ fn random_schedules_give_what_requests_give_alone() {
         let (tensor, data) = (1 + mix.below(2), 1 + mix.below(3));
         let longest = 65 + mix.below(600);
         let kv_blocks = longest.div_ceil(BLOCK_SIZE) + mix.below(8);
-        let mut engine = engine(
+        let carries = mix.below(2) > 0;
+        let mut engine = engine_of(
+            carries,
             tensor * data,
             EngineOptions {
                 max_batched_tokens: [1 + mix.below(20), 100, 1000][mix.below(3)],
@@ -224,6 +265,7 @@ fn random_schedules_give_what_requests_give_alone() {
                 max_model_len: longest,
                 kv_blocks: Some(kv_blocks),
                 prefix_caching: mix.below(4) > 0,
+                kept_states: mix.below(10),
                 parallel: Parallel { tensor, data: Some(data), ..Parallel::default() },
                 ..options()
             },
@@ -259,7 +301,7 @@ fn random_schedules_give_what_requests_give_alone() {
         let stats = engine.stats();
         assert_eq!((stats.kv_blocks_used, stats.running, stats.waiting), (0, 0, 0), "{stats:?}");
         preemptions += stats.preemptions;
-        hits += stats.prefix_hits;
+        hits[usize::from(carries)] += stats.prefix_hits;
         for (id, (seed, answer)) in answers {
             let want = alone(request(seed, longest));
             if answer.finish == Some(Finish::Abort) {
@@ -270,8 +312,8 @@ fn random_schedules_give_what_requests_give_alone() {
             }
         }
     }
-    println!("{preemptions} preemptions, {hits} tokens found in the cache, {aborted} requests called off");
-    assert!(preemptions > 100 && hits > 10_000 && aborted > 20);
+    println!("{preemptions} preemptions, {hits:?} tokens found in the cache, {aborted} requests called off");
+    assert!(preemptions > 100 && hits[0] > 10_000 && hits[1] > 5_000 && aborted > 20);
 }
 
 /// As many answers to one prompt as there are seeds: they share what was computed of it.
@@ -285,7 +327,11 @@ fn seeds_make_the_difference() {
         sampling: Sampling { temperature: 1.0, seed, ..Sampling::default() },
         ..Request::default()
     };
-    let company = EngineOptions { max_sequences: 8, prefix_caching: true, ..options() };
+    let company = EngineOptions { max_sequences: 8, prefix_caching: true, kept_states: 2, ..options() };
+    // Those who could have the state of the first wait for it.
+    let mut carrying = engine_of(true, 1, company.clone());
+    let answers = carrying.run((0..8).map(request).collect(), |_| {}).unwrap();
+    assert_eq!(answers.iter().map(|answer| answer.cached_tokens).sum::<usize>(), 7 * 192);
     let mut together = engine(1, company.clone());
     let answers = together.run((0..8).map(request).collect(), |_| {}).unwrap();
     assert_eq!(answers.iter().map(|answer| answer.cached_tokens).sum::<usize>(), 7 * 192);
@@ -307,7 +353,7 @@ fn speed_of_steps() {
         let options = EngineOptions { max_sequences: sequences, prefix_caching: true, ..options() };
         let took = Arc::new(Mutex::new(Duration::ZERO));
         let executor = Box::new(Timed { vocab, started: VecDeque::new(), took: Arc::clone(&took) });
-        let spec = Arc::new(ModelSpec { vocab, ..(*spec()).clone() });
+        let spec = Arc::new(ModelSpec { vocab, ..(*spec(false)).clone() });
         let mut engine = Engine::over(spec, executor, options).unwrap();
         for number in 0..sequences {
             let sampling = Sampling {

@@ -31,5 +31,5 @@ mod parallel;
 mod step;
 
 pub use attention::BLOCK_SIZE;
-pub use forward::{Batch, ExpertTokens, Model, ModelOptions, RoutingMode, StepOutput};
+pub use forward::{Batch, ExpertTokens, Model, ModelOptions, RoutingMode, StateSlots, StepOutput};
 pub use parallel::{Experts, Parallel};

@@ -1,9 +1,9 @@
 //! Before a step: who has which tokens.
 
-use crate::Batch;
 use crate::collectives::Shares;
 use crate::origins::Origins;
 use crate::parallel::Layout;
+use crate::{Batch, StateSlots};
 use epsmoe_base::{Fault, FaultKind, Place, Rank, hash_bytes};
 use epsmoe_device::Buffer;
 use epsmoe_fabric::Control;
@@ -18,7 +18,7 @@ pub(crate) struct Step {
     pub(crate) blocks: Buffer,
     /// All positions are below: a power of two, so that many steps have the same.
     pub(crate) longest: usize,
-    /// Where each sequence's state is, and where it is to be left `[B, 2]`.
+    /// Where each sequence's state is, and where it is to be left `[B, 4]`.
     pub(crate) states: Buffer,
     /// The tokens of every layer, and those of the last layer, if they are fewer.
     pub(crate) all: LayerTokens,
@@ -175,13 +175,18 @@ impl Batch {
     fn fingerprint(&self) -> u64 {
         let whole = self.whole.iter().map(|&whole| u32::from(whole)).collect();
         let parts = [&self.ids, &self.positions, &self.slots, &self.sequence_starts, &self.logits, &whole];
-        let (states, generated) = (self.states.concat(), vec![self.generated as u32]);
+        let (states, generated) = (self.state_words(), vec![self.generated as u32]);
         let words = parts
             .into_iter()
             .chain([&states, &generated])
             .chain(&self.blocks)
             .flat_map(|part| [part.len() as u32].into_iter().chain(part.iter().copied()));
         hash_bytes(&words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
+    }
+
+    /// Slots of all states, as operations read them.
+    pub(crate) fn state_words(&self) -> Vec<u32> {
+        self.states.iter().flat_map(StateSlots::words).collect()
     }
 
     /// A power of two that all positions are below.

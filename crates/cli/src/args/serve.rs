@@ -112,6 +112,11 @@ pub(crate) struct CacheArgs {
     /// --max-num-seqs sequences of --max-model-len need]
     #[arg(long, env = "EPSMOE_KV_CACHE_MEMORY_BYTES", value_name = "BYTES", help_heading = LIMITS)]
     pub(crate) kv_cache_memory_bytes: Option<ByteSize>,
+
+    /// States that are kept behind blocks of the KV cache, of a model whose sequences carry states along, so that prompts which begin
+    /// alike go on from there [default: --max-num-seqs, in at most a quarter of the memory that is left]
+    #[arg(long, env = "EPSMOE_KEPT_STATES", value_name = "STATES", value_parser = bounded(0, 1 << 20), help_heading = LIMITS)]
+    pub(crate) kept_states: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

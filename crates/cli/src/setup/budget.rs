@@ -15,6 +15,10 @@ use std::fmt::Display;
 /// percent, stays out of the sum.
 const SPARE_PERCENT: u64 = 3;
 
+/// States that are kept take at most one part in so many of the memory that is left for caches, unless somebody says how
+/// many.
+const KEPT_SHARE: u64 = 4;
+
 /// Memory of a processor, which some ranks share.
 struct Room {
     owner: &'static str,
@@ -102,24 +106,12 @@ impl Setup {
     /// The same options with a cache that fits: of the size that was asked for, or else of all the memory that is left,
     /// but no more than the most sequences of the greatest length need.
     pub(crate) fn with_cache(&self, options: EngineOptions, args: &CacheArgs) -> Result<EngineOptions> {
+        let options = self.with_kept_states(options, args)?;
         let block = self.block_bytes(&options.parallel).max(1);
         let most = most_blocks(&options);
-        let (fitting, from) = match (args.kv_cache_memory_bytes, self.room()?) {
+        let (fitting, from) = match (args.kv_cache_memory_bytes, self.left(&options)?) {
             (Some(asked), _) => (asked.0 / block, "--kv-cache-memory-bytes".to_owned()),
-            (None, Some(room)) => {
-                let model = EngineOptions { kv_blocks: Some(0), ..options.clone() }.model();
-                let needs = self.needs(&[model], true, self.gpu_weights.get().is_some())?;
-                let all = share(&room, self.utilization);
-                let left = all.saturating_sub(needs.total());
-                let from = format!(
-                    "what is left of {} of {} beside {} for weights and {} to compute in",
-                    Bytes(all),
-                    room.owner,
-                    Bytes(needs.weights),
-                    Bytes(needs.buffers)
-                );
-                ((left / block / self.sharing_ranks() as u64).min(most), from)
-            }
+            (None, Some((left, from))) => ((left / block).min(most), from),
             (None, None) => (most, String::new()),
         };
         let blocks = (fitting as usize).min(u32::MAX as usize / BLOCK_SIZE);
@@ -137,6 +129,45 @@ impl Setup {
         Ok(EngineOptions { kv_blocks: Some(blocks), ..options })
     }
 
+    /// The same options with slots for states that are kept: as many as were asked for, or else one for each sequence that
+    /// may run.
+    fn with_kept_states(&self, options: EngineOptions, args: &CacheArgs) -> Result<EngineOptions> {
+        let spec = &self.model.spec;
+        if !spec.has_states() || !options.prefix_caching {
+            return match args.kept_states {
+                Some(asked) if asked > 0 => bail!(
+                    "--kept-states is {asked}, but sequences of {} carry no state along: leave it out",
+                    self.model.name
+                ),
+                _ => Ok(options),
+            };
+        }
+        let state = spec.state_bytes(self.dtype, options.parallel.tensor).max(1) as u64;
+        let kept_states = match (args.kept_states, self.left(&options)?) {
+            (Some(asked), _) => asked,
+            (None, Some((left, _))) => options.max_sequences.min((left / KEPT_SHARE / state) as usize),
+            (None, None) => options.max_sequences,
+        };
+        Ok(EngineOptions { kept_states, ..options })
+    }
+
+    /// The memory that each rank has for blocks of its cache beside all that these options reserve, and where it comes from;
+    /// where that is known.
+    fn left(&self, options: &EngineOptions) -> Result<Option<(u64, String)>> {
+        let Some(room) = self.room()? else { return Ok(None) };
+        let model = EngineOptions { kv_blocks: Some(0), ..options.clone() }.model();
+        let needs = self.needs(&[model], true, self.gpu_weights.get().is_some())?;
+        let all = share(&room, self.utilization);
+        let from = format!(
+            "what is left of {} of {} beside {} for weights and {} to compute in",
+            Bytes(all),
+            room.owner,
+            Bytes(needs.weights),
+            Bytes(needs.buffers)
+        );
+        Ok(Some((all.saturating_sub(needs.total()) / self.sharing_ranks() as u64, from)))
+    }
+
     /// The cache of these options, in a few words.
     pub(crate) fn describe_cache(&self, options: &EngineOptions) -> String {
         let (spec, blocks) = (&self.model.spec, options.model().cache_blocks);
@@ -147,8 +178,9 @@ impl Setup {
         let state = spec.state_bytes(self.dtype, options.parallel.tensor) as u64;
         let states = match spec.has_states() {
             true => format!(
-                ", each of which carries {} along, so that what prompts begin with alike is computed anew",
-                Bytes(state)
+                ", each of which carries {} along, and {} kept for prompts that begin alike",
+                Bytes(state),
+                count(options.kept_states, "such state")
             ),
             false => String::new(),
         };

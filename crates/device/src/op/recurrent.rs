@@ -13,8 +13,9 @@ pub struct Carried {
     /// Position of each new token in its sequence `[T, 1]`, uint32: consecutive in a sequence. What lies before position 0
     /// is zero.
     pub positions: Buffer,
-    /// The slot that each sequence's state is read from, and the one that it is left in, `[B, 2]`, uint32. No sequence
-    /// leaves its state where another reads or leaves one.
+    /// `[B, 4]`, uint32: the slot that each sequence's state is read from, and the one that it is left in; then one more, in
+    /// which it is left as it is behind so many of the new tokens, and how many those are: 0 where it is left in no other. No
+    /// sequence leaves its state where another reads or leaves one, nor in the third slot over what it reads.
     pub slots: Buffer,
 }
 
@@ -23,7 +24,7 @@ impl Carried {
         same_rows(op, &[tokens, &self.positions])?;
         expect(op, "positions", &self.positions, DType::U32, 1)?;
         expect(op, "sequence starts", &self.sequence_starts, DType::U32, 1)?;
-        expect(op, "slots", &self.slots, DType::U32, 2)?;
+        expect(op, "slots", &self.slots, DType::U32, 4)?;
         if self.sequence_starts.rows != self.slots.rows + 1 {
             return Err(DeviceError::Shape(format!(
                 "{op}: {:?} does not delimit the sequences of {:?}",

@@ -27,9 +27,34 @@ struct Piece {
     position: usize,
     from: usize,
     to: usize,
+    /// Where its state is left as well, behind which of the tokens.
+    kept: Option<Kept>,
+}
+
+/// A state in the middle of a piece.
+#[derive(Clone, Copy)]
+struct Kept {
+    slot: usize,
+    /// The token behind it.
+    end: usize,
 }
 
 impl Piece {
+    /// The slots that are written.
+    fn written(&self) -> impl Iterator<Item = usize> {
+        [Some(self.to), self.kept.map(|kept| kept.slot)].into_iter().flatten()
+    }
+
+    /// Whether it writes what the other reads or writes.
+    fn disturbs(&self, other: &Piece) -> bool {
+        self.written().any(|slot| slot == other.from || other.written().any(|theirs| theirs == slot))
+    }
+
+    /// Slots of states, and the token behind which each lies in its.
+    fn ends(&self) -> impl Iterator<Item = Kept> {
+        self.kept.into_iter().chain([Kept { slot: self.to, end: self.tokens.end }])
+    }
+
     /// Where the input of token `t` lies that came `back` tokens before it.
     fn input(&self, t: usize, back: usize) -> Input {
         let within = t - self.tokens.start;
@@ -69,11 +94,23 @@ impl<K: Kernels> Rows<'_, K> {
             }
             let slot = |which: usize| in_range("slot", places.row(b)[which], slots);
             let (position, from, to) = (positions.at(tokens.start) as usize, slot(0)?, slot(1)?);
-            let shared = |other: &Piece| other.to == to || other.to == from || other.from == to;
-            if pieces.iter().any(shared) {
-                return Err(format!("slots {from} and {to} of sequence {b} are another's too"));
+            let kept = match places.row(b)[3] as usize {
+                0 => None,
+                after if after <= tokens.len() => Some(Kept { slot: slot(2)?, end: tokens.start + after }),
+                after => {
+                    return Err(format!(
+                        "sequence {b} leaves a state behind {after} of {} tokens",
+                        tokens.len()
+                    ));
+                }
+            };
+            let piece = Piece { tokens, position, from, to, kept };
+            let twice = kept.is_some_and(|kept| kept.slot == from || kept.slot == to);
+            if twice || pieces.iter().any(|other| piece.disturbs(other) || other.disturbs(&piece)) {
+                let all: Vec<usize> = std::iter::once(from).chain(piece.written()).collect();
+                return Err(format!("of the slots {all:?} of sequence {b} one is taken twice"));
             }
-            pieces.push(Piece { tokens, position, from, to });
+            pieces.push(piece);
         }
         if end != positions.rows {
             return Err(format!("sequences hold {end} of {} tokens", positions.rows));
@@ -103,16 +140,17 @@ impl<K: Kernels> Rows<'_, K> {
                 *out = Y::from_f32(silu(sum));
             }
         });
+        let mut states = self.view_mut::<T>(&op.states);
         for piece in &pieces {
-            let last = piece.tokens.end - 1;
-            let rows: Vec<Vec<T>> = (0..kept)
-                .map(|at| {
-                    row(piece, last, kept - 1 - at).map_or(vec![T::from_f32(0.0); x.width], <[T]>::to_vec)
-                })
-                .collect();
-            let mut states = self.view_mut::<T>(&op.states);
-            for (at, row) in rows.iter().enumerate() {
-                states.row(piece.to * kept + at).copy_from_slice(row);
+            // What a sequence reads is overwritten last.
+            for Kept { slot, end } in piece.ends() {
+                let of = |at: usize| row(piece, end - 1, kept - 1 - at);
+                let zeros = || vec![T::from_f32(0.0); x.width];
+                let rows: Vec<Vec<T>> =
+                    (0..kept).map(|at| of(at).map_or_else(zeros, <[T]>::to_vec)).collect();
+                for (at, row) in rows.iter().enumerate() {
+                    states.row(slot * kept + at).copy_from_slice(row);
+                }
             }
         }
         Ok(())
@@ -154,6 +192,10 @@ impl<K: Kernels> Rows<'_, K> {
                 // SAFETY: each head of a token belongs to one task, which takes one view of it at a time.
                 let out = unsafe { out.columns_shared(t, head * columns..(head + 1) * columns) };
                 self.kernels.delta_rule(state, &token, out);
+                if let Some(kept) = piece.kept.filter(|kept| kept.end == t + 1) {
+                    // SAFETY: as above, and it is another slot than those of this piece's own state.
+                    unsafe { states.row_shared(kept.slot * heads + head) }.copy_from_slice(state);
+                }
             }
         });
         Ok(())

@@ -6,27 +6,38 @@ use epsmoe_device::op::*;
 use epsmoe_device::{Backend, Buffer};
 use std::ops::Range;
 
-/// A new piece of a sequence: the tokens before it, its tokens, and the slots that its state is read from and left in.
+/// A new piece of a sequence: the tokens before it, its tokens, the slots that its state is read from and left in, and maybe
+/// another that it is left in behind so many of the tokens.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     before: usize,
     new: usize,
     from: usize,
     to: usize,
+    kept: Option<(usize, usize)>,
 }
 
-/// Pieces of sequences that begin, go on, and have nothing new; every other one leaves its state in another slot.
+impl Piece {
+    /// Slots that states are left in, and how many of the new tokens each has seen.
+    fn left(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.kept.into_iter().chain([(self.to, self.new)])
+    }
+}
+
+/// Pieces of sequences that begin, go on, and have nothing new; every other one leaves its state in another slot, and most
+/// leave a state behind some of their tokens.
 fn pieces<B: Backend>(bench: &Bench<B>) -> Vec<Piece> {
     let lengths = [(0, 5), (7, 3), (1, 1), (4, 0), (0, 1), (2, 40)];
-    let slots = bench.shuffled(2 * lengths.len());
+    let slots = bench.shuffled(SLOTS);
     let piece = |(at, &(before, new)): (usize, &(usize, usize))| {
-        let (from, other) = (slots[2 * at] as usize, slots[2 * at + 1] as usize);
-        Piece { before, new, from, to: if at % 2 == 0 { from } else { other } }
+        let [from, other, third] = [0, 1, 2].map(|which| slots[3 * at + which] as usize);
+        let kept = (new > 0 && at != 2).then(|| (third, 1 + bench.below(new)));
+        Piece { before, new, from, to: if at % 2 == 0 { from } else { other }, kept }
     };
     lengths.iter().enumerate().map(piece).collect()
 }
 
-const SLOTS: usize = 12;
+const SLOTS: usize = 18;
 
 /// The tokens of each piece in a batch.
 fn spans(pieces: &[Piece]) -> Vec<Range<usize>> {
@@ -42,11 +53,14 @@ fn carried<B: Backend>(bench: &Bench<B>, pieces: &[Piece]) -> Carried {
     let starts = spans(pieces).iter().map(|span| span.start as u32).collect::<Vec<_>>();
     let total: usize = pieces.iter().map(|piece| piece.new).sum();
     let positions = pieces.iter().flat_map(|piece| piece.before..piece.before + piece.new);
-    let slots = pieces.iter().flat_map(|piece| [piece.from as u32, piece.to as u32]);
+    let slots = pieces.iter().flat_map(|piece| {
+        let (kept, after) = piece.kept.unwrap_or((0, 0));
+        [piece.from, piece.to, kept, after].map(|word| word as u32)
+    });
     Carried {
         sequence_starts: bench.put_words(&[starts, vec![total as u32]].concat(), 1).view,
         positions: bench.put_words(&positions.map(|position| position as u32).collect::<Vec<_>>(), 1).view,
-        slots: bench.put_words(&slots.collect::<Vec<_>>(), 2).view,
+        slots: bench.put_words(&slots.collect::<Vec<_>>(), 4).view,
     }
 }
 
@@ -105,8 +119,10 @@ fn convolutions<B: Backend>(bench: &Bench<B>, taps: usize, width: usize) {
             }));
         }
         if piece.new > 0 {
-            for (at, row) in rows[rows.len() - kept..].iter().enumerate() {
-                after.values[(piece.to * kept + at) * width..][..width].copy_from_slice(row);
+            for (slot, seen) in piece.left() {
+                for (at, row) in rows[seen..][..kept].iter().enumerate() {
+                    after.values[(slot * kept + at) * width..][..width].copy_from_slice(row);
+                }
             }
         }
     }
@@ -236,8 +252,10 @@ fn delta_rules<B: Backend>(bench: &Bench<B>, shape: Shape) {
                 let row = numbers.token(&shape, t, head, &mut state);
                 want[t * shape.values() + head * shape.value_width..][..shape.value_width]
                     .copy_from_slice(&row);
+                for (slot, _) in piece.left().filter(|(_, seen)| span.start + seen == t + 1) {
+                    after[(slot * heads + head) * shape.state()..][..shape.state()].copy_from_slice(&state);
+                }
             }
-            after[(piece.to * heads + head) * shape.state()..][..shape.state()].copy_from_slice(&state);
         }
     }
     bench.check(&what, &out, &want);
@@ -275,16 +293,14 @@ pub(crate) fn invariance<B: Backend>(bench: &Bench<B>) {
         let kept = bench.room(bench.dtype, SLOTS * 3, shape.width());
         let (mut done, mut slot) = ([0; 3], [0, 1, 2]);
         let mut rows = vec![Vec::new(); numbers.x.rows];
-        for batch in batches {
-            let mut tokens = Vec::new();
-            let mut pieces = Vec::new();
-            for &(sequence, new) in batch {
-                let before = done[sequence];
-                tokens.extend(starts[sequence] + before..starts[sequence] + before + new);
-                let to = (slot[sequence] + 3 * bench.below(2)) % 6;
-                pieces.push(Piece { before, new, from: slot[sequence], to });
-                (done[sequence], slot[sequence]) = (before + new, to);
-            }
+        let mut compute = |of: &[(usize, Piece)]| {
+            let tokens: Vec<usize> = of
+                .iter()
+                .flat_map(|&(sequence, Piece { before, new, .. })| {
+                    starts[sequence] + before..starts[sequence] + before + new
+                })
+                .collect();
+            let pieces: Vec<Piece> = of.iter().map(|(_, piece)| *piece).collect();
             let out = numbers.run((bench, "delta rule"), &shape, &tokens, &pieces, &states.view);
             let values = tokens.iter().flat_map(|&t| numbers.x.row(t).to_vec()).collect();
             let x = bench.put(&Sheet { rows: tokens.len(), width: shape.width(), values }).view;
@@ -297,6 +313,27 @@ pub(crate) fn invariance<B: Backend>(bench: &Bench<B>) {
                 let seen = &seen[at * shape.values()..][..shape.values()];
                 let convolved = &convolved[at * shape.width()..][..shape.width()];
                 rows[t] = seen.iter().chain(convolved).map(|x| x.to_bits()).collect();
+            }
+        };
+        for batch in batches {
+            let mut pieces = Vec::new();
+            for &(sequence, new) in batch {
+                let (before, from) = (done[sequence], slot[sequence]);
+                let to = (from + 3 * bench.below(2)) % 6;
+                let kept = (bench.below(2) > 0).then(|| (6 + sequence, 1 + bench.below(new)));
+                pieces.push((sequence, Piece { before, new, from, to, kept }));
+                (done[sequence], slot[sequence]) = (before + new, to);
+            }
+            compute(&pieces);
+            // What follows a state that was left in the middle is computed again from there.
+            let rest = pieces.iter().filter_map(|&(sequence, piece)| {
+                let (from, after) = piece.kept.filter(|&(_, after)| after < piece.new)?;
+                let (before, new) = (piece.before + after, piece.new - after);
+                Some((sequence, Piece { before, new, from, to: piece.to, kept: None }))
+            });
+            let rest: Vec<_> = rest.collect();
+            if !rest.is_empty() {
+                compute(&rest);
             }
         }
         rows
@@ -322,7 +359,7 @@ pub(crate) fn invariance<B: Backend>(bench: &Bench<B>) {
 
 /// A slot that is none, and spans that do not follow each other.
 pub(crate) fn refusals<B: Backend>(fresh: &impl Fn() -> Bench<B>) {
-    let refused = |starts: [u32; 3], slots: [u32; 4], delta: bool| -> String {
+    let refused = |starts: [u32; 3], slots: [u32; 8], delta: bool| -> String {
         let bench = fresh();
         let of = |rows: usize, width: usize| {
             bench.put_as(DType::F32, &bench.random_of(DType::F32, rows, width, 1.0)).view
@@ -330,7 +367,7 @@ pub(crate) fn refusals<B: Backend>(fresh: &impl Fn() -> Bench<B>) {
         let carried = Carried {
             sequence_starts: bench.put_words(&starts, 1).view,
             positions: bench.put_words(&[0, 1, 0], 1).view,
-            slots: bench.put_words(&slots, 2).view,
+            slots: bench.put_words(&slots, 4).view,
         };
         let vector = |n: usize| bench.vector(&bench.random_of(DType::F32, 1, n, 1.0));
         let op: Op = match delta {
@@ -354,9 +391,14 @@ pub(crate) fn refusals<B: Backend>(fresh: &impl Fn() -> Bench<B>) {
         fault.message
     };
     for (delta, name) in [(true, "delta_rule"), (false, "short_conv")] {
-        let said = refused([0, 2, 3], [0, 0, 1, 4], delta);
+        let said = refused([0, 2, 3], [0, 0, 0, 0, 1, 4, 0, 0], delta);
         assert_eq!(said, format!("{name}: slot 4 is not below 4"));
-        let said = refused([0, 4, 3], [0, 0, 1, 1], delta);
-        assert!(said.starts_with(&format!("{name}: sequence ")), "{said}");
+        let said = refused([0, 2, 3], [0, 0, 5, 1, 1, 1, 0, 0], delta);
+        assert_eq!(said, format!("{name}: slot 5 is not below 4"));
+        for (starts, slots) in [([0, 4, 3], [0, 0, 0, 0, 1, 1, 0, 0]), ([0, 2, 3], [0, 0, 2, 3, 1, 1, 0, 0])]
+        {
+            let said = refused(starts, slots, delta);
+            assert!(said.starts_with(&format!("{name}: sequence ")), "{said}");
+        }
     }
 }

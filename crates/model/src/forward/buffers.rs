@@ -101,7 +101,7 @@ impl StepBuffers {
             ids: indices("ids", shard, 1)?,
             slots: indices("slots", tokens, 1)?,
             blocks: indices("blocks", sequences, options.max_blocks)?,
-            states: indices("states", sequences, 2)?,
+            states: indices("states", sequences, 4)?,
             queries: queries()?,
             wanted_queries: queries()?,
             wanted: indices("wanted", shard, 1)?,

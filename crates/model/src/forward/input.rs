@@ -44,7 +44,7 @@ impl<B: Backend> Model<B> {
             slots: self.upload(&batch.slots, &buffers.slots.rows(0..batch.ids.len())?)?,
             blocks,
             longest: batch.longest(),
-            states: self.upload(&batch.states.concat(), &buffers.states.rows(0..batch.states.len())?)?,
+            states: self.upload(&batch.state_words(), &buffers.states.rows(0..batch.states.len())?)?,
             routed: layout.labels(self.mlp.ranks()),
             // Ranks that split every expert have the same tokens: one of them counts.
             count_experts: batch.count_experts && self.layout.mlp_ranks().start == rank,

@@ -40,8 +40,8 @@ pub struct Batch {
     pub sequence_starts: Vec<u32>,
     /// Cache blocks of each sequence, in order `[B]`.
     pub blocks: Vec<Vec<u32>>,
-    /// The slot that each sequence's state is read from, and the one that it is left in, if the model has states `[B]`.
-    pub states: Vec<[u32; 2]>,
+    /// Where each sequence's state is, and where it is to be left, if the model has states `[B]`.
+    pub states: Vec<StateSlots>,
     /// The tokens of so many sequences, which come first, were generated; those of the others are of prompts. It matters where
     /// [prompts are decompressed](ModelOptions::decompress_prompts).
     pub generated: usize,
@@ -53,6 +53,25 @@ pub struct Batch {
     pub whole: Vec<bool>,
     /// Whether [`StepOutput::expert_tokens`] is wanted, for which the host waits in every MoE layer.
     pub count_experts: bool,
+}
+
+/// Slots of a sequence's state in one step. No slot is written that another sequence reads or writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateSlots {
+    /// Where it is.
+    pub from: u32,
+    /// Where it is left.
+    pub to: u32,
+    /// A slot apart from both in which it is left as it is behind so many of the new tokens.
+    pub kept: Option<(u32, u32)>,
+}
+
+impl StateSlots {
+    /// As operations read it.
+    pub(crate) fn words(&self) -> [u32; 4] {
+        let (kept, after) = self.kept.unwrap_or_default();
+        [self.from, self.to, kept, after]
+    }
 }
 
 /// How a model is run; equal on all ranks.

@@ -187,6 +187,7 @@ impl Setup {
             kv_blocks: self.kv_blocks,
             capacity: None,
             prefix_caching: true,
+            kept_states: 8,
             policy: Policy::default(),
             wire: WireDType::Auto,
             parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },
