@@ -1,6 +1,6 @@
 //! The parts of a layer that no schedule changes: attention, collectives, dense MLPs, weights and cache.
 
-use crate::{AdviseError, Advisor, ELEMENT, Strategy, WeightBits, limits};
+use crate::{AdviseError, Advisor, DTYPE, ELEMENT, Strategy, WeightBits, limits};
 use epsmoe_model::{AttentionSpec, DeltaNetSpec, GqaSpec, LayerSpec, MlaSpec, MlpSpec};
 
 /// A product with a matrix `[N, K]`.
@@ -136,9 +136,10 @@ impl Advisor<'_> {
                 .layers
                 .iter()
                 .map(|layer| {
-                    let cached = product([tokens, cached(&layer.attention, parts)].map(|it| it as u64))?;
-                    let carried = product([sequences, carried(&layer.attention, parts)].map(|it| it as u64))?;
-                    product([sum([cached, carried])?, ELEMENT as u64])
+                    let element = load.cache.of(DTYPE).bytes();
+                    let cached = [tokens, cached(&layer.attention, parts), element];
+                    let carried = [sequences, carried(&layer.attention, parts), ELEMENT];
+                    sum([product(cached.map(|it| it as u64))?, product(carried.map(|it| it as u64))?])
                 })
                 .collect::<Result<Vec<_>, _>>()?)?,
         })

@@ -23,7 +23,7 @@ mod frame;
 mod limits;
 mod text;
 
-use epsmoe_base::{DType, WireDType, WireFormat};
+use epsmoe_base::{CacheDType, DType, WireDType, WireFormat};
 use epsmoe_model::{ModelSpec, MoeSpec};
 use epsmoe_plan::{CostModel, MOST_NS, Machine, PlanError, millibits};
 use frame::{Frame, sum};
@@ -125,6 +125,8 @@ pub struct Load {
     pub stages: usize,
     /// What rows travel to their experts in.
     pub wire: WireDType,
+    /// What keys and values are cached in.
+    pub cache: CacheDType,
     /// What weights are held in.
     pub weights: WeightBits,
 }

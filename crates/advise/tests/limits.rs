@@ -1,7 +1,7 @@
 //! Numbers that users may give: a plan is told, or one sentence says which number is too large. Nothing wraps.
 
 use epsmoe_advise::{Advice, Load, WeightBits, advise};
-use epsmoe_base::{Mix, WireDType, env::test_seed};
+use epsmoe_base::{CacheDType, Mix, WireDType, env::test_seed};
 use epsmoe_model::{PRESETS, config, preset};
 use epsmoe_plan::Machine;
 
@@ -13,6 +13,7 @@ fn load(batch: usize, sequence: usize) -> Load {
         seed: 1,
         stages: 4,
         wire: WireDType::Auto,
+        cache: CacheDType::Auto,
         weights: WeightBits::default(),
     }
 }

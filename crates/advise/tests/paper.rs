@@ -1,7 +1,7 @@
 //! The planner against the tables of EPS-MoE (arXiv 2410.12247): signs, not sizes; see `docs/paper-check.md`.
 
 use epsmoe_advise::*;
-use epsmoe_base::WireDType;
+use epsmoe_base::{CacheDType, WireDType};
 use epsmoe_model::{ModelSpec, preset};
 use epsmoe_plan::Machine;
 
@@ -29,6 +29,7 @@ fn load(batch: usize, sequence: usize, stages: usize) -> Load {
         seed: 1,
         stages,
         wire: WireDType::Auto,
+        cache: CacheDType::Auto,
         weights: WeightBits::default(),
     }
 }

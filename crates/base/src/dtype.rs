@@ -14,6 +14,8 @@ pub enum DType {
     F16,
     /// Indices and ids.
     U32,
+    /// FP8: a sign, four bits of exponent, three of fraction; what keys and values may be cached in, never computed in.
+    E4M3,
 }
 
 impl DType {
@@ -22,6 +24,7 @@ impl DType {
         match self {
             DType::F32 | DType::U32 => 4,
             DType::BF16 | DType::F16 => 2,
+            DType::E4M3 => 1,
         }
     }
 
@@ -32,6 +35,7 @@ impl DType {
             DType::F32 => Tolerance { absolute: 1e-4, relative: 1e-4 },
             DType::BF16 => Tolerance { absolute: 2e-2, relative: 2e-2 },
             DType::F16 => Tolerance { absolute: 4e-3, relative: 4e-3 },
+            DType::E4M3 => Tolerance { absolute: 1e-3, relative: 0.0625 },
             DType::U32 => Tolerance { absolute: 0.0, relative: 0.0 },
         }
     }
@@ -44,7 +48,28 @@ impl fmt::Display for DType {
             DType::BF16 => "bfloat16",
             DType::F16 => "float16",
             DType::U32 => "uint32",
+            DType::E4M3 => "float8_e4m3",
         })
+    }
+}
+
+/// What keys and values are asked to be cached in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CacheDType {
+    /// What activations are in.
+    #[default]
+    Auto,
+    /// [`DType::E4M3`]: a byte for each number.
+    Fp8,
+}
+
+impl CacheDType {
+    /// The format of the cache, where activations are in `dtype`.
+    pub const fn of(self, dtype: DType) -> DType {
+        match self {
+            CacheDType::Auto => dtype,
+            CacheDType::Fp8 => DType::E4M3,
+        }
     }
 }
 

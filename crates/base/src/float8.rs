@@ -43,6 +43,18 @@ pub fn to_e4m3(value: f32) -> u8 {
     sign | ((rounded >> 20) - ((127 - 7) << 3)) as u8
 }
 
+/// The bits of the value of an e4m3 code in float32, of which the lower half is zero: no table, so that loops over codes
+/// become vector instructions.
+#[inline(always)]
+pub fn e4m3_bits(code: u8) -> u32 {
+    let (sign, size) = (u32::from(code & 0x80) << 24, u32::from(code & 0x7f));
+    let normal = (size << 20) + ((127 - 7) << 23);
+    // Below 2^−6 codes are multiples of 2^−9.
+    let small = (size as f32 * (1.0 / 512.0)).to_bits();
+    let bits = if size < 8 { small } else { normal };
+    sign | if size == 0x7f { 0x7fc0_0000 } else { bits }
+}
+
 /// Values of all codes of a sign, `exponent` bits and the fraction, infinities and NaN not yet among them.
 const fn floats(exponent: u32, bias: i32) -> [f32; 256] {
     let fraction = 7 - exponent;
@@ -133,6 +145,16 @@ mod tests {
         for code in 0..=255u8 {
             let half = f16::from_bits(u16::from(code) << 8).to_f32();
             assert!(E5M2[code as usize] == half || (half.is_nan() && E5M2[code as usize].is_nan()), "{code}");
+        }
+    }
+
+    #[test]
+    fn bits_are_those_of_the_values() {
+        for code in 0..=255u8 {
+            let (bits, value) = (e4m3_bits(code), E4M3[usize::from(code)]);
+            let found = f32::from_bits(bits);
+            assert!(found.to_bits() == value.to_bits() || (found.is_nan() && value.is_nan()), "{code:#x}");
+            assert_eq!(bits & 0xffff, 0, "{code:#x} is exact in bfloat16");
         }
     }
 

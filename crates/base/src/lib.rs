@@ -33,7 +33,7 @@ mod threads;
 mod units;
 mod wire;
 
-pub use dtype::{DType, Tolerance};
+pub use dtype::{CacheDType, DType, Tolerance};
 pub use fault::{Deadline, Fault, FaultCell, FaultKind, Jury, Place, panic_text};
 pub use ids::{Expert, Lane, Layer, Rank, Stage};
 pub use phase::Phase;

@@ -19,7 +19,9 @@ use crate::watch::LayerSample;
 use anyhow::{Context, Result, anyhow, bail};
 use epsmoe_advise::{DTYPE, WeightBits};
 use epsmoe_base::files::open_plain;
-use epsmoe_base::{Bytes, DType, FaultCell, Rank, WireDType, WireFormat, cores, count, hash_bytes};
+use epsmoe_base::{
+    Bytes, CacheDType, DType, FaultCell, Rank, WireDType, WireFormat, cores, count, hash_bytes,
+};
 use epsmoe_device::cpu::gemm::Isa;
 use epsmoe_device::cpu::{self, CpuKernels};
 use epsmoe_device::cuda::{self, CudaBackend, CudaDevice, CudaOptions, CudaWeights};
@@ -387,6 +389,7 @@ pub(crate) struct Setup {
     gpu_weights: OnceLock<Vec<CudaWeights>>,
     dtype: DType,
     wire: WireDType,
+    cache: CacheDType,
     isa: Isa,
     batched_tokens: Option<usize>,
     sequences: Option<usize>,
@@ -461,6 +464,7 @@ impl Setup {
             Dtype::Bfloat16 => DType::BF16,
         };
         let wire = args.wire_dtype.of(dtype)?;
+        let cache = args.kv_cache_dtype.of(dtype)?;
         let isa = args.isa.unwrap_or_else(Isa::detect);
         let mut policy = policy(args);
         // Rank 0 tells the others what it predicts with.
@@ -498,6 +502,7 @@ impl Setup {
             gpu_weights: OnceLock::new(),
             dtype,
             wire,
+            cache,
             isa,
             batched_tokens: args.max_num_batched_tokens,
             sequences: args.max_num_seqs,
@@ -570,6 +575,7 @@ impl Setup {
             prefix_caching: false,
             kept_states: 0,
             policy: policy.clone(),
+            cache_dtype: self.cache,
             wire: self.wire,
             parallel,
             routing: self.routing.clone(),
@@ -898,6 +904,9 @@ impl Setup {
                 let (rate, start) = (bytes_per_second / 1_000_000, latency.as_micros());
                 processor += &format!(" ({rate} MB/s a rank, {start} us an exchange)");
             }
+        }
+        if self.cache == CacheDType::Fp8 {
+            processor += ", KV cache in fp8";
         }
         if self.wire == WireDType::Fp8 {
             processor += &format!(", {}", WireFormat::of(self.wire, self.dtype));

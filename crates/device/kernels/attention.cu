@@ -4,7 +4,8 @@
 constexpr u32 ATTENTION_THREADS = 128;
 constexpr u32 WARPS = ATTENTION_THREADS / 32;
 
-template <typename X, typename Y> __device__ void attention(const Args& args) {
+// C is what keys and values are cached in, Y what queries and outputs are in.
+template <typename C, typename Y> __device__ void attention(const Args& args) {
     extern __shared__ f32 shared[];
     __shared__ u32 slots[STEP];
     __shared__ f32 scores[STEP];
@@ -21,7 +22,7 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
     __syncthreads();
     for (u32 b = thread; b + 1 < args.starts.rows; b += ATTENTION_THREADS)
         if (at<u32>(args.starts, b) <= t && t < at<u32>(args.starts, b + 1)) sequence = b;
-    const X* query = row<X>(args.q, t) + head * key_width;
+    const Y* query = row<Y>(args.q, t) + head * key_width;
     for (u32 n = thread; n < key_width; n += ATTENTION_THREADS) q[n] = wide(query[n]);
     for (u32 n = thread; n < value_width; n += ATTENTION_THREADS) sums[n] = 0.0f;
     __syncthreads();
@@ -48,7 +49,7 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
                     }
                     continue;
                 }
-                const X* key = row<X>(args.keys, u32(slot)) + kv_head * key_width;
+                const C* key = row<C>(args.keys, u32(slot)) + kv_head * key_width;
                 f32 dot = 0.0f;
                 for (u32 n = lane; n < key_width; n += 32) dot += q[n] * wide(key[n]);
                 score = warp_sum(dot) * args.scale;
@@ -71,21 +72,23 @@ template <typename X, typename Y> __device__ void attention(const Args& args) {
             f32 sum = sums[n] * kept;
 #pragma unroll 8
             for (u32 i = from; i < to; ++i)
-                sum += scores[i] * wide(row<X>(args.values, slots[i])[kv_head * value_width + n]);
+                sum += scores[i] * wide(row<C>(args.values, slots[i])[kv_head * value_width + n]);
             sums[n] = sum;
         }
         __syncthreads();
     }
     Y* out = row<Y>(args.out, t) + head * value_width;
-    for (u32 n = thread; n < value_width; n += ATTENTION_THREADS) out[n] = narrow<Y>(sums[n] / total);
+    for (u32 n = thread; n < value_width; n += ATTENTION_THREADS) out[n] = narrow<Y>(sums[n] / total * args.value_scale);
 }
 
-#define ATTENTION(X, Y)                                                                                      \
+#define ATTENTION(C, Y)                                                                                      \
     extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS)                                          \
-        attention_##X##_##Y(const __grid_constant__ Args args) {                                             \
+        attention_##C##_##Y(const __grid_constant__ Args args) {                                             \
         take_turn();                                                                                         \
-        attention<X, Y>(args);                                                                               \
+        attention<C, Y>(args);                                                                               \
     }
 
 ATTENTION(f32, f32)
 ATTENTION(bf16, bf16)
+ATTENTION(e4m3, f32)
+ATTENTION(e4m3, bf16)

@@ -5,11 +5,12 @@
 // its position alone: steps that a row sees nothing of, taken for the sake of its neighbours, leave its numbers as
 // they are.
 #pragma once
+#include "e4m3.cuh"
 #include "tensor.cuh"
 
 constexpr u32 STEP = 64;
 constexpr u32 NONE = ~0u;
-constexpr u32 LINE = 8; // elements of a piece of 16 bytes
+constexpr u32 LINE = 8; // elements of a piece: 16 bytes of numbers, 8 of codes
 
 // The twin of `launch::AttentionArgs`.
 struct Args {
@@ -18,10 +19,12 @@ struct Args {
     u64 sinks; // a score of each head that belongs to no key; 0: none
     u32 block_size, heads, kv_heads;
     f32 scale;
+    f32 value_scale; // of the sums
     u32 window;  // positions seen, itself included; 0: all
-    u32 vectors; // every view of q, keys, values, out and each head in it starts on 16 bytes
+    u32 vectors; // every view of q, keys, values, out and each head in it starts on whole pieces
     u32 longest; // positions are below
     u32 stretch; // positions are cut into stretches of so many, of which a token sees its own; 0: they are not
+    u32 padding;
 };
 
 // The first position that the token before position `end` sees.
@@ -147,6 +150,29 @@ template <u32 HEIGHT> struct Sight {
         return token[r] == NONE ? nullptr : row<bf16>(view, token[r]) + head[r] * width;
     }
 };
+
+// A piece of the cache, on its way to its place in shared memory beside other work; zero unless it is `there`. Codes arrive in the
+// first half of the place: whoever brought them decodes them where they are.
+__device__ __forceinline__ void bring_piece(bf16* to, const bf16* from, bool there, const void* anywhere) {
+    copy_async(shared_address(to), there ? from : anywhere, there ? 16 : 0);
+}
+__device__ __forceinline__ void bring_piece(bf16* to, const e4m3* from, bool there, const void* anywhere) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(there ? from : anywhere), "r"(there ? 8 : 0)
+                 : "memory");
+}
+
+// A piece that has arrived and that this thread brought becomes numbers, if it is in codes.
+template <typename C> __device__ __forceinline__ void settle_piece(bf16* at) {
+    if constexpr (sizeof(C) == 1) *reinterpret_cast<uint4*>(at) = decode_piece(*reinterpret_cast<const uint2*>(at));
+}
+
+// A piece that begins anywhere, as numbers and at once; `elements` are read and the rest are zero.
+__device__ __forceinline__ void bring_slowly(bf16* to, const bf16* from, u32 elements) { copy_slowly(to, from, elements); }
+__device__ __forceinline__ void bring_slowly(bf16* to, const e4m3* from, u32 elements) {
+    u32 words[2] = {};
+    for (u32 j = 0; j < elements; ++j) words[j / 4] |= u32(from[j].bits) << (j % 4 * 8);
+    *reinterpret_cast<uint4*>(to) = decode_piece(make_uint2(words[0], words[1]));
+}
 
 // The score of a head that belongs to no key; args.sinks is not 0.
 __device__ __forceinline__ f32 sink_of(const Args& args, u32 head) {

@@ -1,5 +1,5 @@
 // out[m] = x[index[m]]
-#include "common.cuh"
+#include "e4m3.cuh"
 
 struct Args { Rows x, index, out; Report report; };
 
@@ -20,3 +20,5 @@ KERNEL(gather, Args, f32, f32)
 KERNEL(gather, Args, f32, bf16)
 KERNEL(gather, Args, bf16, f32)
 KERNEL(gather, Args, bf16, bf16)
+KERNEL(gather, Args, e4m3, f32)
+KERNEL(gather, Args, e4m3, bf16)

@@ -1,11 +1,11 @@
 // out[m] = x[index[m]], to or from rows of e4m3 codes: four codes a word, the first in its lowest byte, then a float32
 // scale for every GROUP of columns. What is encoded is rounded to bfloat16 first. A half warp has a group at a time.
-#include "common.cuh"
+#include "e4m3.cuh"
 
 struct Args { Rows x, index, out; Report report; };
 
 constexpr u32 GROUP = 128;
-constexpr f32 LARGEST = 448.0f, LEAST = 1e-4f;
+constexpr f32 LEAST = 1e-4f;
 
 // The larger magnitude; a NaN stays.
 __device__ __forceinline__ f32 larger(f32 most, f32 value) {
@@ -20,34 +20,7 @@ __device__ __forceinline__ f32 scale_of(const Run& run) {
     for (f32 value : run.values) most = larger(most, value);
 #pragma unroll
     for (u32 step = 8; step > 0; step >>= 1) most = larger(most, __shfl_xor_sync(~0u, most, step));
-    return most / LARGEST;
-}
-
-// The codes nearest to two values, the first in the lower byte, ties to even; what is beyond 448 becomes 448.
-__device__ __forceinline__ u32 encode(f32 low, f32 high) {
-#if __CUDA_ARCH__ >= 890
-    unsigned short codes;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
-    return codes;
-#else
-    const auto code = [](f32 value) {
-        const u32 sign = __float_as_uint(value) >> 24 & 0x80u;
-        const f32 size = fabsf(value);
-        if (size != size) return sign | 0x7fu;
-        if (size >= LARGEST) return sign | 0x7eu;
-        // Below 2^-6 codes are multiples of 2^-9.
-        if (size < 1.0f / 64.0f) return sign | u32(rintf(size * 512.0f));
-        const u32 bits = __float_as_uint(size);
-        return sign | ((bits + 0x7ffffu + (bits >> 20 & 1u)) >> 20) - (120u << 3);
-    };
-    return code(low) | code(high) << 8;
-#endif
-}
-
-// What a code stands for: its bits are those of a float32 whose exponent counts from elsewhere.
-__device__ __forceinline__ f32 decode(u32 code) {
-    if ((code & 0x7fu) == 0x7fu) return __uint_as_float(0x7fffffffu);
-    return __uint_as_float((code & 0x80u) << 24 | (code & 0x7fu) << 20) * 0x1p120f;
+    return most / E4M3_LARGEST;
 }
 
 // The words of a run's codes.

@@ -1,19 +1,43 @@
-// cache[slots[t]] = x[t]
-#include "common.cuh"
+// cache[slots[t]] = x[t] / scale
+#include "e4m3.cuh"
 
-struct Args { Rows x, slots, cache; Report report; };
+struct Args { Rows x, slots, cache; Report report; f32 scale; u32 padding; };
+
+// Whether a slot is in the cache; if not, that is said.
+__device__ __forceinline__ bool is_inside(const Args& args, u32 slot) {
+    if (slot < args.cache.rows) return true;
+    complain(args.report, CACHE_SLOT, slot, args.cache.rows);
+    return false;
+}
 
 template <typename X, typename Y> __device__ void kv_write(const Args& args) {
     FOR_RUNS(args.x, t, n, count) {
-        u32 slot = at<u32>(args.slots, t);
-        if (slot >= args.cache.rows) {
-            complain(args.report, CACHE_SLOT, slot, args.cache.rows);
-            continue;
-        }
-        write(row<Y>(args.cache, slot) + n, read(row<X>(args.x, t) + n, count), count);
+        const u32 slot = at<u32>(args.slots, t);
+        if (is_inside(args, slot)) write(row<Y>(args.cache, slot) + n, read(row<X>(args.x, t) + n, count), count);
     }
 }
+
+// What is not finite has no code: it stops the world here, instead of being a number later on.
+template <typename X> __device__ void kv_write_codes(const Args& args) {
+    FOR_RUNS(args.x, t, n, count) {
+        const u32 slot = at<u32>(args.slots, t);
+        if (!is_inside(args, slot)) continue;
+        Run run = read(row<X>(args.x, t) + n, count);
+        bool whole = true;
+#pragma unroll
+        for (u32 j = 0; j < RUN; ++j) {
+            whole &= finite(run.values[j]);
+            run.values[j] /= args.scale;
+        }
+        if (whole) write(row<e4m3>(args.cache, slot) + n, run, count);
+        else complain(args.report, NOT_FINITE, t, 0);
+    }
+}
+template <> __device__ void kv_write<f32, e4m3>(const Args& args) { kv_write_codes<f32>(args); }
+template <> __device__ void kv_write<bf16, e4m3>(const Args& args) { kv_write_codes<bf16>(args); }
 
 KERNEL(kv_write, Args, f32, f32)
 KERNEL(kv_write, Args, f32, bf16)
 KERNEL(kv_write, Args, bf16, bf16)
+KERNEL(kv_write, Args, f32, e4m3)
+KERNEL(kv_write, Args, bf16, e4m3)

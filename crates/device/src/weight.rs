@@ -81,7 +81,7 @@ impl WeightFormat {
             DType::F32 => Some(WeightFormat::F32),
             DType::BF16 => Some(WeightFormat::Bf16),
             DType::F16 => Some(WeightFormat::F16),
-            DType::U32 => None,
+            DType::U32 | DType::E4M3 => None,
         }
     }
 }

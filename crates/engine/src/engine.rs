@@ -7,7 +7,7 @@ use crate::{
     Completion, EngineError, EngineStats, Event, Executor, Failure, Finish, Request, RequestId, StepReport,
     ThreadExecutor, TokenLogprobs, Workers,
 };
-use epsmoe_base::{Fault, FaultCell, Rank, WireDType, cores};
+use epsmoe_base::{CacheDType, Fault, FaultCell, Rank, WireDType, cores};
 use epsmoe_device::Backend;
 use epsmoe_fabric::Fabric;
 use epsmoe_model::{BLOCK_SIZE, Batch, Model, ModelOptions, ModelSpec, Parallel, RoutingMode, WeightSource};
@@ -28,6 +28,8 @@ pub struct EngineOptions {
     pub max_model_len: usize,
     /// Cache blocks of each rank; when absent, as many as `max_sequences` of the longest sequences need.
     pub kv_blocks: Option<usize>,
+    /// What keys and values are cached in.
+    pub cache_dtype: CacheDType,
     /// Room for the rows of an MoE layer on a rank; the worst case when absent. Layers that do not fit run in chunks.
     pub capacity: Option<Capacity>,
     /// Whether sequences that begin alike share what was computed of them.
@@ -61,6 +63,7 @@ impl EngineOptions {
             max_sequences: self.max_sequences,
             cache_blocks: self.kv_blocks.unwrap_or(max_blocks.saturating_mul(self.max_sequences)),
             max_blocks,
+            cache_dtype: self.cache_dtype,
             states: self.max_sequences + self.kept_states,
             policy: self.policy.clone(),
             capacity: self.capacity,

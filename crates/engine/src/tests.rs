@@ -6,7 +6,7 @@ use crate::{
     StepReport,
 };
 use epsmoe_base::env::test_seed;
-use epsmoe_base::{Fault, Mix, WireDType};
+use epsmoe_base::{CacheDType, Fault, Mix, WireDType};
 use epsmoe_model::{BLOCK_SIZE, Batch, ModelSpec, StateSlots, StepOutput, preset};
 use epsmoe_plan::{Policy, ScheduleReport};
 use std::collections::{HashMap, VecDeque};
@@ -171,6 +171,7 @@ fn options() -> EngineOptions {
         prefix_caching: false,
         kept_states: 0,
         policy: Policy::default(),
+        cache_dtype: CacheDType::Auto,
         wire: WireDType::Auto,
         parallel: Parallel::default(),
         routing: RoutingMode::FromRouter,

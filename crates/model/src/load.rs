@@ -211,6 +211,35 @@ impl<B: Backend> Loader<'_, B> {
         self.held(name, WeightShape::Vector { n: values.len() }, || Ok(vec![tensor]))
     }
 
+    /// The number under the first of some names that there is, which cached codes are multiplied with.
+    pub(crate) fn scale_of_cache(
+        &self,
+        names: impl IntoIterator<Item = String>,
+    ) -> Result<Option<f32>, ModelError> {
+        for name in names {
+            let Some(stored) = self.source.find(&name)? else { continue };
+            let refused = |problem: String| {
+                let problem = format!("`{name}` {problem}; leave --kv-cache-dtype out");
+                ModelError::Weights { file: self.source.place(&name), problem }
+            };
+            let (dtype, count) = (stored.dtype.plain(), stored.shape.iter().product::<usize>());
+            let Some(dtype) = dtype.filter(|_| count == 1) else {
+                let found = format!("is {} of shape {:?}", stored.dtype, stored.shape);
+                return Err(refused(format!(
+                    "{found}, but a layer's keys or values have one scale in a plain format"
+                )));
+            };
+            let mut bytes = vec![0; dtype.bytes()];
+            self.source.fill(&name, 0, &mut bytes)?;
+            let scale = Tensor { dtype, shape: vec![1], bytes }.floats()[0];
+            if !(scale > 0.0 && scale.is_finite()) {
+                return Err(refused(format!("is {scale}, which no keys or values can be divided by")));
+            }
+            return Ok(Some(scale));
+        }
+        Ok(None)
+    }
+
     /// A matrix whose rows become its columns.
     pub(crate) fn transposed(&self, part: Part) -> Result<Weight, ModelError> {
         let (n, k) = self.matrix(part);
@@ -440,7 +469,7 @@ fn first_not_finite(tensor: &Tensor, infinite: bool) -> Option<usize> {
         DType::BF16 => first(&tensor.bytes, u16::from_le_bytes, short(0x7f80)),
         DType::F16 => first(&tensor.bytes, u16::from_le_bytes, short(0x7c00)),
         DType::F32 => first(&tensor.bytes, u32::from_le_bytes, long),
-        DType::U32 => None,
+        DType::U32 | DType::E4M3 => None,
     }
 }
 

@@ -587,10 +587,10 @@ impl ModelSpec {
     }
 
     /// Bytes that one token leaves in the caches of all layers, on the rank that has the most of them of `tensor` ranks
-    /// that split attention.
-    pub fn cache_bytes_per_token(&self, dtype: DType, tensor: usize) -> usize {
+    /// that split attention, where they are cached in `cached`.
+    pub fn cache_bytes_per_token(&self, cached: DType, tensor: usize) -> usize {
         let of_layer = |layer: &LayerSpec| layer.attention.cache_width_of(tensor);
-        self.layers.iter().map(of_layer).sum::<usize>() * dtype.bytes()
+        self.layers.iter().map(of_layer).sum::<usize>() * cached.bytes()
     }
 
     /// Bytes that one sequence carries along in all layers, on that rank.

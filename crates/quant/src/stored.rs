@@ -60,6 +60,7 @@ impl StoredType {
             DType::F16 => StoredType::F16,
             DType::BF16 => StoredType::BF16,
             DType::U32 => StoredType::Other("U32"),
+            DType::E4M3 => StoredType::E4M3,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Predictions, and the profiles that they are made from.
 
 use super::ModelArgs;
-use super::values::{DeviceKind, Dtype, WireDtype, bounded, exponent, seconds};
+use super::values::{DeviceKind, Dtype, KvCacheDtype, WireDtype, bounded, exponent, seconds};
 use clap::Args;
 use clap::builder::BoolishValueParser;
 use epsmoe_device::cpu::gemm::Isa;
@@ -34,6 +34,10 @@ pub(crate) struct PlanArgs {
     /// What rows travel to their experts in: bfloat16, which auto is too, or fp8 with a scale for every 128
     #[arg(long, env = "EPSMOE_WIRE_DTYPE", value_enum, value_name = "FORMAT", default_value_t = WireDtype::Auto)]
     pub(crate) wire_dtype: WireDtype,
+
+    /// What keys and values are cached in: bfloat16, which auto is too, or fp8, which takes half the memory
+    #[arg(long, env = "EPSMOE_KV_CACHE_DTYPE", value_enum, value_name = "FORMAT", default_value_t = KvCacheDtype::Auto)]
+    pub(crate) kv_cache_dtype: KvCacheDtype,
 
     /// How unevenly experts are chosen: the exponent of a Zipf law; 0 is even
     #[arg(long, value_name = "EXPONENT", default_value = "0", value_parser = exponent)]

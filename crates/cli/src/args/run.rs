@@ -2,8 +2,8 @@
 
 use super::run_args;
 use super::values::{
-    DeviceKind, Dtype, Gemm, JsonObject, LinkSpeed, Quantisation, ScheduleKind, SharedExpertPlace,
-    TransferOrder, WireDtype,
+    DeviceKind, Dtype, Gemm, JsonObject, KvCacheDtype, LinkSpeed, Quantisation, ScheduleKind,
+    SharedExpertPlace, TransferOrder, WireDtype,
 };
 use super::values::{bounded, seconds, share};
 use super::world::WorldArgs;
@@ -41,6 +41,11 @@ pub(crate) struct RunArgs {
     /// Number format of activations; auto is float32 on a CPU, and on a GPU bfloat16 unless the weights are float32
     #[arg(long, env = "EPSMOE_DTYPE", value_enum, default_value_t = Dtype::Auto, help_heading = PROCESSOR)]
     pub(crate) dtype: Dtype,
+
+    /// Number format that keys and values are cached in; auto is that of activations. fp8 (or `fp8_e4m3`) takes a byte for each:
+    /// twice the tokens in the same memory, and no longer exact. Scales are those of the checkpoint, or 1
+    #[arg(long, env = "EPSMOE_KV_CACHE_DTYPE", value_enum, value_name = "FORMAT", default_value_t = KvCacheDtype::Auto, help_heading = PROCESSOR)]
+    pub(crate) kv_cache_dtype: KvCacheDtype,
 
     /// Holds against the checkpoint that its weights are quantised so: fp8, compressed-tensors, mxfp4, awq, gptq, modelopt,
     /// quark or gguf; with `none` (or `dequantise`) they are decoded to bfloat16 when they are loaded: the same bits, in more

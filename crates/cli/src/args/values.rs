@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
-use epsmoe_base::{DType, WireDType};
+use epsmoe_base::{CacheDType, DType, WireDType};
 use epsmoe_fabric::Link;
 use epsmoe_model::{Method, Target};
 use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
@@ -72,6 +72,31 @@ impl WireDtype {
                 "--wire-dtype bfloat16 sends activations in bfloat16, but they are in {dtype}: add --dtype bfloat16, or \
                  leave --wire-dtype out"
             ),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvCacheDtype {
+    Auto,
+    Bfloat16,
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
+}
+
+impl KvCacheDtype {
+    /// What was asked for, of activations of `dtype`.
+    ///
+    /// # Errors
+    /// A cache in bfloat16 of float32 activations.
+    pub(crate) fn of(self, dtype: DType) -> Result<CacheDType> {
+        match self {
+            KvCacheDtype::Fp8 => Ok(CacheDType::Fp8),
+            KvCacheDtype::Bfloat16 if dtype != DType::BF16 => bail!(
+                "--kv-cache-dtype bfloat16 caches keys and values in bfloat16, but they are in {dtype}: add --dtype bfloat16, or \
+                 say --kv-cache-dtype fp8"
+            ),
+            KvCacheDtype::Auto | KvCacheDtype::Bfloat16 => Ok(CacheDType::Auto),
         }
     }
 }

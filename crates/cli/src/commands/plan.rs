@@ -32,6 +32,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
         seed: args.seed,
         stages: STAGES,
         wire: args.wire_dtype.of(DTYPE)?,
+        cache: args.kv_cache_dtype.of(DTYPE)?,
         weights: setup::weight_bits(&args.model, &spec)?,
     };
     let advice = advise(&args.model.model, &spec, &machine, &load)?;

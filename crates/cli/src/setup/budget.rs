@@ -251,7 +251,7 @@ impl Setup {
 
     /// Bytes of a block of the cache on the rank that has the most of it.
     fn block_bytes(&self, parallel: &Parallel) -> u64 {
-        let token = self.model.spec.cache_bytes_per_token(self.dtype, parallel.tensor);
+        let token = self.model.spec.cache_bytes_per_token(self.cache.of(self.dtype), parallel.tensor);
         (token * BLOCK_SIZE) as u64
     }
 

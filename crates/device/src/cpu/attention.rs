@@ -5,14 +5,16 @@
 //! row the largest score so far, the sum of powers and the weighted values (the online softmax of Milakov and
 //! Gimelshein, arXiv 1805.02867). Blocks begin at fixed positions and all sums run in a fixed order, so a row's
 //! bits depend on its query and on the keys that it sees, not on the rows beside it: a token decoded alone has the
-//! bits it has in a prompt.
+//! bits it has in a prompt. Codes become numbers where blocks are packed, and go on as numbers do.
 
 use super::gemm::{
     AlignedWords, BLOCK_STRIDE, Blocks, ElementType, Functions, Isa, Prefetch, Tile, bytes_to_words, exp,
 };
 use super::pool::ComputePool;
 use super::prefetch_all;
-use crate::threaded::{AttentionViews, Element};
+use crate::threaded::{AttentionViews, Cached, Element};
+use epsmoe_base::DType;
+use epsmoe_base::float8::e4m3_bits;
 use half::bf16;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -24,7 +26,11 @@ pub(super) const KEYS: usize = 64;
 const ROWS: usize = 512;
 
 /// Runs the operation on the pool's threads.
-pub(super) fn run<T: Element>(pool: &mut ComputePool, isa: Isa, views: &AttentionViews<'_, T>) {
+pub(super) fn run<T: Element, C: Cached<T>>(
+    pool: &mut ComputePool,
+    isa: Isa,
+    views: &AttentionViews<'_, T, C>,
+) {
     let group = views.op.heads / views.op.kv_heads;
     let mut tasks = Vec::new();
     let mut first = 0;
@@ -56,6 +62,8 @@ struct Scratch {
     keys: AlignedWords,
     /// One key, before its words go to their columns.
     key: Vec<u32>,
+    /// The numbers of one key or value in codes.
+    decoded: Vec<u32>,
     /// Values of a block, panel after panel of `width` columns: for each word of keys `width` words.
     values: AlignedWords,
     /// Scores of a tile, panel after panel `[rows, width]`.
@@ -84,6 +92,7 @@ thread_local! {
         queries: AlignedWords::zeros(0),
         keys: AlignedWords::zeros(0),
         key: Vec::new(),
+        decoded: Vec::new(),
         values: AlignedWords::zeros(0),
         scores: AlignedWords::zeros(0),
         powers: AlignedWords::zeros(0),
@@ -92,15 +101,15 @@ thread_local! {
     });
 }
 
-struct Task<'a, 'v, T> {
-    views: &'a AttentionViews<'v, T>,
+struct Task<'a, 'v, T, C> {
+    views: &'a AttentionViews<'v, T, C>,
     functions: &'static Functions,
     tokens: Range<usize>,
     kv_head: usize,
     group: usize,
 }
 
-impl<T: Element> Task<'_, '_, T> {
+impl<T: Element, C: Cached<T>> Task<'_, '_, T, C> {
     /// Numbers in a word.
     const IN_WORD: usize = size_of::<u32>() / size_of::<T>();
 
@@ -112,7 +121,7 @@ impl<T: Element> Task<'_, '_, T> {
             let positions = block * KEYS..end.min((block + 1) * KEYS);
             self.prefetch(positions.end..end.min(positions.end + KEYS));
             self.pack_keys(&positions, scratch);
-            self.pack_values(&positions, &mut scratch.values);
+            self.pack_values(&positions, scratch);
             for tile in self.tiles() {
                 let sees = |row: &RowState| row.first < positions.end && row.end > positions.start;
                 if scratch.state[tile.clone()].iter().any(sees) {
@@ -134,7 +143,7 @@ impl<T: Element> Task<'_, '_, T> {
         (self.tokens.start + row / self.group, self.kv_head * self.group + row % self.group)
     }
 
-    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<T> {
+    fn tiles(&self) -> impl Iterator<Item = Range<usize>> + use<T, C> {
         let (rows, most) = (self.rows(), self.functions.tiles.len());
         (0..rows).step_by(most).map(move |start| start..rows.min(start + most))
     }
@@ -165,6 +174,7 @@ impl<T: Element> Task<'_, '_, T> {
         scratch.queries.grow(rows * self.query_words());
         scratch.keys.grow(self.key_panels(KEYS) * self.key_steps() * width);
         scratch.key.resize(self.key_steps(), 0);
+        scratch.decoded.resize(self.views.op.key_width().max(self.views.op.value_width()), 0);
         scratch.values.grow(self.value_panels() * KEYS * width);
         scratch.scores.grow(self.key_panels(KEYS) * most_rows * width);
         scratch.powers.grow(most_rows * BLOCK_STRIDE);
@@ -209,6 +219,23 @@ impl<T: Element> Task<'_, '_, T> {
         }
     }
 
+    /// A cached row as numbers: itself, or decoded into `room`.
+    fn numbers<'r>(&self, row: &'r [C], room: &'r mut [u32]) -> &'r [T] {
+        if C::DTYPE != DType::E4M3 {
+            return bytemuck::cast_slice(row);
+        }
+        let (codes, numbers) = (bytemuck::cast_slice(row), bytemuck::cast_slice_mut::<u32, T>(room));
+        let numbers = &mut numbers[..row.len()];
+        // SAFETY: the table exists only where its instructions do.
+        unsafe {
+            match T::DTYPE {
+                DType::BF16 => (self.functions.codes_to_bf16)(codes, bytemuck::cast_slice_mut(numbers)),
+                _ => (self.functions.codes_to_f32)(codes, bytemuck::cast_slice_mut(numbers)),
+            }
+        }
+        numbers
+    }
+
     /// Keys past the block's last position keep what was there: their scores are never looked at.
     fn pack_keys(&self, positions: &Range<usize>, scratch: &mut Scratch) {
         let (width, key_width, steps) = (self.functions.width(), self.views.op.key_width(), self.key_steps());
@@ -216,6 +243,7 @@ impl<T: Element> Task<'_, '_, T> {
         for (key, position) in positions.clone().enumerate() {
             let slot = self.views.slot(sequence, position);
             let row = &self.views.keys.row(slot)[self.kv_head * key_width..][..key_width];
+            let row = self.numbers(row, &mut scratch.decoded);
             bytes_to_words(bytemuck::cast_slice(row), &mut scratch.key);
             let panel = &mut scratch.keys[key / width * steps * width..][..steps * width];
             for (words, word) in panel.chunks_exact_mut(width).zip(&scratch.key) {
@@ -226,12 +254,14 @@ impl<T: Element> Task<'_, '_, T> {
 
     /// Of a word that only begins inside the block, the rest is 0, since the powers are: 0 times what was there may be
     /// NaN.
-    fn pack_values(&self, positions: &Range<usize>, values: &mut AlignedWords) {
+    fn pack_values(&self, positions: &Range<usize>, scratch: &mut Scratch) {
+        let Scratch { values, decoded, .. } = scratch;
         let (width, value_width) = (self.functions.width(), self.views.op.value_width());
         let sequence = self.views.sequences[self.tokens.start] as usize;
         for (key, position) in positions.clone().enumerate() {
             let slot = self.views.slot(sequence, position);
             let row = &self.views.values.row(slot)[self.kv_head * value_width..][..value_width];
+            let row = self.numbers(row, decoded);
             let (step, shift) = (key / Self::IN_WORD, 16 * (key % Self::IN_WORD));
             for (panel, columns) in row.chunks(width).enumerate() {
                 let words = &mut values[(panel * KEYS + step) * width..][..width];
@@ -330,7 +360,7 @@ impl<T: Element> Task<'_, '_, T> {
 
     fn store(&self, scratch: &Scratch) {
         let (width, panels) = (self.functions.width(), self.value_panels());
-        let value_width = self.views.op.value_width();
+        let (value_width, factor) = (self.views.op.value_width(), self.views.op.value_scale);
         for tile in self.tiles() {
             for (in_tile, row) in tile.clone().enumerate() {
                 let (token, head) = self.token_and_head(row);
@@ -342,7 +372,9 @@ impl<T: Element> Task<'_, '_, T> {
                     let at = (tile.start * panels + panel * tile.len() + in_tile) * width;
                     let sums = scratch.sums[at..].iter().map(|&bits| f32::from_bits(bits));
                     // Adding 0 leaves one zero: a block that a row does not see may have turned −0 into +0.
-                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::from_f32(sum / total + 0.0));
+                    out.iter_mut()
+                        .zip(sums)
+                        .for_each(|(out, sum)| *out = T::from_f32(sum / total * factor + 0.0));
                 }
             }
         }
@@ -356,6 +388,12 @@ fn bits<T: Element>(x: T) -> u32 {
     } else {
         u32::from(bytemuck::cast::<T, u16>(x))
     }
+}
+
+/// Numbers of e4m3 codes, each of which `number` makes from its bits in float32.
+#[inline(always)]
+pub(super) fn decode<T>(codes: &[u8], numbers: &mut [T], number: impl Fn(u32) -> T) {
+    numbers.iter_mut().zip(codes).for_each(|(to, &code)| *to = number(e4m3_bits(code)));
 }
 
 /// Largest values and sums run in this many lanes, whatever the instruction set.

@@ -11,7 +11,7 @@ mod pool;
 use crate::TensorBytes;
 use crate::op::Epilogue;
 use crate::threaded::{
-    AttentionViews, DeltaToken, Element, GemmViews, Kernels, LINE_BYTES, Pack, Slabs, ThreadedBackend,
+    AttentionViews, Cached, DeltaToken, Element, GemmViews, Kernels, LINE_BYTES, Pack, Slabs, ThreadedBackend,
 };
 use epsmoe_base::DType;
 use epsmoe_quant::{Codes, Format};
@@ -131,7 +131,7 @@ impl Kernels for CpuKernels {
         gemm::multiply(&mut self.pool(), parts, bias);
     }
 
-    fn attention<T: Element>(&self, views: AttentionViews<'_, T>) {
+    fn attention<T: Element, C: Cached<T>>(&self, views: AttentionViews<'_, T, C>) {
         attention::run(&mut self.pool(), self.isa, &views);
     }
 
@@ -167,6 +167,7 @@ fn source_row<'a>(tensor: &TensorBytes<'a>, row: usize, k: usize) -> SourceRow<'
     match tensor.dtype {
         DType::BF16 => SourceRow::Bf16(bytes),
         DType::F16 => SourceRow::F16(bytes),
-        DType::F32 | DType::U32 => SourceRow::F32(bytes),
+        // Tensors in other formats are refused before.
+        DType::F32 | DType::U32 | DType::E4M3 => SourceRow::F32(bytes),
     }
 }

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 12] = [
+const HEADERS: [(&str, &str); 17] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("turn.cuh", include_str!("../../kernels/turn.cuh")),
     ("barrier.cuh", include_str!("../../kernels/barrier.cuh")),
@@ -31,7 +31,12 @@ const HEADERS: [(&str, &str); 12] = [
     ("gemm_mma.cuh", include_str!("../../kernels/gemm_mma.cuh")),
     ("gemm_hopper.cuh", include_str!("../../kernels/gemm_hopper.cuh")),
     ("codes.cuh", include_str!("../../kernels/codes.cuh")),
+    ("e4m3.cuh", include_str!("../../kernels/e4m3.cuh")),
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
+    ("attention_gqa.cuh", include_str!("../../kernels/attention_gqa.cuh")),
+    ("attention_mla.cuh", include_str!("../../kernels/attention_mla.cuh")),
+    ("attention_hopper.cuh", include_str!("../../kernels/attention_hopper.cuh")),
+    ("attention_few.cuh", include_str!("../../kernels/attention_few.cuh")),
     ("slot_bias.cuh", include_str!("../../kernels/slot_bias.cuh")),
     ("carried.cuh", include_str!("../../kernels/carried.cuh")),
 ];
@@ -42,6 +47,7 @@ const HOPPER: &str = "sm_90a";
 const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;
 const F16: DType = DType::F16;
+const E4M3: DType = DType::E4M3;
 
 /// A kernel's operation and the formats it reads and writes; in the source it is called `op_from_to`.
 type Key = (&'static str, DType, DType);
@@ -94,9 +100,9 @@ sources! {
     "short_conv": ["short_conv", "keep_rows"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 256 threads;
     "delta_rule": ["delta128", "delta256"] in [(F32, F32), (BF16, F32)], 128 threads;
     "gate": ["gate"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
-    "gather": ["gather"] in ANY, 256 threads;
+    "gather": ["gather"] in [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (E4M3, F32), (E4M3, BF16)], 256 threads;
     "gather_fp8": ["to_fp8", "from_fp8", "through_fp8"] in SAME, 256 threads;
-    "kv_write": ["kv_write"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
+    "kv_write": ["kv_write"] in [(F32, F32), (F32, BF16), (BF16, BF16), (F32, E4M3), (BF16, E4M3)], 256 threads;
     "embed": ["embed"] in [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, F32), (F16, BF16)], 256 threads;
     "norm": ["norm", "norm_narrow"] in ANY, 256 threads;
     "rope_table": ["rope_table"] in [(F32, F32)], 256 threads;
@@ -113,12 +119,17 @@ sources! {
     "expert_parts": ["list_parts", "list_blocks"] in [(F32, F32)], 32 threads;
     "probe": ["spin"] in [(DType::U32, DType::U32)], 1024 threads;
     "probe": ["mark"] in [(DType::U32, DType::U32)], 256 threads;
-    "attention": ["attention"] in SAME, 128 threads;
+    "attention": ["attention"] in [(F32, F32), (BF16, BF16), (E4M3, F32), (E4M3, BF16)], 128 threads;
     "attention_gqa": ["attention64", "attention128"] in [(BF16, BF16)], 128 threads;
+    "attention_gqa_e4m3": ["attention64", "attention128"] in [(E4M3, BF16)], 128 threads;
     "attention_mla": ["attention_mla"] in [(BF16, BF16)], 256 threads on "sm_90a";
+    "attention_mla_e4m3": ["attention_mla"] in [(E4M3, BF16)], 256 threads on "sm_90a";
     "attention_hopper": ["attention_hopper64", "attention_hopper128", "attention_hopper192", "attention_hopper256"] in [(BF16, BF16)], 384 threads on "sm_90a";
+    "attention_hopper_e4m3": ["attention_hopper64", "attention_hopper128", "attention_hopper192", "attention_hopper256"] in [(E4M3, BF16)], 384 threads on "sm_90a";
     "attention_few": ["attention_scores"] in [(BF16, BF16)], 128 threads;
     "attention_few": ["attention_sums"] in [(BF16, BF16)], 320 threads;
+    "attention_few_e4m3": ["attention_scores"] in [(E4M3, BF16)], 128 threads;
+    "attention_few_e4m3": ["attention_sums"] in [(E4M3, BF16)], 320 threads;
     "gemm_f32": ["gemm_plain", "gated_plain"] in [(F32, F32), (F32, BF16)], 256 threads;
     "gemm_bf16": ["gemm_large", "gated_large", "gemm_square", "gated_square", "gemm_middle", "gated_middle"] in [(BF16, F32), (BF16, BF16)],
         256 threads;
@@ -352,6 +363,7 @@ fn short(dtype: DType) -> &'static str {
         DType::BF16 => "bf16",
         DType::F16 => "f16",
         DType::U32 => "u32",
+        DType::E4M3 => "e4m3",
     }
 }
 

@@ -34,7 +34,7 @@ pub use queue::{CudaQueue, CudaRows};
 
 use crate::hazard::{Agent, Clock, Hazards};
 use crate::op::{Accesses, Op, Origin};
-use crate::threaded::Fill;
+use crate::threaded::{Cached, E4m3, Fill};
 use crate::{
     AllocationId, Backend, Buffer, DeviceError, Drawn, Record, Reserve, TensorBytes, Weight, WeightShape,
 };
@@ -662,6 +662,9 @@ impl Reserve for CudaBackend {
             mend: "lower --max-num-batched-tokens or --max-model-len",
         };
         let bytes = bytes.ok_or_else(too_large)?;
+        if dtype == DType::E4M3 {
+            self.device.kernels.expect_cached_codes();
+        }
         self.device.context.bind()?;
         let reads = self.reads.lock().unwrap_or_else(PoisonError::into_inner);
         let mut memory = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
@@ -737,6 +740,7 @@ impl Backend for CudaBackend {
         let place = place.or_phase(op.phase());
         let subject = match &op {
             Op::Attention(op) => Some(&op.keys),
+            Op::KvWrite(op) => Some(&op.x),
             Op::Norm(op) => Some(&op.x),
             Op::AddNorm(op) => Some(&op.norm.x),
             Op::NormRotate(op) => Some(&op.norm.x),
@@ -860,6 +864,7 @@ impl Backend for CudaBackend {
     fn read_f32(&self, buffer: &Buffer) -> Result<Vec<f32>, Fault> {
         match buffer.dtype {
             DType::BF16 => Ok(self.read::<bf16>(buffer)?.into_iter().map(bf16::to_f32).collect()),
+            DType::E4M3 => Ok(self.read::<E4m3>(buffer)?.into_iter().map(E4m3::number).collect()),
             _ => self.read::<f32>(buffer),
         }
     }

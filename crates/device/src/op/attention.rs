@@ -4,27 +4,47 @@ use super::{Accesses, expect, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
-/// `cache[slots[t]] = x[t]`: rows into the paged cache. A slot is `block · block_size + offset`.
+/// `cache[slots[t]] = x[t] / scale`: rows into the paged cache. A slot is `block · block_size + offset`.
+///
+/// A cache in the format of the rows holds them as they are, with a scale of 1. One in e4m3 holds the nearest codes, ties to even; what
+/// is beyond ±448 becomes ±448, and what is not finite stops the world.
 #[derive(Clone, Debug)]
 pub struct KvWrite {
     /// New rows `[T, W]`.
     pub x: Buffer,
     /// Slot of each row `[T, 1]`, uint32, all different.
     pub slots: Buffer,
-    /// The cache `[slots, W]`.
+    /// The cache `[slots, W]`, in the format of `x` or in e4m3.
     pub cache: Buffer,
+    /// What the numbers of the cache are multiplied with to be those of `x`.
+    pub scale: f32,
 }
 
 impl KvWrite {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("kv_write", &[&self.x, &self.slots])?;
         expect("kv_write", "slots", &self.slots, DType::U32, 1)?;
-        expect("kv_write", "cache", &self.cache, self.x.dtype, self.x.width)
+        let dtype = cached(&self.cache, self.x.dtype);
+        expect("kv_write", "cache", &self.cache, dtype, self.x.width)?;
+        let fits =
+            if dtype == DType::E4M3 { self.scale > 0.0 && self.scale.is_finite() } else { self.scale == 1.0 };
+        if !fits {
+            return Err(DeviceError::Shape(format!(
+                "kv_write: a scale of {} for {:?}",
+                self.scale, self.cache
+            )));
+        }
+        Ok(())
     }
 
     pub(super) fn accesses(&self) -> Accesses {
         Accesses::new().read(&self.x).read(&self.slots).write(&self.cache)
     }
+}
+
+/// The format that a cache of rows in `dtype` has: theirs, or codes.
+fn cached(cache: &Buffer, dtype: DType) -> DType {
+    if cache.dtype == DType::E4M3 { DType::E4M3 } else { dtype }
 }
 
 /// Which of the cached positions up to its own a token sees.
@@ -61,18 +81,19 @@ impl Sight {
 /// Causal attention of packed new tokens over their sequences' cached keys and values, which hold the new
 /// tokens too. Token `t` of sequence `b` sees the cached positions up to `positions[t]` of `b`, as far back as its sight:
 ///
-/// `out[t, h] = Σ_j softmax_j(scale · q[t, h]·keys[j, h / (heads/kv_heads)]) · values[j, h / (heads/kv_heads)]`
+/// `out[t, h] = value_scale · Σ_j softmax_j(scale · q[t, h]·keys[j, h / (heads/kv_heads)]) · values[j, h / (heads/kv_heads)]`
 ///
-/// computed in float32. A sink is one more score of its head in the softmax, whose value is zero. Position `j` of sequence `b` lies in slot
+/// computed in float32. A cache in e4m3 counts as the numbers of its codes, which are exact in the format of the queries; the factors
+/// that its codes are short of belong to the two scales. A sink is one more score of its head in the softmax, whose value is zero. Position `j` of sequence `b` lies in slot
 /// `blocks[b, j / block_size] · block_size + j % block_size`. Multi-head latent attention is the case of one
 /// key head whose values are the leading columns of the same cache rows.
 #[derive(Clone, Debug)]
 pub struct Attention {
     /// Queries `[T, heads · key_width]`.
     pub q: Buffer,
-    /// Key cache `[slots, kv_heads · key_width]`.
+    /// Key cache `[slots, kv_heads · key_width]`, in the format of the queries or in e4m3.
     pub keys: Buffer,
-    /// Value cache `[slots, kv_heads · value_width]`.
+    /// Value cache `[slots, kv_heads · value_width]`, in the format of the keys.
     pub values: Buffer,
     /// First new token of each sequence, and the total, `[B + 1, 1]`, uint32.
     pub sequence_starts: Buffer,
@@ -90,6 +111,8 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Factor on the scores.
     pub scale: f32,
+    /// Factor on the sums.
+    pub value_scale: f32,
     /// How far back tokens see.
     pub sight: Sight,
     /// One score of each head that belongs to no key, `heads` elements, if the model has them.
@@ -123,9 +146,10 @@ impl Attention {
             )));
         }
         let dtype = self.q.dtype;
-        expect("attention", "keys", &self.keys, dtype, self.q.width / heads * kv_heads)?;
+        let cached = cached(&self.keys, dtype);
+        expect("attention", "keys", &self.keys, cached, self.q.width / heads * kv_heads)?;
         expect("attention", "queries", &self.q, dtype, self.key_width() * heads)?;
-        expect("attention", "values", &self.values, dtype, self.out.width / heads * kv_heads)?;
+        expect("attention", "values", &self.values, cached, self.out.width / heads * kv_heads)?;
         expect("attention", "output", &self.out, dtype, self.value_width() * heads)?;
         expect("attention", "positions", &self.positions, DType::U32, 1)?;
         expect("attention", "sequence starts", &self.sequence_starts, DType::U32, 1)?;

@@ -66,7 +66,8 @@ impl Embed {
 /// `out[m] = x[index[m]]`.
 #[derive(Clone, Debug)]
 pub struct Gather {
-    /// Source rows `[N, W]`: exactly those that the index may name.
+    /// Source rows `[N, W]`: exactly those that the index may name. In the format of the output, or codes of e4m3, which become
+    /// numbers on the way.
     pub x: Buffer,
     /// Source row of each output row `[M, 1]`, uint32.
     pub index: Buffer,
@@ -78,7 +79,8 @@ impl Gather {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("gather", &[&self.index, &self.out])?;
         expect("gather", "index", &self.index, DType::U32, 1)?;
-        expect("gather", "output", &self.out, self.x.dtype, self.x.width)
+        let dtype = if self.x.dtype == DType::E4M3 { self.out.dtype } else { self.x.dtype };
+        expect("gather", "output", &self.out, dtype, self.x.width)
     }
 
     pub(super) fn accesses(&self) -> Accesses {

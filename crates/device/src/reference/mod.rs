@@ -3,7 +3,8 @@
 
 use crate::op::Epilogue;
 use crate::threaded::{
-    AttentionViews, DeltaToken, Element, Fill, GemmViews, Kernels, Pack, ThreadedBackend, ThreadedOptions,
+    AttentionViews, Cached, DeltaToken, Element, Fill, GemmViews, Kernels, Pack, ThreadedBackend,
+    ThreadedOptions,
 };
 use epsmoe_base::DType;
 use epsmoe_quant::{Codes, Format};
@@ -91,7 +92,7 @@ impl Kernels for PlainKernels {
         }
     }
 
-    fn attention<T: Element>(&self, mut views: AttentionViews<'_, T>) {
+    fn attention<T: Element, C: Cached<T>>(&self, mut views: AttentionViews<'_, T, C>) {
         let op = views.op;
         let (key_width, value_width) = (op.key_width(), op.value_width());
         for t in 0..views.q.rows {
@@ -104,7 +105,7 @@ impl Kernels for PlainKernels {
                     .iter()
                     .map(|&slot| {
                         let key = &views.keys.row(slot)[kv_head * key_width..][..key_width];
-                        f64::from(op.scale) * dot(q, key.iter().map(|key| key.to_f32()))
+                        f64::from(op.scale) * dot(q, key.iter().map(|key| key.number().to_f32()))
                     })
                     .collect();
                 let sink = views.sinks.as_ref().map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
@@ -113,10 +114,11 @@ impl Kernels for PlainKernels {
                 let total: f64 = powers.iter().sum::<f64>() + (sink - most).exp();
                 for column in 0..value_width {
                     let value = |slot: usize| {
-                        f64::from(views.values.row(slot)[kv_head * value_width + column].to_f32())
+                        f64::from(views.values.row(slot)[kv_head * value_width + column].number().to_f32())
                     };
                     let mean: f64 = slots.iter().zip(&powers).map(|(&slot, power)| power * value(slot)).sum();
-                    views.out.row(t)[head * value_width + column] = T::from_f32((mean / total) as f32);
+                    let out = f64::from(op.value_scale) * mean / total;
+                    views.out.row(t)[head * value_width + column] = T::from_f32(out as f32);
                 }
             }
         }

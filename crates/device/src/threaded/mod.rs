@@ -13,7 +13,7 @@ mod recurrent;
 mod rows;
 mod weights;
 
-pub use element::{Element, Plain};
+pub use element::{Cached, E4m3, Element, Plain};
 pub use memory::{Fill, Memory, View, ViewMut};
 pub(crate) use pages::{LINE_BYTES, Pages, Piece, Slabs};
 pub use recurrent::DeltaToken;
@@ -65,7 +65,7 @@ pub trait Kernels: Send + Sync + 'static {
     );
 
     /// See [`Attention`](crate::op::Attention). Row-invariant.
-    fn attention<T: Element>(&self, attention: AttentionViews<'_, T>);
+    fn attention<T: Element, C: Cached<T>>(&self, attention: AttentionViews<'_, T, C>);
 
     /// One token of one value head of [`DeltaRule`](crate::op::DeltaRule): the state goes on by it.
     fn delta_rule(&self, state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]);
@@ -286,6 +286,7 @@ impl<K: Kernels> Backend for ThreadedBackend<K> {
     fn read_f32(&self, buffer: &Buffer) -> Result<Vec<f32>, Fault> {
         match buffer.dtype {
             DType::BF16 => Ok(self.read::<bf16>(buffer)?.into_iter().map(bf16::to_f32).collect()),
+            DType::E4M3 => Ok(self.read::<E4m3>(buffer)?.into_iter().map(E4m3::number).collect()),
             _ => self.read::<f32>(buffer),
         }
     }
@@ -329,6 +330,18 @@ fn run<K: Kernels>(
             }
         };
     }
+    // Of numbers in the first format, and a cache of them in the second.
+    macro_rules! cached {
+        ($dtype:expr, $cached:expr, $name:ident, $op:expr) => {
+            match ($dtype, $cached) {
+                (DType::F32, DType::F32) => rows.$name::<f32, f32>($op),
+                (DType::BF16, DType::BF16) => rows.$name::<bf16, bf16>($op),
+                (DType::F32, DType::E4M3) => rows.$name::<f32, E4m3>($op),
+                (DType::BF16, DType::E4M3) => rows.$name::<bf16, E4m3>($op),
+                (dtype, cached) => Err(format!("no cache in {cached} of numbers in {dtype}")),
+            }
+        };
+    }
     match op {
         Op::HostToDevice(op) => rows.host_to_device(op),
         Op::RopeTable(op) => rows.rope_table(op),
@@ -357,9 +370,10 @@ fn run<K: Kernels>(
             typed!(norm.x.dtype, norm.out.dtype, norm, norm)?;
             typed!(rotate.x.dtype, rotate, rotate)
         }
+        Op::KvWrite(op) if op.cache.dtype == DType::E4M3 => typed!(op.x.dtype, kv_write_codes, op),
         Op::KvWrite(op) => typed!(op.x.dtype, kv_write, op),
-        Op::Attention(op) => typed!(op.q.dtype, attention, op),
-        Op::Gather(op) => typed!(op.x.dtype, gather, op),
+        Op::Attention(op) => cached!(op.q.dtype, op.keys.dtype, attention, op),
+        Op::Gather(op) => cached!(op.out.dtype, op.x.dtype, gather, op),
         Op::GatherFp8(op) => typed!(op.numbers().dtype, gather_fp8, op),
         Op::Reduce(op) => typed!(op.x.dtype, op.out.dtype, reduce, op),
         Op::Add(op) => typed!(op.x.dtype, add, op),

@@ -1,6 +1,6 @@
 //! The operations that are the same plain loops on every host processor, row by row.
 
-use super::element::{Element, Plain};
+use super::element::{Cached, E4m3, Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::op::{
     Activate, Add, AddSlotBias, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8,
@@ -8,7 +8,7 @@ use crate::op::{
     RopeTable, Rotate, Route, Scale, ScaleTerms, Score, SlotBias, SoftCap, TopKRouter, not_finite,
 };
 use crate::{Buffer, Weight};
-use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words};
+use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words, to_e4m3};
 use half::bf16;
 use std::cmp::Ordering;
 use std::sync::Arc;
@@ -25,15 +25,15 @@ pub(super) struct Rows<'a, K: Kernels> {
 }
 
 /// An [`Attention`] with its numbers at hand; every index in it was checked.
-pub struct AttentionViews<'a, T> {
+pub struct AttentionViews<'a, T, C = T> {
     /// The operation.
     pub op: &'a Attention,
     /// Queries.
     pub q: View<'a, T>,
     /// Key cache.
-    pub keys: View<'a, T>,
+    pub keys: View<'a, C>,
     /// Value cache.
-    pub values: View<'a, T>,
+    pub values: View<'a, C>,
     /// Sequence of each new token.
     pub sequences: Vec<u32>,
     /// Position of each new token.
@@ -46,7 +46,7 @@ pub struct AttentionViews<'a, T> {
     pub out: ViewMut<'a, T>,
 }
 
-impl<T: Plain> AttentionViews<'_, T> {
+impl<T: Plain, C: Plain> AttentionViews<'_, T, C> {
     /// The cached positions that new token `t` sees.
     pub fn visible(&self, t: usize) -> std::ops::Range<usize> {
         let position = self.positions[t] as usize;
@@ -179,8 +179,27 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     pub(super) fn kv_write<T: Element>(&self, op: &KvWrite) -> Result<(), String> {
+        self.store_rows::<T, T>(op, |_, x, stored| stored.copy_from_slice(x))
+    }
+
+    pub(super) fn kv_write_codes<T: Element>(&self, op: &KvWrite) -> Result<(), String> {
+        let refused = FirstRow::default();
+        self.store_rows::<T, E4m3>(op, |t, x, stored| {
+            refused.note(t, x.iter().any(|x| !x.to_f32().is_finite()));
+            let codes = x.iter().map(|x| E4m3(to_e4m3(x.to_f32() / op.scale)));
+            stored.iter_mut().zip(codes).for_each(|(stored, code)| *stored = code);
+        })?;
+        refused.check(&op.x, None)
+    }
+
+    /// Puts pieces of rows into their slots, each as `store` does.
+    fn store_rows<T: Element, C: Cached<T>>(
+        &self,
+        op: &KvWrite,
+        store: impl Fn(usize, &[T], &mut [C]) + Sync,
+    ) -> Result<(), String> {
         let (x, slots, cache) =
-            (self.view::<T>(&op.x), self.view::<u32>(&op.slots), self.view_mut::<T>(&op.cache));
+            (self.view::<T>(&op.x), self.view::<u32>(&op.slots), self.view_mut::<C>(&op.cache));
         all_in_range("cache slot", &slots, cache.rows)?;
         /// Bytes of a row that a thread stores at once, so that threads do not write to the same cache lines.
         const PIECE: usize = 256;
@@ -192,13 +211,13 @@ impl<'a, K: Kernels> Rows<'a, K> {
             for t in 0..x.rows {
                 // SAFETY: each column belongs to one part, and each part is run once.
                 let stored = unsafe { cache.columns_shared(slots.at(t) as usize, columns.clone()) };
-                stored.copy_from_slice(&x.row(t)[columns.clone()]);
+                store(t, &x.row(t)[columns.clone()], stored);
             }
         });
         Ok(())
     }
 
-    pub(super) fn attention<T: Element>(&self, op: &Attention) -> Result<(), String> {
+    pub(super) fn attention<T: Element, C: Cached<T>>(&self, op: &Attention) -> Result<(), String> {
         let starts: Vec<u32> = self.view::<u32>(&op.sequence_starts).iter().map(|row| row[0]).collect();
         let positions: Vec<u32> = self.view::<u32>(&op.positions).iter().map(|row| row[0]).collect();
         let blocks = self.view::<u32>(&op.blocks);
@@ -206,7 +225,7 @@ impl<'a, K: Kernels> Rows<'a, K> {
         self.kernels.attention(AttentionViews {
             op,
             q: self.view::<T>(&op.q),
-            keys: self.view(&op.keys),
+            keys: self.view::<C>(&op.keys),
             values: self.view(&op.values),
             sequences,
             positions,
@@ -245,11 +264,14 @@ impl<'a, K: Kernels> Rows<'a, K> {
         refused.check(&op.logits, None)
     }
 
-    pub(super) fn gather<T: Element>(&self, op: &Gather) -> Result<(), String> {
+    pub(super) fn gather<T: Element, C: Cached<T>>(&self, op: &Gather) -> Result<(), String> {
         let (x, index, out) =
-            (self.view::<T>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
+            (self.view::<C>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
         all_in_range("row", &index, x.rows)?;
-        self.for_rows(&out, |m, out| out.copy_from_slice(x.row(index.at(m) as usize)));
+        self.for_rows(&out, |m, out| {
+            let x = x.row(index.at(m) as usize);
+            out.iter_mut().zip(x).for_each(|(out, x)| *out = x.number());
+        });
         Ok(())
     }
 

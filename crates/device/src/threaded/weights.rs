@@ -3,6 +3,7 @@
 use super::{Element, Kernels, Pages, out_of_memory};
 use crate::{DeviceError, TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};
 use epsmoe_base::DType;
+use epsmoe_base::float8::E4M3;
 use epsmoe_quant::{Codes, Format};
 use half::{bf16, f16};
 use std::collections::HashMap;
@@ -28,6 +29,7 @@ impl TensorBytes<'_> {
             DType::F32 | DType::U32 => from_bytes(bytes, out, f32::from_le_bytes),
             DType::BF16 => from_bytes(bytes, out, |bytes| bf16::from_le_bytes(bytes).to_f32()),
             DType::F16 => from_bytes(bytes, out, |bytes| f16::from_le_bytes(bytes).to_f32()),
+            DType::E4M3 => from_bytes(bytes, out, |[code]| E4M3[usize::from(code)]),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! A processor to try operations on: numbers go in, an operation runs, numbers come out.
 
+use epsmoe_base::float8::{E4M3, to_e4m3};
 use epsmoe_base::{DType, Deadline, Fault, Lane, Layer, Mix, Place};
-use epsmoe_device::op::{Attention, Embed, HostToDevice, Op, Sight};
+use epsmoe_device::op::{Attention, Embed, HostToDevice, KvWrite, Op, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, TensorBytes, Weight, WeightShape};
 use half::{bf16, f16};
 use std::cell::{Cell, RefCell};
@@ -37,7 +38,7 @@ impl Sheet {
             DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
             DType::BF16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
             DType::F16 => values.flat_map(|value| f16::from_f32(value).to_le_bytes()).collect(),
-            DType::U32 => panic!("no numbers"),
+            DType::U32 | DType::E4M3 => panic!("no tensors of a model"),
         }
     }
 }
@@ -176,6 +177,21 @@ impl<B: Backend> Bench<B> {
         let placed = self.room_on(unit, self.dtype, sheet.rows, sheet.width);
         self.fill(&placed.view, sheet);
         placed
+    }
+
+    /// The numbers of `sheet` over `scale` as codes, and the numbers of these; rows of NaN stay poison. Rows begin at a multiple of
+    /// `unit` elements.
+    pub(crate) fn put_codes(&self, unit: usize, sheet: &Sheet, scale: f32) -> (Placed, Sheet) {
+        let placed = self.room_on(unit, DType::E4M3, sheet.rows, sheet.width);
+        let stored: Vec<u32> = (0..sheet.rows as u32)
+            .filter(|&row| !sheet.row(row as usize).iter().any(|x| x.is_nan()))
+            .collect();
+        let values = stored.iter().flat_map(|&row| sheet.row(row as usize)).copied().collect();
+        let x = self.put(&Sheet { rows: stored.len(), width: sheet.width, values }).view;
+        let (slots, cache) = (self.put_words(&stored, 1).view, placed.view.clone());
+        self.run("filling", KvWrite { x, slots, cache, scale });
+        let number = |value: &f32| E4M3[usize::from(to_e4m3(value / scale))];
+        (placed, Sheet { values: sheet.values.iter().map(number).collect(), ..sheet.clone() })
     }
 
     /// The numbers of `sheet` into a buffer at hand.
@@ -358,7 +374,8 @@ impl Sequences {
             longest: widest * self.block_size,
             heads: heads.heads,
             kv_heads: heads.kv_heads,
-            scale: heads.scale(),
+            scale: heads.scale() * parts.scales.0,
+            value_scale: parts.scales.1,
             sight: heads.sight,
             sinks: heads.sinks.then(|| {
                 let values = (0..heads.heads).map(Heads::sink).collect();
@@ -374,6 +391,8 @@ pub(crate) struct CacheParts {
     pub(crate) q: Buffer,
     pub(crate) keys: Buffer,
     pub(crate) values: Buffer,
+    /// Factors of keys and of values.
+    pub(crate) scales: (f32, f32),
     pub(crate) out: Buffer,
 }
 

@@ -234,11 +234,35 @@ fn gathers<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let slots = bench.shuffled(rows + 4)[..rows].to_vec();
     let held = bench.put(&cache);
     let places = bench.put_words(&slots, 1).view;
-    bench.run(&what, KvWrite { x: bench.put(&x).view, slots: places, cache: held.view.clone() });
+    bench.run(&what, KvWrite { x: bench.put(&x).view, slots: places, cache: held.view.clone(), scale: 1.0 });
     for (row, &slot) in slots.iter().enumerate() {
         cache.values[slot as usize * width..][..width].copy_from_slice(x.row(row));
     }
     bench.check_exactly(&what, &held, &cache.values);
+
+    let what = format!("store in codes [{rows}, {width}]");
+    let mut x = bench.random(rows + 2, width, 20.0);
+    // The ends of what codes can say, and the way between two of them.
+    let edges = [448.0, -449.0, 1e9, 0.001, -0.0, 17.0, 19.0];
+    x.values.iter_mut().zip(edges).for_each(|(x, edge)| *x = bf16::from_f32(edge).to_f32());
+    for scale in [1.0, 0.037] {
+        let (placed, numbers) = bench.put_codes(1, &x, scale);
+        let got = bench.get(&what, &placed);
+        for (at, (&got, &want)) in got.iter().zip(&numbers.values).enumerate() {
+            assert!(
+                got.to_bits() == want.to_bits(),
+                "{what}, scale {scale}, seed {}: {got} for {}, not {want}",
+                bench.seed,
+                x.values[at]
+            );
+        }
+        let back = bench.room(bench.dtype, x.rows, width);
+        let index = bench.put_words(&(0..x.rows as u32).rev().collect::<Vec<_>>(), 1).view;
+        bench.run(&what, Gather { x: placed.view.clone(), index, out: back.view.clone() });
+        let back = bench.get(&what, &back);
+        let rows = got.chunks(width).rev().flatten();
+        assert!(back.iter().eq(rows), "{what}: other numbers gathered, seed {}", bench.seed);
+    }
 }
 
 /// Codes and scales of a row, and what they stand for, by the definition: the nearest of all values, the even code of
@@ -749,11 +773,55 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
             q: bench.put(&q).view,
             keys: cache.view.clone(),
             values: values_at,
+            scales: (1.0, 1.0),
             out: out.view.clone(),
         };
         bench.run(&what, sequences.attention(bench, heads, &parts));
         bench.check(&what, &out, &attended(&sequences, heads, &q, &keys, &values));
+        attention_to_codes(bench, &what, &sequences, heads, &q, [&keys, &values]);
     }
+}
+
+/// Attention to codes is attention to their numbers, to the last bit.
+fn attention_to_codes<B: Backend>(
+    bench: &Bench<B>,
+    what: &str,
+    sequences: &Sequences,
+    heads: &Heads,
+    q: &Sheet,
+    [keys, values]: [&Sheet; 2],
+) {
+    let what = format!("{what}, in codes");
+    let scales = if heads.latent { (0.013, 0.013) } else { (0.013, 0.37) };
+    // Another kernel takes wide heads off vectors, with other bits: see `invariance`.
+    let unit = 8;
+    let (codes, key_numbers) = bench.put_codes(unit, keys, scales.0);
+    let (value_codes, value_numbers) = bench.put_codes(unit, values, scales.1);
+    let numbers = bench.put_on(unit, &key_numbers);
+    let (value_codes, plain_values) = match heads.latent {
+        true => [&codes, &numbers].map(|of| of.view.columns(0..heads.value_width).expect("inside")).into(),
+        false => (value_codes.view, bench.put_on(unit, &value_numbers).view),
+    };
+    let width = heads.heads * heads.value_width;
+    let queries = bench.put_on(unit, q).view;
+    let run = |keys: &Buffer, values: Buffer| {
+        let out = bench.room_on(unit, bench.dtype, q.rows, width);
+        let parts =
+            CacheParts { q: queries.clone(), keys: keys.clone(), values, scales, out: out.view.clone() };
+        bench.run(&what, sequences.attention(bench, heads, &parts));
+        out
+    };
+    let out = run(&codes.view, value_codes);
+    let scaled = |sheet: &Sheet, scale: f32| Sheet {
+        values: sheet.values.iter().map(|number| number * scale).collect(),
+        ..sheet.clone()
+    };
+    let (keys, values) = (scaled(&key_numbers, scales.0), scaled(&value_numbers, scales.1));
+    bench.check(&what, &out, &attended(sequences, heads, q, &keys, &values));
+    let got = bench.get(&what, &out);
+    let plain = bench.get(&what, &run(&numbers.view, plain_values));
+    let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert!(bits(&got) == bits(&plain), "{what}: other bits than numbers have, seed {}", bench.seed);
 }
 
 /// Experts and weights of one token, by the definition: pick the best one, again and again.

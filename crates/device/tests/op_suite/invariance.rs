@@ -216,7 +216,7 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         ]
         .map(in_blocks),
     );
-    for (heads, block_size) in cases {
+    for ((heads, block_size), coded) in cases.flat_map(|case| [(case, false), (case, true)]) {
         let (key_width, value_width) = (heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width);
         let out_width = heads.heads * heads.value_width;
         let whole =
@@ -226,11 +226,17 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         let vectors = heads.key_width > 128 && !heads.latent;
         let put = |sheet: &Sheet| if vectors { bench.put_on(8, sheet) } else { bench.put(sheet) };
         let q = bench.random(whole.tokens().len(), heads.heads * heads.key_width, 1.0);
-        let keys = put(&whole.cache(bench, key_width)).view;
+        let put_cache = |width: usize| {
+            let sheet = whole.cache(bench, width);
+            let unit = if vectors || bench.below(2) > 0 { 8 } else { 1 };
+            if coded { bench.put_codes(unit, &sheet, 0.01).0.view } else { put(&sheet).view }
+        };
+        let keys = put_cache(key_width);
         let values = match heads.latent {
             true => keys.columns(0..value_width).expect("inside"),
-            false => put(&whole.cache(bench, value_width)).view,
+            false => put_cache(value_width),
         };
+        let scales = if coded { (0.01, 0.01) } else { (1.0, 1.0) };
         let run = |sequences: &Sequences, rows: Range<usize>| {
             let q = put(&q.take(rows.clone()));
             let out = match vectors {
@@ -238,7 +244,7 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
                 false => bench.room(bench.dtype, rows.len(), out_width),
             };
             let (keys, values) = (keys.clone(), values.clone());
-            let parts = CacheParts { q: q.view, keys, values, out: out.view.clone() };
+            let parts = CacheParts { q: q.view, keys, values, scales, out: out.view.clone() };
             bench.run("attention", sequences.attention(bench, &heads, &parts));
             bench.get("attention", &out)
         };
@@ -253,13 +259,14 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         for (sequence, &length) in whole.lengths.iter().enumerate() {
             let rows = start..start + length.1;
             start = rows.end;
-            let what = format!("{heads:?}, sequence {sequence} alone");
+            let what = format!("{heads:?}, codes: {coded}, sequence {sequence} alone");
             let alone = run(&only(sequence, length), rows.clone());
             same_bits(bench, &what, rows, &alone, &together, out_width);
         }
         // A third of them, of every sequence some.
         for (row, &(sequence, position)) in tokens.iter().enumerate().step_by(3) {
-            let what = format!("{heads:?}, position {position} of sequence {sequence} decoded");
+            let what =
+                format!("{heads:?}, codes: {coded}, position {position} of sequence {sequence} decoded");
             let alone = run(&only(sequence, (position, 1)), row..row + 1);
             same_bits(bench, &what, row..row + 1, &alone, &together, out_width);
         }

@@ -97,6 +97,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         addend: addend.cloned(),
         out: y.clone(),
     };
+    let codes = bench.device.allocate("codes", DType::E4M3, 8, 4).expect("memory");
     let attention = Attention {
         q: x.clone(),
         keys: f32s(bench, "keys", 8, 2),
@@ -109,6 +110,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         heads: 2,
         kv_heads: 1,
         scale: 1.0,
+        value_scale: 1.0,
         sight: Sight::All,
         sinks: None,
         out: y.clone(),
@@ -214,8 +216,20 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         (rotate(3, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 3 cannot turn elements 0..2"),
         (rotate(0, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 0 cannot turn elements 0..2"),
         (
-            KvWrite { x: x.clone(), slots: ids.clone(), cache: narrow.clone() }.into(),
+            KvWrite { x: x.clone(), slots: ids.clone(), cache: narrow.clone(), scale: 1.0 }.into(),
             "kv_write: cache is narrow[3, 2] float32, but must be float32 of width 4",
+        ),
+        (
+            KvWrite { x: x.clone(), slots: ids.clone(), cache: y.clone(), scale: 2.0 }.into(),
+            "kv_write: a scale of 2 for y[3, 4] float32",
+        ),
+        (
+            KvWrite { x: x.clone(), slots: ids.clone(), cache: codes.clone(), scale: 0.0 }.into(),
+            "kv_write: a scale of 0 for codes[8, 4] float8_e4m3",
+        ),
+        (
+            Attention { keys: codes.columns(0..2).expect("inside"), ..attention.clone() }.into(),
+            "attention: values is values[8, 2] float32, but must be float8_e4m3 of width 2",
         ),
         (
             Attention { kv_heads: 0, ..attention.clone() }.into(),
@@ -438,6 +452,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
             heads: 1,
             kv_heads: 1,
             scale: 1.0,
+            value_scale: 1.0,
             sight: Sight::All,
             sinks: None,
             out: f32s(bench, "out", tokens, 4),
@@ -529,7 +544,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         .into()
     }
     type Case<'a, B> = (&'a str, &'a dyn Fn(&Bench<B>) -> Op);
-    let cases: [Case<'_, B>; 27] = [
+    let cases: [Case<'_, B>; 28] = [
         ("assign_slots: expert 3 is not below 3", &|bench| assign(bench, &[0, 1, 0, 3])),
         ("assign_slots: token 1 is sent to expert 2 twice", &|bench| assign(bench, &[0, 1, 2, 2])),
         ("count_slots: slot 9 is not below 3", &|bench| count(bench, &[0, 1, 1, 9])),
@@ -564,8 +579,18 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         }),
         ("kv_write: cache slot 8 is not below 8", &|bench| {
             let (x, cache) = (bench.put(&bench.random(2, 4, 1.0)).view, f32s(bench, "cache", 8, 4));
-            KvWrite { x, slots: bench.put_words(&[7, 8], 1).view, cache }.into()
+            KvWrite { x, slots: bench.put_words(&[7, 8], 1).view, cache, scale: 1.0 }.into()
         }),
+        (
+            "kv_write: row 1 of room is not finite (a NaN, an infinity, or numbers whose squares are): the weights are damaged, \
+             or too large for the format they are computed in (--dtype)",
+            &|bench| {
+                let values = [[1.0; 4], [0.0, f32::INFINITY, 2.0, 1.0]].concat();
+                let x = bench.put(&Sheet { rows: 2, width: 4, values }).view;
+                let cache = bench.device.allocate("codes", DType::E4M3, 8, 4).expect("memory");
+                KvWrite { x, slots: bench.put_words(&[7, 0], 1).view, cache, scale: 0.5 }.into()
+            },
+        ),
         ("gather: row 4 is not below 4", &|bench| gather(bench, &[0, 4])),
         ("gather: row 4294967295 is not below 4", &|bench| gather(bench, &[u32::MAX])),
         ("gather: row 4 is not below 4", &|bench| gather_fp8(bench, &[0, 4], Fp8::Encode)),
@@ -585,7 +610,8 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         let fault = bench.try_run(op(&bench)).expect("it fits").expect_err(want);
         let text = fault.to_string();
         // What threads find at the same time is told in any order.
-        let told = want.split(" or ").any(|want| text == format!("rank 0, layer 7: {want}"));
+        let mut wanted = std::iter::once(want).chain(want.split(" or "));
+        let told = wanted.any(|want| text == format!("rank 0, layer 7: {want}"));
         assert!(told, "{text}, not {want}");
         assert_eq!(fault.kind, FaultKind::Invalid);
         assert_eq!(bench.try_run(gather(&fresh(), &[])).expect("it fits"), Err(fault));

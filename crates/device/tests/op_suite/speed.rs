@@ -5,7 +5,7 @@
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::op::{
-    Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, NONE, Op, Reduce, Sight,
+    Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, KvWrite, NONE, Op, Reduce, Sight,
 };
 use epsmoe_device::{Backend, Buffer, Record, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_quant::{Code, Codes, Format, Scale};
@@ -432,21 +432,28 @@ fn attentions() {
         Ok(device) => device,
         Err(missing) => return eprintln!("skipped: {missing}"),
     };
-    println!("attention             sequences  cached  new each  median µs   TFLOP/s");
+    println!("attention             sequences  cached  new each  median µs   TFLOP/s   in codes");
     for heads in HEADS {
         for sequences in SEQUENCES {
-            let weights = CudaWeights::new(&device).expect("a store");
-            let backend = CudaBackend::new(Rank(0), &device, &weights, CudaOptions::new(DType::BF16));
-            println!("{}", measure_attention(&backend.expect("a processor"), heads, sequences));
+            let measured = [DType::BF16, DType::E4M3].map(|cached| {
+                let weights = CudaWeights::new(&device).expect("a store");
+                let backend = CudaBackend::new(Rank(0), &device, &weights, CudaOptions::new(DType::BF16));
+                measure_attention(&backend.expect("a processor"), heads, sequences, cached)
+            });
+            let [(plain, rate), (coded, _)] = measured;
+            let ((name, ..), (sequences, cached, new)) = (heads, sequences);
+            println!("{name:20}  {sequences:9}  {cached:6}  {new:8}  {plain:9.1}  {rate:8.1}  {coded:9.1}");
         }
     }
 }
 
+/// Microseconds, and TFLOP/s, of keys and values cached in `dtype`.
 fn measure_attention(
     backend: &CudaBackend,
-    (name, heads, kv_heads, key_width, value_width): (&str, usize, usize, usize, usize),
+    (_, heads, kv_heads, key_width, value_width): (&str, usize, usize, usize, usize),
     (sequences, cached, new): (usize, usize, usize),
-) -> String {
+    dtype: DType,
+) -> (f64, f64) {
     const BLOCK: usize = 64;
     let (lane, place) = (Lane::Compute, Place::default());
     let (tokens, blocks) = (sequences * new, (cached + new).div_ceil(BLOCK));
@@ -467,9 +474,20 @@ fn measure_attention(
         out
     };
     let slots = sequences * blocks * BLOCK;
-    let keys = filled("keys", slots, kv_heads * key_width);
+    let cache = |name: &'static str, width: usize| {
+        let x = filled(name, slots, width);
+        if dtype == DType::BF16 {
+            return x;
+        }
+        let cache = backend.allocate(name, dtype, slots, width).expect("memory");
+        let places = words("slots", (0..slots as u32).collect(), 1);
+        let write = KvWrite { x, slots: places, cache: cache.clone(), scale: 1.0 };
+        backend.enqueue(lane, place, write).expect("it fits");
+        cache
+    };
+    let keys = cache("keys", kv_heads * key_width);
     let values = match key_width == value_width || kv_heads > 1 {
-        true => filled("values", slots, kv_heads * value_width),
+        true => cache("values", kv_heads * value_width),
         false => keys.columns(0..value_width).expect("inside"),
     };
     let attention = Attention {
@@ -484,6 +502,7 @@ fn measure_attention(
         heads,
         kv_heads,
         scale: 1.0 / (key_width as f32).sqrt(),
+        value_scale: 1.0,
         sight: Sight::All,
         sinks: None,
         out: backend.allocate("out", DType::BF16, tokens, heads * value_width).expect("memory"),
@@ -496,9 +515,5 @@ fn measure_attention(
     let median = median_ns(&backend.take_records(), "attention");
     let seen = sequences * (cached * new + new * (new + 1) / 2);
     let flops = 2.0 * (seen * heads * (key_width + value_width)) as f64;
-    format!(
-        "{name:20}  {sequences:9}  {cached:6}  {new:8}  {:9.1}  {:8.1}",
-        median / 1e3,
-        flops / median / 1e3
-    )
+    (median / 1e3, flops / median / 1e3)
 }

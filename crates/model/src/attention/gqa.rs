@@ -1,6 +1,6 @@
 //! Grouped-query attention (arXiv 2305.13245): several query heads share a key and a value head.
 
-use super::{Context, Heads, Linear, blocks};
+use super::{Cached, Context, Heads, Linear, Slots, blocks};
 use crate::load::Loader;
 use crate::parallel::Share;
 use crate::step::Queries;
@@ -24,8 +24,8 @@ pub(crate) struct Gqa {
     sinks: Option<Weight>,
     output: Linear,
     /// `[slots, kv_heads · head_dim]`.
-    cached_keys: Buffer,
-    cached_values: Buffer,
+    cached_keys: Cached,
+    cached_values: Cached,
     sight: Sight,
     workspace: Workspace,
 }
@@ -73,9 +73,9 @@ impl OwnHeads {
     }
 
     /// Keys and values of so many tokens.
-    pub(super) fn cache(&self, device: &impl Reserve, slots: usize) -> Result<[Buffer; 2], DeviceError> {
+    pub(super) fn cache(&self, device: &impl Reserve, slots: &Slots) -> Result<[Buffer; 2], DeviceError> {
         let width = self.kv.len() * self.spec.head_dim;
-        let cache = |name| device.allocate(name, device.dtype(), slots, width);
+        let cache = |name| slots.reserve(device, name, width);
         Ok([cache("cached_keys")?, cache("cached_values")?])
     }
 
@@ -171,8 +171,8 @@ impl Gqa {
             norms: spec.qk_norm.map(norms).transpose()?,
             sinks: spec.sinks.then(sinks).transpose()?,
             output: Linear::load_output(loader, layer, spec.output_bias, own.elements(&own.query))?,
-            cached_keys,
-            cached_values,
+            cached_keys: Cached::of(loader, LayerPart::Key.of(layer), 'k', cached_keys)?,
+            cached_values: Cached::of(loader, LayerPart::Value.of(layer), 'v', cached_values)?,
             sight: loader.spec.layers[layer.0].sight,
             workspace: workspace.clone(),
             own: own.clone(),

@@ -11,7 +11,7 @@
 //! token has depends on where it is from alone: `docs/bits.md`. Ranks that split the heads have the maps into
 //! latents and the cache in common, whole.
 
-use super::{BLOCK_SIZE, Context, Heads, Linear, blocks};
+use super::{BLOCK_SIZE, Cached, Context, Heads, Linear, Slots, blocks};
 use crate::forward::ModelOptions;
 use crate::load::Loader;
 use crate::origins::{HEADS_TOGETHER, Round, RoundRoom, Span};
@@ -35,7 +35,7 @@ pub(crate) struct Mla {
     decompressing: Vec<Decompressing>,
     output: Linear,
     /// `[slots, kv_lora + rope]`.
-    cache: Buffer,
+    cache: Cached,
     workspace: Workspace,
 }
 
@@ -131,8 +131,8 @@ impl Workspace {
 }
 
 /// Latents of so many tokens.
-pub(super) fn cache(device: &impl Reserve, spec: &MlaSpec, slots: usize) -> Result<Buffer, DeviceError> {
-    device.allocate("cached_latents", device.dtype(), slots, spec.kv_lora + spec.rope)
+pub(super) fn cache(device: &impl Reserve, spec: &MlaSpec, slots: &Slots) -> Result<Buffer, DeviceError> {
+    slots.reserve(device, "cached_latents", spec.kv_lora + spec.rope)
 }
 
 impl Mla {
@@ -164,7 +164,7 @@ impl Mla {
                 _ => Decompressing::load(loader, layer, &spec, &heads)?,
             },
             heads: heads.map(|head| Head::load(loader, layer, head)).collect::<Result<_, _>>()?,
-            cache,
+            cache: Cached::of(loader, LayerPart::KvDown.of(layer), 'k', cache)?,
             workspace: workspace.clone(),
             spec,
         })
@@ -242,7 +242,7 @@ impl Mla {
         let behind = absorbed.reshape(width)?.columns(kv_lora..width)?;
         cx.compute(Copy { x: rotated, out: behind })?;
         let attention = Heads { heads, kv_heads: 1, scale, sight: Sight::All, sinks: None };
-        let latents = self.cache.columns(0..kv_lora)?;
+        let latents = Cached { rows: self.cache.rows.columns(0..kv_lora)?, scale: self.cache.scale };
         cx.attend_in(span, attention, &absorbed, &self.cache, &latents, &attended)?;
         self.per_head(cx, |head, weights| {
             let (latent, value) = (block(head, kv_lora), block(head, value));
@@ -260,13 +260,15 @@ impl Mla {
         let MlaSpec { kv_lora, nope, rope, scale, value, .. } = self.spec;
         let latents = workspace.latents.rows(0..round.cached.rows * BLOCK_SIZE)?;
         let in_blocks = |rows: &Buffer| rows.reshape(BLOCK_SIZE * (kv_lora + rope));
-        let (x, out) = (in_blocks(&self.cache)?, in_blocks(&latents)?);
+        let (x, out) = (in_blocks(&self.cache.rows)?, in_blocks(&latents)?);
         cx.compute(Gather { x, index: round.cached.clone(), out })?;
         let together = workspace.room.products(latents.rows);
         let turns = self.decompressing.len().div_ceil(together);
         for maps in self.decompressing.chunks(self.decompressing.len().div_ceil(turns)) {
             let heads = maps[0].heads.start..maps[maps.len() - 1].heads.end;
             let (keys, values) = self.decompress(cx, maps, &latents, workspace)?;
+            // What is linear in the rows is short of the same factor.
+            let [keys, values] = [keys, values].map(|rows| Cached { rows, scale: self.cache.scale });
             let of_heads =
                 |buffer: &Buffer, width| buffer.rows(round.span.rows.clone())?.columns(blocks(&heads, width));
             let query = of_heads(&workspace.query, nope + rope)?;

@@ -11,10 +11,10 @@ use crate::origins::Span;
 use crate::parallel::Share;
 use crate::step::{Queries, Step};
 use crate::{
-    AttentionSpec, DeltaNetSpec, LayerPart, LayerSpec, MlaSpec, ModelError, ModelSpec, RopeSpec, Window,
+    AttentionSpec, DeltaNetSpec, LayerPart, LayerSpec, MlaSpec, ModelError, ModelSpec, Part, RopeSpec, Window,
 };
 use delta_net::DeltaNet;
-use epsmoe_base::{Lane, Layer, Place};
+use epsmoe_base::{DType, Lane, Layer, Place};
 use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, Rotate, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use gqa::Gqa;
@@ -93,10 +93,10 @@ impl Rooms {
         attention: &AttentionSpec,
         options: &ModelOptions,
     ) -> Result<(), DeviceError> {
-        let slots = options.cache_blocks * BLOCK_SIZE;
+        let slots = Slots::of(device, options);
         match self.of(attention) {
-            Workspace::Gqa(own, _) => own.cache(device, slots).map(drop),
-            Workspace::Mla(own, _) => mla::cache(device, own, slots).map(drop),
+            Workspace::Gqa(own, _) => own.cache(device, &slots).map(drop),
+            Workspace::Mla(own, _) => mla::cache(device, own, &slots).map(drop),
             Workspace::DeltaNet(own, _) => own.states(device, options.states).map(drop),
         }
     }
@@ -110,6 +110,66 @@ impl Rooms {
     }
 }
 
+/// How many rows a layer's cache has, and in what format.
+struct Slots {
+    count: usize,
+    dtype: DType,
+}
+
+impl Slots {
+    fn of(device: &impl Reserve, options: &ModelOptions) -> Self {
+        let count = options.cache_blocks * BLOCK_SIZE;
+        Slots { count, dtype: options.cache_dtype.of(device.dtype()) }
+    }
+
+    fn reserve(
+        &self,
+        device: &impl Reserve,
+        name: &'static str,
+        width: usize,
+    ) -> Result<Buffer, DeviceError> {
+        device.allocate(name, self.dtype, self.count, width)
+    }
+}
+
+/// Keys or values as they are cached, or were decompressed.
+struct Cached {
+    rows: Buffer,
+    /// What they are multiplied with to be what was stored.
+    scale: f32,
+}
+
+impl Cached {
+    /// What a map makes, keys (`k`) or values (`v`). Codes have the scale that the checkpoint has for them, beside the map or its module,
+    /// or 1.
+    fn of<B: Backend>(
+        loader: &Loader<'_, B>,
+        part: Part,
+        letter: char,
+        rows: Buffer,
+    ) -> Result<Self, ModelError> {
+        if rows.dtype != DType::E4M3 {
+            return Ok(Cached { rows, scale: 1.0 });
+        }
+        let names = loader.spec.locate(part).sources.into_iter().flat_map(|source| {
+            let map = source.name.strip_suffix(".weight").unwrap_or(&source.name).to_owned();
+            let module = map.rsplit_once('.').map_or("", |(module, _)| module);
+            let mut names = vec![
+                format!("{map}.{letter}_scale"),
+                format!("{module}.{letter}_scale"),
+                format!("{module}.attn.{letter}_scale"),
+                format!("{module}.kv_scale"),
+            ];
+            // The scale of what the map gives, if that is nothing else.
+            if map.ends_with(&format!(".{letter}_proj")) {
+                names.push(format!("{map}.output_scale"));
+            }
+            names
+        });
+        Ok(Cached { rows, scale: loader.scale_of_cache(names)?.unwrap_or(1.0) })
+    }
+}
+
 impl Attention {
     /// The attention of one layer, which computes in one of the `rooms`.
     pub(crate) fn load<B: Backend>(
@@ -119,13 +179,13 @@ impl Attention {
         options: &ModelOptions,
     ) -> Result<Self, ModelError> {
         let (share, attention) = (loader.layout.in_group(), &loader.spec.layers[layer.0].attention);
-        let (device, slots) = (loader.device, options.cache_blocks * BLOCK_SIZE);
+        let (device, slots) = (loader.device, Slots::of(loader.device, options));
         Ok(match (attention, rooms.of(attention)) {
             (_, Workspace::Gqa(own, workspace)) => {
-                Attention::Gqa(Gqa::load(loader, layer, own, workspace, own.cache(device, slots)?)?)
+                Attention::Gqa(Gqa::load(loader, layer, own, workspace, own.cache(device, &slots)?)?)
             }
             (AttentionSpec::Mla(spec), Workspace::Mla(own, workspace)) => {
-                let (heads, cache) = (share.of(spec.heads), mla::cache(device, own, slots)?);
+                let (heads, cache) = (share.of(spec.heads), mla::cache(device, own, &slots)?);
                 Attention::Mla(Mla::load(loader, layer, *own, heads, workspace, cache)?)
             }
             (AttentionSpec::DeltaNet(spec), Workspace::DeltaNet(own, workspace)) => {
@@ -280,8 +340,9 @@ impl<B: Backend> Context<'_, B> {
         }
     }
 
-    fn store(&self, x: &Buffer, cache: &Buffer) -> Result<(), DeviceError> {
-        self.compute(KvWrite { x: x.clone(), slots: self.step.slots.clone(), cache: cache.clone() })
+    fn store(&self, x: &Buffer, cache: &Cached) -> Result<(), DeviceError> {
+        let (slots, rows) = (self.step.slots.clone(), cache.rows.clone());
+        self.compute(KvWrite { x: x.clone(), slots, cache: rows, scale: cache.scale })
     }
 
     /// Attention of all queries to what is cached.
@@ -289,8 +350,8 @@ impl<B: Backend> Context<'_, B> {
         &self,
         heads: Heads,
         q: &Buffer,
-        keys: &Buffer,
-        values: &Buffer,
+        keys: &Cached,
+        values: &Cached,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let all = Span {
@@ -308,15 +369,15 @@ impl<B: Backend> Context<'_, B> {
         span: &Span,
         heads: Heads,
         q: &Buffer,
-        keys: &Buffer,
-        values: &Buffer,
+        keys: &Cached,
+        values: &Cached,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let Heads { heads, kv_heads, scale, sight, sinks } = heads;
         self.compute(op::Attention {
             q: q.clone(),
-            keys: keys.clone(),
-            values: values.clone(),
+            keys: keys.rows.clone(),
+            values: values.rows.clone(),
             sequence_starts: span.sequence_starts.clone(),
             positions: span.positions.clone(),
             blocks: span.blocks.clone(),
@@ -324,7 +385,8 @@ impl<B: Backend> Context<'_, B> {
             longest: self.step.longest,
             heads,
             kv_heads,
-            scale,
+            scale: scale * keys.scale,
+            value_scale: values.scale,
             sight,
             sinks,
             out: out.clone(),

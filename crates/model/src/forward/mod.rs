@@ -14,7 +14,7 @@ use crate::parallel::Layout;
 use crate::step::{LayerTokens, Step};
 use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use buffers::{StepBuffers, groups};
-use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
+use epsmoe_base::{CacheDType, Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
 use epsmoe_device::op::{Activate, Add, AddNorm, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale, Swish};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
@@ -85,6 +85,8 @@ pub struct ModelOptions {
     pub cache_blocks: usize,
     /// Most cache blocks of one sequence.
     pub max_blocks: usize,
+    /// What keys and values are cached in.
+    pub cache_dtype: CacheDType,
     /// Slots for states of sequences, of a model that has any.
     pub states: usize,
     /// How MoE layers are scheduled.

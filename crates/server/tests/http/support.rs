@@ -1,6 +1,6 @@
 //! Servers over tiny checkpoints, and clients without manners.
 
-use epsmoe_base::{DType, FaultCell, Rank, WireDType, env};
+use epsmoe_base::{CacheDType, DType, FaultCell, Rank, WireDType, env};
 use epsmoe_device::Backend;
 use epsmoe_device::cpu::{CpuKernels, gemm::Isa};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
@@ -189,6 +189,7 @@ impl Setup {
             prefix_caching: true,
             kept_states: 8,
             policy: Policy::default(),
+            cache_dtype: CacheDType::Auto,
             wire: WireDType::Auto,
             parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },
             routing: RoutingMode::FromRouter,

@@ -383,6 +383,9 @@ pub(crate) struct Functions {
     pub store_bf16: unsafe fn(&Finish<'_, half::bf16>),
     /// See `epilogue::round_to_bf16`.
     pub round_to_bf16: unsafe fn(&[f32], &mut [half::bf16]),
+    /// Numbers of e4m3 codes: see `attention::decode`.
+    pub codes_to_f32: unsafe fn(&[u8], &mut [f32]),
+    pub codes_to_bf16: unsafe fn(&[u8], &mut [half::bf16]),
     /// See `attention::soften`.
     pub soften: unsafe fn(&mut [f32; KEYS], f32, std::ops::Range<usize>, &mut f32, &mut f32) -> f32,
     /// See [`spin_multiply_add`].
@@ -453,6 +456,18 @@ macro_rules! functions {
                 epilogue::round_to_bf16(from, to);
             }
             $(#[target_feature(enable = $feature)])?
+            unsafe fn decode<T>(codes: &[u8], numbers: &mut [T], number: impl Fn(u32) -> T) {
+                $crate::cpu::attention::decode(codes, numbers, number);
+            }
+            unsafe fn codes_to_f32(codes: &[u8], numbers: &mut [f32]) {
+                // SAFETY: the caller's promise.
+                unsafe { decode(codes, numbers, f32::from_bits) }
+            }
+            unsafe fn codes_to_bf16(codes: &[u8], numbers: &mut [half::bf16]) {
+                // SAFETY: the caller's promise.
+                unsafe { decode(codes, numbers, |bits| half::bf16::from_bits((bits >> 16) as u16)) }
+            }
+            $(#[target_feature(enable = $feature)])?
             unsafe fn soften(
                 scores: &mut [f32; $crate::cpu::attention::KEYS],
                 scale: f32,
@@ -487,6 +502,8 @@ macro_rules! functions {
                 store_f32: store::<f32>,
                 store_bf16: store::<half::bf16>,
                 round_to_bf16,
+                codes_to_f32,
+                codes_to_bf16,
                 soften,
                 spin,
             }

@@ -3,7 +3,7 @@
 
 use super::cache::Cache;
 use super::parts::{Part, parts_for};
-use super::{HOPPER, Key, SOURCES, THIN, TILES, short};
+use super::{HOPPER, Key, SOURCES, Source, THIN, TILES, short};
 use crate::DeviceError;
 use crate::cuda::driver::{Context, Function, Module};
 use crate::cuda::nvrtc;
@@ -29,7 +29,8 @@ pub(in crate::cuda) struct Kernel {
 }
 
 /// Every kernel of one GPU, ready or on its way. Those for weights in codes take as long to compile as all others
-/// together, so they wait until somebody [expects](Kernels::expect_codes) them.
+/// together, so they wait until somebody [expects](Kernels::expect_codes) them; likewise those for a
+/// [cache](Kernels::expect_cached_codes) in codes.
 pub(in crate::cuda) struct Kernels {
     workshop: Arc<Workshop>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -63,13 +64,18 @@ impl Kernels {
         };
         let (workshop, threads) = (Arc::new(workshop), Mutex::default());
         let kernels = Kernels { workshop, threads, shared_bytes: shared.max(0) as u32 };
-        kernels.expect(|part| !is_coded(part));
+        kernels.expect(|part| !is_coded(part) && !is_for_cached_codes(part));
         Ok(kernels)
     }
 
     /// Begins with the kernels for weights in codes.
     pub(in crate::cuda) fn expect_codes(&self) {
         self.expect(is_coded);
+    }
+
+    /// Begins with the kernels for keys and values in codes.
+    pub(in crate::cuda) fn expect_cached_codes(&self) {
+        self.expect(is_for_cached_codes);
     }
 
     /// Lets threads make parts ready that nobody has asked for yet.
@@ -126,7 +132,7 @@ impl Kernels {
         if let Some(kernel) = self.workshop.function(&key) {
             return Ok(kernel);
         }
-        self.workshop.ready_for(operation)?;
+        self.workshop.ready_for(&key)?;
         self.workshop.function(&key).ok_or_else(|| {
             DeviceError::Unsupported(format!("{operation}: no kernel from {from} to {to} on a GPU"))
         })
@@ -146,6 +152,11 @@ impl Drop for Kernels {
 /// Whether weights in codes need it.
 fn is_coded(part: &Part) -> bool {
     part.source.file.ends_with("_coded.cu")
+}
+
+/// Whether keys and values in codes need it.
+fn is_for_cached_codes(part: &Part) -> bool {
+    part.source.file.ends_with("_e4m3.cu")
 }
 
 /// Where parts are made ready.
@@ -203,9 +214,10 @@ impl Workshop {
         }
     }
 
-    /// Returns once an operation's file is ready.
-    fn ready_for(&self, operation: &str) -> Result<(), DeviceError> {
-        let has = |file| SOURCES.iter().any(|it| it.file == file && it.operations.contains(&operation));
+    /// Returns once the file of an operation for some formats is ready.
+    fn ready_for(&self, &(operation, from, to): &Key) -> Result<(), DeviceError> {
+        let makes = |it: &Source| it.operations.contains(&operation) && it.formats.contains(&(from, to));
+        let has = |file| SOURCES.iter().any(|it| it.file == file && makes(it));
         let needed = (0..self.parts.len()).filter(|&part| has(self.parts[part].source.file));
         needed.into_iter().try_for_each(|part| self.ready(part))
     }

@@ -27,15 +27,17 @@ twin! {
         heads: u32,
         kv_heads: u32,
         scale: f32,
+        value_scale: f32,
         window: u32,
         vectors: u32,
         longest: u32,
         stretch: u32,
+        padding: u32,
     }
 }
 
 twin! {
-    pub(super) struct HopperAttentionArgs = "HopperArgs" in "attention_hopper.cu" {
+    pub(super) struct HopperAttentionArgs = "HopperArgs" in "attention_hopper.cuh" {
         keys: TensorMap,
         values: TensorMap,
         attention: AttentionArgs,
@@ -43,7 +45,7 @@ twin! {
 }
 
 twin! {
-    pub(super) struct FewArgs = "FewArgs" in "attention_few.cu" {
+    pub(super) struct FewArgs = "FewArgs" in "attention_few.cuh" {
         attention: AttentionArgs,
         scores: u64,
         most: u64,
@@ -62,9 +64,13 @@ impl Launch<'_> {
         let (key_width, value_width) = (op.key_width(), op.value_width());
         let [q, keys, values, out] = [&op.q, &op.keys, &op.values, &op.out].map(|buffer| self.rows(buffer));
         let (q, keys, values, out) = (q?, keys?, values?, out?);
-        let on_vectors = |rows: &Rows| rows.start.is_multiple_of(16) && rows.stride.is_multiple_of(8);
-        let vectors = [q, keys, values, out].iter().all(on_vectors)
-            && [key_width, value_width].iter().all(|width| width.is_multiple_of(8));
+        // Pieces of eight elements, which of codes take half of 16 bytes.
+        let on_vectors = |(buffer, rows): (&Buffer, Rows)| {
+            rows.start.is_multiple_of(8 * buffer.dtype.bytes() as u64) && rows.stride.is_multiple_of(8)
+        };
+        let vectors =
+            [(&op.q, q), (&op.keys, keys), (&op.values, values), (&op.out, out)].into_iter().all(on_vectors)
+                && [key_width, value_width].iter().all(|width| width.is_multiple_of(8));
         // What is longer than any position cuts nothing off.
         let positions = |count: usize| u32::try_from(count).unwrap_or(0);
         let (window, stretch) = match op.sight {
@@ -86,17 +92,19 @@ impl Launch<'_> {
             heads: op.heads as u32,
             kv_heads: op.kv_heads as u32,
             scale: op.scale,
+            value_scale: op.value_scale,
             window,
             vectors: u32::from(vectors),
             longest: u32::try_from(op.longest).unwrap_or(u32::MAX),
             stretch,
+            padding: 0,
         };
         let grid = |blocks: usize| {
             u32::try_from(blocks).map_err(|_| {
                 DeviceError::Unsupported(format!("attention: {:?} has too many rows for one launch", op.q))
             })
         };
-        let dtypes = (op.q.dtype, op.out.dtype);
+        let dtypes = (op.keys.dtype, op.out.dtype);
         let hopper = vectors.then(|| self.hopper_attention(op)).flatten();
         let Some(tile) = hopper.or_else(|| attention_tile_for(op, self.kernels.has_hopper())) else {
             let kernel = self.kernels.get("attention", dtypes.0, dtypes.1)?;
@@ -120,6 +128,10 @@ impl Launch<'_> {
             return self.start(&kernel.function, blocks, shared, arguments);
         }
         let map = |cache: &Rows| {
+            if op.keys.dtype == DType::E4M3 {
+                // Threads bring codes, by the views.
+                return Ok(bytemuck::Zeroable::zeroed());
+            }
             let piece = (FEW_STEP as u32, FEW_STEP as u32);
             let (rows, width, stride) = (cache.rows as usize, cache.width as usize, cache.stride as usize);
             TensorMap::new(&Matrix { start: cache.start, rows, width, stride, piece })
@@ -178,7 +190,7 @@ impl Launch<'_> {
     fn attention_of_few(&self, op: &Attention, few: FewArgs) -> Result<(), Refusal> {
         let units = op.q.rows as u32 * few.tiles * op.kv_heads as u32;
         let [scores, sums] = ["attention_scores", "attention_sums"]
-            .map(|operation| self.kernels.get(operation, op.q.dtype, op.out.dtype));
+            .map(|operation| self.kernels.get(operation, op.keys.dtype, op.out.dtype));
         let (scores, sums) = (scores?, sums?);
         let shared = within("attention: a step", few_shared_bytes(op.key_width()), scores.shared_limit)?;
         self.start(&scores.function, (few.steps, units), shared, few)?;

@@ -33,6 +33,8 @@ twin! {
         slots: Rows,
         cache: Rows,
         report: Report,
+        scale: f32,
+        padding: u32,
     }
 }
 
@@ -225,7 +227,7 @@ impl Launch<'_> {
 
     pub(super) fn kv_write(&mut self, op: &KvWrite) -> Result<(), Refusal> {
         let (x, slots, cache) = (self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?);
-        let arguments = KvWriteArgs { x, slots, cache, report: self.report };
+        let arguments = KvWriteArgs { x, slots, cache, report: self.report, scale: op.scale, padding: 0 };
         self.by_columns(Columns::Runs, "kv_write", op.x.dtype, op.cache.dtype, &op.x, arguments)
     }
 
