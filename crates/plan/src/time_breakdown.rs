@@ -1,7 +1,7 @@
 //! Where a rank's time went, without a rest: every nanosecond of a run is in exactly one part.
 
 use crate::Timeline;
-use crate::timeline::overlap;
+use crate::timeline::{common, length};
 use epsmoe_base::{Lane, Phase, Rank};
 use serde::Serialize;
 use std::ops::Range;
@@ -51,15 +51,11 @@ impl TimeBreakdown {
             };
             *account += span.duration_ns();
         }
-        for gap in gaps(&timeline.intervals(rank, Lane::Compute), wall) {
-            let exposed = shared(&transfers, &gap);
-            let in_layers =
-                |&(start, end): &(u64, u64)| shared(&layers, &(start.max(gap.start)..end.min(gap.end)));
-            let planning = shared(&layers, &gap) - transfers.iter().map(in_layers).sum::<u64>();
-            breakdown.exposed_transfer += exposed;
-            breakdown.count_exchange += planning;
-            breakdown.idle += gap.end - gap.start - exposed - planning;
-        }
+        let gaps = gaps(&timeline.intervals(rank, Lane::Compute), wall);
+        let in_layers = common(&gaps, &layers);
+        breakdown.exposed_transfer = length(&common(&gaps, &transfers));
+        breakdown.count_exchange = length(&in_layers) - length(&common(&in_layers, &transfers));
+        breakdown.idle = length(&gaps) - breakdown.exposed_transfer - breakdown.count_exchange;
         breakdown
     }
 
@@ -72,22 +68,17 @@ impl TimeBreakdown {
 }
 
 /// What `busy` leaves free of `wall`.
-fn gaps(busy: &[(u64, u64)], wall: Range<u64>) -> Vec<Range<u64>> {
+fn gaps(busy: &[(u64, u64)], wall: Range<u64>) -> Vec<(u64, u64)> {
     let starts = std::iter::once(wall.start).chain(busy.iter().map(|&(_, end)| end));
     let ends = busy.iter().map(|&(start, _)| start).chain([wall.end]);
-    starts.zip(ends).map(|(start, end)| start..end).filter(|gap| gap.start < gap.end).collect()
-}
-
-/// Nanoseconds that disjoint intervals have in common with one.
-fn shared(intervals: &[(u64, u64)], with: &Range<u64>) -> u64 {
-    overlap(intervals, &[(with.start, with.end)])
+    starts.zip(ends).filter(|(start, end)| start < end).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Span;
-    use epsmoe_base::{Layer, Stage};
+    use epsmoe_base::{Layer, Mix, Stage};
 
     fn span(lane: Lane, phase: Phase, stage: Option<usize>, times: Range<u64>) -> Span {
         Span {
@@ -135,5 +126,52 @@ mod tests {
         ];
         assert_eq!(TimeBreakdown::of(&Timeline { spans }, Rank(0)).unexplained(), 5);
         assert_eq!(TimeBreakdown::of(&Timeline::default(), Rank(0)), TimeBreakdown::default());
+    }
+
+    #[test]
+    fn accounts_are_those_of_a_look_at_every_nanosecond() {
+        let seed = 20_261_130;
+        println!("seed {seed}");
+        let mut random = Mix::new(seed);
+        for _ in 0..50 {
+            // Lanes that work and pause by turns: attention, then a layer from its route to its sum.
+            let mut spans = Vec::new();
+            for lane in Lane::ALL {
+                let mut at = random.below(9) as u64;
+                for number in 0..24 {
+                    let end = at + random.below(9) as u64;
+                    let phase = match (lane, number % 4) {
+                        (Lane::Transfer, _) => Phase::Combine,
+                        (Lane::Compute, 0) => Phase::Attention,
+                        (Lane::Compute, 1) => Phase::Route,
+                        (Lane::Compute, 2) => Phase::GateUp,
+                        (Lane::Compute, _) => Phase::Sum,
+                    };
+                    spans.push(Span { layer: Some(Layer(number / 4)), ..span(lane, phase, None, at..end) });
+                    at = end + random.below(5) as u64;
+                }
+            }
+            let timeline = Timeline { spans };
+            let layers = timeline.moe_layers(Rank(0));
+            assert!(layers.len() > 2);
+            let mut expected = TimeBreakdown::default();
+            for at in timeline.extent().unwrap() {
+                let work = |lane| {
+                    let now = |span: &&Span| span.lane == lane && (span.start_ns..span.end_ns).contains(&at);
+                    timeline.spans.iter().find(now).map(|span| span.phase)
+                };
+                let in_layer = layers.iter().any(|layer| (layer.start_ns..layer.end_ns).contains(&at));
+                *match (work(Lane::Compute), work(Lane::Transfer), in_layer) {
+                    (Some(Phase::GateUp), ..) => &mut expected.gemm,
+                    (Some(Phase::Attention), ..) => &mut expected.attention,
+                    (Some(_), ..) => &mut expected.other,
+                    (None, Some(_), _) => &mut expected.exposed_transfer,
+                    (None, None, true) => &mut expected.count_exchange,
+                    (None, None, false) => &mut expected.idle,
+                } += 1;
+                expected.wall += 1;
+            }
+            assert_eq!(TimeBreakdown::of(&timeline, Rank(0)), expected);
+        }
     }
 }

@@ -88,7 +88,7 @@ pub struct Timeline {
 impl Timeline {
     /// How long a lane of `rank` did something, in nanoseconds; what overlaps on one lane counts once.
     pub fn busy(&self, rank: Rank, lane: Lane) -> u64 {
-        self.intervals(rank, lane).iter().map(|(start, end)| end - start).sum()
+        length(&self.intervals(rank, lane))
     }
 
     /// How long the transfer lane of `rank` did something while its compute lane did not, in nanoseconds: the
@@ -96,7 +96,7 @@ impl Timeline {
     pub fn exposed_transfer(&self, rank: Rank) -> u64 {
         let transfer = self.intervals(rank, Lane::Transfer);
         let compute = self.intervals(rank, Lane::Compute);
-        self.busy(rank, Lane::Transfer) - overlap(&transfer, &compute)
+        self.busy(rank, Lane::Transfer) - length(&common(&transfer, &compute))
     }
 
     /// The MoE layers of `rank`, in order.
@@ -141,14 +141,22 @@ impl Timeline {
     }
 }
 
-/// The length of what two sets of intervals share; each set is ascending and apart.
-pub(crate) fn overlap(left: &[(u64, u64)], right: &[(u64, u64)]) -> u64 {
-    let (mut l, mut r, mut shared) = (0, 0, 0);
+/// What two sets of intervals share; each set is ascending and apart, and so is what they share.
+pub(crate) fn common(left: &[(u64, u64)], right: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let (mut l, mut r, mut shared) = (0, 0, Vec::new());
     while let (Some(a), Some(b)) = (left.get(l), right.get(r)) {
-        shared += a.1.min(b.1).saturating_sub(a.0.max(b.0));
+        let (start, end) = (a.0.max(b.0), a.1.min(b.1));
+        if start < end {
+            shared.push((start, end));
+        }
         if a.1 <= b.1 { l += 1 } else { r += 1 }
     }
     shared
+}
+
+/// The length of a set of intervals that are apart.
+pub(crate) fn length(intervals: &[(u64, u64)]) -> u64 {
+    intervals.iter().map(|(start, end)| end - start).sum()
 }
 
 /// The JSON object format of Chrome's trace viewer.
