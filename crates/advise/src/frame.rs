@@ -1,7 +1,7 @@
 //! The parts of a layer that no schedule changes: attention, collectives, dense MLPs, weights and cache.
 
 use crate::{AdviseError, Advisor, DTYPE, ELEMENT, Strategy, WeightBits, limits};
-use epsmoe_model::{AttentionSpec, DeltaNetSpec, GqaSpec, LayerSpec, MlaSpec, MlpSpec};
+use epsmoe_model::{AttentionSpec, GqaSpec, LayerSpec, Map, MlaSpec, MlpSpec, RecurrentSpec, StateRows};
 
 /// A product with a matrix `[N, K]`.
 type Matrix = (usize, usize);
@@ -39,18 +39,19 @@ fn matrices(attention: &AttentionSpec, hidden: usize, parts: usize) -> Vec<Matri
             let rest = [(kv_lora + rope, hidden), (heads * (nope + value), kv_lora), (hidden, heads * value)];
             queries.into_iter().chain(rest).collect()
         }
-        AttentionSpec::DeltaNet(spec) => {
-            let spec = delta_share(&spec, parts);
+        AttentionSpec::Recurrent(spec) => {
+            let spec = recurrent_share(&spec, parts);
             let context = spec.context_width();
-            vec![(spec.mixed_width() + context + 2 * spec.value_heads, hidden), (hidden, context)]
+            let weights = StateRows::weights(&spec).len() * spec.value_heads;
+            vec![(spec.mixed_width() + context + weights, hidden), (hidden, context)]
         }
     }
 }
 
-/// What one of `parts` GPUs has of a delta net.
-fn delta_share(spec: &DeltaNetSpec, parts: usize) -> DeltaNetSpec {
-    let key_heads = spec.key_heads.div_ceil(parts);
-    DeltaNetSpec { key_heads, value_heads: key_heads * spec.group(), ..*spec }
+/// What one of `parts` GPUs has of a layer that carries a state.
+fn recurrent_share(spec: &RecurrentSpec, parts: usize) -> RecurrentSpec {
+    let key_heads = spec.heads_of_rank(parts);
+    RecurrentSpec { key_heads, value_heads: key_heads * spec.group(), ..*spec }
 }
 
 /// A state is updated outside the tensor cores, which a GPU does about so many times as slowly.
@@ -67,8 +68,8 @@ fn core_flops(attention: &AttentionSpec, parts: usize, sequence: u128) -> u128 {
         AttentionSpec::Gqa(spec) => causal(spec.heads, 2 * spec.head_dim),
         AttentionSpec::Mla(spec) => causal(spec.heads, spec.nope + spec.rope + spec.value),
         // Decayed, looked at, updated, looked at.
-        AttentionSpec::DeltaNet(spec) => {
-            let spec = delta_share(spec, parts);
+        AttentionSpec::Recurrent(spec) => {
+            let spec = recurrent_share(spec, parts);
             let state = spec.key_width * spec.context_width();
             sequence * 7 * state as u128 * WITHOUT_TENSOR_CORES
         }
@@ -80,14 +81,14 @@ fn cached(attention: &AttentionSpec, parts: usize) -> usize {
     match attention {
         AttentionSpec::Gqa(spec) => 2 * spec.kv_heads.div_ceil(parts) * spec.head_dim,
         AttentionSpec::Mla(spec) => spec.kv_lora + spec.rope,
-        AttentionSpec::DeltaNet(_) => 0,
+        AttentionSpec::Recurrent(_) => 0,
     }
 }
 
 /// Cached elements of a sequence in a layer, however long it is, likewise; states are in float32, which is two elements.
 fn carried(attention: &AttentionSpec, parts: usize) -> usize {
-    let AttentionSpec::DeltaNet(spec) = attention else { return 0 };
-    let spec = delta_share(spec, parts);
+    let AttentionSpec::Recurrent(spec) = attention else { return 0 };
+    let spec = recurrent_share(spec, parts);
     2 * spec.key_width * spec.context_width() + (spec.taps - 1) * spec.mixed_width()
 }
 
@@ -115,9 +116,10 @@ impl Advisor<'_> {
         let attention_ns = sum(of_layers.iter().copied())? / of_layers.len().max(1) as u64;
         let dense_layer = |layer: &LayerSpec| match layer.mlp {
             MlpSpec::Moe(_) => Ok(0),
-            MlpSpec::Dense { inner } => sum([
+            MlpSpec::Absent => sum([attention_ns, if split { product([2, collective])? } else { 0 }]),
+            MlpSpec::Dense { inner, activation } => sum([
                 attention_ns,
-                self.mlp_ns(tokens, inner, parts)?,
+                self.mlp_ns(tokens, (inner, Map::of(activation).len()), parts)?,
                 if split { product([4, collective])? } else { 0 },
             ]),
         };
@@ -128,7 +130,11 @@ impl Advisor<'_> {
             collective_ns: product([units, collective])?,
             collective_bytes: product([units, unit])?,
             // A residual MLP is divided like attention.
-            residual_ns: self.mlp_ns(tokens, self.residual_inner(), parts)?,
+            residual_ns: self.mlp_ns(
+                tokens,
+                (self.residual_inner(), Map::of(self.moe.activation).len()),
+                parts,
+            )?,
             dense_layers_ns: sum(dense_layers)?,
             ends_ns: self.products_ns(sequences, &[(model.vocab.div_ceil(parts), model.hidden)])?,
             weights: self.weights(strategy)?,
@@ -157,12 +163,12 @@ impl Advisor<'_> {
         sum(matrices.iter().map(one))
     }
 
-    fn mlp_ns(&self, tokens: usize, inner: usize, parts: usize) -> Result<u64, AdviseError> {
+    fn mlp_ns(&self, tokens: usize, (inner, maps): (usize, usize), parts: usize) -> Result<u64, AdviseError> {
         let (hidden, inner) = (self.model.hidden, inner.div_ceil(parts));
         if inner == 0 {
             return Ok(0);
         }
-        self.products_ns(tokens, &[(2 * inner, hidden), (hidden, inner)])
+        self.products_ns(tokens, &[((maps - 1) * inner, hidden), (hidden, inner)])
     }
 
     /// Projections, causal attention, two norms and the residual additions.
@@ -190,7 +196,8 @@ impl Advisor<'_> {
         let (model, moe, ranks) = (self.model, self.moe, self.machine.ranks);
         let parts = if strategy.attention_split() { ranks } else { 1 };
         let area = |all: &[Matrix]| all.iter().map(|(columns, depth)| (columns * depth) as u64).sum::<u64>();
-        let mlp = |inner: usize, parts: usize| (3 * model.hidden * inner.div_ceil(parts)) as u64;
+        let maps = Map::of(moe.activation).len();
+        let mlp = |inner: usize, parts: usize| (maps * model.hidden * inner.div_ceil(parts)) as u64;
         // Shared experts see a GPU's own tokens: whole where tokens are divided, split where they are not.
         let (experts, expert_parts, shared_parts) = match strategy.expert_parallel() {
             true => (moe.experts.div_ceil(ranks), 1, 1),
@@ -202,7 +209,8 @@ impl Advisor<'_> {
         let layer = |layer: &LayerSpec| {
             let mlps = match layer.mlp {
                 MlpSpec::Moe(_) => sum([sparse, layer.residual_mlp.map_or(0, |inner| mlp(inner, parts))])?,
-                MlpSpec::Dense { inner } => mlp(inner, parts),
+                MlpSpec::Absent => 0,
+                MlpSpec::Dense { inner, .. } => mlp(inner, parts),
             };
             sum([area(&matrices(&layer.attention, model.hidden, parts)), mlps])
         };

@@ -75,7 +75,8 @@ pub(crate) fn check(
 /// on one GPU.
 fn longest_product_ns(model: &ModelSpec, moe: &MoeSpec, machine: &Machine, load: &Load) -> f64 {
     let dense = model.layers.iter().filter_map(|layer| match &layer.mlp {
-        MlpSpec::Dense { inner } => Some(*inner),
+        MlpSpec::Absent => None,
+        MlpSpec::Dense { inner, .. } => Some(*inner),
         MlpSpec::Moe(_) => layer.residual_mlp,
     });
     let shared = moe.shared.map_or(0, |shared| shared.inner);

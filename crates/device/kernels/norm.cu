@@ -14,6 +14,7 @@ struct Args {
     u32 centred;
     Report report;
     u32 heads, interleaved;
+    u32 groups, padding; // row m has the weights of group m % groups
 };
 
 constexpr u32 NARROW = 32 * RUN; // columns of a warp; `launch/norm.rs` repeats it
@@ -35,10 +36,11 @@ __device__ __forceinline__ void add_squares(f32& squares, const Run& run, f32 me
 
 // The norm of a run from column n on, as it is stored.
 template <typename Y>
-__device__ __forceinline__ void scale(const Args& args, Run& run, u32 n, f32 mean, f32 factor, u32 count) {
-    const Run scales = read(reinterpret_cast<const f32*>(args.weight) + n, count);
+__device__ __forceinline__ void scale(const Args& args, Run& run, u32 m, u32 n, f32 mean, f32 factor, u32 count) {
+    const u32 at = m % args.groups * args.x.width + n;
+    const Run scales = read(reinterpret_cast<const f32*>(args.weight) + at, count);
     Run added = {};
-    if (args.bias) added = read(reinterpret_cast<const f32*>(args.bias) + n, count);
+    if (args.bias) added = read(reinterpret_cast<const f32*>(args.bias) + at, count);
 #pragma unroll
     for (u32 j = 0; j < RUN; ++j) {
         const f32 normed = (run.values[j] - mean) * factor * scales.values[j];
@@ -104,7 +106,7 @@ template <typename X, typename Y> __device__ void norm_narrow(const Args& args) 
     const f32 variance = lanes_sum(squares, lanes) / f32(width);
     if (there && n == 0 && !finite(variance)) complain(args.report, NOT_FINITE, m, 0);
     const f32 factor = 1.0f / sqrtf(variance + args.eps);
-    if (count > 0) scale<Y>(args, run, n, mean, factor, count);
+    if (count > 0) scale<Y>(args, run, m, n, mean, factor, count);
     if (args.rope_table.start) turn_head(args, run, there ? m / args.heads : 0, n);
     if (count > 0) write(row<Y>(args.out, m) + n, run, count);
 }
@@ -135,7 +137,7 @@ template <typename X, typename Y, u32 PIECES> __device__ void norm_held(const Ar
     for (u32 piece = 0; piece < PIECES; ++piece) {
         const u32 n = column(piece), count = length(piece);
         if (count == 0) break;
-        scale<Y>(args, runs[piece], n, mean, factor, count);
+        scale<Y>(args, runs[piece], m, n, mean, factor, count);
         write(row<Y>(args.out, m) + n, runs[piece], count);
     }
 }
@@ -164,7 +166,7 @@ template <typename X, typename Y> __device__ void norm_wide(const Args& args) {
     const f32 factor = 1.0f / sqrtf(variance + args.eps);
     FOR_RUNS_OF_ROW(width, n, count) {
         Run run = read(x + n, count);
-        scale<Y>(args, run, n, mean, factor, count);
+        scale<Y>(args, run, m, n, mean, factor, count);
         write(row<Y>(args.out, m) + n, run, count);
     }
 }

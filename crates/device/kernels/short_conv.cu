@@ -1,9 +1,9 @@
-// out[t, c] = silu(sum over k of weight[c, k] * x[t - taps + 1 + k, c]), within each sequence; then its last taps - 1 rows
+// out[t, c] = silu(sum over k of weight[c, k] * x[t - taps + 1 + k, c] + bias[c]), within each sequence; then its last taps - 1 rows
 // of x become its state, and those before another token a state that is kept.
 #include "carried.cuh"
 
 // `kept` is a view [sequences, width] that only counts.
-struct Args { Rows x, states, out, kept; Carried carried; u64 weight; u32 taps, padding; };
+struct Args { Rows x, states, out, kept; Carried carried; u64 weight, bias; u32 taps, padding; };
 
 template <typename X, typename Y> __device__ void short_conv(const Args& args) {
     const f32* weight = reinterpret_cast<const f32*>(args.weight);
@@ -14,6 +14,7 @@ template <typename X, typename Y> __device__ void short_conv(const Args& args) {
         const u32 from = slot_of(args.carried, sequence, 0, states), position = at<u32>(args.carried.positions, t);
         if (t < span.start || t >= span.end || from == states) continue;
         Run sums = {};
+        if (args.bias) sums = read(reinterpret_cast<const f32*>(args.bias) + n, count);
         for (u32 k = 0; k < taps; ++k) {
             const u32 back = taps - 1 - k, within = t - span.start;
             if (back > position) continue;

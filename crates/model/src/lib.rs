@@ -13,11 +13,11 @@ pub use checkpoint::{
 };
 pub use epsmoe_quant::{Hints, Method, StoredType, Target};
 pub use error::ModelError;
-pub use names::{Branch, DeltaRows, LayerPart, Located, Map, Part, Source};
+pub use names::{Branch, LayerPart, Located, Map, Part, Source, StateRows};
 pub use presets::{PRESETS, preset, preset_text};
 pub use spec::{
-    Architecture, AttentionSpec, DeltaNetSpec, GqaSpec, Judge, LayerSpec, MlaSpec, MlpSpec, ModelSpec,
-    MoeSpec, Nesting, NormSpec, Parameters, QkNorm, RopeSpec, SharedSpec, TensorNames,
+    Architecture, AttentionSpec, GqaSpec, Judge, LayerSpec, MlaSpec, MlpSpec, ModelSpec, MoeSpec, Nesting,
+    NormSpec, Parameters, QkNorm, RecurrentRule, RecurrentSpec, RopeSpec, SharedSpec, TensorNames,
 };
 pub use synthetic::Synthetic;
 

@@ -92,6 +92,21 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
+    /// The same of an MLP without a gate.
+    pub(crate) fn ungated_mlp(
+        &self,
+        layer: Layer,
+        share: Share,
+        map: impl Fn(Map) -> LayerPart,
+    ) -> Result<Mlp, ModelError> {
+        let [up, down] = [Map::UpProj, Map::DownProj].map(|of| map(of).of(layer));
+        let inner = share.of(self.matrix(up).0);
+        Ok(Mlp {
+            gate_up: self.window(up, &Window::rows(inner.clone()))?,
+            down: self.window(down, &Window::columns(inner))?,
+        })
+    }
+
     /// The share of an MLP; `join` makes one weight of these rows of the gate and up maps, each `[inner, k]`.
     fn mlp_with(
         &self,

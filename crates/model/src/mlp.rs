@@ -4,14 +4,16 @@ use crate::load::{Loader, NormWeights};
 use crate::{Branch, LayerPart, Map, MlpSpec, ModelError, MoeSpec, Part, Window};
 use epsmoe_base::{Expert, Layer};
 use epsmoe_device::Backend;
-use epsmoe_device::op::Swish;
+use epsmoe_device::op::Activation;
 use epsmoe_pipeline::{ExpertActivation, Identities, Mlp, MoeLayer, SharedMlp};
 use std::sync::Arc;
 
 /// The MLP weights of one layer on one rank.
 pub(crate) enum MlpWeights {
-    /// One MLP for every token.
-    Dense(Mlp),
+    /// None.
+    Absent,
+    /// One MLP for every token, and what it does between its maps, if that is not what gated products do.
+    Dense(Mlp, Option<Activation>),
     /// This rank's experts, or its share of every expert.
     Moe(Box<MoeLayer>),
 }
@@ -21,14 +23,16 @@ pub(crate) struct ResidualWeights {
     pub(crate) norm: NormWeights,
     pub(crate) mlp: Mlp,
     /// If it is not that of gated products.
-    pub(crate) activation: Option<Swish>,
+    pub(crate) activation: Option<Activation>,
 }
 
 impl MlpWeights {
     pub(crate) fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer) -> Result<Self, ModelError> {
         match &loader.spec.layers[layer.0].mlp {
-            MlpSpec::Dense { .. } => {
-                Ok(MlpWeights::Dense(loader.mlp(layer, loader.layout.inner(), LayerPart::Dense)?))
+            MlpSpec::Absent => Ok(MlpWeights::Absent),
+            MlpSpec::Dense { activation, .. } => {
+                let mlp = load_mlp(loader, layer, *activation, LayerPart::Dense)?;
+                Ok(MlpWeights::Dense(mlp, *activation))
             }
             MlpSpec::Moe(spec) => Ok(MlpWeights::Moe(Box::new(load_moe(loader, layer, spec)?))),
         }
@@ -54,9 +58,9 @@ fn load_moe<B: Backend>(
     };
     let down_bias = || loader.vectors(&biases(Map::DownProj, &Window::whole()));
     let biased = spec.expert_bias && map.experts_on(rank).next().is_some();
-    let activation = |swish| -> Result<ExpertActivation, ModelError> {
+    let activation = |activation| -> Result<ExpertActivation, ModelError> {
         Ok(ExpertActivation {
-            swish,
+            activation,
             gate_up_bias: biased.then(gate_up_bias).transpose()?,
             // Of ranks that split the inner width, whose products are added, the first adds it.
             down_bias: (biased && inner.index == 0).then(down_bias).transpose()?,
@@ -65,7 +69,7 @@ fn load_moe<B: Backend>(
     let activation = spec.activation.map(activation).transpose()?;
     let shared = |shared: &crate::SharedSpec| -> Result<SharedMlp, ModelError> {
         let gate = shared.gated.then(|| loader.layer(layer, LayerPart::SharedExpertGate)).transpose()?;
-        Ok(SharedMlp { mlp: loader.mlp(layer, inner, LayerPart::Shared)?, gate })
+        Ok(SharedMlp { mlp: load_mlp(loader, layer, spec.activation, LayerPart::Shared)?, gate })
     };
     let router_bias = spec.router_bias.then(|| loader.layer(layer, LayerPart::RouterBias));
     let bias = spec.correction_bias.then(|| loader.layer(layer, LayerPart::CorrectionBias));
@@ -100,10 +104,21 @@ pub(crate) fn load_expert<B: Backend>(
     spec: &MoeSpec,
     expert: Expert,
 ) -> Result<Mlp, ModelError> {
-    let (inner, part) = (loader.layout.inner(), |map| LayerPart::Expert(expert, map));
-    match spec.activation {
+    load_mlp(loader, layer, spec.activation, |map| LayerPart::Expert(expert, map))
+}
+
+/// This rank's share of an MLP.
+fn load_mlp<B: Backend>(
+    loader: &Loader<'_, B>,
+    layer: Layer,
+    activation: Option<Activation>,
+    part: impl Fn(Map) -> LayerPart,
+) -> Result<Mlp, ModelError> {
+    let inner = loader.layout.inner();
+    match activation {
         None => loader.mlp(layer, inner, part),
-        Some(_) => loader.open_mlp(layer, inner, part),
+        Some(Activation::Swish(_)) => loader.open_mlp(layer, inner, part),
+        Some(Activation::SquaredRelu) => loader.ungated_mlp(layer, inner, part),
     }
 }
 
@@ -125,11 +140,8 @@ impl ResidualWeights {
         let spec = &loader.spec.layers[layer.0];
         let load = |_| -> Result<Self, ModelError> {
             let norm = loader.layer(layer, LayerPart::ResidualNorm)?.into();
-            let (inner, activation) = (loader.layout.inner(), spec.mlp.moe().and_then(|moe| moe.activation));
-            let mlp = match activation {
-                Some(_) => loader.open_mlp(layer, inner, LayerPart::Residual)?,
-                None => loader.mlp(layer, inner, LayerPart::Residual)?,
-            };
+            let activation = spec.mlp.moe().and_then(|moe| moe.activation);
+            let mlp = load_mlp(loader, layer, activation, LayerPart::Residual)?;
             Ok(ResidualWeights { norm, mlp, activation })
         };
         spec.residual_mlp.map(load).transpose()

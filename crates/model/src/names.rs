@@ -1,10 +1,12 @@
 //! The parts of a model and where checkpoints keep them: one table for every architecture.
 
 use crate::spec::{
-    AttentionSpec, DeltaNetSpec, LayerSpec, MlaSpec, MlpSpec, ModelSpec, Nesting, TensorNames, matrix,
+    AttentionSpec, LayerSpec, MlaSpec, MlpSpec, ModelSpec, Nesting, RecurrentRule, RecurrentSpec,
+    TensorNames, matrix,
 };
 use epsmoe_base::{Expert, Layer};
 use epsmoe_device::WeightShape;
+use epsmoe_device::op::Activation;
 
 /// A tensor of a model, whatever a checkpoint calls it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,14 +56,18 @@ pub enum LayerPart {
     KeyUp(usize),
     /// Of one head.
     ValueUp(usize),
-    /// What one key head of a delta net makes of its input.
-    Delta(usize, DeltaRows),
+    /// What one key head of a layer that carries a state makes of its input.
+    State(usize, StateRows),
     /// The convolution of one key head's queries, keys or values.
-    DeltaConv(usize, DeltaRows),
-    DeltaDecay,
-    DeltaBias,
-    DeltaNorm,
-    DeltaOutput,
+    StateConv(usize, StateRows),
+    /// Its bias.
+    StateConvBias(usize, StateRows),
+    StateDecay,
+    StateBias,
+    /// A factor on values that pass the state by.
+    StateSkip,
+    StateNorm,
+    StateOutput,
     /// Of what a part of a sandwich gives.
     OutNorm(Branch),
     /// A factor on the stream behind a layer.
@@ -104,10 +110,10 @@ impl Branch {
     pub const ALL: [Branch; 4] = [Branch::Attention, Branch::Dense, Branch::Experts, Branch::Both];
 }
 
-/// What a key head of a delta net has, with its value heads.
+/// What a key head of a layer that carries a state has, with its value heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[expect(missing_docs, reason = "the names say it; `DeltaRule` says what they do")]
-pub enum DeltaRows {
+#[expect(missing_docs, reason = "the names say it; `Recurrence` says what they do")]
+pub enum StateRows {
     Query,
     Key,
     Value,
@@ -119,21 +125,24 @@ pub enum DeltaRows {
     Decay,
 }
 
-impl DeltaRows {
-    /// All of them.
-    pub const ALL: [DeltaRows; 6] = {
-        use DeltaRows::*;
-        [Query, Key, Value, Gate, Beta, Decay]
-    };
+impl StateRows {
     /// Those that the convolution sees.
-    pub const MIXED: [DeltaRows; 3] = [DeltaRows::Query, DeltaRows::Key, DeltaRows::Value];
+    pub const MIXED: [StateRows; 3] = [StateRows::Query, StateRows::Key, StateRows::Value];
+
+    /// What weighs a token, and its state's decay.
+    pub fn weights(spec: &RecurrentSpec) -> &'static [StateRows] {
+        match spec.rule {
+            RecurrentRule::Delta => &[StateRows::Beta, StateRows::Decay],
+            RecurrentRule::StateSpace { .. } => &[StateRows::Decay],
+        }
+    }
 
     /// How many there are for one key head.
-    pub fn count(self, spec: &DeltaNetSpec) -> usize {
+    pub fn count(self, spec: &RecurrentSpec) -> usize {
         match self {
-            DeltaRows::Query | DeltaRows::Key => spec.key_width,
-            DeltaRows::Value | DeltaRows::Gate => spec.group() * spec.value_width,
-            DeltaRows::Beta | DeltaRows::Decay => spec.group(),
+            StateRows::Query | StateRows::Key => spec.key_width,
+            StateRows::Value | StateRows::Gate => spec.group() * spec.value_width,
+            StateRows::Beta | StateRows::Decay => spec.group(),
         }
     }
 }
@@ -144,7 +153,7 @@ impl Part {
         use LayerPart::*;
         let Part::Layer(_, part) = self else { return false };
         let attention =
-            matches!(part, Query | Key | Value | Output | QueryDown | QueryUp | KvDown | DeltaOutput);
+            matches!(part, Query | Key | Value | Output | QueryDown | QueryUp | KvDown | StateOutput);
         attention || matches!(part, KeyUp(_) | ValueUp(_) | Expert(..) | Shared(_) | Dense(_) | Residual(_))
     }
 }
@@ -163,6 +172,14 @@ pub enum Map {
 impl Map {
     /// All three.
     pub const ALL: [Map; 3] = [Map::GateProj, Map::UpProj, Map::DownProj];
+
+    /// Those of an MLP with this activation.
+    pub fn of(activation: Option<Activation>) -> &'static [Map] {
+        match activation {
+            None | Some(Activation::Swish(_)) => &Self::ALL,
+            Some(Activation::SquaredRelu) => &[Map::UpProj, Map::DownProj],
+        }
+    }
 
     /// Its shape in an MLP.
     pub fn shape(self, hidden: usize, inner: usize) -> WeightShape {
@@ -313,29 +330,33 @@ impl ModelSpec {
             parts.extend(Branch::ALL.map(OutNorm));
             parts.push(LayerScale);
         }
-        parts.push(PostAttentionNorm);
-        parts.extend(bias(PostAttentionNormBias));
-        let (mut experts, mut biases) = (0, false);
+        if layer.mlp != MlpSpec::Absent {
+            parts.push(PostAttentionNorm);
+            parts.extend(bias(PostAttentionNormBias));
+        }
+        let (mut experts, mut biases, mut maps) = (0, false, Map::of(None));
         match &layer.mlp {
-            MlpSpec::Dense { .. } => parts.extend(Map::ALL.map(Dense)),
+            MlpSpec::Absent => {}
+            MlpSpec::Dense { activation, .. } => {
+                parts.extend(Map::of(*activation).iter().map(|&map| Dense(map)))
+            }
             MlpSpec::Moe(moe) => {
-                (experts, biases) = (moe.experts, moe.expert_bias);
+                (experts, biases, maps) = (moe.experts, moe.expert_bias, Map::of(moe.activation));
                 parts.push(Router);
                 parts.extend(moe.router_bias.then_some(RouterBias));
                 parts.extend(moe.correction_bias.then_some(CorrectionBias));
                 parts.extend(moe.router_scale.then_some(RouterScale));
                 parts.extend(moe.expert_scales.then_some(ExpertScales));
                 if let Some(shared) = moe.shared {
-                    parts.extend(Map::ALL.map(Shared));
+                    parts.extend(maps.iter().map(|&map| Shared(map)));
                     parts.extend(shared.gated.then_some(SharedExpertGate));
                 }
             }
         }
         let experts = (0..experts).map(epsmoe_base::Expert).flat_map(move |expert| {
             let bias = move |map| biases.then_some(LayerPart::ExpertBias(expert, map));
-            Map::ALL
-                .map(|map| LayerPart::Expert(expert, map))
-                .into_iter()
+            maps.iter()
+                .map(move |&map| LayerPart::Expert(expert, map))
                 .chain(Map::ALL.into_iter().filter_map(bias))
         });
         parts.into_iter().chain(experts)
@@ -358,11 +379,13 @@ impl ModelSpec {
                 let blocks = match naming {
                     TensorNames::Dbrx => "transformer.blocks",
                     TensorNames::Gguf => "blk",
+                    TensorNames::Nemotron => "backbone.layers",
                     _ => "model.layers",
                 };
                 let place = self.place(layer, inside, naming, name).unwrap_or_else(whole);
                 let (number, name) = match self.naming {
                     TensorNames::Longcat => halved(layer, name),
+                    TensorNames::Nemotron => (self.block(layer, inside), name.to_owned()),
                     _ => (layer.0, name.to_owned()),
                 };
                 let name = match inside {
@@ -402,9 +425,12 @@ impl ModelSpec {
                 Some(Place::from([vec![1], shape].concat(), 0))
             }
             (_, KeyUp(head) | ValueUp(head)) => self.latent_head(layer, part, head, name),
-            (_, LayerPart::Delta(head, rows) | LayerPart::DeltaConv(head, rows)) => {
-                self.delta_head(layer, part, (head, rows), naming)
-            }
+            (
+                _,
+                LayerPart::State(head, rows)
+                | LayerPart::StateConv(head, rows)
+                | LayerPart::StateConvBias(head, rows),
+            ) => self.state_head(layer, part, (head, rows), naming),
             (TensorNames::Gguf, SharedExpertGate) => Some(Place::from(vec![self.hidden], 0)),
             // One tensor for each.
             (_, Expert(..)) if name.contains("{e}") => None,
@@ -464,33 +490,42 @@ impl ModelSpec {
         })
     }
 
-    /// Rows of one key head of a delta net. Qwen3-Next: of every head, its query, key, values and gates, in one tensor, and what
+    /// Rows of one key head of a layer that carries a state. State spaces have all in one tensor, gates first, kind by kind, and
+    /// keys behind values, as the convolution has them. Qwen3-Next: of every head, its query, key, values and gates, in one tensor, and what
     /// weighs them in another. Qwen3.5: all queries, all keys and all values in one, as the convolution has them
     /// everywhere, and each other kind in its own.
-    fn delta_head(
+    fn state_head(
         &self,
         layer: Layer,
         part: LayerPart,
-        (head, rows): (usize, DeltaRows),
+        (head, rows): (usize, StateRows),
         naming: TensorNames,
     ) -> Option<Place> {
-        use DeltaRows::*;
-        let AttentionSpec::DeltaNet(spec) = &self.layers[layer.0].attention else { return None };
-        let before = |kinds: &[DeltaRows]| kinds.iter().map(|kind| kind.count(spec)).sum::<usize>();
+        use StateRows::*;
+        let AttentionSpec::Recurrent(spec) = &self.layers[layer.0].attention else { return None };
+        let before = |kinds: &[StateRows]| kinds.iter().map(|kind| kind.count(spec)).sum::<usize>();
         // Kinds that share a tensor, those of a head or of a kind together.
-        let of_heads = |kinds: &[DeltaRows], at: usize| {
+        let of_heads = |kinds: &[StateRows], at: usize| {
             (spec.key_heads * before(kinds), head * before(kinds) + before(&kinds[..at]))
         };
-        let of_kinds = |kinds: &[DeltaRows], at: usize| {
+        let of_kinds = |kinds: &[StateRows], at: usize| {
             (spec.key_heads * before(kinds), spec.key_heads * before(&kinds[..at]) + head * rows.count(spec))
         };
-        let at = |kinds: &[DeltaRows]| kinds.iter().position(|&kind| kind == rows).unwrap_or(0);
-        if matches!(part, LayerPart::DeltaConv(..)) {
-            let (all, first_row) = of_kinds(&DeltaRows::MIXED, at(&DeltaRows::MIXED));
-            return Some(Place::from(vec![all, 1, spec.taps], first_row));
+        let at = |kinds: &[StateRows]| kinds.iter().position(|&kind| kind == rows).unwrap_or(0);
+        let state_space = matches!(spec.rule, RecurrentRule::StateSpace { .. });
+        let mixed = if state_space { [Value, Key, Query] } else { StateRows::MIXED };
+        let (all, first_row) = of_kinds(&mixed, at(&mixed));
+        match part {
+            LayerPart::StateConv(..) => return Some(Place::from(vec![all, 1, spec.taps], first_row)),
+            LayerPart::StateConvBias(..) => return Some(Place::from(vec![all], first_row)),
+            _ => {}
         }
         let (all, first_row) = match (naming, rows) {
-            (TensorNames::Qwen35, Query | Key | Value) => of_kinds(&DeltaRows::MIXED, at(&DeltaRows::MIXED)),
+            _ if state_space => {
+                let kinds = [Gate, Value, Key, Query, Decay];
+                of_kinds(&kinds, at(&kinds))
+            }
+            (TensorNames::Qwen35, Query | Key | Value) => of_kinds(&StateRows::MIXED, at(&StateRows::MIXED)),
             (TensorNames::Qwen35, _) => of_kinds(&[rows], 0),
             (_, Beta | Decay) => of_heads(&[Beta, Decay], at(&[Beta, Decay])),
             _ => of_heads(&[Query, Key, Value, Gate], at(&[Query, Key, Value, Gate])),
@@ -562,6 +597,15 @@ impl ModelSpec {
         Place { turn, ..Place::from(vec![experts, width], expert.0 * width) }
     }
 
+    /// Where attention and MLPs are numbered one by one: which of them a part of a layer belongs to.
+    fn block(&self, layer: Layer, part: LayerPart) -> usize {
+        use LayerPart::{CorrectionBias, Dense, Expert, PostAttentionNorm, Router, Shared};
+        let has_mlp = |layer: &&LayerSpec| layer.mlp != MlpSpec::Absent;
+        let of_mlp =
+            matches!(part, PostAttentionNorm | Router | CorrectionBias | Expert(..) | Shared(_) | Dense(_));
+        layer.0 + self.layers[..layer.0].iter().filter(has_mlp).count() + usize::from(of_mlp)
+    }
+
     /// Experts of a layer, and their inner width.
     fn expert_sizes(&self, layer: Layer) -> (usize, usize) {
         self.layers[layer.0].mlp.moe().map_or((0, 0), |moe| (moe.experts, moe.inner))
@@ -612,13 +656,24 @@ fn attention_parts(attention: &AttentionSpec) -> Vec<LayerPart> {
             let heads = (0..spec.heads).flat_map(|head| [(KeyUp(head), true), (ValueUp(head), true)]);
             before.into_iter().chain(heads).collect()
         }
-        AttentionSpec::DeltaNet(spec) => {
+        AttentionSpec::Recurrent(spec) => {
             let heads = (0..spec.key_heads).flat_map(|head| {
-                let maps = DeltaRows::ALL.map(|rows| Delta(head, rows));
-                maps.into_iter().chain(DeltaRows::MIXED.map(|rows| DeltaConv(head, rows)))
+                let kinds = StateRows::MIXED.iter().chain(&[StateRows::Gate]).chain(StateRows::weights(spec));
+                let maps = kinds.map(move |&rows| (State(head, rows), true));
+                let convolution = StateRows::MIXED.into_iter().flat_map(move |rows| {
+                    [(StateConv(head, rows), true), (StateConvBias(head, rows), spec.conv_bias)]
+                });
+                maps.chain(convolution)
             });
-            let rest = [DeltaDecay, DeltaBias, DeltaNorm, DeltaOutput];
-            heads.chain(rest).map(|part| (part, true)).collect()
+            let skips = matches!(spec.rule, RecurrentRule::StateSpace { .. });
+            let rest = [
+                (StateDecay, true),
+                (StateBias, true),
+                (StateSkip, skips),
+                (StateNorm, true),
+                (StateOutput, true),
+            ];
+            heads.chain(rest).collect()
         }
     };
     optional.into_iter().filter_map(|(part, present)| present.then_some(part)).collect()
@@ -687,7 +742,8 @@ fn gguf_names(part: Part) -> &'static [&'static str] {
         Dense(GateProj) | Residual(GateProj) => &["ffn_gate.weight"],
         Dense(UpProj) | Residual(UpProj) => &["ffn_up.weight"],
         Dense(DownProj) | Residual(DownProj) => &["ffn_down.weight"],
-        Delta(..) | DeltaConv(..) | DeltaDecay | DeltaBias | DeltaNorm | DeltaOutput => &[],
+        State(..) | StateConv(..) | StateConvBias(..) | StateDecay | StateBias => &[],
+        StateSkip | StateNorm | StateOutput => &[],
         OutNorm(_) | LayerScale | RouterScale | ExpertScales => &[],
     }
 }
@@ -698,7 +754,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
     use Map::*;
     use TensorNames::{
         Bailing, Common, Dbrx, Ernie, Exaone, Gemma, GptOss, GptOssCoded, Granite, Hunyuan, HunyuanV3,
-        Llama4, Longcat, Merged, Mixtral, Qwen, Qwen35,
+        Llama4, Longcat, Merged, Mixtral, Nemotron, Qwen, Qwen35,
     };
     let part = match part {
         Part::Embedding => {
@@ -706,22 +762,34 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
                 (Common, "model.embed_tokens.weight"),
                 (Dbrx, "transformer.wte.weight"),
                 (Bailing, "model.word_embeddings.weight"),
+                (Nemotron, "backbone.embeddings.weight"),
             ];
         }
-        Part::FinalNorm => return &[(Common, "model.norm.weight"), (Dbrx, "transformer.norm_f.weight")],
+        Part::FinalNorm => {
+            return &[
+                (Common, "model.norm.weight"),
+                (Dbrx, "transformer.norm_f.weight"),
+                (Nemotron, "backbone.norm_f.weight"),
+            ];
+        }
         Part::FinalNormBias => return &[(Common, "model.norm.bias")],
         Part::LmHead => return &[(Common, "lm_head.weight")],
         Part::LmHeadBias => return &[(Common, "lm_head.bias")],
         Part::Layer(_, part) => part,
     };
     match part {
-        InputNorm => &[(Common, "input_layernorm.weight"), (Dbrx, "norm_attn_norm.norm_1.weight")],
+        InputNorm => &[
+            (Common, "input_layernorm.weight"),
+            (Dbrx, "norm_attn_norm.norm_1.weight"),
+            (Nemotron, "norm.weight"),
+        ],
         InputNormBias => &[(Common, "input_layernorm.bias")],
         PostAttentionNormBias => &[(Common, "post_attention_layernorm.bias")],
         PostAttentionNorm => &[
             (Common, "post_attention_layernorm.weight"),
             (Dbrx, "norm_attn_norm.norm_2.weight"),
             (Gemma, "pre_feedforward_layernorm_2.weight"),
+            (Nemotron, "norm.weight"),
         ],
         ResidualNorm => &[(Common, "residual_layernorm.weight"), (Gemma, "pre_feedforward_layernorm.weight")],
         OutNorm(Branch::Attention) => &[(Gemma, "post_attention_layernorm.weight")],
@@ -732,21 +800,25 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
 
         Query => &[
             (Common, "self_attn.q_proj.weight"),
+            (Nemotron, "mixer.q_proj.weight"),
             (Dbrx, "norm_attn_norm.attn.Wqkv.weight"),
             (Bailing, "attention.query_key_value.weight"),
         ],
         Key => &[
             (Common, "self_attn.k_proj.weight"),
+            (Nemotron, "mixer.k_proj.weight"),
             (Dbrx, "norm_attn_norm.attn.Wqkv.weight"),
             (Bailing, "attention.query_key_value.weight"),
         ],
         Value => &[
             (Common, "self_attn.v_proj.weight"),
+            (Nemotron, "mixer.v_proj.weight"),
             (Dbrx, "norm_attn_norm.attn.Wqkv.weight"),
             (Bailing, "attention.query_key_value.weight"),
         ],
         Output => &[
             (Common, "self_attn.o_proj.weight"),
+            (Nemotron, "mixer.o_proj.weight"),
             (Dbrx, "norm_attn_norm.attn.out_proj.weight"),
             (Bailing, "attention.dense.weight"),
         ],
@@ -773,23 +845,48 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         KvDownNorm => &[(Common, "self_attn.kv_a_layernorm.weight")],
         KeyUp(_) | ValueUp(_) => &[(Common, "self_attn.kv_b_proj.weight")],
 
-        Delta(_, DeltaRows::Query | DeltaRows::Key | DeltaRows::Value) => {
-            &[(Qwen, "linear_attn.in_proj_qkvz.weight"), (Qwen35, "linear_attn.in_proj_qkv.weight")]
-        }
-        Delta(_, DeltaRows::Gate) => {
-            &[(Qwen, "linear_attn.in_proj_qkvz.weight"), (Qwen35, "linear_attn.in_proj_z.weight")]
-        }
-        Delta(_, DeltaRows::Beta) => {
+        State(_, StateRows::Query | StateRows::Key | StateRows::Value) => &[
+            (Qwen, "linear_attn.in_proj_qkvz.weight"),
+            (Qwen35, "linear_attn.in_proj_qkv.weight"),
+            (Granite, "mamba.in_proj.weight"),
+            (Nemotron, "mixer.in_proj.weight"),
+        ],
+        State(_, StateRows::Gate) => &[
+            (Qwen, "linear_attn.in_proj_qkvz.weight"),
+            (Qwen35, "linear_attn.in_proj_z.weight"),
+            (Granite, "mamba.in_proj.weight"),
+            (Nemotron, "mixer.in_proj.weight"),
+        ],
+        State(_, StateRows::Beta) => {
             &[(Qwen, "linear_attn.in_proj_ba.weight"), (Qwen35, "linear_attn.in_proj_b.weight")]
         }
-        Delta(_, DeltaRows::Decay) => {
-            &[(Qwen, "linear_attn.in_proj_ba.weight"), (Qwen35, "linear_attn.in_proj_a.weight")]
+        State(_, StateRows::Decay) => &[
+            (Qwen, "linear_attn.in_proj_ba.weight"),
+            (Qwen35, "linear_attn.in_proj_a.weight"),
+            (Granite, "mamba.in_proj.weight"),
+            (Nemotron, "mixer.in_proj.weight"),
+        ],
+        StateConv(..) => &[
+            (Common, "linear_attn.conv1d.weight"),
+            (Granite, "mamba.conv1d.weight"),
+            (Nemotron, "mixer.conv1d.weight"),
+        ],
+        StateConvBias(..) => &[(Granite, "mamba.conv1d.bias"), (Nemotron, "mixer.conv1d.bias")],
+        StateDecay => &[(Common, "linear_attn.A_log"), (Granite, "mamba.A_log"), (Nemotron, "mixer.A_log")],
+        StateBias => {
+            &[(Common, "linear_attn.dt_bias"), (Granite, "mamba.dt_bias"), (Nemotron, "mixer.dt_bias")]
         }
-        DeltaConv(..) => &[(Common, "linear_attn.conv1d.weight")],
-        DeltaDecay => &[(Common, "linear_attn.A_log")],
-        DeltaBias => &[(Common, "linear_attn.dt_bias")],
-        DeltaNorm => &[(Common, "linear_attn.norm.weight")],
-        DeltaOutput => &[(Common, "linear_attn.out_proj.weight")],
+        StateSkip => &[(Granite, "mamba.D"), (Nemotron, "mixer.D")],
+        StateNorm => &[
+            (Common, "linear_attn.norm.weight"),
+            (Granite, "mamba.norm.weight"),
+            (Nemotron, "mixer.norm.weight"),
+        ],
+        StateOutput => &[
+            (Common, "linear_attn.out_proj.weight"),
+            (Granite, "mamba.out_proj.weight"),
+            (Nemotron, "mixer.out_proj.weight"),
+        ],
 
         Router => &[
             (Common, "mlp.gate.weight"),
@@ -802,6 +899,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (Granite, "block_sparse_moe.router.layer.weight"),
             (Longcat, "mlp.router.classifier.weight"),
             (Llama4, "feed_forward.router.weight"),
+            (Nemotron, "mixer.gate.weight"),
         ],
         RouterBias => &[(Common, "mlp.router.bias")],
         RouterScale => &[(Gemma, "router.scale")],
@@ -815,6 +913,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
             (HunyuanV3, "mlp.expert_bias"),
             (Exaone, "mlp.e_score_correction_bias"),
             (Longcat, "mlp.router.e_score_correction_bias"),
+            (Nemotron, "mixer.gate.e_score_correction_bias"),
         ],
         Expert(_, GateProj) => &[
             (Common, "mlp.experts.{e}.gate_proj.weight"),
@@ -831,6 +930,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         ],
         Expert(_, UpProj) => &[
             (Common, "mlp.experts.{e}.up_proj.weight"),
+            (Nemotron, "mixer.experts.{e}.up_proj.weight"),
             (Mixtral, "block_sparse_moe.experts.{e}.w3.weight"),
             (Dbrx, "ffn.experts.mlp.v1"),
             (Merged, "mlp.experts.gate_up_proj"),
@@ -844,6 +944,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         ],
         Expert(_, DownProj) => &[
             (Common, "mlp.experts.{e}.down_proj.weight"),
+            (Nemotron, "mixer.experts.{e}.down_proj.weight"),
             (Mixtral, "block_sparse_moe.experts.{e}.w2.weight"),
             (Dbrx, "ffn.experts.mlp.w2"),
             (Merged, "mlp.experts.down_proj"),
@@ -869,6 +970,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         ],
         Shared(UpProj) => &[
             (Common, "mlp.shared_experts.up_proj.weight"),
+            (Nemotron, "mixer.shared_experts.up_proj.weight"),
             (Qwen, "mlp.shared_expert.up_proj.weight"),
             (Qwen35, "mlp.shared_expert.up_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.up_proj.weight"),
@@ -879,6 +981,7 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         ],
         Shared(DownProj) => &[
             (Common, "mlp.shared_experts.down_proj.weight"),
+            (Nemotron, "mixer.shared_experts.down_proj.weight"),
             (Qwen, "mlp.shared_expert.down_proj.weight"),
             (Qwen35, "mlp.shared_expert.down_proj.weight"),
             (Hunyuan, "mlp.shared_mlp.down_proj.weight"),
@@ -896,12 +999,14 @@ fn names(part: Part) -> &'static [(TensorNames, &'static str)] {
         ],
         Dense(UpProj) => &[
             (Common, "mlp.up_proj.weight"),
+            (Nemotron, "mixer.up_proj.weight"),
             (Mixtral, "block_sparse_moe.mlp.w3.weight"),
             (Longcat, "mlps.up_proj.weight"),
             (Llama4, "feed_forward.up_proj.weight"),
         ],
         Dense(DownProj) => &[
             (Common, "mlp.down_proj.weight"),
+            (Nemotron, "mixer.down_proj.weight"),
             (Mixtral, "block_sparse_moe.mlp.w2.weight"),
             (Longcat, "mlps.down_proj.weight"),
             (Llama4, "feed_forward.down_proj.weight"),

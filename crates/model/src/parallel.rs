@@ -17,7 +17,7 @@
 //! all ranks that split it, and the partial sums are added in rank order ([`collectives`](crate::collectives)):
 //! so a token's bits depend on the strategy and the sizes, never on the batch or the schedule.
 
-use crate::{AttentionSpec, LayerPart, MlpSpec, ModelError, ModelSpec, Part};
+use crate::{LayerPart, MlpSpec, ModelError, ModelSpec, Part};
 use epsmoe_base::Rank;
 use epsmoe_plan::{PlanError, SlotMap};
 use serde::{Deserialize, Serialize};
@@ -87,16 +87,12 @@ impl Parallel {
     /// Refuses to spread a model over ranks of which some would hold nothing.
     pub fn check(&self, spec: &ModelSpec, ranks: usize) -> Result<(), ModelError> {
         self.groups(ranks)?;
-        let fewest = spec.layers.iter().min_by_key(|layer| layer.attention.heads());
-        let (tensor, heads) = (self.tensor, fewest.map_or(1, |layer| layer.attention.heads()));
+        let fewest = spec.layers.iter().filter_map(|layer| layer.attention.heads()).min();
+        let (tensor, heads) = (self.tensor, fewest.unwrap_or(1));
         if tensor > heads {
-            let what = match fewest.map(|layer| layer.attention) {
-                Some(AttentionSpec::DeltaNet(_)) => "key heads of this model's delta nets",
-                _ => "attention heads of this model",
-            };
             return refuse(format!(
-                "--tensor-parallel-size {tensor} is more than the {heads} {what}: use at most {heads}, and \
-                 --data-parallel-size for the other ranks"
+                "--tensor-parallel-size {tensor} is more than the {heads} attention heads of this model: use at most \
+                 {heads}, and --data-parallel-size for the other ranks"
             ));
         }
         let narrowest = inner_widths(spec).min().unwrap_or(ranks);
@@ -132,9 +128,21 @@ impl ModelSpec {
                     if expert.0 < experts.div_ceil(ranks) { numbers } else { 0 }
                 }
                 (Expert(..) | Shared(_) | Dense(_) | Residual(_), Experts::Tp) => split_by(ranks),
-                (Query | Key | Value | Output | QueryUp | DeltaOutput, _) => split_by(parallel.tensor),
-                (KeyUp(head) | ValueUp(head) | Delta(head, _) | DeltaConv(head, _), _) => {
-                    let heads = self.layers[layer.0].attention.heads().div_ceil(parallel.tensor.max(1));
+                (Query | Key | Value | Output | QueryUp, _) => split_by(parallel.tensor),
+                (StateOutput, _) => {
+                    let attention = &self.layers[layer.0].attention;
+                    let (own, all) = (attention.heads_of_rank(parallel.tensor), attention.heads_of_rank(1));
+                    numbers.div_ceil(all.max(1) as u64) * own as u64
+                }
+                (
+                    KeyUp(head)
+                    | ValueUp(head)
+                    | State(head, _)
+                    | StateConv(head, _)
+                    | StateConvBias(head, _),
+                    _,
+                ) => {
+                    let heads = self.layers[layer.0].attention.heads_of_rank(parallel.tensor);
                     if head < heads { numbers } else { 0 }
                 }
                 _ => numbers,
@@ -152,10 +160,11 @@ fn refuse<T>(problem: String) -> Result<T, ModelError> {
 fn inner_widths(spec: &ModelSpec) -> impl Iterator<Item = usize> {
     spec.layers.iter().flat_map(|layer| {
         let (inner, shared) = match &layer.mlp {
-            MlpSpec::Dense { inner } => (*inner, None),
-            MlpSpec::Moe(moe) => (moe.inner, moe.shared.map(|shared| shared.inner)),
+            MlpSpec::Absent => (None, None),
+            MlpSpec::Dense { inner, .. } => (Some(*inner), None),
+            MlpSpec::Moe(moe) => (Some(moe.inner), moe.shared.map(|shared| shared.inner)),
         };
-        [Some(inner), shared, layer.residual_mlp].into_iter().flatten()
+        [inner, shared, layer.residual_mlp].into_iter().flatten()
     })
 }
 

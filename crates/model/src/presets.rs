@@ -27,6 +27,8 @@ presets![
     "gpt-oss-20b",
     "qwen3.5-35b-a3b",
     "longcat-flash",
+    "granite-4.0-h-small",
+    "nemotron-3-nano-30b-a3b",
     "llamacpp-qwen3moe-mini",
     "llamacpp-deepseek2-mini",
     "llamacpp-deepseek2-lite4",

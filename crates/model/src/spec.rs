@@ -4,7 +4,7 @@
 use crate::names::{LayerPart, Map, Part};
 use epsmoe_base::DType;
 use epsmoe_device::WeightShape;
-use epsmoe_device::op::{Growth, NormKind, RopeStyle, Sight, Swish, TopKRouter};
+use epsmoe_device::op::{Activation, Growth, NormKind, RopeStyle, Sight, TopKRouter};
 use std::fmt;
 
 /// What the logits of an architecture are held against.
@@ -137,6 +137,10 @@ architectures! {
     GraniteMoe => "GraniteMoeForCausalLM", "granitemoe", Transformers, "granitemoe";
     /// Granite MoE with a shared expert.
     GraniteMoeShared => "GraniteMoeSharedForCausalLM", "granitemoeshared", Transformers, "granitemoe";
+    /// Granite-4.0-H-Tiny, H-Small.
+    GraniteMoeHybrid => "GraniteMoeHybridForCausalLM", "granitemoehybrid", Transformers, "";
+    /// Nemotron-3-Nano-30B-A3B.
+    NemotronH => "NemotronHForCausalLM", "nemotron_h", Transformers, "";
     /// Qwen3-Next-80B-A3B.
     Qwen3Next => "Qwen3NextForCausalLM", "qwen3_next", Transformers, "";
     /// Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B, Qwen3.6-35B-A3B.
@@ -198,6 +202,8 @@ pub enum TensorNames {
     Longcat,
     /// As common, but MLPs of names of their own: all experts in one tensor, transposed, gate beside up.
     Llama4,
+    /// Names of their own: attention and MLPs are numbered one by one, each behind a norm.
+    Nemotron,
     /// All experts in one tensor of three dimensions, as newer libraries keep them in memory.
     Merged,
     /// `blk.3.ffn_gate_exps.weight`: GGUF, whose files know no other names.
@@ -254,8 +260,8 @@ pub enum AttentionSpec {
     Gqa(GqaSpec),
     /// Keys and values decompressed from one latent vector a token (DeepSeek-V2, arXiv 2405.04434).
     Mla(MlaSpec),
-    /// No look back at all, but a state that is carried along (Gated DeltaNet, arXiv 2412.06464).
-    DeltaNet(DeltaNetSpec),
+    /// No look back at all, but a state that is carried along (Gated DeltaNet, arXiv 2412.06464; Mamba-2, arXiv 2405.21060).
+    Recurrent(RecurrentSpec),
 }
 
 /// Grouped-query attention. After the projections: norm of queries and keys, clip, rotary embedding, or the norm last.
@@ -344,12 +350,14 @@ pub struct MlaSpec {
     pub latent_scale: f32,
 }
 
-/// A gated delta net. Queries, keys and values of all heads pass a convolution over the last tokens and the delta rule
-/// ([`DeltaRule`](epsmoe_device::op::DeltaRule)); each value head is normed by itself, with the model's epsilon, and
-/// multiplied by the silu of a gate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeltaNetSpec {
-    /// Query and key heads.
+/// A layer that carries a state. Queries, keys and values of all heads pass a convolution over the last tokens and a rule by
+/// which the state goes on ([`Recurrence`](epsmoe_device::op::Recurrence)); what comes of it is normed, with the model's
+/// epsilon, and gated by the silu of as many numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RecurrentSpec {
+    /// How the state goes on, and in which order what comes of it is normed and gated.
+    pub rule: RecurrentRule,
+    /// Query and key heads: groups, as state spaces call them.
     pub key_heads: usize,
     /// Value heads; `value_heads / key_heads` neighbours share a query and a key.
     pub value_heads: usize,
@@ -359,9 +367,23 @@ pub struct DeltaNetSpec {
     pub value_width: usize,
     /// Tokens that the convolution spans.
     pub taps: usize,
+    /// Whether it has a bias.
+    pub conv_bias: bool,
 }
 
-impl DeltaNetSpec {
+/// How a state goes on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RecurrentRule {
+    /// The gated delta rule. Each value head is normed by itself, all with the same weights, and then gated.
+    Delta,
+    /// That of state spaces. What comes out is gated, and then all value heads of a key head are normed together.
+    StateSpace {
+        /// Least step of a state.
+        floor: f32,
+    },
+}
+
+impl RecurrentSpec {
     /// Value heads of one key head.
     pub fn group(&self) -> usize {
         self.value_heads / self.key_heads
@@ -382,19 +404,33 @@ impl DeltaNetSpec {
         (self.key_width * self.value_heads * self.value_width, (self.taps - 1) * self.mixed_width())
     }
 
+    /// The most key heads that one of so many ranks has: ranks share them, or, where there are fewer, all have all.
+    pub fn heads_of_rank(&self, ranks: usize) -> usize {
+        if ranks > self.key_heads { self.key_heads } else { self.key_heads.div_ceil(ranks.max(1)) }
+    }
+
     /// The same with some of the key heads.
     pub(crate) fn of_heads(&self, key_heads: usize) -> Self {
-        DeltaNetSpec { key_heads, value_heads: key_heads * self.group(), ..*self }
+        RecurrentSpec { key_heads, value_heads: key_heads * self.group(), ..*self }
     }
 }
 
 impl AttentionSpec {
-    /// Heads that ranks can split.
-    pub fn heads(&self) -> usize {
+    /// Heads that ranks must split; of layers that carry a state, each may have all.
+    pub fn heads(&self) -> Option<usize> {
         match self {
-            AttentionSpec::Gqa(spec) => spec.heads,
-            AttentionSpec::Mla(spec) => spec.heads,
-            AttentionSpec::DeltaNet(spec) => spec.key_heads,
+            AttentionSpec::Gqa(spec) => Some(spec.heads),
+            AttentionSpec::Mla(spec) => Some(spec.heads),
+            AttentionSpec::Recurrent(_) => None,
+        }
+    }
+
+    /// The most of its heads that one of so many ranks has.
+    pub(crate) fn heads_of_rank(&self, ranks: usize) -> usize {
+        match self {
+            AttentionSpec::Gqa(spec) => spec.heads.div_ceil(ranks.max(1)),
+            AttentionSpec::Mla(spec) => spec.heads.div_ceil(ranks.max(1)),
+            AttentionSpec::Recurrent(spec) => spec.heads_of_rank(ranks),
         }
     }
 
@@ -403,7 +439,7 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Gqa(spec) => spec.heads * spec.head_dim,
             AttentionSpec::Mla(spec) => spec.heads * (spec.nope + spec.rope),
-            AttentionSpec::DeltaNet(spec) => spec.key_heads * spec.key_width,
+            AttentionSpec::Recurrent(spec) => spec.key_heads * spec.key_width,
         }
     }
 
@@ -412,7 +448,7 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Gqa(spec) => spec.heads * spec.head_dim,
             AttentionSpec::Mla(spec) => spec.heads * spec.value,
-            AttentionSpec::DeltaNet(spec) => spec.context_width(),
+            AttentionSpec::Recurrent(spec) => spec.context_width(),
         }
     }
 
@@ -426,14 +462,14 @@ impl AttentionSpec {
         match self {
             AttentionSpec::Gqa(spec) => 2 * spec.kv_heads.div_ceil(tensor.max(1)) * spec.head_dim,
             AttentionSpec::Mla(spec) => spec.kv_lora + spec.rope,
-            AttentionSpec::DeltaNet(_) => 0,
+            AttentionSpec::Recurrent(_) => 0,
         }
     }
 
     /// Bytes of the state that a sequence carries along, on the rank with the most heads of `tensor` that share them.
     fn state_bytes_of(&self, dtype: DType, tensor: usize) -> usize {
-        let AttentionSpec::DeltaNet(spec) = self else { return 0 };
-        let (floats, kept) = spec.of_heads(spec.key_heads.div_ceil(tensor.max(1))).state();
+        let AttentionSpec::Recurrent(spec) = self else { return 0 };
+        let (floats, kept) = spec.of_heads(spec.heads_of_rank(tensor)).state();
         floats * DType::F32.bytes() + kept * dtype.bytes()
     }
 }
@@ -471,7 +507,7 @@ pub struct LayerSpec {
     pub sight: Sight,
     /// Which of the model's rotary embeddings its queries and keys have; none, and no positions at all, when absent.
     pub rope: Option<usize>,
-    /// The MLP after attention.
+    /// The MLP after attention, if it has one.
     pub mlp: MlpSpec,
     /// Inner width of a dense MLP beside it.
     pub residual_mlp: Option<usize>,
@@ -481,13 +517,17 @@ pub struct LayerSpec {
     pub late_experts: bool,
 }
 
-/// The MLP of a layer; every one is gated, `down(silu(gate·x) ⊙ (up·x))`.
+/// The MLP of a layer: `down(silu(gate·x) ⊙ (up·x))`, unless it has another activation.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MlpSpec {
+    /// None: the layer ends behind its attention.
+    Absent,
     /// One MLP for every token.
     Dense {
         /// Inner width.
         inner: usize,
+        /// What it does between its maps, if it is not `silu(gate) ⊙ up`.
+        activation: Option<Activation>,
     },
     /// A mixture of experts.
     Moe(MoeSpec),
@@ -497,7 +537,7 @@ impl MlpSpec {
     /// The mixture, if it is one.
     pub fn moe(&self) -> Option<&MoeSpec> {
         match self {
-            MlpSpec::Dense { .. } => None,
+            MlpSpec::Absent | MlpSpec::Dense { .. } => None,
             MlpSpec::Moe(spec) => Some(spec),
         }
     }
@@ -516,8 +556,8 @@ pub struct MoeSpec {
     pub router_bias: bool,
     /// Whether a bias is added to the scores for the choice.
     pub correction_bias: bool,
-    /// What experts do between their maps, if it is not `silu(gate) ⊙ up`.
-    pub activation: Option<Swish>,
+    /// What experts do between their maps, the shared one too, if it is not `silu(gate) ⊙ up`.
+    pub activation: Option<Activation>,
     /// Whether the maps of experts have biases; with an activation of their own only.
     pub expert_bias: bool,
     /// Whether the router reads the normed rows under weights of its own and a factor H^-½, in the place of the norm's.
@@ -600,7 +640,7 @@ impl ModelSpec {
 
     /// Whether sequences carry a state along, which is not there for any but their last token.
     pub fn has_states(&self) -> bool {
-        self.layers.iter().any(|layer| matches!(layer.attention, AttentionSpec::DeltaNet(_)))
+        self.layers.iter().any(|layer| matches!(layer.attention, AttentionSpec::Recurrent(_)))
     }
 
     /// Whether attention goes to latents, for which it has two forms.
@@ -649,7 +689,7 @@ impl ModelSpec {
                 Some(map.shape(hidden, shared.inner))
             }
             (SharedExpertGate, MlpSpec::Moe(_), _) => Some(matrix(1, hidden)),
-            (Dense(map), MlpSpec::Dense { inner }, _) => Some(map.shape(hidden, *inner)),
+            (Dense(map), MlpSpec::Dense { inner, .. }, _) => Some(map.shape(hidden, *inner)),
             (Residual(map), _, Some(inner)) => Some(map.shape(hidden, inner)),
             _ => self.attention_shape(&layer.attention, part),
         };
@@ -682,11 +722,15 @@ impl ModelSpec {
             (KvDownNorm, AttentionSpec::Mla(spec)) => vector(spec.kv_lora),
             (KeyUp(_), AttentionSpec::Mla(spec)) => matrix(spec.nope, spec.kv_lora),
             (ValueUp(_), AttentionSpec::Mla(spec)) => matrix(spec.value, spec.kv_lora),
-            (Delta(_, rows), AttentionSpec::DeltaNet(spec)) => matrix(rows.count(spec), hidden),
-            (DeltaConv(_, rows), AttentionSpec::DeltaNet(spec)) => matrix(rows.count(spec), spec.taps),
-            (DeltaDecay | DeltaBias, AttentionSpec::DeltaNet(spec)) => vector(spec.value_heads),
-            (DeltaNorm, AttentionSpec::DeltaNet(spec)) => vector(spec.value_width),
-            (DeltaOutput, AttentionSpec::DeltaNet(spec)) => matrix(hidden, spec.context_width()),
+            (State(_, rows), AttentionSpec::Recurrent(spec)) => matrix(rows.count(spec), hidden),
+            (StateConv(_, rows), AttentionSpec::Recurrent(spec)) => matrix(rows.count(spec), spec.taps),
+            (StateConvBias(_, rows), AttentionSpec::Recurrent(spec)) => vector(rows.count(spec)),
+            (StateDecay | StateBias | StateSkip, AttentionSpec::Recurrent(spec)) => vector(spec.value_heads),
+            (StateNorm, AttentionSpec::Recurrent(spec)) => vector(match spec.rule {
+                RecurrentRule::Delta => spec.value_width,
+                RecurrentRule::StateSpace { .. } => spec.context_width(),
+            }),
+            (StateOutput, AttentionSpec::Recurrent(spec)) => matrix(hidden, spec.context_width()),
             _ => return None,
         })
     }

@@ -95,9 +95,9 @@ impl WeightSource for Synthetic {
 /// Such that activations neither vanish nor grow over many layers: outputs of linear maps vary as much as
 /// their inputs.
 fn values(spec: &ModelSpec, part: Part) -> Values {
-    use LayerPart::{DeltaNorm, KvDownNorm, QueryDownNorm};
     use LayerPart::{ExpertScales, LayerScale, OutNorm, RouterScale};
     use LayerPart::{InputNorm, KeyNorm, PostAttentionNorm, QueryNorm, ResidualNorm};
+    use LayerPart::{KvDownNorm, QueryDownNorm, StateNorm};
     let norms = [
         InputNorm,
         PostAttentionNorm,
@@ -106,7 +106,7 @@ fn values(spec: &ModelSpec, part: Part) -> Values {
         KeyNorm,
         QueryDownNorm,
         KvDownNorm,
-        DeltaNorm,
+        StateNorm,
     ];
     if spec.is_less_one(part) {
         return Values::Uniform(0.0);

@@ -2,10 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use epsmoe_base::DType;
-use epsmoe_device::op::{GroupLimit, Sight, Swish, TopKRouter};
+use epsmoe_device::op::{Activation, GroupLimit, Sight, Swish, TopKRouter};
 use epsmoe_model::config::{self, Config};
 use epsmoe_model::{
-    Architecture, AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, preset, preset_text,
+    Architecture, AttentionSpec, LayerSpec, MlpSpec, ModelSpec, PRESETS, RecurrentRule, preset, preset_text,
 };
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -37,12 +37,13 @@ fn outline(spec: &ModelSpec) -> String {
             kinds.push(kind);
         }
     }
-    kinds.sort_by_key(|kind| kind.starts_with("delta"));
+    kinds.sort_by_key(|kind| ["delta", "states"].iter().any(|start| kind.starts_with(start)));
     lines.extend(kinds);
-    let rope = &spec.ropes[0];
-    assert_eq!(rope.inverse_frequencies.len(), rope.dim / 2);
-    let last = rope.inverse_frequencies[rope.dim / 2 - 1];
-    lines.push(format!("{:?} {} to {last:.4e} times {:.4}", rope.style, rope.dim, rope.attention_factor));
+    if let Some(rope) = spec.ropes.first() {
+        assert_eq!(rope.inverse_frequencies.len(), rope.dim / 2);
+        let last = rope.inverse_frequencies[rope.dim / 2 - 1];
+        lines.push(format!("{:?} {} to {last:.4e} times {:.4}", rope.style, rope.dim, rope.attention_factor));
+    }
     lines.extend(spec.layers.iter().map(layer));
     lines.dedup_by(|next, line| line == next);
     lines.join("\n")
@@ -81,24 +82,37 @@ fn attention(spec: &AttentionSpec) -> String {
             spec.bias,
             spec.inner_eps
         ),
-        AttentionSpec::DeltaNet(spec) => format!(
-            "delta {}/{} heads of {}/{} over {}",
-            spec.value_heads, spec.key_heads, spec.value_width, spec.key_width, spec.taps
+        AttentionSpec::Recurrent(spec) => format!(
+            "{} {}/{} heads of {}/{} over {}{}",
+            match spec.rule {
+                RecurrentRule::Delta => "delta".to_owned(),
+                RecurrentRule::StateSpace { floor } => format!("states from {floor}"),
+            },
+            spec.value_heads,
+            spec.key_heads,
+            spec.value_width,
+            spec.key_width,
+            spec.taps,
+            if spec.conv_bias { " + bias" } else { "" }
         ),
     }
 }
 
 fn layer(layer: &LayerSpec) -> String {
     let mut text = match &layer.mlp {
-        MlpSpec::Dense { inner } => format!("dense {inner}"),
+        MlpSpec::Absent => "no mlp".to_owned(),
+        MlpSpec::Dense { inner, activation } => {
+            format!("dense {inner}{}", if activation.is_some() { ", squared" } else { "" })
+        }
         MlpSpec::Moe(moe) => {
             let mut text = format!("{} experts of {}, {}", moe.experts, moe.inner, router(&moe.router));
             if moe.router_bias {
                 text += ", router bias";
             }
             match moe.activation {
-                Some(Swish::GELU_TANH) => text += ", gelu",
-                Some(Swish { alpha, limit, shift, .. }) => {
+                Some(Activation::SquaredRelu) => text += ", squared",
+                Some(Activation::Swish(Swish::GELU_TANH)) => text += ", gelu",
+                Some(Activation::Swish(Swish { alpha, limit, shift, .. })) => {
                     text += &format!(", swish {alpha} to {limit} + {shift}");
                 }
                 None => {}
@@ -571,6 +585,12 @@ fn published_configurations_are_read() {
         config.as_object_mut().unwrap().extend(patch.as_object().unwrap().clone());
         config
     };
+    let of_preset = |name| -> Value { serde_json::from_str(preset_text(name).unwrap()).unwrap() };
+    let hybrid = of_preset("granite-4.0-h-small");
+    let tiny = json!({
+        "hidden_size": 1536, "intermediate_size": 512, "shared_intermediate_size": 1024, "mamba_n_heads": 48,
+        "num_attention_heads": 12, "num_key_value_heads": 4, "num_local_experts": 64, "num_experts_per_tok": 6, "logits_scaling": 6
+    });
     let expected = [
         ("GLM-4.5-Air", glm.clone(), 106.9, 13.4),
         ("GLM-4.6", with(&glm, large), 352.8, 33.6),
@@ -590,6 +610,9 @@ fn published_configurations_are_read() {
             5.7,
         ),
         ("granite-3.0-3b-a800m", granite, 3.3, 0.9),
+        ("Granite-4.0-H-Small", hybrid.clone(), 32.2, 8.8),
+        ("Granite-4.0-H-Tiny", with(&hybrid, tiny), 6.9, 1.5),
+        ("Nemotron-3-Nano-30B-A3B", of_preset("nemotron-3-nano-30b-a3b"), 31.6, 3.6),
         ("Qwen3-Next-80B-A3B", next, 79.7, 3.9),
         ("Qwen3.5-35B-A3B", qwen, 34.7, 3.5),
         ("Gemma-4-26B-A4B", gemma, 25.2, 3.8),
@@ -608,6 +631,62 @@ fn published_configurations_are_read() {
             |numbers: u64, billions: f64| (numbers as f64 / 1e9 - billions).abs() < 0.006 * billions + 0.05;
         assert!(close(parameters.total, total) && close(parameters.active, active), "{name}: {parameters:?}");
     }
+}
+
+#[test]
+fn state_spaces() {
+    check(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM bfloat16 V320 H48 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 12 scale 0.20000
+         states from 0 8/1 heads of 12/20 over 4 + bias
+         8 experts of 24, top 3 Softmax normalised x1, shared 40, no rope",
+    );
+    check(
+        "nemotron_h",
+        "NemotronHForCausalLM bfloat16 V320 H48 positions 4096 Rms 1e-5 bos 0 eos [1]
+         4/2 heads of 16 scale 0.25000
+         states from 0.001 8/2 heads of 10/12 over 4 + bias
+         8 experts of 20, top 3 Sigmoid normalised x2.5, squared, bias, shared 36, no rope
+         no mlp, no rope
+         8 experts of 20, top 3 Sigmoid normalised x2.5, squared, bias, shared 36, no rope
+         dense 40, squared, no rope
+         8 experts of 20, top 3 Sigmoid normalised x2.5, squared, bias, shared 36, no rope",
+    );
+    // Words in the place of letters.
+    let words = |config: &Value| {
+        let mut config = config.clone();
+        let keys = config.as_object_mut().unwrap();
+        let letters = keys.remove("hybrid_override_pattern").unwrap();
+        let kind = |letter| match letter {
+            'M' => "mamba",
+            '*' => "attention",
+            'E' => "moe",
+            _ => "mlp",
+        };
+        let kinds: Vec<&str> = letters.as_str().unwrap().chars().map(kind).collect();
+        keys.insert("layers_block_type".into(), json!(kinds));
+        config
+    };
+    let nano: Value = serde_json::from_str(preset_text("nemotron-3-nano-30b-a3b").unwrap()).unwrap();
+    let parse = |config: &Value| config::parse(config.to_string().as_bytes(), "c");
+    assert_eq!(parse(&words(&nano)).unwrap(), parse(&nano).unwrap());
+    let granite: Value = serde_json::from_str(preset_text("granite-4.0-h-small").unwrap()).unwrap();
+    let refused = |base: &Value, key: &str, value: Value, said: &str| {
+        let mut config = base.clone();
+        config.as_object_mut().unwrap().insert(key.to_owned(), value);
+        let told = parse(&config).unwrap_err().to_string();
+        assert!(told.contains(said), "{told}");
+    };
+    refused(&nano, "hybrid_override_pattern", json!("EM*E"), "layer 0 is an MLP that follows no attention");
+    refused(&nano, "hybrid_override_pattern", json!("ME?"), "has `?`; supported are M, *, E and -");
+    refused(&nano, "hybrid_override_pattern", json!("MEM-"), "none of its layers has attention");
+    refused(&nano, "moe_latent_size", json!(1024), "`moe_latent_size` is 1024");
+    refused(&nano, "mlp_hidden_act", json!("silu"), "`mlp_hidden_act`");
+    refused(&granite, "mamba_n_groups", json!(8), "`mamba_n_groups` is 8");
+    refused(&granite, "mamba_d_head", json!(32), "128 heads (`mamba_n_heads`) of 32 (`mamba_d_head`)");
+    refused(&granite, "position_embedding_type", json!("alibi"), "`position_embedding_type`");
+    refused(&granite, "num_local_experts", json!(0), "`num_local_experts` is 0");
 }
 
 #[test]
@@ -786,7 +865,7 @@ fn what_is_asked_for_and_missing_is_said() {
             "KimiLinearForCausalLM",
             "most of its layers have a delta net whose decays are one for each channel",
         ),
-        ("JambaForCausalLM", "most of its layers are state space models"),
+        ("JambaForCausalLM", "most of its layers are state spaces whose decays are one for each channel"),
         (
             "DeepseekV4ForCausalLM",
             "its attention looks at compressed tokens, and its residual stream is several",
@@ -862,6 +941,8 @@ fn presets_are_as_large_as_published() {
         ("gpt-oss-20b", 20.91, 4.19, 24 * 1024 * 2),
         ("qwen3.5-35b-a3b", 34.66, 3.46, 10 * 1024 * 2),
         ("longcat-flash", 560.7, 27.9, 56 * 576 * 2),
+        ("granite-4.0-h-small", 32.21, 8.8, 4 * 2048 * 2),
+        ("nemotron-3-nano-30b-a3b", 31.58, 3.58, 6 * 512 * 2),
         ("llamacpp-qwen3moe-mini", 0.855, 0.1, 6 * 512 * 2),
         ("llamacpp-deepseek2-mini", 0.748, 0.1, 6 * 288 * 2),
         ("llamacpp-deepseek2-lite4", 1.86, 0.3, 4 * 576 * 2),

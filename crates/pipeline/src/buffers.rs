@@ -48,7 +48,7 @@ pub(crate) struct LayerBuffers {
     /// outputs of all stages `[assignments, H]`.
     pub(crate) expanded: Buffer,
     pub(crate) inner: Buffer,
-    /// Gates and other factors before an activation of its own `[stage assignments, 2I]`.
+    /// Gates and other factors before an activation of its own `[stage assignments, 2I]`, or what one map gives.
     pub(crate) products: Buffer,
     pub(crate) outputs: Buffer,
     /// Which assignments, with which weights, make each partial sum `[rows received, k]`; the sums `[rows received, H]`.
@@ -62,6 +62,8 @@ pub(crate) struct LayerBuffers {
     pub(crate) every_token: Buffer,
     /// The shared expert's activations `[T, shared I]`, its gate `[T, 1]` and its output `[T, H]`.
     pub(crate) shared_inner: Buffer,
+    /// What its maps give before an activation of its own.
+    pub(crate) shared_products: Buffer,
     pub(crate) shared_gate: Buffer,
     pub(crate) shared_out: Buffer,
     /// The weight of experts that give rows back as they are `[T, 1]`, and what they give `[T, H]`.
@@ -121,7 +123,11 @@ impl LayerBuffers {
             expand_index: indices("expand_index", assignments, 1)?,
             expanded: values("expanded", stage_assignments, hidden)?,
             inner: values("inner", stage_assignments, inner)?,
-            products: floats("products", stage_assignments, if layer.kept_products { 2 * inner } else { 0 })?,
+            products: floats(
+                "products",
+                stage_assignments,
+                if layer.kept_products { layer.maps * inner } else { 0 },
+            )?,
             outputs: values("outputs", assignments, hidden)?,
             reduce_index: indices("reduce_index", rows_received, top_k)?,
             reduce_weights: floats("reduce_weights", rows_received, top_k)?,
@@ -130,6 +136,11 @@ impl LayerBuffers {
             combine_index: indices("combine_index", tokens, layer.ranks_of_token())?,
             every_token: indices("every_token", if ranks == 1 { tokens } else { kept_tokens }, 1)?,
             shared_inner: values("shared_inner", shared_tokens, shared_inner)?,
+            shared_products: floats(
+                "shared_products",
+                shared_tokens,
+                if layer.kept_products { layer.maps * shared_inner } else { 0 },
+            )?,
             shared_gate: floats("shared_gate", shared_tokens, 1)?,
             shared_out: values("shared_out", shared_tokens, hidden)?,
             kept_weights: floats("kept_weights", kept_tokens, 1)?,

@@ -213,7 +213,7 @@ impl<B: Backend> ExpertPipeline<B> {
         let activate = Activate {
             x: buffers.products.rows(0..inner.rows)?,
             bias: activation.gate_up_bias.as_ref().map(bias),
-            swish: activation.swish,
+            activation: activation.activation,
             out: inner.clone(),
         };
         self.compute(place.phase(Phase::GateUp), activate)

@@ -4,7 +4,9 @@ use crate::PipelineError;
 use crate::batch::{Batch, Rows, batch_of};
 use crate::buffers::{LayerBuffers, PipelineSizes};
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, RowFormat, Stage, WireDType, WireFormat, hash_bytes};
-use epsmoe_device::op::{Fp8, GateRows, Gather, GatherFp8, Gemm, HostToDevice, Op, Swish, TopKRouter};
+use epsmoe_device::op::{
+    Activate, Activation, Fp8, GateRows, Gather, GatherFp8, Gemm, HostToDevice, Op, TopKRouter,
+};
 use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
@@ -17,10 +19,11 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A gated MLP: `down( silu(x·gateᵀ) ⊙ (x·upᵀ) )`.
+/// An MLP, gated unless it says otherwise: `down( silu(x·gateᵀ) ⊙ (x·upᵀ) )`.
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    /// Gate and up maps `[I, H]`; one matrix of both `[2I, H]` where the activation is an operation of its own.
+    /// Gate and up maps `[I, H]`; one matrix of both `[2I, H]` where the activation is an operation of its own, and of the
+    /// one map there is where it has no gate.
     pub gate_up: Weight,
     /// Down map `[H, I]`.
     pub down: Weight,
@@ -53,7 +56,7 @@ pub struct MoeLayer {
     pub slots: Arc<SlotMap>,
     /// The experts of this rank, in the order of its slots `[L]`.
     pub experts: Vec<Mlp>,
-    /// What the experts do between their products, if it is more than `silu(gate) ⊙ up`.
+    /// What the experts do between their products, the shared one too, if it is more than `silu(gate) ⊙ up`.
     pub activation: Option<ExpertActivation>,
     /// The expert that every token visits, if the model has one.
     pub shared: Option<SharedMlp>,
@@ -89,7 +92,7 @@ pub struct Identities {
 #[derive(Clone, Debug)]
 pub struct ExpertActivation {
     /// The activation.
-    pub swish: Swish,
+    pub activation: Activation,
     /// Of gate and up `[L · 2I]`, if there are some.
     pub gate_up_bias: Option<Weight>,
     /// Of the down maps `[L · H]`, if there are some and this rank is to add them.
@@ -529,7 +532,15 @@ impl<B: Backend> ExpertPipeline<B> {
         let (buffers, x) = (&self.buffers, call.x.rows(tokens.clone())?);
         let out = call.shared_out.unwrap_or(&buffers.shared_out).rows(tokens.clone())?;
         let inner = buffers.shared_inner.rows(tokens.clone())?;
-        self.compute(place, Gemm::gated(x.clone(), &shared.mlp.gate_up, inner.clone()))?;
+        match &call.layer.activation {
+            None => self.compute(place, Gemm::gated(x.clone(), &shared.mlp.gate_up, inner.clone()))?,
+            Some(ExpertActivation { activation, .. }) => {
+                let products = buffers.shared_products.rows(tokens.clone())?;
+                self.compute(place, Gemm::linear(x.clone(), &shared.mlp.gate_up, products.clone()))?;
+                let (activation, out) = (*activation, inner.clone());
+                self.compute(place, Activate { x: products, bias: None, activation, out })?;
+            }
+        }
         self.compute(place, Gemm::linear(inner, &shared.mlp.down, out.clone()))?;
         if let Some(weight) = &shared.gate {
             let gate = buffers.shared_gate.rows(tokens.clone())?;

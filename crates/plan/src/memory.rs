@@ -107,6 +107,8 @@ pub struct LayerSizes {
     pub hidden: usize,
     /// Inner width of an expert, I.
     pub inner: usize,
+    /// Maps into that width: gate and up, or one.
+    pub maps: usize,
     /// Whether gate and up products are kept, in float32, for an activation that is an operation of its own.
     pub kept_products: bool,
     /// Inner width of the shared expert; 0 without one.
@@ -138,6 +140,7 @@ impl LayerSizes {
         LayerSizes {
             hidden: 0,
             inner: 0,
+            maps: 2,
             kept_products: false,
             shared_inner: 0,
             top_k: 0,
@@ -224,13 +227,14 @@ impl LayerBytes {
             expanded: matrix(stage_assignments, hidden),
             activated: sum(&[
                 matrix(stage_assignments, inner),
-                words(if sizes.kept_products { stage_assignments } else { 0 }, 2 * inner),
+                words(if sizes.kept_products { stage_assignments } else { 0 }, sizes.maps * inner),
             ]),
             outputs: matrix(assignments, hidden),
             combine_send: travelling(rows_received, sizes.wire.combine),
             combine_receive: travelling(rows_sent, sizes.wire.combine),
             shared: sum(&[
                 matrix(shared_tokens, shared_inner),
+                words(if sizes.kept_products { shared_tokens } else { 0 }, sizes.maps * shared_inner),
                 words(shared_tokens, 1),
                 matrix(shared_tokens, hidden),
                 words(kept_tokens, 1),
@@ -304,6 +308,7 @@ mod tests {
         let sizes = LayerSizes {
             hidden: 100,
             inner: 10,
+            maps: 2,
             kept_products: false,
             shared_inner: 20,
             top_k: 2,

@@ -1,17 +1,18 @@
 //! The CPU: our own kernels over packed weights, on threads that belong to the rank's compute lane.
 //!
-//! [`gemm`] has the matrix products, `attention` the attention, `delta` the delta rule, `pool` the threads; everything else is the shared
+//! [`gemm`] has the matrix products, `attention` the attention, `recurrence` the states that go on by a token, `pool` the threads; everything else is the shared
 //! plain code of [`host`](crate::threaded), spread over the same threads.
 
 mod attention;
-mod delta;
 pub mod gemm;
 mod pool;
+mod recurrence;
 
 use crate::TensorBytes;
 use crate::op::Epilogue;
 use crate::threaded::{
-    AttentionViews, Cached, DeltaToken, Element, GemmViews, Kernels, LINE_BYTES, Pack, Slabs, ThreadedBackend,
+    AttentionViews, Cached, Element, GemmViews, Kernels, LINE_BYTES, Pack, RecurrentToken, Slabs,
+    ThreadedBackend,
 };
 use epsmoe_base::DType;
 use epsmoe_quant::{Codes, Format};
@@ -135,8 +136,8 @@ impl Kernels for CpuKernels {
         attention::run(&mut self.pool(), self.isa, &views);
     }
 
-    fn delta_rule(&self, state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]) {
-        delta::step(state, token, out);
+    fn recurrence(&self, state: &mut [f32], token: &RecurrentToken<'_>, out: &mut [f32]) {
+        recurrence::step(state, token, out);
     }
 }
 

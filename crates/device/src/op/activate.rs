@@ -5,6 +5,25 @@ use super::{Accesses, expect, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
+/// What becomes of what the maps into an MLP's inner width give.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// Of gates and other factors.
+    Swish(Swish),
+    /// `max(x, 0)²` of the one map there is.
+    SquaredRelu,
+}
+
+impl Activation {
+    /// Numbers that an element of the inner width is made of.
+    pub const fn factors(&self) -> usize {
+        match self {
+            Activation::Swish(_) => 2,
+            Activation::SquaredRelu => 1,
+        }
+    }
+}
+
 /// A gated activation, with `c = min(g, limit)`: `c · sigmoid(alpha · (c + cubic · c³)) · (max(−limit, min(u, limit)) + shift)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Swish {
@@ -53,15 +72,16 @@ impl SlotBias {
     }
 }
 
-/// `out[m] = swish(x[m, ..I] + bias[..I], x[m, I..] + bias[I..])`: gates first, then the other factors.
+/// `out[m] = swish(x[m, ..I] + bias[..I], x[m, I..] + bias[I..])`: gates first, then the other factors; or
+/// `out[m] = max(x[m] + bias, 0)²`.
 #[derive(Clone, Debug)]
 pub struct Activate {
-    /// Gates and other factors `[M, 2I]`, in the output's format or float32.
+    /// Gates and other factors `[M, 2I]`, or what there is of one map `[M, I]`, in the output's format or float32.
     pub x: Buffer,
-    /// Added before, `2I` elements a slot, if the experts have biases.
+    /// Added before, as many elements a slot, if the experts have biases.
     pub bias: Option<SlotBias>,
     /// The activation.
-    pub swish: Swish,
+    pub activation: Activation,
     /// Output `[M, I]`.
     pub out: Buffer,
 }
@@ -69,7 +89,13 @@ pub struct Activate {
 impl Activate {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("activate", &[&self.x, &self.out])?;
-        expect_wide("activate", "input", &self.x, self.out.dtype, 2 * self.out.width)?;
+        expect_wide(
+            "activate",
+            "input",
+            &self.x,
+            self.out.dtype,
+            self.activation.factors() * self.out.width,
+        )?;
         self.bias.as_ref().map_or(Ok(()), |bias| bias.check("activate", self.x.width))
     }
 

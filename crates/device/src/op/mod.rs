@@ -11,7 +11,7 @@ mod rope;
 mod route;
 mod rows;
 
-pub use activate::{Activate, AddSlotBias, SlotBias, Swish};
+pub use activate::{Activate, Activation, AddSlotBias, SlotBias, Swish};
 pub use assignments::{
     AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, Slotless, SortBySlot, Travelled,
 };
@@ -19,7 +19,7 @@ pub use attention::{Attention, KvWrite, Sight};
 pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
 pub(crate) use norm::not_finite;
 pub use norm::{AddNorm, Norm, NormKind, NormRotate, Origin};
-pub use recurrent::{Carried, DeltaRule, Gate, Gating, ShortConv};
+pub use recurrent::{Carried, Gate, Gating, Recurrence, Rule, ShortConv};
 pub use rope::{Growth, RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
 pub use rows::{
@@ -101,7 +101,7 @@ ops! {
     Activate => "activate", GateUp;
     AddSlotBias => "add_slot_bias", Down;
     ShortConv => "short_conv", Attention;
-    DeltaRule => "delta_rule", Attention;
+    Recurrence => "recurrence", Attention;
     Gate => "gate", Attention;
 }
 

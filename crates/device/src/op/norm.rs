@@ -24,9 +24,9 @@ pub struct Norm {
     pub kind: NormKind,
     /// Input `[M, W]`, in the output's format or float32.
     pub x: Buffer,
-    /// Scale, `W` elements.
+    /// Scale, `W` elements; or of G rows that follow each other, those of each, `G · W`.
     pub weight: Weight,
-    /// Added last, `W` elements, if the norm has a bias.
+    /// Added last, as many elements, if the norm has a bias.
     pub bias: Option<Weight>,
     /// Added under the root.
     pub eps: f32,
@@ -59,13 +59,19 @@ impl Norm {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("norm", &[&self.x, &self.out])?;
         expect_wide("norm", "input", &self.x, self.out.dtype, self.out.width)?;
-        let fits = |vector: &&Weight| vector.shape == (WeightShape::Vector { n: self.x.width });
+        let n = self.groups() * self.x.width;
+        let fits = |vector: &&Weight| n > 0 && vector.shape == (WeightShape::Vector { n });
         match [&self.weight].into_iter().chain(&self.bias).find(|vector| !fits(vector)) {
             Some(Weight { name, shape, .. }) => {
                 Err(DeviceError::Shape(format!("norm: {name} is {shape:?}, the input {:?}", self.x)))
             }
             None => Ok(()),
         }
+    }
+
+    /// Rows whose weights differ, G: row m has those of row m modulo G.
+    pub(crate) fn groups(&self) -> usize {
+        self.weight.shape.parameters() / self.x.width.max(1)
     }
 
     pub(super) fn accesses(&self) -> Accesses {

@@ -1,5 +1,5 @@
 //! Layers that carry a state from token to token instead of looking back at all of them: a short convolution, and the
-//! gated delta rule; and gates.
+//! rules by which states go on; and gates.
 
 use super::{Accesses, expect, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
@@ -40,7 +40,7 @@ impl Carried {
 }
 
 /// A causal convolution over each sequence, column by column, over K tokens:
-/// `out[t, c] = silu( Σ_k weight[c, k] · x[t − K + 1 + k, c] )`.
+/// `out[t, c] = silu( Σ_k weight[c, k] · x[t − K + 1 + k, c] + bias[c] )`.
 /// A sequence's state is its last K − 1 rows of x, the oldest first.
 #[derive(Clone, Debug)]
 pub struct ShortConv {
@@ -48,6 +48,8 @@ pub struct ShortConv {
     pub x: Buffer,
     /// `W · K` elements, those of a column together.
     pub weight: Weight,
+    /// `W` elements, if it has a bias.
+    pub bias: Option<Weight>,
     /// The sequences.
     pub carried: Carried,
     /// `[slots · (K − 1), W]`, in x's format.
@@ -75,31 +77,60 @@ impl ShortConv {
                 self.weight.name, self.weight.shape, self.x.width, self.states
             )));
         }
-        Ok(())
+        match &self.bias {
+            Some(bias) => of_heads("short_conv", [bias], self.x.width, "columns"),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn accesses(&self) -> Accesses {
         self.carried
             .read(Accesses::new().read(&self.x))
             .read_weights([&self.weight])
+            .read_weights(&self.bias)
             .write(&self.states)
             .write(&self.out)
     }
 }
 
-/// The gated delta rule (arXiv 2412.06464). Each value head has a state `S` of `[key_width, value_width]`, and looks at it
-/// with the query and key of one key head, of which `value_heads / key_heads` in turn share one. Token by token, with
-/// `q̂ = q / (√key_width · √(|q|² + ε))` and `k̂ = k / √(|k|² + ε)`:
-///
-/// `S ← exp(−exp(decay) · softplus(a + bias)) · S;  S ← S + k̂ ⊗ sigmoid(b) · (v − k̂ᵀS);  out = q̂ᵀS`
-///
-/// in float32, which states are kept in: one token after the other, so that no bit depends on how a sequence was cut.
+/// How a state goes on by a token, after `s = softplus(a + bias)` and `S ← exp(−exp(decay) · s) · S`.
 #[derive(Clone, Debug)]
-pub struct DeltaRule {
+pub enum Rule {
+    /// The gated delta rule (arXiv 2412.06464), with `q̂ = q / (√key_width · √(|q|² + ε))` and `k̂ = k / √(|k|² + ε)`:
+    /// `S ← S + k̂ ⊗ sigmoid(b) · (v − k̂ᵀS);  out = q̂ᵀS`.
+    Delta,
+    /// That of state spaces (Mamba-2, arXiv 2405.21060), where `s` is at least `floor`:
+    /// `S ← S + k ⊗ s · v;  out = qᵀS + skip · v`. Its papers call the query C, the key B and the value x.
+    StateSpace {
+        /// `value_heads` elements.
+        skip: Weight,
+        /// Least `s`.
+        floor: f32,
+    },
+}
+
+impl Rule {
+    /// Numbers that weigh a token for each value head: `b` if there is one, and `a`.
+    fn gates(&self) -> usize {
+        match self {
+            Rule::Delta => 2,
+            Rule::StateSpace { .. } => 1,
+        }
+    }
+}
+
+/// Layers that carry a state. Each value head has a state `S` of `[key_width, value_width]`, and looks at it with the query
+/// and key of one key head, of which `value_heads / key_heads` in turn share one. Token by token it goes on by its
+/// [`Rule`], in float32, which states are kept in: one token after the other, so that no bit depends on how a sequence
+/// was cut.
+#[derive(Clone, Debug)]
+pub struct Recurrence {
+    /// How it goes on.
+    pub rule: Rule,
     /// Queries and keys of all key heads, then the values of all value heads,
     /// `[T, 2 · key_heads · key_width + value_heads · value_width]`.
     pub x: Buffer,
-    /// `b` of each value head, then `a` of each, `[T, 2 · value_heads]`, float32.
+    /// `b` of each value head, if the rule has one, then `a` of each, `[T, value_heads]` or twice that, float32.
     pub gates: Buffer,
     /// `value_heads` elements.
     pub decay: Weight,
@@ -117,13 +148,13 @@ pub struct DeltaRule {
     pub out: Buffer,
 }
 
-impl DeltaRule {
+impl Recurrence {
     /// ε.
     pub const EPSILON: f32 = 1e-6;
 
     /// Value heads.
     pub fn value_heads(&self) -> usize {
-        self.gates.width / 2
+        self.gates.width / self.rule.gates()
     }
 
     /// Elements of a value.
@@ -131,34 +162,39 @@ impl DeltaRule {
         self.out.width / self.value_heads().max(1)
     }
 
+    fn skip(&self) -> Option<&Weight> {
+        match &self.rule {
+            Rule::Delta => None,
+            Rule::StateSpace { skip, .. } => Some(skip),
+        }
+    }
+
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        same_rows("delta_rule", &[&self.x, &self.gates, &self.out])?;
-        self.carried.check("delta_rule", &self.x)?;
+        same_rows("recurrence", &[&self.x, &self.gates, &self.out])?;
+        self.carried.check("recurrence", &self.x)?;
         let (heads, key_heads) = (self.value_heads(), self.key_heads);
         if key_heads == 0 || heads == 0 || !heads.is_multiple_of(key_heads) || self.key_width == 0 {
             return Err(DeviceError::Shape(format!(
-                "delta_rule: {heads} value heads over {key_heads} key heads of {}",
+                "recurrence: {heads} value heads over {key_heads} key heads of {}",
                 self.key_width
             )));
         }
         let values = heads * self.value_width();
-        expect("delta_rule", "gates", &self.gates, DType::F32, 2 * heads)?;
-        expect("delta_rule", "output", &self.out, DType::F32, values)?;
+        expect("recurrence", "gates", &self.gates, DType::F32, self.rule.gates() * heads)?;
+        expect("recurrence", "output", &self.out, DType::F32, values)?;
         let width = 2 * key_heads * self.key_width + values;
-        expect("delta_rule", "queries, keys and values", &self.x, self.x.dtype, width)?;
+        expect("recurrence", "queries, keys and values", &self.x, self.x.dtype, width)?;
         let state = self.key_width * self.value_width();
-        expect("delta_rule", "states", &self.states, DType::F32, state)?;
-        let vectors = [&self.decay, &self.bias];
-        let short = vectors.into_iter().find(|vector| vector.shape != (WeightShape::Vector { n: heads }));
-        if let Some(vector) = short {
-            return Err(DeviceError::Shape(format!(
-                "delta_rule: {} is {:?}, but there are {heads} value heads",
-                vector.name, vector.shape
-            )));
-        }
+        expect("recurrence", "states", &self.states, DType::F32, state)?;
+        of_heads(
+            "recurrence",
+            [&self.decay, &self.bias].into_iter().chain(self.skip()),
+            heads,
+            "value heads",
+        )?;
         if !self.states.rows.is_multiple_of(heads) {
             return Err(DeviceError::Shape(format!(
-                "delta_rule: {:?} are no states of {heads} value heads",
+                "recurrence: {:?} are no states of {heads} value heads",
                 self.states
             )));
         }
@@ -168,9 +204,24 @@ impl DeltaRule {
     pub(super) fn accesses(&self) -> Accesses {
         self.carried
             .read(Accesses::new().read(&self.x).read(&self.gates))
-            .read_weights([&self.decay, &self.bias])
+            .read_weights([&self.decay, &self.bias].into_iter().chain(self.skip()))
             .write(&self.states)
             .write(&self.out)
+    }
+}
+
+/// Vectors with an element for each of so many.
+fn of_heads<'a>(
+    op: &str,
+    vectors: impl IntoIterator<Item = &'a Weight>,
+    count: usize,
+    of: &str,
+) -> Result<(), DeviceError> {
+    match vectors.into_iter().find(|vector| vector.shape != (WeightShape::Vector { n: count })) {
+        Some(Weight { name, shape, .. }) => {
+            Err(DeviceError::Shape(format!("{op}: {name} is {shape:?}, but there are {count} {of}")))
+        }
+        None => Ok(()),
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::op::Epilogue;
 use crate::threaded::{
-    AttentionViews, Cached, DeltaToken, Element, Fill, GemmViews, Kernels, Pack, ThreadedBackend,
+    AttentionViews, Cached, Element, Fill, GemmViews, Kernels, Pack, RecurrentToken, ThreadedBackend,
     ThreadedOptions,
 };
 use epsmoe_base::DType;
@@ -124,16 +124,17 @@ impl Kernels for PlainKernels {
         }
     }
 
-    fn delta_rule(&self, state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]) {
+    fn recurrence(&self, state: &mut [f32], token: &RecurrentToken<'_>, out: &mut [f32]) {
         let width = out.len();
         for (column, (out, &value)) in out.iter_mut().zip(token.value).enumerate() {
             let decayed = |row: usize| f64::from(token.decay) * f64::from(state[row * width + column]);
             let keys = token.key.iter().map(|&key| f64::from(key)).enumerate();
             let held: f64 = keys.clone().map(|(row, key)| key * decayed(row)).sum();
-            let delta = f64::from(token.beta) * (f64::from(value) - held);
+            let missing = f64::from(value) - if token.corrects { held } else { 0.0 };
+            let delta = f64::from(token.beta) * missing;
             let next: Vec<f64> = keys.map(|(row, key)| decayed(row) + key * delta).collect();
             let seen = next.iter().zip(token.query).map(|(state, &query)| state * f64::from(query));
-            *out = seen.sum::<f64>() as f32;
+            *out = (seen.sum::<f64>() + f64::from(token.skip) * f64::from(value)) as f32;
             for (row, next) in next.into_iter().enumerate() {
                 state[row * width + column] = next as f32;
             }

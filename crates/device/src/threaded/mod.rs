@@ -16,7 +16,7 @@ mod weights;
 pub use element::{Cached, E4m3, Element, Plain};
 pub use memory::{Fill, Memory, View, ViewMut};
 pub(crate) use pages::{LINE_BYTES, Pages, Piece, Slabs};
-pub use recurrent::DeltaToken;
+pub use recurrent::RecurrentToken;
 pub use rows::AttentionViews;
 pub use weights::{Pack, WeightStore};
 pub(crate) use weights::{check_codes, check_sources, held_format};
@@ -67,8 +67,8 @@ pub trait Kernels: Send + Sync + 'static {
     /// See [`Attention`](crate::op::Attention). Row-invariant.
     fn attention<T: Element, C: Cached<T>>(&self, attention: AttentionViews<'_, T, C>);
 
-    /// One token of one value head of [`DeltaRule`](crate::op::DeltaRule): the state goes on by it.
-    fn delta_rule(&self, state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]);
+    /// One token of one value head of [`Recurrence`](crate::op::Recurrence): the state goes on by it.
+    fn recurrence(&self, state: &mut [f32], token: &RecurrentToken<'_>, out: &mut [f32]);
 }
 
 /// One product with its numbers at hand.
@@ -387,7 +387,7 @@ fn run<K: Kernels>(
         Op::Activate(op) => typed!(op.x.dtype, op.out.dtype, activate, op),
         Op::AddSlotBias(op) => typed!(op.x.dtype, add_slot_bias, op),
         Op::ShortConv(op) => typed!(op.x.dtype, op.out.dtype, short_conv, op),
-        Op::DeltaRule(op) => typed!(op.x.dtype, delta_rule, op),
+        Op::Recurrence(op) => typed!(op.x.dtype, recurrence, op),
         Op::Gate(op) => typed!(op.x.dtype, op.out.dtype, gate, op),
     }
 }

@@ -3,21 +3,25 @@
 use super::Kernels;
 use super::element::Element;
 use super::rows::{Rows, in_range};
-use crate::op::{Carried, DeltaRule, Gate, Gating, ShortConv};
+use crate::op::{Carried, Gate, Gating, Recurrence, Rule, ShortConv};
 use std::ops::Range;
 
-/// One token as a value head of [`DeltaRule`] sees it.
-pub struct DeltaToken<'a> {
-    /// `q̂`.
+/// One token as a value head of [`Recurrence`] sees it.
+pub struct RecurrentToken<'a> {
+    /// `q̂`, or the query as it is.
     pub query: &'a [f32],
-    /// `k̂`.
+    /// `k̂`, or the key as it is.
     pub key: &'a [f32],
     /// `v`.
     pub value: &'a [f32],
     /// Factor on the state.
     pub decay: f32,
-    /// `sigmoid(b)`.
+    /// Factor on what is added: `sigmoid(b)`, or `s`.
     pub beta: f32,
+    /// Whether what the state holds under the key is taken off the value.
+    pub corrects: bool,
+    /// Factor on the value that is added to the output.
+    pub skip: f32,
 }
 
 /// The new tokens of a sequence, and its slots.
@@ -122,6 +126,7 @@ impl<K: Kernels> Rows<'_, K> {
         let (taps, kept) = (op.taps(), op.taps() - 1);
         let pieces = self.pieces(&op.carried, op.states.rows / kept)?;
         let weight = self.weights.vector(&op.weight)?;
+        let bias = op.bias.as_ref().map(|bias| self.weights.vector(bias)).transpose()?;
         let (x, out, before) =
             (self.view::<T>(&op.x), self.view_mut::<Y>(&op.out), self.view::<T>(&op.states));
         let row = |piece: &Piece, t: usize, back: usize| match piece.input(t, back) {
@@ -133,7 +138,7 @@ impl<K: Kernels> Rows<'_, K> {
             let piece = &pieces[pieces.partition_point(|piece| piece.tokens.end <= t)];
             let inputs: Vec<Option<&[T]>> = (0..taps).map(|tap| row(piece, t, kept - tap)).collect();
             for (c, (out, weights)) in out.iter_mut().zip(weight.chunks_exact(taps)).enumerate() {
-                let mut sum = 0.0;
+                let mut sum = bias.as_ref().map_or(0.0, |bias| bias[c]);
                 for (input, weight) in inputs.iter().zip(weights) {
                     sum += weight * input.map_or(0.0, |input| input[c].to_f32());
                 }
@@ -156,10 +161,14 @@ impl<K: Kernels> Rows<'_, K> {
         Ok(())
     }
 
-    pub(super) fn delta_rule<T: Element>(&self, op: &DeltaRule) -> Result<(), String> {
+    pub(super) fn recurrence<T: Element>(&self, op: &Recurrence) -> Result<(), String> {
         let heads = op.value_heads();
         let pieces = self.pieces(&op.carried, op.states.rows / heads)?;
         let (decay, bias) = (self.weights.vector(&op.decay)?, self.weights.vector(&op.bias)?);
+        let (skip, floor) = match &op.rule {
+            Rule::Delta => (None, None),
+            Rule::StateSpace { skip, floor } => (Some(self.weights.vector(skip)?), Some(*floor)),
+        };
         let (x, gates) = (self.view::<T>(&op.x), self.view::<f32>(&op.gates));
         let (before, states, out) =
             (self.view::<f32>(&op.states), self.view_mut::<f32>(&op.states), self.view_mut::<f32>(&op.out));
@@ -178,20 +187,35 @@ impl<K: Kernels> Rows<'_, K> {
             for t in piece.tokens.clone() {
                 let (queries, rest) = x.row(t).split_at(op.key_heads * width);
                 let (keys, values) = rest.split_at(op.key_heads * width);
-                normed(&queries[key_head * width..][..width], (width as f32).sqrt(), &mut query);
-                normed(&keys[key_head * width..][..width], 1.0, &mut key);
-                value.iter_mut().zip(&values[head * columns..]).for_each(|(out, x)| *out = x.to_f32());
-                let (b, a) = (gates.row(t)[head], gates.row(t)[heads + head]);
-                let token = DeltaToken {
+                let (queries, keys) =
+                    (&queries[key_head * width..][..width], &keys[key_head * width..][..width]);
+                widened(&values[head * columns..], &mut value);
+                let step = |a: f32| softplus(a + bias[head]);
+                let (step, beta) = match floor {
+                    None => {
+                        normed(queries, (width as f32).sqrt(), &mut query);
+                        normed(keys, 1.0, &mut key);
+                        (step(gates.row(t)[heads + head]), sigmoid(gates.row(t)[head]))
+                    }
+                    Some(floor) => {
+                        widened(queries, &mut query);
+                        widened(keys, &mut key);
+                        let step = step(gates.row(t)[head]).max(floor);
+                        (step, step)
+                    }
+                };
+                let token = RecurrentToken {
                     query: &query,
                     key: &key,
                     value: &value,
-                    decay: (-decay[head].exp() * softplus(a + bias[head])).exp(),
-                    beta: sigmoid(b),
+                    decay: (-decay[head].exp() * step).exp(),
+                    beta,
+                    corrects: floor.is_none(),
+                    skip: skip.as_ref().map_or(0.0, |skip| skip[head]),
                 };
                 // SAFETY: each head of a token belongs to one task, which takes one view of it at a time.
                 let out = unsafe { out.columns_shared(t, head * columns..(head + 1) * columns) };
-                self.kernels.delta_rule(state, &token, out);
+                self.kernels.recurrence(state, &token, out);
                 if let Some(kept) = piece.kept.filter(|kept| kept.end == t + 1) {
                     // SAFETY: as above, and it is another slot than those of this piece's own state.
                     unsafe { states.row_shared(kept.slot * heads + head) }.copy_from_slice(state);
@@ -217,10 +241,15 @@ impl<K: Kernels> Rows<'_, K> {
     }
 }
 
+/// As many numbers as there is room for.
+fn widened<T: Element>(x: &[T], out: &mut [f32]) {
+    out.iter_mut().zip(x).for_each(|(out, x)| *out = x.to_f32());
+}
+
 /// `x / (√(|x|² + ε) · divisor)`.
 fn normed<T: Element>(x: &[T], divisor: f32, out: &mut [f32]) {
     let squares: f32 = x.iter().map(|x| x.to_f32() * x.to_f32()).sum();
-    let factor = 1.0 / ((squares + DeltaRule::EPSILON).sqrt() * divisor);
+    let factor = 1.0 / ((squares + Recurrence::EPSILON).sqrt() * divisor);
     out.iter_mut().zip(x).for_each(|(out, x)| *out = x.to_f32() * factor);
 }
 

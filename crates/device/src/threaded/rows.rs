@@ -3,9 +3,9 @@
 use super::element::{Cached, E4m3, Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::op::{
-    Activate, Add, AddSlotBias, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8,
-    GroupLimit, GroupScore, HostToDevice, KvWrite, NONE, Norm, NormKind, Origin, Reduce, RopeStyle,
-    RopeTable, Rotate, Route, Scale, ScaleTerms, Score, SlotBias, SoftCap, TopKRouter, not_finite,
+    Activate, Activation, Add, AddSlotBias, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather,
+    GatherFp8, GroupLimit, GroupScore, HostToDevice, KvWrite, NONE, Norm, NormKind, Origin, Reduce,
+    RopeStyle, RopeTable, Rotate, Route, Scale, ScaleTerms, Score, SlotBias, SoftCap, TopKRouter, not_finite,
 };
 use crate::{Buffer, Weight};
 use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words, to_e4m3};
@@ -124,9 +124,11 @@ impl<'a, K: Kernels> Rows<'a, K> {
         let weight = self.weights.vector(&op.weight)?;
         let bias = op.bias.as_ref().map(|bias| self.weights.vector(bias)).transpose()?;
         let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
-        let refused = FirstRow::default();
+        let (refused, groups, width) = (FirstRow::default(), op.groups(), op.x.width);
         self.for_rows(&out, |m, out| {
             let x = x.row(m);
+            let own = m % groups * width..(m % groups + 1) * width;
+            let (weight, bias) = (&weight[own.clone()], bias.as_ref().map(|bias| &bias[own.clone()]));
             let mean = match op.kind {
                 NormKind::Rms => 0.0,
                 NormKind::Layer => sum(x, |value| value) / x.len() as f32,
@@ -134,9 +136,9 @@ impl<'a, K: Kernels> Rows<'a, K> {
             let variance = sum(x, |value| (value - mean) * (value - mean)) / x.len() as f32;
             refused.note(m, !variance.is_finite());
             let factor = 1.0 / (variance + op.eps).sqrt();
-            for (n, ((out, &x), &weight)) in out.iter_mut().zip(x).zip(&*weight).enumerate() {
+            for (n, ((out, &x), &weight)) in out.iter_mut().zip(x).zip(weight).enumerate() {
                 let normed = (x.to_f32() - mean) * factor * weight;
-                *out = Y::from_f32(bias.as_ref().map_or(normed, |bias| normed + bias[n]));
+                *out = Y::from_f32(bias.map_or(normed, |bias| normed + bias[n]));
             }
         });
         refused.check(&op.x, op.origin)
@@ -399,10 +401,18 @@ impl<'a, K: Kernels> Rows<'a, K> {
     pub(super) fn activate<X: Element, Y: Element>(&self, op: &Activate) -> Result<(), String> {
         let (x, out) = (self.view::<X>(&op.x), self.view_mut::<Y>(&op.out));
         let bias = op.bias.as_ref().map(|bias| self.slot_bias(bias, x.rows)).transpose()?;
-        let (swish, width) = (op.swish, out.width);
+        let width = out.width;
         self.for_rows_from(&out, x.width * size_of::<X>(), |m, out| {
+            let bias = bias.as_ref().map(|bias| bias.row(m, x.width));
+            let Activation::Swish(swish) = op.activation else {
+                for (n, (out, x)) in out.iter_mut().zip(x.row(m)).enumerate() {
+                    let x = x.to_f32() + bias.map_or(0.0, |bias| bias[n]);
+                    let x = if x < 0.0 { 0.0 } else { x };
+                    *out = Y::from_f32(x * x);
+                }
+                return;
+            };
             let (gates, ups) = x.row(m).split_at(width);
-            let bias = bias.as_ref().map(|bias| bias.row(m, 2 * width));
             for (n, out) in out.iter_mut().enumerate() {
                 let (added, also) = bias.map_or((0.0, 0.0), |bias| (bias[n], bias[width + n]));
                 let (gate, up) = (gates[n].to_f32() + added, ups[n].to_f32() + also);

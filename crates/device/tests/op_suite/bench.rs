@@ -92,7 +92,7 @@ fn number(op: &Op) -> usize {
         Op::Activate(_) => 24,
         Op::AddSlotBias(_) => 25,
         Op::ShortConv(_) => 26,
-        Op::DeltaRule(_) => 27,
+        Op::Recurrence(_) => 27,
         Op::Gate(_) => 28,
         Op::SoftCap(_) => 29,
         Op::AddNorm(_) => 30,

@@ -77,26 +77,33 @@ fn lookups<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
 }
 
 fn norms<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
-    let scale = bench.random_of(DType::F32, 1, width, 2.0);
-    let added = bench.random_of(DType::F32, 1, width, 2.0);
-    let kinds = [(NormKind::Rms, 1e-5, false), (NormKind::Layer, 1e-2, false), (NormKind::Layer, 1e-2, true)];
-    for ((kind, eps, biased), format) in
+    let kinds = [
+        (NormKind::Rms, 1e-5, false, 1),
+        (NormKind::Layer, 1e-2, false, 1),
+        (NormKind::Layer, 1e-2, true, 1),
+        (NormKind::Rms, 1e-5, true, 3),
+    ];
+    for ((kind, eps, biased, groups), format) in
         kinds.into_iter().flat_map(|kind| [(kind, bench.dtype), (kind, DType::F32)])
     {
-        let what = format!("{kind:?} of {format} [{rows}, {width}], bias {biased}");
+        let what = format!("{kind:?} of {format} [{rows}, {width}], bias {biased}, {groups} weights");
+        let scale = bench.random_of(DType::F32, 1, groups * width, 2.0);
+        let added = bench.random_of(DType::F32, 1, groups * width, 2.0);
         let x = bench.random_of(format, rows, width, 3.0);
         let (input, out) = (bench.put_as(format, &x), bench.room(bench.dtype, rows, width));
         let (from, to) = (input.view.clone(), out.view.clone());
         let (weight, bias) = (bench.vector(&scale), biased.then(|| bench.vector(&added)));
         bench.run(&what, Norm { kind, x: from, weight, bias, eps, out: to, origin: None });
         let want = (0..rows).flat_map(|row| {
+            let own = row % groups * width;
             let row = wide(x.row(row));
             let mean = |values: &[f64]| values.iter().sum::<f64>() / width as f64;
             let centre = if kind == NormKind::Layer { mean(&row) } else { 0.0 };
             let squares: Vec<f64> = row.iter().map(|x| (x - centre) * (x - centre)).collect();
             let root = (mean(&squares) + f64::from(eps)).sqrt();
-            let added = |n: usize| if biased { f64::from(added.values[n]) } else { 0.0 };
-            let normed = |(n, x): (usize, &f64)| (x - centre) / root * f64::from(scale.values[n]) + added(n);
+            let added = |n: usize| if biased { f64::from(added.values[own + n]) } else { 0.0 };
+            let normed =
+                |(n, x): (usize, &f64)| (x - centre) / root * f64::from(scale.values[own + n]) + added(n);
             row.iter().enumerate().map(normed).collect::<Vec<f64>>()
         });
         bench.check(&what, &out, &want.collect::<Vec<_>>());
@@ -658,7 +665,8 @@ fn activations<B: Backend>(bench: &Bench<B>) {
             let out = bench.room(bench.dtype, rows, width);
             let input = bench.put_as(format, &x).view;
             let bias = biased.then(|| bias(&added));
-            bench.run(&what, Activate { x: input, bias, swish, out: out.view.clone() });
+            let activation = Activation::Swish(swish);
+            bench.run(&what, Activate { x: input, bias, activation, out: out.view.clone() });
             let limit = f64::from(swish.limit);
             let want = each(rows, width, |m, n| {
                 let number = |n: usize| {
@@ -672,6 +680,18 @@ fn activations<B: Backend>(bench: &Bench<B>) {
                 }
                 let inside = f64::from(swish.alpha) * (gate + f64::from(swish.cubic) * gate.powi(3));
                 gate * sigmoid(inside) * (up + f64::from(swish.shift))
+            });
+            bench.check(&what, &out, &want);
+        }
+        for (biased, format) in [(true, DType::F32), (false, bench.dtype)] {
+            let what = format!("squares, bias {biased}, {format} [{rows}, {}]", 2 * width);
+            let x = bench.random_of(format, rows, 2 * width, 4.0);
+            let (input, out) = (bench.put_as(format, &x).view, bench.room(bench.dtype, rows, 2 * width));
+            let (bias, activation) = (biased.then(|| bias(&added)), Activation::SquaredRelu);
+            bench.run(&what, Activate { x: input, bias, activation, out: out.view.clone() });
+            let want = each(rows, 2 * width, |m, n| {
+                let bias = if biased { added.row(slot(m))[n] } else { 0.0 };
+                (f64::from(x.row(m)[n]) + f64::from(bias)).max(0.0).powi(2)
             });
             bench.check(&what, &out, &want);
         }

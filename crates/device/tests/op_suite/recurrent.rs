@@ -75,7 +75,8 @@ pub(crate) fn definitions<B: Backend>(bench: &Bench<B>) {
         Shape { key_heads: 2, value_heads: 2, key_width: 128, value_width: 128 },
         Shape { key_heads: 1, value_heads: 1, key_width: 200, value_width: 64 },
     ] {
-        delta_rules(bench, shape);
+        recurrences(bench, shape, None);
+        recurrences(bench, shape, Some(0.3));
     }
     for (rows, width) in [(0, 4), (1, 1), (7, 33), (20, 256)] {
         gates(bench, rows, width);
@@ -91,6 +92,7 @@ fn convolutions<B: Backend>(bench: &Bench<B>, taps: usize, width: usize) {
     let (pieces, kept) = (pieces(bench), taps - 1);
     let total = pieces.iter().map(|piece| piece.new).sum();
     let (x, weight) = (bench.random(total, width, 1.0), bench.random_of(DType::F32, width, taps, 1.0));
+    let bias = (taps % 2 == 0).then(|| bench.random_of(DType::F32, 1, width, 1.0));
     let states = bench.random(SLOTS * kept, width, 1.0);
     let format = [bench.dtype, DType::F32][width % 2];
     let (held, out) = (bench.put(&states), bench.room(format, total, width));
@@ -100,6 +102,7 @@ fn convolutions<B: Backend>(bench: &Bench<B>, taps: usize, width: usize) {
         ShortConv {
             x: bench.put(&x).view,
             weight: bench.vector(&flat),
+            bias: bias.as_ref().map(|bias| bench.vector(bias)),
             carried: carried(bench, &pieces),
             states: held.view.clone(),
             out: out.view.clone(),
@@ -115,7 +118,8 @@ fn convolutions<B: Backend>(bench: &Bench<B>, taps: usize, width: usize) {
         for window in rows.windows(taps) {
             want.extend((0..width).map(|c| {
                 let term = |k: usize| f64::from(weight.row(c)[k]) * f64::from(window[k][c]);
-                silu((0..taps).map(term).sum())
+                let bias = bias.as_ref().map_or(0.0, |bias| f64::from(bias.values[c]));
+                silu(bias + (0..taps).map(term).sum::<f64>())
             }));
         }
         if piece.new > 0 {
@@ -152,22 +156,26 @@ impl Shape {
     }
 }
 
-/// The numbers of a [`DeltaRule`].
+/// The numbers of a [`Recurrence`].
 struct Numbers {
     x: Sheet,
     gates: Sheet,
     decay: Sheet,
     bias: Sheet,
+    /// Factors on the values, and the least step, of a state space.
+    space: Option<(Sheet, f32)>,
 }
 
 impl Numbers {
-    fn random<B: Backend>(bench: &Bench<B>, shape: &Shape, tokens: usize) -> Self {
+    fn random<B: Backend>(bench: &Bench<B>, shape: &Shape, tokens: usize, floor: Option<f32>) -> Self {
         let heads = shape.value_heads;
+        let gates = if floor.is_some() { heads } else { 2 * heads };
         Numbers {
             x: bench.random(tokens, shape.width(), 1.0),
-            gates: bench.random_of(DType::F32, tokens, 2 * heads, 4.0),
+            gates: bench.random_of(DType::F32, tokens, gates, 4.0),
             decay: bench.random_of(DType::F32, 1, heads, 2.0),
             bias: bench.random_of(DType::F32, 1, heads, 1.0),
+            space: floor.map(|floor| (bench.random_of(DType::F32, 1, heads, 1.0), floor)),
         }
     }
 
@@ -185,7 +193,12 @@ impl Numbers {
             Sheet { rows: tokens.len(), width: sheet.width, values }
         };
         let out = bench.room(DType::F32, tokens.len(), shape.values());
-        let op = DeltaRule {
+        let rule = match &self.space {
+            None => Rule::Delta,
+            Some((skip, floor)) => Rule::StateSpace { skip: bench.vector(skip), floor: *floor },
+        };
+        let op = Recurrence {
+            rule,
             x: bench.put(&some(&self.x)).view,
             gates: bench.put_as(DType::F32, &some(&self.gates)).view,
             decay: bench.vector(&self.decay),
@@ -208,16 +221,31 @@ impl Numbers {
         };
         let key_head = head / (shape.value_heads / shape.key_heads);
         let unit = |x: Vec<f64>, divisor: f64| -> Vec<f64> {
-            let root = (x.iter().map(|x| x * x).sum::<f64>() + f64::from(DeltaRule::EPSILON)).sqrt();
+            let root = (x.iter().map(|x| x * x).sum::<f64>() + f64::from(Recurrence::EPSILON)).sqrt();
             x.iter().map(|x| x / root / divisor).collect()
         };
-        let query = unit(of(key_head * width, width), (width as f64).sqrt());
-        let key = unit(of((shape.key_heads + key_head) * width, width), 1.0);
+        let (query, key) = (of(key_head * width, width), of((shape.key_heads + key_head) * width, width));
         let value = of(2 * shape.key_heads * width + head * columns, columns);
-        let (b, a) = (self.gates.row(t)[head], self.gates.row(t)[shape.value_heads + head]);
-        let softplus = (f64::from(a) + f64::from(self.bias.values[head])).exp().ln_1p();
-        let decay = (-f64::from(self.decay.values[head]).exp() * softplus).exp();
-        let beta = 1.0 / (1.0 + (-f64::from(b)).exp());
+        let step = |a: f32| (f64::from(a) + f64::from(self.bias.values[head])).exp().ln_1p();
+        let decayed = |step: f64| (-f64::from(self.decay.values[head]).exp() * step).exp();
+        let gates = self.gates.row(t);
+        if let Some((skip, floor)) = &self.space {
+            let step = step(gates[head]).max(f64::from(*floor));
+            for (row, key) in key.iter().enumerate() {
+                for (column, value) in value.iter().enumerate() {
+                    let at = &mut state[row * columns + column];
+                    *at = *at * decayed(step) + key * step * value;
+                }
+            }
+            let seen = |column: usize| -> f64 {
+                (0..width).map(|row| query[row] * state[row * columns + column]).sum()
+            };
+            let skip = f64::from(skip.values[head]);
+            return (0..columns).map(|column| seen(column) + skip * value[column]).collect();
+        }
+        let (query, key) = (unit(query, (width as f64).sqrt()), unit(key, 1.0));
+        let decay = decayed(step(gates[shape.value_heads + head]));
+        let beta = 1.0 / (1.0 + (-f64::from(gates[head])).exp());
         state.iter_mut().for_each(|x| *x *= decay);
         let looked = |state: &[f64], by: &[f64], column: usize| -> f64 {
             (0..width).map(|row| by[row] * state[row * columns + column]).sum()
@@ -230,11 +258,12 @@ impl Numbers {
     }
 }
 
-fn delta_rules<B: Backend>(bench: &Bench<B>, shape: Shape) {
-    let what = format!("delta rule of {shape:?}");
+fn recurrences<B: Backend>(bench: &Bench<B>, shape: Shape, floor: Option<f32>) {
+    let rule = if floor.is_some() { "state space" } else { "delta rule" };
+    let what = format!("{rule} of {shape:?}");
     let (pieces, heads) = (pieces(bench), shape.value_heads);
     let total = pieces.iter().map(|piece| piece.new).sum();
-    let numbers = Numbers::random(bench, &shape, total);
+    let numbers = Numbers::random(bench, &shape, total, floor);
     let states = bench.random_of(DType::F32, SLOTS * heads, shape.state(), 1.0);
     let held = bench.put_as(DType::F32, &states);
     let tokens: Vec<usize> = (0..total).collect();
@@ -280,11 +309,15 @@ fn gates<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
 
 /// Sequences cut anywhere, beside each other or alone, their states in whatever slots, have the bits that they have whole.
 pub(crate) fn invariance<B: Backend>(bench: &Bench<B>) {
+    [None, Some(0.3)].into_iter().for_each(|floor| cut_anywhere(bench, floor));
+}
+
+fn cut_anywhere<B: Backend>(bench: &Bench<B>, floor: Option<f32>) {
     let shape = Shape { key_heads: 2, value_heads: 4, key_width: 24, value_width: 40 };
     let lengths = [45, 7, 70];
     let starts: Vec<usize> =
         lengths.iter().scan(0, |end, length| Some(std::mem::replace(end, *end + length))).collect();
-    let numbers = Numbers::random(bench, &shape, lengths.iter().sum());
+    let numbers = Numbers::random(bench, &shape, lengths.iter().sum(), floor);
     let weight = bench.vector(&bench.random_of(DType::F32, 1, 4 * shape.width(), 1.0));
     // Both operations, on the next tokens of some sequences at a time: rows by token.
     let run = |batches: &[Vec<(usize, usize)>]| -> Vec<Vec<u32>> {
@@ -307,7 +340,8 @@ pub(crate) fn invariance<B: Backend>(bench: &Bench<B>) {
             let convolved = bench.room(bench.dtype, tokens.len(), shape.width());
             let (states, carried) = (kept.view.clone(), carried(bench, &pieces));
             let out_view = convolved.view.clone();
-            bench.run("convolution", ShortConv { x, weight: weight.clone(), carried, states, out: out_view });
+            let weight = weight.clone();
+            bench.run("convolution", ShortConv { x, weight, bias: None, carried, states, out: out_view });
             let (seen, convolved) = (bench.get("delta rule", &out), bench.get("convolution", &convolved));
             for (at, &t) in tokens.iter().enumerate() {
                 let seen = &seen[at * shape.values()..][..shape.values()];
@@ -371,7 +405,8 @@ pub(crate) fn refusals<B: Backend>(fresh: &impl Fn() -> Bench<B>) {
         };
         let vector = |n: usize| bench.vector(&bench.random_of(DType::F32, 1, n, 1.0));
         let op: Op = match delta {
-            true => DeltaRule {
+            true => Recurrence {
+                rule: Rule::Delta,
                 x: of(3, 6),
                 gates: of(3, 2),
                 decay: vector(1),
@@ -384,13 +419,14 @@ pub(crate) fn refusals<B: Backend>(fresh: &impl Fn() -> Bench<B>) {
             }
             .into(),
             false => {
-                ShortConv { x: of(3, 6), weight: vector(12), carried, states: of(4, 6), out: of(3, 6) }.into()
+                let (x, weight, states, out) = (of(3, 6), vector(12), of(4, 6), of(3, 6));
+                ShortConv { x, weight, bias: None, carried, states, out }.into()
             }
         };
         let fault = bench.try_run(op).expect("its shapes fit").expect_err("it is wrong");
         fault.message
     };
-    for (delta, name) in [(true, "delta_rule"), (false, "short_conv")] {
+    for (delta, name) in [(true, "recurrence"), (false, "short_conv")] {
         let said = refused([0, 2, 3], [0, 0, 0, 0, 1, 4, 0, 0], delta);
         assert_eq!(said, format!("{name}: slot 4 is not below 4"));
         let said = refused([0, 2, 3], [0, 0, 5, 1, 1, 1, 0, 0], delta);

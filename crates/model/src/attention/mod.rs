@@ -1,9 +1,9 @@
 //! Attention: normed rows in, what is added to the residual out. Two kinds end in one operation over a paged cache, whose
 //! blocks the engine hands out; the third carries a state along, in a slot that the engine hands out. The bytes are here.
 
-mod delta_net;
 mod gqa;
 mod mla;
+mod recurrent;
 
 use crate::forward::ModelOptions;
 use crate::load::Loader;
@@ -11,14 +11,15 @@ use crate::origins::Span;
 use crate::parallel::Share;
 use crate::step::{Queries, Step};
 use crate::{
-    AttentionSpec, DeltaNetSpec, LayerPart, LayerSpec, MlaSpec, ModelError, ModelSpec, Part, RopeSpec, Window,
+    AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, ModelSpec, Part, RecurrentSpec, RopeSpec,
+    Window,
 };
-use delta_net::DeltaNet;
 use epsmoe_base::{DType, Lane, Layer, Place};
 use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, Rotate, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use gqa::Gqa;
 use mla::Mla;
+use recurrent::Recurrent;
 use std::ops::Range;
 
 /// Tokens in a block of the cache.
@@ -28,7 +29,7 @@ pub const BLOCK_SIZE: usize = 64;
 pub(crate) enum Attention {
     Gqa(Gqa),
     Mla(Mla),
-    DeltaNet(DeltaNet),
+    Recurrent(Recurrent),
 }
 
 /// Room for what is computed in between, which layers of one kind share.
@@ -36,7 +37,7 @@ pub(crate) enum Attention {
 enum Workspace {
     Gqa(gqa::OwnHeads, gqa::Workspace),
     Mla(MlaSpec, mla::Workspace),
-    DeltaNet(DeltaNetSpec, delta_net::Workspace),
+    Recurrent(RecurrentSpec, recurrent::Workspace),
 }
 
 impl Workspace {
@@ -57,9 +58,9 @@ impl Workspace {
                 let own = MlaSpec { heads: share.of(spec.heads).len(), ..*spec };
                 Workspace::Mla(own, mla::Workspace::allocate(device, &own, hidden, options)?)
             }
-            AttentionSpec::DeltaNet(spec) => {
-                let own = spec.of_heads(share.of(spec.key_heads).len());
-                Workspace::DeltaNet(own, delta_net::Workspace::allocate(device, &own, hidden, tokens)?)
+            AttentionSpec::Recurrent(spec) => {
+                let own = spec.of_heads(recurrent::heads_of(spec, share).len());
+                Workspace::Recurrent(own, recurrent::Workspace::allocate(device, &own, hidden, tokens)?)
             }
         })
     }
@@ -97,7 +98,7 @@ impl Rooms {
         match self.of(attention) {
             Workspace::Gqa(own, _) => own.cache(device, &slots).map(drop),
             Workspace::Mla(own, _) => mla::cache(device, own, &slots).map(drop),
-            Workspace::DeltaNet(own, _) => own.states(device, options.states).map(drop),
+            Workspace::Recurrent(own, _) => own.states(device, options.states).map(drop),
         }
     }
 
@@ -188,10 +189,9 @@ impl Attention {
                 let (heads, cache) = (share.of(spec.heads), mla::cache(device, own, &slots)?);
                 Attention::Mla(Mla::load(loader, layer, *own, heads, workspace, cache)?)
             }
-            (AttentionSpec::DeltaNet(spec), Workspace::DeltaNet(own, workspace)) => {
-                let heads = (spec, share.of(spec.key_heads));
+            (AttentionSpec::Recurrent(spec), Workspace::Recurrent(own, workspace)) => {
                 let kept = own.states(device, options.states)?;
-                Attention::DeltaNet(DeltaNet::load(loader, layer, heads, workspace, kept)?)
+                Attention::Recurrent(Recurrent::load(loader, layer, spec, workspace, kept)?)
             }
             _ => unreachable!("{attention:?} has a workspace of its own kind. This is a bug."),
         })
@@ -208,7 +208,7 @@ impl Attention {
         match self {
             Attention::Gqa(attention) => attention.run(context, x, out),
             Attention::Mla(attention) => attention.run(context, x, out),
-            Attention::DeltaNet(attention) => attention.run(context, x, out),
+            Attention::Recurrent(attention) => attention.run(context, x, out),
         }
     }
 }

@@ -32,7 +32,8 @@ pub(super) fn dbrx(keys: &Keys) -> Checked<ModelSpec> {
     let rope = draft.rope(draft.rotated(attention.head_dim, None)?, RopeStyle::HalfSplit, theta)?;
     let layers = draft.layers(&dbrx_experts(&keys.section("ffn_config", "ffn_config.")?)?, |_| true);
     let attention = AttentionSpec::Gqa(attention);
-    draft.complete((Architecture::Dbrx, TensorNames::Dbrx), NormKind::Layer, rope, layers, |_| attention)
+    draft
+        .complete((Architecture::Dbrx, TensorNames::Dbrx), NormKind::Layer, Some(rope), layers, |_| attention)
 }
 
 fn dbrx_experts(keys: &Keys) -> Checked<MoeSpec> {

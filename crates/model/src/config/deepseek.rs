@@ -173,5 +173,5 @@ pub(super) fn latent_model(
         latent_scale: 1.0,
     };
     let attention = AttentionSpec::Mla(attention);
-    draft.complete((architecture, TensorNames::Common), NormKind::Rms, rope, layers, |_| attention)
+    draft.complete((architecture, TensorNames::Common), NormKind::Rms, Some(rope), layers, |_| attention)
 }

@@ -48,6 +48,20 @@ pub(super) struct DraftLayer {
     pub(super) late_experts: bool,
 }
 
+impl DraftLayer {
+    /// A layer that sees everything and knows no positions.
+    pub(super) fn without_positions(mlp: MlpSpec) -> Self {
+        DraftLayer {
+            sight: Sight::All,
+            rope: None,
+            mlp,
+            residual_mlp: None,
+            sandwich: false,
+            late_experts: false,
+        }
+    }
+}
+
 impl<'a> Draft<'a> {
     pub(super) fn new(keys: &'a Keys<'a>, defaults: &'a Defaults) -> Checked<Self> {
         Ok(Draft {
@@ -84,15 +98,15 @@ impl<'a> Draft<'a> {
         let style = if interleaved { RopeStyle::Interleaved } else { RopeStyle::HalfSplit };
         let rope = self.rope(self.rotated(attention.head_dim, usual)?, style, self.theta()?)?;
         let attention = AttentionSpec::Gqa(attention);
-        self.complete((architecture, naming), NormKind::Rms, rope, layers, |_| attention)
+        self.complete((architecture, naming), NormKind::Rms, Some(rope), layers, |_| attention)
     }
 
-    /// The parts that differ, with those that every config has; `attention` is that of each layer.
+    /// The parts that differ, with those that every config has; `attention` is that of each layer, some of which turn by `rope`.
     pub(super) fn complete(
         &self,
         (architecture, naming): (Architecture, TensorNames),
         norm: NormKind,
-        rope: Rope,
+        rope: Option<Rope>,
         layers: Vec<DraftLayer>,
         attention: impl Fn(usize) -> AttentionSpec,
     ) -> Checked<ModelSpec> {
@@ -114,9 +128,9 @@ impl<'a> Draft<'a> {
             nesting: Nesting::Alone,
             vocab,
             hidden: self.hidden,
-            max_positions: rope.positions,
+            max_positions: rope.as_ref().map_or(self.positions, |rope| rope.positions),
             norm: NormSpec { kind: norm, bias: false, eps, less_one: false },
-            ropes: vec![rope.spec],
+            ropes: rope.into_iter().map(|rope| rope.spec).collect(),
             layers: layers.collect(),
             factors: Factors::default(),
             tie_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
@@ -177,15 +191,10 @@ impl<'a> Draft<'a> {
     /// Layers without residual MLPs, dense where they are no mixture.
     pub(super) fn layers(&self, moe: &MoeSpec, is_moe: impl Fn(usize) -> bool) -> Vec<DraftLayer> {
         let inner = self.inner;
-        let mlp = |index| if is_moe(index) { MlpSpec::Moe(moe.clone()) } else { MlpSpec::Dense { inner } };
-        let layer = |index| DraftLayer {
-            sight: Sight::All,
-            rope: Some(0),
-            mlp: mlp(index),
-            residual_mlp: None,
-            sandwich: false,
-            late_experts: false,
+        let mlp = |index| {
+            if is_moe(index) { MlpSpec::Moe(moe.clone()) } else { MlpSpec::Dense { inner, activation: None } }
         };
+        let layer = |index| DraftLayer { rope: Some(0), ..DraftLayer::without_positions(mlp(index)) };
         (0..self.layers).map(layer).collect()
     }
 

@@ -45,6 +45,6 @@ pub(super) fn ernie4_5_moe(keys: &Keys) -> Checked<ModelSpec> {
         draft.rope(draft.rotated(attention.head_dim, None)?, RopeStyle::Interleaved, draft.theta()?)?;
     let names = (Architecture::Ernie45Moe, TensorNames::Ernie);
     let tied = keys.flag("tie_word_embeddings")?.unwrap_or(true);
-    let spec = draft.complete(names, NormKind::Rms, rope, layers, |_| AttentionSpec::Gqa(attention))?;
+    let spec = draft.complete(names, NormKind::Rms, Some(rope), layers, |_| AttentionSpec::Gqa(attention))?;
     Ok(ModelSpec { tie_embeddings: tied, ..spec })
 }

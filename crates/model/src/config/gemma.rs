@@ -6,7 +6,7 @@ use super::keys::{Checked, EXPERTS, FACTOR, HEAD_WIDTH, HEADS, Keys, WIDTH, wron
 use super::rope::Rope;
 use crate::Architecture;
 use crate::spec::*;
-use epsmoe_device::op::{NormKind, RopeStyle, Sight, Swish};
+use epsmoe_device::op::{Activation, NormKind, RopeStyle, Sight, Swish};
 use serde_json::{Map, Value, json};
 
 const GEMMA4: Defaults = Defaults {
@@ -45,7 +45,7 @@ pub(super) fn gemma4(keys: &Keys) -> Checked<ModelSpec> {
     let near_rope = rope(&draft, "sliding_attention", plain, near.head_dim)?;
     let far_rope = rope(&draft, "full_attention", stretched, far.head_dim)?;
     let names = (Architecture::Gemma4, TensorNames::Gemma);
-    let mut spec = draft.complete(names, NormKind::Rms, near_rope, layers, of_layer)?;
+    let mut spec = draft.complete(names, NormKind::Rms, Some(near_rope), layers, of_layer)?;
     spec.ropes.push(far_rope.spec);
     spec.tie_embeddings = keys.flag("tie_word_embeddings")?.unwrap_or(true);
     spec.factors = Factors {
@@ -81,7 +81,7 @@ fn experts(draft: &Draft) -> Checked<MoeSpec> {
     let experts = keys.whole("num_experts", EXPERTS)?.unwrap_or(GEMMA4.experts);
     let top_k = super::draft::top_k(keys, "top_k_experts", GEMMA4.top_k, experts)?;
     Ok(MoeSpec {
-        activation: Some(Swish::GELU_TANH),
+        activation: Some(Activation::Swish(Swish::GELU_TANH)),
         router_scale: true,
         expert_scales: true,
         ..super::draft::softmax_moe(experts, inner, top_k)

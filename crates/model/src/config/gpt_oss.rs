@@ -4,7 +4,7 @@ use super::draft::{Defaults, Draft};
 use super::keys::{Checked, FACTOR, Keys};
 use crate::Architecture;
 use crate::spec::*;
-use epsmoe_device::op::Swish;
+use epsmoe_device::op::{Activation, Swish};
 
 const GPT_OSS: Defaults = Defaults {
     vocab: 201_088,
@@ -34,7 +34,7 @@ pub(super) fn gpt_oss(keys: &Keys) -> Checked<ModelSpec> {
     let limit = keys.number("swiglu_limit", FACTOR)?.unwrap_or(LIMIT) as f32;
     let moe = MoeSpec {
         router_bias: true,
-        activation: Some(Swish { alpha: ALPHA, cubic: 0.0, limit, shift: 1.0 }),
+        activation: Some(Activation::Swish(Swish { alpha: ALPHA, cubic: 0.0, limit, shift: 1.0 })),
         expert_bias: true,
         ..draft.moe(draft.inner)?
     };

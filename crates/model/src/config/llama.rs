@@ -40,8 +40,13 @@ pub(super) fn llama4(keys: &Keys) -> Checked<ModelSpec> {
     }
     let rope = draft.rope(draft.rotated(head_dim, None)?, RopeStyle::Interleaved, draft.theta()?)?;
     let of_layer = |layer: usize| AttentionSpec::Gqa(if turns[layer] { near } else { far });
-    let mut spec =
-        draft.complete((Architecture::Llama4, TensorNames::Llama4), NormKind::Rms, rope, layers, of_layer)?;
+    let mut spec = draft.complete(
+        (Architecture::Llama4, TensorNames::Llama4),
+        NormKind::Rms,
+        Some(rope),
+        layers,
+        of_layer,
+    )?;
     // Queries that do not turn are still multiplied.
     spec.ropes.extend(growth.map(|growth| RopeSpec {
         style: RopeStyle::Interleaved,

@@ -20,6 +20,7 @@ mod llama;
 mod longcat;
 mod minimax;
 mod mixtral;
+mod nemotron;
 mod olmoe;
 mod phi;
 mod qwen;
@@ -170,7 +171,10 @@ fn build_keys(map: &Map<String, Value>) -> Checked<Config> {
         Architecture::Ernie45Moe => ernie::ernie4_5_moe(&keys),
         Architecture::HunyuanV1Moe => hunyuan::hunyuan_v1_moe(&keys),
         Architecture::GptOss => gpt_oss::gpt_oss(&keys),
-        Architecture::GraniteMoe | Architecture::GraniteMoeShared => granite::granite(&keys, architecture),
+        Architecture::GraniteMoe | Architecture::GraniteMoeShared | Architecture::GraniteMoeHybrid => {
+            granite::granite(&keys, architecture)
+        }
+        Architecture::NemotronH => nemotron::nemotron_h(&keys),
         Architecture::Qwen3Next => qwen::qwen3_next(&keys),
         Architecture::Qwen35Moe => qwen::qwen3_5(&keys),
         Architecture::SolarOpen => glm::solar_open(&keys),
@@ -241,7 +245,7 @@ const ALIASES: [(&str, Architecture); 14] = [
 ];
 
 /// Architectures that people ask for, and what they have that is missing here.
-const UNSUPPORTED: [(&str, &str); 13] = [
+const UNSUPPORTED: [(&str, &str); 11] = [
     ("DeepseekV32ForCausalLM", INDEXER),
     ("GlmMoeDsaForCausalLM", INDEXER),
     ("DeepseekV4ForCausalLM", "its attention looks at compressed tokens, and its residual stream is several"),
@@ -250,8 +254,6 @@ const UNSUPPORTED: [(&str, &str); 13] = [
     ("MiniMaxText01ForCausalLM", LINEAR),
     ("MiniMaxM1ForCausalLM", LINEAR),
     ("JambaForCausalLM", STATE_SPACE),
-    ("NemotronHForCausalLM", STATE_SPACE),
-    ("GraniteMoeHybridForCausalLM", STATE_SPACE),
     ("Lfm2MoeForCausalLM", "most of its layers are convolutions"),
     ("BailingMoeForCausalLM", "it is of before Ling 2.0, whose router and attention are others"),
     ("Qwen3VLMoeForConditionalGeneration", NESTED),
@@ -259,12 +261,15 @@ const UNSUPPORTED: [(&str, &str); 13] = [
 const INDEXER: &str = "its attention looks at tokens that an indexer chooses";
 const DELTA: &str = "most of its layers have a delta net whose decays are one for each channel";
 const LINEAR: &str = "most of its layers have linear attention";
-const STATE_SPACE: &str = "most of its layers are state space models";
+const STATE_SPACE: &str = "most of its layers are state spaces whose decays are one for each channel";
 const NESTED: &str = "its language model is nested in one that sees images, and reads it between its layers";
 
 /// What would change results if it were passed over.
 fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
-    use Architecture::{Dots1, ExaoneMoe, Gemma4, GptOss, Llama4, Qwen2Moe, Qwen3Moe, Qwen3Next, Qwen35Moe};
+    use Architecture::{
+        Dots1, ExaoneMoe, Gemma4, GptOss, GraniteMoeHybrid, Llama4, NemotronH, Qwen2Moe, Qwen3Moe, Qwen3Next,
+        Qwen35Moe,
+    };
     keys.only("hidden_act", &ACTIVATIONS)?;
     let windows = matches!(architecture, Qwen2Moe | Qwen3Moe);
     for key in ["use_sliding_window", "mlp_bias"] {
@@ -273,8 +278,10 @@ fn refuse_unsupported(architecture: Architecture, keys: &Keys) -> Checked<()> {
         }
     }
     let slides = keys.flag("use_sliding_window")?.unwrap_or(false);
-    if matches!(architecture, Dots1 | ExaoneMoe | Gemma4 | GptOss | Llama4 | Qwen3Next | Qwen35Moe)
-        || (architecture == Qwen2Moe && slides)
+    if matches!(
+        architecture,
+        Dots1 | ExaoneMoe | Gemma4 | GptOss | GraniteMoeHybrid | Llama4 | NemotronH | Qwen3Next | Qwen35Moe
+    ) || (architecture == Qwen2Moe && slides)
     {
         return Ok(());
     }

@@ -37,7 +37,8 @@ pub(super) fn phimoe(keys: &Keys) -> Checked<ModelSpec> {
     let layers = draft.windowed(draft.layers(&moe, |_| true))?;
     let rope = draft.rope(draft.rotated(attention.head_dim, None)?, RopeStyle::HalfSplit, draft.theta()?)?;
     let names = (Architecture::Phimoe, TensorNames::Mixtral);
-    let mut spec = draft.complete(names, NormKind::Layer, rope, layers, |_| AttentionSpec::Gqa(attention))?;
+    let mut spec =
+        draft.complete(names, NormKind::Layer, Some(rope), layers, |_| AttentionSpec::Gqa(attention))?;
     spec.norm.bias = true;
     spec.head_bias = keys.flag("lm_head_bias")?.unwrap_or(false);
     Ok(spec)

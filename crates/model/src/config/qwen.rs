@@ -116,21 +116,23 @@ fn delta_model(
     let looks_back = looks_back(draft)?;
     let of_layer = |layer: usize| match looks_back[layer] {
         true => AttentionSpec::Gqa(attention),
-        false => AttentionSpec::DeltaNet(delta),
+        false => AttentionSpec::Recurrent(delta),
     };
     let rope = draft.rope(draft.rotated(head_dim, Some(0.25))?, RopeStyle::HalfSplit, draft.theta()?)?;
-    let mut spec = draft.complete((architecture, naming), NormKind::Rms, rope, layers, of_layer)?;
+    let mut spec = draft.complete((architecture, naming), NormKind::Rms, Some(rope), layers, of_layer)?;
     spec.norm.less_one = true;
     Ok(spec)
 }
 
-fn delta_net(keys: &Keys) -> Checked<DeltaNetSpec> {
-    let spec = DeltaNetSpec {
+fn delta_net(keys: &Keys) -> Checked<RecurrentSpec> {
+    let spec = RecurrentSpec {
+        rule: RecurrentRule::Delta,
         key_heads: keys.whole("linear_num_key_heads", HEADS)?.unwrap_or(16),
         value_heads: keys.whole("linear_num_value_heads", HEADS)?.unwrap_or(32),
         key_width: keys.whole("linear_key_head_dim", HEAD_WIDTH)?.unwrap_or(128),
         value_width: keys.whole("linear_value_head_dim", HEAD_WIDTH)?.unwrap_or(128),
         taps: keys.whole("linear_conv_kernel_dim", 2..=64)?.unwrap_or(4),
+        conv_bias: false,
     };
     let heads = ("`linear_num_key_heads`", spec.key_heads);
     divides(heads, ("`linear_num_value_heads`", spec.value_heads))?;

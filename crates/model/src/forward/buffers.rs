@@ -120,7 +120,7 @@ impl StepBuffers {
                 late,
             )?,
             inner: values("inner", mlp_tokens, inner)?,
-            open: floats("open_inner", mlp_tokens, if sandwich > 0 { 2 * inner } else { 0 })?,
+            open: floats("open_inner", mlp_tokens, most_factors(spec) * inner)?,
             logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
             tokens: device.allocate_for_host("tokens", DType::U32, tokens.min(LOGIT_ROWS), 1)?,
         })
@@ -181,12 +181,22 @@ fn is_late(spec: &ModelSpec) -> bool {
     spec.layers.iter().any(|layer| layer.late_experts)
 }
 
+/// Most numbers that an element of the inner width of a dense MLP is made of by an operation of its own.
+fn most_factors(spec: &ModelSpec) -> usize {
+    let activations = spec.layers.iter().map(|layer| match &layer.mlp {
+        MlpSpec::Dense { activation, .. } => *activation,
+        MlpSpec::Moe(moe) if layer.residual_mlp.is_some() => moe.activation,
+        _ => None,
+    });
+    activations.flatten().map(|activation| activation.factors()).max().unwrap_or(0)
+}
+
 /// The widest dense MLP of any layer.
 fn widest_dense(spec: &ModelSpec) -> usize {
     let widths = spec.layers.iter().flat_map(|layer| {
         let dense = match layer.mlp {
-            MlpSpec::Dense { inner } => Some(inner),
-            MlpSpec::Moe(_) => None,
+            MlpSpec::Dense { inner, .. } => Some(inner),
+            MlpSpec::Absent | MlpSpec::Moe(_) => None,
         };
         dense.into_iter().chain(layer.residual_mlp)
     });

@@ -80,6 +80,7 @@ fn layer_sizes(
     Ok(Some(LayerSizes {
         hidden: spec.hidden,
         inner: inner.of(moe.inner).len(),
+        maps: moe.activation.map_or(2, |activation| activation.factors()),
         kept_products: moe.activation.is_some(),
         shared_inner: moe.shared.map_or(0, |shared| inner.of(shared.inner).len()),
         top_k: moe.router.top_k,

@@ -12,10 +12,12 @@ use crate::load::{Loader, NormWeights, by_readers};
 use crate::mlp::{MlpWeights, ResidualWeights, Sandwich, experts_of, load_expert};
 use crate::parallel::Layout;
 use crate::step::{LayerTokens, Step};
-use crate::{LayerPart, ModelError, ModelSpec, Parallel, Part, WeightSource};
+use crate::{LayerPart, MlpSpec, ModelError, ModelSpec, Parallel, Part, WeightSource};
 use buffers::{StepBuffers, groups};
 use epsmoe_base::{CacheDType, Deadline, Lane, Layer, Phase, Place, WireDType, hash_bytes};
-use epsmoe_device::op::{Activate, Add, AddNorm, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale, Swish};
+use epsmoe_device::op::{
+    Activate, Activation, Add, AddNorm, Gather, Gemm, HostToDevice, Norm, Op, Origin, Scale,
+};
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
@@ -205,7 +207,8 @@ pub struct Model<B: Backend> {
 struct LayerWeights {
     input_norm: NormWeights,
     attention: Attention,
-    mlp_norm: NormWeights,
+    /// Before the MLP, if there is one.
+    mlp_norm: Option<NormWeights>,
     mlp: MlpWeights,
     residual: Option<ResidualWeights>,
     sandwich: Option<Sandwich>,
@@ -230,10 +233,14 @@ impl<B: Backend> Model<B> {
                 input_norm: loader
                     .norm(LayerPart::InputNorm.of(layer), LayerPart::InputNormBias.of(layer))?,
                 attention: Attention::load(&loader, layer, &rooms, &options)?,
-                mlp_norm: loader.norm(
-                    LayerPart::PostAttentionNorm.of(layer),
-                    LayerPart::PostAttentionNormBias.of(layer),
-                )?,
+                mlp_norm: (spec.layers[layer.0].mlp != MlpSpec::Absent)
+                    .then(|| {
+                        loader.norm(
+                            LayerPart::PostAttentionNorm.of(layer),
+                            LayerPart::PostAttentionNormBias.of(layer),
+                        )
+                    })
+                    .transpose()?,
                 mlp: MlpWeights::load(&loader, layer)?,
                 residual: ResidualWeights::load(&loader, layer)?,
                 sandwich: Sandwich::load(&loader, layer)?,
@@ -367,8 +374,8 @@ impl<B: Backend> Model<B> {
         let delta = self.buffers.delta.rows(0..stream.rows)?;
         let pre_attention = self.buffers.pre_attention.rows(0..stream.rows)?;
         let early = weights.residual.is_some() && weights.sandwich.is_none();
-        if early {
-            self.norm(place, &stream, before, &weights.mlp_norm, &pre_attention)?;
+        if let Some(norm) = weights.mlp_norm.as_ref().filter(|_| early) {
+            self.norm(place, &stream, before, norm, &pre_attention)?;
         }
         let context = Context {
             device: &*self.device,
@@ -381,8 +388,13 @@ impl<B: Backend> Model<B> {
         let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
         let shares = [&step.all.attention, &tokens.attention];
         self.attention.gather_compute_scatter(place, shares, &normed, &delta, attention)?;
+        let Some(mlp_norm) = &weights.mlp_norm else {
+            self.enter(Layer(layer.0 + 1), Some(&delta), &stream)?;
+            return Ok(stream);
+        };
         if let Some(sandwich) = &weights.sandwich {
-            self.run_sandwich(place, (weights, sandwich), (step, tokens), [&stream, &delta], output)?;
+            let parts = (weights, sandwich, mlp_norm);
+            self.run_sandwich(place, parts, (step, tokens), [&stream, &delta], output)?;
             self.enter(Layer(layer.0 + 1), None, &stream)?;
             return Ok(stream);
         }
@@ -397,7 +409,7 @@ impl<B: Backend> Model<B> {
                 pre_attention
             }
             None => {
-                self.add_and_norm(place, Some(&delta), &stream, attended, &weights.mlp_norm, &normed)?;
+                self.add_and_norm(place, Some(&delta), &stream, attended, mlp_norm, &normed)?;
                 normed
             }
         };
@@ -406,9 +418,8 @@ impl<B: Backend> Model<B> {
             MlpWeights::Moe(moe) if self.spec.layers[layer.0].late_experts => {
                 *late = Some(self.begin_late(place, moe, (step, tokens), [&input, &delta], output)?);
             }
-            mlp => self.mlp.gather_compute_scatter(place, shares, &input, &delta, |x, out| match mlp {
-                MlpWeights::Dense(mlp) => self.dense(place, mlp, None, x, out).map_err(ModelError::from),
-                MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
+            mlp => self.mlp.gather_compute_scatter(place, shares, &input, &delta, |x, out| {
+                self.run_mlp(place, mlp, step, (x, out), output)
             })?,
         }
         let given = match experts_before {
@@ -426,7 +437,7 @@ impl<B: Backend> Model<B> {
     fn run_sandwich(
         &self,
         place: Place,
-        (weights, sandwich): (&LayerWeights, &Sandwich),
+        (weights, sandwich, mlp_norm): (&LayerWeights, &Sandwich, &NormWeights),
         (step, tokens): (&Step, &LayerTokens),
         [stream, delta]: [&Buffer; 2],
         output: &mut StepOutput,
@@ -447,10 +458,9 @@ impl<B: Backend> Model<B> {
             self.dense(place, &residual.mlp, residual.activation, x, out)
         })?;
         self.norm(place, delta, given, &sandwich.dense, &both)?;
-        self.norm(place, stream, attended, &weights.mlp_norm, &normed)?;
-        self.mlp.gather_compute_scatter(place, shares, &normed, delta, |x, out| match &weights.mlp {
-            MlpWeights::Dense(mlp) => self.dense(place, mlp, None, x, out).map_err(ModelError::from),
-            MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
+        self.norm(place, stream, attended, mlp_norm, &normed)?;
+        self.mlp.gather_compute_scatter(place, shares, &normed, delta, |x, out| {
+            self.run_mlp(place, &weights.mlp, step, (x, out), output)
         })?;
         self.norm(place, delta, given, &sandwich.experts, &one)?;
         self.compute(place, Add { x: one.clone(), out: both.clone() })?;
@@ -476,24 +486,41 @@ impl<B: Backend> Model<B> {
         Ok(self.device.wait(&event, Deadline::behind(self.options.timeout))?)
     }
 
+    /// The MLP of a layer.
+    fn run_mlp(
+        &self,
+        place: Place,
+        mlp: &MlpWeights,
+        step: &Step,
+        (x, out): (&Buffer, &Buffer),
+        output: &mut StepOutput,
+    ) -> Result<(), ModelError> {
+        match mlp {
+            MlpWeights::Absent => Ok(()),
+            MlpWeights::Dense(mlp, activation) => Ok(self.dense(place, mlp, *activation, x, out)?),
+            MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
+        }
+    }
+
     fn dense(
         &self,
         place: Place,
         mlp: &Mlp,
-        activation: Option<Swish>,
+        activation: Option<Activation>,
         x: &Buffer,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let rows = 0..x.rows;
-        let width = if activation.is_some() { mlp.inner() / 2 } else { mlp.inner() };
+        let factors = activation.map_or(1, |activation| activation.factors());
+        let width = mlp.inner() / factors;
         let inner = self.buffers.inner.rows(rows.clone())?.columns(0..width)?;
         let place = place.phase(Phase::Mlp);
         match activation {
             None => self.compute(place, Gemm::gated(x.clone(), &mlp.gate_up, inner.clone()))?,
-            Some(swish) => {
-                let open = self.buffers.open.rows(rows)?.columns(0..2 * width)?;
+            Some(activation) => {
+                let open = self.buffers.open.rows(rows)?.columns(0..factors * width)?;
                 self.compute(place, Gemm::linear(x.clone(), &mlp.gate_up, open.clone()))?;
-                self.compute(place, Activate { x: open, bias: None, swish, out: inner.clone() })?;
+                self.compute(place, Activate { x: open, bias: None, activation, out: inner.clone() })?;
             }
         }
         self.compute(place, Gemm::linear(inner, &mlp.down, out.clone()))

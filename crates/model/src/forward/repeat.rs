@@ -30,7 +30,7 @@ impl<B: Backend> Model<B> {
         }
         let moe = self.layers.iter().filter_map(|layer| match &layer.mlp {
             MlpWeights::Moe(moe) => Some(moe),
-            MlpWeights::Dense(_) => None,
+            MlpWeights::Absent | MlpWeights::Dense(..) => None,
         });
         for layer in moe {
             let runs_ahead = self.experts.as_ref().map(|experts| experts.runs_ahead(layer, tokens));

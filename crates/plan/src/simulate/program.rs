@@ -420,9 +420,9 @@ impl Builder<'_> {
     }
 
     fn shared_if(&mut self, now: bool, after: Option<usize>) {
-        let (hidden, inner) = (self.workload.shape.hidden, self.workload.shape.shared_inner);
+        let LayerSizes { hidden, maps, shared_inner: inner, .. } = *self.workload.shape;
         if now && inner > 0 {
-            self.linear(Phase::Shared, [2 * inner, hidden], after);
+            self.linear(Phase::Shared, [maps * inner, hidden], after);
             self.linear(Phase::Shared, [hidden, inner], None);
         }
     }
@@ -440,7 +440,7 @@ impl Builder<'_> {
 
     /// Expand, two products and reduction of a stage; returns the last.
     fn stage(&mut self, stage: Stage, dispatched: Option<usize>) -> usize {
-        let LayerSizes { hidden, inner, .. } = *self.workload.shape;
+        let LayerSizes { hidden, inner, maps, .. } = *self.workload.shape;
         let row_bytes = self.workload.shape.row_bytes() as u64;
         let (place, kind) = (Some(stage), self.table.gemm[stage.0]);
         let loaded = move |this: &Self, rank| -> Vec<u64> {
@@ -459,7 +459,7 @@ impl Builder<'_> {
         self.rows(expand, [dispatched, handed], Work::Gather, |this, rank| {
             this.traffic.stage_assignments(rank, stage).len() as u64 * row_bytes
         });
-        for (phase, matrix) in [(Phase::GateUp, [2 * inner, hidden]), (Phase::Down, [hidden, inner])] {
+        for (phase, matrix) in [(Phase::GateUp, [maps * inner, hidden]), (Phase::Down, [hidden, inner])] {
             self.products(kind, matrix, of_stage("gemm", phase), None, loaded);
         }
         self.rows(of_stage("reduce", Phase::Reduce), [None, None], Work::Reduce, |this, rank| {

@@ -164,4 +164,6 @@ fixtures!(
     hunyuan_v1_moe,
     gpt_oss,
     granitemoeshared,
+    granitemoehybrid,
+    nemotron_h,
 );

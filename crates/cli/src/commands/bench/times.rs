@@ -75,7 +75,8 @@ pub(super) fn host_times(step: &StepReport) -> Vec<HostTime> {
     (0..layers.max(2) - 1).take(layers).filter_map(of_layer).collect()
 }
 
-/// The MoE layer of a timeline whose time is the median, on all ranks.
+/// The MoE layer of a timeline whose time is the median, on all ranks, with what other layers do meanwhile: where experts' sums are
+/// added behind the next layer, that one computes beside their transfers.
 pub(super) fn median_layer(timeline: &Timeline) -> Option<Timeline> {
     let mut windows: BTreeMap<Layer, (u64, u64)> = BTreeMap::new();
     for (layer, _, LayerWindow { start_ns, end_ns, .. }) in moe_layers(timeline) {
@@ -84,9 +85,9 @@ pub(super) fn median_layer(timeline: &Timeline) -> Option<Timeline> {
     }
     let mut layers: Vec<_> = windows.into_iter().collect();
     layers.sort_by_key(|(_, (start, end))| end - start);
-    let (layer, (start, end)) = *layers.get(layers.len() / 2)?;
-    let spans: Vec<&Span> =
-        timeline.spans.iter().filter(|span| span.layer == Some(layer) && span.end_ns > start).collect();
+    let (_, (start, end)) = *layers.get(layers.len() / 2)?;
+    let meanwhile = |span: &&Span| span.end_ns > start && span.start_ns < end;
+    let spans: Vec<&Span> = timeline.spans.iter().filter(meanwhile).collect();
     Some(inside(&spans, start, end))
 }
 
@@ -219,6 +220,28 @@ mod tests {
         assert_eq!(
             (smallest_transfer(&timeline), smallest_transfer(&Timeline::default())),
             (Some(2.0), None)
+        );
+    }
+
+    #[test]
+    fn what_another_layer_computes_meanwhile_is_seen() {
+        let of_next = |phase, start, end| Span {
+            layer: Some(Layer(2)),
+            ..span(0, Lane::Compute, phase, None, start, end)
+        };
+        let timeline = Timeline {
+            spans: vec![
+                span(0, Lane::Compute, Phase::Route, None, 1, 2),
+                span(0, Lane::Transfer, Phase::Combine, Some(0), 3, 7),
+                of_next(Phase::Attention, 4, 6),
+                span(0, Lane::Compute, Phase::Sum, None, 8, 9),
+                of_next(Phase::Mlp, 9, 12),
+            ],
+        };
+        let seen = median_layer(&timeline).unwrap();
+        assert_eq!(
+            seen.spans.iter().map(|span| span.phase).collect::<Vec<_>>(),
+            [Phase::Route, Phase::Combine, Phase::Attention, Phase::Sum]
         );
     }
 

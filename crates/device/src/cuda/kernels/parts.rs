@@ -29,7 +29,7 @@ pub(super) fn parts_of(source: &'static Source) -> impl Iterator<Item = Part> {
 
 /// Whether a kernel of the file takes the compiler long.
 fn is_slow(file: &str) -> bool {
-    ["gemm", "attention", "delta"].iter().any(|start| file.starts_with(start))
+    ["gemm", "attention", "recurrence"].iter().any(|start| file.starts_with(start))
 }
 
 /// Two entries may share a file; it is compiled once.

@@ -91,7 +91,7 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     gemm::ListArgs::LAYOUT,
     norm::NormArgs::LAYOUT,
     recurrent::CarriedArgs::LAYOUT,
-    recurrent::DeltaRuleArgs::LAYOUT,
+    recurrent::RecurrenceArgs::LAYOUT,
     recurrent::GateArgs::LAYOUT,
     recurrent::ShortConvArgs::LAYOUT,
     reduce::ReduceArgs::LAYOUT,
@@ -218,7 +218,7 @@ impl Launch<'_> {
             Op::Activate(op) => self.activate(op),
             Op::AddSlotBias(op) => self.add_slot_bias(op),
             Op::ShortConv(op) => self.short_conv(op),
-            Op::DeltaRule(op) => self.delta_rule(op),
+            Op::Recurrence(op) => self.recurrence(op),
             Op::Gate(op) => self.gate(op),
         }
     }

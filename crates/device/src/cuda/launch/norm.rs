@@ -21,6 +21,8 @@ twin! {
         report: Report,
         heads: u32,
         interleaved: u32,
+        groups: u32,
+        padding: u32,
     }
 }
 
@@ -66,6 +68,8 @@ impl Launch<'_> {
             report: self.report,
             heads: 1,
             interleaved: 0,
+            groups: op.groups() as u32,
+            padding: 0,
         })
     }
 

@@ -4,10 +4,10 @@ use super::{Columns, Launch, Refusal, Rows, is_empty};
 use crate::DeviceError;
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
-use crate::op::{Carried, DeltaRule, Gate, Gating, ShortConv};
+use crate::op::{Carried, Gate, Gating, Recurrence, Rule, ShortConv};
 use epsmoe_base::DType;
 
-/// Columns of a state that a block has, as in `delta_rule.cu`.
+/// Columns of a state that a block has, as in `recurrence.cu`.
 const COLUMNS: usize = 32;
 
 twin! {
@@ -27,13 +27,14 @@ twin! {
         kept: Rows,
         carried: CarriedArgs,
         weight: u64,
+        bias: u64,
         taps: u32,
         padding: u32,
     }
 }
 
 twin! {
-    pub(super) struct DeltaRuleArgs = "Args" in "delta_rule.cu" {
+    pub(super) struct RecurrenceArgs = "Args" in "recurrence.cu" {
         x: Rows,
         gates: Rows,
         states: Rows,
@@ -41,10 +42,13 @@ twin! {
         carried: CarriedArgs,
         decay: u64,
         bias: u64,
+        skip: u64,
         key_heads: u32,
         value_heads: u32,
         key_width: u32,
         value_width: u32,
+        floor: f32,
+        padding: u32,
     }
 }
 
@@ -78,6 +82,7 @@ impl Launch<'_> {
             kept: Rows { start: 0, stride: 0, rows: sequences as u32, width: op.x.width as u32 },
             carried: self.carried(&op.carried)?,
             weight: self.weights.get(&op.weight)?.start,
+            bias: op.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|bias| bias.start))?,
             taps: op.taps() as u32,
             padding: 0,
         };
@@ -86,21 +91,27 @@ impl Launch<'_> {
         self.by_columns(Columns::Runs, "keep_rows", from, to, &counted, arguments)
     }
 
-    pub(super) fn delta_rule(&mut self, op: &DeltaRule) -> Result<(), Refusal> {
+    pub(super) fn recurrence(&mut self, op: &Recurrence) -> Result<(), Refusal> {
         let (heads, width) = (op.value_heads(), op.value_width());
         if is_empty(&op.out) {
             return Ok(());
         }
+        let (operations, skip, floor) = match &op.rule {
+            Rule::Delta => (["delta128", "delta256"], 0, 0.0),
+            Rule::StateSpace { skip, floor } => {
+                (["space128", "space256"], self.weights.get(skip)?.start, *floor)
+            }
+        };
         let operation = match op.key_width {
-            0..=128 => "delta128",
-            129..=256 => "delta256",
+            0..=128 => operations[0],
+            129..=256 => operations[1],
             wider => {
                 let message =
-                    format!("delta_rule: keys are {wider} wide, this GPU's kernels take at most 256");
+                    format!("recurrence: keys are {wider} wide, this GPU's kernels take at most 256");
                 return Err(DeviceError::Unsupported(message).into());
             }
         };
-        let arguments = DeltaRuleArgs {
+        let arguments = RecurrenceArgs {
             x: self.rows(&op.x)?,
             gates: self.rows(&op.gates)?,
             states: self.rows(&op.states)?,
@@ -112,6 +123,9 @@ impl Launch<'_> {
             value_heads: heads as u32,
             key_width: op.key_width as u32,
             value_width: width as u32,
+            skip,
+            floor,
+            padding: 0,
         };
         let kernel = self.kernels.get(operation, op.x.dtype, DType::F32)?;
         let blocks = op.carried.slots.rows * heads * width.div_ceil(COLUMNS);

@@ -5,8 +5,8 @@ use crate::Buffer;
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{
-    Activate, Add, AddSlotBias, ArgMax, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8, KvWrite, Scale,
-    ScaleTerms, SlotBias, SoftCap,
+    Activate, Activation, Add, AddSlotBias, ArgMax, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8,
+    KvWrite, Scale, ScaleTerms, SlotBias, SoftCap, Swish,
 };
 use epsmoe_base::DType;
 
@@ -123,6 +123,8 @@ twin! {
         cubic: f32,
         limit: f32,
         shift: f32,
+        squared: u32,
+        padding: u32,
     }
 }
 
@@ -181,14 +183,20 @@ impl Launch<'_> {
     }
 
     pub(super) fn activate(&mut self, op: &Activate) -> Result<(), Refusal> {
+        let (swish, squared) = match op.activation {
+            Activation::Swish(swish) => (swish, 0),
+            Activation::SquaredRelu => (Swish::GELU_TANH, 1),
+        };
         let arguments = ActivateArgs {
             x: self.rows(&op.x)?,
             out: self.rows(&op.out)?,
             bias: self.slot_bias(op.bias.as_ref(), op.x.width)?,
-            alpha: op.swish.alpha,
-            cubic: op.swish.cubic,
-            limit: op.swish.limit,
-            shift: op.swish.shift,
+            alpha: swish.alpha,
+            cubic: swish.cubic,
+            limit: swish.limit,
+            shift: swish.shift,
+            squared,
+            padding: 0,
         };
         self.by_columns(Columns::Runs, "activate", op.x.dtype, op.out.dtype, &op.out, arguments)
     }

@@ -1,4 +1,4 @@
-// The gated delta rule: a block has COLUMNS columns of the state of one value head of one sequence in registers, and lets
+// States that go on token by token, by the gated delta rule or that of state spaces: a block has COLUMNS columns of the state of one value head of one sequence in registers, and lets
 // token after token pass. Each column is shared by PARTS neighbouring lanes; lane `part` has the rows whose number, in
 // fours, is `part` modulo PARTS, so that neighbours read neighbouring quads of a key. Worked example: of 32 rows, part 1
 // has 4 to 7 and 20 to 23.
@@ -7,11 +7,13 @@
 struct Args {
     Rows x, gates, states, out;
     Carried carried;
-    u64 decay, bias;
+    u64 decay, bias, skip;
     u32 key_heads, value_heads, key_width, value_width;
+    f32 floor;
+    u32 padding;
 };
 
-constexpr u32 DELTA_THREADS = 128, PARTS = 4, COLUMNS = DELTA_THREADS / PARTS;
+constexpr u32 STATE_THREADS = 128, PARTS = 4, COLUMNS = STATE_THREADS / PARTS;
 // Tokens whose keys, queries and values are made ready at a time.
 constexpr u32 TOKENS = 16;
 constexpr f32 EPSILON = 1e-6f;
@@ -38,7 +40,16 @@ template <u32 KEYS, typename X> __device__ __forceinline__ void normed(f32* out,
     for (u32 i = 0; i < KEYS / 32; ++i) out[i * 32 + threadIdx.x % 32] = values[i] * factor;
 }
 
-template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
+// The same as it is.
+template <u32 KEYS, typename X> __device__ __forceinline__ void widened(f32* out, const X* x, u32 width) {
+#pragma unroll
+    for (u32 i = 0; i < KEYS / 32; ++i) {
+        const u32 n = i * 32 + threadIdx.x % 32;
+        out[n] = n < width ? wide(x[n]) : 0.0f;
+    }
+}
+
+template <bool DELTA, u32 KEYS, typename X> __device__ void recurrence(const Args& args) {
     constexpr u32 QUADS = KEYS / (4 * PARTS);
     __shared__ __align__(16) f32 keys[TOKENS][KEYS], queries[TOKENS][KEYS];
     __shared__ f32 values[TOKENS][COLUMNS], decays[TOKENS], betas[TOKENS];
@@ -80,24 +91,33 @@ template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
 
     const f32 rate = expf(reinterpret_cast<const f32*>(args.decay)[head]);
     const f32 bias = reinterpret_cast<const f32*>(args.bias)[head];
+    const f32 skip = DELTA ? 0.0f : reinterpret_cast<const f32*>(args.skip)[head];
     const f32 root = sqrtf(f32(args.key_width));
     for (u32 base = span.start; base < span.end; base += TOKENS) {
         const u32 count = min(TOKENS, span.end - base);
         __syncthreads();
-        for (u32 t = warp; t < count; t += DELTA_THREADS / 32) {
+        for (u32 t = warp; t < count; t += STATE_THREADS / 32) {
             const X* query = row<X>(args.x, base + t) + key_head * args.key_width;
-            normed<KEYS>(queries[t], query, args.key_width, root);
-            normed<KEYS>(keys[t], query + args.key_heads * args.key_width, args.key_width, 1.0f);
+            const X* key = query + args.key_heads * args.key_width;
+            if constexpr (DELTA) {
+                normed<KEYS>(queries[t], query, args.key_width, root);
+                normed<KEYS>(keys[t], key, args.key_width, 1.0f);
+            } else {
+                widened<KEYS>(queries[t], query, args.key_width);
+                widened<KEYS>(keys[t], key, args.key_width);
+            }
         }
-        for (u32 i = thread; i < count * COLUMNS; i += DELTA_THREADS) {
+        for (u32 i = thread; i < count * COLUMNS; i += STATE_THREADS) {
             const u32 t = i / COLUMNS, n = first_column + i % COLUMNS;
             const X* value = row<X>(args.x, base + t) + 2 * args.key_heads * args.key_width + head * width;
             values[t][i % COLUMNS] = n < width ? wide(value[n]) : 0.0f;
         }
         if (thread < count) {
             const f32* gates = row<f32>(args.gates, base + thread);
-            betas[thread] = sigmoid(gates[head]);
-            decays[thread] = expf(-rate * softplus(gates[heads + head] + bias));
+            const f32 step = softplus(gates[DELTA ? heads + head : head] + bias);
+            const f32 floored = DELTA ? step : fmaxf(step, args.floor);
+            betas[thread] = DELTA ? sigmoid(gates[head]) : floored;
+            decays[thread] = expf(-rate * floored);
         }
         __syncthreads();
         for (u32 t = 0; t < count; ++t) {
@@ -112,10 +132,10 @@ template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
 #pragma unroll
                 for (u32 j = 0; j < 4; ++j) {
                     state[i][j] *= decay;
-                    held[j] += of[j] * state[i][j];
+                    if constexpr (DELTA) held[j] += of[j] * state[i][j];
                 }
             }
-            const f32 total = column_sum((held[0] + held[1]) + (held[2] + held[3]));
+            const f32 total = DELTA ? column_sum((held[0] + held[1]) + (held[2] + held[3])) : 0.0f;
             const f32 delta = (values[t][own] - total) * betas[t];
 #pragma unroll
             for (u32 i = 0; i < QUADS; ++i) {
@@ -129,7 +149,8 @@ template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
                 }
             }
             const f32 result = column_sum((seen[0] + seen[1]) + (seen[2] + seen[3]));
-            if (part == 0 && column < width) row<f32>(args.out, base + t)[head * width + column] = result;
+            if (part == 0 && column < width)
+                row<f32>(args.out, base + t)[head * width + column] = DELTA ? result : result + skip * values[t][own];
             if (base + t + 1 == kept.end) leave(kept.slot);
         }
     }
@@ -137,14 +158,18 @@ template <u32 KEYS, typename X> __device__ void delta_rule(const Args& args) {
     leave(to);
 }
 
-#define DELTA_RULE(KEYS, X)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(DELTA_THREADS)                                              \
-        delta##KEYS##_##X##_f32(const __grid_constant__ Args args) {                                         \
+#define RECURRENCE(NAME, DELTA, KEYS, X)                                                                     \
+    extern "C" __global__ void __launch_bounds__(STATE_THREADS)                                              \
+        NAME##KEYS##_##X##_f32(const __grid_constant__ Args args) {                                          \
         take_turn();                                                                                         \
-        delta_rule<KEYS, X>(args);                                                                           \
+        recurrence<DELTA, KEYS, X>(args);                                                                    \
     }
 
-DELTA_RULE(128, f32)
-DELTA_RULE(128, bf16)
-DELTA_RULE(256, f32)
-DELTA_RULE(256, bf16)
+RECURRENCE(delta, true, 128, f32)
+RECURRENCE(delta, true, 128, bf16)
+RECURRENCE(delta, true, 256, f32)
+RECURRENCE(delta, true, 256, bf16)
+RECURRENCE(space, false, 128, f32)
+RECURRENCE(space, false, 128, bf16)
+RECURRENCE(space, false, 256, f32)
+RECURRENCE(space, false, 256, bf16)

@@ -1,16 +1,16 @@
-//! One token of one head of the gated delta rule, columns of its state side by side.
+//! One token of one head that carries a state, columns of its state side by side.
 
-use crate::threaded::DeltaToken;
+use crate::threaded::RecurrentToken;
 
 /// Columns that are taken together: as many running sums as stay in registers, while the rows of the state pass.
 const COLUMNS: usize = 32;
 
 /// The state goes on by a token. All instruction sets give the same bits: products and sums are rounded apart.
-pub(super) fn step(state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]) {
+pub(super) fn step(state: &mut [f32], token: &RecurrentToken<'_>, out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if std::is_x86_feature_detected!("avx2") {
         #[target_feature(enable = "avx2")]
-        fn wide(state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]) {
+        fn wide(state: &mut [f32], token: &RecurrentToken<'_>, out: &mut [f32]) {
             plain(state, token, out);
         }
         // SAFETY: the processor has the instructions, as was just asked.
@@ -20,7 +20,7 @@ pub(super) fn step(state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]) {
 }
 
 #[inline(always)]
-fn plain(state: &mut [f32], token: &DeltaToken<'_>, out: &mut [f32]) {
+fn plain(state: &mut [f32], token: &RecurrentToken<'_>, out: &mut [f32]) {
     let width = out.len();
     for start in (0..width).step_by(COLUMNS) {
         let columns = start..width.min(start + COLUMNS);
@@ -38,7 +38,7 @@ fn some_columns<C: AsMut<[f32]> + ?Sized>(
     state: &mut [f32],
     width: usize,
     start: usize,
-    token: &DeltaToken<'_>,
+    token: &RecurrentToken<'_>,
     value: &[f32],
     out: &mut C,
 ) {
@@ -46,18 +46,20 @@ fn some_columns<C: AsMut<[f32]> + ?Sized>(
     let count = out.len();
     let mut sums = [0.0f32; COLUMNS];
     let sums = &mut sums[..count];
-    for (row, key) in state.chunks_exact_mut(width).zip(token.key) {
-        for (state, sum) in row[start..][..count].iter_mut().zip(&mut *sums) {
-            *state *= token.decay;
-            *sum += key * *state;
+    if token.corrects {
+        for (row, key) in state.chunks_exact_mut(width).zip(token.key) {
+            for (state, sum) in row[start..][..count].iter_mut().zip(&mut *sums) {
+                *sum += key * (*state * token.decay);
+            }
         }
     }
     sums.iter_mut().zip(value).for_each(|(sum, value)| *sum = (value - *sum) * token.beta);
     out.fill(0.0);
     for ((row, key), query) in state.chunks_exact_mut(width).zip(token.key).zip(token.query) {
         for ((state, delta), out) in row[start..][..count].iter_mut().zip(&*sums).zip(&mut *out) {
-            *state += key * delta;
+            *state = *state * token.decay + key * delta;
             *out += query * *state;
         }
     }
+    out.iter_mut().zip(value).for_each(|(out, value)| *out += token.skip * value);
 }
