@@ -170,6 +170,7 @@ __device__ __forceinline__ u32 value_place(u32 line, u32 piece) { return line * 
 
 // C is what values are cached in.
 template <typename C> struct Sums {
+    static constexpr bool CODES = sizeof(C) == 1;
     const FewArgs& few;
     const Args& args;
     const Unit& unit;
@@ -219,18 +220,16 @@ template <typename C> struct Sums {
         }
     }
 
-    // What a lane brought arrives at its step, and becomes numbers there.
+    // What a lane brought of a step, and of the steps before, is there: it becomes numbers.
     __device__ __forceinline__ void settle_values(u32 step) const {
-        const u32 slot = step % STAGES;
-        if constexpr (sizeof(C) == sizeof(bf16)) {
-            barrier_follow(full + 8 * slot);
-        } else {
-            bf16* at = stages[slot].values + value_place(lane / 4, lane % 4);
-            copies_commit();
-            copies_wait<0>();
-#pragma unroll 2
-            for (u32 i = 0; i < STEP / 8; ++i) settle_piece<C>(at + i * (8 * SLICE));
-            barrier_arrive(full + 8 * slot);
+        bf16* at = stages[step % STAGES].values + value_place(lane / 4, lane % 4);
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half, at += 4 * (8 * SLICE)) {
+            uint2 codes[4];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) codes[i] = *reinterpret_cast<const uint2*>(at + i * (8 * SLICE));
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) *reinterpret_cast<uint4*>(at + i * (8 * SLICE)) = decode_piece(codes[i]);
         }
     }
 
@@ -288,16 +287,28 @@ template <typename C> struct Sums {
         float2 scores[2][8];
         f32 maxima[2][MAKERS];
         if (maker < unit.steps) read_scores(scores, maker), read_maxima(maxima, maker);
-        for (u32 step = maker; step < unit.steps; step += MAKERS) {
-            const u32 slot = step % STAGES, next = step + MAKERS;
-            make(softmax, maxima, scores, step);
-            settle_values(step);
-            barrier_arrive(full + 8 * slot);
-            if (next >= unit.steps) break;
-            read_scores(scores, next), read_maxima(maxima, next);
+        const auto bring_next = [&](u32 next) {
             if (next >= STAGES) barrier_wait(empty + 8 * (next % STAGES), next / STAGES % 2 ^ 1);
             bring_values(first, next);
             first = find_values(next + MAKERS);
+        };
+        if constexpr (CODES) copies_commit();
+        for (u32 step = maker; step < unit.steps; step += MAKERS) {
+            const u32 slot = step % STAGES, next = step + MAKERS;
+            if constexpr (!CODES) barrier_follow(full + 8 * slot);
+            make(softmax, maxima, scores, step);
+            if constexpr (CODES) {
+                // Values of the next step are on their way while those of this one are decoded.
+                if (next < unit.steps) bring_next(next);
+                copies_commit();
+                copies_wait<1>();
+                settle_values(step);
+                barrier_arrive(full + 8 * slot);
+            }
+            barrier_arrive(full + 8 * slot);
+            if (next >= unit.steps) break;
+            read_scores(scores, next), read_maxima(maxima, next);
+            if constexpr (!CODES) bring_next(next);
         }
     }
 

@@ -156,23 +156,35 @@ __device__ __forceinline__ void fetch_steps(const HopperArgs& all, Room<S>& room
     }
 }
 
-// Pieces of a step of codes on their way into its place, of WIDTH columns of the rows from `first` on. By a whole warpgroup.
+// Each thread of a warpgroup has the same piece of every sixteenth line of every chunk, whose places are so far apart.
+constexpr u32 LINES_APART = GROUP / 8, PLACES_APART = LINES_APART * 128, SHARE = STEP / LINES_APART;
+
+// A step of codes on their way into its place, WIDTH columns of the rows from `first` on.
 template <u32 WIDTH> __device__ __forceinline__ void bring_codes(unsigned char* to, const Rows& cache, u32 first) {
-    constexpr u32 PIECES = WIDTH / LINE;
-#pragma unroll 2
-    for (u32 at = threadIdx.x; at < STEP * PIECES; at += GROUP) {
-        const u32 line = at / PIECES, piece = at % PIECES;
-        const e4m3* from = row<e4m3>(cache, min(first + line, cache.rows - 1)) + blockIdx.y * WIDTH + piece * LINE;
-        bring_piece(reinterpret_cast<bf16*>(to + place(line, piece)), from, true, from);
-    }
+    const u32 line = threadIdx.x / 8, piece = threadIdx.x % 8;
+    const e4m3* from = row<e4m3>(cache, first + line) + blockIdx.y * WIDTH + piece * LINE;
+    unsigned char* at = to + place(line, piece);
+    // Without a whole step there is no block, and nothing that is looked at.
+    if (cache.rows < STEP) return;
+#pragma unroll
+    for (u32 i = 0; i < SHARE; ++i, from += LINES_APART * cache.stride)
+#pragma unroll
+        for (u32 chunk = 0; chunk < WIDTH / COLUMNS; ++chunk)
+            bring_piece(reinterpret_cast<bf16*>(at + chunk * CHUNK + i * PLACES_APART), from + chunk * COLUMNS, true, from);
 }
 
-// The same pieces, once they are there, as numbers.
-template <u32 WIDTH> __device__ __forceinline__ void settle_codes(unsigned char* at) {
-    constexpr u32 PIECES = WIDTH / LINE;
-#pragma unroll 4
-    for (u32 piece = threadIdx.x; piece < STEP * PIECES; piece += GROUP)
-        settle_piece<e4m3>(reinterpret_cast<bf16*>(at + place(piece / PIECES, piece % PIECES)));
+// The same pieces, once they are there, as numbers. All of a chunk are read before any is written.
+template <u32 WIDTH> __device__ __forceinline__ void settle_codes(unsigned char* to) {
+    unsigned char* at = to + place(threadIdx.x / 8, threadIdx.x % 8);
+#pragma unroll
+    for (u32 chunk = 0; chunk < WIDTH / COLUMNS; ++chunk) {
+        uint2 codes[SHARE];
+#pragma unroll
+        for (u32 i = 0; i < SHARE; ++i) codes[i] = *reinterpret_cast<const uint2*>(at + chunk * CHUNK + i * PLACES_APART);
+#pragma unroll
+        for (u32 i = 0; i < SHARE; ++i)
+            *reinterpret_cast<uint4*>(at + chunk * CHUNK + i * PLACES_APART) = decode_piece(codes[i]);
+    }
 }
 
 // As `fetch_steps`, of codes: keys of a step are a turn, and so are its values.

@@ -90,9 +90,14 @@ template <typename C> __device__ __forceinline__ void settle(bf16* lines, u32 ch
 #pragma unroll
     for (u32 i = 0; i < HEIGHT / LINES; ++i) {
         bf16* at = lines + place(threadIdx.x / PIECES + i * LINES, threadIdx.x % PIECES);
+        // All are read before any is written.
+        uint2 codes[KEY_CHUNKS];
 #pragma unroll
         for (u32 c = 0; c < KEY_CHUNKS; ++c)
-            if (c < chunks) settle_piece<C>(at + c * CHUNK);
+            if (c < chunks) codes[c] = *reinterpret_cast<const uint2*>(at + c * CHUNK);
+#pragma unroll
+        for (u32 c = 0; c < KEY_CHUNKS; ++c)
+            if (c < chunks) *reinterpret_cast<uint4*>(at + c * CHUNK) = decode_piece(codes[c]);
     }
 }
 

@@ -323,7 +323,9 @@ impl Detector<'_> {
         match (zeros.tensor.dtype, element) {
             (StoredType::I8, Element::I8) => {
                 let columns = grid[1];
-                if zeros.tensor.shape.iter().product::<usize>() != grid[0] * grid[1] {
+                let found =
+                    zeros.tensor.shape.iter().try_fold(1usize, |all, &length| all.checked_mul(length));
+                if found != grid[0].checked_mul(grid[1]) {
                     return Err(self.misfit(&zeros, &format!("{grid:?}")));
                 }
                 Ok(StoredMatrix { name: zeros.name, dtype: StoredType::I8, columns })

@@ -163,6 +163,44 @@ fn headers_that_lie_are_refused_with_the_numbers_that_disagree() {
     );
 }
 
+/// Every format with fewer blocks than its shape needs, rows of no whole blocks, and scales that are no numbers.
+#[test]
+fn blocks_that_lie_are_refused() {
+    for format in GgmlType::all() {
+        let (number, block, bytes) = (format.number(), format.block() as u64, format.block_bytes());
+        let of = |dimensions: &[u64], bytes: &[u8]| {
+            Builder::new("qwen3moe").tensor("a", number, dimensions, bytes).bytes()
+        };
+        assert!(read(&of(&[block, 2], &vec![0; 2 * bytes])).is_ok(), "{format}");
+        for (dimensions, data, problem) in [
+            (vec![block, 64], bytes, "ends at byte"),
+            (vec![block - 1], bytes, "has the impossible shape"),
+            (vec![block + 1, 4], 8 * bytes, "has the impossible shape"),
+            (vec![block, 1 << 50], bytes, "ends at byte"),
+            (vec![u64::MAX, u64::MAX, u64::MAX, u64::MAX], 0, "has the impossible shape"),
+        ] {
+            let message = refused(&of(&dimensions, &vec![0; data]));
+            assert!(
+                message.contains("tensor `a`") && message.contains(problem),
+                "{format} {dimensions:?}: {message}"
+            );
+        }
+        // All bits set are NaN in every kind of scale; what is read whole is refused decoded and in codes.
+        let file = of(&[block, 2], &vec![0xff; 2 * bytes]);
+        let file = File { header: read(&file).unwrap(), bytes: file };
+        let shape = [2, block as usize];
+        let coded =
+            CodedTensor::detect("a", &shape, &Hints::default(), |name| file.find(name)).unwrap().unwrap();
+        let mut weights = vec![0.0f32; shape[0] * shape[1]];
+        let decoded = coded.decode(&file, Rows::range(0..2), 0..shape[1], &mut weights);
+        let message = decoded.unwrap_err().to_string();
+        assert!(message.contains("tensor `a`: row 0, column 0 is"), "{format}: {message}");
+        if let Ok(Some(_)) = coded.codes(&file, Rows::range(0..2), 0..shape[1]) {
+            panic!("{format}: scales of NaN are held");
+        }
+    }
+}
+
 #[test]
 fn a_file_cut_anywhere_is_refused() {
     let file = Builder::new("qwen3moe")
