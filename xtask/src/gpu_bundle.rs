@@ -20,12 +20,13 @@ const PROGRAMS: [Program; 6] = [
 ];
 
 /// The scripts that run them, and what these read: file name and text.
-const SCRIPTS: [(&str, &str); 9] = [
+const SCRIPTS: [(&str, &str); 10] = [
     ("run-ops.sh", include_str!("run-ops.sh")),
     ("run-ranks.sh", include_str!("run-ranks.sh")),
     ("ranks.py", include_str!("ranks.py")),
     ("run-overlap.sh", include_str!("run-overlap.sh")),
     ("run-emulated.sh", include_str!("run-emulated.sh")),
+    ("emulated.py", include_str!("emulated.py")),
     ("run-models.sh", include_str!("run-models.sh")),
     ("run-bench.sh", include_str!("run-bench.sh")),
     ("libraries.sh", include_str!("libraries.sh")),

@@ -19,6 +19,11 @@ for file in sorted(glob.glob("emulated-*.json")):
         of["emulated"] = {row["schedule"]: row["layer_us"] / 1e3 for row in cell["rows"]}
         of["predicted"] = {row["schedule"]: row["predicted_us"] / 1e3 for row in cell["rows"] if row["predicted_us"]}
 
+for file in sorted(glob.glob("decode-*.json")):
+    report = json.load(open(file))
+    times = "  ".join(f"{name(row)} {row['decode_step_ms']:.3f}" for row in report["rows"] if row["decode_step_ms"])
+    print(f"{file[:-len('.json')]}, {report['ranks']} ranks: ms of a step: {times}")
+
 errors, behind = {"emulated": [], "predicted": []}, {"thread": [], "process": []}
 for (model, tokens, wire), kinds in sorted(cells.items()):
     print(f"{model}, {tokens} tokens a rank, rows in {wire}: ms of a layer")

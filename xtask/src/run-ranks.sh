@@ -9,13 +9,14 @@
 # killed      processes over NCCL of which one is killed
 # layers      MoE layers of three models: threads with copies from GPU to GPU, processes with NCCL, and one rank, the others
 #             emulated over a link as fast as those copies; rows in bfloat16, and of the larger cells in FP8
+# decode      steps of a token a sequence, four layers of two models, counted and gathered: ranks that are threads
 # model       Qwen3-30B-A3B whole, prefill and decode, threads and processes
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/libraries.sh"
 gpus=$(nvidia-smi -L | wc -l)
 ranks=${1:-$gpus}
 [ $# -gt 0 ] && shift
-parts=${*:-suites processes killed layers model}
+parts=${*:-suites processes killed layers decode model}
 status=0
 # NVLink's multicast is the fabric manager's to give.
 export NCCL_NVLS_ENABLE=0 EPSMOE_TEST_FIXTURES="$here/fixtures"
@@ -118,6 +119,20 @@ if is_wanted layers && [ "$gpus" -gt 1 ]; then
                         --input-len 1024 --num-iters 7 --max-seconds 2 --wire-dtype "$wire" --profile profile.toml "$@" \
                         --distributed-executor-backend $kind --explain --json "$name.json" >"$name.txt" 2>&1 || status=$?
                 done
+            done
+        done
+    done
+fi
+if is_wanted decode; then
+    device=$(if [ "$gpus" -lt "$ranks" ]; then echo cuda:0; else echo cuda; fi)
+    for model in deepseek-v2-lite qwen3-30b-a3b; do
+        for batch in 1 8 32; do
+            for gather in 0 512; do
+                name=decode-$model-$batch-$gather
+                timeout 40 "$epsmoe" bench --device "$device" --dtype bfloat16 --model "preset:$model" -dp "$ranks" -ep \
+                    --link none --hf-overrides '{"num_hidden_layers": 4}' --batch-size $((batch * ranks)) --input-len 128 \
+                    --output-len 65 --num-iters 5 --max-seconds 3 --gather-tokens $gather --contender serial --contender auto \
+                    --json "$name.json" >"$name.txt" 2>&1 || status=$?
             done
         done
     done

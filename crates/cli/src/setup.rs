@@ -390,6 +390,8 @@ pub(crate) struct Setup {
     dtype: DType,
     wire: WireDType,
     cache: CacheDType,
+    /// Most tokens of layers that are gathered.
+    gather_tokens: usize,
     isa: Isa,
     batched_tokens: Option<usize>,
     sequences: Option<usize>,
@@ -503,6 +505,8 @@ impl Setup {
             dtype,
             wire,
             cache,
+            // Of emulated ranks nobody knows what they would send.
+            gather_tokens: if emulated.is_some() { 0 } else { args.gather_tokens },
             isa,
             batched_tokens: args.max_num_batched_tokens,
             sequences: args.max_num_seqs,
@@ -577,6 +581,7 @@ impl Setup {
             policy: policy.clone(),
             cache_dtype: self.cache,
             wire: self.wire,
+            gather_tokens: self.gather_tokens,
             parallel,
             routing: self.routing.clone(),
             // On a CPU a few tokens behind a long context would take most of their time to decompress it.

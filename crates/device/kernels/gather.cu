@@ -1,4 +1,4 @@
-// out[m] = x[index[m]]
+// out[m] = x[index[m]], where the index names a row
 #include "e4m3.cuh"
 
 struct Args { Rows x, index, out; Report report; };
@@ -6,6 +6,7 @@ struct Args { Rows x, index, out; Report report; };
 template <typename X, typename Y> __device__ void gather(const Args& args) {
     FOR_STRETCHES(args.out, m, n) {
         u32 source = at<u32>(args.index, m);
+        if (source == ~0u) continue;
         if (source >= args.x.rows) {
             complain(args.report, SOURCE_ROW, source, args.x.rows);
             continue;

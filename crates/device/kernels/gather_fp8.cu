@@ -1,4 +1,4 @@
-// out[m] = x[index[m]], to or from rows of e4m3 codes: four codes a word, the first in its lowest byte, then a float32
+// out[m] = x[index[m]] where the index names a row, to or from rows of e4m3 codes: four codes a word, the first in its lowest byte, then a float32
 // scale for every GROUP of columns. What is encoded is rounded to bfloat16 first. A half warp has a group at a time.
 #include "e4m3.cuh"
 
@@ -52,6 +52,7 @@ template <typename T> __device__ __forceinline__ void read_rounded(Run (&runs)[R
 __device__ __forceinline__ bool source_of(const Args& args, u32 m, u32& source) {
     source = at<u32>(args.index, m);
     if (source < args.x.rows) return true;
+    if (source == ~0u) return false;
     complain(args.report, SOURCE_ROW, source, args.x.rows);
     return false;
 }

@@ -44,7 +44,7 @@ BLOCK_PER_BIN(sort) {
     }
     // In place there may be fewer, of some rows none.
     if (!args.travelled && slot + 1 == local)
-        for (u32 unused = start + found + threadIdx.x; unused < all; unused += WARPS * 32) *row<u32>(args.rows, unused) = 0;
+        for (u32 unused = start + found + threadIdx.x; unused < all; unused += WARPS * 32) *row<u32>(args.rows, unused) = NONE;
     for (u32 r = threadIdx.x; !args.travelled && slot == 0 && r < count; r += WARPS * 32)
         if (*row<u32>(args.slots, r) == NONE)
             for (u32 place = 0; place < width; ++place) row<u32>(args.terms, r)[place] = NONE;

@@ -41,6 +41,8 @@ pub struct EngineOptions {
     pub policy: Policy,
     /// What rows travel between ranks in.
     pub wire: WireDType,
+    /// MoE layers of at most so many tokens on all ranks together are gathered; 0 for none.
+    pub gather_tokens: usize,
     /// How the model is spread over ranks.
     pub parallel: Parallel,
     /// What decides where tokens go, and whether that is recorded.
@@ -68,6 +70,7 @@ impl EngineOptions {
             policy: self.policy.clone(),
             capacity: self.capacity,
             wire: self.wire,
+            gather_tokens: self.gather_tokens,
             parallel: self.parallel,
             routing: self.routing.clone(),
             decompress_prompts: self.decompress_prompts,

@@ -173,6 +173,7 @@ fn options() -> EngineOptions {
         policy: Policy::default(),
         cache_dtype: CacheDType::Auto,
         wire: WireDType::Auto,
+        gather_tokens: 0,
         parallel: Parallel::default(),
         routing: RoutingMode::FromRouter,
         timeout: Duration::from_secs(10),

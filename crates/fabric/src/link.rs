@@ -147,7 +147,7 @@ pub struct PacedLink {
 #[derive(Debug)]
 struct LinkState {
     free_at: Instant,
-    /// When the lane last woke up from an exchange.
+    /// When the lane last woke up from an exchange that the link was slower with than the machine.
     woke: Instant,
     pacing: Pacing,
 }
@@ -190,7 +190,7 @@ impl PacedLink {
     }
 
     /// When an exchange that the lane comes to at `now` could have begun: when the link was free, if only waking up kept
-    /// the lane from it.
+    /// the lane from it. Where rows were copied late, the lane may have come to the next exchange late for other reasons too.
     pub(crate) fn begin(&self, now: Instant) -> Instant {
         /// From waking up to the next exchange, if nothing is waited for in between.
         const AT_ONCE: Duration = Duration::from_micros(20);
@@ -209,12 +209,12 @@ impl PacedLink {
     /// `now`.
     pub(crate) fn note(&self, due: Instant, copied: Instant, now: Instant) {
         let mut state = self.state();
-        state.woke = now;
         state.pacing.exchanges += 1;
         if copied > due {
             state.pacing.unresolved += 1;
             return;
         }
+        state.woke = now;
         state.pacing.late.note(now.saturating_duration_since(due));
     }
 
@@ -267,6 +267,18 @@ mod tests {
         assert_eq!(link.begin(after(195)), due, "90 us late, 5 us before the next");
         assert_eq!(link.begin(after(250)), after(250), "something else was waited for");
         assert_eq!(link.book(link.begin(after(195)), 50_000), after(150));
+    }
+
+    /// A copy that products kept waiting is over when they are: what follows at once may have waited for them too.
+    #[test]
+    fn rows_that_were_copied_late_give_what_follows_no_start() {
+        let link = PacedLink::new("1GB/s,0us".parse().unwrap());
+        let start = link.state().free_at;
+        let after = |microseconds| start + Duration::from_micros(microseconds);
+        let due = link.book(start, 100_000);
+        link.note(due, after(900), after(900));
+        assert_eq!(link.begin(after(905)), after(905));
+        assert_eq!(link.book(after(905), 50_000), after(955));
     }
 
     #[test]

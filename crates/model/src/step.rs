@@ -40,6 +40,8 @@ pub(crate) struct LayerTokens {
     /// Where the tokens of the ranks that split attention, and MLPs, lie.
     pub(crate) attention: Shares,
     pub(crate) mlp: Shares,
+    /// How many each rank of the world has, where that is known.
+    pub(crate) known: Option<Vec<usize>>,
 }
 
 /// What attention needs to know of the tokens that look: Q of the group's tokens.
@@ -62,10 +64,12 @@ pub(crate) struct StepLayout {
     pub(crate) shards: Vec<usize>,
     pub(crate) wanted: Vec<usize>,
     labels: Vec<Vec<TokenId>>,
+    /// Whether that is so of all ranks.
+    met: bool,
 }
 
 impl StepLayout {
-    /// What this rank knows by itself, or, where ranks work on each other's tokens, what all ranks tell each
+    /// What this rank knows by itself, or, where ranks work on each other's tokens or `meets` says so, what all ranks tell each
     /// other: the only blocking exchange besides the count exchange of expert pipelines. `identity` is a hash of
     /// everything ranks must have in common.
     pub(crate) fn agree(
@@ -73,7 +77,7 @@ impl StepLayout {
         layout: &Layout,
         identity: u64,
         batch: &Batch,
-        labelled: bool,
+        [labelled, meets]: [bool; 2],
     ) -> Result<Self, Fault> {
         let mine = Announcement {
             identity,
@@ -82,8 +86,8 @@ impl StepLayout {
             wanted: batch.wanted_in(&layout.in_group().of(batch.ids.len())).len(),
             labels: if labelled { batch.labels() } else { Vec::new() },
         };
-        let me = control.rank();
-        let all = if layout.shares_tokens() {
+        let (me, met) = (control.rank(), meets || layout.shares_tokens());
+        let all = if met {
             gather(control, layout, me, mine)?
         } else {
             let others = Announcement { identity, ..Announcement::default() };
@@ -101,7 +105,13 @@ impl StepLayout {
             labels: labels.collect(),
             wanted: all.iter().map(|of_rank| of_rank.wanted).collect(),
             shards: shards.iter().map(|shard| shard.len()).collect(),
+            met,
         })
+    }
+
+    /// What every rank has of the tokens that `of_ranks` counts, if everybody knows it.
+    pub(crate) fn known(&self, of_ranks: &[usize]) -> Option<Vec<usize>> {
+        self.met.then(|| of_ranks.to_vec())
     }
 
     /// The tokens in the shards of some ranks, one after the other.

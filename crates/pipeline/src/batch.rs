@@ -3,7 +3,7 @@
 use crate::buffers::LayerBuffers;
 use epsmoe_base::{Rank, Stage};
 use epsmoe_device::Buffer;
-use epsmoe_plan::{Capacity, LayerHistograms, StageTable, TokenHistograms, Traffic};
+use epsmoe_plan::{Capacity, LayerHistograms, LayerSizes, StageTable, TokenHistograms, Traffic};
 use std::ops::Range;
 
 /// A batch whose plan is known.
@@ -23,8 +23,92 @@ pub(crate) struct Batch {
 pub(crate) enum Rows {
     /// With their rank, the only one: the tokens themselves. How many assignments a slot has only the device knows.
     InPlace,
+    /// Every rank has those of all. How many tokens each has everybody knew; how many assignments a slot has only the
+    /// devices know.
+    Gathered(Gathered),
     /// They travel, and everybody knows how many of them where.
     Travel(Box<Travel>),
+}
+
+impl Rows {
+    /// Which rows of metadata rank `me` sends to `rank`, and to which of its own those of `rank` come.
+    pub(crate) fn of_metadata(&self, me: Rank, rank: Rank) -> [Range<usize>; 2] {
+        match self {
+            Rows::InPlace => [0..0, 0..0],
+            Rows::Gathered(gathered) => [gathered.block(me, rank), gathered.of(rank)],
+            Rows::Travel(travel) => {
+                [travel.traffic.dispatch_send_all(me, rank), travel.traffic.metadata_receive(me, rank)]
+            }
+        }
+    }
+
+    /// The same of the rows of a stage.
+    pub(crate) fn of_dispatch(&self, me: Rank, rank: Rank, stage: Stage) -> [Range<usize>; 2] {
+        match self {
+            Rows::InPlace => [0..0, 0..0],
+            Rows::Gathered(gathered) => [0..gathered.of(me).len(), gathered.of(rank)],
+            Rows::Travel(travel) => [
+                travel.traffic.dispatch_send(me, rank, stage),
+                travel.traffic.dispatch_receive(me, stage, rank),
+            ],
+        }
+    }
+
+    /// The same of the sums that a stage completes.
+    pub(crate) fn of_combine(&self, me: Rank, rank: Rank, stage: Stage) -> [Range<usize>; 2] {
+        match self {
+            Rows::InPlace => [0..0, 0..0],
+            Rows::Gathered(gathered) => [gathered.of(rank), gathered.block(me, rank)],
+            Rows::Travel(travel) => [
+                travel.traffic.combine_send(me, stage, rank),
+                travel.traffic.combine_receive(me, rank, stage),
+            ],
+        }
+    }
+
+    /// How many sums come back to rank `me`.
+    pub(crate) fn sums(&self, me: Rank) -> usize {
+        match self {
+            Rows::InPlace => 0,
+            Rows::Gathered(gathered) => gathered.ranks() * gathered.of(me).len(),
+            Rows::Travel(travel) => travel.traffic.rows_sent(me),
+        }
+    }
+}
+
+/// Where the tokens of every rank are among those of all.
+pub(crate) struct Gathered {
+    /// `[R + 1]`
+    starts: Vec<usize>,
+}
+
+impl Gathered {
+    pub(crate) fn new(tokens: &[usize]) -> Self {
+        let mut end = 0;
+        let ends = tokens.iter().map(|tokens| {
+            end += tokens;
+            end
+        });
+        Gathered { starts: std::iter::once(0).chain(ends).collect() }
+    }
+
+    pub(crate) fn of(&self, rank: Rank) -> Range<usize> {
+        self.starts[rank.0]..self.starts[rank.0 + 1]
+    }
+
+    pub(crate) fn all(&self) -> Range<usize> {
+        0..self.starts[self.starts.len() - 1]
+    }
+
+    /// Where the tokens of `me` are among what it tells every rank of them and gets back from it.
+    fn block(&self, me: Rank, rank: Rank) -> Range<usize> {
+        let tokens = self.of(me).len();
+        rank.0 * tokens..(rank.0 + 1) * tokens
+    }
+
+    fn ranks(&self) -> usize {
+        self.starts.len() - 1
+    }
 }
 
 /// Rows that travel: what all ranks know about them.
@@ -58,15 +142,21 @@ impl Batch {
     pub(crate) fn traffic(&self) -> Option<&Traffic> {
         match &self.rows {
             Rows::Travel(travel) => Some(&travel.traffic),
-            Rows::InPlace => None,
+            Rows::InPlace | Rows::Gathered(_) => None,
         }
     }
 
-    /// What it takes up on `rank`, for layers of `top_k` experts a token.
-    pub(crate) fn needed(&self, rank: Rank, top_k: usize) -> Capacity {
+    /// What it takes up on `rank`.
+    pub(crate) fn needed(&self, rank: Rank, sizes: &LayerSizes) -> Capacity {
         match &self.rows {
             Rows::Travel(travel) => Capacity::needed(&travel.traffic, rank),
-            Rows::InPlace => Capacity::in_place(self.tokens.len(), top_k),
+            Rows::Gathered(gathered) => {
+                let (tokens, rows_received) = (self.tokens.len(), gathered.all().end);
+                let assignments = rows_received * sizes.slots_of_row();
+                let gathered = Capacity::gathered(tokens, sizes);
+                Capacity { rows_received, assignments, stage_assignments: assignments, ..gathered }
+            }
+            Rows::InPlace => Capacity::in_place(self.tokens.len(), sizes.top_k),
         }
     }
 }

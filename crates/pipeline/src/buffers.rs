@@ -22,9 +22,11 @@ pub(crate) struct LayerBuffers {
     pub(crate) router_logits: Buffer,
     pub(crate) router_experts: Buffer,
     pub(crate) router_weights: Buffer,
-    /// The layer's map: slot of each expert `[E, 1]`, first slot on the rank of each slot `[S, 1]`.
+    /// The layer's map: slot of each expert `[E, 1]`, first slot on the rank of each slot `[S, 1]`, first slot of each rank
+    /// and the end `[R + 1, 1]`.
     pub(crate) slot_of: Buffer,
     pub(crate) block_starts: Buffer,
+    pub(crate) rank_starts: Buffer,
     /// Slots of each token and their weights `[T, k]`, and histograms over slots `[3, S]`, which the host reads.
     pub(crate) slots: Buffer,
     pub(crate) slot_weights: Buffer,
@@ -107,6 +109,7 @@ impl LayerBuffers {
             router_weights: floats("router_weights", tokens, top_k)?,
             slot_of: indices("slot_of", experts, replicas)?,
             block_starts: indices("block_starts", layer.slots(), 1)?,
+            rank_starts: indices("rank_starts", ranks + 1, 1)?,
             slots: indices("slots", tokens, top_k)?,
             slot_weights: floats("slot_weights", tokens, top_k)?,
             counts: device.allocate_for_host("counts", DType::U32, batches * 3, layer.slots())?,
@@ -134,7 +137,7 @@ impl LayerBuffers {
             sums: travelling("sums", rows_received, wire.combine)?,
             combined_rows: travelling("combined_rows", rows_sent, wire.combine)?,
             combine_index: indices("combine_index", tokens, layer.ranks_of_token())?,
-            every_token: indices("every_token", if ranks == 1 { tokens } else { kept_tokens }, 1)?,
+            every_token: indices("every_token", tokens, 1)?,
             shared_inner: values("shared_inner", shared_tokens, shared_inner)?,
             shared_products: floats(
                 "shared_products",

@@ -17,15 +17,13 @@ impl<B: Backend> ExpertPipeline<B> {
         stage: Stage,
         reduced: Option<&B::Event>,
     ) -> Result<Option<B::Event>, PipelineError> {
-        let Rows::Travel(travel) = &batch.rows else { return Ok(None) };
-        let (me, traffic, buffers) = (self.fabric.rank(), &travel.traffic, &batch.buffers);
+        if matches!(batch.rows, Rows::InPlace) {
+            return Ok(None);
+        }
         self.after(Lane::Transfer, reduced);
-        self.exchange(
-            Place::layer(call.layer.layer).stage(stage).phase(Phase::Combine),
-            "combine",
-            |rank| buffers.sums.rows(traffic.combine_send(me, stage, rank)),
-            |rank| buffers.combined_rows.rows(traffic.combine_receive(me, rank, stage)),
-        )?;
+        let place = Place::layer(call.layer.layer).stage(stage).phase(Phase::Combine);
+        let (me, ends) = (self.fabric.rank(), [&batch.buffers.sums, &batch.buffers.combined_rows]);
+        self.exchange(place, "combine", ends, |rank| batch.rows.of_combine(me, rank, stage))?;
         Ok(Some(self.device.record(Lane::Transfer)))
     }
 
@@ -62,8 +60,8 @@ impl<B: Backend> ExpertPipeline<B> {
             Rows::InPlace => {
                 (buffers.sums.rows(0..tokens.len())?, buffers.every_token.rows(0..tokens.len())?)
             }
-            Rows::Travel(travel) => (
-                buffers.combined_rows.rows(0..travel.traffic.rows_sent(self.fabric.rank()))?,
+            Rows::Gathered(_) | Rows::Travel(_) => (
+                buffers.combined_rows.rows(0..batch.rows.sums(self.fabric.rank()))?,
                 buffers.combine_index.rows(tokens)?,
             ),
         };

@@ -1,14 +1,14 @@
 //! Rows on their way to their experts.
 
-use crate::batch::{Batch, Packed, Rows, rows_sent};
+use crate::batch::{Batch, Gathered, Packed, Rows, rows_sent};
 use crate::buffers::LayerBuffers;
 use crate::run::Call;
 use crate::{ExpertPipeline, PipelineError};
-use epsmoe_base::{Lane, Phase, Place, Rank, Stage};
-use epsmoe_device::op::{CountSlots, Fp8, SendOrder};
-use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_base::{Lane, Phase, Place, Rank, RowFormat, Stage};
+use epsmoe_device::op::{CountSlots, Fp8, SendOrder, SpreadSlots};
+use epsmoe_device::{Backend, Buffer};
 use epsmoe_fabric::Exchange;
-use epsmoe_plan::TokenHistograms;
+use epsmoe_plan::{SharedExpert, StageTable, TokenHistograms};
 use std::ops::Range;
 
 impl<B: Backend> ExpertPipeline<B> {
@@ -62,6 +62,35 @@ impl<B: Backend> ExpertPipeline<B> {
         Ok(Packed { tokens, buffers, counts })
     }
 
+    /// A batch that every rank is given all rows of, with what it needs to know of them.
+    pub(crate) fn spread(
+        &self,
+        call: &Call<'_>,
+        tokens: &Range<usize>,
+        table: StageTable,
+        gathered: Gathered,
+    ) -> Result<Batch, PipelineError> {
+        let (buffers, place) = (&self.buffers, Place::layer(call.layer.layer));
+        let (x, y) = (call.x.rows(tokens.clone())?, call.y.rows(tokens.clone())?);
+        let spread = SpreadSlots {
+            slots: buffers.slots.rows(tokens.clone())?,
+            weights: buffers.slot_weights.rows(tokens.clone())?,
+            rank_starts: buffers.rank_starts.clone(),
+            metadata: buffers.send_metadata.rows(0..self.fabric.size() * tokens.len())?,
+            sums: buffers.combine_index.rows(tokens.clone())?,
+        };
+        self.compute(place, spread)?;
+        if self.options.sizes.layer.wire.dispatch == RowFormat::Fp8 {
+            let index = buffers.every_token.rows(0..tokens.len())?;
+            let out = buffers.send_rows.rows(0..tokens.len())?;
+            self.gather_rows(place.phase(Phase::Pack), Fp8::Encode, [x.clone(), index, out])?;
+        }
+        self.device.lane_wait(Lane::Transfer, &self.device.record(Lane::Compute));
+        self.run_shared_if(table.shared == SharedExpert::BesideCountExchange, call, tokens)?;
+        let (tokens, buffers, rows) = (tokens.clone(), buffers.clone(), Rows::Gathered(gathered));
+        Ok(Batch { tokens, x, y, buffers, table, rows })
+    }
+
     /// The metadata of all rows of a batch in one exchange, ahead of the rows; the event says when it has arrived.
     /// Nothing travels in place.
     pub(crate) fn exchange_metadata(
@@ -69,14 +98,12 @@ impl<B: Backend> ExpertPipeline<B> {
         call: &Call<'_>,
         batch: &Batch,
     ) -> Result<Option<B::Event>, PipelineError> {
-        let Rows::Travel(travel) = &batch.rows else { return Ok(None) };
-        let (me, traffic, buffers) = (self.fabric.rank(), &travel.traffic, &batch.buffers);
-        self.exchange(
-            Place::layer(call.layer.layer).phase(Phase::Metadata),
-            "metadata",
-            |rank| buffers.send_metadata.rows(traffic.dispatch_send_all(me, rank)),
-            |rank| buffers.received_metadata.rows(traffic.metadata_receive(me, rank)),
-        )?;
+        if matches!(batch.rows, Rows::InPlace) {
+            return Ok(None);
+        }
+        let (me, place) = (self.fabric.rank(), Place::layer(call.layer.layer).phase(Phase::Metadata));
+        let ends = [&batch.buffers.send_metadata, &batch.buffers.received_metadata];
+        self.exchange(place, "metadata", ends, |rank| batch.rows.of_metadata(me, rank))?;
         Ok(Some(self.device.record(Lane::Transfer)))
     }
 
@@ -88,28 +115,33 @@ impl<B: Backend> ExpertPipeline<B> {
         batch: &Batch,
         stage: Stage,
     ) -> Result<Option<B::Event>, PipelineError> {
-        let Rows::Travel(travel) = &batch.rows else { return Ok(None) };
-        let (me, traffic, buffers) = (self.fabric.rank(), &travel.traffic, &batch.buffers);
-        self.exchange(
-            Place::layer(call.layer.layer).stage(stage).phase(Phase::Dispatch),
-            "dispatch",
-            |rank| buffers.send_rows.rows(traffic.dispatch_send(me, rank, stage)),
-            |rank| buffers.received_rows.rows(traffic.dispatch_receive(me, stage, rank)),
-        )?;
+        let from = match (&batch.rows, self.options.sizes.layer.wire.dispatch) {
+            (Rows::InPlace, _) => return Ok(None),
+            // Every rank gets them as they are: nothing is packed.
+            (Rows::Gathered(_), RowFormat::Plain(_)) => &batch.x,
+            _ => &batch.buffers.send_rows,
+        };
+        let place = Place::layer(call.layer.layer).stage(stage).phase(Phase::Dispatch);
+        let (me, ends) = (self.fabric.rank(), [from, &batch.buffers.received_rows]);
+        self.exchange(place, "dispatch", ends, |rank| batch.rows.of_dispatch(me, rank, stage))?;
         Ok(Some(self.device.record(Lane::Transfer)))
     }
 
-    /// One exchange on the transfer lane, from and to one view per rank.
+    /// One exchange on the transfer lane between the ranks' buffers of one kind: `rows` says which of the first leave for a
+    /// rank, and to which of the second its own come.
     pub(crate) fn exchange(
         &self,
         place: Place,
         name: &'static str,
-        send: impl Fn(Rank) -> Result<Buffer, DeviceError>,
-        receive: impl Fn(Rank) -> Result<Buffer, DeviceError>,
+        [from, to]: [&Buffer; 2],
+        rows: impl Fn(Rank) -> [Range<usize>; 2],
     ) -> Result<(), PipelineError> {
-        let ranks = || (0..self.fabric.size()).map(Rank);
-        let (send, receive) =
-            (ranks().map(send).collect::<Result<_, _>>()?, ranks().map(receive).collect::<Result<_, _>>()?);
+        let (mut send, mut receive) = (Vec::new(), Vec::new());
+        for rank in (0..self.fabric.size()).map(Rank) {
+            let [leaving, coming] = rows(rank);
+            send.push(from.rows(leaving)?);
+            receive.push(to.rows(coming)?);
+        }
         let exchange = Exchange { name, send, receive };
         Ok(self.fabric.transport.all_to_all_v(&self.device, Lane::Transfer, place, exchange)?)
     }

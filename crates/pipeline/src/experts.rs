@@ -13,9 +13,18 @@ use epsmoe_device::{Backend, Buffer, Weight};
 use epsmoe_plan::GemmKind;
 use std::ops::Range;
 
+/// Rows that are on a rank, with their slots there and the weights of these.
+struct Here {
+    x: Buffer,
+    /// How they are read, where they travel in FP8.
+    how: Fp8,
+    slots: Buffer,
+    weights: Buffer,
+}
+
 impl<B: Backend> ExpertPipeline<B> {
     /// Makes the index arrays of the batch's stages: out of the metadata, once it has arrived, and of what was announced
-    /// about it; in place, out of the tokens' own slots.
+    /// about it; where nobody counted, out of the slots alone.
     pub(crate) fn receive(
         &self,
         call: &Call<'_>,
@@ -26,11 +35,11 @@ impl<B: Backend> ExpertPipeline<B> {
         let (buffers, local) = (&batch.buffers, call.layer.slots.local_count(self.fabric.rank()));
         let starts = buffers.slot_starts.rows(0..local + 1)?;
         let Rows::Travel(travel) = &batch.rows else {
-            let slots = buffers.slots.rows(batch.tokens.clone())?;
-            let assignments = slots.rows * slots.width;
+            self.after(Lane::Compute, metadata);
+            let Here { slots, .. } = self.here(batch)?;
             let sort = SortBySlot {
                 terms: buffers.reduce_index.rows(0..slots.rows)?,
-                rows: buffers.expand_index.rows(0..assignments)?,
+                rows: buffers.expand_index.rows(0..self.assignments_of(slots.rows))?,
                 travelled: None,
                 slots,
                 starts,
@@ -80,26 +89,45 @@ impl<B: Backend> ExpertPipeline<B> {
     ) -> Result<(), PipelineError> {
         let place = Place::layer(call.layer.layer).stage(stage);
         match &batch.rows {
-            Rows::InPlace => self.run_in_place(place, call, batch),
+            Rows::InPlace | Rows::Gathered(_) => self.run_uncounted(place, call, batch),
             Rows::Travel(travel) => self.run_received(place, call, batch, travel, stage),
         }
     }
 
-    /// All experts over the rank's own tokens: only the device knows which rows each has.
-    fn run_in_place(&self, place: Place, call: &Call<'_>, batch: &Batch) -> Result<(), PipelineError> {
-        let (buffers, tokens) = (&batch.buffers, 0..batch.tokens.len());
-        let assignments = 0..tokens.len() * call.layer.router.top_k;
+    /// Rows that nobody counted, and what they are sorted by.
+    fn here(&self, batch: &Batch) -> Result<Here, PipelineError> {
+        let buffers = &batch.buffers;
+        let Rows::Gathered(gathered) = &batch.rows else {
+            let tokens = batch.tokens.clone();
+            let (slots, weights) = (buffers.slots.rows(tokens.clone())?, buffers.slot_weights.rows(tokens)?);
+            // As if the rows had travelled: a rank that is alone gives what it would give among others.
+            return Ok(Here { x: batch.x.clone(), how: Fp8::Through, slots, weights });
+        };
+        let metadata = buffers.received_metadata.rows(gathered.all())?;
+        let top_k = metadata.width / 2;
+        Ok(Here {
+            x: buffers.received_rows.rows(gathered.all())?,
+            how: Fp8::Decode,
+            slots: metadata.columns(0..top_k)?,
+            weights: metadata.columns(top_k..2 * top_k)?.bits_as(DType::F32)?,
+        })
+    }
+
+    /// The most assignments that so many rows have on this rank.
+    fn assignments_of(&self, rows: usize) -> usize {
+        rows * self.options.sizes.layer.slots_of_row()
+    }
+
+    /// All experts over rows of which only the device knows whose they are.
+    fn run_uncounted(&self, place: Place, call: &Call<'_>, batch: &Batch) -> Result<(), PipelineError> {
+        let Here { x, how, weights, .. } = self.here(batch)?;
+        let (buffers, tokens) = (&batch.buffers, 0..x.rows);
+        let assignments = 0..self.assignments_of(x.rows);
         let (expanded, inner) =
             (buffers.expanded.rows(assignments.clone())?, buffers.inner.rows(assignments.clone())?);
         let outputs = buffers.outputs.rows(assignments.clone())?;
         let index = buffers.expand_index.rows(assignments)?;
-        // As if the rows had travelled: a rank that is alone gives what it would give among others.
-        self.gather_rows(
-            place.phase(Phase::Expand),
-            Fp8::Through,
-            [batch.x.clone(), index, expanded.clone()],
-        )?;
-        let weights = buffers.slot_weights.rows(batch.tokens.clone())?;
+        self.gather_rows(place.phase(Phase::Expand), how, [x, index, expanded.clone()])?;
         if call.layer.scaled_inputs {
             self.scale_inputs(place, &expanded, [&buffers.reduce_index.rows(tokens.clone())?, &weights], 0)?;
         }

@@ -95,6 +95,7 @@ impl<B: Backend> ExpertPipeline<B> {
         let tables = [
             (map.slot_table(), self.slot_table(map)?),
             (map.block_starts(), self.buffers.block_starts.rows(0..map.slots())?),
+            (map.rank_starts(), self.buffers.rank_starts.clone()),
         ];
         for (words, out) in tables {
             self.compute(Place::default().phase(Phase::Input), HostToDevice { words: words.into(), out })?;

@@ -1,7 +1,7 @@
 //! START HERE. One MoE layer as it happens on one rank; every rank runs the same code.
 
 use crate::PipelineError;
-use crate::batch::{Batch, Rows, batch_of};
+use crate::batch::{Batch, Gathered, Rows, batch_of};
 use crate::buffers::{LayerBuffers, PipelineSizes};
 use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, RowFormat, Stage, WireDType, WireFormat, hash_bytes};
 use epsmoe_device::op::{
@@ -72,6 +72,12 @@ impl MoeLayer {
         self.slots.experts() + self.identities.map_or(0, |identities| identities.experts)
     }
 
+    /// Whether experts add biases. They go by the slot of every row that is computed, of which an uncounted layer has more than
+    /// are in one.
+    fn has_biases(&self) -> bool {
+        self.activation.as_ref().is_some_and(|of| of.gate_up_bias.is_some() || of.down_bias.is_some())
+    }
+
     /// How many slots tokens are sent to.
     pub(crate) fn fanout(&self) -> RangeInclusive<usize> {
         let least = if self.identities.is_some() { 0 } else { self.router.top_k };
@@ -115,6 +121,9 @@ pub struct PipelineOptions {
     pub policy: Policy,
     /// Widths and capacities.
     pub sizes: PipelineSizes,
+    /// Layers of at most so many tokens on all ranks together may be gathered: if everybody knows how many each rank has,
+    /// every rank is given the rows of all, and no host waits for counts. 0 forbids it.
+    pub gather_tokens: usize,
     /// A hash of the model and whatever else all ranks must have in common.
     pub identity: u64,
     /// How long ranks wait for each other. The host waits twice as long for its own lanes, so that the exchange
@@ -197,6 +206,8 @@ pub(crate) struct Call<'a> {
     pub(crate) layer: &'a MoeLayer,
     /// What to run by, instead of what the planner says.
     pub(crate) table: Option<&'a StageTable>,
+    /// The tokens of every rank, where all ranks know them.
+    pub(crate) known: Option<&'a [usize]>,
     /// Input and output `[T, H]`.
     pub(crate) x: &'a Buffer,
     pub(crate) y: &'a Buffer,
@@ -264,8 +275,8 @@ impl<B: Backend> ExpertPipeline<B> {
         options: PipelineOptions,
         buffers: LayerBuffers,
     ) -> Result<Self, PipelineError> {
-        let PipelineOptions { policy, sizes, identity, .. } = &options;
-        let settings = hash_bytes(format!("{policy} {sizes:?} {identity}").as_bytes());
+        let PipelineOptions { policy, sizes, gather_tokens, identity, .. } = &options;
+        let settings = hash_bytes(format!("{policy} {sizes:?} {gather_tokens} {identity}").as_bytes());
         let planner = RefCell::new(policy.planner(sizes.layer, device.dtype())?);
         let held_map = Cell::new(None);
         Ok(ExpertPipeline { device, fabric, options, buffers, settings, planner, held_map })
@@ -289,10 +300,17 @@ impl<B: Backend> ExpertPipeline<B> {
 
     /// `y = Σ over the chosen experts of weight · expert(x), plus the shared expert's output`, for `x` and `y`
     /// `[T, H]`. T may differ between ranks and may be 0; all ranks must call. Returns once everything is
-    /// enqueued: `y` is complete when the compute lane is.
-    pub fn run(&self, layer: &MoeLayer, x: &Buffer, y: &Buffer) -> Result<LayerReport, PipelineError> {
+    /// enqueued: `y` is complete when the compute lane is. `known` are the tokens of every rank, where all ranks know them and
+    /// [agree on everything else](Self::settings): then no host needs to ask.
+    pub fn run(
+        &self,
+        layer: &MoeLayer,
+        known: Option<&[usize]>,
+        x: &Buffer,
+        y: &Buffer,
+    ) -> Result<LayerReport, PipelineError> {
         self.choose(layer, x)?;
-        self.run_chosen(Call { layer, table: None, x, y, shared_out: None })
+        self.run_chosen(Call { layer, table: None, known, x, y, shared_out: None })
     }
 
     /// The first part of a layer whose shared expert's output goes to `shared`, and what the experts give to `y`, but not
@@ -301,7 +319,7 @@ impl<B: Backend> ExpertPipeline<B> {
     pub fn begin(
         &self,
         layer: &MoeLayer,
-        routing: Option<&Routing>,
+        (known, routing): (Option<&[usize]>, Option<&Routing>),
         x: &Buffer,
         [shared, y]: [&Buffer; 2],
     ) -> Result<Pending<B>, PipelineError> {
@@ -309,7 +327,7 @@ impl<B: Backend> ExpertPipeline<B> {
             Some(routing) => self.overrule(layer, routing)?,
             None => self.choose(layer, x)?,
         }
-        self.begin_chosen(&Call { layer, table: None, x, y, shared_out: Some(shared) })
+        self.begin_chosen(&Call { layer, table: None, known, x, y, shared_out: Some(shared) })
     }
 
     /// The rest of it, as work of `place`.
@@ -327,12 +345,12 @@ impl<B: Backend> ExpertPipeline<B> {
     pub fn run_routed(
         &self,
         layer: &MoeLayer,
-        routing: &Routing,
+        (known, routing): (Option<&[usize]>, &Routing),
         x: &Buffer,
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
         self.overrule(layer, routing)?;
-        self.run_chosen(Call { layer, table: None, x, y, shared_out: None })
+        self.run_chosen(Call { layer, table: None, known, x, y, shared_out: None })
     }
 
     /// [`run`](Self::run) by a given table, the same on all ranks, instead of what was asked for at the start: to measure
@@ -349,7 +367,18 @@ impl<B: Backend> ExpertPipeline<B> {
         if let Some(routing) = routing {
             self.overrule(layer, routing)?;
         }
-        self.run_chosen(Call { layer, table: Some(table), x, y, shared_out: None })
+        self.run_chosen(Call { layer, table: Some(table), known: None, x, y, shared_out: None })
+    }
+
+    /// Whether layers may be gathered, if they are short enough and everybody knows it.
+    pub fn gathers(&self) -> bool {
+        let PipelineOptions { policy, gather_tokens, .. } = &self.options;
+        self.fabric.size() > 1 && *gather_tokens > 0 && policy.stays_in_place()
+    }
+
+    /// A hash of what all ranks must have in common, for whoever lets them meet before their layers.
+    pub fn settings(&self) -> u64 {
+        self.settings
     }
 
     /// Whether a layer of so many tokens is enqueued without anything that the host waits for or brings along.
@@ -410,6 +439,12 @@ impl<B: Backend> ExpertPipeline<B> {
             Some(table) => Ahead { shared: table.shared, batches: 1, table: Some(table.clone()) },
             None => self.planner.borrow().ahead(map)?,
         };
+        let gathered = self.gathered(call, tokens);
+        if let Some(table) = ahead.table.as_ref().filter(|table| table.runs_gathered())
+            && let Some(gathered) = gathered
+        {
+            return Ok(Some(vec![self.spread(call, tokens, table.clone(), gathered)?]));
+        }
         if let Some(table) = ahead.table.filter(|table| table.runs_in_place(map)) {
             table.validate(map)?;
             let needed = Capacity::in_place(tokens.len(), call.layer.router.top_k);
@@ -444,9 +479,20 @@ impl<B: Backend> ExpertPipeline<B> {
         let mut before = Capacity::default();
         for (number, batch) in batches.iter_mut().enumerate() {
             batch.buffers = self.buffers.of_batch(number, &before)?;
-            before = batch.needed(self.fabric.rank(), call.layer.router.top_k);
+            before = batch.needed(self.fabric.rank(), &self.options.sizes.layer);
         }
         Ok(Some(batches))
+    }
+
+    /// Where the rows of all ranks are if these tokens are gathered: a layer that everybody knows to be that short.
+    fn gathered(&self, call: &Call<'_>, tokens: &Range<usize>) -> Option<Gathered> {
+        let (sizes, all) = (&self.options.sizes, call.known?);
+        let most = all.iter().copied().max().unwrap_or(0);
+        let fits = all.len() == self.fabric.size()
+            && all.iter().sum::<usize>() <= self.options.gather_tokens
+            && sizes.capacity.holds(&Capacity::gathered(most, &sizes.layer))
+            && !call.layer.has_biases();
+        (all.len() > 1 && fits && tokens.len() == all[self.fabric.rank().0]).then(|| Gathered::new(all))
     }
 
     /// A batch that needs nobody's counts.
@@ -526,7 +572,12 @@ impl<B: Backend> ExpertPipeline<B> {
     }
 
     /// The expert that every token visits, on the compute lane, if its turn is now.
-    fn run_shared_if(&self, now: bool, call: &Call<'_>, tokens: &Range<usize>) -> Result<(), PipelineError> {
+    pub(crate) fn run_shared_if(
+        &self,
+        now: bool,
+        call: &Call<'_>,
+        tokens: &Range<usize>,
+    ) -> Result<(), PipelineError> {
         let Some(shared) = call.layer.shared.as_ref().filter(|_| now) else { return Ok(()) };
         let place = Place::layer(call.layer.layer).phase(Phase::Shared);
         let (buffers, x) = (&self.buffers, call.x.rows(tokens.clone())?);
@@ -582,7 +633,7 @@ impl<B: Backend> ExpertPipeline<B> {
 
     fn note(&self, batches: &[Batch], report: &mut LayerReport) {
         let (me, sizes) = (self.fabric.rank(), &self.options.sizes.layer);
-        let needed = batches.iter().map(|batch| batch.needed(me, sizes.top_k));
+        let needed = batches.iter().map(|batch| batch.needed(me, sizes));
         let needed = needed.fold(Capacity::default(), |sum, needed| sum.and(&needed));
         report.peak_bytes = report.peak_bytes.max(LayerBytes::of(sizes, &needed).total());
         report.tables.extend(batches.iter().map(|batch| batch.table.clone()));

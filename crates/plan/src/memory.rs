@@ -28,7 +28,7 @@ impl Capacity {
     /// 10 tokens, top-2, five experts on two ranks: 20 rows out, 20 rows in, 40 assignments, in one stage or in many.
     pub fn worst_case(tokens: usize, sizes: &LayerSizes) -> Self {
         let rows_received = tokens.saturating_mul(sizes.ranks);
-        let assignments = rows_received.saturating_mul(sizes.top_k.min(sizes.local_slots));
+        let assignments = rows_received.saturating_mul(sizes.slots_of_row());
         let rows_sent = tokens.saturating_mul(sizes.ranks_of_token());
         Capacity { tokens, rows_sent, rows_received, assignments, stage_assignments: assignments }
     }
@@ -37,6 +37,12 @@ impl Capacity {
     pub fn in_place(tokens: usize, top_k: usize) -> Self {
         let assignments = tokens.saturating_mul(top_k);
         Capacity { tokens, rows_sent: 0, rows_received: tokens, assignments, stage_assignments: assignments }
+    }
+
+    /// What layers need in which every rank has the rows of all: at most `tokens` on a rank, wherever they are routed.
+    pub fn gathered(tokens: usize, sizes: &LayerSizes) -> Self {
+        let rows = tokens.saturating_mul(sizes.ranks);
+        Capacity { rows_sent: rows, ..Self::worst_case(tokens, sizes) }
     }
 
     /// The most that so many tokens of a rank can need under a policy.
@@ -165,6 +171,11 @@ impl LayerSizes {
         self.ranks * self.local_slots
     }
 
+    /// The most slots of a rank that a token is sent to.
+    pub fn slots_of_row(&self) -> usize {
+        self.top_k.min(self.local_slots)
+    }
+
     /// The most ranks that a token is sent to.
     pub fn ranks_of_token(&self) -> usize {
         self.top_k.min(self.ranks)
@@ -244,11 +255,12 @@ impl LayerBytes {
                 // The map, and histograms over its slots.
                 words(experts, sizes.replicas),
                 words(sizes.slots(), 4),
+                words(sizes.ranks + 1, 1),
                 // Token and last slot of each row sent; where each token's sums are.
                 words(rows_sent, 2),
                 words(tokens, sizes.ranks_of_token()),
                 // The tokens themselves, where they are looked up.
-                words(if sizes.ranks == 1 { tokens } else { kept_tokens }, 1),
+                words(tokens, 1),
                 // What was announced, the orders of rows and of sums; starts of the slots.
                 words(sizes.slots(), 5),
                 words(rows_received, 2),
@@ -336,11 +348,11 @@ mod tests {
                 combine_send: 1600,
                 combine_receive: 2000,
                 shared: 3 * (2 * 20 + 4 + 2 * 100),
-                index: 4 * (2 * 5 + 4 * 6 + 2 * 5 + 3 * 2 + 6 * 5 + 2 * 4 + 4 + 5 + 2 * 2 * 4),
+                index: 4 * (2 * 5 + 4 * 6 + 3 + 3 + 2 * 5 + 3 * 2 + 6 * 5 + 2 * 4 + 4 + 5 + 2 * 2 * 4),
             }
         );
-        assert_eq!(bytes.total(), 8544);
-        assert!(bytes.to_string().ends_with("shared expert: 732 B\nindex arrays: 452 B\ntotal: 8.3 KiB\n"));
+        assert_eq!(bytes.total(), 8568);
+        assert!(bytes.to_string().ends_with("shared expert: 732 B\nindex arrays: 476 B\ntotal: 8.4 KiB\n"));
     }
 
     #[test]

@@ -139,7 +139,8 @@ impl Policy {
     /// Permille that more stages must be predicted to gain over fewer before auto takes them.
     pub const AUTO_MARGIN: u64 = 20;
 
-    /// Whether a rank that is alone runs every layer in place: as one stage of one grouped product.
+    /// Whether a layer of which nobody knows the counts runs as one stage of one grouped product: every layer of a rank that is
+    /// alone then, in place.
     pub fn stays_in_place(&self) -> bool {
         matches!(self.schedule, Schedule::Serial | Schedule::Auto) && self.gemm != Some(GemmKind::Dense)
     }

@@ -167,6 +167,11 @@ impl SlotMap {
         self.slots_of.iter().flat_map(|slots| slots.iter().copied().cycle().take(most)).collect()
     }
 
+    /// `[R + 1]` the first slot of every rank, and the end.
+    pub fn rank_starts(&self) -> Vec<u32> {
+        self.starts.iter().map(|&start| start as u32).collect()
+    }
+
     /// `[S]` the first slot on the rank of every slot.
     pub fn block_starts(&self) -> Vec<u32> {
         let block = |rank: Rank| std::iter::repeat_n(self.starts[rank.0] as u32, self.local_count(rank));

@@ -255,7 +255,12 @@ impl StageTable {
     /// Whether rows stay where they are: in a world of one rank whose experts are one grouped stage. Nobody needs to
     /// know the counts then but the processor.
     pub fn runs_in_place(&self, map: &SlotMap) -> bool {
-        map.ranks() == 1 && self.gemm == [GemmKind::Grouped]
+        map.ranks() == 1 && self.runs_gathered()
+    }
+
+    /// Whether nobody needs to know the counts where every rank has the rows of all: as one grouped stage.
+    pub fn runs_gathered(&self) -> bool {
+        self.gemm == [GemmKind::Grouped]
     }
 
     /// Whether nothing runs beside anything.

@@ -190,7 +190,7 @@ fn pipeline<B: Backend>(
     let layer = what.layer(&rank.map, rank.device.dtype());
     let policy = Policy { schedule: Schedule::TwoBatch, ..Policy::default() };
     let sizes = PipelineSizes { layer, capacity };
-    let options = PipelineOptions { policy, sizes, identity: 0, timeout: what.timeout };
+    let options = PipelineOptions { policy, sizes, gather_tokens: 0, identity: 0, timeout: what.timeout };
     ExpertPipeline::new(Arc::clone(&rank.device), Fabric::single_rank(), options)
 }
 
@@ -219,7 +219,7 @@ impl<B: Backend> EmulatedSchedule<'_, B> {
         for layer in all.iter().cycle().take(layers) {
             let report = match table {
                 Some(table) => self.pipeline.run_table(layer, None, table, x, y)?,
-                None => self.pipeline.run(layer, x, y)?,
+                None => self.pipeline.run(layer, None, x, y)?,
             };
             (round.tables, round.host) = (report.tables, RankHost::since(what.epoch, report.host));
         }

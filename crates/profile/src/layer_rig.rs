@@ -141,6 +141,7 @@ impl LayerRig {
             let pipeline_options = PipelineOptions {
                 policy: Policy::default(),
                 sizes: PipelineSizes { layer: shape.layer(&map, options.dtype), capacity },
+                gather_tokens: 0,
                 identity: 0,
                 timeout: options.timeout,
             };

@@ -113,6 +113,7 @@ sources! {
     "assign": ["assign"] in [(F32, F32)], 256 threads;
     "count": ["count"] in [(F32, F32)], 1024 threads;
     "send_order": ["send_rows", "send_sums"] in [(F32, F32)], 1024 threads;
+    "spread_slots": ["spread_slots"] in [(F32, F32)], 256 threads;
     "receive_order": ["receive_rows"] in [(F32, F32)], 256 threads;
     "receive_order": ["receive_sums"] in [(F32, F32)], 1024 threads;
     "sort": ["sort"] in [(F32, F32)], 1024 threads;

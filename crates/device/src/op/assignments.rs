@@ -15,6 +15,16 @@
 //!                                                         of each sum
 //! ```
 //!
+//! Where every rank is given the rows of all, how many rows go where is known from the start, and nobody counts:
+//!
+//! ```text
+//! source rank   AssignSlots    experts [T, k]           → slots, ascending in a token
+//!               SpreadSlots    slots                    → for every rank the metadata of all tokens, and where each token's
+//!                                                         sums come back
+//! slot's rank   SortBySlot     metadata                 → the row of each assignment, slot by slot, and the assignments
+//!                                                         of each sum
+//! ```
+//!
 //! All sorts are stable counting sorts. Metadata comes from other ranks: [`ReceiveOrder`] refuses whatever contradicts
 //! what was announced, and no operation follows an index that it has not checked.
 
@@ -179,6 +189,54 @@ impl SendOrder {
     }
 }
 
+/// The source rank's tokens as every rank is told of them: a row for each rank and token, of the token's slots there, if it has
+/// any. Sums come back as the rows left. With the slots of [`CountSlots`]' example, tokens a {0, 2}, b {1, 3}, c {0, 4}:
+///
+/// ```text
+/// rank_starts   [0, 3, 5]
+/// metadata      a: 0 2 a0 a2    b: 1 – b1 0    c: 0 – c0 0  |  a: – – 0 0    b: 0 – b3 0    c: 1 – c4 0     (slots counted
+///                                                                                                       on the row's rank)
+/// sums          [[0, –], [1, 4], [2, 5]]       a has one on the first rank, b and c have one on either
+/// ```
+#[derive(Clone, Debug)]
+pub struct SpreadSlots {
+    /// Slots of each token, ascending, filled up by [`NONE`] `[T, k]`, uint32.
+    pub slots: Buffer,
+    /// Their weights `[T, k]`, float32.
+    pub weights: Buffer,
+    /// The first slot of each rank, and the end `[R + 1, 1]`, uint32.
+    pub rank_starts: Buffer,
+    /// What travels with each row `[R · T, 2k]`, uint32, as [`SendOrder`] has it; of a token without a slot on the rank only
+    /// [`NONE`] and zeros.
+    pub metadata: Buffer,
+    /// The rows of each token that have slots, in rank order, filled up by [`NONE`] `[T, m]`, uint32, for at most m ranks a
+    /// token.
+    pub sums: Buffer,
+}
+
+impl SpreadSlots {
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        let SpreadSlots { slots, weights, rank_starts, metadata, sums } = self;
+        same_rows("spread_slots", &[slots, weights, sums])?;
+        expect("spread_slots", "slots", slots, DType::U32, slots.width)?;
+        expect("spread_slots", "weights", weights, DType::F32, slots.width)?;
+        expect("spread_slots", "rank_starts", rank_starts, DType::U32, 1)?;
+        expect("spread_slots", "metadata", metadata, DType::U32, 2 * slots.width)?;
+        expect("spread_slots", "sums", sums, DType::U32, sums.width)?;
+        if rank_starts.rows == 0 || metadata.rows != (rank_starts.rows - 1) * slots.rows {
+            return Err(DeviceError::Shape(format!(
+                "spread_slots: {metadata:?} has not a row for every token of {slots:?} on the ranks that {rank_starts:?} delimits"
+            )));
+        }
+        Ok(())
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        let SpreadSlots { slots, weights, rank_starts, metadata, sums } = self;
+        Accesses::new().read(slots).read(weights).read(rank_starts).write(metadata).write(sums)
+    }
+}
+
 /// The slots' rank's view: where the rows of every source are, and where their sums go.
 ///
 /// Metadata lies source by source, each in its own send order. A *bin* is (source, first slot): its rows are
@@ -248,7 +306,7 @@ pub struct SortBySlot {
     pub travelled: Option<Travelled>,
     /// Where the assignments of each slot start, and the end `[L + 1, 1]`, uint32.
     pub starts: Buffer,
-    /// Row of each assignment `[A, 1]`, uint32: all there are. In place there may be fewer; the rest is 0.
+    /// Row of each assignment `[A, 1]`, uint32: all there are. In place there may be fewer; the rest is [`NONE`].
     pub rows: Buffer,
     /// Assignments of each sum in ascending slot order, filled up by [`NONE`] `[N, k]`, uint32.
     pub terms: Buffer,

@@ -13,7 +13,7 @@ mod rows;
 
 pub use activate::{Activate, Activation, AddSlotBias, SlotBias, Swish};
 pub use assignments::{
-    AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, Slotless, SortBySlot, Travelled,
+    AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, Slotless, SortBySlot, SpreadSlots, Travelled,
 };
 pub use attention::{Attention, KvWrite, Sight};
 pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
@@ -86,6 +86,7 @@ ops! {
     AssignSlots => "assign_slots", Maps;
     CountSlots => "count_slots", Count;
     SendOrder => "send_order", Pack;
+    SpreadSlots => "spread_slots", Pack;
     ReceiveOrder => "receive_order", Maps;
     SortBySlot => "sort_by_slot", Maps;
     Gather => "gather", Other;

@@ -63,7 +63,7 @@ impl Embed {
     }
 }
 
-/// `out[m] = x[index[m]]`.
+/// `out[m] = x[index[m]]`; rows whose index is [`NONE`] stay as they are.
 #[derive(Clone, Debug)]
 pub struct Gather {
     /// Source rows `[N, W]`: exactly those that the index may name. In the format of the output, or codes of e4m3, which become

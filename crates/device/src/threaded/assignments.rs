@@ -3,7 +3,7 @@
 use super::Kernels;
 use super::memory::View;
 use super::rows::{Rows, in_range};
-use crate::op::{AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, SortBySlot};
+use crate::op::{AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, SortBySlot, SpreadSlots};
 
 impl<K: Kernels> Rows<'_, K> {
     pub(super) fn assign_slots(&self, op: &AssignSlots) -> Result<(), String> {
@@ -97,9 +97,40 @@ impl<K: Kernels> Rows<'_, K> {
             let place = found[token];
             found[token] += 1;
             let sum = taken(&mut next[slot], rows)? as u32;
-            *sums.row(token).get_mut(place).ok_or_else(|| {
-                format!("token {token} is sent to more than {place} ranks, which is all there is room for")
-            })? = sum;
+            *sums.row(token).get_mut(place).ok_or_else(|| too_many_ranks(token, place))? = sum;
+        }
+        Ok(())
+    }
+
+    pub(super) fn spread_slots(&self, op: &SpreadSlots) -> Result<(), String> {
+        let (slots, weights) = (self.view::<u32>(&op.slots), self.view::<f32>(&op.weights));
+        let rank_starts = self.view::<u32>(&op.rank_starts);
+        let (mut metadata, mut sums) = (self.view_mut::<u32>(&op.metadata), self.view_mut::<u32>(&op.sums));
+        let (tokens, ranks, top_k) = (slots.rows, rank_starts.rows - 1, slots.width);
+        for token in 0..tokens {
+            let (slots, weights) = (used(slots.row(token)), weights.row(token));
+            if let Some(&last) = slots.last() {
+                in_range("slot", last, rank_starts.at(ranks) as usize)?;
+            }
+            let (mut from, mut found) = (0, 0);
+            for rank in 0..ranks {
+                let (start, end) = (rank_starts.at(rank), rank_starts.at(rank + 1));
+                let here = from..slots.partition_point(|&slot| slot < end);
+                let row = rank * tokens + token;
+                let (ids, bits) = metadata.row(row).split_at_mut(top_k);
+                ids.fill(NONE);
+                bits.fill(0);
+                ids.iter_mut().zip(&slots[here.clone()]).for_each(|(id, slot)| *id = slot - start);
+                bits.iter_mut()
+                    .zip(&weights[here.clone()])
+                    .for_each(|(bits, weight)| *bits = weight.to_bits());
+                from = here.end;
+                if !here.is_empty() {
+                    *sums.row(token).get_mut(found).ok_or_else(|| too_many_ranks(token, found))? = row as u32;
+                    found += 1;
+                }
+            }
+            sums.row(token)[found..].fill(NONE);
         }
         Ok(())
     }
@@ -191,7 +222,7 @@ impl<K: Kernels> Rows<'_, K> {
         // next[s]: the number of slot s's next assignment.
         let total = total as usize;
         let mut next = starts(&counts, total)?;
-        (total..rows.rows).for_each(|unused| rows.row(unused)[0] = 0);
+        (total..rows.rows).for_each(|unused| rows.row(unused)[0] = NONE);
         for (slot, &start) in next.iter().enumerate() {
             starts_out.row(slot)[0] = start;
         }
@@ -233,11 +264,20 @@ fn runs<'a>(
     slots: &'a [u32],
     block_starts: &View<'a, u32>,
 ) -> Result<impl Iterator<Item = &'a [u32]> + use<'a>, String> {
-    let slots = &slots[..slots.iter().position(|&slot| slot == NONE).unwrap_or(slots.len())];
+    let slots = used(slots);
     slots.iter().try_for_each(|&slot| in_range("slot", slot, block_starts.rows).map(drop))?;
     let block_starts = *block_starts;
     let block = move |slot: u32| block_starts.at(slot as usize);
     Ok(slots.chunk_by(move |&left, &right| block(left) == block(right)))
+}
+
+/// The slots of a row that NONE fills up.
+fn used(slots: &[u32]) -> &[u32] {
+    &slots[..slots.iter().position(|&slot| slot == NONE).unwrap_or(slots.len())]
+}
+
+fn too_many_ranks(token: usize, most: usize) -> String {
+    format!("token {token} is sent to more than {most} ranks, which is all there is room for")
 }
 
 /// Where each bin of a histogram starts; all of them together are `total`.

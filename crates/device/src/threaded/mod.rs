@@ -350,6 +350,7 @@ fn run<K: Kernels>(
         Op::AssignSlots(op) => rows.assign_slots(op),
         Op::CountSlots(op) => rows.count_slots(op),
         Op::SendOrder(op) => rows.send_order(op),
+        Op::SpreadSlots(op) => rows.spread_slots(op),
         Op::ReceiveOrder(op) => rows.receive_order(op),
         Op::SortBySlot(op) => rows.sort_by_slot(op),
         Op::Gemm(op) => {

@@ -269,32 +269,40 @@ impl<'a, K: Kernels> Rows<'a, K> {
     pub(super) fn gather<T: Element, C: Cached<T>>(&self, op: &Gather) -> Result<(), String> {
         let (x, index, out) =
             (self.view::<C>(&op.x), self.view::<u32>(&op.index), self.view_mut::<T>(&op.out));
-        all_in_range("row", &index, x.rows)?;
+        named_in_range("row", &index, x.rows)?;
         self.for_rows(&out, |m, out| {
-            let x = x.row(index.at(m) as usize);
-            out.iter_mut().zip(x).for_each(|(out, x)| *out = x.number());
+            if let Some(source) = named(&index, m) {
+                out.iter_mut().zip(x.row(source)).for_each(|(out, x)| *out = x.number());
+            }
         });
         Ok(())
     }
 
     pub(super) fn gather_fp8<T: Element>(&self, op: &GatherFp8) -> Result<(), String> {
         let index = self.view::<u32>(&op.index);
-        all_in_range("row", &index, op.x.rows)?;
+        named_in_range("row", &index, op.x.rows)?;
         match op.how {
             Fp8::Encode => {
                 let (x, out) = (self.view::<T>(&op.x), self.view_mut::<u32>(&op.out));
                 self.for_rows_from(&out, x.width * size_of::<T>(), |m, out| {
-                    encode(x.row(index.at(m) as usize), out);
+                    if let Some(source) = named(&index, m) {
+                        encode(x.row(source), out);
+                    }
                 });
             }
             Fp8::Decode => {
                 let (x, out) = (self.view::<u32>(&op.x), self.view_mut::<T>(&op.out));
-                self.for_rows(&out, |m, out| decode_row(x.row(index.at(m) as usize), out, T::from_f32));
+                self.for_rows(&out, |m, out| {
+                    if let Some(source) = named(&index, m) {
+                        decode_row(x.row(source), out, T::from_f32);
+                    }
+                });
             }
             Fp8::Through => {
                 let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
                 self.for_rows(&out, |m, out| {
-                    let x = x.row(index.at(m) as usize);
+                    let Some(source) = named(&index, m) else { return };
+                    let x = x.row(source);
                     for (x, out) in x.chunks(SCALE_GROUP).zip(out.chunks_mut(SCALE_GROUP)) {
                         let mut words = [0; scaled_words(SCALE_GROUP)];
                         let words = &mut words[..scaled_words(x.len())];
@@ -507,6 +515,17 @@ pub(super) fn in_range(what: &str, index: u32, limit: usize) -> Result<usize, St
 }
 
 /// The same for every element of a single-column view.
+/// The row that a column of indices names in its row m, if it names one.
+fn named(index: &View<'_, u32>, m: usize) -> Option<usize> {
+    Some(index.at(m)).filter(|&row| row != NONE).map(|row| row as usize)
+}
+
+/// Refuses indices of rows that are not there; some may name none.
+fn named_in_range(what: &str, indices: &View<'_, u32>, limit: usize) -> Result<(), String> {
+    let named = indices.iter().map(|row| row[0]).filter(|&row| row != NONE);
+    named.into_iter().try_for_each(|row| in_range(what, row, limit).map(drop))
+}
+
 fn all_in_range(what: &str, indices: &View<'_, u32>, limit: usize) -> Result<(), String> {
     indices.iter().try_for_each(|row| in_range(what, row[0], limit).map(drop))
 }

@@ -177,6 +177,14 @@ fn sent<B: Backend>(
         sorted(bench, &format!("{what}, in place"), &rows, &slots.view, None, total);
     }
 
+    spread(
+        bench,
+        what,
+        places,
+        &(0..tokens).map(pairs).collect::<Vec<_>>(),
+        [&slots.view, &slot_weights.view],
+    );
+
     let mut rows: Vec<(u32, u32, Row)> = Vec::new();
     for token in 0..tokens {
         let pairs = pairs(token);
@@ -239,6 +247,45 @@ fn sent<B: Backend>(
     };
     same("sums", bench.get_words(what, &sums), (0..tokens).flat_map(sums_of).collect());
     rows.into_iter().map(|(first, _, row)| (first, row)).collect()
+}
+
+/// What every rank is told of all tokens, whose slots and weights are `pairs`.
+fn spread<B: Backend>(
+    bench: &Bench<B>,
+    what: &str,
+    places: &Places,
+    pairs: &[Vec<(u32, f32)>],
+    [slots, weights]: [&Buffer; 2],
+) {
+    let (ranks, tokens, top_k, seed) = (places.starts.len() - 1, pairs.len(), slots.width, bench.seed);
+    let rank_starts: Vec<u32> = places.starts.iter().map(|&start| start as u32).collect();
+    let most = top_k.min(ranks);
+    let (metadata, sums) =
+        (bench.room(DType::U32, ranks * tokens, 2 * top_k), bench.room(DType::U32, tokens, most));
+    bench.run(
+        what,
+        SpreadSlots {
+            slots: slots.clone(),
+            weights: weights.clone(),
+            rank_starts: bench.put_words(&rank_starts, 1).view,
+            metadata: metadata.view.clone(),
+            sums: sums.view.clone(),
+        },
+    );
+    let row = |rank: usize, token: usize| {
+        let here = pairs[token].iter().filter(|pair| places.rank_of(pair.0) == rank);
+        let slots = here.map(|&(slot, weight)| (slot - rank_starts[rank], weight)).collect();
+        Row { source: 0, token, slots }
+    };
+    let of_rank = |rank| (0..tokens).flat_map(move |token| metadata_of(&row(rank, token), top_k));
+    let want: Vec<u32> = (0..ranks).flat_map(of_rank).collect();
+    assert_eq!(bench.get_words(what, &metadata), want, "metadata for all: {what}, seed {seed}");
+    let sums_of = |token| {
+        let with = (0..ranks).filter(|&rank| !row(rank, token).slots.is_empty());
+        filled(with.map(|rank| (rank * tokens + token) as u32), most)
+    };
+    let want: Vec<u32> = (0..tokens).flat_map(sums_of).collect();
+    assert_eq!(bench.get_words(what, &sums), want, "sums from all: {what}, seed {seed}");
 }
 
 fn filled(words: impl Iterator<Item = u32>, width: usize) -> Vec<u32> {
@@ -477,7 +524,7 @@ fn sorted<B: Backend>(
     let got = bench.get_words(what, &starts);
     assert_eq!(got, (0..=local).map(before).collect::<Vec<_>>(), "starts: {what}, seed {seed}");
     let got = bench.get_words(what, &of_assignment);
-    let rows_of = all.iter().map(|of| of.1 as u32).chain(std::iter::repeat(0)).take(room);
+    let rows_of = all.iter().map(|of| of.1 as u32).chain(std::iter::repeat(NONE)).take(room);
     assert_eq!(got, rows_of.collect::<Vec<_>>(), "rows: {what}, seed {seed}");
     let number = |m: usize, slot: u32| {
         all.iter().position(|of| (of.0, of.2) == (slot, m)).expect("every assignment is there") as u32

@@ -98,6 +98,7 @@ fn number(op: &Op) -> usize {
         Op::AddNorm(_) => 30,
         Op::NormRotate(_) => 31,
         Op::ScaleTerms(_) => 32,
+        Op::SpreadSlots(_) => 33,
     }
 }
 

@@ -228,11 +228,15 @@ fn elementwise<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
 fn gathers<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let what = format!("gather [{rows}, {width}]");
     let x = bench.random(6, width, 3.0);
-    let index: Vec<u32> = (0..rows).map(|_| bench.below(6) as u32).collect();
-    let out = bench.room(bench.dtype, rows, width);
+    // What an index names no row for stays.
+    let any = |_| if bench.below(4) == 0 { NONE } else { bench.below(6) as u32 };
+    let index: Vec<u32> = (0..rows).map(any).collect();
+    let before = bench.random(rows, width, 3.0);
+    let out = bench.put(&before);
     let places = bench.put_words(&index, 1).view;
     bench.run(&what, Gather { x: bench.put(&x).view, index: places, out: out.view.clone() });
-    let want: Vec<f32> = index.iter().flat_map(|&row| x.row(row as usize).to_vec()).collect();
+    let row = |(m, &row): (usize, &u32)| if row == NONE { before.row(m) } else { x.row(row as usize) };
+    let want: Vec<f32> = index.iter().enumerate().flat_map(|at| row(at).to_vec()).collect();
     bench.check_exactly(&what, &out, &want);
 
     let what = format!("store [{rows}, {width}]");

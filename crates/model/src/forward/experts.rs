@@ -64,7 +64,8 @@ fn pipeline_options(
     let tokens = layout.most_in_mlp(options.max_tokens);
     let capacity = options.capacity.unwrap_or_else(|| Capacity::for_policy(tokens, &layer, &policy));
     let sizes = PipelineSizes { layer, capacity };
-    Ok(Some(PipelineOptions { policy, sizes, identity: 0, timeout: options.timeout }))
+    let &ModelOptions { gather_tokens, timeout, .. } = options;
+    Ok(Some(PipelineOptions { policy, sizes, gather_tokens, identity: 0, timeout }))
 }
 
 /// The sizes of the model's MoE layers on one rank; nothing without any.
@@ -103,15 +104,15 @@ impl<B: Backend> Model<B> {
     pub(super) fn mixture(
         &self,
         moe: &MoeLayer,
-        step: &Step,
-        x: &Buffer,
-        y: &Buffer,
+        (step, tokens): (&Step, &LayerTokens),
+        [x, y]: [&Buffer; 2],
         output: &mut StepOutput,
     ) -> Result<(), ModelError> {
         let (pipeline, routing) = (self.pipeline(), self.routing(moe, step, x, output)?);
+        let known = tokens.known.as_deref();
         output.layers.push(match routing {
-            Some(routing) => pipeline.run_routed(moe, &routing, x, y)?,
-            None => pipeline.run(moe, x, y)?,
+            Some(routing) => pipeline.run_routed(moe, (known, &routing), x, y)?,
+            None => pipeline.run(moe, known, x, y)?,
         });
         Ok(())
     }
@@ -134,7 +135,8 @@ impl<B: Backend> Model<B> {
             [shared, &out],
             |x, outs| -> Result<_, ModelError> {
                 let routing = self.routing(moe, step, x, output)?;
-                let pending = pipeline.begin(moe, routing.as_ref(), x, outs)?;
+                let known = (tokens.known.as_deref(), routing.as_ref());
+                let pending = pipeline.begin(moe, known, x, outs)?;
                 if alone {
                     return Ok(Some(pending));
                 }

@@ -9,6 +9,7 @@ use crate::step::{LayerTokens, Queries, Step, StepLayout};
 use epsmoe_base::{Phase, Place};
 use epsmoe_device::op::{Embed, RopeTable};
 use epsmoe_device::{Backend, Buffer, DeviceError};
+use epsmoe_pipeline::ExpertPipeline;
 use std::ops::Range;
 
 impl<B: Backend> Model<B> {
@@ -16,13 +17,16 @@ impl<B: Backend> Model<B> {
     pub(super) fn begin(&self, batch: &Batch) -> Result<Step, ModelError> {
         let (buffers, rank) = (&self.buffers, self.fabric.rank().0);
         let labelled = !matches!(self.options.routing, RoutingMode::FromRouter);
-        let layout = StepLayout::agree(&*self.fabric.control, &self.layout, self.identity, batch, labelled)?;
+        let meets = self.experts.as_ref().is_some_and(ExpertPipeline::gathers);
+        let flags = [labelled, meets];
+        let layout = StepLayout::agree(&*self.fabric.control, &self.layout, self.identity, batch, flags)?;
         let blocks = self.block_tables(batch)?;
         let all = LayerTokens {
             index: None,
             queries: self.queries(batch, None, &blocks, &buffers.queries)?,
             attention: self.attention.shares(&layout.shards),
             mlp: self.mlp.shares(&layout.shards),
+            known: layout.known(&layout.shards),
         };
         let shard = all.attention.of(rank);
         let index: Vec<u32> =
@@ -34,6 +38,7 @@ impl<B: Backend> Model<B> {
                 queries: self.queries(batch, Some(&batch.logits), &blocks, &buffers.wanted_queries)?,
                 attention: self.attention.shares(&layout.wanted),
                 mlp: self.mlp.shares(&layout.wanted),
+                known: layout.known(&layout.wanted),
             })
         });
         let ids = self.upload(&batch.ids[shard.clone()], &buffers.ids.rows(0..shard.len())?)?;

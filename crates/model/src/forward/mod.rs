@@ -97,6 +97,8 @@ pub struct ModelOptions {
     pub capacity: Option<Capacity>,
     /// What rows travel between ranks in.
     pub wire: WireDType,
+    /// MoE layers of at most so many tokens on all ranks together are gathered; 0 for none.
+    pub gather_tokens: usize,
     /// How the model is spread over ranks.
     pub parallel: Parallel,
     /// What decides where tokens go.
@@ -261,10 +263,13 @@ impl<B: Backend> Model<B> {
         let origins = options.decompress_prompts;
         let identity = format!("{spec:?} {} {:?} {labelled} {origins}", device.dtype(), options.parallel);
         let identity = hash_bytes(identity.as_bytes());
+        let experts = experts::pipeline(&spec, &layout, &options, identity, &device, &fabric, millibits)?;
+        let settings = experts.as_ref().map(ExpertPipeline::settings);
+        let identity = hash_bytes(format!("{identity} {settings:?}").as_bytes());
         Ok(Model {
             attention: group(layout.attention_ranks(), attention)?,
             mlp: group(layout.mlp_ranks(), mlp)?,
-            experts: experts::pipeline(&spec, &layout, &options, identity, &device, &fabric, millibits)?,
+            experts,
             buffers: StepBuffers::allocate(&*device, &spec, &options, &layout)?,
             repeats: Repeats::default(),
             identity,
@@ -419,7 +424,7 @@ impl<B: Backend> Model<B> {
                 *late = Some(self.begin_late(place, moe, (step, tokens), [&input, &delta], output)?);
             }
             mlp => self.mlp.gather_compute_scatter(place, shares, &input, &delta, |x, out| {
-                self.run_mlp(place, mlp, step, (x, out), output)
+                self.run_mlp(place, mlp, (step, tokens), [x, out], output)
             })?,
         }
         let given = match experts_before {
@@ -460,7 +465,7 @@ impl<B: Backend> Model<B> {
         self.norm(place, delta, given, &sandwich.dense, &both)?;
         self.norm(place, stream, attended, mlp_norm, &normed)?;
         self.mlp.gather_compute_scatter(place, shares, &normed, delta, |x, out| {
-            self.run_mlp(place, &weights.mlp, step, (x, out), output)
+            self.run_mlp(place, &weights.mlp, (step, tokens), [x, out], output)
         })?;
         self.norm(place, delta, given, &sandwich.experts, &one)?;
         self.compute(place, Add { x: one.clone(), out: both.clone() })?;
@@ -491,14 +496,14 @@ impl<B: Backend> Model<B> {
         &self,
         place: Place,
         mlp: &MlpWeights,
-        step: &Step,
-        (x, out): (&Buffer, &Buffer),
+        tokens: (&Step, &LayerTokens),
+        [x, out]: [&Buffer; 2],
         output: &mut StepOutput,
     ) -> Result<(), ModelError> {
         match mlp {
             MlpWeights::Absent => Ok(()),
             MlpWeights::Dense(mlp, activation) => Ok(self.dense(place, mlp, *activation, x, out)?),
-            MlpWeights::Moe(moe) => self.mixture(moe, step, x, out, output),
+            MlpWeights::Moe(moe) => self.mixture(moe, tokens, [x, out], output),
         }
     }
 

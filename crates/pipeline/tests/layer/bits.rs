@@ -3,7 +3,7 @@
 
 use crate::world::{Case, Got, Setup, random_policy, random_table, run};
 use epsmoe_base::{DType, Mix, Phase, env::test_seed};
-use epsmoe_plan::{Capacity, Policy, SlotMap};
+use epsmoe_plan::{Capacity, Policy, Schedule, SlotMap};
 
 fn bits(gots: &[Got]) -> Vec<Vec<u32>> {
     gots.iter().map(|got| got.y.iter().map(|value| value.to_bits()).collect()).collect()
@@ -79,6 +79,40 @@ fn overlaps(got: &Got) -> bool {
     let back = of(Phase::Combine).map(|record| record.end_ns).max();
     let between = of(Phase::Residual).map(|record| record.start_ns).min();
     back.zip(between).is_some_and(|(back, between)| between < back)
+}
+
+/// Layers whose counts nobody asks for: the same bits, and the same waits whatever the routing.
+#[test]
+fn gathered_layers_have_the_bits_of_counted_ones() {
+    let seed = test_seed();
+    let (mut gathered, mut without_tokens) = (0, 0);
+    for index in 0..40 {
+        let mut mix = Mix::keyed(seed, &[index]);
+        let dtype = [DType::F32, DType::BF16][mix.below(2)];
+        let case = Case::random(mix.next_u64(), dtype, 3);
+        let want = bits(&runs(&case, &Setup::serial(), &format!("seed {seed}, case {index}, {case:?}")));
+        let schedule = [Schedule::Serial, Schedule::Auto][mix.below(2)];
+        let setup = Setup {
+            jitter: mix.next_u64(),
+            delay: (mix.below(2) == 0).then(|| mix.next_u64()),
+            gather_tokens: 96,
+            // Every rank's rows for every rank are more than those that experts ask for.
+            capacity: Some(Capacity::worst_case(96, &case.sizes())),
+            ..Setup::new(Policy { schedule, ..Policy::default() })
+        };
+        let shown = format!("{schedule}, gathered, seed {seed}, case {index}, {case:?}");
+        let got = runs(&case, &setup, &shown);
+        assert!(bits(&got) == want, "other bits: {shown}");
+        let counts = |got: &Got| got.records.iter().filter(|record| record.name == "count_slots").count();
+        if case.map.ranks() > 1 && got.iter().all(|got| counts(got) == 0) {
+            gathered += 1;
+            without_tokens += usize::from(case.tokens.contains(&0));
+        }
+    }
+    assert!(
+        gathered > 20 && without_tokens > 5,
+        "{gathered} gathered, {without_tokens} with a rank without tokens"
+    );
 }
 
 #[test]

@@ -205,6 +205,8 @@ pub(crate) struct Setup {
     pub(crate) heard: Option<(usize, Arc<Heard>)>,
     /// Whether layers are begun, and finished behind other work.
     pub(crate) in_two: bool,
+    /// Layers of at most so many tokens are gathered.
+    pub(crate) gather_tokens: usize,
 }
 
 impl Setup {
@@ -224,6 +226,7 @@ impl Setup {
             timeout: PATIENT,
             heard: None,
             in_two: false,
+            gather_tokens: 0,
         }
     }
 
@@ -357,10 +360,11 @@ fn run_rank(
         std::thread::sleep(late);
     }
     let mut reports = Vec::new();
+    let known = (setup.gather_tokens > 0).then_some(case.tokens.as_slice());
     for layer in &layers {
         reports.push(match &table {
-            None if setup.in_two => run_in_two(&pipeline, &device, layer, [&x, &y])?,
-            None => pipeline.run(layer, &x, &y)?,
+            None if setup.in_two => run_in_two(&pipeline, &device, layer, known, [&x, &y])?,
+            None => pipeline.run(layer, known, &x, &y)?,
             Some(table) => pipeline.run_table(layer, None, table, &x, &y)?,
         });
         std::mem::swap(&mut x, &mut y);
@@ -375,12 +379,13 @@ fn run_in_two(
     pipeline: &ExpertPipeline<Reference>,
     device: &Reference,
     layer: &MoeLayer,
+    known: Option<&[usize]>,
     [x, y]: [&Buffer; 2],
 ) -> Result<LayerReport, PipelineError> {
     let place = Place::layer(Layer(layer.layer.0 + 1)).phase(Phase::Residual);
     let [shared, other] = ["shared", "other"].map(|name| device.allocate(name, y.dtype, y.rows, y.width));
     let (shared, other) = (shared?, other?);
-    let pending = pipeline.begin(layer, None, x, [&shared, y])?;
+    let pending = pipeline.begin(layer, (known, None), x, [&shared, y])?;
     device.enqueue(Lane::Compute, place, Copy { x: x.clone(), out: other })?;
     let report = pipeline.finish(place, pending)?;
     if layer.shared.is_some() {
@@ -403,6 +408,7 @@ fn options(case: &Case, setup: &Setup, rank: Rank) -> PipelineOptions {
     PipelineOptions {
         policy: setup.policies[rank.0 % setup.policies.len()].clone(),
         sizes: PipelineSizes { layer, capacity },
+        gather_tokens: setup.gather_tokens,
         identity: setup.identities[rank.0 % setup.identities.len()],
         timeout: setup.timeout,
     }

@@ -12,7 +12,7 @@
 //! It moves only what does not change bits: stages, cuts, orders, kernels that give equal bits, and the place of the
 //! shared expert, which a layer takes from the decision before it because it may compute beside the count exchange.
 
-use super::fixed::single_rank_table;
+use super::fixed::uncounted_table;
 use super::{
     Ahead, Feedback, LayerPlan, LayerSample, PlanReport, Planner, PredictedMeasured, ScheduleReport,
 };
@@ -237,9 +237,9 @@ impl AutoPlanner {
 
 impl Planner for AutoPlanner {
     fn ahead(&self, map: &SlotMap) -> Result<Ahead, PlanError> {
-        // One rank has nothing to hide, unless dense products were asked for, whose bits may be others.
-        let table = (map.ranks() == 1 && self.options.kernels.contains(&GemmKind::Grouped))
-            .then(|| single_rank_table(map));
+        // A layer without counts is one stage, unless dense products were asked for, whose bits may be others.
+        let grouped = self.options.kernels.contains(&GemmKind::Grouped);
+        let table = grouped.then(|| uncounted_table(map, self.options.shared));
         Ok(Ahead { shared: self.shared, batches: 1, table })
     }
 
@@ -267,6 +267,10 @@ impl Planner for AutoPlanner {
         self.rest = self.rest.saturating_sub(1);
         self.planned = None;
         let mut feedback = Feedback::default();
+        if self.rest == 0 && self.ran.is_empty() {
+            // A step of layers that nobody planned, as the next ones may be.
+            self.rest = REST;
+        }
         for ran in std::mem::take(&mut self.ran) {
             feedback.add(&self.compare(rank, &ran, spans));
             self.rest = REST;

@@ -1,7 +1,7 @@
 //! What the user asked for.
 
 use super::{Ahead, Feedback, LayerPlan, Planner};
-use crate::{GemmKind, LayerHistograms, PlanError, Policy, Schedule, SlotMap, StageTable};
+use crate::{GemmKind, LayerHistograms, PlanError, Policy, Schedule, SharedExpert, SlotMap, StageTable};
 use epsmoe_base::Layer;
 
 /// One stage, or stages cut by load or by size: a [`Policy`]'s serial or staged table.
@@ -38,7 +38,12 @@ impl Planner for FixedPlanner {
     }
 }
 
-/// The table of a world of one rank, where nothing travels and there is nothing to hide.
-pub(super) fn single_rank_table(map: &SlotMap) -> StageTable {
-    StageTable::serial(map, GemmKind::Grouped)
+/// The table of a layer whose counts nobody knows: one stage, whose shared expert computes while rows travel, if any do and
+/// nothing else was asked for.
+pub(super) fn uncounted_table(map: &SlotMap, asked: Option<SharedExpert>) -> StageTable {
+    let serial = StageTable::serial(map, GemmKind::Grouped);
+    match map.ranks() {
+        1 => serial,
+        _ => StageTable { shared: asked.unwrap_or(SharedExpert::BesideFirstDispatch), ..serial },
+    }
 }

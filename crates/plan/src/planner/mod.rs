@@ -31,8 +31,8 @@ pub struct Ahead {
     pub shared: SharedExpert,
     /// Micro-batches that the tokens are cut into; one that holds all of them as a rule.
     pub batches: usize,
-    /// The table, if it does not depend on the counts. A layer that [runs in place](StageTable::runs_in_place) by it
-    /// needs none.
+    /// The table of a layer whose counts nobody asks for, if there may be such: because its rank is alone and it
+    /// [runs in place](StageTable::runs_in_place), or because it is too short to ask.
     pub table: Option<StageTable>,
 }
 

@@ -191,6 +191,7 @@ impl Setup {
             policy: Policy::default(),
             cache_dtype: CacheDType::Auto,
             wire: WireDType::Auto,
+            gather_tokens: 64,
             parallel: Parallel { data: Some(self.ranks), ..Parallel::default() },
             routing: RoutingMode::FromRouter,
             timeout: PATIENCE,

@@ -3,7 +3,7 @@
 use super::{Columns, Launch, Refusal, Rows};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
-use crate::op::{AssignSlots, CountSlots, ReceiveOrder, SendOrder, SortBySlot};
+use crate::op::{AssignSlots, CountSlots, ReceiveOrder, SendOrder, SortBySlot, SpreadSlots};
 use epsmoe_base::DType;
 
 twin! {
@@ -37,6 +37,17 @@ twin! {
         counts: Rows,
         tokens: Rows,
         last: Rows,
+        metadata: Rows,
+        sums: Rows,
+        report: Report,
+    }
+}
+
+twin! {
+    pub(super) struct SpreadArgs = "Args" in "spread_slots.cu" {
+        slots: Rows,
+        weights: Rows,
+        rank_starts: Rows,
         metadata: Rows,
         sums: Rows,
         report: Report,
@@ -111,6 +122,19 @@ impl Launch<'_> {
         };
         self.blocks("send_rows", op.block_starts.rows, arguments)?;
         self.blocks("send_sums", op.block_starts.rows, arguments)
+    }
+
+    pub(super) fn spread_slots(&mut self, op: &SpreadSlots) -> Result<(), Refusal> {
+        let arguments = SpreadArgs {
+            slots: self.rows(&op.slots)?,
+            weights: self.rows(&op.weights)?,
+            rank_starts: self.rows(&op.rank_starts)?,
+            metadata: self.rows(&op.metadata)?,
+            sums: self.rows(&op.sums)?,
+            report: self.report,
+        };
+        let each = op.metadata.columns(0..1)?;
+        self.by_columns(Columns::Each, "spread_slots", DType::F32, DType::F32, &each, arguments)
     }
 
     pub(super) fn receive_order(&mut self, op: &ReceiveOrder) -> Result<(), Refusal> {
