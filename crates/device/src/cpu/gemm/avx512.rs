@@ -20,8 +20,8 @@ pub(super) fn functions(_: ElementType) -> &'static Functions {
 mod x86 {
     use super::{ElementType, Functions};
     use crate::cpu::gemm::avx2;
-    use crate::cpu::gemm::decode_avx2;
     use crate::cpu::gemm::kernel::{Kernel, functions};
+    use crate::cpu::gemm::{decode_avx2, decode_avx512};
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
@@ -48,7 +48,7 @@ mod x86 {
 
     functions!(F32, F32Kernel, "avx512f,avx512bw,avx512vl,avx512dq", decode_avx2::decode,
         rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14, of pairs: 1 2 3 4 5);
-    functions!(BF16_DOT, Bf16DotKernel, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16", decode_avx2::decode,
+    functions!(BF16_DOT, Bf16DotKernel, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16", decode_avx512::decode,
         rows: 1 2 3 4 5 6 7 8 9 10 11 12 13 14, of pairs: 1 2 3 4 5);
     functions!(BF16_WIDENED, WidenedKernel, "avx512f,avx512bw,avx512vl,avx512dq", decode_avx2::decode,
         rows: 1 2 3 4 5 6 7 8 9 10 11 12, of pairs: 1 2 3 4 5);

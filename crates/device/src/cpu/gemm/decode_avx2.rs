@@ -333,10 +333,10 @@ impl<T: FourBits> Unit for Nibbles<T> {
 }
 
 /// Low and high bytes of the values of sixteen codes.
-struct Table([u8; 16], [u8; 16]);
+pub(super) struct Table(pub(super) [u8; 16], pub(super) [u8; 16]);
 
 impl Table {
-    const fn new(values: [f32; 16]) -> Table {
+    pub(super) const fn new(values: [f32; 16]) -> Table {
         let mut table = Table([0; 16], [0; 16]);
         let mut code = 0;
         while code < 16 {

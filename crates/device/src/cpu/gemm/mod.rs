@@ -17,6 +17,8 @@ mod avx512;
 mod coded;
 #[cfg(target_arch = "x86_64")]
 mod decode_avx2;
+#[cfg(target_arch = "x86_64")]
+mod decode_avx512;
 mod epilogue;
 mod kernel;
 mod pack;
