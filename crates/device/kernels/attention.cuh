@@ -4,11 +4,15 @@
 // Keys are taken in steps of STEP positions that start at multiples of STEP, upwards. What a row computes depends on
 // its position alone: steps that a row sees nothing of, taken for the sake of its neighbours, leave its numbers as
 // they are.
+//
+// On the tensor cores each span of SPAN_KEYS positions, which start at multiples of SPAN_KEYS, has a softmax and sums of its own.
+// Spans are put together upwards, by `Softmax::follow` and `blend`: so one token's spans may be summed up side by side.
 #pragma once
 #include "e4m3.cuh"
 #include "tensor.cuh"
 
 constexpr u32 STEP = 64;
+constexpr u32 SPAN_KEYS = 4096; // `kernels.rs` repeats it
 constexpr u32 NONE = ~0u;
 constexpr u32 LINE = 8; // elements of a piece: 16 bytes of numbers, 8 of codes
 
@@ -25,7 +29,11 @@ struct Args {
     u32 longest; // positions are below
     u32 stretch; // positions are cut into stretches of so many, of which a token sees its own; 0: they are not
     u32 padding;
+    u64 scratch;       // WORDS words, zero between kernels, and room behind them
+    u64 scratch_bytes; // of that room
 };
+
+constexpr u32 WORDS = 16384; // `kernels.rs` repeats it
 
 // The first position that the token before position `end` sees.
 __device__ __forceinline__ u32 first_seen(const Args& args, u32 end) {
@@ -200,6 +208,21 @@ struct Softmax {
         return power_of_two(__fmaf_rn(score, scale, -__fmul_rn(base(), scale)));
     }
 
+    // Takes up what a softmax had of the spans before; gives what the sums of those and of this span are to be multiplied with.
+    __device__ __forceinline__ float2 follow(f32 earlier_most, f32 earlier_total, f32 scale) {
+        const f32 own = most;
+        most = fmaxf(earlier_most, own);
+        const float2 shares = make_float2(power_of_two((earlier_most - base()) * scale), power_of_two((own - base()) * scale));
+        total = blend(earlier_total, total, shares);
+        return shares;
+    }
+
+    // Sums of earlier spans and of this one together. A share of zero leaves the other as it is: its share is one.
+    static __device__ __forceinline__ f32 blend(f32 earlier, f32 own, float2 shares) {
+        const f32 both = __fmaf_rn(earlier, shares.x, __fmul_rn(own, shares.y));
+        return shares.y == 0.0f ? earlier : shares.x == 0.0f ? own : both;
+    }
+
     // Takes up two powers.
     __device__ __forceinline__ void add(f32 low, f32 high) { total = __fadd_rn(total, __fadd_rn(low, high)); }
 
@@ -216,3 +239,88 @@ __device__ __forceinline__ f32 quad_sum(f32 value) {
     value += __shfl_xor_sync(~0u, value, 1);
     return value + __shfl_xor_sync(~0u, value, 2);
 }
+
+// Where the THREADS threads of a block, or of a part of it, put away what their rows have of the spans before: the softmax of
+// ROWS rows of each thread, and SUMS sums, every four of which are of two rows. There are places for about as many blocks as run
+// at a time; who finds none waits until one is given back, which nobody who has one waits for.
+template <u32 THREADS, u32 SUMS, u32 ROWS> struct Carry {
+    const Args& args;
+    u32* place;           // which one, in shared memory
+    const u32* first;     // of a thread's row i at 8 * i: the first position that it sees
+    const u32 start;      // the first position taken, a multiple of STEP
+    const u32 thread, barrier; // of these threads
+    const f32 scale;
+
+    // Whether there are several spans before position `end`: then a place is opened, a barrier away from the first span's end, and
+    // closed after the last one's.
+    __device__ __forceinline__ bool several(u32 end) const { return end > start && (end - 1) / SPAN_KEYS * SPAN_KEYS > start; }
+
+    __device__ __forceinline__ void open(u32 end) const {
+        if (thread != 0 || !several(end)) return;
+        const u32 places = u32(min(args.scratch_bytes / BYTES, u64(WORDS)));
+        u32 at = ((blockIdx.x * gridDim.y + blockIdx.y) * (blockDim.x / THREADS) + barrier) % places, other;
+        while (true) {
+            asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, 1;" : "=r"(other) : "l"(taken() + at) : "memory");
+            if (other == 0) break;
+            at = at + 1 == places ? 0 : at + 1;
+        }
+        *place = at;
+    }
+
+    __device__ __forceinline__ void close(u32 end) const {
+        if (!several(end)) return;
+        asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+        if (thread == 0) asm volatile("st.release.gpu.global.u32 [%0], 0;" ::"l"(taken() + *place) : "memory");
+    }
+
+    // After the last step of a span, which is before position `end`. But for the `last` span, rows that see nothing before that
+    // keep what they have: what comes before all keys.
+    __device__ __forceinline__ void end_span(Softmax (&softmax)[ROWS], f32* sums, u32 end, bool last) const {
+        const u32 position = (end - 1) / SPAN_KEYS * SPAN_KEYS;
+        if (position > start) take_up(softmax, sums, position);
+        if (last) return;
+#pragma unroll
+        for (u32 i = 0; i < ROWS; ++i) {
+            __stcg(softmaxes() + i * THREADS, make_float2(softmax[i].most, softmax[i].total));
+            if (first[8 * i] < end) softmax[i] = Softmax();
+        }
+#pragma unroll
+        for (u32 i = 0; i < SUMS; i += 4) {
+            __stcg(pieces() + i / 4 * THREADS, make_float4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]));
+            sums[i] = sums[i + 1] = sums[i + 2] = sums[i + 3] = 0.0f;
+        }
+    }
+
+  private:
+    static constexpr u32 BYTES = THREADS * (SUMS * 4 + ROWS * 8);
+
+    // Puts what was put away before what the span at `position` gave. Each thread reads only what it wrote.
+    __device__ __forceinline__ void take_up(Softmax (&softmax)[ROWS], f32* sums, u32 position) const {
+        float2 shares[ROWS];
+#pragma unroll
+        for (u32 i = 0; i < ROWS; ++i) {
+            const float2 earlier = __ldcg(softmaxes() + i * THREADS);
+            shares[i] = make_float2(0.0f, 1.0f);
+            if (first[8 * i] < position) shares[i] = softmax[i].follow(earlier.x, earlier.y, scale);
+        }
+#pragma unroll
+        for (u32 i = 0; i < SUMS; i += 4) {
+            // All at once would take more registers than there are.
+            if (i % 32 == 0) asm volatile("" ::: "memory");
+            const float4 earlier = __ldcg(pieces() + i / 4 * THREADS);
+            const u32 row = i / (2 * SUMS / ROWS) * 2;
+            sums[i] = Softmax::blend(earlier.x, sums[i], shares[row]);
+            sums[i + 1] = Softmax::blend(earlier.y, sums[i + 1], shares[row]);
+            sums[i + 2] = Softmax::blend(earlier.z, sums[i + 2], shares[row + 1]);
+            sums[i + 3] = Softmax::blend(earlier.w, sums[i + 3], shares[row + 1]);
+        }
+    }
+
+    __device__ __forceinline__ u32* taken() const { return reinterpret_cast<u32*>(args.scratch); }
+    __device__ __forceinline__ float4* pieces() const {
+        return reinterpret_cast<float4*>(args.scratch + WORDS * 4 + u64(*place) * BYTES) + thread;
+    }
+    __device__ __forceinline__ float2* softmaxes() const {
+        return reinterpret_cast<float2*>(args.scratch + WORDS * 4 + u64(*place) * BYTES + THREADS * SUMS * 4) + thread;
+    }
+};

@@ -2,9 +2,9 @@
 // is spread over the whole GPU, in the same order and with the same bits.
 //
 // Two kernels, whose blocks take a *unit* each: a token and up to 16 of its query heads that share a key head.
-// `attention_scores` gives each step of 64 keys a block. `attention_sums` gives each 32 columns of the values a block,
-// which goes through all steps: so no sum over keys is cut, and what the softmax carries along is the same. Scores
-// and their maxima wait in scratch memory in between.
+// `attention_scores` gives each step of 64 keys a block. `attention_sums` gives each 32 columns of the values of each span a
+// block, which goes through all its steps: what the softmax carries along is the same. Scores and their maxima wait in scratch
+// memory in between, and so do the sums of spans for the last block of those columns, which puts them together.
 //
 // What a step waits for is little: the greatest score so far is known from the maxima alone, so that warps make the
 // powers of several steps at the same time, and only sums go from step to step.
@@ -21,9 +21,11 @@ struct FewArgs {
     Args attention;
     u64 scores; // [unit, step] tiles of float32, ordered for those who take them up: see `score_of`
     u64 most;   // [unit, step, HEADS] float32: their maxima
-    u32 steps;  // of a unit there is room for: as many as the longest may have
+    u64 parts;  // [unit, columns, span] `Part`s
+    u32 steps, spans; // of a unit there is room for: as many as the longest may have
     u32 tiles;  // of heads that share a key head
     u32 halves; // powers are added up by halves of a step, as `attention_mla` does
+    u32 unit;   // the first of this launch
     u32 padding;
 };
 
@@ -38,12 +40,15 @@ struct Unit {
     u32 sequence;                    // NONE: something is wrong, or the token is nobody's
     u32 first, end;                  // positions
     u32 base, steps;                 // of the first step, and how many there are
+    u32 tile;                        // of the first step's scores
+    u32 span, spans;                 // the steps are those of which span, and how many there are
 };
 
-// By a whole block.
-__device__ __forceinline__ Unit look(const FewArgs& few, u32 index) {
+// By a whole block: the unit of so many in this launch.
+__device__ __forceinline__ Unit look(const FewArgs& few, u32 of_launch) {
     const Args& args = few.attention;
     __shared__ u32 sequence;
+    const u32 index = few.unit + of_launch;
     const u32 group = args.heads / args.kv_heads, tile = index % few.tiles;
     Unit unit;
     unit.kv_head = index / few.tiles % args.kv_heads;
@@ -61,6 +66,7 @@ __device__ __forceinline__ Unit look(const FewArgs& few, u32 index) {
     unit.first = first_seen(args, unit.end);
     unit.base = unit.first / STEP * STEP;
     unit.steps = position / STEP - unit.first / STEP + 1;
+    unit.tile = of_launch * few.steps;
     if (!stands(args, position)) unit.sequence = NONE;
     return unit;
 }
@@ -123,7 +129,7 @@ template <typename C> __device__ __forceinline__ void attention_scores(const Few
         multiply(scores[1], a, b[2], b[3]);
     }
     f32 most[2] = {minus_infinity(), minus_infinity()};
-    const u64 tile = u64(blockIdx.y) * few.steps + step;
+    const u64 tile = unit.tile + step;
     float2* to = reinterpret_cast<float2*>(few.scores) + tile * (TILE / 2);
 #pragma unroll
     for (u32 j = 0; j < 2; ++j) {
@@ -157,6 +163,14 @@ constexpr u32 SLICE = SUMMERS * 8;                // columns of the values of a 
 constexpr u32 SUMS_BLOCK = 32 * (SUMMERS + MAKERS);
 constexpr u32 STAGES = 12;                        // steps under way: what makes a step begins when its place is free
 
+// What the spans but for one wait with: of each thread that sums, and of each head. `kernels.rs` repeats its size.
+struct Part {
+    float4 sums[32 * SUMMERS];
+    f32 totals[32 * SUMMERS];
+    f32 most[HEADS];
+};
+static_assert(sizeof(Part) == 2624, "as `kernels.rs` has it");
+
 // A step, ready to be summed.
 struct Stage {
     uint4 powers[STEP / 16][32];  // of 16 positions each, as an mma's lanes take them
@@ -168,21 +182,38 @@ struct Stage {
 // Offset of a piece in lines of 64 bytes, two of which meet all banks.
 __device__ __forceinline__ u32 value_place(u32 line, u32 piece) { return line * SLICE + ((piece ^ (line >> 1 & 3)) << 3); }
 
+// The block's span of its unit, into shared memory, by a whole block; false where there is none.
+__device__ __forceinline__ bool look_at_span(const FewArgs& few, Unit& shared) {
+    const u32 units = gridDim.y / few.spans;
+    Unit unit = look(few, blockIdx.y % units);
+    const u32 first = unit.first / SPAN_KEYS;
+    // Last spans come last: they may be short, and then share a multiprocessor with others.
+    unit.span = blockIdx.y / units, unit.spans = (unit.end - 1) / SPAN_KEYS - first + 1;
+    if (unit.sequence == NONE || unit.span >= unit.spans) return false;
+    const u32 start = max((first + unit.span) * SPAN_KEYS, unit.base), skipped = (start - unit.base) / STEP;
+    unit.base = start, unit.tile += skipped;
+    unit.steps = min(unit.steps - skipped, (SPAN_KEYS - start % SPAN_KEYS) / STEP);
+    if (threadIdx.x == 0) shared = unit;
+    __syncthreads();
+    return true;
+}
+
 // C is what values are cached in.
 template <typename C> struct Sums {
     static constexpr bool CODES = sizeof(C) == 1;
     const FewArgs& few;
     const Args& args;
-    const Unit& unit;
+    const Unit& unit; // in shared memory, as there are few registers
     Stage* stages;
+    f32* most; // [HEADS] of the span
     const u32 full, empty; // barriers of the stages
     const u32 warp, lane, column;
     const f32 scale;
 
-    // What a softmax of a head has before the first key; `total` only for those who add it up.
+    // What a softmax of a head has before the first key of a span; `total` only for those who add it up.
     __device__ __forceinline__ Softmax begin(u32 head) const {
         Softmax softmax;
-        if (args.sinks && head < unit.heads) {
+        if (args.sinks && unit.span == 0 && head < unit.heads) {
             softmax.most = sink_of(args, unit.head + head) / args.scale;
             softmax.total = 1.0f;
         }
@@ -235,7 +266,7 @@ template <typename C> struct Sums {
 
     // The scores of a step that a lane turns into powers: of heads lane / 4 and lane / 4 + 8, pairs lane % 4.
     __device__ __forceinline__ void read_scores(float2 (&scores)[2][8], u32 step) const {
-        const float2* from = reinterpret_cast<const float2*>(few.scores) + (u64(blockIdx.y) * few.steps + step) * (TILE / 2);
+        const float2* from = reinterpret_cast<const float2*>(few.scores) + u64(unit.tile + step) * (TILE / 2);
 #pragma unroll
         for (u32 i = 0; i < 2; ++i)
 #pragma unroll
@@ -244,7 +275,7 @@ template <typename C> struct Sums {
 
     // The maxima of a step that a warp makes, of heads lane / 4 and lane / 4 + 8, after those of the steps since its last one.
     __device__ __forceinline__ void read_maxima(f32 (&maxima)[2][MAKERS], u32 step) const {
-        const f32* from = reinterpret_cast<const f32*>(few.most) + u64(blockIdx.y) * few.steps * HEADS + lane / 4;
+        const f32* from = reinterpret_cast<const f32*>(few.most) + u64(unit.tile) * HEADS + lane / 4;
 #pragma unroll
         for (u32 back = 0; back < MAKERS; ++back)
 #pragma unroll
@@ -297,6 +328,7 @@ template <typename C> struct Sums {
             const u32 slot = step % STAGES, next = step + MAKERS;
             if constexpr (!CODES) barrier_follow(full + 8 * slot);
             make(softmax, maxima, scores, step);
+            if (step + 1 == unit.steps && lane % 4 == 0) most[lane / 4] = softmax[0].most, most[lane / 4 + 8] = softmax[1].most;
             if constexpr (CODES) {
                 // Values of the next step are on their way while those of this one are decoded.
                 if (next < unit.steps) bring_next(next);
@@ -359,19 +391,21 @@ template <typename C> struct Sums {
 
     __device__ __forceinline__ void sum_all(f32 (&factors)[HEADS]) const {
         const u32 head = threadIdx.x / 8, half = threadIdx.x / 4 % 2, pair = threadIdx.x % 4;
+        const u32 steps = unit.steps;
         f32 sums[4] = {}, total = pair == 0 ? begin(head).total : 0.0f;
         Share shares[2];
         take(shares[0], 0);
-        for (u32 step = 0; step < unit.steps; step += 2) {
-            if (step + 1 < unit.steps) take(shares[1], step + 1);
+        for (u32 step = 0; step < steps; step += 2) {
+            if (step + 1 < steps) take(shares[1], step + 1);
             sum(sums, total, shares[0]);
-            if (step + 1 == unit.steps) break;
-            if (step + 2 < unit.steps) take(shares[0], step + 2);
+            if (step + 1 == steps) break;
+            if (step + 2 < steps) take(shares[0], step + 2);
             sum(sums, total, shares[1]);
         }
+        if (unit.spans > 1 && !put_together(sums, total)) return;
         const f32 quad = quad_sum(total), other = __shfl_xor_sync(~0u, quad, 4);
         if (half == 0 && pair == 0) factors[head] = args.value_scale / (few.halves ? quad + other : quad);
-        asm volatile("bar.sync 1, %0;" ::"n"(32 * SUMMERS) : "memory");
+        meet();
         const u32 width = args.values.width / args.kv_heads, at_column = column + warp * 8 + lane % 4 * 2;
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
@@ -382,16 +416,57 @@ template <typename C> struct Sums {
             *reinterpret_cast<u32*>(out) = narrow_pair(sums[2 * i] * factor, sums[2 * i + 1] * factor);
         }
     }
+
+    // --------------------------------------------------------------------------------------------- putting together
+
+    __device__ __forceinline__ void meet() const { asm volatile("bar.sync 1, %0;" ::"n"(32 * SUMMERS) : "memory"); }
+
+    // Leaves what the span gave; the last block to do so goes on, with what all spans give.
+    __device__ __forceinline__ bool put_together(f32 (&sums)[4], f32& total) const {
+        __shared__ u32 left;
+        const u32 thread = threadIdx.x, columns = blockIdx.y % (gridDim.y / few.spans) * gridDim.x + blockIdx.x;
+        Part* parts = reinterpret_cast<Part*>(few.parts) + u64(columns) * few.spans;
+        u32* count = reinterpret_cast<u32*>(args.scratch) + columns;
+        __stcg(&parts[unit.span].sums[thread], make_float4(sums[0], sums[1], sums[2], sums[3]));
+        __stcg(&parts[unit.span].totals[thread], total);
+        if (thread < HEADS) __stcg(&parts[unit.span].most[thread], most[thread]);
+        meet();
+        if (thread == 0) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(left) : "l"(count) : "memory");
+        meet();
+        if (left + 1 < unit.spans) return false;
+        if (thread == 0) *count = 0;
+        // Of the heads of the sums, and of that of the total.
+        const u32 heads[3] = {lane / 4, lane / 4 + 8, thread / 8};
+        Softmax all[3];
+#pragma unroll 1
+        for (u32 i = 0; i < unit.spans; ++i) {
+            const float4 own = __ldcg(&parts[i].sums[thread]);
+            const f32 own_total = __ldcg(&parts[i].totals[thread]);
+            float2 shares[3];
+#pragma unroll
+            for (u32 j = 0; j < 3; ++j) {
+                Softmax softmax;
+                softmax.most = __ldcg(&parts[i].most[heads[j]]), softmax.total = own_total;
+                shares[j] = make_float2(0.0f, 1.0f);
+                if (i > 0) shares[j] = softmax.follow(all[j].most, all[j].total, scale);
+                all[j] = softmax;
+            }
+            sums[0] = Softmax::blend(sums[0], own.x, shares[0]), sums[1] = Softmax::blend(sums[1], own.y, shares[0]);
+            sums[2] = Softmax::blend(sums[2], own.z, shares[1]), sums[3] = Softmax::blend(sums[3], own.w, shares[1]);
+        }
+        total = all[2].total;
+        return true;
+    }
 };
 
 template <typename C> __device__ __forceinline__ void attention_sums(const FewArgs& few) {
     extern __shared__ __align__(128) unsigned char shared[];
     __shared__ u64 barriers[2 * STAGES];
-    __shared__ f32 factors[HEADS];
+    __shared__ f32 factors[HEADS], most[HEADS];
+    __shared__ Unit unit;
     // What runs before is `attention_scores`, which began when everything before it was done: all but what that writes is
     // there.
-    const Unit unit = look(few, blockIdx.y);
-    if (unit.sequence == NONE) return take_turn();
+    if (!look_at_span(few, unit)) return take_turn();
     const u32 full = shared_address(barriers), empty = full + 8 * STAGES, warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
         for (u32 slot = 0; slot < STAGES; ++slot) {
@@ -401,7 +476,8 @@ template <typename C> __device__ __forceinline__ void attention_sums(const FewAr
     }
     __syncthreads();
     const f32 scale = few.attention.scale * 1.4426950408889634f;
-    const Sums<C> sums{few, few.attention, unit, reinterpret_cast<Stage*>(shared), full, empty, warp, threadIdx.x % 32, blockIdx.x * SLICE, scale};
+    const Sums<C> sums{few, few.attention, unit, reinterpret_cast<Stage*>(shared), most, full, empty, warp, threadIdx.x % 32,
+                       blockIdx.x * SLICE, scale};
     if (warp < SUMMERS) sums.sum_all(factors);
     else sums.make_all(warp - SUMMERS);
 }

@@ -57,6 +57,7 @@ template <typename C, u32 WIDTH> __device__ __forceinline__ void attention(const
     extern __shared__ __align__(128) bf16 shared[];
     __shared__ Sight<HEIGHT> sight;
     __shared__ u32 slots[2][STEP];
+    __shared__ u32 carried;
     bf16* queries = shared;
     bf16* keys = queries + HEIGHT * WIDTH;
     bf16* values = keys + STEP * WIDTH;
@@ -97,6 +98,8 @@ template <typename C, u32 WIDTH> __device__ __forceinline__ void attention(const
         }
     }
     f32 sums[2][COLUMNS][4] = {};
+    const Carry<BLOCK, 8 * COLUMNS, 4> carry{args, &carried, &sight.first[warp * 32 + lane / 4], start, thread, 0, scale};
+    carry.open(high);
 
     if (high > 0 && thread < STEP) {
         const u32 position = start + thread;
@@ -108,6 +111,7 @@ template <typename C, u32 WIDTH> __device__ __forceinline__ void attention(const
     copies_commit();
     u32 turn = 0;
     for (u32 base = start; base < high; base += STEP, turn ^= 1) {
+        if (base > start && base % SPAN_KEYS == 0) carry.end_span(softmax, sums[0][0], base, false);
         const u32 coming = base + STEP + thread;
         const bool coming_seen = thread < STEP && seen(coming);
         const u32 block = block_of(args, tile.sequence, coming, coming_seen);
@@ -191,6 +195,8 @@ template <typename C, u32 WIDTH> __device__ __forceinline__ void attention(const
                 }
             }
     }
+    if (high > 0) carry.end_span(softmax, sums[0][0], high, true);
+    carry.close(high);
     if (warp_rows == 0) return;
 
     // A warp's outputs go through its own queries' place, to be stored in whole pieces.

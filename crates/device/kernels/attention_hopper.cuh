@@ -41,6 +41,7 @@ template <typename S> struct Room {
     unsigned char keys[S::STAGES][S::KEYS];
     unsigned char values[S::STAGES][S::VALUES];
     Sight<HEIGHT> sight;
+    u32 carried[GROUPS]; // places of what the warpgroups put away
     u64 keys_full[S::STAGES], keys_empty[S::STAGES], values_full[S::STAGES], values_empty[S::STAGES];
 };
 
@@ -253,6 +254,8 @@ __device__ __forceinline__ void attend(const Args& args, Room<S>& room, u32 star
     const u32 steps = steps_to(end), all_steps = steps_to(high);
 
     const f32 scale = args.scale * 1.4426950408889634f;
+    const Carry<GROUP, S::VALUE / 2, 2> carry{args, &room.carried[group], &sight.first[first_line + line], start, thread, group + 1, scale};
+    carry.open(end);
     Softmax softmax[2];
     if (args.sinks) {
         // A sink is a score that came before all others, of a value that is zero; scores are counted before their factor.
@@ -363,17 +366,19 @@ __device__ __forceinline__ void attend(const Args& args, Room<S>& room, u32 star
         wgmma_commit();
     };
 
-    if (steps > 0) {
-        await_keys(0);
-        score_step(0);
+    for (u32 from = 0, to; from < steps; from = to) {
+        // The steps of a span.
+        to = min(steps, ((start / STEP + from) / (SPAN_KEYS / STEP) + 1) * (SPAN_KEYS / STEP) - start / STEP);
+        await_keys(from);
+        score_step(from);
         wgmma_wait<0>();
         hold(scores);
-        release(room.keys_empty[0]);
-        soften(0);
+        release(room.keys_empty[from % S::STAGES]);
+        soften(from);
         round_powers();
-        await_keys(1);
+        await_keys(from + 1);
 #pragma unroll 1
-        for (u32 step = 0; step + 1 < steps; ++step) {
+        for (u32 step = from; step + 1 < to; ++step) {
             hold(scores), hold(sums), hold(powers);
             score_step(step + 1);
             weigh_step(ready(step));
@@ -389,10 +394,11 @@ __device__ __forceinline__ void attend(const Args& args, Room<S>& room, u32 star
             scale_sums();
             round_powers();
         }
-        weigh_step(ready(steps - 1));
+        weigh_step(ready(to - 1));
         wgmma_wait<0>();
         hold(sums);
-        release(room.values_empty[(steps - 1) % S::STAGES]);
+        release(room.values_empty[(to - 1) % S::STAGES]);
+        carry.end_span(softmax, sums, start + to * STEP, to == steps);
     }
     // Steps that only the other warpgroup sees.
     for (u32 step = steps; step < all_steps; ++step) {
@@ -419,6 +425,7 @@ __device__ __forceinline__ void attend(const Args& args, Room<S>& room, u32 star
         bf16* to = sight.find(args.out, first_line + at, S::VALUE) + lane % VALUE_PIECES * LINE;
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(own + place(at, lane % VALUE_PIECES));
     }
+    carry.close(end);
 }
 
 template <typename S> __device__ __forceinline__ void attention(const HopperArgs& all) {

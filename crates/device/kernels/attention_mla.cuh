@@ -110,6 +110,7 @@ struct Room {
     bf16 powers[CHUNK];
     Sight<HEIGHT> sight;
     u32 slots[2][STEP];
+    u32 carried; // place of what is put away
     f32 greatest[2][HEIGHT]; // of the scores of each half of the positions
 };
 
@@ -146,6 +147,8 @@ template <typename C> __device__ __forceinline__ void attention_mla(const Args& 
     for (u32 i = 0; i < 128; ++i) sums[i] = 0.0f;
 
     if (high == 0) return;
+    const Carry<BLOCK, 128, 2> carry{args, &room.carried, &sight.first[line], start, thread, 0, scale};
+    carry.open(high);
     if (thread < STEP) {
         const u32 position = start + thread;
         const u32 block = block_of(args, tile.sequence, position, seen(position));
@@ -230,6 +233,8 @@ template <typename C> __device__ __forceinline__ void attention_mla(const Args& 
             multiply_values(sums, operand(powers + step * 32), operand(values + step * 2048));
         wgmma_commit();
         wgmma_wait();
+        const u32 next = base + STEP;
+        if (next % SPAN_KEYS == 0 || next >= high) carry.end_span(softmax, sums, next, next >= high);
     }
 
     // Each half of the threads has the powers of half of the positions.
@@ -258,6 +263,7 @@ template <typename C> __device__ __forceinline__ void attention_mla(const Args& 
         bf16* to = sight.find(args.out, at, value_width) + column;
         store_piece(to, staged + lane / 8 * CHUNK + place(at, lane % 8), min(value_width - column, LINE), args.vectors);
     }
+    carry.close(high);
 }
 
 #define LATENT(C)                                                                                            \

@@ -239,8 +239,9 @@ pub(super) struct HopperAttention {
 
 const fn hopper_attention(operation: &'static str, widths: [usize; 2], stages: u32) -> HopperAttention {
     let (rows, step, key, value) = (128, FEW_STEP as u32, widths[0] as u32, widths[1] as u32);
-    // Queries, rings of keys and values; of each row its token, head and what it sees, of all rows together; barriers.
-    let shared_bytes = (rows * key + stages * step * (key + value)) * 2 + (4 * rows + 4) * 4 + 4 * stages * 8;
+    // Queries, rings of keys and values; of each row its token, head and what it sees, of all rows together; what is put away;
+    // barriers.
+    let shared_bytes = (rows * key + stages * step * (key + value)) * 2 + (4 * rows + 6) * 4 + 4 * stages * 8;
     HopperAttention { widths, tile: AttentionTile { operation, rows, shared_bytes } }
 }
 
@@ -253,13 +254,22 @@ pub(super) const ATTENTION_HOPPER: [HopperAttention; 4] = [
 ];
 /// One key head of up to 576 elements whose leading ones, up to 512, are the values; Hopper only.
 pub(super) const ATTENTION_MLA: AttentionTile =
-    AttentionTile { operation: "attention_mla", rows: 64, shared_bytes: 28 * 8192 + 2064 };
+    AttentionTile { operation: "attention_mla", rows: 64, shared_bytes: 28 * 8192 + 2072 };
 pub(super) const MLA_WIDTHS: (usize, usize) = (576, 512);
 
 /// What the kernels for few tokens take at once: keys of a step, query heads and columns of values of a block.
 pub(super) const FEW_STEP: usize = 64;
 pub(super) const FEW_HEADS: usize = 16;
 pub(super) const FEW_COLUMNS: usize = 32;
+
+/// Positions whose keys have a softmax and sums of their own, on the tensor cores; `SPAN_KEYS` in `attention.cuh`.
+pub(super) const SPAN_KEYS: usize = 4096;
+
+/// Words at the start of scratch memory that are zero between kernels; `WORDS` in `attention.cuh`.
+pub(super) const SCRATCH_WORDS: usize = 16384;
+
+/// What a block leaves that sums up one of several spans.
+pub(super) const FEW_PART_BYTES: usize = 128 * (16 + 4) + FEW_HEADS * 4;
 
 /// Shared memory for the steps that are under way to the sums: powers, sums of pairs, values and factors of each.
 pub(super) const FEW_SUMS_BYTES: usize = 12 * (2048 + 2048 + FEW_STEP * FEW_COLUMNS * 2 + FEW_HEADS * 4);

@@ -61,9 +61,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use weights::WeightStore;
 
-/// Bytes that kernels of one operation have to hand over in: attention scores of one token and 16 heads over 256K
-/// positions, or of 64 such tokens over 4K.
-const SCRATCH: usize = 16 << 20;
+/// Bytes that kernels of one operation have to hand over in: attention scores of a token and 16 heads over 512K
+/// positions, or of 128 such tokens over 4K, or what 240 blocks of a prompt put away between spans. First come words that are zero
+/// between kernels.
+const SCRATCH: usize = 32 << 20;
 
 /// Bytes that a rank takes of a GPU beside its buffers.
 pub const RANK_BYTES: u64 = SCRATCH as u64 + staging::CAPACITY + (2 << 20);
@@ -417,6 +418,9 @@ impl CudaBackend {
         let reads = Stream::new(context)?;
         let (events, timed_events) = (EventPool::new(context, false), EventPool::new(context, true));
         let tickets = for_each_lane(|| hopper::tickets(context, &reads))?;
+        let scratch = DeviceMemory::new(context, SCRATCH)?;
+        // SAFETY: just allocated with more bytes, and nobody else has it yet.
+        unsafe { reads.fill(scratch.start, 0, kernels::SCRATCH_WORDS * size_of::<u32>()) }?;
         let anchor = anchor(&timed_events, &reads, options.epoch)?;
         let order = Order {
             hazards: Hazards::default(),
@@ -439,7 +443,7 @@ impl CudaBackend {
         Ok(CudaBackend {
             rank,
             repeats: Mutex::default(),
-            scratch: DeviceMemory::new(context, SCRATCH)?,
+            scratch,
             order: Mutex::new(order),
             underway,
             memory,

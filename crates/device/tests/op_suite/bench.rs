@@ -243,8 +243,11 @@ impl<B: Backend> Bench<B> {
 
     /// Runs one operation: refused at the door, faulted on its lane, or done.
     pub(crate) fn try_run(&self, op: Op) -> Result<Result<(), Fault>, DeviceError> {
-        // The host waits for each operation, so either lane is in order.
-        let lane = Lane::ALL[self.below(Lane::ALL.len())];
+        // The host waits for each operation, so either lane is in order. Attention belongs to the lane that computes.
+        let lane = match op {
+            Op::Attention(_) => Lane::Compute,
+            _ => Lane::ALL[self.below(Lane::ALL.len())],
+        };
         self.device.enqueue(lane, Place::layer(Layer(7)), op)?;
         Ok(self.device.wait(&self.device.record(lane), Deadline::after(Duration::from_secs(60))))
     }

@@ -733,6 +733,7 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
     let widest = Heads { heads: 6, kv_heads: 2, key_width: 256, value_width: 256, ..plain };
     // Several steps of keys, tiles of queries and sequences that share neither.
     let long: Lengths<'_> = &[(0, 150), (200, 1), (61, 70), (0, 0), (127, 2)];
+    let several_spans: Lengths<'_> = &[(8190, 4), (4094, 3), (12_300, 1)];
     let mixed: Lengths<'_> = &[(0, 7), (12, 1), (0, 0), (3, 4), (0, 1), (40, 1)];
     let cases: &[(Heads, Lengths<'_>, usize)] = &[
         (plain, &[(0, 1)], 4),
@@ -777,6 +778,10 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         (widest, long, 64),
         (Heads { sinks: true, ..window(widest, 70) }, long, 64),
         (window(widest, 9), mixed, 16),
+        (Heads { heads: 2, kv_heads: 1, ..wide }, several_spans, 64),
+        (Heads { heads: 2, kv_heads: 1, sinks: true, ..window(wide, 4500) }, several_spans, 16),
+        (Heads { heads: 2, ..few_latents }, several_spans, 64),
+        (Heads { heads: 1, kv_heads: 1, ..widest }, several_spans, 64),
     ];
     for (heads, lengths, block_size) in cases {
         let what = format!("{heads:?} over {lengths:?} in blocks of {block_size}");

@@ -217,58 +217,88 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         .map(in_blocks),
     );
     for ((heads, block_size), coded) in cases.flat_map(|case| [(case, false), (case, true)]) {
-        let (key_width, value_width) = (heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width);
-        let out_width = heads.heads * heads.value_width;
-        let whole =
-            Sequences::new(bench, &[(0, 19), (33, 1), (70, 2), (5, 11), (0, 1), (120, 40)], block_size);
-        // Heads of more than 128 that are no latents have another kernel, with other bits, for rows that do not begin on
-        // vectors, as those of a model do.
-        let vectors = heads.key_width > 128 && !heads.latent;
-        let put = |sheet: &Sheet| if vectors { bench.put_on(8, sheet) } else { bench.put(sheet) };
-        let q = bench.random(whole.tokens().len(), heads.heads * heads.key_width, 1.0);
-        let put_cache = |width: usize| {
-            let sheet = whole.cache(bench, width);
-            let unit = if vectors || bench.below(2) > 0 { 8 } else { 1 };
-            if coded { bench.put_codes(unit, &sheet, 0.01).0.view } else { put(&sheet).view }
+        let lengths = [(0, 19), (33, 1), (70, 2), (5, 11), (0, 1), (120, 40)];
+        attend_alike(bench, &heads, &Sequences::new(bench, &lengths, block_size), coded, 3);
+    }
+    // Contexts of several spans, which a GPU sums up apart.
+    let pair = Heads { heads: 2, kv_heads: 1, key_width: 128, value_width: 128, ..grouped };
+    let narrow = Heads { key_width: 64, value_width: 64, ..pair };
+    let sinks = |heads| Heads { sinks: true, ..heads };
+    for (heads, block_size) in [
+        (pair, 64),
+        (pair, 16),
+        (narrow, 64),
+        (sinks(windowed(narrow, 4000)), 64),
+        (sinks(windowed(pair, 66)), 16),
+        (windowed(pair, 4097), 64),
+        (stretched(pair, 5000), 64),
+        (sinks(narrow), 16),
+        (Heads { heads: 3, ..wide_latent }, 64),
+        (Heads { heads: 3, ..windowed(wide_latent, 4100) }, 16),
+        (Heads { heads: 1, kv_heads: 1, ..apart }, 64),
+        (sinks(Heads { heads: 2, kv_heads: 1, ..widest }), 64),
+    ] {
+        let lengths = [(4080, 24), (8185, 10), (4095, 1), (0, 2), (4096, 2)];
+        let coded = bench.below(2) > 0;
+        attend_alike(bench, &heads, &Sequences::new(bench, &lengths, block_size), coded, 3);
+    }
+    // One token of more sequences than a GPU has room for at a time; they share what is cached.
+    let many = Heads { heads: 32, ..narrow };
+    let one = Sequences::new(bench, &[(9000, 1)], 64);
+    let lengths = (0..33).map(|sequence| (9000 - 257 * sequence, 1)).collect::<Vec<_>>();
+    let blocks = vec![one.blocks[0].clone(); lengths.len()];
+    attend_alike(bench, &many, &Sequences { lengths, blocks, ..one }, false, 4);
+}
+
+/// Each sequence alone, and every `every`-th token alone, against all together; keys and values are cached in codes or numbers.
+fn attend_alike<B: Backend>(bench: &Bench<B>, heads: &Heads, whole: &Sequences, coded: bool, every: usize) {
+    let (key_width, value_width) = (heads.kv_heads * heads.key_width, heads.kv_heads * heads.value_width);
+    let out_width = heads.heads * heads.value_width;
+    // Rows of a model begin on vectors, and its blocks hold whole steps. Heads of more than 128 that are no latents have another
+    // kernel, with other bits, for rows that do not.
+    let vectors = whole.block_size == 64 || heads.key_width > 128 && !heads.latent;
+    let put = |sheet: &Sheet| if vectors { bench.put_on(8, sheet) } else { bench.put(sheet) };
+    let q = bench.random(whole.tokens().len(), heads.heads * heads.key_width, 1.0);
+    let put_cache = |width: usize| {
+        let sheet = whole.cache(bench, width);
+        let unit = if vectors || bench.below(2) > 0 { 8 } else { 1 };
+        if coded { bench.put_codes(unit, &sheet, 0.01).0.view } else { put(&sheet).view }
+    };
+    let keys = put_cache(key_width);
+    let values = match heads.latent {
+        true => keys.columns(0..value_width).expect("inside"),
+        false => put_cache(value_width),
+    };
+    let scales = if coded { (0.01, 0.01) } else { (1.0, 1.0) };
+    let run = |sequences: &Sequences, rows: Range<usize>| {
+        let q = put(&q.take(rows.clone()));
+        let out = match vectors {
+            true => bench.room_on(8, bench.dtype, rows.len(), out_width),
+            false => bench.room(bench.dtype, rows.len(), out_width),
         };
-        let keys = put_cache(key_width);
-        let values = match heads.latent {
-            true => keys.columns(0..value_width).expect("inside"),
-            false => put_cache(value_width),
-        };
-        let scales = if coded { (0.01, 0.01) } else { (1.0, 1.0) };
-        let run = |sequences: &Sequences, rows: Range<usize>| {
-            let q = put(&q.take(rows.clone()));
-            let out = match vectors {
-                true => bench.room_on(8, bench.dtype, rows.len(), out_width),
-                false => bench.room(bench.dtype, rows.len(), out_width),
-            };
-            let (keys, values) = (keys.clone(), values.clone());
-            let parts = CacheParts { q: q.view, keys, values, scales, out: out.view.clone() };
-            bench.run("attention", sequences.attention(bench, &heads, &parts));
-            bench.get("attention", &out)
-        };
-        let tokens = whole.tokens();
-        let together = run(&whole, 0..tokens.len());
-        let only = |sequence: usize, length: (usize, usize)| Sequences {
-            lengths: vec![length],
-            blocks: vec![whole.blocks[sequence].clone()],
-            ..whole
-        };
-        let mut start = 0;
-        for (sequence, &length) in whole.lengths.iter().enumerate() {
-            let rows = start..start + length.1;
-            start = rows.end;
-            let what = format!("{heads:?}, codes: {coded}, sequence {sequence} alone");
-            let alone = run(&only(sequence, length), rows.clone());
-            same_bits(bench, &what, rows, &alone, &together, out_width);
-        }
-        // A third of them, of every sequence some.
-        for (row, &(sequence, position)) in tokens.iter().enumerate().step_by(3) {
-            let what =
-                format!("{heads:?}, codes: {coded}, position {position} of sequence {sequence} decoded");
-            let alone = run(&only(sequence, (position, 1)), row..row + 1);
-            same_bits(bench, &what, row..row + 1, &alone, &together, out_width);
-        }
+        let (keys, values) = (keys.clone(), values.clone());
+        let parts = CacheParts { q: q.view, keys, values, scales, out: out.view.clone() };
+        bench.run("attention", sequences.attention(bench, heads, &parts));
+        bench.get("attention", &out)
+    };
+    let tokens = whole.tokens();
+    let together = run(whole, 0..tokens.len());
+    let only = |sequence: usize, length: (usize, usize)| Sequences {
+        lengths: vec![length],
+        blocks: vec![whole.blocks[sequence].clone()],
+        ..*whole
+    };
+    let mut start = 0;
+    for (sequence, &length) in whole.lengths.iter().enumerate() {
+        let rows = start..start + length.1;
+        start = rows.end;
+        let what = format!("{heads:?}, codes: {coded}, sequence {sequence} alone");
+        let alone = run(&only(sequence, length), rows.clone());
+        same_bits(bench, &what, rows, &alone, &together, out_width);
+    }
+    for (row, &(sequence, position)) in tokens.iter().enumerate().step_by(every) {
+        let what = format!("{heads:?}, codes: {coded}, position {position} of sequence {sequence} decoded");
+        let alone = run(&only(sequence, (position, 1)), row..row + 1);
+        same_bits(bench, &what, row..row + 1, &alone, &together, out_width);
     }
 }

@@ -4,7 +4,8 @@ use super::{Launch, MOST_ROWS, Refusal, Rows, is_empty, within};
 use crate::cuda::driver::{Matrix, TensorMap};
 use crate::cuda::kernels::{
     ATTENTION_64, ATTENTION_128, ATTENTION_HOPPER, ATTENTION_MLA, AttentionTile, FEW_COLUMNS, FEW_HEADS,
-    FEW_STEP, FEW_SUMS_BYTES, HopperAttention, MLA_WIDTHS, few_shared_bytes,
+    FEW_PART_BYTES, FEW_STEP, FEW_SUMS_BYTES, HopperAttention, MLA_WIDTHS, SCRATCH_WORDS, SPAN_KEYS,
+    few_shared_bytes,
 };
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
@@ -33,6 +34,8 @@ twin! {
         longest: u32,
         stretch: u32,
         padding: u32,
+        scratch: u64,
+        scratch_bytes: u64,
     }
 }
 
@@ -49,11 +52,22 @@ twin! {
         attention: AttentionArgs,
         scores: u64,
         most: u64,
+        parts: u64,
         steps: u32,
+        spans: u32,
         tiles: u32,
         halves: u32,
+        unit: u32,
         padding: u32,
     }
+}
+
+/// What the kernels for few tokens are given, for the units (16 query heads of a token) of which there is room for what they hand
+/// over at a time.
+struct Few {
+    arguments: FewArgs,
+    units: usize,
+    together: usize,
 }
 
 impl Launch<'_> {
@@ -78,6 +92,12 @@ impl Launch<'_> {
             Sight::Last(count) => (positions(count), 0),
             Sight::Stretch(count) => (0, positions(count)),
         };
+        let scratch = self.scratch.ok_or_else(|| {
+            DeviceError::Unsupported(
+                "attention runs on the compute lane alone, which has room for its sums".into(),
+            )
+        })?;
+        let words = SCRATCH_WORDS * size_of::<u32>();
         let arguments = AttentionArgs {
             q,
             keys,
@@ -98,6 +118,8 @@ impl Launch<'_> {
             longest: u32::try_from(op.longest).unwrap_or(u32::MAX),
             stretch,
             padding: 0,
+            scratch: scratch.start,
+            scratch_bytes: (scratch.bytes - words) as u64,
         };
         let grid = |blocks: usize| {
             u32::try_from(blocks).map_err(|_| {
@@ -119,7 +141,7 @@ impl Launch<'_> {
             && self.leaves_much_idle(op, tiles)
             && let Some(few) = self.few(op, &tile, arguments)
         {
-            return self.attention_of_few(op, few);
+            return self.attention_of_few(op, &few);
         }
         let blocks = (grid(tiles)?, op.kv_heads as u32);
         let kernel = self.kernels.get(tile.operation, dtypes.0, dtypes.1)?;
@@ -164,38 +186,54 @@ impl Launch<'_> {
         op.q.rows <= TOKENS * op.blocks.rows && 2 * tiles * op.kv_heads <= self.multiprocessors as usize
     }
 
-    /// What the kernels for few tokens are given, if there is room for what they hand over. Their bits are those of the
+    /// How few tokens go through kernels of their own, if there is room for what these hand over. Their bits are those of the
     /// kernel for many.
-    fn few(&self, op: &Attention, tile: &AttentionTile, attention: AttentionArgs) -> Option<FewArgs> {
-        let scratch = self.scratch?;
-        let longest = op.sight.most().map_or(op.longest, |most| op.longest.min(most + FEW_STEP));
-        let steps = longest.div_ceil(FEW_STEP).max(1);
+    fn few(&self, op: &Attention, tile: &AttentionTile, attention: AttentionArgs) -> Option<Few> {
+        let most = op.sight.most().unwrap_or(usize::MAX);
+        let steps = op.longest.min(most.saturating_add(FEW_STEP)).div_ceil(FEW_STEP).max(1);
+        let spans = op.longest.min(most.saturating_add(SPAN_KEYS)).div_ceil(SPAN_KEYS).max(1);
         let tiles = (op.heads / op.kv_heads).div_ceil(FEW_HEADS);
+        let columns = op.value_width().div_ceil(FEW_COLUMNS);
+        let scores = steps * FEW_HEADS * FEW_STEP * size_of::<f32>();
+        let maxima = steps * FEW_HEADS * size_of::<f32>();
+        let parts = columns * spans * FEW_PART_BYTES;
         let units = op.q.rows * op.kv_heads * tiles;
-        let (scores, most) = (units * steps * FEW_HEADS * FEW_STEP, units * steps * FEW_HEADS);
-        let bytes = (scores + most) * size_of::<f32>();
-        let fits =
-            bytes <= scratch.bytes && units <= MOST_ROWS && few_shared_bytes(op.key_width()) <= 100 << 10;
-        fits.then_some(FewArgs {
+        let together = (attention.scratch_bytes as usize / (scores + maxima + parts))
+            .min(MOST_ROWS / spans)
+            .min(SCRATCH_WORDS / columns)
+            .min(units);
+        let start = attention.scratch + (SCRATCH_WORDS * size_of::<u32>()) as u64;
+        let after = |bytes: usize| start + (together * bytes) as u64;
+        let fits = together > 0 && few_shared_bytes(op.key_width()) <= 100 << 10;
+        let arguments = FewArgs {
             attention,
-            scores: scratch.start,
-            most: scratch.start + (scores * size_of::<f32>()) as u64,
+            scores: after(0),
+            most: after(scores),
+            parts: after(scores + maxima),
             steps: steps as u32,
+            spans: spans as u32,
             tiles: tiles as u32,
             halves: u32::from(tile.operation == ATTENTION_MLA.operation),
+            unit: 0,
             padding: 0,
-        })
+        };
+        fits.then_some(Few { arguments, units, together })
     }
 
-    fn attention_of_few(&self, op: &Attention, few: FewArgs) -> Result<(), Refusal> {
-        let units = op.q.rows as u32 * few.tiles * op.kv_heads as u32;
+    fn attention_of_few(&self, op: &Attention, few: &Few) -> Result<(), Refusal> {
         let [scores, sums] = ["attention_scores", "attention_sums"]
             .map(|operation| self.kernels.get(operation, op.keys.dtype, op.out.dtype));
         let (scores, sums) = (scores?, sums?);
         let shared = within("attention: a step", few_shared_bytes(op.key_width()), scores.shared_limit)?;
-        self.start(&scores.function, (few.steps, units), shared, few)?;
-        let blocks = (op.value_width().div_ceil(FEW_COLUMNS) as u32, units);
-        self.start(&sums.function, blocks, FEW_SUMS_BYTES as u32, few)
+        let columns = op.value_width().div_ceil(FEW_COLUMNS) as u32;
+        for unit in (0..few.units).step_by(few.together) {
+            let units = few.together.min(few.units - unit) as u32;
+            let arguments = FewArgs { unit: unit as u32, ..few.arguments };
+            self.start(&scores.function, (arguments.steps, units), shared, arguments)?;
+            let blocks = (columns, units * arguments.spans);
+            self.start(&sums.function, blocks, FEW_SUMS_BYTES as u32, arguments)?;
+        }
+        Ok(())
     }
 }
 
