@@ -13,7 +13,7 @@ pub use checkpoint::{
 };
 pub use epsmoe_quant::{Hints, Method, StoredType, Target};
 pub use error::ModelError;
-pub use names::{Branch, LayerPart, Located, Map, Part, Source, StateRows};
+pub use names::{Branch, LayerPart, Located, Map, Part, Source, StateRows, Turn};
 pub use presets::{PRESETS, preset, preset_text};
 pub use spec::{
     Architecture, AttentionSpec, GqaSpec, Judge, LayerSpec, MlaSpec, MlpSpec, ModelSpec, MoeSpec, Nesting,

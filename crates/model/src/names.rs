@@ -199,6 +199,19 @@ pub struct Located {
     pub sources: Vec<Source>,
 }
 
+impl Located {
+    /// Where its codes are to be stored: the published place, or, of an expert whose published place is for plain numbers alone or
+    /// across what is summed over, the first that is not.
+    pub fn place_of_codes(&self) -> &Source {
+        let published = &self.sources[0];
+        let fits = |source: &&Source| !source.transposed && source.only != Some(Form::Plain);
+        match published.shape.len() {
+            3 => self.sources.iter().find(fits).unwrap_or(published),
+            _ => published,
+        }
+    }
+}
+
 /// Where a part may be. A stored tensor is seen as rows of its last dimension; the part is some of them, evenly spaced.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {

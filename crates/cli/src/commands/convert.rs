@@ -10,7 +10,9 @@ use epsmoe_base::files::read_plain;
 use epsmoe_base::{Bytes, by_threads, cores, count, json};
 use epsmoe_device::WeightShape;
 use epsmoe_model::config::{self, Config};
-use epsmoe_model::{Checkpoint, ModelError, ModelSpec, Part, Tensor, WeightSource, Window, gguf_file};
+use epsmoe_model::{
+    Checkpoint, ModelError, ModelSpec, Part, Source, Tensor, Turn, WeightSource, Window, gguf_file,
+};
 use epsmoe_quant::{QuantError, StoredTensor, StoredType, Target};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
@@ -35,13 +37,22 @@ const FILE_LIMIT: u64 = 256 << 20;
 /// A stored tensor of the new checkpoint's plain twin, and what becomes of it.
 struct Item {
     name: String,
-    /// Rows and columns; a vector is one column.
+    /// Matrices on top of each other, each coded for itself; what is not coded is one.
+    matrices: usize,
+    /// Rows and columns of each; a vector is one column.
     shape: [usize; 2],
-    /// What it is made of, and the first row and the distance of rows of each.
-    parts: Vec<(Part, usize, usize)>,
+    parts: Vec<Piece>,
     /// What it is stored as.
     coding: Option<Target>,
     tensors: Vec<TensorPlan>,
+}
+
+/// A part of the model, and which rows of the tensor it is, or which columns of its rows.
+struct Piece {
+    part: Part,
+    first: usize,
+    turn: Turn,
+    transposed: bool,
 }
 
 impl Item {
@@ -111,31 +122,28 @@ fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<I
     let mut by_name: HashMap<String, usize> = HashMap::new();
     for part in spec.parts() {
         let located = spec.locate(part);
-        let to = &located.sources[0];
-        if to.transposed && to.turn.of > 1 {
-            bail!(
-                "tensor `{}` holds gate and up in turn, column by column, which cannot be converted yet",
-                to.name
-            );
-        }
-        let place = (part, to.first_row + to.turn.at, to.turn.of);
+        let width = |to: &Source| match located.shape {
+            WeightShape::Vector { .. } => 1,
+            _ => to.shape.last().copied().unwrap_or(1),
+        };
+        let coded = located.place_of_codes();
+        let fits = part.is_quantised() && matches!(coded.shape.len(), 2 | 3) && target.fits(width(coded));
+        let (to, coding) = if fits { (coded, Some(target)) } else { (&located.sources[0], None) };
+        let piece = Piece { part, first: to.first_row, turn: to.turn, transposed: to.transposed };
         if let Some(&index) = by_name.get(&to.name) {
-            items[index].parts.push(place);
+            items[index].parts.push(piece);
             continue;
         }
         by_name.insert(to.name.clone(), items.len());
         let Some((_, kept)) = weights.kept(&located)? else {
             bail!("there is no tensor `{}`: this is a bug", to.name);
         };
-        let columns = match located.shape {
-            WeightShape::Vector { .. } => 1,
-            _ => to.shape.last().copied().unwrap_or(1),
-        };
-        let shape = [to.shape.iter().product::<usize>() / columns.max(1), columns];
-        let coding =
-            Some(target).filter(|target| part.is_quantised() && to.shape.len() == 2 && target.fits(columns));
+        let columns = width(to);
+        let rows = to.shape.iter().product::<usize>() / columns.max(1);
+        let matrices = if coding.is_some() && to.shape.len() == 3 { to.shape[0] } else { 1 };
+        let shape = [rows / matrices.max(1), columns];
         let tensors = match coding {
-            Some(target) => target.tensors(&to.name, shape),
+            Some(target) => stacked(target.tensors(&to.name, shape), &to.shape[..to.shape.len() - 2]),
             None => {
                 let dtype = StoredType::of(kept.dtype());
                 vec![(to.name.clone(), StoredTensor { dtype, shape: to.shape.clone() })]
@@ -147,9 +155,18 @@ fn items(spec: &ModelSpec, weights: &Checkpoint, target: Target) -> Result<Vec<I
             shape: tensor.shape,
         };
         let tensors = tensors.into_iter().map(plan).collect();
-        items.push(Item { name: to.name.clone(), shape, parts: vec![place], coding, tensors });
+        items.push(Item { name: to.name.clone(), matrices, shape, parts: vec![piece], coding, tensors });
     }
     Ok(items)
+}
+
+/// The tensors of matrices on top of each other, `lead` of them. What tells the shape of one tells that of all.
+fn stacked(tensors: Vec<(String, StoredTensor)>, lead: &[usize]) -> Vec<(String, StoredTensor)> {
+    let of_all = |(name, tensor): (String, StoredTensor)| match tensor.dtype {
+        StoredType::I64 => (name, tensor),
+        _ => (name, StoredTensor { shape: [lead, &tensor.shape].concat(), ..tensor }),
+    };
+    tensors.into_iter().map(of_all).collect()
 }
 
 /// config.json, with how the weights are coded now.
@@ -186,17 +203,35 @@ fn write_shard(
         };
         match item.coding {
             Some(target) => {
-                let whole = whole(spec, weights, item).map_err(io::Error::other)?;
-                let coded = in_bands(target, item, &whole.floats()).map_err(io::Error::other)?;
+                let coded = coded(spec, weights, item, target)?;
                 coded.iter().try_for_each(|bytes| write(bytes))?;
             }
-            None => write(&whole(spec, weights, item).map_err(io::Error::other)?.bytes)?,
+            None => write(&matrix(spec, weights, item, 0).map_err(io::Error::other)?.bytes)?,
         }
     }
     Ok(())
 }
 
-/// The bytes of an item's tensors, coded by all cores, some rows each.
+/// The bytes of an item's tensors, matrix by matrix.
+fn coded(spec: &ModelSpec, weights: &Checkpoint, item: &Item, target: Target) -> io::Result<Vec<Vec<u8>>> {
+    let mut all: Vec<Vec<u8>> = vec![Vec::new(); item.tensors.len()];
+    for number in 0..item.matrices {
+        let floats = matrix(spec, weights, item, number).map_err(io::Error::other)?.floats();
+        let of_one = in_bands(target, item, &floats).map_err(io::Error::other)?;
+        for (all, bytes) in all.iter_mut().zip(of_one) {
+            all.extend(bytes);
+        }
+    }
+    // What says the shape says it once.
+    let shapes = all.iter_mut().zip(&item.tensors).filter(|(_, tensor)| tensor.dtype == StoredType::I64);
+    shapes.for_each(|(bytes, _)| *bytes = item.shape.map(|width| (width as i64).to_le_bytes()).concat());
+    for (bytes, tensor) in all.iter().zip(&item.tensors) {
+        debug_assert_eq!(bytes.len() as u64, tensor.bytes());
+    }
+    Ok(all)
+}
+
+/// The bytes that one matrix of an item adds to its tensors, coded by all cores, some rows each.
 fn in_bands(target: Target, item: &Item, weights: &[f32]) -> Result<Vec<Vec<u8>>, QuantError> {
     let [rows, columns] = item.shape;
     // Blocks of rows stay whole.
@@ -209,39 +244,44 @@ fn in_bands(target: Target, item: &Item, weights: &[f32]) -> Result<Vec<Vec<u8>>
             bytes.extend(coded.bytes);
         }
     }
-    // What says the shape says that of a band.
-    for (bytes, tensor) in
-        bytes.iter_mut().zip(&item.tensors).filter(|(_, tensor)| tensor.dtype == StoredType::I64)
-    {
-        *bytes = item.shape.map(|width| (width as i64).to_le_bytes()).concat();
-        debug_assert_eq!(bytes.len() as u64, tensor.bytes());
-    }
     Ok(bytes)
 }
 
 /// Rows that no band cuts: those of the largest block.
 const BAND: usize = 128;
 
-/// The whole tensor, out of its parts.
-fn whole(spec: &ModelSpec, weights: &Checkpoint, item: &Item) -> Result<Tensor, ModelError> {
+/// One matrix of a tensor, out of its parts.
+fn matrix(spec: &ModelSpec, weights: &Checkpoint, item: &Item, number: usize) -> Result<Tensor, ModelError> {
+    let [rows, columns] = item.shape;
+    let above = number * rows;
     let mut whole: Option<Tensor> = None;
-    for &(part, first, step) in &item.parts {
-        let located = spec.locate(part);
-        let tensor = weights.read(&located, &Window::whole())?;
-        let tensor = if located.sources[0].transposed { tensor.transposed() } else { tensor };
-        let row = tensor.dtype.bytes() * item.shape[1];
+    for &Piece { part, first, turn: Turn { at, of }, transposed } in
+        item.parts.iter().filter(|piece| (above..above + rows).contains(&piece.first))
+    {
+        let tensor = weights.read(&spec.locate(part), &Window::whole())?;
+        let tensor = if transposed { tensor.transposed() } else { tensor };
+        let (size, width) = (tensor.dtype.bytes(), tensor.shape.last().copied().unwrap_or(1));
         let whole = whole.get_or_insert_with(|| Tensor {
             dtype: tensor.dtype,
             shape: item.shape.to_vec(),
-            bytes: vec![0; item.shape[0] * row],
+            bytes: vec![0; rows * columns * size],
         });
-        let rows = tensor.bytes.chunks_exact(row.max(1));
-        for (i, from) in rows.enumerate() {
-            let at = (first + i * step) * row;
-            whole.bytes[at..at + row].copy_from_slice(from);
+        // A vector is rows of one element.
+        let width = if columns == 1 { 1 } else { width };
+        for (i, from) in tensor.bytes.chunks_exact((width * size).max(1)).enumerate() {
+            let row = first - above;
+            if !transposed {
+                let to = (row + at + i * of) * columns * size;
+                whole.bytes[to..to + from.len()].copy_from_slice(from);
+                continue;
+            }
+            for (j, element) in from.chunks_exact(size).enumerate() {
+                let to = ((row + i) * columns + at + j * of) * size;
+                whole.bytes[to..to + size].copy_from_slice(element);
+            }
         }
     }
-    Ok(whole.expect("an item has parts; this is a bug"))
+    Ok(whole.expect("a matrix has parts; this is a bug"))
 }
 
 /// What the folder has beside its weights.

@@ -129,6 +129,50 @@ fn convert_writes_a_checkpoint_that_is_near() {
     contains(&same, "same most likely token 100.00 %");
 }
 
+/// Experts that lie on top of each other in one tensor are coded each for itself, along what is summed over.
+#[test]
+fn convert_codes_experts_on_top_of_each_other() {
+    let folder = Folder::new();
+    for (name, stem) in [
+        ("gpt_oss", "mlp.experts.gate_up_proj"),
+        ("llama4_text", "feed_forward.experts.1.gate_proj"),
+        ("granitemoeshared", "block_sparse_moe.input_linear"),
+        ("qwen3_5_moe", "mlp.experts.gate_up_proj"),
+    ] {
+        let model = fixture(name);
+        let plain = logits(&model, "");
+        let scale = plain.iter().fold(0.0f32, |most, logit| most.max(logit.abs()));
+        for (coding, bound, ending) in [
+            ("q8_0", 0.05, ".weight_packed"),
+            ("fp8_per_block", 0.5, "_scale_inv"),
+            ("int4", 0.8, ".weight_packed"),
+            ("mxfp4", 0.9, ".weight_packed"),
+        ] {
+            // Groups of 32 must be whole, of experts or of some other map.
+            let fits =
+                coding == "fp8_per_block" || !["gpt_oss", "granitemoeshared", "llama4_text"].contains(&name);
+            let out = folder.text(&format!("{name}-{coding}"));
+            if !fits && name != "gpt_oss" {
+                contains(&refused(&mut command(&convert(&model, coding, &out))), "no matrix of");
+                continue;
+            }
+            printed(&mut command(&convert(&model, coding, &out)));
+            let bytes = std::fs::read(std::path::Path::new(&out).join("model.safetensors")).unwrap();
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            let coded =
+                file.names().iter().filter(|name| name.contains(stem) && name.ends_with(ending)).count();
+            assert_eq!(coded > 0, fits, "{name} as {coding}: {stem}");
+            let distance = furthest(&logits(&out, ""), &plain) / scale;
+            assert!(distance > 0.0 && distance < bound, "{name} as {coding}: {distance}");
+            // What is held in codes means what is decoded.
+            if coding == "int4" {
+                let whole = logits(&out, "--dtype bfloat16 --quantization none");
+                assert_eq!(logits(&out, "--dtype bfloat16"), whole, "{name}: held as it is, and decoded");
+            }
+        }
+    }
+}
+
 #[test]
 fn an_interrupted_convert_goes_on() {
     let (folder, model) = (Folder::new(), fixture("mixtral"));

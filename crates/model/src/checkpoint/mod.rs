@@ -86,7 +86,13 @@ pub trait WeightSource: Send + Sync {
             {
                 return Ok(Some((source, Kept::Coded(coded))));
             }
-            let Some(stored) = stored.filter(|_| source.only != Some(Form::Coded)) else { continue };
+            // What is there may be in the form that another place of the same name is for.
+            let fits = |stored: &Stored<'_>| match source.only {
+                Some(Form::Coded) => false,
+                Some(Form::Plain) => stored.dtype.is_plain(),
+                None => true,
+            };
+            let Some(stored) = stored.filter(fits) else { continue };
             check_shape(source, stored, || self.place(&source.name))?;
             let Some(dtype) = stored.dtype.plain() else {
                 return Err(unread(source, stored.dtype, self.place(&source.name)));
