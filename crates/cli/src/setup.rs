@@ -8,8 +8,8 @@ mod world;
 pub(crate) use world::Worker;
 
 use crate::args::{
-    DeviceKind, Dtype, FabricKind, Gemm, ModelArgs, OneOf, Quantisation, RunArgs, ScheduleKind,
-    SharedExpertPlace, TextArgs,
+    ActivationScheme, DeviceKind, Dtype, FabricKind, Gemm, ModelArgs, OneOf, Quantisation, RunArgs,
+    ScheduleKind, SharedExpertPlace, TextArgs,
 };
 use crate::launch::Launch;
 use crate::locate::{Place, locate};
@@ -333,6 +333,43 @@ impl Processor {
         Ok(Processor::Cuda(devices))
     }
 
+    /// Whether rows become FP8 codes for a model's weights.
+    fn fp8_rows(
+        &self,
+        typed: ActivationScheme,
+        model: &OpenModel,
+        held: &HeldWeights,
+        dtype: DType,
+    ) -> Result<bool> {
+        if typed == ActivationScheme::None {
+            return Ok(false);
+        }
+        let able = match self {
+            Processor::Cuda(devices) => {
+                dtype == DType::BF16 && devices.iter().all(|device| device.multiplies_fp8())
+            }
+            _ => false,
+        };
+        if !able {
+            bail!(
+                "--activation-scheme dynamic multiplies FP8 codes, which takes --device cuda with a Hopper GPU and bfloat16 \
+                 activations: leave it out"
+            );
+        }
+        let in_blocks = |(format, _): &(WeightFormat, u64)| match format {
+            WeightFormat::Coded(format) => cuda::multiplies(format),
+            _ => false,
+        };
+        if !held.formats.iter().any(in_blocks) {
+            bail!(
+                "--activation-scheme dynamic multiplies FP8 codes, but no weights of {} are FP8 in blocks of 128: leave it \
+                 out, or add --quantization fp8_per_block for plain weights",
+                model.name
+            );
+        }
+        Ok(true)
+    }
+
     /// How many ranks share the first GPU, if more than one do.
     fn sharing(&self) -> Option<usize> {
         let Processor::Cuda(devices) = self else { return None };
@@ -388,6 +425,8 @@ pub(crate) struct Setup {
     processor: Processor,
     gpu_weights: OnceLock<Vec<CudaWeights>>,
     dtype: DType,
+    /// Whether rows become FP8 codes for weights in FP8.
+    fp8_rows: bool,
     wire: WireDType,
     cache: CacheDType,
     /// Most tokens of layers that are gathered.
@@ -482,6 +521,7 @@ impl Setup {
             Processor::Reference => Some(format.bits()),
             Processor::Cuda(_) => cuda::held_bits(format, dtype),
         })?;
+        let fp8_rows = processor.fp8_rows(args.activation_scheme, &model, &held, dtype)?;
         let setup = Setup {
             held,
             ranks,
@@ -503,6 +543,7 @@ impl Setup {
             processor,
             gpu_weights: OnceLock::new(),
             dtype,
+            fp8_rows,
             wire,
             cache,
             // Of emulated ranks nobody knows what they would send.
@@ -764,7 +805,12 @@ impl Setup {
     ) -> Result<(Fabric<CudaBackend>, CudaOptions)> {
         let fabric = processes.nccl_fabric(device)?;
         let faults = processes.faults().clone();
-        Ok((fabric, CudaOptions { faults, epoch: begin(processes)?, ..CudaOptions::new(self.dtype) }))
+        Ok((fabric, CudaOptions { faults, epoch: begin(processes)?, ..self.cuda_options() }))
+    }
+
+    /// What the processors of GPUs are told, but for the world that they are in.
+    fn cuda_options(&self) -> CudaOptions {
+        CudaOptions { fp8_rows: self.fp8_rows, ..CudaOptions::new(self.dtype) }
     }
 
     /// Where the weights of each rank are. Ranks of one GPU share them there, and so do engines started one after another.
@@ -796,7 +842,7 @@ impl Setup {
             });
         }
         self.engines(options, |faults| {
-            let gpu = CudaOptions { faults: faults.clone(), ..CudaOptions::new(self.dtype) };
+            let gpu = CudaOptions { faults: faults.clone(), ..self.cuda_options() };
             let ranks = self.here().zip(devices.iter().zip(&stores));
             let rank = |(rank, (device, weights)): (usize, (&Arc<CudaDevice>, &CudaWeights))| {
                 Ok(CudaBackend::new(Rank(rank), device, weights, gpu.clone())?)
@@ -909,6 +955,9 @@ impl Setup {
                 let (rate, start) = (bytes_per_second / 1_000_000, latency.as_micros());
                 processor += &format!(" ({rate} MB/s a rank, {start} us an exchange)");
             }
+        }
+        if self.fp8_rows {
+            processor += ", activations in fp8 where weights are";
         }
         if self.cache == CacheDType::Fp8 {
             processor += ", KV cache in fp8";

@@ -1,17 +1,8 @@
-// out[m] = x[index[m]] where the index names a row, to or from rows of e4m3 codes: four codes a word, the first in its lowest byte, then a float32
+// out[m] = x[index[m]] where the index names a row, or x[m] without an index, to or from rows of e4m3 codes: four codes a word, the first in its lowest byte, then a float32
 // scale for every GROUP of columns. What is encoded is rounded to bfloat16 first. A half warp has a group at a time.
-#include "e4m3.cuh"
+#include "scaled.cuh"
 
 struct Args { Rows x, index, out; Report report; };
-
-constexpr u32 GROUP = 128;
-constexpr f32 LEAST = 1e-4f;
-
-// The larger magnitude; a NaN stays.
-__device__ __forceinline__ f32 larger(f32 most, f32 value) {
-    const f32 size = fabsf(value);
-    return size > most || size != size ? size : most;
-}
 
 // The scale of the group that the lane's run is of: the largest magnitude of the half warp's runs, and never 0.
 __device__ __forceinline__ f32 scale_of(const Run& run) {
@@ -50,7 +41,7 @@ template <typename T> __device__ __forceinline__ void read_rounded(Run (&runs)[R
 
 // The row that a row of the output comes from; all threads of a warp have the same.
 __device__ __forceinline__ bool source_of(const Args& args, u32 m, u32& source) {
-    source = at<u32>(args.index, m);
+    source = args.index.start ? at<u32>(args.index, m) : m;
     if (source < args.x.rows) return true;
     if (source == ~0u) return false;
     complain(args.report, SOURCE_ROW, source, args.x.rows);

@@ -20,13 +20,13 @@ struct Plain {
     // The sum over k for one tile of at most COLS rows. Two k blocks are in flight; a slot is released when the next
     // block has been issued. Once the tensor cores have work, what the last tile left to do is done beside them.
     template <int COLS, int MAX_ROWS, typename Left>
-    static __device__ __forceinline__ void multiply(const HopperArgs&, float* acc, Ring<MAX_ROWS>& ring, u32 base, u32 blocks,
+    static __device__ __forceinline__ void multiply(const HopperArgs&, float* acc, RowRing<MAX_ROWS>& ring, u32 base, u32 blocks,
                                                     u32 group, const Left& left) {
         const u32 lane = threadIdx.x & 31;
         const u32 busy = min(1, blocks - 1);
         u32 previous = 0;
         for (u32 b = 0; b < blocks; ++b) {
-            u32 slot = base + ring.stage * Ring<MAX_ROWS>::SLOT_BYTES;
+            u32 slot = base + ring.stage * RowRing<MAX_ROWS>::SLOT_BYTES;
             u32 w = operand(slot + group * (WEIGHT_BYTES / 2)), x = operand(slot + WEIGHT_BYTES);
             barrier_wait(base + BAR_FULL + 8 * ring.stage, ring.phase);
             wgmma_fence();

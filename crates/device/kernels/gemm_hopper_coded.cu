@@ -69,7 +69,7 @@ struct Coded {
     // The sum over k for one tile of at most COLS rows. In tall tiles, which have no registers to spare, a warpgroup decodes a
     // block while the other one multiplies its own; in low ones it also decodes while its own block is multiplied.
     template <int COLS, int MAX_ROWS, typename Left>
-    static __device__ __forceinline__ void multiply(const HopperArgs& args, float* acc, Ring<MAX_ROWS>& ring, u32 base,
+    static __device__ __forceinline__ void multiply(const HopperArgs& args, float* acc, RowRing<MAX_ROWS>& ring, u32 base,
                                                     u32 blocks, u32 group, const Left& left) {
         extern __shared__ char shared[];
         constexpr u32 BUFFERS = MAX_ROWS > 64 ? 1 : 2;
@@ -83,7 +83,7 @@ struct Coded {
             release_stage(base, previous, lane);
         };
         const auto one = [&](u32 (&a)[4][4], u32 b) {
-            const u32 slot = base + ring.stage * Ring<MAX_ROWS>::SLOT_BYTES, x = operand(slot + WEIGHT_BYTES);
+            const u32 slot = base + ring.stage * RowRing<MAX_ROWS>::SLOT_BYTES, x = operand(slot + WEIGHT_BYTES);
             const char* brick = shared + (slot - smem_addr(shared)) + group * (WEIGHT_BYTES / 2);
             barrier_wait(base + BAR_FULL + 8 * ring.stage, ring.phase);
             const auto before = [&] {

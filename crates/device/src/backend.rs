@@ -1,8 +1,8 @@
 //! What every processor promises.
 
-use crate::op::{Accesses, Op};
-use crate::{AllocationId, Buffer, DeviceError, Drawn, TensorBytes, Weight, WeightShape};
-use epsmoe_base::{DType, Deadline, Fault, Lane, Place, Rank};
+use crate::op::{Accesses, GatherFp8, Op};
+use crate::{AllocationId, Buffer, DeviceError, Drawn, TensorBytes, Weight, WeightFormat, WeightShape};
+use epsmoe_base::{DType, Deadline, Fault, Lane, Place, Rank, RowFormat};
 use epsmoe_quant::{Codes, Format};
 use std::cell::Cell;
 
@@ -31,6 +31,18 @@ pub trait Reserve {
     ) -> Result<Buffer, DeviceError> {
         self.allocate(name, dtype, rows, width)
     }
+
+    /// Whether maps may be held such that rows become FP8 codes for them ([`Backend::load_fp8`]).
+    fn fp8_rows(&self) -> bool {
+        false
+    }
+
+    /// Reserves room for rows of up to `width` numbers as FP8 codes, each on 16 bytes; none where nothing asks for it.
+    fn allocate_codes(&self, name: &'static str, rows: usize, width: usize) -> Result<Buffer, DeviceError> {
+        let (dtype, words) = RowFormat::Fp8.elements(width);
+        let rows = if self.fp8_rows() { rows } else { 0 };
+        self.allocate(name, dtype, rows, words.next_multiple_of(16 / dtype.bytes()))
+    }
 }
 
 /// Counts what would be reserved on a processor, and reserves nothing: so what a model is going to need is known from the
@@ -38,13 +50,14 @@ pub trait Reserve {
 #[derive(Debug)]
 pub struct Tally {
     dtype: DType,
+    fp8_rows: bool,
     bytes: Cell<u64>,
 }
 
 impl Tally {
-    /// Nothing yet, of a processor that computes in `dtype`.
-    pub fn new(dtype: DType) -> Self {
-        Tally { dtype, bytes: Cell::new(0) }
+    /// Nothing yet, of a processor that computes in `dtype`, and with rows in FP8 or not.
+    pub fn new(dtype: DType, fp8_rows: bool) -> Self {
+        Tally { dtype, fp8_rows, bytes: Cell::new(0) }
     }
 
     /// Bytes of everything that was asked for.
@@ -68,6 +81,10 @@ impl Reserve for Tally {
         let bytes = [width, dtype.bytes()].iter().fold(rows as u64, |all, &by| all.saturating_mul(by as u64));
         self.bytes.set(self.bytes.get().saturating_add(bytes));
         Ok(Buffer { allocation: AllocationId(u32::MAX), name, dtype, offset: 0, rows, width, stride: width })
+    }
+
+    fn fp8_rows(&self) -> bool {
+        self.fp8_rows
     }
 }
 
@@ -121,6 +138,36 @@ pub trait Backend: Reserve + Send + Sync + 'static {
         Err(DeviceError::Unsupported(format!(
             "{name}: this processor holds no weights in codes; load them decoded (--quantization dequantise)"
         )))
+    }
+
+    /// Takes a map in that is multiplied as FP8 codes, with rows in such codes: as many matrices as [`WeightShape::sources`]
+    /// says, of one format. Nothing if the processor has no such products, or none with these codes.
+    fn load_fp8(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        matrices: &[Codes],
+    ) -> Result<Option<Weight>, DeviceError> {
+        let _ = (name, shape, matrices);
+        Ok(None)
+    }
+
+    /// Rows as products with a weight take them: as they are, or as codes, for which there is `room`, where the weight is held
+    /// as [`WeightFormat::Fp8`].
+    fn rows_for(
+        &self,
+        place: Place,
+        x: &Buffer,
+        weight: &Weight,
+        room: &Buffer,
+    ) -> Result<Buffer, DeviceError> {
+        if weight.format != WeightFormat::Fp8 {
+            return Ok(x.clone());
+        }
+        let (_, words) = RowFormat::Fp8.elements(x.width);
+        let codes = room.rows(0..x.rows)?.columns(0..words)?;
+        self.enqueue(Lane::Compute, place, GatherFp8::encode(x.clone(), codes.clone()))?;
+        Ok(codes)
     }
 
     /// Appends an operation to a lane.

@@ -1,7 +1,7 @@
 //! Handles into a rank's memory. A handle owns nothing and orders nothing: events do.
 
-use crate::DeviceError;
-use epsmoe_base::DType;
+use crate::{DeviceError, Weight, WeightFormat};
+use epsmoe_base::{DType, RowFormat};
 use std::fmt;
 use std::ops::Range;
 
@@ -66,6 +66,28 @@ impl Buffer {
         Ok(Buffer { dtype, ..self.clone() })
     }
 
+    /// Where the same rows are as FP8 codes with their scales ([`RowFormat::Fp8`]): they fit where the numbers would be.
+    pub fn as_fp8(&self) -> Result<Buffer, DeviceError> {
+        let (dtype, width) = RowFormat::Fp8.elements(self.width);
+        let words = |elements: usize| {
+            let bytes = elements * self.dtype.bytes();
+            bytes.is_multiple_of(dtype.bytes()).then_some(bytes / dtype.bytes())
+        };
+        match (words(self.offset), words(self.stride), words(self.width)) {
+            (Some(offset), Some(stride), Some(room)) if width <= room => {
+                Ok(Buffer { dtype, offset, stride, width, ..self.clone() })
+            }
+            _ => Err(DeviceError::Shape(format!(
+                "{self:?} has no room for its rows as {width} words of codes"
+            ))),
+        }
+    }
+
+    /// Where rows go that `weight` is multiplied with next: as codes, if it takes them so.
+    pub fn for_weight(&self, weight: &Weight) -> Result<Buffer, DeviceError> {
+        if weight.format == WeightFormat::Fp8 { self.as_fp8() } else { Ok(self.clone()) }
+    }
+
     /// Bytes from the first element to one past the last.
     pub fn byte_range(&self) -> Range<usize> {
         if self.rows == 0 || self.width == 0 {
@@ -104,6 +126,16 @@ mod tests {
         assert_eq!((tail.offset, tail.rows, tail.width, tail.stride), (4, 2, 2, 6));
         assert_eq!(tail.byte_range(), 16..48);
         assert!(tail.reshape(1).is_err(), "its rows have gaps");
+    }
+
+    /// 384 numbers in bfloat16 are 192 words, their codes 96 and three scales.
+    #[test]
+    fn codes_fit_where_numbers_were() {
+        let rows = Buffer { dtype: DType::BF16, offset: 800, width: 384, stride: 400, ..example() };
+        let codes = rows.as_fp8().unwrap();
+        assert_eq!((codes.dtype, codes.offset, codes.width, codes.stride), (DType::U32, 400, 99, 200));
+        assert!(Buffer { offset: 801, ..rows.clone() }.as_fp8().is_err(), "not on a word");
+        assert!(Buffer { width: 2, ..rows }.as_fp8().is_err(), "two numbers are a word, their codes two");
     }
 
     #[test]

@@ -72,6 +72,9 @@ pub enum WeightFormat {
     F16,
     /// Codes with scales. A product with them has the bits of one with the bfloat16 numbers that they mean.
     Coded(Format),
+    /// FP8 e4m3 with a scale for every 128 × 128, multiplied as codes with rows that are in such codes too: see
+    /// [`GemmPart`](crate::op::GemmPart).
+    Fp8,
 }
 
 impl WeightFormat {
@@ -93,6 +96,7 @@ impl fmt::Display for WeightFormat {
             WeightFormat::Bf16 => f.write_str("bfloat16"),
             WeightFormat::F16 => f.write_str("float16"),
             WeightFormat::Coded(format) => fmt::Display::fmt(format, f),
+            WeightFormat::Fp8 => f.write_str("fp8 in blocks of 128, multiplied with rows in fp8"),
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::names::Located;
 use crate::parallel::{Layout, Share};
 use crate::{LayerPart, Map, MlaSpec, ModelError, ModelSpec, Part, Source, Tensor, WeightSource, Window};
 use epsmoe_base::{DType, Expert, Layer, by_threads, cores};
-use epsmoe_device::{Backend, DeviceError, Drawn, Weight, WeightShape};
+use epsmoe_device::{Backend, DeviceError, Drawn, Weight, WeightFormat, WeightShape};
 use epsmoe_pipeline::Mlp;
 use epsmoe_quant::Codes;
 use std::ops::Range;
@@ -57,10 +57,15 @@ impl<B: Backend> Loader<'_, B> {
 
     /// Some rows or columns of a part; named after where they are stored, so that ranks that hold the same ones share them.
     pub(crate) fn window(&self, part: Part, window: &Window) -> Result<Weight, ModelError> {
+        self.window_for(part, window, false)
+    }
+
+    /// The same; with `fp8` its rows may be wanted as codes.
+    pub(crate) fn window_for(&self, part: Part, window: &Window, fp8: bool) -> Result<Weight, ModelError> {
         let name = self.name(part, window);
         // With tied embeddings one stored tensor serves as a table and as a map.
         let key = if part == Part::LmHead { format!("{name} as output") } else { name };
-        self.map(&key, self.shape(part, window), &[part], window)
+        self.map(&key, self.shape(part, window), &[part], window, fp8)
     }
 
     /// A share of the inner width of a gated MLP: rows of its gate and up maps, which lie side by side, and
@@ -73,7 +78,8 @@ impl<B: Backend> Loader<'_, B> {
     ) -> Result<Mlp, ModelError> {
         self.mlp_with(layer, share, map, |[gate, up], rows, [inner, k]| {
             let shape = WeightShape::GateUp { inner, k };
-            self.map(&format!("{} and up", self.name(gate, rows)), shape, &[gate, up], rows)
+            let fp8 = !self.scales_inputs(layer);
+            self.map(&format!("{} and up", self.name(gate, rows)), shape, &[gate, up], rows, fp8)
         })
     }
 
@@ -119,7 +125,13 @@ impl<B: Backend> Loader<'_, B> {
         let (inner, k) = self.matrix(gate);
         let inner = share.of(inner);
         let gate_up = join([gate, up], &Window::rows(inner.clone()), [inner.len(), k])?;
-        Ok(Mlp { gate_up, down: self.window(down, &Window::columns(inner))? })
+        let fp8 = gate_up.format == WeightFormat::Fp8;
+        Ok(Mlp { gate_up, down: self.window_for(down, &Window::columns(inner), fp8)? })
+    }
+
+    /// Whether experts of a layer read what weights are already put on.
+    fn scales_inputs(&self, layer: Layer) -> bool {
+        self.spec.layers[layer.0].mlp.moe().is_some_and(|moe| moe.scaled_inputs)
     }
 
     /// Maps of one input, rows after rows, as one, which is held decoded.
@@ -306,18 +318,22 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// Windows of parts that make one weight: in the codes that they are kept in, if they all have one format and the device
-    /// holds it, else decoded.
+    /// holds it, else decoded. With `fp8` its rows may be wanted as codes too.
     fn map(
         &self,
         name: &str,
         shape: WeightShape,
         parts: &[Part],
         window: &Window,
+        fp8: bool,
     ) -> Result<Weight, ModelError> {
         if let Some(weight) = self.device.find(name) {
             return Ok(weight);
         }
         if let Some(codes) = self.codes(shape, parts, window)? {
+            if fp8 && let Some(weight) = self.device.load_fp8(name, shape, &codes)? {
+                return Ok(weight);
+            }
             return Ok(self.device.load_codes(name, shape, &codes)?);
         }
         if let Some(drawn) = self.drawn(parts, window)?

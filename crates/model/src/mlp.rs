@@ -3,8 +3,8 @@
 use crate::load::{Loader, NormWeights};
 use crate::{Branch, LayerPart, Map, MlpSpec, ModelError, MoeSpec, Part, Window};
 use epsmoe_base::{Expert, Layer};
-use epsmoe_device::Backend;
 use epsmoe_device::op::Activation;
+use epsmoe_device::{Backend, DeviceError, Weight, WeightFormat};
 use epsmoe_pipeline::{ExpertActivation, Identities, Mlp, MoeLayer, SharedMlp};
 use std::sync::Arc;
 
@@ -67,6 +67,9 @@ fn load_moe<B: Backend>(
         })
     };
     let activation = spec.activation.map(activation).transpose()?;
+    let experts = map.experts_on(rank).map(|expert| load_expert(loader, layer, spec, expert));
+    let experts = experts.collect::<Result<Vec<Mlp>, _>>()?;
+    take_alike(&experts)?;
     let shared = |shared: &crate::SharedSpec| -> Result<SharedMlp, ModelError> {
         let gate = shared.gated.then(|| loader.layer(layer, LayerPart::SharedExpertGate)).transpose()?;
         Ok(SharedMlp { mlp: load_mlp(loader, layer, spec.activation, LayerPart::Shared)?, gate })
@@ -85,16 +88,28 @@ fn load_moe<B: Backend>(
         bias: bias.transpose()?,
         activation,
         router: spec.router,
-        experts: map
-            .experts_on(rank)
-            .map(|expert| load_expert(loader, layer, spec, expert))
-            .collect::<Result<_, _>>()?,
+        experts,
         slots: Arc::new(map),
         shared: spec.shared.as_ref().map(shared).transpose()?,
         identities: (spec.identities > 0)
             .then_some(Identities { experts: spec.identities, added: inner.index == 0 }),
         scaled_inputs: spec.scaled_inputs,
     })
+}
+
+/// Refuses experts of which some take rows as codes and some as numbers: they read the same rows.
+fn take_alike(experts: &[Mlp]) -> Result<(), ModelError> {
+    let Some(first) = experts.first() else { return Ok(()) };
+    let codes = |weight: &Weight| weight.format == WeightFormat::Fp8;
+    let other = experts.iter().find_map(|mlp| {
+        let pairs = [(&first.gate_up, &mlp.gate_up), (&first.down, &mlp.down)];
+        pairs.into_iter().find(|(first, other)| codes(first) != codes(other))
+    });
+    let Some((first, other)) = other else { return Ok(()) };
+    Err(ModelError::Device(DeviceError::Unsupported(format!(
+        "{} is held as {}, but {} as {}: experts of a layer read the same rows; load them with --activation-scheme none",
+        first.name, first.format, other.name, other.format
+    ))))
 }
 
 /// This rank's share of an expert.

@@ -66,6 +66,8 @@ pub(crate) struct LayerBuffers {
     pub(crate) shared_inner: Buffer,
     /// What its maps give before an activation of its own.
     pub(crate) shared_products: Buffer,
+    /// Rows of the shared expert as codes, if it takes them so `[T, H]`.
+    pub(crate) shared_rows: Buffer,
     pub(crate) shared_gate: Buffer,
     pub(crate) shared_out: Buffer,
     /// The weight of experts that give rows back as they are `[T, 1]`, and what they give `[T, H]`.
@@ -144,6 +146,7 @@ impl LayerBuffers {
                 shared_tokens,
                 if layer.kept_products { layer.maps * shared_inner } else { 0 },
             )?,
+            shared_rows: device.allocate_codes("shared_rows", shared_tokens, hidden)?,
             shared_gate: floats("shared_gate", shared_tokens, 1)?,
             shared_out: values("shared_out", shared_tokens, hidden)?,
             kept_weights: floats("kept_weights", kept_tokens, 1)?,

@@ -9,7 +9,7 @@ use epsmoe_device::op::{
     Activate, AddSlotBias, Epilogue, ExpertGemm, Fp8, Gemm, GemmPart, HostToDevice, ReceiveOrder, Reduce,
     ScaleTerms, SlotBias, SortBySlot, Travelled,
 };
-use epsmoe_device::{Backend, Buffer, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_plan::GemmKind;
 use std::ops::Range;
 
@@ -123,8 +123,8 @@ impl<B: Backend> ExpertPipeline<B> {
         let Here { x, how, weights, .. } = self.here(batch)?;
         let (buffers, tokens) = (&batch.buffers, 0..x.rows);
         let assignments = 0..self.assignments_of(x.rows);
-        let (expanded, inner) =
-            (buffers.expanded.rows(assignments.clone())?, buffers.inner.rows(assignments.clone())?);
+        let inner = buffers.inner.rows(assignments.clone())?;
+        let expanded = expanded(call, buffers)?.rows(assignments.clone())?;
         let outputs = buffers.outputs.rows(assignments.clone())?;
         let index = buffers.expand_index.rows(assignments)?;
         self.gather_rows(place.phase(Phase::Expand), how, [x, index, expanded.clone()])?;
@@ -139,7 +139,7 @@ impl<B: Backend> ExpertPipeline<B> {
             epilogue,
             out,
         };
-        let (epilogue, activated) = self.activated(call, buffers, &inner)?;
+        let (epilogue, activated, inner) = self.activated(call, buffers, &inner)?;
         let gate_up = product(expanded, |mlp| &mlp.gate_up, epilogue, activated);
         self.compute(place.phase(Phase::GateUp), gate_up)?;
         self.activate(place, call, &starts, buffers, &inner, 0)?;
@@ -165,18 +165,19 @@ impl<B: Backend> ExpertPipeline<B> {
         let expand = [
             buffers.received_rows.rows(0..traffic.dispatch_receive_stage(me, stage).end)?,
             buffers.expand_index.rows(assignments.clone())?,
-            buffers.expanded.rows(0..assignments.len())?,
+            expanded(call, buffers)?.rows(0..assignments.len())?,
         ];
-        let expanded = expand[2].clone();
+        let rows = expand[2].clone();
         self.gather_rows(place.phase(Phase::Expand), Fp8::Decode, expand)?;
         if call.layer.scaled_inputs {
-            let rows = 0..traffic.rows_received(me);
-            let terms = [&buffers.reduce_index.rows(rows.clone())?, &buffers.reduce_weights.rows(rows)?];
-            self.scale_inputs(place, &expanded, terms, assignments.start)?;
+            let received = 0..traffic.rows_received(me);
+            let terms =
+                [&buffers.reduce_index.rows(received.clone())?, &buffers.reduce_weights.rows(received)?];
+            self.scale_inputs(place, &rows, terms, assignments.start)?;
         }
         let slots = batch.table.slots_of(me, stage);
         let inner = buffers.inner.rows(0..assignments.len())?;
-        let (epilogue, activated) = self.activated(call, buffers, &inner)?;
+        let (epilogue, activated, inner) = self.activated(call, buffers, &inner)?;
         let (mut gate_up, mut down) = (Vec::new(), Vec::new());
         for (slot, mlp) in slots.clone().zip(&call.layer.experts[slots]) {
             let of_slot = traffic.slot_assignments(me, slot);
@@ -184,7 +185,7 @@ impl<B: Backend> ExpertPipeline<B> {
                 continue;
             }
             let in_stage = of_slot.start - assignments.start..of_slot.end - assignments.start;
-            let x = buffers.expanded.rows(in_stage.clone())?;
+            let x = rows.rows(in_stage.clone())?;
             let part = |x, weight: &Weight, out| GemmPart { x, weight: weight.clone(), out };
             gate_up.push(part(x, &mlp.gate_up, activated.rows(in_stage.clone())?));
             down.push(part(inner.rows(in_stage)?, &mlp.down, buffers.outputs.rows(of_slot)?));
@@ -213,17 +214,20 @@ impl<B: Backend> ExpertPipeline<B> {
         self.compute(place.phase(Phase::Expand), scale)
     }
 
-    /// What gate and up products end in, and where: in the activations themselves, or before an operation of their own.
+    /// What gate and up products end in, and where: in the activations themselves, as the down maps take them, or before an
+    /// operation of their own. Then where activations are.
     fn activated(
         &self,
         call: &Call<'_>,
         buffers: &LayerBuffers,
         inner: &Buffer,
-    ) -> Result<(Epilogue, Buffer), PipelineError> {
-        match call.layer.activation {
-            None => Ok((Epilogue::SwiGlu, inner.clone())),
-            Some(_) => Ok((Epilogue::Store, buffers.products.rows(0..inner.rows)?)),
-        }
+    ) -> Result<(Epilogue, Buffer, Buffer), PipelineError> {
+        let inner =
+            call.layer.experts.first().map_or(Ok(inner.clone()), |mlp| inner.for_weight(&mlp.down))?;
+        Ok(match call.layer.activation {
+            None => (Epilogue::SwiGlu, inner.clone(), inner),
+            Some(_) => (Epilogue::Store, buffers.products.rows(0..inner.rows)?, inner),
+        })
     }
 
     /// The activation of rows that count from `first` on, if the products have not done it.
@@ -297,4 +301,10 @@ impl<B: Backend> ExpertPipeline<B> {
         };
         self.compute(place.phase(Phase::Reduce), reduce)
     }
+}
+
+/// Where rows are gathered, as the layer's experts take them.
+fn expanded(call: &Call<'_>, buffers: &LayerBuffers) -> Result<Buffer, DeviceError> {
+    let first = call.layer.experts.first();
+    first.map_or(Ok(buffers.expanded.clone()), |mlp| buffers.expanded.for_weight(&mlp.gate_up))
 }

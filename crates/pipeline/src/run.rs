@@ -3,7 +3,9 @@
 use crate::PipelineError;
 use crate::batch::{Batch, Gathered, Rows, batch_of};
 use crate::buffers::{LayerBuffers, PipelineSizes};
-use epsmoe_base::{Deadline, Lane, Layer, Phase, Place, RowFormat, Stage, WireDType, WireFormat, hash_bytes};
+use epsmoe_base::{
+    DType, Deadline, Lane, Layer, Phase, Place, RowFormat, Stage, WireDType, WireFormat, hash_bytes,
+};
 use epsmoe_device::op::{
     Activate, Activation, Fp8, GateRows, Gather, GatherFp8, Gemm, HostToDevice, Op, TopKRouter,
 };
@@ -582,9 +584,12 @@ impl<B: Backend> ExpertPipeline<B> {
         let place = Place::layer(call.layer.layer).phase(Phase::Shared);
         let (buffers, x) = (&self.buffers, call.x.rows(tokens.clone())?);
         let out = call.shared_out.unwrap_or(&buffers.shared_out).rows(tokens.clone())?;
-        let inner = buffers.shared_inner.rows(tokens.clone())?;
+        let inner = buffers.shared_inner.rows(tokens.clone())?.for_weight(&shared.mlp.down)?;
         match &call.layer.activation {
-            None => self.compute(place, Gemm::gated(x.clone(), &shared.mlp.gate_up, inner.clone()))?,
+            None => {
+                let rows = self.device.rows_for(place, &x, &shared.mlp.gate_up, &buffers.shared_rows)?;
+                self.compute(place, Gemm::gated(rows, &shared.mlp.gate_up, inner.clone()))?;
+            }
             Some(ExpertActivation { activation, .. }) => {
                 let products = buffers.shared_products.rows(tokens.clone())?;
                 self.compute(place, Gemm::linear(x.clone(), &shared.mlp.gate_up, products.clone()))?;
@@ -614,16 +619,25 @@ impl<B: Backend> ExpertPipeline<B> {
     }
 
     /// Rows of `x` in the order of `index`, as the format that rows travel in has them: to it, from it, or to what numbers
-    /// become that went through it without travelling.
+    /// become that went through it without travelling. Where `out` is for codes rows become codes, or stay the codes that
+    /// they arrived as.
     pub(crate) fn gather_rows(
         &self,
         place: Place,
         how: Fp8,
         [x, index, out]: [Buffer; 3],
     ) -> Result<(), PipelineError> {
-        match self.options.sizes.layer.wire.dispatch {
-            RowFormat::Plain(_) => self.compute(place, Gather { x, index, out }),
-            RowFormat::Fp8 => self.compute(place, GatherFp8 { x, index, out, how }),
+        let (codes, dispatch) = (RowFormat::Fp8.elements(0).0, self.options.sizes.layer.wire.dispatch);
+        match (x.dtype == codes, out.dtype == codes) {
+            (true, true) => {
+                let (x, out) = (x.bits_as(DType::F32)?, out.bits_as(DType::F32)?);
+                self.compute(place, Gather { x, index, out })
+            }
+            (false, true) => self.compute(place, GatherFp8 { x, index: Some(index), out, how: Fp8::Encode }),
+            _ if dispatch == RowFormat::Fp8 => {
+                self.compute(place, GatherFp8 { x, index: Some(index), out, how })
+            }
+            _ => self.compute(place, Gather { x, index, out }),
         }
     }
 

@@ -28,8 +28,8 @@ pub(crate) use tools::{
     CompletionsArgs, ConvertArgs, DoctorArgs, KernelsArgs, KernelsCommand, SynthArgs, WarmArgs,
 };
 pub(crate) use values::{
-    ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, Quantisation, ScheduleKind, SharedExpertPlace,
-    TokenLimit,
+    ActivationScheme, ContenderSpec, DeviceKind, Dtype, Gemm, OneOf, Parsers, Quantisation, ScheduleKind,
+    SharedExpertPlace, TokenLimit,
 };
 pub(crate) use world::{ExecutorBackend, FabricKind, WorkerArgs, WorldArgs};
 

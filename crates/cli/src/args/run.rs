@@ -2,8 +2,8 @@
 
 use super::run_args;
 use super::values::{
-    DeviceKind, Dtype, Gemm, JsonObject, KvCacheDtype, LinkSpeed, Quantisation, ScheduleKind,
-    SharedExpertPlace, TransferOrder, WireDtype,
+    ActivationScheme, DeviceKind, Dtype, Gemm, JsonObject, KvCacheDtype, LinkSpeed, Quantisation,
+    ScheduleKind, SharedExpertPlace, TransferOrder, WireDtype,
 };
 use super::values::{bounded, seconds, share};
 use super::world::WorldArgs;
@@ -60,6 +60,11 @@ pub(crate) struct RunArgs {
         help_heading = PROCESSOR
     )]
     pub(crate) quantization: Quantisation,
+
+    /// With dynamic, activations become FP8 codes too where weights are FP8 in blocks of 128, which a Hopper GPU multiplies faster:
+    /// each row by itself, with a scale for every 128. It changes numbers, as makers of such checkpoints expect
+    #[arg(long, env = "EPSMOE_ACTIVATION_SCHEME", value_enum, value_name = "SCHEME", default_value_t = ActivationScheme::None, help_heading = PROCESSOR)]
+    pub(crate) activation_scheme: ActivationScheme,
 
     /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made
     /// of bfloat16 pieces: as exact, faster for prompts, 3 % slower for single tokens
@@ -233,7 +238,8 @@ pub(crate) struct RunArgs {
 impl RunArgs {
     /// The same with another model, of which nothing else is said.
     pub(crate) fn with_model(&self, model: &str) -> anyhow::Result<Self> {
-        let of_model = ["--model=", "--revision=", "--hf-overrides=", "--quantization="];
+        let of_model =
+            ["--model=", "--revision=", "--hf-overrides=", "--quantization=", "--activation-scheme="];
         let of_others = |flag: &&String| !of_model.iter().any(|begin| flag.starts_with(begin));
         let others = self.flags.iter().filter(of_others).cloned();
         let flags: Vec<String> = others.chain([format!("--model={model}")]).collect();

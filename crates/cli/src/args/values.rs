@@ -76,6 +76,13 @@ impl WireDtype {
     }
 }
 
+/// What becomes of activations before they are multiplied with weights in FP8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ActivationScheme {
+    None,
+    Dynamic,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum KvCacheDtype {
     Auto,

@@ -528,31 +528,48 @@ pub(super) struct Matrix {
     pub(super) start: u64,
     pub(super) rows: usize,
     pub(super) width: usize,
-    /// Elements between two rows, a multiple of eight.
+    /// Elements between two rows, whole 16 bytes.
     pub(super) stride: usize,
-    /// Rows and columns that one copy moves; columns are 32 or 64 and lie in shared memory swizzled over as much.
+    pub(super) element: Element,
+    /// Rows and columns that one copy moves; columns are 64 or 128 bytes and lie in shared memory swizzled over as much.
     pub(super) piece: (u32, u32),
+}
+
+/// What a [`Matrix`] is of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element {
+    Bf16,
+    Byte,
 }
 
 impl TensorMap {
     pub(super) fn new(matrix: &Matrix) -> Result<Self, CudaError> {
+        use sys::CUtensorMapDataType_enum::{
+            CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        };
         use sys::CUtensorMapSwizzle_enum::{CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_SWIZZLE_128B};
         let (rows, columns) = matrix.piece;
+        let (element, bytes) = match matrix.element {
+            Element::Bf16 => (CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
+            Element::Byte => (CU_TENSOR_MAP_DATA_TYPE_UINT8, 1),
+        };
+        let swizzle =
+            if bytes * columns == 64 { CU_TENSOR_MAP_SWIZZLE_64B } else { CU_TENSOR_MAP_SWIZZLE_128B };
         let mut map = TensorMap { opaque: [0; 16] };
         // SAFETY: the map has the size and alignment that the driver asks for; all arrays outlive the call, two
         // entries for two dimensions, one stride fewer. The driver refuses what TMA cannot do.
         unsafe {
             call!(cuTensorMapEncodeTiled(
                 (&raw mut map).cast(),
-                sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                element,
                 2,
                 matrix.start as *mut c_void,
                 [matrix.width as u64, matrix.rows as u64].as_ptr(),
-                [2 * matrix.stride as u64].as_ptr(),
+                [u64::from(bytes) * matrix.stride as u64].as_ptr(),
                 [columns, rows].as_ptr(),
                 [1, 1].as_ptr(),
                 sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                if columns == 32 { CU_TENSOR_MAP_SWIZZLE_64B } else { CU_TENSOR_MAP_SWIZZLE_128B },
+                swizzle,
                 sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             ))

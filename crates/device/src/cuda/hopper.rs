@@ -4,7 +4,7 @@
 //! runs here is a question of speed alone: views that TMA cannot follow, and parts of few rows,
 //! take the other kernels. The op suite compares the two, bit by bit.
 
-use super::driver::{Context, CudaError, DeviceMemory, Matrix, Stream, TensorMap};
+use super::driver::{Context, CudaError, DeviceMemory, Element, Matrix, Stream, TensorMap};
 use super::launch::GemmPart;
 use super::layout::{Layout, twin};
 use std::cmp::Reverse;
@@ -40,12 +40,14 @@ unsafe impl bytemuck::Zeroable for Block {}
 unsafe impl bytemuck::Pod for Block {}
 
 twin! {
-    pub(super) struct HopperArgs = "HopperArgs" in "gemm_hopper.cuh" {
+    pub(super) struct HopperArgs = "HopperArgs" in "hopper.cuh" {
         pub(super) rows: TensorMap,
         pub(super) out: TensorMap,
         pub(super) blocks: u64,
         pub(super) own: [Block; OWN_BLOCKS],
+        pub(super) rows_start: u64,
         pub(super) out_start: u64,
+        pub(super) bias: u64,
         pub(super) ticket: u64,
         pub(super) count: u32,
         pub(super) n: u32,
@@ -56,7 +58,7 @@ twin! {
         pub(super) kind: u32,
         pub(super) parts: u32,
         pub(super) brick_bytes: u32,
-        pub(super) padding: u32,
+        pub(super) rows_stride: u32,
     }
 }
 
@@ -71,26 +73,28 @@ pub(super) fn tickets(context: &Arc<Context>, stream: &Stream) -> Result<DeviceM
     Ok(tickets)
 }
 
-/// Where each part starts, if all of them are rows of one x and one out, the same rows of both, and the tensor copy
-/// engine can follow them: on 16 bytes, in whole 16 bytes.
-pub(super) fn common_rows(parts: &[GemmPart], columns: usize) -> Option<Vec<u32>> {
-    let first = parts.first()?;
-    let fits = |start: u64, stride: u64| {
-        start.is_multiple_of(16) && stride.is_multiple_of(8) && (1..1 << 32).contains(&stride)
+/// Where each part starts, if all of them are rows of one x and one out, of elements of `bytes`, the same rows of both, and
+/// the tensor copy engine can follow them: on 16 bytes, in whole 16 bytes.
+pub(super) fn common_rows(parts: &[GemmPart], bytes: [u64; 2]) -> Option<Vec<u32>> {
+    let (first, [x_bytes, out_bytes]) = (parts.first()?, bytes);
+    let fits = |start: u64, stride: u64, bytes: u64| {
+        start.is_multiple_of(16)
+            && (stride * bytes).is_multiple_of(16)
+            && (1..1 << 32).contains(&(stride * bytes))
     };
-    if !(columns.is_multiple_of(8) && fits(first.x, first.x_stride) && fits(first.out, first.out_stride)) {
+    if !(fits(first.x, first.x_stride, x_bytes) && fits(first.out, first.out_stride, out_bytes)) {
         return None;
     }
     let row = |start: u64, from: u64, stride: u64| {
         let bytes = start.checked_sub(from)?;
-        bytes.is_multiple_of(2 * stride).then_some(bytes / (2 * stride))
+        bytes.is_multiple_of(stride).then_some(bytes / stride)
     };
     let rows = parts.iter().map(|part| {
         if (part.x_stride, part.out_stride) != (first.x_stride, first.out_stride) {
             return None;
         }
-        let at = row(part.x, first.x, first.x_stride)?;
-        let same = row(part.out, first.out, first.out_stride)? == at;
+        let at = row(part.x, first.x, x_bytes * first.x_stride)?;
+        let same = row(part.out, first.out, out_bytes * first.out_stride)? == at;
         let end = at.checked_add(u64::from(part.rows))?;
         (same && u32::try_from(end).is_ok()).then_some(at as u32)
     });
@@ -105,12 +109,32 @@ pub(super) fn maps(
     columns: usize,
     gated: bool,
 ) -> Result<(TensorMap, TensorMap), CudaError> {
-    let matrix = |start, width, stride: u64, across| {
-        let stride = stride as usize;
-        TensorMap::new(&Matrix { start, rows, width, stride, piece: (ROW_BOX, across) })
-    };
     let across = if gated { 32 } else { 64 };
-    Ok((matrix(first.x, k, first.x_stride, 64)?, matrix(first.out, columns, first.out_stride, across)?))
+    let x = row_map(Element::Bf16, first.x, [rows, k], first.x_stride, 64)?;
+    Ok((x, row_map(Element::Bf16, first.out, [rows, columns], first.out_stride, across)?))
+}
+
+/// The same of rows of codes, each of so many bytes, and of what they give if that is bfloat16; else twice of the rows.
+pub(super) fn code_maps(
+    first: &GemmPart,
+    rows: usize,
+    k: usize,
+    row_bytes: u64,
+    narrow: Option<usize>,
+) -> Result<(TensorMap, TensorMap), CudaError> {
+    let x = row_map(Element::Byte, first.x, [rows, k], row_bytes, 128)?;
+    let out = |columns| row_map(Element::Bf16, first.out, [rows, columns], first.out_stride, 64);
+    Ok((x, narrow.map_or(Ok(x), out)?))
+}
+
+fn row_map(
+    element: Element,
+    start: u64,
+    [rows, width]: [usize; 2],
+    stride: u64,
+    across: u32,
+) -> Result<TensorMap, CudaError> {
+    TensorMap::new(&Matrix { start, rows, width, stride: stride as usize, element, piece: (ROW_BOX, across) })
 }
 
 /// A kernel, the height of its tiles and the blocks to start.
@@ -195,6 +219,29 @@ pub(super) fn plan(blocks: &[Block], n: usize, k: usize, multiprocessors: u32) -
     Plan { tile_rows, grid: 2 * (clusters as u64).min(tiles.max(1)) as u32 }
 }
 
+/// The same for rows in codes, whose tiles have up to 64 or up to 128 rows and 256 packed rows of the weights, by the cycles
+/// that the tensor cores take of a tile.
+pub(super) fn plan_codes(blocks: &[Block], n: usize, k: usize, multiprocessors: u32) -> Plan {
+    let clusters = u64::from(multiprocessors / 2).max(1);
+    let (pairs, depth) = (n.div_ceil(512).max(1) as u64, k.div_ceil(128) as u64);
+    let of = |tile_rows: u32| {
+        let cost = |rows: u32| depth * if rows > 64 { 1100 } else { 650 } + 2500;
+        let busy = blocks.iter().map(|block| block.rows).filter(|&rows| rows > 0);
+        let tiles: u64 = busy.clone().map(|rows| u64::from(rows.div_ceil(tile_rows))).sum::<u64>() * pairs;
+        let work = |rows: u32| {
+            let rest = rows % tile_rows;
+            u64::from(rows / tile_rows) * cost(tile_rows) + if rest > 0 { cost(rest) } else { 0 }
+        };
+        let even = busy.map(work).sum::<u64>() * pairs / clusters;
+        // Few tiles end together in rounds, many half a tile apart.
+        let rounds = tiles.div_ceil(clusters) * cost(tile_rows);
+        (rounds.min(even + cost(tile_rows) / 2), tiles)
+    };
+    let ((tall, tall_tiles), (low, low_tiles)) = (of(128), of(64));
+    let (tile_rows, tiles) = if low < tall { (64, low_tiles) } else { (128, tall_tiles) };
+    Plan { tile_rows, grid: 2 * clusters.min(tiles.max(1)) as u32 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,11 +271,19 @@ mod tests {
             out_stride: 16,
             ..bytemuck::Zeroable::zeroed()
         };
-        let rows = |parts: &[GemmPart]| common_rows(parts, 16);
+        let rows = |parts: &[GemmPart]| common_rows(parts, [2; 2]);
         assert_eq!(rows(&[part(64, 128, 3), part(64 + 5 * 16, 128 + 5 * 32, 1)]), Some(vec![0, 5]));
         assert_eq!(rows(&[part(64, 128, 3), part(64 + 5 * 16, 128 + 4 * 32, 1)]), None, "other rows");
         assert_eq!(rows(&[part(64, 128, 3), part(64 + 8, 128 + 5 * 32, 1)]), None, "other columns");
         assert_eq!(rows(&[part(66, 128, 3)]), None, "not on 16 bytes");
-        assert_eq!(common_rows(&[part(64, 128, 3)], 12), None, "half a piece at the end");
+        assert_eq!(common_rows(&[part(64, 128, 3), part(64 + 160, 128 + 320, 1)], [4, 4]), Some(vec![0, 5]));
+    }
+
+    #[test]
+    fn codes_come_in_low_tiles_where_tall_ones_would_leave_the_gpu_idle() {
+        let tile_rows = |rows: &[u32]| plan_codes(&blocks(rows), 3072, 5120, 132).tile_rows;
+        assert_eq!(tile_rows(&[4096; 20]), 128);
+        assert_eq!(tile_rows(&[1; 20]), 64);
+        assert_eq!(tile_rows(&[128; 4]), 64, "of 66 clusters 24 would be busy for twice as long");
     }
 }

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 17] = [
+const HEADERS: [(&str, &str); 19] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("turn.cuh", include_str!("../../kernels/turn.cuh")),
     ("barrier.cuh", include_str!("../../kernels/barrier.cuh")),
@@ -29,9 +29,11 @@ const HEADERS: [(&str, &str); 17] = [
     ("matches.cuh", include_str!("../../kernels/matches.cuh")),
     ("gemm.cuh", include_str!("../../kernels/gemm.cuh")),
     ("gemm_mma.cuh", include_str!("../../kernels/gemm_mma.cuh")),
+    ("hopper.cuh", include_str!("../../kernels/hopper.cuh")),
     ("gemm_hopper.cuh", include_str!("../../kernels/gemm_hopper.cuh")),
     ("codes.cuh", include_str!("../../kernels/codes.cuh")),
     ("e4m3.cuh", include_str!("../../kernels/e4m3.cuh")),
+    ("scaled.cuh", include_str!("../../kernels/scaled.cuh")),
     ("attention.cuh", include_str!("../../kernels/attention.cuh")),
     ("attention_gqa.cuh", include_str!("../../kernels/attention_gqa.cuh")),
     ("attention_mla.cuh", include_str!("../../kernels/attention_mla.cuh")),
@@ -48,6 +50,8 @@ const F32: DType = DType::F32;
 const BF16: DType = DType::BF16;
 const F16: DType = DType::F16;
 const E4M3: DType = DType::E4M3;
+/// Rows of codes and scales, as words.
+const CODES: DType = DType::U32;
 
 /// A kernel's operation and the formats it reads and writes; in the source it is called `op_from_to`.
 type Key = (&'static str, DType, DType);
@@ -143,6 +147,8 @@ sources! {
         in [(BF16, BF16)], 384 threads on "sm_90a";
     "gemm_hopper_coded": ["gemm_codes256", "gated_codes256", "gemm_codes64", "gated_codes64"] in [(BF16, BF16)],
         384 threads on "sm_90a";
+    "gemm_hopper_fp8": ["gemm_fp8"] in [(CODES, BF16), (CODES, F32)], 384 threads on "sm_90a";
+    "gemm_hopper_fp8": ["gated_fp8"] in [(CODES, BF16), (CODES, CODES)], 384 threads on "sm_90a";
 }
 
 /// The shape of a product kernel's tiles, and the shared memory of a block; repeats the numbers of the source.
@@ -407,12 +413,14 @@ mod tests {
     #[test]
     fn every_kernel_takes_its_turn() {
         for source in SOURCES.iter().filter(|source| source.file != "probe.cu") {
-            // Those that `KERNEL` makes do in `common.cuh`, and those that `HOPPER_VARIANT` makes in `gemm_hopper.cuh`.
+            // Those that `KERNEL` makes do in `common.cuh`, and those that `HOPPER_VARIANT` and `HOPPER_KERNEL` make in `hopper.cuh`.
             let made_here =
                 |line: &&str| ["extern \"C\"", "BLOCK_PER_BIN("].iter().any(|start| line.starts_with(start));
             let kernels = source.text.lines().filter(made_here).count();
             let turns = source.text.matches("take_turn();").count();
-            let by_macro = ["\nKERNEL(", "\nHOPPER_VARIANT("].iter().any(|made| source.text.contains(made));
+            let by_macro = ["\nKERNEL(", "\nHOPPER_VARIANT(", "\nHOPPER_KERNEL("]
+                .iter()
+                .any(|made| source.text.contains(made));
             assert!(by_macro || (turns >= 1 && turns >= kernels), "{}: {turns} of {kernels}", source.file);
         }
     }

@@ -11,6 +11,7 @@
 mod bricks;
 mod carrier;
 mod driver;
+mod fp8;
 mod hopper;
 mod kernels;
 mod launch;
@@ -123,6 +124,11 @@ impl CudaDevice {
         }))
     }
 
+    /// Whether it multiplies FP8 codes with FP8 codes.
+    pub fn multiplies_fp8(&self) -> bool {
+        self.kernels.has_hopper()
+    }
+
     /// Waits until its kernels are ready, but for those that only weights in codes need.
     pub fn finish_kernels(&self) -> Result<(), DeviceError> {
         self.kernels.finish()
@@ -230,6 +236,11 @@ pub fn held_bits(format: &Format, dtype: DType) -> Option<f64> {
     Bricks::of(format).filter(|_| dtype == DType::BF16).map(Bricks::bits)
 }
 
+/// Whether weights in codes of this format may be multiplied as codes, with rows in codes ([`CudaOptions::fp8_rows`]).
+pub fn multiplies(format: &Format) -> bool {
+    fp8::fits(format)
+}
+
 /// What the GPU processors of one world share.
 #[derive(Clone)]
 pub struct CudaOptions {
@@ -243,6 +254,8 @@ pub struct CudaOptions {
     pub fill: Fill,
     /// Multiprocessors that products leave to others all the time, or more while a plan says so.
     pub reserved_multiprocessors: u32,
+    /// Whether maps in FP8 blocks are multiplied as codes, with rows that become codes for them.
+    pub fp8_rows: bool,
 }
 
 impl CudaOptions {
@@ -254,6 +267,7 @@ impl CudaOptions {
             epoch: Instant::now(),
             fill: Fill::Zero,
             reserved_multiprocessors: 0,
+            fp8_rows: false,
         }
     }
 }
@@ -415,6 +429,13 @@ impl CudaBackend {
         options: CudaOptions,
     ) -> Result<Self, DeviceError> {
         let context = &device.context;
+        if options.fp8_rows && !(device.multiplies_fp8() && options.dtype == DType::BF16) {
+            return Err(DeviceError::Unsupported(format!(
+                "{} has no products of FP8 rows and weights that give {}: that takes a Hopper GPU and bfloat16; leave out \
+                 --activation-scheme dynamic",
+                device.description, options.dtype
+            )));
+        }
         let reads = Stream::new(context)?;
         let (events, timed_events) = (EventPool::new(context, false), EventPool::new(context, true));
         let tickets = for_each_lane(|| hopper::tickets(context, &reads))?;
@@ -651,6 +672,10 @@ impl Reserve for CudaBackend {
         self.options.dtype
     }
 
+    fn fp8_rows(&self) -> bool {
+        self.options.fp8_rows
+    }
+
     fn allocate(
         &self,
         name: &'static str,
@@ -730,6 +755,20 @@ impl Backend for CudaBackend {
 
     fn holds(&self, format: &Format) -> bool {
         held_bits(format, self.options.dtype).is_some()
+    }
+
+    fn load_fp8(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        matrices: &[Codes],
+    ) -> Result<Option<Weight>, DeviceError> {
+        if !self.options.fp8_rows {
+            return Ok(None);
+        }
+        self.device.context.bind()?;
+        self.device.kernels.expect_codes();
+        self.weights.0.load_fp8(name, shape, matrices)
     }
 
     fn load_codes(&self, name: &str, shape: WeightShape, matrices: &[Codes]) -> Result<Weight, DeviceError> {

@@ -2,7 +2,8 @@
 
 use super::bricks::Bricks;
 use super::carrier::{Carriers, Lines};
-use super::driver::{Context, CudaError, Matrix, Stream, TensorMap};
+use super::driver::{Context, CudaError, Element, Matrix, Stream, TensorMap};
+use super::fp8;
 use super::hopper;
 use super::kernels::Kernels;
 use super::layout::{self, twin};
@@ -154,6 +155,27 @@ impl WeightStore {
         self.keep(name, shape, WeightFormat::Coded(format), held)
     }
 
+    /// Brings a map to the GPU as FP8 codes that are multiplied as such: their rows, and a map with the scales of blocks.
+    /// Nothing if codes are not in such blocks.
+    pub(super) fn load_fp8(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        matrices: &[Codes],
+    ) -> Result<Option<Weight>, DeviceError> {
+        check_codes(name, shape, matrices)?;
+        let Some(packed) = fp8::pack(matrices).filter(|_| self.mapped) else { return Ok(None) };
+        let fp8::Packed { codes, scales, rows, stride } = packed;
+        let (start, width) = (self.bring_bytes(name, &codes)?, matrices[0].columns);
+        let (element, piece) = (Element::Byte, fp8::WEIGHT_PIECE);
+        let map = TensorMap::new(&Matrix { start, rows, width, stride, element, piece })?;
+        let mut record = bytemuck::bytes_of(&map).to_vec();
+        record.extend_from_slice(bytemuck::cast_slice(&scales));
+        let map = self.bring_bytes(name, &record)?;
+        let held = Held { start, dtype: DType::BF16, bricks: None, rows, width, stride, map };
+        self.keep(name, shape, WeightFormat::Fp8, held).map(Some)
+    }
+
     fn keep(
         &self,
         name: &str,
@@ -175,7 +197,8 @@ impl WeightStore {
         if !self.mapped || !shape.is_map() || dtype != DType::BF16 {
             return Ok(held);
         }
-        let map = TensorMap::new(&Matrix { start, rows, width, stride, piece: hopper::WEIGHT_PIECE })?;
+        let (element, piece) = (Element::Bf16, hopper::WEIGHT_PIECE);
+        let map = TensorMap::new(&Matrix { start, rows, width, stride, element, piece })?;
         Ok(Held { map: self.bring_bytes(name, bytemuck::bytes_of(&map))?, ..held })
     }
 

@@ -1,8 +1,8 @@
 //! Every matrix product: a linear layer, one expert, the experts of a stage, the heads of a projection.
 
 use super::{Accesses, expect, same_rows};
-use crate::{Buffer, DeviceError, Weight, WeightShape};
-use epsmoe_base::DType;
+use crate::{Buffer, DeviceError, Weight, WeightFormat, WeightShape};
+use epsmoe_base::{DType, RowFormat};
 
 /// What happens to a product before it is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,13 +14,18 @@ pub enum Epilogue {
 }
 
 /// One product: `out[m, n] = Σ_k x[m, k] · w[n, k]`.
+///
+/// With a weight held as [`WeightFormat::Fp8`] x is codes and scales too, [`RowFormat::Fp8`], of 128 values of k each. With b
+/// such a block of k, `acc = fma(sx[m, b] · sw[n / 128, b], Σ_{k in b} x[m, k] · w[n, k], acc)` for one b after the other in
+/// float32: what tensor cores cut off within a block is about what the rounding of the outcome to bfloat16 is.
 #[derive(Clone, Debug)]
 pub struct GemmPart {
-    /// Input `[M, K]`.
+    /// Input `[M, K]`, as the weight wants it.
     pub x: Buffer,
     /// Weight; its shape agrees with the epilogue.
     pub weight: Weight,
-    /// Output `[M, N]`, in the input's format or float32.
+    /// Output `[M, N]`: in the input's format or float32; of FP8 in bfloat16, or in float32 if it is just stored, or as codes
+    /// and scales if it is activated, each the code of the bfloat16 that it would be.
     pub out: Buffer,
 }
 
@@ -102,15 +107,40 @@ impl GemmPart {
                 )));
             }
         };
-        let formats = self.out.dtype == self.x.dtype || self.out.dtype == DType::F32;
-        if self.x.width != k || self.out.width != n || !formats {
-            return Err(DeviceError::Shape(format!(
-                "gemm: {:?} · {} [{n}, {k}]ᵀ does not give {:?}",
-                self.x, self.weight.name, self.out
-            )));
-        }
-        Ok(())
+        check_formats(&self.x, &self.weight, [n, k], epilogue, &self.out)
     }
+}
+
+/// Whether rows and outputs are of the formats and widths that they may have with a weight `[n, k]`.
+fn check_formats(
+    x: &Buffer,
+    weight: &Weight,
+    [n, k]: [usize; 2],
+    epilogue: Epilogue,
+    out: &Buffer,
+) -> Result<(), DeviceError> {
+    let of = |buffer: &Buffer| (buffer.dtype, buffer.width);
+    let fits = match weight.format {
+        WeightFormat::Fp8 => {
+            let wide = match epilogue {
+                Epilogue::Store => (DType::F32, n),
+                Epilogue::SwiGlu => RowFormat::Fp8.elements(n),
+            };
+            of(x) == RowFormat::Fp8.elements(k) && [(DType::BF16, n), wide].contains(&of(out))
+        }
+        _ => {
+            let formats = x.dtype != DType::U32 && [x.dtype, DType::F32].contains(&out.dtype);
+            formats && x.width == k && out.width == n
+        }
+    };
+    if fits {
+        return Ok(());
+    }
+    let held = match weight.format {
+        WeightFormat::Fp8 => format!(", held as {},", weight.format),
+        _ => String::new(),
+    };
+    Err(DeviceError::Shape(format!("gemm: {x:?} · {} [{n}, {k}]ᵀ{held} does not give {out:?}", weight.name)))
 }
 
 /// `out[m] = x[m] · weights[e]ᵀ` for `starts[e] ≤ m < starts[e + 1]`: the products of all experts over rows that are
@@ -148,12 +178,8 @@ impl ExpertGemm {
                 weights[0].name, weights[0].shape, other.name, other.shape
             )));
         }
-        let formats = out.dtype == x.dtype || out.dtype == DType::F32;
-        if x.width != k || out.width != n || !formats {
-            return Err(DeviceError::Shape(format!(
-                "gemm: {x:?} · {} [{n}, {k}]ᵀ does not give {out:?}",
-                weights[0].name
-            )));
+        for weight in weights {
+            check_formats(x, weight, [n, k], *epilogue, out)?;
         }
         if starts.rows != weights.len() + 1 {
             return Err(DeviceError::Shape(format!(

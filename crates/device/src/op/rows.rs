@@ -106,8 +106,8 @@ pub enum Fp8 {
 pub struct GatherFp8 {
     /// Source rows `[N, W]`, or codes and scales `[N, scaled words of W]`, uint32: exactly those that the index may name.
     pub x: Buffer,
-    /// Source row of each output row `[M, 1]`, uint32.
-    pub index: Buffer,
+    /// Source row of each output row `[M, 1]`, uint32; without it each is its own.
+    pub index: Option<Buffer>,
     /// Output, likewise.
     pub out: Buffer,
     /// Which of the two is in codes.
@@ -115,14 +115,21 @@ pub struct GatherFp8 {
 }
 
 impl GatherFp8 {
+    /// Rows become codes, each in its place.
+    pub fn encode(x: Buffer, out: Buffer) -> Self {
+        GatherFp8 { x, index: None, out, how: Fp8::Encode }
+    }
+
     /// The side that is in numbers; both are, or the one of them that is not in codes.
     pub(crate) fn numbers(&self) -> &Buffer {
         if self.how == Fp8::Decode { &self.out } else { &self.x }
     }
 
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        same_rows("gather_fp8", &[&self.index, &self.out])?;
-        expect("gather_fp8", "index", &self.index, DType::U32, 1)?;
+        same_rows("gather_fp8", &[self.index.as_ref().unwrap_or(&self.x), &self.out])?;
+        if let Some(index) = &self.index {
+            expect("gather_fp8", "index", index, DType::U32, 1)?;
+        }
         let numbers = self.numbers();
         let (dtype, words) = RowFormat::Fp8.elements(numbers.width);
         match self.how {
@@ -133,7 +140,7 @@ impl GatherFp8 {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.x).read(&self.index).write(&self.out)
+        self.index.iter().fold(Accesses::new().read(&self.x), Accesses::read).write(&self.out)
     }
 }
 

@@ -279,30 +279,33 @@ impl<'a, K: Kernels> Rows<'a, K> {
     }
 
     pub(super) fn gather_fp8<T: Element>(&self, op: &GatherFp8) -> Result<(), String> {
-        let index = self.view::<u32>(&op.index);
-        named_in_range("row", &index, op.x.rows)?;
+        let index = op.index.as_ref().map(|index| self.view::<u32>(index));
+        if let Some(index) = &index {
+            named_in_range("row", index, op.x.rows)?;
+        }
+        let source = |m: usize| index.as_ref().map_or(Some(m), |index| named(index, m));
         match op.how {
             Fp8::Encode => {
                 let (x, out) = (self.view::<T>(&op.x), self.view_mut::<u32>(&op.out));
                 self.for_rows_from(&out, x.width * size_of::<T>(), |m, out| {
-                    if let Some(source) = named(&index, m) {
-                        encode(x.row(source), out);
+                    if let Some(from) = source(m) {
+                        encode(x.row(from), out);
                     }
                 });
             }
             Fp8::Decode => {
                 let (x, out) = (self.view::<u32>(&op.x), self.view_mut::<T>(&op.out));
                 self.for_rows(&out, |m, out| {
-                    if let Some(source) = named(&index, m) {
-                        decode_row(x.row(source), out, T::from_f32);
+                    if let Some(from) = source(m) {
+                        decode_row(x.row(from), out, T::from_f32);
                     }
                 });
             }
             Fp8::Through => {
                 let (x, out) = (self.view::<T>(&op.x), self.view_mut::<T>(&op.out));
                 self.for_rows(&out, |m, out| {
-                    let Some(source) = named(&index, m) else { return };
-                    let x = x.row(source);
+                    let Some(from) = source(m) else { return };
+                    let x = x.row(from);
                     for (x, out) in x.chunks(SCALE_GROUP).zip(out.chunks_mut(SCALE_GROUP)) {
                         let mut words = [0; scaled_words(SCALE_GROUP)];
                         let words = &mut words[..scaled_words(x.len())];

@@ -1,5 +1,5 @@
 //! Every operation on every processor: against its definition in float64 (`definitions`), against itself
-//! with other rows around (`invariance`), with weights in codes (`coded`) or made on the spot (`drawn`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
+//! with other rows around (`invariance`), with weights in codes (`coded`), in codes on both sides (`fp8`) or made on the spot (`drawn`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
 //!
 //! A new processor is one line in `processors!`. A new operation does not compile until `Bench::run` knows it,
 //! and fails `definitions` until it is checked there. `EPSMOE_TEST_SEED` repeats a run;
@@ -10,6 +10,7 @@ mod bench;
 mod coded;
 mod definitions;
 mod drawn;
+mod fp8;
 mod invariance;
 mod lanes;
 mod recurrent;
@@ -33,11 +34,16 @@ fn host<K: Kernels>(kernels: Result<K, String>, dtype: DType) -> Result<Bench<Th
     device.map(|device| Bench::new(device, seed)).map_err(|error| error.to_string())
 }
 
-/// A bench on the first GPU, which is opened once.
+/// A bench on the first GPU.
 fn cuda(dtype: DType) -> Result<Bench<CudaBackend>, String> {
+    cuda_with(CudaOptions::new(dtype))
+}
+
+/// A bench on the first GPU, which is opened once.
+fn cuda_with(options: CudaOptions) -> Result<Bench<CudaBackend>, String> {
     static DEVICE: OnceLock<Result<Arc<CudaDevice>, String>> = OnceLock::new();
     let device = DEVICE.get_or_init(|| CudaDevice::open(0).map_err(|error| error.to_string())).clone()?;
-    let options = CudaOptions { fill: Fill::Poison, ..CudaOptions::new(dtype) };
+    let options = CudaOptions { fill: Fill::Poison, ..options };
     let backend = CudaWeights::new(&device)
         .and_then(|weights| CudaBackend::new(Rank(0), &device, &weights, options))
         .map_err(|error| error.to_string())?;
@@ -109,6 +115,11 @@ macro_rules! processors {
             }
         }
     )*};
+}
+
+#[test]
+fn products_of_fp8_codes_match_their_definition() {
+    on(cuda_with(CudaOptions { fp8_rows: true, ..CudaOptions::new(DType::BF16) }), fp8::suite);
 }
 
 processors! {

@@ -279,15 +279,16 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             "gather: output is narrow[3, 2] float32, but must be float32 of width 4",
         ),
         (
-            GatherFp8 { x: x.clone(), index: ids.clone(), out: narrow.clone(), how: Fp8::Encode }.into(),
+            GatherFp8 { x: x.clone(), index: Some(ids.clone()), out: narrow.clone(), how: Fp8::Encode }
+                .into(),
             "gather_fp8: output is narrow[3, 2] float32, but must be uint32 of width 2",
         ),
         (
-            GatherFp8 { x: x.clone(), index: ids.clone(), out: y.clone(), how: Fp8::Decode }.into(),
+            GatherFp8 { x: x.clone(), index: Some(ids.clone()), out: y.clone(), how: Fp8::Decode }.into(),
             "gather_fp8: source is x[3, 4] float32, but must be uint32 of width 2",
         ),
         (
-            GatherFp8 { x: x.clone(), index: ids.clone(), out: half.clone(), how: Fp8::Through }.into(),
+            GatherFp8 { x: x.clone(), index: Some(ids.clone()), out: half.clone(), how: Fp8::Through }.into(),
             "gather_fp8: output is half[3, 4] bfloat16, but must be float32 of width 4",
         ),
         (
@@ -469,9 +470,11 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         let out = f32s(bench, "out", index.len(), 4);
         let index = bench.put_words(index, 1).view;
         match how {
-            Fp8::Encode => GatherFp8 { out: u32s(bench, "out", index.rows, 2), x, index, how }.into(),
-            Fp8::Decode => GatherFp8 { x: words, index, out, how }.into(),
-            Fp8::Through => GatherFp8 { x, index, out, how }.into(),
+            Fp8::Encode => {
+                GatherFp8 { out: u32s(bench, "out", index.rows, 2), x, index: Some(index), how }.into()
+            }
+            Fp8::Decode => GatherFp8 { x: words, index: Some(index), out, how }.into(),
+            Fp8::Through => GatherFp8 { x, index: Some(index), out, how }.into(),
         }
     }
     fn reduce<B: Backend>(bench: &Bench<B>, index: &[u32]) -> Op {

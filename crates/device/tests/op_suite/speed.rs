@@ -5,7 +5,8 @@
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use epsmoe_device::cuda::{CudaBackend, CudaDevice, CudaOptions, CudaWeights};
 use epsmoe_device::op::{
-    Attention, Embed, Epilogue, Gather, Gemm, GemmPart, HostToDevice, KvWrite, NONE, Op, Reduce, Sight,
+    Attention, Embed, Epilogue, Gather, GatherFp8, Gemm, GemmPart, HostToDevice, KvWrite, NONE, Op, Reduce,
+    Sight,
 };
 use epsmoe_device::{Backend, Buffer, Record, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_quant::{Code, Codes, Format, Scale};
@@ -103,6 +104,47 @@ fn codes() {
     }
 }
 
+/// Rows and weights in FP8 beside both in bfloat16: hidden and inner width, and experts of a rank, of models at hand. Gated products
+/// give codes, as in a model.
+#[test]
+#[ignore = "a measurement"]
+fn fp8() {
+    let device = match CudaDevice::open(0) {
+        Ok(device) => device,
+        Err(missing) => return eprintln!("skipped: {missing}"),
+    };
+    let blocks = Format { code: Code::E4M3, scale: Scale::F32, group: 128, part: 128, zeros: false };
+    println!("hidden inner experts product  rows each: median µs, TFLOP/s, and times bfloat16");
+    let mut stock = Stock::new(device);
+    let shapes = [
+        (5120, 1536, 20),
+        (7168, 2048, 32),
+        (4096, 14336, 2),
+        (6144, 10752, 2),
+        (2048, 768, 16),
+        (2048, 1408, 8),
+    ];
+    for (hidden, inner, experts) in shapes {
+        for (name, k, n, epilogue, maps) in
+            [("gate/up", hidden, inner, Epilogue::SwiGlu, 2), ("down", inner, hidden, Epilogue::Store, 1)]
+        {
+            let mut line = String::new();
+            for rows in [1, 16, 64, 256, 512, 1024, 2048, 4096] {
+                let [plain, fp8] = [None, Some(blocks)].map(|format| {
+                    (stock.format, stock.fp8_rows) = (format, format.is_some());
+                    let mut times =
+                        stock.products(k, n, epilogue, true, 0, &vec![rows; experts]).times(REPEATS);
+                    times.sort_unstable();
+                    times[times.len() / 2] as f64
+                });
+                let flops = 2.0 * (rows * experts * k * n * maps) as f64;
+                line += &format!(" {rows}: {:.1} {:.0} {:.2}", fp8 / 1e3, flops / fp8 / 1e3, plain / fp8);
+            }
+            println!("{hidden} {inner} {experts} {name} {line}");
+        }
+    }
+}
+
 /// Lines in: `products K N store|swiglu grouped|dense RESERVED REPEATS ROWS,ROWS,...` (rows of each expert), or
 /// `experts HIDDEN INNER EXPERTS ROWS REPEATS equal|routed`. Lines out: `each NAME NS NAME NS ...`, the median of each operation, and
 /// `ns ROWS TIME TIME ...`, rows multiplied and nanoseconds.
@@ -150,6 +192,8 @@ struct Stock {
     shape: Vec<usize>,
     /// What maps are held in, if not in bfloat16.
     format: Option<Format>,
+    /// Whether rows are in FP8 then.
+    fp8_rows: bool,
     weights: Option<CudaWeights>,
 }
 
@@ -164,20 +208,21 @@ impl Stock {
     fn new(device: Arc<CudaDevice>) -> Self {
         let mut mix = Mix::new(1);
         let numbers = (0..1 << 26).flat_map(|_| bf16::from_f32(mix.signed()).to_le_bytes()).collect();
-        Stock { device, numbers, shape: Vec::new(), format: None, weights: None }
+        Stock { device, numbers, shape: Vec::new(), format: None, fp8_rows: false, weights: None }
     }
 
     /// A processor whose store holds weights of this shape and format only.
     fn backend(&mut self, shape: &[usize], reserved_multiprocessors: u32) -> CudaBackend {
         let bits = self.format.map_or(0, |format| format.code.bits() + format.record_bytes() * 100);
-        let shape = [shape, &[bits]].concat();
+        let shape = [shape, &[bits, usize::from(self.fp8_rows)]].concat();
         if self.shape != shape {
             self.weights = None;
             self.shape = shape;
         }
         let device = &self.device;
         let weights = self.weights.get_or_insert_with(|| CudaWeights::new(device).expect("a store"));
-        let options = CudaOptions { reserved_multiprocessors, ..CudaOptions::new(DType::BF16) };
+        let fp8_rows = self.fp8_rows;
+        let options = CudaOptions { reserved_multiprocessors, fp8_rows, ..CudaOptions::new(DType::BF16) };
         CudaBackend::new(Rank(0), device, weights, options).expect("a processor")
     }
 
@@ -225,7 +270,10 @@ impl Stock {
                 records: record.repeat(rows * format.groups(columns)),
             };
             let matrices: Vec<Codes> = (0..count).map(codes).collect();
-            backend.load_codes(name, shape, &matrices).expect("memory")
+            match self.fp8_rows {
+                true => backend.load_fp8(name, shape, &matrices).expect("memory").expect("blocks"),
+                false => backend.load_codes(name, shape, &matrices).expect("memory"),
+            }
         })
     }
 
@@ -254,9 +302,16 @@ impl Stock {
         let maps = if gated { 2 } else { 1 };
         let sets = PAST_CACHE.div_ceil(2 * k * (counts.len() * n * maps + rows));
         let turns = (0..sets).map(|set| {
-            let x = self.random_rows(&backend, rows, k);
-            let out = backend.allocate("out", DType::BF16, rows, n).expect("memory");
-            let parts = self.parts(&backend, set, counts, &x, &out, gated);
+            let mut x = self.random_rows(&backend, rows, k);
+            let mut out = backend.allocate("out", DType::BF16, rows, n).expect("memory");
+            if self.fp8_rows {
+                let room = backend.allocate("codes", DType::BF16, rows, k).expect("memory");
+                let codes = room.as_fp8().expect("room");
+                run(&backend, GatherFp8::encode(x, codes.clone()));
+                x = codes;
+                out = if gated { out.as_fp8().expect("room") } else { out };
+            }
+            let parts = self.parts(&backend, set, counts, (&x, &out), [n, k], gated);
             let gemm = |parts| Op::from(Gemm { parts, bias: None, epilogue });
             if grouped {
                 return vec![gemm(parts)];
@@ -273,8 +328,8 @@ impl Stock {
         backend: &CudaBackend,
         set: usize,
         counts: &[usize],
-        x: &Buffer,
-        out: &Buffer,
+        (x, out): (&Buffer, &Buffer),
+        [n, k]: [usize; 2],
         gated: bool,
     ) -> Vec<GemmPart> {
         let mut end = 0;
@@ -282,8 +337,8 @@ impl Stock {
             let rows: Range<usize> = end..end + rows;
             end = rows.end;
             let shape = match gated {
-                true => WeightShape::GateUp { inner: out.width, k: x.width },
-                false => WeightShape::Matrix { n: out.width, k: x.width },
+                true => WeightShape::GateUp { inner: n, k },
+                false => WeightShape::Matrix { n, k },
             };
             let name = format!("{gated} {set} {expert}");
             GemmPart {
@@ -338,8 +393,14 @@ impl Stock {
         let gemm = |parts, epilogue| Op::from(Gemm { parts, bias: None, epilogue });
         let turn = vec![
             Gather { x: rows, index: words(&backend, &expand), out: expanded.clone() }.into(),
-            gemm(self.parts(&backend, 0, &counts, &expanded, &middle, true), Epilogue::SwiGlu),
-            gemm(self.parts(&backend, 0, &counts, &middle, &outputs, false), Epilogue::Store),
+            gemm(
+                self.parts(&backend, 0, &counts, (&expanded, &middle), [inner, hidden], true),
+                Epilogue::SwiGlu,
+            ),
+            gemm(
+                self.parts(&backend, 0, &counts, (&middle, &outputs), [hidden, inner], false),
+                Epilogue::Store,
+            ),
             Reduce { x: outputs, index: index_out, weights: Some(factors), addend: None, out: sums }.into(),
         ];
         Trial { backend, turns: vec![turn], rows: copies }

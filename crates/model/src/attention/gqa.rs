@@ -132,6 +132,11 @@ impl Workspace {
             context: reserve("context", own.query.len())?,
         })
     }
+
+    /// The widest rows beside those of the model that a map is multiplied with.
+    pub(super) fn widest(&self) -> usize {
+        self.context.width
+    }
 }
 
 impl Gqa {

@@ -113,6 +113,11 @@ impl Workspace {
         })
     }
 
+    /// The widest rows beside those of the model that a map is multiplied with.
+    pub(super) fn widest(&self) -> usize {
+        self.query_normed.width.max(self.context.width)
+    }
+
     /// For that many tokens, of which some have queries.
     fn first(&self, tokens: usize, queries: usize) -> Result<Workspace, DeviceError> {
         Ok(Workspace {
@@ -155,7 +160,7 @@ impl Mla {
         let query_rows = Window::rows(blocks(&heads, spec.nope + spec.rope));
         Ok(Mla {
             query_down: spec.q_lora.map(down).transpose()?,
-            query: loader.window(query.of(layer), &query_rows)?,
+            query: loader.window_for(query.of(layer), &query_rows, true)?,
             kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
             kv_norm: loader.scaled(LayerPart::KvDownNorm.of(layer), spec.latent_scale)?,
             output: Linear::load_output(loader, layer, spec.bias, blocks(&heads, spec.value))?,
@@ -198,11 +203,11 @@ impl Mla {
         workspace: &Workspace,
     ) -> Result<(), DeviceError> {
         let Some((down, norm)) = &self.query_down else {
-            return cx.compute(Gemm::linear(x.clone(), &self.query, workspace.query.clone()));
+            return cx.product(x, &self.query, None, &workspace.query);
         };
         cx.linear(x, down, &workspace.query_latent)?;
         cx.norm(&workspace.query_latent, norm, self.spec.inner_eps, &workspace.query_normed)?;
-        cx.compute(Gemm::linear(workspace.query_normed.clone(), &self.query, workspace.query.clone()))
+        cx.product(&workspace.query_normed, &self.query, None, &workspace.query)
     }
 
     /// The normed latent, then the rotated key.

@@ -14,7 +14,7 @@ use crate::{
     AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, ModelSpec, Part, RecurrentSpec, RopeSpec,
     Window,
 };
-use epsmoe_base::{DType, Lane, Layer, Place};
+use epsmoe_base::{DType, Lane, Layer, Phase, Place};
 use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, Rotate, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use gqa::Gqa;
@@ -100,6 +100,16 @@ impl Rooms {
             Workspace::Mla(own, _) => mla::cache(device, own, &slots).map(drop),
             Workspace::Recurrent(own, _) => own.states(device, options.states).map(drop),
         }
+    }
+
+    /// The widest rows that its maps are multiplied with, but for those of the model.
+    pub(crate) fn widest(&self) -> usize {
+        let widths = self.0.iter().map(|(_, workspace)| match workspace {
+            Workspace::Gqa(_, workspace) => workspace.widest(),
+            Workspace::Mla(_, workspace) => workspace.widest(),
+            Workspace::Recurrent(..) => 0,
+        });
+        widths.max().unwrap_or(0)
     }
 
     fn of(&self, attention: &AttentionSpec) -> &Workspace {
@@ -230,7 +240,7 @@ impl Linear {
     ) -> Result<Self, ModelError> {
         let rows = Window { rows: window.rows.clone(), columns: None };
         let bias = bias.map(|bias| loader.window(bias.of(layer), &rows)).transpose()?;
-        Ok(Linear { weight: loader.window(weight.of(layer), window)?, bias })
+        Ok(Linear { weight: loader.window_for(weight.of(layer), window, true)?, bias })
     }
 
     /// The columns of the output projection that meet this rank's heads. Their products are added over the
@@ -258,6 +268,8 @@ pub(crate) struct Context<'a, B> {
     pub(crate) rope: Option<(usize, &'a RopeSpec)>,
     /// Epsilon of the model's norms.
     pub(crate) eps: f32,
+    /// Room for rows as codes, for maps that take them so.
+    pub(crate) codes: &'a Buffer,
 }
 
 /// What the attention operation varies in.
@@ -271,8 +283,18 @@ struct Heads {
 
 impl<B: Backend> Context<'_, B> {
     fn linear(&self, x: &Buffer, linear: &Linear, out: &Buffer) -> Result<(), DeviceError> {
-        let product = Gemm::linear(x.clone(), &linear.weight, out.clone());
-        self.compute(Gemm { bias: linear.bias.clone(), ..product })
+        self.product(x, &linear.weight, linear.bias.as_ref(), out)
+    }
+
+    fn product(
+        &self,
+        x: &Buffer,
+        weight: &Weight,
+        bias: Option<&Weight>,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let x = self.device.rows_for(self.place.or_phase(Phase::Projection), x, weight, self.codes)?;
+        self.compute(Gemm { bias: bias.cloned(), ..Gemm::linear(x, weight, out.clone()) })
     }
 
     fn norm(&self, x: &Buffer, weight: &Weight, eps: f32, out: &Buffer) -> Result<(), DeviceError> {

@@ -48,6 +48,8 @@ pub(super) struct StepBuffers {
     pub(super) inner: Buffer,
     /// Its products before an activation of its own, float32.
     pub(super) open: Buffer,
+    /// Rows of attention or of an MLP as codes, for maps that take them so.
+    pub(super) codes: Buffer,
     /// `[LOGIT_ROWS, V]`, and the largest of each row, where the host finds it `[LOGIT_ROWS, 1]`.
     pub(super) logits: Buffer,
     pub(super) tokens: Buffer,
@@ -71,6 +73,7 @@ impl StepBuffers {
         spec: &ModelSpec,
         options: &ModelOptions,
         layout: &Layout,
+        rooms: &Rooms,
     ) -> Result<Self, DeviceError> {
         let (tokens, sequences) = (options.max_tokens, options.max_sequences);
         let shard = layout.most_in_shard(tokens);
@@ -121,6 +124,7 @@ impl StepBuffers {
             )?,
             inner: values("inner", mlp_tokens, inner)?,
             open: floats("open_inner", mlp_tokens, most_factors(spec) * inner)?,
+            codes: device.allocate_codes("codes", tokens.max(mlp_tokens), spec.hidden.max(rooms.widest()))?,
             logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
             tokens: device.allocate_for_host("tokens", DType::U32, tokens.min(LOGIT_ROWS), 1)?,
         })
@@ -158,15 +162,22 @@ impl ModelOptions {
     }
 
     /// How many bytes each of `ranks` ranks reserves beside its weights, its cache included: asked of the code that does.
-    pub fn reserved_bytes(&self, spec: &ModelSpec, ranks: usize, dtype: DType) -> Result<u64, ModelError> {
-        let (layout, tally) = (self.parallel.layout(spec, Rank(0), ranks)?, Tally::new(dtype));
+    /// `fp8_rows` as of [`Reserve::fp8_rows`].
+    pub fn reserved_bytes(
+        &self,
+        spec: &ModelSpec,
+        ranks: usize,
+        dtype: DType,
+        fp8_rows: bool,
+    ) -> Result<u64, ModelError> {
+        let (layout, tally) = (self.parallel.layout(spec, Rank(0), ranks)?, Tally::new(dtype, fp8_rows));
         let rooms = Rooms::allocate(&tally, spec, layout.in_group(), self)?;
         for layer in &spec.layers {
             rooms.reserve_kept(&tally, &layer.attention, self)?;
         }
         groups(&tally, spec, &layout, self.max_tokens)?;
         experts::reserve(&tally, spec, &layout, self)?;
-        StepBuffers::allocate(&tally, spec, self, &layout)?;
+        StepBuffers::allocate(&tally, spec, self, &layout, &rooms)?;
         Ok(tally.bytes())
     }
 }

@@ -270,7 +270,7 @@ impl<B: Backend> Model<B> {
             attention: group(layout.attention_ranks(), attention)?,
             mlp: group(layout.mlp_ranks(), mlp)?,
             experts,
-            buffers: StepBuffers::allocate(&*device, &spec, &options, &layout)?,
+            buffers: StepBuffers::allocate(&*device, &spec, &options, &layout, &rooms)?,
             repeats: Repeats::default(),
             identity,
             embedding,
@@ -389,6 +389,7 @@ impl<B: Backend> Model<B> {
             queries: &tokens.queries,
             rope: self.spec.layers[layer.0].rope.map(|rope| (rope, &self.spec.ropes[rope])),
             eps: self.spec.norm.eps,
+            codes: &self.buffers.codes,
         };
         let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
         let shares = [&step.all.attention, &tokens.attention];
@@ -518,10 +519,13 @@ impl<B: Backend> Model<B> {
         let rows = 0..x.rows;
         let factors = activation.map_or(1, |activation| activation.factors());
         let width = mlp.inner() / factors;
-        let inner = self.buffers.inner.rows(rows.clone())?.columns(0..width)?;
+        let inner = self.buffers.inner.rows(rows.clone())?.columns(0..width)?.for_weight(&mlp.down)?;
         let place = place.phase(Phase::Mlp);
         match activation {
-            None => self.compute(place, Gemm::gated(x.clone(), &mlp.gate_up, inner.clone()))?,
+            None => {
+                let x = self.device.rows_for(place, x, &mlp.gate_up, &self.buffers.codes)?;
+                self.compute(place, Gemm::gated(x, &mlp.gate_up, inner.clone()))?;
+            }
             Some(activation) => {
                 let open = self.buffers.open.rows(rows)?.columns(0..factors * width)?;
                 self.compute(place, Gemm::linear(x.clone(), &mlp.gate_up, open.clone()))?;

@@ -151,7 +151,7 @@ impl Drop for Kernels {
 
 /// Whether weights in codes need it.
 fn is_coded(part: &Part) -> bool {
-    part.source.file.ends_with("_coded.cu")
+    ["_coded.cu", "_hopper_fp8.cu"].iter().any(|end| part.source.file.ends_with(end))
 }
 
 /// Whether keys and values in codes need it.

@@ -1,7 +1,7 @@
 //! Attention: on the tensor cores where a kernel takes such heads, else element by element.
 
 use super::{Launch, MOST_ROWS, Refusal, Rows, is_empty, within};
-use crate::cuda::driver::{Matrix, TensorMap};
+use crate::cuda::driver::{Element, Matrix, TensorMap};
 use crate::cuda::kernels::{
     ATTENTION_64, ATTENTION_128, ATTENTION_HOPPER, ATTENTION_MLA, AttentionTile, FEW_COLUMNS, FEW_HEADS,
     FEW_PART_BYTES, FEW_STEP, FEW_SUMS_BYTES, HopperAttention, MLA_WIDTHS, SCRATCH_WORDS, SPAN_KEYS,
@@ -156,7 +156,8 @@ impl Launch<'_> {
             }
             let piece = (FEW_STEP as u32, FEW_STEP as u32);
             let (rows, width, stride) = (cache.rows as usize, cache.width as usize, cache.stride as usize);
-            TensorMap::new(&Matrix { start: cache.start, rows, width, stride, piece })
+            let element = Element::Bf16;
+            TensorMap::new(&Matrix { start: cache.start, rows, width, stride, element, piece })
         };
         let (keys, values) = (map(&arguments.keys)?, map(&arguments.values)?);
         self.start(

@@ -8,7 +8,7 @@ use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::cuda::staging::Staged;
 use crate::op::{self, Epilogue, ExpertGemm, Gemm};
-use crate::{Buffer, DeviceError, Weight};
+use crate::{Buffer, DeviceError, Weight, WeightFormat};
 use bytemuck::Zeroable;
 use epsmoe_base::DType;
 
@@ -109,6 +109,9 @@ impl Launch<'_> {
     fn gemm_of_one_format(&mut self, op: &Gemm, busy: &[&op::GemmPart]) -> Result<(), Refusal> {
         let Some(first) = busy.first() else { return Ok(()) };
         let rows: usize = busy.iter().map(|part| part.x.rows).sum();
+        if first.weight.format == WeightFormat::Fp8 {
+            return self.gemm_of_codes(op, busy);
+        }
         let weight = self.weights.get(&first.weight)?;
         let products = Products {
             weights: busy.iter().map(|part| &part.weight).collect(),
@@ -134,7 +137,7 @@ impl Launch<'_> {
             tiles = tiles.saturating_add(rows.div_ceil(products.tile.rows).saturating_mul(columns));
         }
         if self.takes_hopper(&products)
-            && let Some(starts) = hopper::common_rows(&parts, products.columns)
+            && let Some(starts) = hopper::common_rows(&parts, [2; 2])
         {
             let rows = parts.iter().map(|part| part.rows);
             let blocks: Vec<_> = starts.into_iter().zip(rows).collect();
@@ -167,6 +170,22 @@ impl Launch<'_> {
         let (rows, experts) = (op.x.rows, weights.len());
         let likely = rows.min(experts).max(1);
         let weight = self.weights.get(&weights[0])?;
+        if weights[0].format == WeightFormat::Fp8 {
+            let first = GemmPart { rows: rows as u32, ..self.part(&op.x, &weights[0], &op.out)? };
+            let products = Products {
+                weights: weights.iter().collect(),
+                bricks: None,
+                epilogue: op.epilogue,
+                bias: None,
+                from: op.x.dtype,
+                to: op.out.dtype,
+                columns: weights[0].shape.sources().1[0],
+                tile: LARGE,
+                decided: Some(Decided { op, starts }),
+            };
+            self.followed(&products, &[first])?;
+            return self.hopper(&products, &first, &even_blocks(rows, experts));
+        }
         let products = Products {
             weights: weights.iter().collect(),
             bricks: weight.bricks,
@@ -183,16 +202,49 @@ impl Launch<'_> {
         let products = Products { tile: few.unwrap_or(products.tile), ..products };
         let parts = weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
         let parts = parts.collect::<Result<Vec<_>, _>>()?;
-        if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], products.columns).is_some() {
-            let even =
-                |expert: usize| ((rows * expert / experts) as u32, (rows * (expert + 1) / experts) as u32);
-            let blocks: Vec<_> = (0..experts).map(even).map(|(start, end)| (start, end - start)).collect();
+        if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], [2; 2]).is_some() {
             let first = GemmPart { rows: rows as u32, ..parts[0] };
-            return self.hopper(&products, &first, &blocks);
+            return self.hopper(&products, &first, &even_blocks(rows, experts));
         }
         let columns = weight.rows.div_ceil(products.tile.columns as usize);
         let tiles = (rows / products.tile.rows as usize + likely) * columns;
         self.mma(&products, &parts, u32::try_from(tiles).unwrap_or(u32::MAX))
+    }
+
+    /// Products of rows in codes: by wgmma alone, for one row as for thousands.
+    fn gemm_of_codes(&mut self, op: &Gemm, busy: &[&op::GemmPart]) -> Result<(), Refusal> {
+        let Some(first) = busy.first() else { return Ok(()) };
+        let products = Products {
+            weights: busy.iter().map(|part| &part.weight).collect(),
+            bricks: None,
+            epilogue: op.epilogue,
+            bias: op.bias.as_ref(),
+            from: first.x.dtype,
+            to: first.out.dtype,
+            columns: first.weight.shape.sources().1[0],
+            tile: LARGE,
+            decided: None,
+        };
+        let part = |part: &&op::GemmPart| {
+            let rows = part.x.rows as u32;
+            Ok(GemmPart { rows, ..self.part(&part.x, &part.weight, &part.out)? })
+        };
+        let parts = busy.iter().map(part).collect::<Result<Vec<_>, DeviceError>>()?;
+        let starts = self.followed(&products, &parts)?;
+        let blocks: Vec<_> = starts.into_iter().zip(parts.iter().map(|part| part.rows)).collect();
+        self.hopper(&products, &parts[0], &blocks)
+    }
+
+    /// Where the parts of products start that no other kernel takes.
+    fn followed(&self, products: &Products<'_>, parts: &[GemmPart]) -> Result<Vec<u32>, DeviceError> {
+        let bytes = [products.from, products.to].map(|dtype| dtype.bytes() as u64);
+        hopper::common_rows(parts, bytes).ok_or_else(|| {
+            DeviceError::Unsupported(format!(
+                "gemm: the rows that {} is multiplied with, and those that come of it, must each be rows of one buffer that \
+                 start on 16 bytes",
+                products.weights[0].name
+            ))
+        })
     }
 
     /// A product as a kernel sees it, but for its rows.
@@ -236,6 +288,7 @@ impl Launch<'_> {
     fn takes_hopper(&self, products: &Products<'_>) -> bool {
         (products.from, products.to) == (DType::BF16, DType::BF16)
             && products.bias.is_none()
+            && products.columns.is_multiple_of(8)
             && !products.tile.is_thin()
             && products.tile.rows > SMALL.rows
             && self.kernels.has_hopper()
@@ -311,7 +364,7 @@ impl Launch<'_> {
         first: &GemmPart,
         blocks: &[(u32, u32)],
     ) -> Result<(), Refusal> {
-        // Weights in bfloat16 are found by their map.
+        // Weights in bfloat16 are found by their map, those in FP8 too, behind which their scales stand.
         let maps = products.weights.iter().map(|weight| {
             let held = self.weights.get(weight)?;
             Ok(if held.bricks.is_some() { held.start } else { held.map })
@@ -321,9 +374,23 @@ impl Launch<'_> {
         let block = |(&(row0, rows), weight): (&(u32, u32), u64)| hopper::Block { row0, rows, weight };
         let blocks: Vec<hopper::Block> = blocks.iter().zip(maps).map(block).collect();
         let gated = products.epilogue == Epilogue::SwiGlu;
-        let plan = hopper::plan(&blocks, weight.rows, weight.width, self.multiprocessors);
         let rows = blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize;
-        let (x, out) = hopper::maps(first, rows, weight.width, products.columns, gated)?;
+        let codes = products.weights[0].format == WeightFormat::Fp8;
+        let row_bytes = first.x_stride * products.from.bytes() as u64;
+        let (plan, (x, out)) = if codes {
+            let narrow = (products.to == DType::BF16).then_some(products.columns);
+            (
+                hopper::plan_codes(&blocks, weight.rows, weight.width, self.multiprocessors),
+                hopper::code_maps(first, rows, weight.width, row_bytes, narrow)?,
+            )
+        } else {
+            (
+                hopper::plan(&blocks, weight.rows, weight.width, self.multiprocessors),
+                hopper::maps(first, rows, weight.width, products.columns, gated)?,
+            )
+        };
+        // Codes are stored as bytes.
+        let out_stride = if products.to == DType::U32 { 4 * first.out_stride } else { first.out_stride };
         let mut own = [hopper::Block::zeroed(); hopper::OWN_BLOCKS];
         // Few go with the arguments: a copy of their own would take the host and the lane longer than they do.
         let (staged, listed) = match own.get_mut(..blocks.len()) {
@@ -338,21 +405,24 @@ impl Launch<'_> {
             out,
             blocks: listed,
             own,
+            rows_start: first.x,
             out_start: first.out,
+            bias: products.bias.map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
             ticket: self.tickets,
             count: blocks.len() as u32,
             n: weight.rows as u32,
             k: weight.width as u32,
-            out_stride: first.out_stride as u32,
+            out_stride: out_stride as u32,
             columns: products.columns as u32,
             tile_rows: plan.tile_rows,
             kind: products.bricks.map_or(0, Bricks::kind),
             parts: products.bricks.map_or(0, |bricks| bricks.parts as u32),
             brick_bytes: products.bricks.map_or(0, |bricks| bricks.bytes() as u32),
-            padding: 0,
+            rows_stride: row_bytes as u32,
         };
-        let operation = plan.operations(products.bricks.is_some())[usize::from(gated)];
-        let kernel = self.kernels.get(operation, DType::BF16, DType::BF16)?;
+        let operations =
+            if codes { ["gemm_fp8", "gated_fp8"] } else { plan.operations(products.bricks.is_some()) };
+        let kernel = self.kernels.get(operations[usize::from(gated)], products.from, products.to)?;
         let shared = within("gemm: tiles", hopper::SHARED_BYTES, kernel.shared_limit)?;
         self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
         staged.map_or(Ok(()), |staged| self.sent(&staged))
@@ -402,6 +472,12 @@ impl Launch<'_> {
         }
         Ok((staged, listed))
     }
+}
+
+/// First rows and rows of experts that may have any, as a plan guesses them: all alike.
+fn even_blocks(rows: usize, experts: usize) -> Vec<(u32, u32)> {
+    let start = |expert: usize| (rows * expert / experts) as u32;
+    (0..experts).map(|expert| (start(expert), start(expert + 1) - start(expert))).collect()
 }
 
 /// Float32 rows are multiplied in float32; others by the tile that wastes least for the rows of one of `parts`.

@@ -246,7 +246,8 @@ impl Launch<'_> {
     }
 
     pub(super) fn gather_fp8(&mut self, op: &GatherFp8) -> Result<(), Refusal> {
-        let (x, index, out) = (self.rows(&op.x)?, self.rows(&op.index)?, self.rows(&op.out)?);
+        let (x, out) = (self.rows(&op.x)?, self.rows(&op.out)?);
+        let index = op.index.as_ref().map_or(Ok(Rows::NONE), |index| self.rows(index))?;
         let arguments = GatherFp8Args { x, index, out, report: self.report };
         let numbers = op.numbers();
         let kernel = match op.how {
