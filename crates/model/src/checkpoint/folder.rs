@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{ModelError, ModelSpec, Part, config};
 use epsmoe_base::{DType, json};
-use epsmoe_quant::{Hints, Method, QuantConfig, QuantError, StoredTensor, StoredType};
+use epsmoe_quant::{Activations, Hints, Method, QuantConfig, QuantError, StoredTensor, StoredType};
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap, HashSet};
