@@ -839,7 +839,7 @@ mod tests {
              step",
             "
             0:0..300 keeps 256 in 2; [] wait, 11 blocks
-            0:300..600 keeps 576 in 3; [] wait, 11 blocks
+            0:300..600 keeps 576 in 2; [] wait, 11 blocks
             0:600..700 keeps 640 in 2; [] wait, 0 blocks
             1:0..70 keeps 64 in 3; [] wait, 0 blocks
             2:0..70 keeps 64 in 2; [] wait, 0 blocks
