@@ -704,6 +704,7 @@ fn weights_of_another_model() {
         refused(&spec, expert),
         "DIR: there is no tensor `transformer.blocks.7.ffn.experts.mlp.v1` nor \
          `model.layers.7.mlp.experts.2.up_proj.weight` nor \
+         `backbone.layers.7.mixer.experts.2.up_proj.weight` nor \
          `model.layers.7.block_sparse_moe.experts.2.w3.weight` nor `model.layers.7.mlp.experts.gate_up_proj` nor \
          `model.layers.7.experts.gate_up_proj` nor \
          `model.layers.7.block_sparse_moe.input_linear.weight` nor \

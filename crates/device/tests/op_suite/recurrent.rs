@@ -92,7 +92,7 @@ fn convolutions<B: Backend>(bench: &Bench<B>, taps: usize, width: usize) {
     let (pieces, kept) = (pieces(bench), taps - 1);
     let total = pieces.iter().map(|piece| piece.new).sum();
     let (x, weight) = (bench.random(total, width, 1.0), bench.random_of(DType::F32, width, taps, 1.0));
-    let bias = (taps % 2 == 0).then(|| bench.random_of(DType::F32, 1, width, 1.0));
+    let bias = taps.is_multiple_of(2).then(|| bench.random_of(DType::F32, 1, width, 1.0));
     let states = bench.random(SLOTS * kept, width, 1.0);
     let format = [bench.dtype, DType::F32][width % 2];
     let (held, out) = (bench.put(&states), bench.room(format, total, width));

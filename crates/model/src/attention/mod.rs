@@ -33,7 +33,6 @@ pub(crate) enum Attention {
 }
 
 /// Room for what is computed in between, which layers of one kind share.
-#[expect(clippy::large_enum_variant, reason = "one for each layer, in one list")]
 enum Workspace {
     Gqa(gqa::OwnHeads, gqa::Workspace),
     Mla(MlaSpec, mla::Workspace),
