@@ -146,7 +146,7 @@ fn families_templates_give_what_transformers_gives() {
             wrong.push(format!("{name}, {}: {rendered:?}, not {want:?}", case["name"]));
         }
     }
-    assert_eq!(templates.len(), 10);
+    assert_eq!(templates.len(), 11);
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
