@@ -32,7 +32,7 @@ pub(super) fn weight_functions(element: ElementType) -> &'static Functions {
 mod linux {
     use super::{ElementType, Functions};
     use crate::cpu::gemm::kernel::{BLOCK_STEPS, BLOCK_STRIDE, ChunkLimit, Several, Tile, VECTORS};
-    use crate::cpu::gemm::{amx_pieces, avx512};
+    use crate::cpu::gemm::{amx_pieces, avx512, decode_amx};
     use crate::threaded::LINE_BYTES;
     use std::arch::asm;
     use std::arch::x86_64::{__cpuid_count, _xgetbv};
@@ -55,8 +55,13 @@ mod linux {
     /// Whether the processor has the tiles and the system lets this process use them.
     pub(in crate::cpu::gemm) fn is_supported() -> bool {
         static SUPPORTED: LazyLock<bool> =
-            LazyLock::new(|| avx512::has_bf16() && has_tiles() && may_use_tiles());
+            LazyLock::new(|| avx512::has_bf16() && has_bytes() && has_tiles() && may_use_tiles());
         *SUPPORTED
+    }
+
+    /// Whether the processor permutes bytes, as all with AMX do.
+    fn has_bytes() -> bool {
+        is_x86_feature_detected!("avx512vbmi")
     }
 
     /// Whether the processor has AMX-TILE and AMX-BF16, and the system keeps the state of tiles.
@@ -105,6 +110,7 @@ mod linux {
         tiles: tiles!(multiply_tile: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31 32),
         several: Several { tiles: &[], ..avx512::BF16_DOT.several },
         chunk: ChunkLimit { rows: 256, ..avx512::BF16_DOT.chunk }, // eight full tiles
+        tile_products: Some(decode_amx::PRODUCTS),
         spin,
         ..avx512::BF16_DOT
     };
@@ -134,6 +140,15 @@ mod linux {
                 shapes.set([2, 3], lower, SIDE);
                 shapes.set([5, 5], lower, steps);
             }
+            shapes
+        }
+
+        /// For weights as the first operand, in 4 and 5, and `rows` rows of activations in 6 and 7; sums in 0 to 3.
+        pub(in crate::cpu::gemm) const fn of_weights(rows: usize) -> Self {
+            let mut shapes = Self::new(2 * SIDE, SIDE);
+            shapes.set([0, 1], SIDE, rows);
+            shapes.set([2, 3], SIDE, rows);
+            shapes.set([6, 7], SIDE, rows);
             shapes
         }
 

@@ -12,6 +12,10 @@
 //! In a unit of bytes the eight columns of one k lie side by side. A unit of four bits is made for shuffles of bytes within
 //! sixteen: of byte `16·(column / 4) + 8·h + 2·(column % 4) + p` the low nibble is `k = 2·h + p`, the high one `k = 4 + 2·h + p`.
 //!
+//! Where AMX multiplies with bfloat16, units are *tiles* of sixteen columns by 32 along K, and a decoded column of a tile is a row of
+//! the tile that the processor multiplies: 32 elements along K, which most often have one scale. Of byte
+//! `64·(column / 4) + 2·k + column % 4 / 2` an even column has the low nibble, an odd one the high; bytes lie column after column.
+//!
 //! Decoded words are those that a matrix of bfloat16 has when it is packed, so whatever multiplies with them gives the same bits.
 
 use super::ElementType;
@@ -19,8 +23,11 @@ use epsmoe_quant::{Codes, Format};
 use half::bf16;
 use std::ops::Range;
 
-/// Columns of the product, and of K, in a unit.
+/// Columns of the product, and of K, in a unit that is not a tile.
 pub(crate) const SIDE: usize = 8;
+
+/// Columns of the product in a tile, and elements along K.
+pub(crate) const TILE: [usize; 2] = [16, 32];
 
 /// Bytes that a record has at most: two factors, and scale and minimum of sixteen parts.
 const MOST_RECORD: usize = 36;
@@ -34,6 +41,8 @@ pub(crate) struct Layout {
     pub width: usize,
     /// Length of the rows that are multiplied.
     pub k: usize,
+    /// Columns of the product, and elements along K, in a unit.
+    pub unit: [usize; 2],
     /// Bytes of a unit.
     pub unit_bytes: usize,
     /// Units side by side in the panel.
@@ -44,16 +53,34 @@ pub(crate) struct Layout {
     pub group_bytes: usize,
 }
 
-/// The operands of a product of a few rows with panels of codes, over all of K.
+/// The operands of a product of some rows with panels of codes, over all of K.
 pub(crate) struct CodedTile<'a> {
     pub layout: &'a Layout,
+    pub rows: usize,
     /// The first panel and the last, of one or two.
     pub panels: [*const u8; 2],
     pub count: usize,
-    /// Activations, as [`super::Blocks`] says; float32 in words.
+    /// Activations, as [`super::Blocks`] says, float32 in words; or as [`TileProducts`] packs them.
     pub activations: *const u32,
+    /// The panel that follows, which may be brought into L2 meanwhile.
+    pub following: *const u8,
+    /// Room for decoded weights, on a cache line: [`TileProducts::decoded_words`].
+    pub decoded: *mut u32,
     /// Sums `[panels, rows, width]`, written at the end.
     pub sums: *mut f32,
+}
+
+/// Products with panels of one order, tiles, for any number of rows.
+#[derive(Clone, Copy)]
+pub(crate) struct TileProducts {
+    /// Words that the activations of some rows of so many steps are packed into.
+    pub words: fn(usize, usize) -> usize,
+    /// Packs the little-endian elements of all rows, one after the other.
+    pub pack: unsafe fn(&[&[u8]], &mut [u32]),
+    /// Words for decoded weights.
+    pub decoded_words: usize,
+    /// Multiplies with one panel. The sums have room for whole tiles of rows.
+    pub multiply: unsafe fn(&CodedTile<'_>),
 }
 
 /// Units along K that have the same scales.
@@ -61,7 +88,7 @@ pub(crate) struct Run {
     pub group: usize,
     /// Which part of the group.
     pub part: usize,
-    /// Units of the group.
+    /// Units of the group, [`SIDE`] elements along K each.
     pub units: Range<usize>,
     /// Elements along K from where decoding began to the first unit.
     pub at: usize,
@@ -70,10 +97,29 @@ pub(crate) struct Run {
 impl Layout {
     /// Panels of `width` columns, whole units.
     pub(crate) fn new(format: Format, width: usize, k: usize) -> Self {
-        let (unit_bytes, octets) = (SIDE * format.code.bits(), width / SIDE);
+        Self::of_units(format, width, k, [SIDE; 2])
+    }
+
+    /// Panels of tiles; nothing if in some tile a column would have scales that are not those of its halves.
+    pub(crate) fn in_tiles(format: Format, width: usize, k: usize) -> Option<Self> {
+        let Format { code, group, part, .. } = format;
+        let whole = |length: usize| length.is_multiple_of(TILE[1]);
+        let alone = group == part && group >= k;
+        let fits = alone || whole(group) && (whole(part) || code.bits() == 8 && part == TILE[1] / 2);
+        fits.then(|| Self::of_units(format, width, k, TILE))
+    }
+
+    fn of_units(format: Format, width: usize, k: usize, unit: [usize; 2]) -> Self {
+        let [across, along] = unit;
+        let (unit_bytes, octets) = (across * along * format.code.bits() / 8, width / across);
         let header_bytes = format.record_bytes() * width;
-        let group_bytes = header_bytes + format.group / SIDE * octets * unit_bytes;
-        Layout { format, width, k, unit_bytes, octets, header_bytes, group_bytes }
+        let group_bytes = header_bytes + format.group.div_ceil(along) * octets * unit_bytes;
+        Layout { format, width, k, unit, unit_bytes, octets, header_bytes, group_bytes }
+    }
+
+    /// Whether units are tiles.
+    pub(crate) fn is_tiled(&self) -> bool {
+        self.unit == TILE
     }
 
     /// Bytes of a panel; nothing if there are too many.
@@ -83,7 +129,7 @@ impl Layout {
 
     /// Bytes from the beginning of a panel to the codes of element `k` along K, which begins a unit.
     pub(crate) fn offset(&self, k: usize) -> usize {
-        let (group, unit) = (k / self.format.group, k % self.format.group / SIDE);
+        let (group, unit) = (k / self.format.group, k % self.format.group / self.unit[1]);
         group * self.group_bytes + self.header_bytes + unit * self.octets * self.unit_bytes
     }
 
@@ -115,9 +161,13 @@ impl Layout {
             }
             let bytes = self.format.row_bytes(group);
             let from = codes.row(row).chunks(bytes).nth(index).unwrap_or_default();
-            let own = units.chunks_exact_mut(self.unit_bytes).skip(column / SIDE).step_by(self.octets);
-            for (from, to) in from.chunks(self.format.row_bytes(SIDE)).zip(own) {
-                self.pack_unit(from, column % SIDE, to);
+            let [across, along] = self.unit;
+            let own = units.chunks_exact_mut(self.unit_bytes).skip(column / across).step_by(self.octets);
+            for (from, to) in from.chunks(self.format.row_bytes(along)).zip(own) {
+                match self.is_tiled() {
+                    true => self.pack_tile(from, column % across, to),
+                    false => self.pack_unit(from, column % across, to),
+                }
             }
         }
     }
@@ -136,18 +186,33 @@ impl Layout {
         }
     }
 
-    /// The code of element `k`, counted in the unit.
-    fn code(&self, unit: &[u8], column: usize, k: usize) -> u8 {
+    fn pack_tile(&self, from: &[u8], column: usize, to: &mut [u8]) {
         if self.format.code.bits() == 8 {
-            return unit[SIDE * k + column];
+            to[TILE[1] * column..][..from.len()].copy_from_slice(from);
+            return;
         }
-        let byte = unit[16 * (column / 4) + 8 * (k % 4 / 2) + 2 * (column % 4) + k % 2];
-        byte >> (4 * (k / 4)) & 15
+        let (own, shift) = (&mut to[64 * (column / 4) + column % 4 / 2..], 4 * (column % 2));
+        for (pair, &codes) in from.iter().enumerate() {
+            own[4 * pair] |= (codes & 15) << shift;
+            own[4 * pair + 2] |= (codes >> 4) << shift;
+        }
+    }
+
+    /// The code of element `k`, both counted in the unit.
+    fn code(&self, unit: &[u8], column: usize, k: usize) -> u8 {
+        let (byte, shift) = match (self.is_tiled(), self.format.code.bits()) {
+            (false, 8) => return unit[SIDE * k + column],
+            (true, 8) => return unit[TILE[1] * column + k],
+            (false, _) => (16 * (column / 4) + 8 * (k % 4 / 2) + 2 * (column % 4) + k % 2, 4 * (k / 4)),
+            (true, _) => (64 * (column / 4) + 2 * k + column % 4 / 2, 4 * (column % 2)),
+        };
+        unit[byte] >> shift & 15
     }
 
     /// The words of elements `k` along K of a panel, which begin a unit, step by step `width` of them; to the end of the last
-    /// unit. Written as it is defined, for processors without vectors, and to hold the others to.
+    /// unit of [`SIDE`]. Written as it is defined, for processors without vectors, and to hold the others to.
     pub(crate) fn decode(&self, panel: &[u8], k: Range<usize>, element: ElementType, out: &mut [u32]) {
+        let [across, along] = self.unit;
         for run in self.runs(k) {
             let group = &panel[run.group * self.group_bytes..][..self.group_bytes];
             let (header, units) = group.split_at(self.header_bytes);
@@ -158,12 +223,13 @@ impl Layout {
                     record[field].copy_from_slice(from);
                 }
                 let affine = self.format.affine(&record[..self.format.record_bytes()], run.part);
-                for (index, unit) in run.units.clone().enumerate() {
-                    let unit = (unit * self.octets + column / SIDE) * self.unit_bytes;
+                for (index, first) in run.units.clone().map(|unit| unit * SIDE).enumerate() {
+                    let unit = (first / along * self.octets + column / across) * self.unit_bytes;
                     let unit = &units[unit..][..self.unit_bytes];
                     let words: [u32; SIDE] = std::array::from_fn(|k| {
-                        let value = self.format.code.value(self.code(unit, column % SIDE, k));
-                        let weight = (value - affine.zero) * affine.scale - affine.minimum;
+                        let code = self.code(unit, column % across, first % along + k);
+                        let weight =
+                            (self.format.code.value(code) - affine.zero) * affine.scale - affine.minimum;
                         u32::from(bf16::from_f32(weight).to_bits()) << 16
                     });
                     let first = run.at + index * SIDE;
@@ -242,36 +308,47 @@ mod tests {
             .flat_map(|format| [(8, 40), (16, 331), (32, 600)].map(|(width, k)| (format, width, k)))
         {
             let codes = random(&mut mix, format, width, k);
-            let layout = Layout::new(format, width, k);
-            let mut panel = vec![0; layout.panel_bytes().expect("small")];
-            (0..width).for_each(|column| layout.pack(&codes, column, column, &mut panel));
-            for _ in 0..20 {
-                let start = mix.below(k.div_ceil(SIDE)) * SIDE;
-                let range = start..start + 1 + mix.below(k - start);
-                for element in [ElementType::F32, ElementType::Bf16] {
-                    let each = if element == ElementType::F32 { 1 } else { 2 };
-                    let mut words = vec![0; range.len().next_multiple_of(SIDE) / each * width];
-                    layout.decode(&panel, range.clone(), element, &mut words);
-                    for column in 0..width {
-                        let mut row = vec![0.0; k];
-                        codes.decode(column, &mut row);
-                        for (within, &want) in row[range.clone()].iter().enumerate() {
-                            let word = words[within / each * width + column];
-                            let got = if each == 2 && within % 2 == 0 { word << 16 } else { word & !0xffff };
-                            let want = bf16::from_f32(want).to_f32().to_bits();
-                            assert_eq!(
-                                got, want,
-                                "{format}, width {width}, column {column}, {within} of {range:?}"
-                            );
-                        }
+            let tiled = Layout::in_tiles(format, width, k).filter(|_| width.is_multiple_of(TILE[0]));
+            for layout in [Some(Layout::new(format, width, k)), tiled].into_iter().flatten() {
+                decode_as_the_codes_are(&mut mix, &layout, &codes);
+            }
+        }
+    }
+
+    fn decode_as_the_codes_are(mix: &mut Mix, layout: &Layout, codes: &Codes) {
+        let &Layout { format, width, k, .. } = layout;
+        let mut panel = vec![0; layout.panel_bytes().expect("small")];
+        (0..width).for_each(|column| layout.pack(codes, column, column, &mut panel));
+        for _ in 0..20 {
+            let start = mix.below(k.div_ceil(SIDE)) * SIDE;
+            let range = start..start + 1 + mix.below(k - start);
+            for element in [ElementType::F32, ElementType::Bf16] {
+                let each = if element == ElementType::F32 { 1 } else { 2 };
+                let mut words = vec![0; range.len().next_multiple_of(SIDE) / each * width];
+                layout.decode(&panel, range.clone(), element, &mut words);
+                for column in 0..width {
+                    let mut row = vec![0.0; k];
+                    codes.decode(column, &mut row);
+                    for (within, &want) in row[range.clone()].iter().enumerate() {
+                        let word = words[within / each * width + column];
+                        let got = if each == 2 && within % 2 == 0 { word << 16 } else { word & !0xffff };
+                        let want = bf16::from_f32(want).to_f32().to_bits();
+                        let tiled = if layout.is_tiled() { " in tiles" } else { "" };
+                        assert_eq!(
+                            got, want,
+                            "{format}{tiled}, width {width}, column {column}, {within} of {range:?}"
+                        );
                     }
-                    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
-                        let mut others = vec![0; words.len()];
-                        let decode = Functions::select(isa, element).decode;
-                        // SAFETY: the table exists only where its instructions do.
-                        unsafe { decode(&layout, &panel, range.clone(), element, &mut others) }
-                        assert!(others == words, "{format}, width {width}, {range:?} by {isa}");
-                    }
+                }
+                if layout.is_tiled() {
+                    continue;
+                }
+                for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+                    let mut others = vec![0; words.len()];
+                    let decode = Functions::select(isa, element).decode;
+                    // SAFETY: the table exists only where its instructions do.
+                    unsafe { decode(layout, &panel, range.clone(), element, &mut others) }
+                    assert!(others == words, "{format}, width {width}, {range:?} by {isa}");
                 }
             }
         }
@@ -293,6 +370,32 @@ mod tests {
         assert_eq!(layout.offset(40) + 32 + 19, at);
         let set: Vec<_> = (0..panel.len()).filter(|&at| panel[at] != 0).collect();
         assert_eq!((set, panel[at]), (vec![at], 0xe0));
+    }
+
+    /// The same in tiles of 256 bytes: k = 45 of column 13 is in group 1, at k 13 of its tile, in the high nibble (the column is odd) of byte
+    /// 64 · 3 + 2 · 13 + 0 = 218.
+    #[test]
+    fn place_of_a_code_in_a_tile_worked_example() {
+        let layout = Layout::in_tiles(FORMATS[1], 16, 64).expect("whole groups");
+        assert_eq!((layout.header_bytes, layout.group_bytes), (32, 288));
+        let mut codes = vec![0; 16 * 32];
+        codes[13 * 32 + 22] = 0xe0;
+        let codes = Codes { format: FORMATS[1], rows: 16, columns: 64, codes, records: vec![0; 16 * 4] };
+        let mut panel = vec![0; layout.panel_bytes().expect("small")];
+        (0..16).for_each(|column| layout.pack(&codes, column, column, &mut panel));
+        let set: Vec<_> = (0..panel.len()).filter(|&at| panel[at] != 0).collect();
+        assert_eq!((set, panel[288 + 32 + 218]), (vec![288 + 32 + 218], 0xe0));
+    }
+
+    /// What has scales for parts of a half of a tile keeps to units.
+    #[test]
+    fn formats_that_tiles_can_have() {
+        let fits = |code, scale, [group, part]: [usize; 2], k| {
+            Layout::in_tiles(Format { code, scale, group, part, zeros: false }, 32, k).is_some()
+        };
+        assert!(fits(Code::U4, Scale::F16, [32, 32], 100) && fits(Code::I8, Scale::Nested, [256, 16], 100));
+        assert!(fits(Code::U4, Scale::F16, [40, 40], 40), "one group for a whole row");
+        assert!(!fits(Code::U4, Scale::F16, [40, 40], 80) && !fits(Code::U4, Scale::F16, [16, 16], 64));
     }
 
     /// Rounding by multiplication is rounding to the nearest bfloat16, ties to even: every significand there is.

@@ -190,7 +190,7 @@ impl Unit for Floats {
 }
 
 /// What makes weights of values: sixteen columns.
-trait Weights {
+pub(super) trait Weights {
     /// Of columns `octet · 8` and on of a panel, in part `part` of the group.
     ///
     /// # Safety
@@ -219,21 +219,21 @@ trait Weights {
 }
 
 /// Powers of two: what is added to the bits of either half of a word.
-struct Powers(__m512i);
+pub(super) struct Powers(pub(super) __m512i);
 
-struct Scaled(__m512);
+pub(super) struct Scaled(pub(super) __m512);
 
 /// FP8, whose values lack a factor of 2¹²⁰.
-struct ScaledFloats(__m512);
+pub(super) struct ScaledFloats(pub(super) __m512);
 
-struct Zeros {
-    scale: __m512,
-    zero: __m512,
+pub(super) struct Zeros {
+    pub(super) scale: __m512,
+    pub(super) zero: __m512,
 }
 
-struct Minima {
-    scale: __m512,
-    minimum: __m512,
+pub(super) struct Minima {
+    pub(super) scale: __m512,
+    pub(super) minimum: __m512,
 }
 
 impl Weights for Powers {

@@ -8,7 +8,7 @@
 //! f32 and multiplied, then the high halves. Activations are widened when they are packed, a word for each part: every
 //! tile of columns reads them again, and widening there would take as long as multiplying.
 
-use super::coded::{CodedTile, Layout};
+use super::coded::{CodedTile, Layout, TileProducts};
 use super::epilogue::Finish;
 use super::{ElementType, Isa, amx, avx2, avx512, scalar};
 use crate::cpu::attention::KEYS;
@@ -378,6 +378,8 @@ pub(crate) struct Functions {
     pub decode: unsafe fn(&Layout, &[u8], std::ops::Range<usize>, ElementType, &mut [u32]),
     /// Products of 1, 2, … rows with panels of codes, for as few as are decoded where they are multiplied.
     pub fused: &'static [unsafe fn(&CodedTile<'_>)],
+    /// Products with panels of codes in tiles, where codes lie like that.
+    pub tile_products: Option<TileProducts>,
     /// See `epilogue::store`, into float32 and bfloat16.
     pub store_f32: unsafe fn(&Finish<'_, f32>),
     pub store_bf16: unsafe fn(&Finish<'_, half::bf16>),
@@ -499,6 +501,7 @@ macro_rules! functions {
                 place: |step, _| step,
                 decode: $decode,
                 fused: &[],
+                tile_products: None,
                 store_f32: store::<f32>,
                 store_bf16: store::<half::bf16>,
                 round_to_bf16,

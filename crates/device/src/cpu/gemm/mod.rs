@@ -15,6 +15,8 @@ mod amx_pieces;
 mod avx2;
 mod avx512;
 mod coded;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod decode_amx;
 #[cfg(target_arch = "x86_64")]
 mod decode_avx2;
 #[cfg(target_arch = "x86_64")]

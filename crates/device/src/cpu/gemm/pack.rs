@@ -233,7 +233,8 @@ impl PackedMatrix {
     ) -> Option<Self> {
         let functions = Functions::select(isa, element);
         let Codes { format, rows, columns: k, .. } = matrices[0];
-        let layout = Layout::new(format, functions.width(), k);
+        let tiled = functions.tile_products.and_then(|_| Layout::in_tiles(format, functions.width(), k));
+        let layout = tiled.unwrap_or_else(|| Layout::new(format, functions.width(), k));
         let gated = matrices.len() > 1;
         let alike = |other: &Codes| (other.format, other.rows, other.columns) == (format, rows, k);
         assert!(matrices.iter().all(alike), "gate and up differ in kind");

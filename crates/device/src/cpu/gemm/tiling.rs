@@ -10,7 +10,7 @@
 //! Weights in codes are decoded a short block of a panel at a time, into words that stay in L1 while all tiles of rows pass over
 //! them.
 
-use super::coded::{CodedTile, Layout, SIDE};
+use super::coded::{CodedTile, Layout, SIDE, TILE, TileProducts};
 use super::epilogue::Finish;
 use super::kernel::{
     BLOCK_STEPS, Blocks, Functions, Grouping, PANEL_BLOCK_STEPS, Prefetch, SPARE_ROWS, Tile,
@@ -271,8 +271,20 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         self.shape.functions().blocks.row_words(self.shape.steps())
     }
 
+    /// How panels of tiles of codes lie, and what multiplies with them; nothing if that is not what there is.
+    fn tiled(&self) -> Option<(Layout, TileProducts)> {
+        self.shape.coded().filter(Layout::is_tiled).zip(self.shape.functions().tile_products)
+    }
+
     fn pack_activations(&self, chunk: &Chunk, packed: &mut AlignedWords) {
         let (rows, x) = (&chunk.rows, &self.parts[chunk.part].x);
+        if let Some((_, TileProducts { words, pack, .. })) = self.tiled() {
+            let rows: Vec<&[u8]> = rows.clone().map(|row| bytemuck::cast_slice(x.row(row))).collect();
+            packed.grow(words(rows.len(), self.shape.steps()));
+            // SAFETY: the table exists only where its instructions do.
+            unsafe { pack(&rows, packed) };
+            return;
+        }
         let row_words = self.packed_row_words();
         let Blocks { steps, stride, pack } = self.shape.functions().blocks;
         packed.grow(rows.len() * row_words + SPARE_ROWS * stride);
@@ -302,17 +314,28 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let coded = self.shape.coded();
         let block_steps = if coded.is_some() { DECODED_STEPS } else { grouping.block_steps(steps) };
         if coded.is_some() {
-            scratch.weights.grow((DECODED_STEPS + SIDE) * width);
+            let tiles = self.tiled().map_or(0, |(_, products)| products.decoded_words);
+            scratch.weights.grow(tiles.max((DECODED_STEPS + SIDE) * width));
         }
-        scratch.sums.grow((grouping.most() * rows.len() + SPARE_ROWS) * width);
+        let sums_rows = rows.len().next_multiple_of(TILE[0]).max(grouping.most() * rows.len() + SPARE_ROWS);
+        scratch.sums.grow(sums_rows * width);
         for group in grouping.groups(panels.clone()) {
-            if let Some(layout) = coded.filter(|_| rows.len() <= self.shape.functions().fused.len()) {
-                self.multiply_codes(&task.chunk, group, &layout, scratch);
+            let last_panels = group.first + group.count == panels.end;
+            let tiled = self.tiled().map(|(layout, products)| (layout, products.multiply));
+            let fused = self.shape.functions().fused.get(rows.len() - 1).copied();
+            if let Some((layout, multiply)) = tiled.or(coded.zip(fused)) {
+                let following = match next {
+                    Some(next) if last_panels => (self.parts[next.chunk.part].matrix, next.panels.start),
+                    None if last_panels => (matrix, group.first),
+                    _ => (matrix, group.first + group.count),
+                };
+                let following = following.0.coded_panel(&layout, following.1).as_ptr();
+                self.multiply_codes(multiply, &task.chunk, group, &layout, following, scratch);
                 continue;
             }
             for start in (0..steps).step_by(block_steps) {
                 let block = start..steps.min(start + block_steps);
-                let last = block.end == steps && group.first + group.count == panels.end;
+                let last = block.end == steps && last_panels;
                 let following = match next {
                     Some(next) if last => step_at(self.parts[next.chunk.part].matrix, next.panels.start, 0),
                     _ => step_at(matrix, group.first, block.end),
@@ -394,21 +417,32 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         }
     }
 
-    /// The product of a few rows with panels of codes.
-    fn multiply_codes(&self, chunk: &Chunk, group: PanelGroup, layout: &Layout, scratch: &mut Scratch) {
-        let (functions, matrix) = (self.shape.functions(), self.parts[chunk.part].matrix);
+    /// The product with panels of codes by a kernel that decodes where it multiplies.
+    fn multiply_codes(
+        &self,
+        multiply: unsafe fn(&CodedTile<'_>),
+        chunk: &Chunk,
+        group: PanelGroup,
+        layout: &Layout,
+        following: *const u8,
+        scratch: &mut Scratch,
+    ) {
+        let matrix = self.parts[chunk.part].matrix;
         let rows = chunk.rows.len();
         let panel = |index: usize| matrix.coded_panel(layout, group.first + index * group.apart).as_ptr();
         let tile = CodedTile {
             layout,
+            rows,
             panels: [panel(0), panel(group.count - 1)],
             count: group.count,
             activations: scratch.activations.as_ptr(),
+            following,
+            decoded: scratch.weights.as_mut_ptr(),
             sums: scratch.sums.as_mut_ptr().cast(),
         };
         // SAFETY: the table exists only where its instructions do; the activations of the chunk are one tile of all its rows,
         // and `sums` has a row of the panel's width for each panel and row.
-        unsafe { functions.fused[rows - 1](&tile) }
+        unsafe { multiply(&tile) }
         let sums: &[f32] = bytemuck::cast_slice(&scratch.sums[..group.count * rows * layout.width]);
         for (panel, sums) in group.panels().zip(sums.chunks_exact(rows * layout.width)) {
             self.store(chunk.part, chunk.rows.clone(), panel, sums);
