@@ -289,6 +289,11 @@ impl<B: Backend> ExpertPipeline<B> {
         self.fabric.size() > 1 && self.planner.borrow().wants_spans()
     }
 
+    /// Whether the layers that come now are recorded, if that is not because they [were wanted](Self::wants_spans).
+    pub fn set_recorded(&self, recorded: bool) {
+        self.planner.borrow_mut().set_recorded(recorded);
+    }
+
     /// After a step: what its layers took, for the planner to learn from. `spans` are this rank's; nothing if nothing was
     /// recorded.
     pub fn observe(&self, spans: &[Span]) {

@@ -80,8 +80,8 @@ pub use machine::{Gpu, KernelFigures, Kernels, LinkFigures, Machine, Sourced};
 pub use memory::{Capacity, LayerBytes, LayerSizes, halves, millibits};
 pub use piecewise::{MOST_NS, Piecewise};
 pub use planner::{
-    Ahead, AutoPlanner, Feedback, FixedPlanner, LayerPlan, LayerSample, PlanReport, Planner,
-    PredictedMeasured, ScheduleReport, TwoBatchPlanner,
+    Ahead, AutoPlanner, Feedback, FixedPlanner, LayerPlan, LayerSample, MOST_TRIALS, PlanReport, Planner,
+    PredictedMeasured, ScheduleReport, Trial, TwoBatchPlanner,
 };
 pub use routing::{Routing, SlotRouting};
 pub use schedule::{Policy, Schedule, Stages};

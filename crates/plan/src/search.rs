@@ -59,7 +59,7 @@ pub struct Decision {
 }
 
 /// Layers that share a decision: similar numbers of tokens, similarly uneven.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Bucket {
     /// Quarter octaves of the most tokens on a rank.
     pub tokens: u32,
@@ -126,6 +126,8 @@ pub struct Choice {
     pub priced: usize,
     /// What is worth keeping for similar layers.
     pub decision: Decision,
+    /// What is worth keeping of plans that are predicted to be little slower, cheapest first: a model may be wrong by as much.
+    pub rivals: Vec<Decision>,
 }
 
 /// A plan that was not chosen, or the chosen one.
@@ -439,9 +441,31 @@ impl Search<'_> {
         considered.sort_by_key(|considered| considered.layer_ns);
         let predicted = simulate(&best.table, self.workload, self.cost);
         let decision = decision_of(&best, self.workload, self.cost);
-        Choice { table: best.table, predicted, considered, priced: self.priced, decision }
+        let rivals = rivals(&best, best_of.iter().filter(|plan| self.allows(plan)).collect());
+        let rivals = rivals.into_iter().map(|plan| decision_of(plan, self.workload, self.cost)).collect();
+        Choice { table: best.table, predicted, considered, priced: self.priced, decision, rivals }
     }
 }
+
+/// Plans that may be better than `best` where the model is wrong: the cheapest of one stage, and of two, up to four, up to eight
+/// and so on the cheapest each, if it is predicted to take at most [`RIVALRY`] more.
+fn rivals<'a>(best: &Plan, mut plans: Vec<&'a Plan>) -> Vec<&'a Plan> {
+    let doublings = |plan: &Plan| plan.table.stages().next_power_of_two();
+    plans.sort_by_key(|plan| plan.layer_ns);
+    let mut taken = vec![doublings(best)];
+    plans.retain(|plan| {
+        let is_near = plan.layer_ns <= scale(best.layer_ns, 1000 + RIVALRY);
+        let is_rival = (is_near || plan.table.stages() == 1) && !taken.contains(&doublings(plan));
+        if is_rival {
+            taken.push(doublings(plan));
+        }
+        is_rival
+    });
+    plans
+}
+
+/// Permille.
+const RIVALRY: u64 = 150;
 
 /// What to keep of a plan.
 fn decision_of(plan: &Plan, workload: &Workload<'_>, cost: &CostModel) -> Decision {

@@ -213,6 +213,7 @@ impl<B: Backend> EmulatedSchedule<'_, B> {
         let EmulatedLayers { what, rank, layers: all, x, y, .. } = self.layers;
         let layers = if recorded { layers.min(all.len()) } else { layers };
         rank.device.set_recording(recorded);
+        self.pipeline.set_recorded(recorded);
         take_spans(&*rank.device);
         let mut round = EmulatedRound { layers, ..EmulatedRound::default() };
         let begun = Instant::now();

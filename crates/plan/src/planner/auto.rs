@@ -9,15 +9,20 @@
 //! after a step observe (this rank's spans beside the simulation) → search for new buckets, off the critical path
 //! ```
 //!
+//! A model is off by some percent, and plans are closer to each other than that. So a search leaves several, and layers that are
+//! sampled run by them in turn until it is known which of them takes least ([`Contest`]).
+//!
 //! It moves only what does not change bits: stages, cuts, orders, kernels that give equal bits, and the place of the
 //! shared expert, which a layer takes from the decision before it because it may compute beside the count exchange.
 
+use super::contest::Contest;
 use super::fixed::uncounted_table;
 use super::{
-    Ahead, Feedback, LayerPlan, LayerSample, PlanReport, Planner, PredictedMeasured, ScheduleReport,
+    Ahead, Feedback, LayerPlan, LayerSample, MOST_TRIALS, PlanReport, Planner, PredictedMeasured,
+    ScheduleReport, Trial,
 };
-use crate::search::{Bucket, Decision, SearchOptions, cuts_for, search};
-use crate::simulate::{StageTimes, Workload, simulate};
+use crate::search::{Bucket, SearchOptions, cuts_for, search};
+use crate::simulate::{StageTimes, Workload, predict_ns, simulate};
 use crate::{
     Correction, CostModel, GemmKind, LayerHistograms, LayerSizes, LayerWindow, PlanError, SharedExpert,
     SlotMap, Span, StageTable, Timeline,
@@ -26,10 +31,13 @@ use epsmoe_base::{Lane, Layer, Phase, Rank, Stage, hash_bytes};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// A decision with what is known about it.
+/// What was decided for the layers of a bucket.
 #[derive(Clone, Debug)]
 struct Decided {
-    decision: Decision,
+    /// Plans, and which of them is best.
+    contest: Contest,
+    /// Which of this planner's searches found them.
+    search: u32,
     /// The model's correction when it was made.
     correction: Correction,
     /// The search in words.
@@ -50,6 +58,8 @@ struct Ran {
     bucket: Bucket,
     counts: LayerHistograms,
     table: StageTable,
+    /// The plan that is being tried, if one is.
+    trial: Option<Trial>,
 }
 
 /// See the module.
@@ -71,6 +81,8 @@ pub struct AutoPlanner {
     ran: Vec<Ran>,
     /// The last layer of this step that was planned.
     planned: Option<Layer>,
+    /// Whether what layers take is being recorded.
+    recorded: bool,
     /// Steps until layers are sampled again.
     rest: u32,
     feedback: Option<Feedback>,
@@ -81,7 +93,7 @@ pub struct AutoPlanner {
 }
 
 /// Most layers of a step that are sampled.
-const SAMPLED: usize = 4;
+const SAMPLED: usize = MOST_TRIALS;
 
 /// Steps between samples when predictions hold.
 const REST: u32 = 8;
@@ -109,6 +121,7 @@ impl AutoPlanner {
             waiting: BTreeMap::new(),
             ran: Vec::new(),
             planned: None,
+            recorded: true,
             rest: 0,
             feedback: None,
             layers: 0,
@@ -121,6 +134,14 @@ impl AutoPlanner {
     /// Corrects the cost model: half way, within bounds, and not at all where predictions hold.
     fn learn(&mut self, feedback: &[Feedback]) {
         let Some(first) = feedback.first() else { return };
+        for number in 0..MOST_TRIALS {
+            let trial = Trial::of_ranks(feedback.iter().map(|feedback| feedback.trials[number]));
+            let Some(trial) = trial else { continue };
+            let decided = self.decisions.get_mut(&trial.bucket).filter(|of| of.search == trial.search);
+            if let Some(decided) = decided {
+                decided.contest.note(&trial);
+            }
+        }
         let mut all = Feedback::default();
         let mut link = first.link;
         for feedback in feedback {
@@ -176,14 +197,25 @@ impl AutoPlanner {
         };
         decided.layers += 1;
         self.layers += 1;
-        self.shared = decided.decision.shared;
-        let table = StageTable { shared, ..cuts_for(&decided.decision, &workload, &self.cost) };
+        let is_sampled = self.recorded && self.rest == 0 && self.ran.len() < SAMPLED;
+        let trial = if is_sampled { decided.contest.next_trial() } else { None };
+        let decision = decided.contest.decision(trial.unwrap_or_else(|| decided.contest.best()));
+        self.shared = decision.shared;
+        let is_whole = decision.shared == shared;
+        let table = StageTable { shared, ..cuts_for(decision, &workload, &self.cost) };
         if self.planned.replace(layer) == Some(layer) {
             // In chunks: its spans are not one table's.
             self.ran.retain(|ran| ran.layer != layer);
-        } else if self.rest == 0 && self.ran.len() < SAMPLED {
+        } else if is_sampled && (is_whole || trial.is_none()) {
+            // The shared expert of a layer whose plan is another than the last one's is where the last one's was: no trial.
+            let trial = trial.inspect(|&plan| decided.contest.attempt(plan)).map(|plan| Trial {
+                bucket: nearest,
+                search: decided.search,
+                plan: plan as u32,
+                permille: 0,
+            });
             let (map, counts, table) = (map.clone(), counts.clone(), table.clone());
-            self.ran.push(Ran { layer, map, bucket: nearest, counts, table });
+            self.ran.push(Ran { layer, map, bucket: nearest, counts, table, trial });
         }
         table
     }
@@ -203,13 +235,14 @@ impl AutoPlanner {
         let (layers, last_sample) =
             before.map_or((0, None), |before| (before.layers, before.last_sample.clone()));
         let (correction, reason) = (self.correction, choice.explain());
-        let decided =
-            Decided { decision: choice.decision, correction, reason, layers, since: layers, last_sample };
+        let (contest, search) = (Contest::new(&choice), self.searches as u32);
+        let decided = Decided { contest, search, correction, reason, layers, since: layers, last_sample };
         self.decisions.insert(bucket, decided);
         self.searches += 1;
     }
 
-    fn compare(&mut self, rank: Rank, ran: &Ran, spans: &[Span]) -> Feedback {
+    /// What a layer took beside what it was predicted to, and the trial that it was.
+    fn compare(&mut self, rank: Rank, ran: &Ran, spans: &[Span]) -> (Feedback, Option<Trial>) {
         let measured: Vec<&Span> =
             spans.iter().filter(|span| span.layer == Some(ran.layer) && span.rank == rank).collect();
         let workload = Workload { map: &ran.map, counts: &ran.counts, shape: &self.shape };
@@ -218,7 +251,7 @@ impl AutoPlanner {
         let feedback = Feedback::of(rank, &ran.table, &predicted, &measured);
         // Replayed routing leaves no choice of experts to begin with.
         let window = |spans: &[&Span]| LayerWindow::of(spans.iter().copied()).pop();
-        let Some((planned, took)) = window(&all).zip(window(&measured)) else { return feedback };
+        let Some((planned, took)) = window(&all).zip(window(&measured)) else { return (feedback, ran.trial) };
         let stages = (0..ran.table.stages()).map(Stage);
         let sample = LayerSample {
             layer: PredictedMeasured { predicted_ns: planned.duration_ns(), measured_ns: took.duration_ns() },
@@ -228,10 +261,17 @@ impl AutoPlanner {
         };
         self.sampled += 1;
         self.mispredicted += u64::from(sample.layer.misses_by(ScheduleReport::MISPREDICTED_PERCENT));
-        if let Some(decided) = self.decisions.get_mut(&ran.bucket) {
+        let decided = self.decisions.get_mut(&ran.bucket);
+        let trial = ran.trial.zip(decided.as_ref()).map(|(trial, decided)| {
+            // By what the layer's own counts need, as layers are compared that have others.
+            let first = cuts_for(decided.contest.decision(0), &workload, &self.cost);
+            let predicted = predict_ns(&first, &workload, &self.cost).max(1);
+            Trial { permille: (took.duration_ns() * 1000 / predicted).max(1), ..trial }
+        });
+        if let Some(decided) = decided {
             decided.last_sample = Some(sample);
         }
-        feedback
+        (feedback, trial)
     }
 }
 
@@ -262,6 +302,10 @@ impl Planner for AutoPlanner {
         self.rest == 0
     }
 
+    fn set_recorded(&mut self, recorded: bool) {
+        self.recorded = recorded;
+    }
+
     /// Compares the layers that were sampled with their simulation, and searches for the buckets that wait.
     fn observe(&mut self, rank: Rank, spans: &[Span]) {
         self.rest = self.rest.saturating_sub(1);
@@ -271,8 +315,11 @@ impl Planner for AutoPlanner {
             // A step of layers that nobody planned, as the next ones may be.
             self.rest = REST;
         }
-        for ran in std::mem::take(&mut self.ran) {
-            feedback.add(&self.compare(rank, &ran, spans));
+        let all_ran = std::mem::take(&mut self.ran);
+        for (number, ran) in all_ran.iter().enumerate() {
+            let (of_layer, trial) = self.compare(rank, ran, spans);
+            feedback.add(&of_layer);
+            feedback.trials[number] = trial.unwrap_or_default();
             self.rest = REST;
         }
         if feedback != Feedback::default() {
@@ -281,11 +328,15 @@ impl Planner for AutoPlanner {
         for (bucket, (map, counts)) in std::mem::take(&mut self.waiting) {
             self.decide(bucket, &map, &counts);
         }
+        let is_open = |bucket| self.decisions.get(bucket).is_some_and(|of| of.contest.next_trial().is_some());
+        if all_ran.iter().any(|ran| is_open(&ran.bucket)) {
+            self.rest = 0;
+        }
     }
 
     fn digest(&self) -> u64 {
         let decisions: Vec<_> =
-            self.decisions.iter().map(|(bucket, decided)| (bucket, &decided.decision)).collect();
+            self.decisions.iter().map(|(bucket, decided)| (bucket, &decided.contest)).collect();
         let state = format!("{:?} {:?} {decisions:?}", self.correction, self.shared);
         hash_bytes(state.as_bytes())
     }
@@ -293,8 +344,9 @@ impl Planner for AutoPlanner {
     fn report(&self) -> Option<ScheduleReport> {
         let plan = |(bucket, decided): (&Bucket, &Decided)| PlanReport {
             bucket: *bucket,
-            stages: decided.decision.gemm.len(),
+            stages: decided.contest.decision(decided.contest.best()).gemm.len(),
             layers: decided.layers,
+            tried: decided.contest.standings(),
             reason: decided.reason.clone(),
             last_sample: decided.last_sample.clone(),
         };
@@ -304,6 +356,7 @@ impl Planner for AutoPlanner {
             sampled: self.sampled,
             mispredicted: self.mispredicted,
             correction: self.correction,
+            trying: self.decisions.values().any(|decided| decided.contest.next_trial().is_some()),
             plans: self.decisions.iter().map(plan).collect(),
         })
     }

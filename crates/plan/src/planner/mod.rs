@@ -10,13 +10,14 @@
 //! | [`TwoBatchPlanner`] | two micro-batches that alternate: the yardstick for stages |
 
 mod auto;
+mod contest;
 mod feedback;
 mod fixed;
 mod report;
 mod two_batch;
 
 pub use auto::AutoPlanner;
-pub use feedback::{Feedback, PredictedMeasured};
+pub use feedback::{Feedback, MOST_TRIALS, PredictedMeasured, Trial};
 pub use fixed::FixedPlanner;
 pub use report::{LayerSample, PlanReport, ScheduleReport};
 pub use two_batch::TwoBatchPlanner;
@@ -74,6 +75,11 @@ pub trait Planner: Send {
     /// a little.
     fn wants_spans(&self) -> bool {
         false
+    }
+
+    /// Whether what the layers that come now take is recorded: of others [`observe`](Planner::observe) is not told.
+    fn set_recorded(&mut self, recorded: bool) {
+        let _ = recorded;
     }
 
     /// After a step: what its layers took on `rank`, which is this one; nothing if nothing was recorded.

@@ -31,6 +31,8 @@ pub struct ScheduleReport {
     pub mispredicted: u64,
     /// What the cost model is multiplied by.
     pub correction: Correction,
+    /// Whether plans are still being tried on layers.
+    pub trying: bool,
     /// By bucket.
     pub plans: Vec<PlanReport>,
 }
@@ -46,6 +48,9 @@ pub struct PlanReport {
     pub layers: u64,
     /// What was chosen and what it beat.
     pub reason: String,
+    /// Plans that were tried on layers, cheapest by the model first: stages, and what layers took in permille of what the model
+    /// said of the first plan.
+    pub tried: Vec<(usize, Option<u64>)>,
     /// The last layer that was sampled.
     pub last_sample: Option<LayerSample>,
 }
@@ -97,6 +102,14 @@ impl fmt::Display for PlanReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}, {}:", self.bucket, count(self.layers as usize, "layer"))?;
         write!(f, "{}", self.reason)?;
+        let tried = |&(stages, took): &(usize, Option<u64>)| {
+            Some(format!("{} {}", count(stages, "stage"), Factor(took?)))
+        };
+        let tried: Vec<String> = self.tried.iter().filter_map(tried).collect();
+        if !tried.is_empty() {
+            let (all, best) = (tried.join(", "), count(self.stages, "stage"));
+            writeln!(f, "tried on layers, in times what was predicted: {all}; layers run in {best}")?;
+        }
         let Some(sample) = &self.last_sample else { return Ok(()) };
         let ms = |ns: u64| ns as f64 / 1e6;
         let PredictedMeasured { predicted_ns, measured_ns } = sample.layer;

@@ -143,6 +143,9 @@ pub(super) struct Contender {
 /// Rounds that tell what ran when, where others do not.
 const RECORDED: usize = 3;
 
+/// Rounds after the first in which an auto schedule that still tries plans is left to find the best, at most.
+const LEARNING: usize = 4;
+
 /// Rounds in which every schedule takes its turn, the first of them to warm up; who begins moves on. Where it costs time to
 /// tell what ran when (`apart`), rates are those of rounds that do not, and a few more rounds tell it.
 pub(super) fn measure(
@@ -155,6 +158,11 @@ pub(super) fn measure(
     for contender in &mut *contenders {
         contender.engine.record_spans(!apart);
         contender.round(prompts, args.output_len)?;
+        for _ in 0..LEARNING {
+            if contender.engine.schedule().is_some_and(|report| report.trying) {
+                contender.round(prompts, args.output_len)?;
+            }
+        }
         contender.forget();
     }
     let begun = Instant::now();

@@ -26,6 +26,7 @@ use epsmoe_plan::{
 use epsmoe_profile::{EmulatedLayers, EmulatedSchedule, EmulatedShape, Fingerprint, RigShape};
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -367,8 +368,8 @@ const RECORDED: usize = 3;
 /// A round takes about so long, and has as many layers as that allows.
 const ROUND: Duration = Duration::from_millis(40);
 
-/// Rounds in which an auto schedule learns before it is measured.
-const LEARNING: usize = 6;
+/// Rounds in which an auto schedule learns before it is measured: at least, and at most, if it still tries plans.
+const LEARNING: RangeInclusive<usize> = 6..=24;
 
 /// A schedule and what was measured of it.
 struct Contender<'a, B: Backend> {
@@ -409,8 +410,12 @@ impl<'a, B: Backend> Contender<'a, B> {
     fn warm_up(&mut self) -> Result<()> {
         self.schedule.run(4, None, false)?;
         if self.policy.schedule == Schedule::Auto {
-            for _ in 0..LEARNING {
+            for round in 1..=*LEARNING.end() {
                 self.schedule.run(4, None, true)?;
+                let is_trying = self.schedule.report().is_some_and(|report| report.trying);
+                if round >= *LEARNING.start() && !is_trying {
+                    break;
+                }
             }
         }
         let round = self.schedule.run(4, None, false)?;
