@@ -2,7 +2,7 @@
 
 use super::layout::{Field, Layout};
 use cudarc::driver::sys;
-use std::ffi::{CStr, CString, c_uint, c_void};
+use std::ffi::{CStr, CString, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -176,11 +176,24 @@ unsafe impl Sync for Stream {}
 
 impl Stream {
     pub(super) fn new(context: &Arc<Context>) -> Result<Self, CudaError> {
+        Self::of_priority(context, 0)
+    }
+
+    /// A stream whose kernels are given the multiprocessors that become free before those of [others](Self::new).
+    pub(super) fn urgent(context: &Arc<Context>) -> Result<Self, CudaError> {
+        context.bind()?;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: the context is current; both words are written.
+        unsafe { call!(cuCtxGetStreamPriorityRange(&mut least, &mut greatest)) }?;
+        Self::of_priority(context, greatest)
+    }
+
+    fn of_priority(context: &Arc<Context>, priority: c_int) -> Result<Self, CudaError> {
         context.bind()?;
         let mut handle = null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
         // SAFETY: the context is current; `Drop` destroys what is made.
-        unsafe { call!(cuStreamCreate(&mut handle, flags)) }?;
+        unsafe { call!(cuStreamCreateWithPriority(&mut handle, flags, priority)) }?;
         Ok(Stream { handle, context: Arc::clone(context), _partition: None })
     }
 

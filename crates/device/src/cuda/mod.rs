@@ -298,8 +298,8 @@ pub struct CudaBackend {
 }
 
 /// One thing per lane.
-fn for_each_lane<T>(make: impl Fn() -> Result<T, CudaError>) -> Result<[T; Lane::ALL.len()], CudaError> {
-    let made = Lane::ALL.iter().map(|_| make()).collect::<Result<Vec<T>, CudaError>>()?;
+fn for_each_lane<T>(make: impl Fn(Lane) -> Result<T, CudaError>) -> Result<[T; Lane::ALL.len()], CudaError> {
+    let made = Lane::ALL.iter().map(|&lane| make(lane)).collect::<Result<Vec<T>, CudaError>>()?;
     Ok(made.try_into().unwrap_or_else(|_| unreachable!("as many were made as there are lanes")))
 }
 
@@ -438,7 +438,7 @@ impl CudaBackend {
         }
         let reads = Stream::new(context)?;
         let (events, timed_events) = (EventPool::new(context, false), EventPool::new(context, true));
-        let tickets = for_each_lane(|| hopper::tickets(context, &reads))?;
+        let tickets = for_each_lane(|_| hopper::tickets(context, &reads))?;
         let scratch = DeviceMemory::new(context, SCRATCH)?;
         // SAFETY: just allocated with more bytes, and nobody else has it yet.
         unsafe { reads.fill(scratch.start, 0, kernels::SCRATCH_WORDS * size_of::<u32>()) }?;
@@ -454,7 +454,7 @@ impl CudaBackend {
         };
         let memory = Memory { pool: Pool::new(context, Some(options.fill)), regions: Vec::new() };
         let memory = Arc::new(Mutex::new(memory));
-        let queues = for_each_lane(|| CudaQueue::new(device, &events, &memory))?;
+        let queues = for_each_lane(|lane| CudaQueue::new(lane, device, &events, &memory))?;
         let underway = Arc::new(Mutex::new(Underway { rank, lanes: Default::default(), kept: Vec::new() }));
         {
             let mut others = device.underway.lock().unwrap_or_else(PoisonError::into_inner);

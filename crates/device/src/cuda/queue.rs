@@ -4,6 +4,7 @@ use super::driver::{Copy2d, CopyGraph, CudaError, End, Event, EventPool, Piece, 
 use super::pacer::Gate;
 use super::{CudaDevice, Memory};
 use crate::{Buffer, DeviceError, Holds, Pace, PeerQueue};
+use epsmoe_base::Lane;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,12 +37,19 @@ const MOST_AT_ONCE: usize = 32;
 
 impl CudaQueue {
     pub(super) fn new(
+        lane: Lane,
         device: &Arc<CudaDevice>,
         events: &Arc<EventPool>,
         memory: &Arc<Mutex<Memory>>,
     ) -> Result<Self, CudaError> {
+        let stream = match lane {
+            Lane::Compute => Stream::new(&device.context)?,
+            // Products fill the GPU, and the next one's blocks wait already: copies that are kernels of the driver's, and NCCL's
+            // kernels, would come after all of them.
+            Lane::Transfer => Stream::urgent(&device.context)?,
+        };
         Ok(CudaQueue {
-            stream: Stream::new(&device.context)?,
+            stream,
             events: Arc::clone(events),
             memory: Arc::clone(memory),
             gate: Gate::new(&device.context)?,

@@ -73,6 +73,8 @@ pub struct AutoPlanner {
     cost: CostModel,
     correction: Correction,
     decisions: BTreeMap<Bucket, Decided>,
+    /// A hash of the correction and the decisions: they change seldom, and it travels with every layer's counts.
+    known: u64,
     /// Where the next layer's shared expert computes.
     shared: SharedExpert,
     /// Layers whose buckets wait for a search.
@@ -118,6 +120,7 @@ impl AutoPlanner {
             start: cost,
             correction: Correction::default(),
             decisions: BTreeMap::new(),
+            known: 0,
             waiting: BTreeMap::new(),
             ran: Vec::new(),
             planned: None,
@@ -131,9 +134,15 @@ impl AutoPlanner {
         }
     }
 
-    /// Corrects the cost model: half way, within bounds, and not at all where predictions hold.
+    /// What all ranks saw: corrects the cost model half way, within bounds, and not at all where predictions hold.
     fn learn(&mut self, feedback: &[Feedback]) {
         let Some(first) = feedback.first() else { return };
+        self.note_trials(feedback);
+        self.correct(first, feedback);
+        self.remember();
+    }
+
+    fn note_trials(&mut self, feedback: &[Feedback]) {
         for number in 0..MOST_TRIALS {
             let trial = Trial::of_ranks(feedback.iter().map(|feedback| feedback.trials[number]));
             let Some(trial) = trial else { continue };
@@ -142,6 +151,9 @@ impl AutoPlanner {
                 decided.contest.note(&trial);
             }
         }
+    }
+
+    fn correct(&mut self, first: &Feedback, feedback: &[Feedback]) {
         let mut all = Feedback::default();
         let mut link = first.link;
         for feedback in feedback {
@@ -239,6 +251,17 @@ impl AutoPlanner {
         let decided = Decided { contest, search, correction, reason, layers, since: layers, last_sample };
         self.decisions.insert(bucket, decided);
         self.searches += 1;
+        self.remember();
+    }
+
+    fn remember(&mut self) {
+        let contests: Vec<_> = self
+            .decisions
+            .iter()
+            .map(|(bucket, decided)| (bucket, decided.search, &decided.contest))
+            .collect();
+        let state = format!("{:?} {contests:?}", self.correction);
+        self.known = hash_bytes(state.as_bytes());
     }
 
     /// What a layer took beside what it was predicted to, and the trial that it was.
@@ -335,9 +358,9 @@ impl Planner for AutoPlanner {
     }
 
     fn digest(&self) -> u64 {
-        let decisions: Vec<_> =
-            self.decisions.iter().map(|(bucket, decided)| (bucket, &decided.contest)).collect();
-        let state = format!("{:?} {:?} {decisions:?}", self.correction, self.shared);
+        // What is tried next follows from the layers that were sampled in this step, too.
+        let of_step = (self.recorded, self.rest, self.ran.len(), self.layers);
+        let state = format!("{} {:?} {of_step:?}", self.known, self.shared);
         hash_bytes(state.as_bytes())
     }
 
