@@ -57,6 +57,10 @@ use world::{World, begin};
 const BATCHED_TOKENS: usize = 2048;
 const GPU_BATCHED_TOKENS: usize = 8192;
 
+/// Layers of at most so many tokens are gathered between GPUs: waiting for counts takes their hosts longer than the rows take to
+/// travel that nobody there needs.
+const GATHERED_ON_GPUS: usize = 256;
+
 /// Ranks of one process: each has threads of its own, and a queue to each of the others.
 const MOST_RANKS: usize = 1024;
 
@@ -521,6 +525,12 @@ impl Setup {
             Processor::Reference => Some(format.bits()),
             Processor::Cuda(_) => cuda::held_bits(format, dtype),
         })?;
+        let gather_tokens = match (&emulated, &processor) {
+            // Of emulated ranks nobody knows what they would send.
+            (Some(_), _) => 0,
+            (None, Processor::Cuda(_)) => args.gather_tokens.unwrap_or(GATHERED_ON_GPUS),
+            (None, _) => args.gather_tokens.unwrap_or(0),
+        };
         let fp8_rows = processor.fp8_rows(args.activation_scheme, &model, &held, dtype)?;
         let setup = Setup {
             held,
@@ -546,8 +556,7 @@ impl Setup {
             fp8_rows,
             wire,
             cache,
-            // Of emulated ranks nobody knows what they would send.
-            gather_tokens: if emulated.is_some() { 0 } else { args.gather_tokens },
+            gather_tokens,
             isa,
             batched_tokens: args.max_num_batched_tokens,
             sequences: args.max_num_seqs,

@@ -52,3 +52,6 @@ struct Plain {
 HOPPER_VARIANT(hopper, Plain, 256)
 HOPPER_VARIANT(hopper, Plain, 128)
 HOPPER_VARIANT(hopper, Plain, 64)
+HOPPER_WIDE(hopper, Plain, 256)
+HOPPER_WIDE(hopper, Plain, 128)
+HOPPER_WIDE(hopper, Plain, 64)

@@ -124,16 +124,41 @@ struct Rounds {
     }
 };
 
-template <typename Weights, int MAX_ROWS, bool GATED>
+// How products leave as float32: straight from registers, with their bias if they have one. A thread has two channels, eight apart, of
+// two neighbouring rows of every eight, so that eight lanes write 32 bytes of a row.
+template <int MAX_ROWS>
+__device__ __forceinline__ void finish_wide(const float* acc, const HopperArgs& a, const Work& t, u32 column, u32 thread) {
+    const u32 lane = thread & 31;
+    const float* bias = reinterpret_cast<const float*>(a.bias);
+#pragma unroll
+    for (u32 half = 0; half < 2; ++half) {
+        const u32 channel = column + thread / 32 * 16 + lane / 4 + 8 * half;
+        if (channel >= a.columns) continue;
+        const float more = bias ? __ldg(bias + channel) : 0.0f;
+        float* out = reinterpret_cast<float*>(a.out_start) + (u64)(t.row0 + 2 * (lane & 3)) * a.out_stride + channel;
+#pragma unroll
+        for (u32 j = 0; j < MAX_ROWS / 8; ++j)
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                const float sum = acc[4 * j + 2 * half + i];
+                if (8 * j + 2 * (lane & 3) + i < t.rows) out[(u64)(8 * j + i) * a.out_stride] = bias ? sum + more : sum;
+            }
+    }
+}
+
+// What products leave as: activated, as bf16 or as float32.
+enum Leaving { GATED, NARROW, WIDE };
+
+template <typename Weights, int MAX_ROWS, Leaving LEAVING>
 __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
     const u32 group = threadIdx.x / 128 - 1, thread = threadIdx.x & 127, lane = threadIdx.x & 31;
     const u32 blocks = div_up(a.k, K_BLOCK), rank = cluster_rank();
     const u32 staging = base + OFF_STAGING + group * STAGING_BYTES;
-    const u32 width = GATED ? 32 : 64;  // output columns of this warpgroup
+    const u32 width = LEAVING == GATED ? 32 : 64;  // output columns of this warpgroup
     RowRing<MAX_ROWS> ring = {0, 0};
     SlotCursor cursor = {0, 0};
     Rounds<MAX_ROWS, Weights::WAITS> rounds;
-    const auto left = [&] { if (!GATED) rounds.second(staging, thread, 1 + group); };
+    const auto left = [&] { if (LEAVING == NARROW) rounds.second(staging, thread, 1 + group); };
     float acc[MAX_ROWS / 2];
 #pragma unroll
     for (int i = 0; i < MAX_ROWS / 2; ++i) acc[i] = 0.0f;
@@ -154,9 +179,11 @@ __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
         u32 column = ((t.pair * CLUSTER + rank) * 2 + group) * width;
         u32 columns = column < a.columns ? a.columns - column : 0;
         u64 at = (u64)t.row0 * a.out_stride + column;
-        if (columns) {
+        if (LEAVING == WIDE) {
+            finish_wide<MAX_ROWS>(acc, a, t, column, thread);
+        } else if (columns) {
             Target target = {&a.out, reinterpret_cast<u16*>(a.out_start) + at, a.out_stride, t.row0, column, t.rows, columns};
-            if (GATED) finish_swiglu<MAX_ROWS>(acc, staging, target, thread, 1 + group);
+            if (LEAVING == GATED) finish_swiglu<MAX_ROWS>(acc, staging, target, thread, 1 + group);
             else rounds.first(acc, target, staging, thread, 1 + group);
         }
         warpgroup_barrier(1 + group);  // the warps of a group start a tile together: none may begin it while another still sends the last one
@@ -165,18 +192,22 @@ __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
     if (thread == 0) tma_store_finish();  // the staging block must outlive its readers
 }
 
-// What a kernel multiplies: rows of bf16 by `Weights`, in tiles of up to MAX_ROWS rows.
-template <typename Weights, int MAX_ROWS>
+// What a kernel multiplies: rows of bf16 by `Weights`, in tiles of up to MAX_ROWS rows, and what leaves.
+template <typename Weights, int MAX_ROWS, Leaving LEAVING>
 struct Products : Weights {
     using Ring = RowRing<MAX_ROWS>;
     static constexpr u32 K_BLOCK = ::K_BLOCK, TILE = WEIGHT_TILE, STEP = ROW_BOX, WEIGHT_BYTES = ::WEIGHT_BYTES;
 
-    template <bool GATED> static __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
-        ::consume<Weights, MAX_ROWS, GATED>(a, base);
+    template <bool> static __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
+        ::consume<Weights, MAX_ROWS, LEAVING>(a, base);
     }
 };
 
 // The variants: most rows of a tile.
 #define HOPPER_VARIANT(name, Weights, MAX_ROWS)                                                               \
-    HOPPER_KERNEL(gemm_##name##MAX_ROWS##_bf16_bf16, false, Products<Weights, MAX_ROWS>)                      \
-    HOPPER_KERNEL(gated_##name##MAX_ROWS##_bf16_bf16, true, Products<Weights, MAX_ROWS>)
+    HOPPER_KERNEL(gemm_##name##MAX_ROWS##_bf16_bf16, false, Products<Weights, MAX_ROWS, NARROW>)              \
+    HOPPER_KERNEL(gated_##name##MAX_ROWS##_bf16_bf16, true, Products<Weights, MAX_ROWS, GATED>)
+
+// The same that give float32.
+#define HOPPER_WIDE(name, Weights, MAX_ROWS)                                                                  \
+    HOPPER_KERNEL(gemm_##name##MAX_ROWS##_bf16_f32, false, Products<Weights, MAX_ROWS, WIDE>)

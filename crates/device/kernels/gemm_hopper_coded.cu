@@ -116,3 +116,5 @@ struct Coded {
 
 HOPPER_VARIANT(codes, Coded, 256)
 HOPPER_VARIANT(codes, Coded, 64)
+HOPPER_WIDE(codes, Coded, 256)
+HOPPER_WIDE(codes, Coded, 64)

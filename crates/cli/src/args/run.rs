@@ -155,16 +155,15 @@ pub(crate) struct RunArgs {
     pub(crate) gemm: Option<Gemm>,
 
     /// Layers of at most so many tokens on all ranks together are gathered: every rank gets the rows of all, so that no host
-    /// waits for others' counts; 0 never. Not where stages were asked for
+    /// waits for others' counts; 0 never. Not where stages were asked for [default: 256 on GPUs, else 0]
     #[arg(
         long,
         env = "EPSMOE_GATHER_TOKENS",
         value_name = "TOKENS",
-        default_value = "0",
         value_parser = bounded(0, 1 << 20),
         help_heading = PIPELINE
     )]
-    pub(crate) gather_tokens: usize,
+    pub(crate) gather_tokens: Option<usize>,
 
     /// Write the experts and weights of every token in every layer to a file
     #[arg(long, env = "EPSMOE_ROUTING_RECORD", value_name = "FILE", conflicts_with = "routing_replay", help_heading = PIPELINE)]

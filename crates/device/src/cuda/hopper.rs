@@ -101,20 +101,21 @@ pub(super) fn common_rows(parts: &[GemmPart], bytes: [u64; 2]) -> Option<Vec<u32
     rows.collect()
 }
 
-/// How TMA finds x and out: `rows` rows from those of the first part on.
+/// How TMA finds x, and out if that is bfloat16, of so many columns; else twice x: `rows` rows from those of the first part on.
 pub(super) fn maps(
     first: &GemmPart,
     rows: usize,
     k: usize,
-    columns: usize,
+    narrow: Option<usize>,
     gated: bool,
 ) -> Result<(TensorMap, TensorMap), CudaError> {
     let across = if gated { 32 } else { 64 };
     let x = row_map(Element::Bf16, first.x, [rows, k], first.x_stride, 64)?;
-    Ok((x, row_map(Element::Bf16, first.out, [rows, columns], first.out_stride, across)?))
+    let out = |columns| row_map(Element::Bf16, first.out, [rows, columns], first.out_stride, across);
+    Ok((x, narrow.map_or(Ok(x), out)?))
 }
 
-/// The same of rows of codes, each of so many bytes, and of what they give if that is bfloat16; else twice of the rows.
+/// The same of rows of codes, each of so many bytes.
 pub(super) fn code_maps(
     first: &GemmPart,
     rows: usize,

@@ -145,8 +145,10 @@ sources! {
     "gemm_coded": ["coded_small"] in [(BF16, BF16)], 128 threads;
     "gemm_hopper": ["gemm_hopper256", "gated_hopper256", "gemm_hopper128", "gated_hopper128", "gemm_hopper64", "gated_hopper64"]
         in [(BF16, BF16)], 384 threads on "sm_90a";
+    "gemm_hopper": ["gemm_hopper256", "gemm_hopper128", "gemm_hopper64"] in [(BF16, F32)], 384 threads on "sm_90a";
     "gemm_hopper_coded": ["gemm_codes256", "gated_codes256", "gemm_codes64", "gated_codes64"] in [(BF16, BF16)],
         384 threads on "sm_90a";
+    "gemm_hopper_coded": ["gemm_codes256", "gemm_codes64"] in [(BF16, F32)], 384 threads on "sm_90a";
     "gemm_hopper_fp8": ["gemm_fp8"] in [(CODES, BF16), (CODES, F32)], 384 threads on "sm_90a";
     "gemm_hopper_fp8": ["gated_fp8"] in [(CODES, BF16), (CODES, CODES)], 384 threads on "sm_90a";
 }
@@ -425,8 +427,9 @@ mod tests {
             };
             let kernels = text.lines().filter(made_here).count();
             let turns = text.matches("take_turn();").count();
-            let by_macro =
-                ["\nKERNEL(", "\nHOPPER_VARIANT(", "\nHOPPER_KERNEL("].iter().any(|made| text.contains(made));
+            let by_macro = ["\nKERNEL(", "\nHOPPER_VARIANT(", "\nHOPPER_WIDE(", "\nHOPPER_KERNEL("]
+                .iter()
+                .any(|made| text.contains(made));
             assert!(by_macro || (turns >= 1 && turns >= kernels), "{}: {turns} of {kernels}", source.file);
         }
     }

@@ -74,6 +74,13 @@ struct Products<'a> {
     decided: Option<Decided<'a>>,
 }
 
+impl Products<'_> {
+    /// Of an element of the input and of the output.
+    fn bytes(&self) -> [u64; 2] {
+        [self.from, self.to].map(|dtype| dtype.bytes() as u64)
+    }
+}
+
 /// Products of experts whose rows the GPU decides.
 struct Decided<'a> {
     op: &'a ExpertGemm,
@@ -137,7 +144,7 @@ impl Launch<'_> {
             tiles = tiles.saturating_add(rows.div_ceil(products.tile.rows).saturating_mul(columns));
         }
         if self.takes_hopper(&products)
-            && let Some(starts) = hopper::common_rows(&parts, [2; 2])
+            && let Some(starts) = hopper::common_rows(&parts, products.bytes())
         {
             let rows = parts.iter().map(|part| part.rows);
             let blocks: Vec<_> = starts.into_iter().zip(rows).collect();
@@ -202,7 +209,7 @@ impl Launch<'_> {
         let products = Products { tile: few.unwrap_or(products.tile), ..products };
         let parts = weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
         let parts = parts.collect::<Result<Vec<_>, _>>()?;
-        if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], [2; 2]).is_some() {
+        if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], products.bytes()).is_some() {
             let first = GemmPart { rows: rows as u32, ..parts[0] };
             return self.hopper(&products, &first, &even_blocks(rows, experts));
         }
@@ -237,8 +244,7 @@ impl Launch<'_> {
 
     /// Where the parts of products start that no other kernel takes.
     fn followed(&self, products: &Products<'_>, parts: &[GemmPart]) -> Result<Vec<u32>, DeviceError> {
-        let bytes = [products.from, products.to].map(|dtype| dtype.bytes() as u64);
-        hopper::common_rows(parts, bytes).ok_or_else(|| {
+        hopper::common_rows(parts, products.bytes()).ok_or_else(|| {
             DeviceError::Unsupported(format!(
                 "gemm: the rows that {} is multiplied with, and those that come of it, must each be rows of one buffer that \
                  start on 16 bytes",
@@ -286,9 +292,11 @@ impl Launch<'_> {
     }
 
     fn takes_hopper(&self, products: &Products<'_>) -> bool {
-        (products.from, products.to) == (DType::BF16, DType::BF16)
-            && products.bias.is_none()
-            && products.columns.is_multiple_of(8)
+        // bfloat16 leaves in whole 16 bytes, without a bias; float32 as it comes.
+        let leaves = products.to == DType::F32 && products.epilogue == Epilogue::Store
+            || products.to == DType::BF16 && products.bias.is_none() && products.columns.is_multiple_of(8);
+        products.from == DType::BF16
+            && leaves
             && !products.tile.is_thin()
             && products.tile.rows > SMALL.rows
             && self.kernels.has_hopper()
@@ -377,8 +385,8 @@ impl Launch<'_> {
         let rows = blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize;
         let codes = products.weights[0].format == WeightFormat::Fp8;
         let row_bytes = first.x_stride * products.from.bytes() as u64;
+        let narrow = (products.to == DType::BF16).then_some(products.columns);
         let (plan, (x, out)) = if codes {
-            let narrow = (products.to == DType::BF16).then_some(products.columns);
             (
                 hopper::plan_codes(&blocks, weight.rows, weight.width, self.multiprocessors),
                 hopper::code_maps(first, rows, weight.width, row_bytes, narrow)?,
@@ -386,7 +394,7 @@ impl Launch<'_> {
         } else {
             (
                 hopper::plan(&blocks, weight.rows, weight.width, self.multiprocessors),
-                hopper::maps(first, rows, weight.width, products.columns, gated)?,
+                hopper::maps(first, rows, weight.width, narrow, gated)?,
             )
         };
         // Codes are stored as bytes.
