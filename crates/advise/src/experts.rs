@@ -27,16 +27,8 @@ impl Advisor<'_> {
     fn sizes(&self, map: &SlotMap, inner: usize, shared_inner: usize) -> LayerSizes {
         let load = self.load;
         let (hidden, top_k, wire) = (self.model.hidden, self.moe.computed(), load.wire());
-        let weight_millibits = load.weights.experts;
-        LayerSizes {
-            hidden,
-            inner,
-            shared_inner,
-            top_k,
-            wire,
-            weight_millibits,
-            ..LayerSizes::of(map, DTYPE)
-        }
+        let weights = load.weights.experts.into();
+        LayerSizes { hidden, inner, shared_inner, top_k, wire, weights, ..LayerSizes::of(map, DTYPE) }
     }
 
     /// Every expert on one GPU: one search or table for each schedule.

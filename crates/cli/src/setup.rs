@@ -34,8 +34,8 @@ use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOpti
 use epsmoe_model::checkpoint;
 use epsmoe_model::config::Config;
 use epsmoe_model::{
-    Checkpoint, HeldWeights, LayerPart, Method, Model, ModelOptions, ModelSpec, Part, Quantising, Synthetic,
-    WeightSource, gguf_file, preset_text,
+    Activations, Checkpoint, HeldWeights, LayerPart, Method, Model, ModelOptions, ModelSpec, Part,
+    Quantising, Synthetic, WeightSource, gguf_file, preset_text,
 };
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
@@ -345,33 +345,32 @@ impl Processor {
         held: &HeldWeights,
         dtype: DType,
     ) -> Result<bool> {
-        if typed == ActivationScheme::None {
-            return Ok(false);
-        }
         let able = match self {
             Processor::Cuda(devices) => {
                 dtype == DType::BF16 && devices.iter().all(|device| device.multiplies_fp8())
             }
             _ => false,
         };
-        if !able {
-            bail!(
+        let in_blocks = held.formats.iter().any(|(format, _)| match format {
+            WeightFormat::Coded(format) => format.may_be_fp8_blocks(),
+            _ => false,
+        });
+        match typed {
+            ActivationScheme::None => Ok(false),
+            ActivationScheme::Auto => {
+                Ok(able && in_blocks && matches!(model.weights.activations()?, Activations::Dynamic { .. }))
+            }
+            ActivationScheme::Dynamic if !able => bail!(
                 "--activation-scheme dynamic multiplies FP8 codes, which takes --device cuda with a Hopper GPU and bfloat16 \
                  activations: leave it out"
-            );
-        }
-        let in_blocks = |(format, _): &(WeightFormat, u64)| match format {
-            WeightFormat::Coded(format) => cuda::multiplies(format),
-            _ => false,
-        };
-        if !held.formats.iter().any(in_blocks) {
-            bail!(
+            ),
+            ActivationScheme::Dynamic if !in_blocks => bail!(
                 "--activation-scheme dynamic multiplies FP8 codes, but no weights of {} are FP8 in blocks of 128: leave it \
                  out, or add --quantization fp8_per_block for plain weights",
                 model.name
-            );
+            ),
+            ActivationScheme::Dynamic => Ok(true),
         }
-        Ok(true)
     }
 
     /// How many ranks share the first GPU, if more than one do.

@@ -1,7 +1,7 @@
 //! Weights that tell how much of them has been read.
 
 use epsmoe_base::Mix;
-use epsmoe_model::{Hints, ModelError, Stored, Target, WeightSource};
+use epsmoe_model::{Activations, Hints, ModelError, Stored, Target, WeightSource};
 use indicatif::ProgressBar;
 
 /// A source whose bytes move a bar.
@@ -23,6 +23,10 @@ impl WeightSource for LayerSample<'_> {
 
     fn hints(&self) -> Result<Hints, ModelError> {
         self.source.hints()
+    }
+
+    fn activations(&self) -> Result<Activations, ModelError> {
+        self.source.activations()
     }
 
     fn decodes(&self) -> bool {

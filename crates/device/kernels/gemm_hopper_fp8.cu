@@ -10,15 +10,11 @@
 // 256 packed weight rows. Where it has more than 64 rows each consumer warpgroup takes 64 of them, and one half of the weights after
 // the other, so that there are registers for the sums of both halves and the products of one; else each takes one half. What it
 // adds to which sum is the same either way. While one warpgroup scales its products the other multiplies.
-//
-// A row is its codes, then its scales; a weight is its TensorMap, then its scales, block rows by blocks of k.
-#include "scaled.cuh"
-#include "hopper.cuh"
+#include "gemm_fp8.cuh"
 
 constexpr u32 HALF = 128;                     // packed weight rows of a multiplication
 constexpr u32 HALF_BYTES = HALF * LINE_BYTES;
 constexpr u32 GROUP_ROWS = 64;                // rows of a warpgroup
-constexpr u32 SCALED = 128;                   // weights along n that share a scale, and values of k
 
 // d[64 rows x 128 packed weights] (+)= a * b^T for 32 values of k; `add` = 0 starts the sum.
 __device__ __forceinline__ void wgmma_fp8(float* d, u32 a, u32 b, u32 add) {
@@ -62,49 +58,29 @@ __device__ __forceinline__ void give_turn(u32 group) {
 #endif
 }
 
-// What the outputs are stored as: bf16, float32, or codes and scales as rows have.
-enum Out { NARROW, WIDE, CODES };
-
 constexpr u32 OFF_MOST = 64 * 80;  // of a staging block: the largest of each row, behind rows of 64 codes
 
 __device__ __forceinline__ void all_consumers() { asm volatile("bar.sync 5, 256;" ::: "memory"); }
-
-__device__ __forceinline__ void store_shared(u32 addr, float value) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(addr), "f"(value) : "memory"); }
-__device__ __forceinline__ void store_shared(u32 addr, u16 value) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(addr), "h"(value) : "memory"); }
-__device__ __forceinline__ float load_shared(u32 addr) {
-    float value;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(addr) : "memory");
-    return value;
-}
-
-// value / scale, rounded as IEEE division is: `inverse` is the scale's inverse, rounded to nearest. Of zeros the sum loses the sign.
-__device__ __forceinline__ float quotient(float value, float scale, float inverse) {
-    const float near = __fmul_rn(value, inverse);
-    return copysignf(__fmaf_rn(__fmaf_rn(-near, scale, value), inverse, near), value);
-}
 
 template <Out OUT>
 struct Fp8 {
     static constexpr u32 K_BLOCK = SCALED, TILE = 2 * HALF, STEP = GROUP_ROWS, WEIGHT_BYTES = 2 * HALF_BYTES;
     using Ring = ::Ring<WEIGHT_BYTES + 2 * GROUP_ROWS * LINE_BYTES>;
 
-    // The map was copied to the GPU, not handed over as an argument: TMA may hold what the address held before.
-    static __device__ __forceinline__ void open(u64 weight) {
-        asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(weight) : "memory");
-    }
+    static __device__ __forceinline__ void open(u64 weight) { open_map(weight); }
 
     static __device__ __forceinline__ u32 bytes(const HopperArgs&, u32) { return WEIGHT_BYTES; }
 
     static __device__ __forceinline__ void load(const HopperArgs&, u64 weight, u32 slot, u32 full, u32 block, u32 row) {
         const TensorMap* map = reinterpret_cast<const TensorMap*>(weight);
-        tma_load_2d(slot, map, full, block * K_BLOCK, row);
-        tma_load_2d(slot + HALF_BYTES, map, full, block * K_BLOCK, row + HALF);
+#pragma unroll
+        for (u32 i = 0; i < TILE; i += PIECE_ROWS) tma_load_2d(slot + i * LINE_BYTES, map, full, block * K_BLOCK, row + i);
     }
 
     // The scales of a tile's weights: of its halves, or of gate and up, which alternate in both halves.
     template <bool GATED>
     static __device__ __forceinline__ void weight_scales(const HopperArgs& a, u64 weight, u32 tile, u32 blocks, const float* (&scales)[2]) {
-        const float* all = reinterpret_cast<const float*>(weight + sizeof(TensorMap));
+        const float* all = weight_scales_of(weight);
         const u32 down = div_up(a.columns, SCALED);  // block rows of a matrix
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {

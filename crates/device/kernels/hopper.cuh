@@ -261,60 +261,68 @@ __device__ __forceinline__ void announce(u32 base, u32 slot, const Work& t, u32 
                  : "memory");
 }
 
-// One warp of CTA 0 draws tickets for the whole cluster. Tickets ascend, so it walks the blocks forward, 32 at a
-// time, one a lane. A CTA has TILE weight rows.
+// Finds tiles by ascending tickets: walks the blocks forward, 32 at a time, one a lane of a warp. `pairs` tiles lie beside each other
+// along the weights.
+template <u32 STEP> struct TileWalk {
+    const Block* blocks;
+    const u32 count, limit, pairs;
+    u32 first = 0, before = 0;             // first block of the 32 at hand, tiles before it
+    u32 row0 = 0, rows = 0, height = 0;    // this lane's block, and the height of its tiles
+    u32 last = 0;                          // tiles up to and including this lane's block
+    bool loaded = false;
+
+    __device__ __forceinline__ TileWalk(const HopperArgs& a, u32 pairs)
+        : blocks(blocks_of(a)), count(a.count), limit(a.tile_rows), pairs(pairs) {}
+
+    __device__ __forceinline__ void take32(u32 lane) {
+        row0 = rows = 0;
+        if (first + lane < count) {
+            row0 = blocks[first + lane].row0;
+            rows = blocks[first + lane].rows;
+        }
+        height = even_tile<STEP>(rows, limit);
+        last = height ? div_up(rows, height) * pairs : 0;
+        for (int d = 1; d < 32; d <<= 1) {
+            u32 up = __shfl_up_sync(~0u, last, d);
+            if (lane >= d) last += up;
+        }
+        loaded = true;
+    }
+
+    // The tile of a ticket; of no rows if there are no more. By a whole warp.
+    __device__ __forceinline__ Work find(u32 ticket) {
+        const u32 lane = threadIdx.x & 31;
+        while (first < count) {
+            if (!loaded) take32(lane);
+            const u32 hit = __ballot_sync(~0u, ticket - before < last);
+            if (!hit) {
+                before += __shfl_sync(~0u, last, 31);
+                first += 32;
+                loaded = false;
+                continue;
+            }
+            const u32 owner = __ffs(hit) - 1;
+            const u32 all = __shfl_sync(~0u, rows, owner), h = __shfl_sync(~0u, height, owner);
+            const u32 upto = owner ? __shfl_sync(~0u, last, owner - 1) : 0;
+            u32 row_tile, pair;
+            place(ticket - before - upto, div_up(all, h), pairs, row_tile, pair);
+            return {__shfl_sync(~0u, row0, owner) + row_tile * h, min(h, all - row_tile * h), pair, first + owner};
+        }
+        return {0, 0, 0, 0};
+    }
+};
+
+// One warp of CTA 0 draws tickets for the whole cluster. A CTA has TILE weight rows.
 template <u32 TILE, u32 STEP>
 __device__ void schedule(const HopperArgs& a, u32 base) {
     const u32 lane = threadIdx.x & 31, clusters = gridDim.x / CLUSTER;
-    const Block* blocks = blocks_of(a);
     u32* tickets = reinterpret_cast<u32*>(a.ticket);
-    const u32 pairs = div_up(a.n, TILE * CLUSTER);
     u32 ticket = 0;
     if (lane == 0) ticket = atomic_add(tickets, 1);  // in flight while the blocks are read
-    u32 first = 0, before = 0;  // first block of the 32 at hand, tiles before it
-    u32 row0 = 0, rows = 0;
-    u32 height = 0, last = 0;  // this lane's tile height, tiles up to and including this lane's block
-    bool loaded = false, live = true;
+    TileWalk<STEP> walk(a, div_up(a.n, TILE * CLUSTER));
     SlotCursor cursor = {0, 1};
     while (true) {
-        ticket = __shfl_sync(~0u, ticket, 0);
-        u32 owner = 32;
-        while (live) {
-            if (!loaded) {
-                row0 = rows = 0;
-                if (first + lane < a.count) {
-                    row0 = blocks[first + lane].row0;
-                    rows = blocks[first + lane].rows;
-                }
-                height = even_tile<STEP>(rows, a.tile_rows);
-                last = height ? div_up(rows, height) * pairs : 0;
-                for (int d = 1; d < 32; d <<= 1) {
-                    u32 up = __shfl_up_sync(~0u, last, d);
-                    if (lane >= d) last += up;
-                }
-                loaded = true;
-            }
-            u32 hit = __ballot_sync(~0u, ticket - before < last);
-            if (hit) {
-                owner = __ffs(hit) - 1;
-                break;
-            }
-            before += __shfl_sync(~0u, last, 31);
-            first += 32;
-            loaded = false;
-            live = first < a.count;
-        }
-        Work t = {0, 0, 0, 0};
-        if (live) {
-            u32 count = __shfl_sync(~0u, rows, owner), h = __shfl_sync(~0u, height, owner);
-            u32 upto = owner ? __shfl_sync(~0u, last, owner - 1) : 0;
-            u32 row_tile, pair;
-            place(ticket - before - upto, div_up(count, h), pairs, row_tile, pair);
-            t.row0 = __shfl_sync(~0u, row0, owner) + row_tile * h;
-            t.rows = min(h, count - row_tile * h);
-            t.pair = pair;
-            t.block = first + owner;
-        }
+        const Work t = walk.find(__shfl_sync(~0u, ticket, 0));
         // One lane waits: a lane that polled late could miss a whole phase, because the readers answer as soon as
         // another lane announces.
         if (lane == 0) barrier_wait(base + BAR_SLOT_EMPTY + 8 * cursor.slot, cursor.phase);

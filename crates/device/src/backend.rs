@@ -152,6 +152,18 @@ pub trait Backend: Reserve + Send + Sync + 'static {
         Ok(None)
     }
 
+    /// What [`load_fp8`](Backend::load_fp8) takes in, for tensors that are made rather than stored: the codes and scales that
+    /// `fp8_per_block` gives them. Nothing where the processor does not make them, and the codes are to be brought.
+    fn draw_fp8(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[Drawn],
+    ) -> Result<Option<Weight>, DeviceError> {
+        let _ = (name, shape, tensors);
+        Ok(None)
+    }
+
     /// Rows as products with a weight take them: as they are, or as codes, for which there is `room`, where the weight is held
     /// as [`WeightFormat::Fp8`].
     fn rows_for(

@@ -11,7 +11,7 @@ pub mod synthetic;
 pub use checkpoint::{
     Checkpoint, HeldWeights, Kept, Quantising, Stored, Tensor, WeightSource, Window, gguf_file,
 };
-pub use epsmoe_quant::{Hints, Method, StoredType, Target};
+pub use epsmoe_quant::{Activations, Hints, Method, StoredType, Target};
 pub use error::ModelError;
 pub use names::{Branch, LayerPart, Located, Map, Part, Source, StateRows, Turn};
 pub use presets::{PRESETS, preset, preset_text};

@@ -7,7 +7,8 @@ use crate::{LayerPart, Map, MlaSpec, ModelError, ModelSpec, Part, Source, Tensor
 use epsmoe_base::{DType, Expert, Layer, by_threads, cores};
 use epsmoe_device::{Backend, DeviceError, Drawn, Weight, WeightFormat, WeightShape};
 use epsmoe_pipeline::Mlp;
-use epsmoe_quant::Codes;
+use epsmoe_plan::ExpertWeights;
+use epsmoe_quant::{Codes, Target};
 use std::ops::Range;
 
 /// A norm of the residual stream.
@@ -330,6 +331,9 @@ impl<B: Backend> Loader<'_, B> {
         if let Some(weight) = self.device.find(name) {
             return Ok(weight);
         }
+        if fp8 && let Some(weight) = self.drawn_fp8(name, shape, parts, window)? {
+            return Ok(weight);
+        }
         if let Some(codes) = self.codes(shape, parts, window)? {
             if fp8 && let Some(weight) = self.device.load_fp8(name, shape, &codes)? {
                 return Ok(weight);
@@ -342,6 +346,27 @@ impl<B: Backend> Loader<'_, B> {
             return Ok(weight);
         }
         self.held(name, shape, || parts.iter().map(|&part| self.read(part, window)).collect())
+    }
+
+    /// Parts that are made rather than stored and quantised to FP8 blocks, if the device does both.
+    fn drawn_fp8(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        parts: &[Part],
+        window: &Window,
+    ) -> Result<Option<Weight>, ModelError> {
+        if self.source.quantises() != Some(Target::Fp8PerBlock) {
+            return Ok(None);
+        }
+        for &part in parts {
+            let format = held_format(self.spec, self.source, part, window)?;
+            if format.is_none_or(|format| !format.may_be_fp8_blocks()) {
+                return Ok(None);
+            }
+        }
+        let Some(drawn) = self.drawn(parts, window)? else { return Ok(None) };
+        Ok(self.device.draw_fp8(name, shape, &drawn)?)
     }
 
     /// Parts that are made rather than stored; nothing unless all of them are.
@@ -377,16 +402,23 @@ impl<B: Backend> Loader<'_, B> {
         parts.iter().map(|&part| self.codes_of(part, window)).collect()
     }
 
-    /// What a weight of the model's first expert takes up if it is held in codes, by which all experts are priced: ranks that
-    /// plan together must find the same.
-    pub(crate) fn expert_millibits(&self) -> Result<Option<u64>, ModelError> {
-        let Some(layer) = self.spec.layers.iter().position(|layer| layer.mlp.moe().is_some()) else {
+    /// How the model's first expert is held if it is in codes, by which all experts are priced: ranks that plan together must
+    /// find the same.
+    pub(crate) fn coded_experts(&self) -> Result<Option<ExpertWeights>, ModelError> {
+        let mut layers = self.spec.layers.iter().enumerate();
+        let Some((layer, moe)) = layers.find_map(|(layer, of)| Some((layer, of.mlp.moe()?))) else {
             return Ok(None);
         };
         let part = LayerPart::Expert(Expert(0), Map::UpProj).of(Layer(layer));
         let format = held_format(self.spec, self.source, part, &Window::whole())?;
         let held = format.filter(|format| self.device.holds(format));
-        Ok(held.map(|format| (1000.0 * format.bits()) as u64))
+        Ok(held.map(|format| ExpertWeights {
+            millibits: (1000.0 * format.bits()) as u64,
+            fp8_rows: self.device.fp8_rows()
+                && format.may_be_fp8_blocks()
+                && moe.activation.is_none()
+                && !moe.scaled_inputs,
+        }))
     }
 
     /// The codes of a part, as they are kept or as it is quantised.

@@ -2,7 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic")]
 
 use epsmoe_base::{DType, Mix, env};
-use epsmoe_model::{Checkpoint, Kept, ModelSpec, Part, Tensor, WeightSource, Window, config};
+use epsmoe_model::{
+    Activations, Checkpoint, Kept, ModelSpec, Part, Quantising, Tensor, WeightSource, Window, config,
+};
 use epsmoe_quant::{
     CodedTensor, QuantConfig, QuantError, Rows, StoredTensor, StoredTensors, StoredType, Target,
 };
@@ -181,4 +183,22 @@ fn methods_that_are_not_read_are_refused_where_tensors_are_coded() {
     write(folder.path(), &stored, &method);
     let spec = config::read(folder.path()).unwrap();
     assert_eq!(Checkpoint::open(folder.path()).unwrap().check(&spec).unwrap(), None);
+}
+
+#[test]
+fn makers_say_whether_activations_are_quantised_too() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+    let open = |name| Checkpoint::open(&fixtures.join(name)).unwrap();
+    for (name, dynamic) in
+        [("deepseek_v3_fp8", true), ("mixtral_int4", false), ("qwen3_moe_mxfp4", false), ("mixtral", false)]
+    {
+        let said = open(name).activations().unwrap();
+        assert_eq!(matches!(said, Activations::Dynamic { .. }), dynamic, "{name}: {said:?}");
+    }
+    // Quantised on the way is what it would be had it been quantised before.
+    for target in Target::ALL {
+        let said = Quantising::new(Box::new(open("mixtral")), target).activations().unwrap();
+        let dynamic = target.config(&[])["activation_scheme"] == "dynamic";
+        assert_eq!(matches!(said, Activations::Dynamic { .. }), dynamic, "{target}");
+    }
 }

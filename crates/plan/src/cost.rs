@@ -177,6 +177,17 @@ impl TileCost {
         }
     }
 
+    /// The same, `permille` / 1000 times as slow.
+    fn slowed(self, permille: u64) -> Self {
+        TileCost {
+            step_ps: scale(self.step_ps, permille),
+            row_ps: scale(self.row_ps, permille),
+            least_ps: scale(self.least_ps, permille),
+            end_ps: scale(self.end_ps, permille),
+            ..self
+        }
+    }
+
     fn tile_ps(&self, rows: u64, steps: u64) -> u64 {
         let step = (self.step_ps + rows * self.row_ps).max(self.least_ps);
         (steps * step + self.end_ps).max(1)
@@ -193,6 +204,40 @@ impl TileCost {
         }
         let problem = format!("has tiles that no processor has: {self:?}");
         Err(CostError::Table { table: table.into(), problem })
+    }
+}
+
+/// How an expert's weights are held, and so how they are multiplied.
+///
+/// ```
+/// # use epsmoe_plan::*;
+/// let gemm = CostModel::unmeasured(epsmoe_base::DType::BF16, 1, 1).grouped;
+/// let ns = |fp8_rows| gemm.product(4096, 4096, ExpertWeights { millibits: 8000, fp8_rows }).expert_ns(8192) as f64;
+/// assert!((ns(true) / ns(false) - 0.75).abs() < 0.001);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ExpertWeights {
+    /// Thousandths of a bit that a number takes up, with its share of scales.
+    pub millibits: u64,
+    /// Whether rows become FP8 codes for them, and codes are multiplied.
+    pub fp8_rows: bool,
+}
+
+impl From<u64> for ExpertWeights {
+    /// Numbers of so many thousandths of a bit, multiplied in the format of activations.
+    fn from(millibits: u64) -> Self {
+        ExpertWeights { millibits, fp8_rows: false }
+    }
+}
+
+impl ExpertWeights {
+    /// What products of FP8 codes take of the time of the same in bfloat16: 12 products of 6 models, 256 to 4096 rows each, on an
+    /// H200 (`docs/gpu.md`).
+    const FP8_PERMILLE: u64 = 750;
+
+    /// What computing takes of the time of products in the format of activations.
+    fn permille(self) -> u64 {
+        if self.fp8_rows { Self::FP8_PERMILLE } else { 1000 }
     }
 }
 
@@ -264,18 +309,21 @@ impl Tiles {
 }
 
 impl GemmCost {
-    /// For matrices of `columns` N by `depth` K, whose numbers take so many thousandths of a bit each.
-    pub fn product(&self, columns: usize, depth: usize, millibits: u64) -> Product<'_> {
+    /// For matrices of `columns` N by `depth` K, whose numbers are held so.
+    pub fn product(&self, columns: usize, depth: usize, weights: impl Into<ExpertWeights>) -> Product<'_> {
+        let weights = weights.into();
         let elements = columns as u128 * depth as u128;
         let computed = (columns as u128).max(self.least_columns.into()) * depth as u128;
         let row_ps = (2 * computed).saturating_mul(1_000_000_000_000 * 1000)
             / rate(self.flops_per_second)
-            / self.depth_permille(depth);
+            / self.depth_permille(depth)
+            * u128::from(weights.permille())
+            / 1000;
         // Thousandths of a bit a byte per second are 125 000 nanoseconds.
-        let weight_ns =
-            elements.saturating_mul(u128::from(millibits) * 125_000) / rate(self.weight_bytes_per_second);
+        let weight_ns = elements.saturating_mul(u128::from(weights.millibits) * 125_000)
+            / rate(self.weight_bytes_per_second);
         let tiles = self.tiles.map(|cost| Tiles {
-            cost,
+            cost: cost.slowed(weights.permille()),
             across: (columns as u64).max(self.least_columns).div_ceil(cost.columns).max(1),
             steps: (depth as u64).div_ceil(64).min(MOST_STEPS),
             depth_permille: self.depth_permille(depth) as u64,
@@ -299,13 +347,7 @@ impl GemmCost {
             flops_per_second: divided(self.flops_per_second, permille),
             weight_bytes_per_second: divided(self.weight_bytes_per_second, permille),
             op_ns: scale(self.op_ns, permille),
-            tiles: self.tiles.map(|tiles| TileCost {
-                step_ps: scale(tiles.step_ps, permille),
-                row_ps: scale(tiles.row_ps, permille),
-                least_ps: scale(tiles.least_ps, permille),
-                end_ps: scale(tiles.end_ps, permille),
-                ..tiles
-            }),
+            tiles: self.tiles.map(|tiles| tiles.slowed(permille)),
             ..self.clone()
         }
     }

@@ -265,10 +265,10 @@ impl<'a> ExpertPrices<'a> {
     const MOST_STEPS: usize = 4096;
 
     fn new(shape: &LayerSizes, cost: &'a CostModel) -> Self {
-        let LayerSizes { hidden, inner, maps, weight_millibits, .. } = *shape;
+        let LayerSizes { hidden, inner, maps, weights, .. } = *shape;
         let products = [GemmKind::Grouped, GemmKind::Dense].map(|kind| {
             [(maps * inner, hidden), (hidden, inner)]
-                .map(|(columns, depth)| cost.gemm(kind).product(columns, depth, weight_millibits))
+                .map(|(columns, depth)| cost.gemm(kind).product(columns, depth, weights))
         });
         let overheads = products.each_ref().map(|[up, down]| up.overhead_ns() + down.overhead_ns());
         ExpertPrices { products, overheads, known: Default::default() }

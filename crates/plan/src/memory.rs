@@ -1,6 +1,6 @@
 //! How much a layer needs before it runs, and whether it fits.
 
-use crate::{Policy, SlotMap, Traffic};
+use crate::{ExpertWeights, Policy, SlotMap, Traffic};
 use epsmoe_base::{Bytes, DType, Rank, RowFormat, Stage, WireFormat};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -133,8 +133,8 @@ pub struct LayerSizes {
     pub replicas: usize,
     /// The format of activations.
     pub dtype: DType,
-    /// Thousandths of a bit that a number of an expert's weights takes up: those of `dtype`, or of codes with their scales.
-    pub weight_millibits: u64,
+    /// How experts' weights are held: in `dtype`, or in codes.
+    pub weights: ExpertWeights,
     /// The formats that rows and partial sums travel in.
     pub wire: WireFormat,
 }
@@ -156,7 +156,7 @@ impl LayerSizes {
             local_slots: map.max_local(),
             replicas: map.most_replicas(),
             dtype,
-            weight_millibits: millibits(dtype),
+            weights: millibits(dtype).into(),
             wire: WireFormat::plain(dtype),
         }
     }
@@ -329,7 +329,7 @@ mod tests {
             ranks: 2,
             local_slots: 3,
             replicas: 2,
-            weight_millibits: 32_000,
+            weights: 32_000.into(),
             dtype: DType::BF16,
             // The sums travel in another format than the rows.
             wire: WireFormat { combine: RowFormat::Plain(DType::F32), ..WireFormat::plain(DType::BF16) },

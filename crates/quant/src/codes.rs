@@ -78,6 +78,11 @@ pub struct Format {
 }
 
 impl Format {
+    /// Whether codes of this format may be FP8 e4m3 with a scale for every 128 × 128 weights: rows tell.
+    pub fn may_be_fp8_blocks(&self) -> bool {
+        (self.code, self.group, self.part, self.zeros) == (Code::E4M3, 128, 128, false)
+    }
+
     /// Bytes of a record.
     pub fn record_bytes(&self) -> usize {
         self.fields().map(|field| field.len()).sum()

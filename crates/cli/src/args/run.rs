@@ -62,8 +62,9 @@ pub(crate) struct RunArgs {
     pub(crate) quantization: Quantisation,
 
     /// With dynamic, activations become FP8 codes too where weights are FP8 in blocks of 128, which a Hopper GPU multiplies faster:
-    /// each row by itself, with a scale for every 128. It changes numbers, as makers of such checkpoints expect
-    #[arg(long, env = "EPSMOE_ACTIVATION_SCHEME", value_enum, value_name = "SCHEME", default_value_t = ActivationScheme::None, help_heading = PROCESSOR)]
+    /// each row by itself, with a scale for every 128. With auto they do where the checkpoint says so and the GPU can; with none
+    /// they stay as they are, as on every other processor
+    #[arg(long, env = "EPSMOE_ACTIVATION_SCHEME", value_enum, value_name = "SCHEME", default_value_t = ActivationScheme::Auto, help_heading = PROCESSOR)]
     pub(crate) activation_scheme: ActivationScheme,
 
     /// Vector instructions: scalar, avx2, avx512 or amx [default: the best there are]. With amx float32 products are made

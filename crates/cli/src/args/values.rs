@@ -79,6 +79,7 @@ impl WireDtype {
 /// What becomes of activations before they are multiplied with weights in FP8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ActivationScheme {
+    Auto,
     None,
     Dynamic,
 }

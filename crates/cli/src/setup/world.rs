@@ -3,7 +3,7 @@
 
 use super::Setup;
 use super::rows::Rows;
-use crate::args::{FabricKind, RunArgs, run_args};
+use crate::args::{ActivationScheme, FabricKind, RunArgs, run_args};
 use crate::launch::{Crew, Launch};
 use crate::output::flattened;
 use anyhow::{Context, Result, anyhow};
@@ -24,6 +24,8 @@ struct Charter {
     isa: String,
     /// What rows travel by.
     fabric: FabricKind,
+    /// Whether rows become FP8 codes where rank 0 computes, and so everywhere.
+    fp8_rows: bool,
 }
 
 /// A world whose rank 0 is here. The others end when it is dropped, and then those that it started are gone.
@@ -45,8 +47,12 @@ impl Setup {
         let lobby = Lobby::open((host, *port), launch.size, options)?;
         let one_gpu = self.processor.sharing().is_some();
         let mut crew = Crew::start(launch, lobby.address(), &secret, &faults, one_gpu)?;
-        let charter =
-            Charter { flags: self.flags.clone(), isa: self.isa.to_string(), fabric: self.rows.kind };
+        let charter = Charter {
+            flags: self.flags.clone(),
+            isa: self.isa.to_string(),
+            fabric: self.rows.kind,
+            fp8_rows: self.fp8_rows,
+        };
         let processes = lobby.wait(&serde_json::to_string(&charter)?, || crew.check())?;
         self.agree(&processes)?;
         let world = World { workers: Workers::new(processes), _crew: crew };
@@ -150,6 +156,8 @@ impl Worker<'_> {
         if args.isa.is_none() {
             args.isa = Some(charter.isa.parse().map_err(|problem| anyhow!("{problem}"))?);
         }
+        args.activation_scheme =
+            if charter.fp8_rows { ActivationScheme::Dynamic } else { ActivationScheme::None };
         *rows = Rows::by(charter.fabric)?;
         let setup = Setup { rows: rows.clone(), ..Setup::of_worker(&args, self.launch.clone())? };
         setup.agree(processes)?;

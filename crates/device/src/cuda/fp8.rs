@@ -1,14 +1,15 @@
 //! Weights in FP8 blocks as a GPU holds them that multiplies codes: rows of codes on 16 bytes, gate and up alternating as in
-//! every weight, and the scales of blocks, matrix by matrix, block rows by blocks of columns. `gemm_hopper_fp8.cu` reads both.
+//! every weight, and the scales of blocks, matrix by matrix, block rows by blocks of columns. `gemm_fp8.cuh` says
+//! what reads both.
 
 use super::hopper::INTERLEAVED;
-use epsmoe_quant::{Code, Codes, Format};
+use epsmoe_quant::Codes;
 
 /// Rows and columns that share a scale.
 pub(super) const BLOCK: usize = 128;
 
-/// Rows and columns of a weight that one copy brings.
-pub(super) const WEIGHT_PIECE: (u32, u32) = (128, 128);
+/// Rows and columns of a weight that one copy brings: `PIECE_ROWS` of the source.
+pub(super) const WEIGHT_PIECE: (u32, u32) = (64, 128);
 
 /// Matrices as they lie on a GPU.
 pub(super) struct Packed {
@@ -19,9 +20,14 @@ pub(super) struct Packed {
     pub(super) stride: usize,
 }
 
-/// Whether codes of this format may be in blocks: rows tell.
-pub(super) fn fits(format: &Format) -> bool {
-    (format.code, format.group, format.part, format.zeros) == (Code::E4M3, BLOCK, BLOCK, false)
+/// Whether matrices of this size can be held so: buffers have no aligned rows of other widths.
+pub(super) fn is_even(size: [usize; 2]) -> bool {
+    size.iter().all(|size| size.is_multiple_of(INTERLEAVED))
+}
+
+/// Bytes from a row of codes to the next.
+pub(super) fn stride(width: usize) -> usize {
+    width.next_multiple_of(16)
 }
 
 /// One matrix, or rows of gate and up in turn. Nothing for other codes than e4m3 in blocks of 128 × 128, and for widths that
@@ -29,11 +35,10 @@ pub(super) fn fits(format: &Format) -> bool {
 pub(super) fn pack(matrices: &[Codes]) -> Option<Packed> {
     let first = matrices.first()?;
     let (count, height, width) = (matrices.len(), first.rows, first.columns);
-    let even = height.is_multiple_of(INTERLEAVED) && width.is_multiple_of(INTERLEAVED);
-    if !(fits(&first.format) && even) {
+    if !(first.format.may_be_fp8_blocks() && is_even([height, width])) {
         return None;
     }
-    let (stride, across) = (width.next_multiple_of(16), width.div_ceil(BLOCK));
+    let (stride, across) = (stride(width), width.div_ceil(BLOCK));
     let mut codes = vec![0; count * height * stride];
     let mut scales = Vec::with_capacity(count * height.div_ceil(BLOCK) * across);
     for (index, matrix) in matrices.iter().enumerate() {
@@ -59,7 +64,7 @@ pub(super) fn pack(matrices: &[Codes]) -> Option<Packed> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use epsmoe_quant::Scale;
+    use epsmoe_quant::{Code, Format, Scale};
 
     /// Rows of one code each, `first` onwards, with a scale for every block row.
     fn matrix(rows: usize, columns: usize, first: u8, scales: &[f32]) -> Codes {

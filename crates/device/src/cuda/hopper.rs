@@ -17,14 +17,18 @@ pub(super) const INTERLEAVED: usize = 8;
 /// Rows and columns of a weight that one copy brings: `WEIGHT_TILE` and `K_BLOCK` of the source.
 pub(super) const WEIGHT_PIECE: (u32, u32) = (128, 64);
 
-/// Rows of x and out that one copy moves.
+/// Rows of x and out that one copy moves, and rows of codes where there are few.
 const ROW_BOX: u32 = 32;
+const FEW_ROW_BOX: u32 = 8;
 
 /// Blocks that fit into a kernel's arguments; more of them are listed in device memory. Repeats the number of the source.
 pub(super) const OWN_BLOCKS: usize = 64;
 
 /// Shared memory of a block: the ring, two staging areas, slots and barriers, and room to start on 1024 bytes.
 pub(super) const SHARED_BYTES: usize = 231_424;
+
+/// The same for products of few rows of codes: two blocks fit a multiprocessor.
+pub(super) const FEW_SHARED_BYTES: usize = 112_352;
 
 twin! {
     pub(super) struct Block = "Block" in "gemm.cuh" {
@@ -126,6 +130,20 @@ pub(super) fn code_maps(
     let x = row_map(Element::Byte, first.x, [rows, k], row_bytes, 128)?;
     let out = |columns| row_map(Element::Bf16, first.out, [rows, columns], first.out_stride, 64);
     Ok((x, narrow.map_or(Ok(x), out)?))
+}
+
+/// The same for products of few rows, which store by themselves: twice of the rows, in boxes of few and of more.
+pub(super) fn few_code_maps(
+    first: &GemmPart,
+    rows: usize,
+    row_bytes: u64,
+    k: usize,
+) -> Result<(TensorMap, TensorMap), CudaError> {
+    let boxes_of = |boxed| {
+        let (start, width, stride, piece) = (first.x, k, row_bytes as usize, (boxed, 128));
+        TensorMap::new(&Matrix { start, rows, width, stride, element: Element::Byte, piece })
+    };
+    Ok((boxes_of(FEW_ROW_BOX)?, boxes_of(ROW_BOX)?))
 }
 
 fn row_map(
@@ -243,6 +261,36 @@ pub(super) fn plan_codes(blocks: &[Block], n: usize, k: usize, multiprocessors: 
     Plan { tile_rows, grid: 2 * clusters.min(tiles.max(1)) as u32 }
 }
 
+/// The same for few rows in codes, if weights are so few that the tiles above would leave the GPU idle: tiles of up to 64 rows and
+/// 64 packed rows of the weights, of which `together` blocks are a cluster.
+pub(super) fn plan_few_codes(
+    blocks: &[Block],
+    n: usize,
+    together: u32,
+    multiprocessors: u32,
+) -> Option<Plan> {
+    const MOST: u32 = 64;
+    /// Blocks that fit a multiprocessor together.
+    const RESIDENT: u32 = 2;
+    let busy = || blocks.iter().map(|block| block.rows).filter(|&rows| rows > 0);
+    let tiles_of = |tile_rows: u32, columns: u32| {
+        busy().map(|rows| rows.div_ceil(tile_rows)).sum::<u32>() * (n as u32).div_ceil(columns)
+    };
+    let (rows, parts) = (busy().sum::<u32>(), busy().count() as u32);
+    if rows > MOST * parts || tiles_of(MOST, 512) >= multiprocessors / 2 {
+        return None;
+    }
+    let tile_rows = busy().max().unwrap_or(1).clamp(FEW_ROW_BOX, MOST).next_power_of_two();
+    let tiles = tiles_of(tile_rows, 64 * together).max(1);
+    // Not all clusters fit that would by count, and one more round of a few takes as long as one of all.
+    let resident = multiprocessors * RESIDENT / together;
+    let clusters = match together {
+        1 => resident.clamp(1, tiles),
+        _ => tiles.div_ceil(tiles.div_ceil((resident - resident / 16).max(1))),
+    };
+    Some(Plan { tile_rows, grid: clusters * together })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -286,5 +334,20 @@ mod tests {
         assert_eq!(tile_rows(&[4096; 20]), 128);
         assert_eq!(tile_rows(&[1; 20]), 64);
         assert_eq!(tile_rows(&[128; 4]), 64, "of 66 clusters 24 would be busy for twice as long");
+    }
+
+    #[test]
+    fn few_rows_of_codes_have_tiles_of_their_own_where_weights_are_few() {
+        let plan = |rows: &[u32], n, together| plan_few_codes(&blocks(rows), n, together, 132);
+        assert_eq!(plan(&[1], 5120, 1), Some(Plan { tile_rows: 8, grid: 80 }));
+        assert_eq!(plan(&[1; 8], 1536, 4), Some(Plan { tile_rows: 8, grid: 192 }));
+        assert_eq!(plan(&[9; 8], 2048, 1), Some(Plan { tile_rows: 16, grid: 256 }));
+        assert_eq!(
+            plan(&[1; 6], 2816, 4).map(|plan| plan.grid),
+            Some(132),
+            "two rounds of 33 clusters, not one of 62"
+        );
+        assert_eq!(plan(&[1; 112], 1536, 4), None, "many weights");
+        assert_eq!(plan(&[65], 512, 1), None, "many rows");
     }
 }

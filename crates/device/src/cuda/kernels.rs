@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 19] = [
+const HEADERS: [(&str, &str); 20] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("turn.cuh", include_str!("../../kernels/turn.cuh")),
     ("barrier.cuh", include_str!("../../kernels/barrier.cuh")),
@@ -31,6 +31,7 @@ const HEADERS: [(&str, &str); 19] = [
     ("gemm_mma.cuh", include_str!("../../kernels/gemm_mma.cuh")),
     ("hopper.cuh", include_str!("../../kernels/hopper.cuh")),
     ("gemm_hopper.cuh", include_str!("../../kernels/gemm_hopper.cuh")),
+    ("gemm_fp8.cuh", include_str!("../../kernels/gemm_fp8.cuh")),
     ("codes.cuh", include_str!("../../kernels/codes.cuh")),
     ("e4m3.cuh", include_str!("../../kernels/e4m3.cuh")),
     ("scaled.cuh", include_str!("../../kernels/scaled.cuh")),
@@ -92,6 +93,7 @@ const ANY: [(DType, DType); 4] = [(F32, F32), (F32, BF16), (BF16, F32), (BF16, B
 
 sources! {
     "draw": ["draw"] in [(BF16, F32), (BF16, BF16)], 256 threads;
+    "draw": ["draw_blocks"] in [(BF16, E4M3)], 256 threads;
     "copy": ["copy"] in ANY, 256 threads;
     "add": ["add"] in ANY, 256 threads;
     "clamp": ["clamp"] in SAME, 256 threads;
@@ -151,6 +153,8 @@ sources! {
     "gemm_hopper_coded": ["gemm_codes256", "gemm_codes64"] in [(BF16, F32)], 384 threads on "sm_90a";
     "gemm_hopper_fp8": ["gemm_fp8"] in [(CODES, BF16), (CODES, F32)], 384 threads on "sm_90a";
     "gemm_hopper_fp8": ["gated_fp8"] in [(CODES, BF16), (CODES, CODES)], 384 threads on "sm_90a";
+    "gemm_thin_fp8": ["gemm_thin_fp8"] in [(CODES, BF16), (CODES, F32)], 192 threads on "sm_90a";
+    "gemm_thin_fp8": ["gated_thin_fp8"] in [(CODES, BF16), (CODES, CODES)], 192 threads on "sm_90a";
 }
 
 /// The shape of a product kernel's tiles, and the shared memory of a block; repeats the numbers of the source.

@@ -236,11 +236,6 @@ pub fn held_bits(format: &Format, dtype: DType) -> Option<f64> {
     Bricks::of(format).filter(|_| dtype == DType::BF16).map(Bricks::bits)
 }
 
-/// Whether weights in codes of this format may be multiplied as codes, with rows in codes ([`CudaOptions::fp8_rows`]).
-pub fn multiplies(format: &Format) -> bool {
-    fp8::fits(format)
-}
-
 /// What the GPU processors of one world share.
 #[derive(Clone)]
 pub struct CudaOptions {
@@ -751,6 +746,20 @@ impl Backend for CudaBackend {
     fn draw(&self, name: &str, shape: WeightShape, tensors: &[Drawn]) -> Result<Option<Weight>, DeviceError> {
         self.device.context.bind()?;
         self.weights.0.draw(&self.device.kernels, self.options.dtype, name, shape, tensors).map(Some)
+    }
+
+    fn draw_fp8(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[Drawn],
+    ) -> Result<Option<Weight>, DeviceError> {
+        if !self.options.fp8_rows {
+            return Ok(None);
+        }
+        self.device.context.bind()?;
+        self.device.kernels.expect_codes();
+        self.weights.0.draw_fp8(&self.device.kernels, name, shape, tensors)
     }
 
     fn holds(&self, format: &Format) -> bool {

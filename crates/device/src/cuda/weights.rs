@@ -106,20 +106,10 @@ impl WeightStore {
         let kernel = kernels.get("draw", DType::BF16, layout.dtype)?;
         let held = self.reserve(name, &layout)?;
         for (tensor, to) in tensors.iter().zip(0..) {
-            let arguments = DrawArgs {
-                out: held.start + layout.place(to, 0),
-                stride: layout.stride as u64,
-                rows: layout.rows as u32,
-                width: layout.width as u32,
-                together: layout.together() as u32,
-                apart: (layout.together() * layout.tensors) as u32,
-                key: tensor.numbers.key(),
-                first: tensor.first,
-                row_step: tensor.row_step,
-                column_step: tensor.column_step,
-                step: tensor.step,
-                padding: 0,
-            };
+            let (out, together) = (held.start + layout.place(to, 0), layout.together());
+            let apart = together * layout.tensors;
+            let sizes = [layout.rows, layout.width, layout.stride];
+            let arguments = DrawArgs::of(tensor, out, sizes, [together, apart], 0);
             let blocks = (layout.width.div_ceil(DRAW_THREADS) as u32, layout.rows.clamp(1, DRAW_ROWS) as u32);
             // SAFETY: the kernel writes the rows of this tensor inside the memory of this weight, which nobody else has yet.
             unsafe { self.stream.launch(&kernel.function, blocks, 0, &arguments) }?;
@@ -167,13 +157,62 @@ impl WeightStore {
         let Some(packed) = fp8::pack(matrices).filter(|_| self.mapped) else { return Ok(None) };
         let fp8::Packed { codes, scales, rows, stride } = packed;
         let (start, width) = (self.bring_bytes(name, &codes)?, matrices[0].columns);
-        let (element, piece) = (Element::Byte, fp8::WEIGHT_PIECE);
-        let map = TensorMap::new(&Matrix { start, rows, width, stride, element, piece })?;
-        let mut record = bytemuck::bytes_of(&map).to_vec();
-        record.extend_from_slice(bytemuck::cast_slice(&scales));
-        let map = self.bring_bytes(name, &record)?;
-        let held = Held { start, dtype: DType::BF16, bricks: None, rows, width, stride, map };
+        let (held, to) = self.mapped_codes(name, start, [rows, width, stride], scales.len())?;
+        // SAFETY: so much room was just taken there, and nobody else has it yet.
+        unsafe { self.bring_to(to, bytemuck::cast_slice(&scales)) }?;
         self.keep(name, shape, WeightFormat::Fp8, held).map(Some)
+    }
+
+    /// Makes such a weight of numbers that follow from their places: the codes and scales that it has when it is quantised on
+    /// the host. Nothing if codes are not in such blocks.
+    pub(super) fn draw_fp8(
+        &self,
+        kernels: &Kernels,
+        name: &str,
+        shape: WeightShape,
+        tensors: &[Drawn],
+    ) -> Result<Option<Weight>, DeviceError> {
+        let (count, dimensions) = shape.sources();
+        let (height, width) = (dimensions[0], dimensions[1]);
+        if !(self.mapped && fp8::is_even([height, width])) {
+            return Ok(None);
+        }
+        let (rows, stride) = (count * height, fp8::stride(width));
+        let start = self.take(name, rows * stride)?;
+        let (down, across) = (height.div_ceil(fp8::BLOCK), width.div_ceil(fp8::BLOCK));
+        let sizes = [rows, width, stride];
+        let (held, scales) = self.mapped_codes(name, start, sizes, count * down * across)?;
+        let kernel = kernels.get("draw_blocks", DType::BF16, DType::E4M3)?;
+        let together = if count == 1 { height } else { hopper::INTERLEAVED };
+        for (index, tensor) in tensors.iter().enumerate() {
+            let out = start + (index * together * stride) as u64;
+            let scales = scales + (index * down * across * size_of::<f32>()) as u64;
+            let arguments =
+                DrawArgs::of(tensor, out, [height, width, stride], [together, count * together], scales);
+            let blocks = (across as u32, down.min(DRAW_ROWS) as u32);
+            // SAFETY: the kernel writes the rows and scales of this tensor inside the memory of this weight, which nobody
+            // else has yet.
+            unsafe { self.stream.launch(&kernel.function, blocks, 0, &arguments) }?;
+        }
+        self.stream.synchronize()?;
+        self.keep(name, shape, WeightFormat::Fp8, held).map(Some)
+    }
+
+    /// Codes of so many rows, columns and bytes from row to row with their map, and where there is room behind it for scales.
+    fn mapped_codes(
+        &self,
+        name: &str,
+        start: u64,
+        [rows, width, stride]: [usize; 3],
+        scales: usize,
+    ) -> Result<(Held, u64), DeviceError> {
+        let (element, piece) = (Element::Byte, fp8::WEIGHT_PIECE);
+        let described = TensorMap::new(&Matrix { start, rows, width, stride, element, piece })?;
+        let map = self.take(name, size_of::<TensorMap>() + scales * size_of::<f32>())?;
+        // SAFETY: the piece was just taken, and nobody else has it yet.
+        unsafe { self.bring_to(map, bytemuck::bytes_of(&described)) }?;
+        let held = Held { start, dtype: DType::BF16, bricks: None, rows, width, stride, map };
+        Ok((held, map + size_of::<TensorMap>() as u64))
     }
 
     fn keep(
@@ -211,10 +250,20 @@ impl WeightStore {
     /// Brings bytes to the GPU as they are.
     fn bring_bytes(&self, name: &str, bytes: &[u8]) -> Result<u64, DeviceError> {
         let at = self.take(name, bytes.len())?;
-        let whole = Lines { width: bytes.len(), count: 1, pitch: bytes.len() };
         // SAFETY: the piece was just taken with that size, and nobody else has it yet.
-        self.carriers.with(|carrier| unsafe { carrier.bring(bytes, at, whole) })?;
+        unsafe { self.bring_to(at, bytes) }?;
         Ok(at)
+    }
+
+    /// The same to memory of that size.
+    ///
+    /// # Safety
+    /// Nobody else has the memory yet.
+    unsafe fn bring_to(&self, at: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        let whole = Lines { width: bytes.len(), count: 1, pitch: bytes.len() };
+        // SAFETY: the caller's.
+        self.carriers.with(|carrier| unsafe { carrier.bring(bytes, at, whole) })?;
+        Ok(())
     }
 
     /// Memory for a weight, zero where no number will be.
@@ -268,6 +317,35 @@ twin! {
         column_step: u64,
         step: f32,
         padding: u32,
+        scales: u64,
+    }
+}
+
+impl DrawArgs {
+    /// The numbers of a tensor of `rows` and `width`, of whose rows `together` begin `apart` after those before, `stride` elements
+    /// from one to the next.
+    fn of(
+        tensor: &Drawn,
+        out: u64,
+        [rows, width, stride]: [usize; 3],
+        [together, apart]: [usize; 2],
+        scales: u64,
+    ) -> Self {
+        DrawArgs {
+            out,
+            stride: stride as u64,
+            rows: rows as u32,
+            width: width as u32,
+            together: together as u32,
+            apart: apart as u32,
+            key: tensor.numbers.key(),
+            first: tensor.first,
+            row_step: tensor.row_step,
+            column_step: tensor.column_step,
+            step: tensor.step,
+            padding: 0,
+            scales,
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use epsmoe_device::{Backend, Drawn, Weight, WeightShape};
 use half::bf16;
 
 /// What the places of a tensor `[rows, columns]` mean.
-fn sheet(drawn: &Drawn, [rows, columns]: [usize; 2]) -> Sheet {
+pub(crate) fn sheet(drawn: &Drawn, [rows, columns]: [usize; 2]) -> Sheet {
     let number = |at: usize| {
         let [row, column] = [at / columns, at % columns].map(|at| at as u64);
         let index = drawn.first + row * drawn.row_step + column * drawn.column_step;
@@ -18,7 +18,7 @@ fn sheet(drawn: &Drawn, [rows, columns]: [usize; 2]) -> Sheet {
 }
 
 /// Steps as tensors have them: rows one after the other or some apart, or rows that are columns.
-fn random<B: Backend>(bench: &Bench<B>, [rows, columns]: [usize; 2]) -> Drawn {
+pub(crate) fn random<B: Backend>(bench: &Bench<B>, [rows, columns]: [usize; 2]) -> Drawn {
     let (apart, turn) = (1 + bench.below(3) as u64, 1 + bench.below(2) as u64);
     let (down, beside) = (columns as u64 * turn * apart, turn);
     let is_transposed = bench.below(3) == 0;

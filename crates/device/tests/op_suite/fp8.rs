@@ -2,11 +2,12 @@
 //! themselves with other rows around, other tiles, and outputs in other formats.
 
 use crate::bench::{Bench, Placed};
+use crate::drawn::{random as random_places, sheet};
 use epsmoe_base::float8::{E4M3, encode_row, scaled_words};
 use epsmoe_base::{DType, RowFormat};
 use epsmoe_device::op::*;
-use epsmoe_device::{Backend, Buffer, Weight, WeightFormat, WeightShape};
-use epsmoe_quant::{Code, Codes, Format, Scale};
+use epsmoe_device::{Backend, Buffer, Drawn, Weight, WeightFormat, WeightShape};
+use epsmoe_quant::{Code, Codes, Format, Scale, Target};
 use half::bf16;
 use std::ops::Range;
 
@@ -27,7 +28,6 @@ fn random<B: Backend>(bench: &Bench<B>, [rows, columns]: [usize; 2], signed: boo
 /// Numbers as rows of codes, each group of another size.
 fn rows_of<B: Backend>(bench: &Bench<B>, [rows, k]: [usize; 2], signed: bool) -> Vec<Vec<u32>> {
     let row = |_| {
-        let mut words = vec![0; scaled_words(k)];
         let numbers: Vec<f32> = (0..k.div_ceil(BLOCK))
             .flat_map(|_| {
                 let size = 2f32.powi(bench.below(6) as i32 - 3);
@@ -36,10 +36,15 @@ fn rows_of<B: Backend>(bench: &Bench<B>, [rows, k]: [usize; 2], signed: bool) ->
             })
             .take(k)
             .collect();
-        encode_row(&numbers, |number| number, &mut words);
-        words
+        codes_of(&numbers)
     };
     (0..rows).map(row).collect()
+}
+
+fn codes_of(numbers: &[f32]) -> Vec<u32> {
+    let mut words = vec![0; scaled_words(numbers.len())];
+    encode_row(numbers, |number| number, &mut words);
+    words
 }
 
 /// What the codes of a row mean.
@@ -95,7 +100,34 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
             products(&bench, [n, k], epilogue, signed);
         }
     }
+    for size in [[8, 128], [72, 136], [264, 200], [136, 1408], [512, 4096]] {
+        drawn(&bench, size);
+    }
     refused(&bench);
+}
+
+/// Weights that are made where they will be have the codes that a host would have made.
+fn drawn<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2]) {
+    for shape in [WeightShape::Matrix { n, k }, WeightShape::GateUp { inner: n, k }] {
+        let what = format!("drawn as codes, {shape:?}");
+        let tensors: Vec<Drawn> = (0..shape.sources().0).map(|_| random_places(bench, [n, k])).collect();
+        let codes = |tensor| Target::Fp8PerBlock.codes(&what, &sheet(tensor, [n, k]).values, k);
+        let codes: Vec<Codes> =
+            tensors.iter().map(|tensor| codes(tensor).expect("finite").expect("codes")).collect();
+        let brought = bench.device.load_fp8(&what, shape, &codes).expect("memory").expect("a kernel");
+        let drawn = bench.device.draw_fp8(&format!("{what} there"), shape, &tensors);
+        let drawn = drawn.expect("memory").expect("a kernel");
+        let words = rows_of(bench, [70, k], true);
+        let x = put(bench, &words);
+        let given = [brought, drawn].map(|weight| {
+            let epilogue = if tensors.len() == 2 { Epilogue::SwiGlu } else { Epilogue::Store };
+            let out = bench.room_on(8, DType::BF16, words.len(), n);
+            let all = 0..words.len();
+            run(bench, &what, &[weight], (&x.view, std::slice::from_ref(&all)), epilogue, &out.view);
+            bits(&bench.get(&what, &out))
+        });
+        assert!(given[0] == given[1], "{what}, seed {}", bench.seed);
+    }
 }
 
 /// Experts with uneven rows, some without any.
@@ -149,6 +181,7 @@ fn products<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2], epilogue: Epilogue
     }
     same_from_the_gpus_list(bench, &what, &weights, &x.view, &starts, epilogue, &got);
     same_alone(bench, &what, &weights, &words, &parts, epilogue, &got);
+    same_of_few(bench, &what, &weights, &words, &parts, epilogue, &got);
     match epilogue {
         Epilogue::Store => same_in_float32(bench, &what, &weights, (&x.view, &parts), &got),
         Epilogue::SwiGlu => same_as_codes(bench, &what, &weights, (&x.view, &parts), &got),
@@ -194,7 +227,7 @@ fn same_alone<B: Backend>(
 ) {
     let n = want.len() / words.len();
     for (weight, part) in weights.iter().zip(parts).filter(|(_, part)| !part.is_empty()) {
-        for most in [1, 63, 90] {
+        for most in [1, 8, 17, 32, 63, 90] {
             let first = part.start + bench.below(part.len());
             let rows = first..part.end.min(first + most);
             let x = put(bench, &words[rows.clone()]);
@@ -203,6 +236,37 @@ fn same_alone<B: Backend>(
             run(bench, what, weight, (&x.view, std::slice::from_ref(&all)), epilogue, &out.view);
             let got = bench.get(what, &out);
             assert!(bits(&got) == bits(&want[rows.start * n..rows.end * n]), "{what}: rows {rows:?} alone");
+        }
+    }
+}
+
+/// A few rows of each expert, of some none: products that are made for few.
+fn same_of_few<B: Backend>(
+    bench: &Bench<B>,
+    what: &str,
+    weights: &[Weight],
+    words: &[Vec<u32>],
+    parts: &[Range<usize>],
+    epilogue: Epilogue,
+    want: &[f32],
+) {
+    let n = want.len() / words.len();
+    let most = [[1, 0, 2, 8, 1, 3, 2, 0], [9, 0, 16, 8, 1, 31, 2, 0], [17, 0, 64, 33, 1, 64, 2, 0]];
+    for most in most {
+        let of = |(part, most): (&Range<usize>, &usize)| part.start..part.end.min(part.start + most);
+        let chosen: Vec<Range<usize>> = parts.iter().zip(&most).map(of).collect();
+        let mut starts = vec![0];
+        chosen.iter().for_each(|part| starts.push(starts[starts.len() - 1] + part.len()));
+        let few: Vec<Range<usize>> = starts.windows(2).map(|pair| pair[0]..pair[1]).collect();
+        let x = put(bench, &chosen.iter().flat_map(|part| words[part.clone()].to_vec()).collect::<Vec<_>>());
+        let want: Vec<f32> =
+            chosen.iter().flat_map(|part| want[part.start * n..part.end * n].to_vec()).collect();
+        let out = bench.room_on(8, DType::BF16, x.view.rows, n);
+        run(bench, what, weights, (&x.view, &few), epilogue, &out.view);
+        assert!(bits(&bench.get(what, &out)) == bits(&want), "{what}: {few:?} alone");
+        same_from_the_gpus_list(bench, what, weights, &x.view, &starts, epilogue, &want);
+        if epilogue == Epilogue::SwiGlu {
+            same_as_codes(bench, what, weights, (&x.view, &few), &want);
         }
     }
 }
@@ -244,10 +308,11 @@ fn same_as_codes<B: Backend>(
     let (_, words) = RowFormat::Fp8.elements(n);
     let out = bench.room_on(4, DType::U32, x.rows, words);
     run(bench, what, weights, (x, parts), Epilogue::SwiGlu, &out.view);
-    let mut codes = vec![0; words];
     for (m, got) in bench.get_words(what, &out).chunks(words).enumerate() {
-        encode_row(&want[m * n..(m + 1) * n], |number| number, &mut codes);
-        assert!(got == codes, "{what}: codes of row {m} are not those of its numbers");
+        assert!(
+            got == codes_of(&want[m * n..(m + 1) * n]),
+            "{what}: codes of row {m} are not those of its numbers"
+        );
     }
 }
 

@@ -195,11 +195,14 @@ impl Gqa {
         let mut query = self.workspace.query.rows(queries.clone())?;
         let mut key = self.workspace.key.rows(tokens.clone())?;
         let mut value = self.workspace.value.rows(tokens.clone())?;
-        cx.linear(&input, &self.query, &query)?;
-        cx.linear(x, &self.key, &key)?;
-        if let Some(map) = &self.value {
-            cx.linear(x, map, &value)?;
-        } else {
+        let mut maps = vec![(&self.key, &key)];
+        maps.extend(self.value.as_ref().map(|map| (map, &value)));
+        match cx.queries.index {
+            None => maps.insert(0, (&self.query, &query)),
+            Some(_) => cx.linear(&input, &self.query, &query)?,
+        }
+        cx.linears(x, &maps)?;
+        if self.value.is_none() {
             value = key.clone();
         }
         if let Some(ones) = &self.value_norm {

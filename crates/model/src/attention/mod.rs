@@ -16,7 +16,7 @@ use crate::{
 };
 use epsmoe_base::{DType, Lane, Layer, Phase, Place};
 use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, Rotate, Sight};
-use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight, WeightFormat};
 use gqa::Gqa;
 use mla::Mla;
 use recurrent::Recurrent;
@@ -285,6 +285,26 @@ impl<B: Backend> Context<'_, B> {
         self.product(x, &linear.weight, linear.bias.as_ref(), out)
     }
 
+    /// Several maps of the same rows, which become codes once for all that take them so.
+    fn linears(&self, x: &Buffer, maps: &[(&Linear, &Buffer)]) -> Result<(), DeviceError> {
+        let mut codes = None;
+        for (Linear { weight, bias }, out) in maps {
+            let rows = match &codes {
+                Some(codes) if weight.format == WeightFormat::Fp8 => Buffer::clone(codes),
+                _ => self.rows_for(x, weight)?,
+            };
+            if weight.format == WeightFormat::Fp8 {
+                codes = Some(rows.clone());
+            }
+            self.compute(Gemm { bias: bias.clone(), ..Gemm::linear(rows, weight, Buffer::clone(out)) })?;
+        }
+        Ok(())
+    }
+
+    fn rows_for(&self, x: &Buffer, weight: &Weight) -> Result<Buffer, DeviceError> {
+        self.device.rows_for(self.place.or_phase(Phase::Projection), x, weight, self.codes)
+    }
+
     fn product(
         &self,
         x: &Buffer,
@@ -292,7 +312,7 @@ impl<B: Backend> Context<'_, B> {
         bias: Option<&Weight>,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
-        let x = self.device.rows_for(self.place.or_phase(Phase::Projection), x, weight, self.codes)?;
+        let x = self.rows_for(x, weight)?;
         self.compute(Gemm { bias: bias.cloned(), ..Gemm::linear(x, weight, out.clone()) })
     }
 

@@ -210,6 +210,10 @@ impl WeightSource for Checkpoint {
         Ok(self.quantisation.read()?.map_or_else(Hints::default, |config| config.hints))
     }
 
+    fn activations(&self) -> Result<Activations, ModelError> {
+        Ok(self.quantisation.read()?.map_or(Activations::Plain, |config| config.activations))
+    }
+
     fn place(&self, name: &str) -> String {
         // Of a coded tensor only the parts are there.
         let stem = name.strip_suffix(".weight").unwrap_or(name);

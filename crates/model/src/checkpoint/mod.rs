@@ -24,7 +24,8 @@ use epsmoe_base::text::{printable, shortened};
 use epsmoe_base::{DType, Mix};
 use epsmoe_device::{Drawn, TensorBytes, WeightShape};
 use epsmoe_quant::{
-    CodedTensor, Codes, Format, Hints, QuantError, Rows, StoredTensor, StoredTensors, StoredType, Target,
+    Activations, CodedTensor, Codes, Format, Hints, QuantError, Rows, StoredTensor, StoredTensors,
+    StoredType, Target,
 };
 use half::{bf16, f16};
 use std::fs::File;
@@ -43,6 +44,11 @@ pub trait WeightSource: Send + Sync {
     /// What the configuration of a quantised checkpoint says that its tensors cannot.
     fn hints(&self) -> Result<Hints, ModelError> {
         Ok(Hints::default())
+    }
+
+    /// What the makers of a quantised checkpoint do with activations.
+    fn activations(&self) -> Result<Activations, ModelError> {
+        Ok(Activations::Plain)
     }
 
     /// Whether coded tensors are decoded when they are loaded, wherever they could stay as they are.

@@ -3,7 +3,7 @@
 use super::{Stored, WeightSource};
 use crate::ModelError;
 use epsmoe_base::Mix;
-use epsmoe_quant::{Hints, Target};
+use epsmoe_quant::{Activations, Hints, Target};
 
 /// A source whose plain maps become codes when they are loaded.
 pub struct Quantising {
@@ -29,6 +29,14 @@ impl WeightSource for Quantising {
 
     fn hints(&self) -> Result<Hints, ModelError> {
         self.source.hints()
+    }
+
+    /// Those of a checkpoint that was quantised so beforehand.
+    fn activations(&self) -> Result<Activations, ModelError> {
+        Ok(match self.target {
+            Target::Fp8PerBlock => Activations::Dynamic { powers: false },
+            Target::Mxfp4 | Target::Int4 | Target::Q8_0 => Activations::Plain,
+        })
     }
 
     fn decodes(&self) -> bool {

@@ -9,7 +9,7 @@ use epsmoe_device::op::Gather;
 use epsmoe_device::{Backend, Buffer, Reserve};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, MoeLayer, Pending, PipelineError, PipelineOptions, PipelineSizes};
-use epsmoe_plan::{Capacity, LayerSizes, Policy, Routing, Schedule};
+use epsmoe_plan::{Capacity, ExpertWeights, LayerSizes, Policy, Routing, Schedule};
 use std::sync::Arc;
 
 /// What runs the MoE layers of one rank, if the model has any: whole experts over all ranks, or a part of every
@@ -21,12 +21,12 @@ pub(super) fn pipeline<B: Backend>(
     identity: u64,
     device: &Arc<B>,
     fabric: &Fabric<B>,
-    weight_millibits: Option<u64>,
+    coded: Option<ExpertWeights>,
 ) -> Result<Option<ExpertPipeline<B>>, ModelError> {
     let Some(told) = pipeline_options(spec, layout, options, device.dtype())? else { return Ok(None) };
     let mut told = PipelineOptions { identity, ..told };
-    if let Some(weight_millibits) = weight_millibits {
-        told.sizes.layer.weight_millibits = weight_millibits;
+    if let Some(coded) = coded {
+        told.sizes.layer.weights = coded;
     }
     let fabric = match layout.experts() {
         Experts::Ep => fabric.clone(),

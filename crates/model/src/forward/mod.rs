@@ -252,7 +252,7 @@ impl<B: Backend> Model<B> {
         let final_norm = loader.norm(Part::FinalNorm, Part::FinalNormBias)?;
         let head = loader.part(Part::LmHead)?;
         let head_bias = spec.head_bias.then(|| loader.part(Part::LmHeadBias)).transpose()?;
-        let millibits = loader.expert_millibits()?;
+        let coded_experts = loader.coded_experts()?;
         let frequencies = spec.ropes.iter().enumerate().map(|(index, rope)| {
             loader.vector(&format!("inverse frequencies {index}"), &rope.inverse_frequencies)
         });
@@ -263,7 +263,7 @@ impl<B: Backend> Model<B> {
         let origins = options.decompress_prompts;
         let identity = format!("{spec:?} {} {:?} {labelled} {origins}", device.dtype(), options.parallel);
         let identity = hash_bytes(identity.as_bytes());
-        let experts = experts::pipeline(&spec, &layout, &options, identity, &device, &fabric, millibits)?;
+        let experts = experts::pipeline(&spec, &layout, &options, identity, &device, &fabric, coded_experts)?;
         let settings = experts.as_ref().map(ExpertPipeline::settings);
         let identity = hash_bytes(format!("{identity} {settings:?}").as_bytes());
         Ok(Model {

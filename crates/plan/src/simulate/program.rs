@@ -390,7 +390,7 @@ impl Builder<'_> {
         after: Option<usize>,
         rows: impl Fn(&Self, Rank) -> Vec<u64>,
     ) {
-        let product = self.cost.gemm(kind).product(columns, depth, self.workload.shape.weight_millibits);
+        let product = self.cost.gemm(kind).product(columns, depth, self.workload.shape.weights);
         let step = Step { queue: Queue::Compute, label, after: [after, None], meets: false };
         let gemm = |rows| Work::Gemm { kind, rows, columns, depth };
         self.push(

@@ -151,7 +151,9 @@ impl Drop for Kernels {
 
 /// Whether weights in codes need it.
 fn is_coded(part: &Part) -> bool {
-    ["_coded.cu", "_hopper_fp8.cu"].iter().any(|end| part.source.file.ends_with(end))
+    ["_coded.cu", "_fp8.cu"]
+        .iter()
+        .any(|end| part.source.file.starts_with("gemm") && part.source.file.ends_with(end))
 }
 
 /// Whether keys and values in codes need it.

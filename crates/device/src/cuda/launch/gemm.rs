@@ -386,7 +386,14 @@ impl Launch<'_> {
         let codes = products.weights[0].format == WeightFormat::Fp8;
         let row_bytes = first.x_stride * products.from.bytes() as u64;
         let narrow = (products.to == DType::BF16).then_some(products.columns);
-        let (plan, (x, out)) = if codes {
+        // Blocks whose outputs share a scale tell each other the largest of theirs.
+        let together = if products.to == DType::U32 { 4 } else { 1 };
+        let few = codes
+            .then(|| hopper::plan_few_codes(&blocks, weight.rows, together, self.multiprocessors))
+            .flatten();
+        let (plan, (x, out)) = if let Some(plan) = few {
+            (plan, hopper::few_code_maps(first, rows, row_bytes, weight.width)?)
+        } else if codes {
             (
                 hopper::plan_codes(&blocks, weight.rows, weight.width, self.multiprocessors),
                 hopper::code_maps(first, rows, weight.width, row_bytes, narrow)?,
@@ -428,10 +435,13 @@ impl Launch<'_> {
             brick_bytes: products.bricks.map_or(0, |bricks| bricks.bytes() as u32),
             rows_stride: row_bytes as u32,
         };
-        let operations =
-            if codes { ["gemm_fp8", "gated_fp8"] } else { plan.operations(products.bricks.is_some()) };
+        let (operations, shared) = match (codes, few) {
+            (_, Some(_)) => (["gemm_thin_fp8", "gated_thin_fp8"], hopper::FEW_SHARED_BYTES),
+            (true, None) => (["gemm_fp8", "gated_fp8"], hopper::SHARED_BYTES),
+            (false, None) => (plan.operations(products.bricks.is_some()), hopper::SHARED_BYTES),
+        };
         let kernel = self.kernels.get(operations[usize::from(gated)], products.from, products.to)?;
-        let shared = within("gemm: tiles", hopper::SHARED_BYTES, kernel.shared_limit)?;
+        let shared = within("gemm: tiles", shared, kernel.shared_limit)?;
         self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
         staged.map_or(Ok(()), |staged| self.sent(&staged))
     }
