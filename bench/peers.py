@@ -10,10 +10,12 @@ loaded and lie in huge pages, which is what makes it fast; llama.cpp has no such
 `llama-batched-bench` gives every sequence token 0, and so all of them the same experts: let it draw tokens at random, as
 llama.cpp's does, or its decode of eight sequences reads an eighth of the experts.
 
-With --peer-dtype q4_k_m, q8_0, q4_0 or mxfp4 weights are random codes, and epsmoe reads the same file. Widths must be whole
-blocks: --hf-overrides changes a preset's.
+With --peer-dtype q4_k_m, q8_0, q4_0 or mxfp4 weights are random codes, and epsmoe reads the same file. Widths should be whole
+blocks: --hf-overrides changes a preset's; maps that are none have bytes (Q8_0). epsmoe reads no GGUF of Qwen3.5, and takes random
+weights of its own there.
 """
 import argparse
+import hashlib
 import json
 import os
 import pathlib
@@ -27,6 +29,8 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 QUANTISED = {"q4_k_m": "Q4_K", "q8_0": "Q8_0", "q4_0": "Q4_0", "mxfp4": "MXFP4"}
 PROMPT, NEW, SEQUENCES = 512, 64, 8
 PHASES = [f"prefill of {PROMPT}", f"decode of {NEW}", f"decode of {SEQUENCES} x {NEW}"]
+# Families of which epsmoe reads no GGUF.
+WITHOUT_GGUF = ["qwen3_5_moe"]
 FLAGS = {"llama.cpp": [], "ik_llama.cpp": ["-rtr", "1", "-thp", "1"]}
 
 
@@ -95,109 +99,228 @@ def mixed(name, dtype, layers):
     return "Q6_K" if better else "Q4_K"
 
 
+class Tensors:
+    """Random tensors of a model, and the keys that all families have."""
+
+    def __init__(self, writer, config, dtype, experts, shared_width=0):
+        import numpy
+
+        self.writer, self.config, self.dtype = writer, config, dtype
+        self.experts, self.shared_width = experts, shared_width
+        self.random = numpy.random.default_rng(1)
+        writer.add_vocab_size(config["vocab_size"])
+        write_vocabulary(writer, config["vocab_size"])
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(config["hidden_size"])
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_head_count(config["num_attention_heads"])
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        self.matrix("token_embd", config["vocab_size"], config["hidden_size"])
+        self.matrix("output", config["vocab_size"], config["hidden_size"])
+        self.plain("output_norm", config["hidden_size"])
+
+    def matrix(self, name, *shape):
+        import gguf
+        import numpy
+
+        kind = gguf.GGMLQuantizationType[mixed(name, self.dtype, self.config["num_hidden_layers"])]
+        if self.dtype in QUANTISED:
+            if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+                kind = gguf.GGMLQuantizationType.Q8_0
+            return self.writer.add_tensor(f"{name}.weight", random_blocks(self.random, kind, shape), raw_dtype=kind)
+        numbers = self.random.standard_normal(shape, dtype=numpy.float32) * numpy.float32(0.02)
+        self.writer.add_tensor(f"{name}.weight", gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+
+    def plain(self, name, *shape, middle=1.0, part="weight"):
+        import numpy
+
+        numbers = self.random.random(shape, dtype=numpy.float32) * numpy.float32(0.1) + numpy.float32(middle)
+        self.writer.add_tensor(f"{name}.{part}" if part else name, numbers)
+
+    def router(self, name, *shape):
+        import numpy
+
+        self.writer.add_tensor(f"{name}.weight", self.random.standard_normal(shape, dtype=numpy.float32) * numpy.float32(0.02))
+
+    def grouped_attention(self, at, width, gate=1):
+        """Maps of attention in groups of heads; `gate` is how many times as many rows those of queries have."""
+        hidden, heads = self.config["hidden_size"], self.config["num_attention_heads"]
+        kv_heads = self.config["num_key_value_heads"]
+        self.matrix(at + "attn_q", gate * heads * width, hidden)
+        self.matrix(at + "attn_k", kv_heads * width, hidden)
+        self.matrix(at + "attn_v", kv_heads * width, hidden)
+        self.matrix(at + "attn_output", hidden, heads * width)
+
+    def mlp(self, at, end, width, *experts):
+        for part in ("gate", "up"):
+            self.matrix(f"{at}ffn_{part}{end}", *experts, width, self.config["hidden_size"])
+        self.matrix(f"{at}ffn_down{end}", *experts, self.config["hidden_size"], width)
+
+    def expert_layer(self, at, inner):
+        self.router(at + "ffn_gate_inp", self.experts, self.config["hidden_size"])
+        self.mlp(at, "_exps", inner, self.experts)
+        if self.shared_width:
+            self.mlp(at, "_shexp", self.shared_width)
+
+
+def write_qwen3moe(writer, config, dtype, _):
+    width = config["head_dim"]
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    tensors = Tensors(writer, config, dtype, config["num_experts"])
+    for layer in range(config["num_hidden_layers"]):
+        at = f"blk.{layer}."
+        tensors.plain(at + "attn_norm", config["hidden_size"])
+        tensors.plain(at + "ffn_norm", config["hidden_size"])
+        tensors.grouped_attention(at, width)
+        tensors.plain(at + "attn_q_norm", width)
+        tensors.plain(at + "attn_k_norm", width)
+        tensors.expert_layer(at, config["moe_intermediate_size"])
+
+
+def write_deepseek2(writer, config, dtype, whole):
+    import gguf
+
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    shared, dense, inner = config["n_shared_experts"], config["first_k_dense_replace"], config["moe_intermediate_size"]
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_expert_feed_forward_length(inner)
+    writer.add_head_count_kv(heads if whole else 1)
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(rank)
+    writer.add_key_length(nope + rope if whole else rank + rope)
+    writer.add_value_length(value if whole else rank)
+    if not whole:
+        writer.add_key_length_mla(nope + rope)
+        writer.add_value_length_mla(value)
+    writer.add_rope_dimension_count(rope)
+    writer.add_leading_dense_block_count(dense)
+    writer.add_expert_shared_count(shared)
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
+    tensors = Tensors(writer, config, dtype, config["n_routed_experts"], shared * inner)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"blk.{layer}."
+        tensors.plain(at + "attn_norm", hidden)
+        tensors.plain(at + "ffn_norm", hidden)
+        tensors.matrix(at + "attn_q_a", config["q_lora_rank"], hidden)
+        tensors.plain(at + "attn_q_a_norm", config["q_lora_rank"])
+        tensors.matrix(at + "attn_q_b", heads * (nope + rope), config["q_lora_rank"])
+        tensors.matrix(at + "attn_kv_a_mqa", rank + rope, hidden)
+        tensors.plain(at + "attn_kv_a_norm", rank)
+        if whole:
+            tensors.matrix(at + "attn_kv_b", heads * (nope + value), rank)
+        else:
+            tensors.matrix(at + "attn_k_b", heads, rank, nope)
+            tensors.matrix(at + "attn_v_b", heads, value, rank)
+        tensors.matrix(at + "attn_output", hidden, heads * value)
+        if layer < dense:
+            tensors.mlp(at, "", config["intermediate_size"])
+        else:
+            tensors.expert_layer(at, inner)
+
+
+def write_gpt_oss(writer, config, dtype, _):
+    import gguf
+
+    hidden, heads, width = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
+    kv_heads, experts, inner = config["num_key_value_heads"], config["num_local_experts"], config["intermediate_size"]
+    scaling = config["rope_scaling"]
+    writer.add_feed_forward_length(inner)
+    writer.add_expert_feed_forward_length(inner)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_sliding_window(config["sliding_window"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling["factor"])
+    writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    tensors = Tensors(writer, config, dtype, experts)
+    for layer in range(config["num_hidden_layers"]):
+        at = f"blk.{layer}."
+        tensors.plain(at + "attn_norm", hidden)
+        tensors.plain(at + "post_attention_norm", hidden)
+        tensors.grouped_attention(at, width)
+        for name, rows in [("q", heads), ("k", kv_heads), ("v", kv_heads)]:
+            tensors.plain(f"{at}attn_{name}", rows * width, middle=0, part="bias")
+        tensors.plain(at + "attn_output", hidden, middle=0, part="bias")
+        tensors.plain(at + "attn_sinks", heads)
+        tensors.expert_layer(at, inner)
+        tensors.plain(at + "ffn_gate_inp", experts, middle=0, part="bias")
+        for name, rows in [("gate", inner), ("up", inner), ("down", hidden)]:
+            tensors.plain(f"{at}ffn_{name}_exps", experts, rows, middle=0, part="bias")
+
+
+def write_qwen35moe(writer, config, dtype, _):
+    hidden, width = config["hidden_size"], config["head_dim"]
+    state, keys, values = (config[f"linear_{name}"] for name in ("value_head_dim", "num_key_heads", "num_value_heads"))
+    rope, every = config["rope_parameters"], config["full_attention_interval"]
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(int(width * rope["partial_rotary_factor"]))
+    writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
+    writer.add_full_attention_interval(every)
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(keys)
+    writer.add_ssm_time_step_rank(values)
+    writer.add_ssm_inner_size(state * values)
+    tensors = Tensors(writer, config, dtype, config["num_experts"], config["shared_expert_intermediate_size"])
+    channels = (2 * keys + values) * state
+    for layer in range(config["num_hidden_layers"]):
+        at = f"blk.{layer}."
+        tensors.plain(at + "attn_norm", hidden)
+        tensors.plain(at + "post_attention_norm", hidden)
+        if (layer + 1) % every == 0:
+            tensors.grouped_attention(at, width, gate=2)
+            tensors.plain(at + "attn_q_norm", width)
+            tensors.plain(at + "attn_k_norm", width)
+        else:
+            tensors.matrix(at + "attn_qkv", channels, hidden)
+            tensors.matrix(at + "attn_gate", values * state, hidden)
+            tensors.plain(at + "ssm_conv1d", channels, config["linear_conv_kernel_dim"], middle=0)
+            tensors.plain(at + "ssm_dt", values, middle=-3, part="bias")
+            tensors.plain(at + "ssm_a", values, middle=-1, part="")
+            tensors.matrix(at + "ssm_beta", values, hidden)
+            tensors.matrix(at + "ssm_alpha", values, hidden)
+            tensors.plain(at + "ssm_norm", state)
+            tensors.matrix(at + "ssm_out", hidden, values * state)
+        tensors.expert_layer(at, config["moe_intermediate_size"])
+        tensors.plain(at + "ffn_gate_inp_shexp", hidden, middle=0)
+
+
+FAMILIES = {
+    "qwen3_moe": ("qwen3moe", write_qwen3moe),
+    "deepseek_v2": ("deepseek2", write_deepseek2),
+    "gpt_oss": ("gpt-oss", write_gpt_oss),
+    "qwen3_5_moe": ("qwen35moe", write_qwen35moe),
+}
+
+
 def write_gguf(config, dtype, path, whole=False):
     """The configuration's shapes with random weights, as llama.cpp's own converter lays them out. Latent attention's map to
     keys and values is cut in two there; `whole` leaves it in one, as ik_llama.cpp wants it."""
     import gguf
-    import numpy
 
-    random = numpy.random.default_rng(1)
-    latent = "kv_lora_rank" in config
     partial = path.with_suffix(".partial")
-    writer = gguf.GGUFWriter(partial, "deepseek2" if latent else "qwen3moe")
-
-    def matrix(name, *shape):
-        kind = gguf.GGMLQuantizationType[mixed(name, dtype, config["num_hidden_layers"])]
-        if dtype in QUANTISED:
-            return writer.add_tensor(f"{name}.weight", random_blocks(random, kind, shape), raw_dtype=kind)
-        numbers = random.standard_normal(shape, dtype=numpy.float32) * numpy.float32(0.02)
-        writer.add_tensor(f"{name}.weight", gguf.quants.quantize(numbers, kind), raw_dtype=kind)
-
-    def plain(name, *shape):
-        writer.add_tensor(f"{name}.weight", random.random(shape, dtype=numpy.float32) * numpy.float32(0.1) + 1)
-
-    def router(name, *shape):
-        writer.add_tensor(f"{name}.weight", random.standard_normal(shape, dtype=numpy.float32) * numpy.float32(0.02))
-
-    hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
-    experts = config["n_routed_experts" if latent else "num_experts"]
-    inner = config["moe_intermediate_size"]
-    writer.add_vocab_size(config["vocab_size"])
-    write_vocabulary(writer, config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_expert_count(experts)
-    writer.add_expert_used_count(config["num_experts_per_tok"])
-    writer.add_expert_feed_forward_length(inner)
-    if latent:
-        rank, rope = config["kv_lora_rank"], config["qk_rope_head_dim"]
-        nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
-        shared, dense = config["n_shared_experts"], config["first_k_dense_replace"]
-        writer.add_head_count_kv(heads if whole else 1)
-        writer.add_q_lora_rank(config["q_lora_rank"])
-        writer.add_kv_lora_rank(rank)
-        writer.add_key_length(nope + rope if whole else rank + rope)
-        writer.add_value_length(value if whole else rank)
-        if not whole:
-            writer.add_key_length_mla(nope + rope)
-            writer.add_value_length_mla(value)
-        writer.add_rope_dimension_count(rope)
-        writer.add_leading_dense_block_count(dense)
-        writer.add_expert_shared_count(shared)
-        writer.add_expert_weights_scale(config["routed_scaling_factor"])
-        writer.add_expert_weights_norm(config["norm_topk_prob"])
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)
-    else:
-        width = config["head_dim"]
-        kv_heads, shared, dense = config["num_key_value_heads"], 0, 0
-        writer.add_head_count_kv(kv_heads)
-        writer.add_key_length(width)
-        writer.add_value_length(width)
-
-    matrix("token_embd", config["vocab_size"], hidden)
-    matrix("output", config["vocab_size"], hidden)
-    plain("output_norm", hidden)
-    for layer in range(layers):
-        at = f"blk.{layer}."
-        plain(at + "attn_norm", hidden)
-        plain(at + "ffn_norm", hidden)
-        if latent:
-            matrix(at + "attn_q_a", config["q_lora_rank"], hidden)
-            plain(at + "attn_q_a_norm", config["q_lora_rank"])
-            matrix(at + "attn_q_b", heads * (nope + rope), config["q_lora_rank"])
-            matrix(at + "attn_kv_a_mqa", rank + rope, hidden)
-            plain(at + "attn_kv_a_norm", rank)
-            if whole:
-                matrix(at + "attn_kv_b", heads * (nope + value), rank)
-            else:
-                matrix(at + "attn_k_b", heads, rank, nope)
-                matrix(at + "attn_v_b", heads, value, rank)
-            matrix(at + "attn_output", hidden, heads * value)
-        else:
-            matrix(at + "attn_q", heads * width, hidden)
-            matrix(at + "attn_k", kv_heads * width, hidden)
-            matrix(at + "attn_v", kv_heads * width, hidden)
-            plain(at + "attn_q_norm", width)
-            plain(at + "attn_k_norm", width)
-            matrix(at + "attn_output", hidden, heads * width)
-        if layer < dense:
-            for part in ("gate", "up"):
-                matrix(f"{at}ffn_{part}", config["intermediate_size"], hidden)
-            matrix(at + "ffn_down", hidden, config["intermediate_size"])
-            continue
-        router(at + "ffn_gate_inp", experts, hidden)
-        for part in ("gate", "up"):
-            matrix(f"{at}ffn_{part}_exps", experts, inner, hidden)
-        matrix(at + "ffn_down_exps", experts, hidden, inner)
-        if shared:
-            for part in ("gate", "up"):
-                matrix(f"{at}ffn_{part}_shexp", shared * inner, hidden)
-            matrix(at + "ffn_down_shexp", hidden, shared * inner)
+    name, write = FAMILIES[config["model_type"]]
+    writer = gguf.GGUFWriter(partial, name)
+    write(writer, config.get("text_config", config), dtype, whole)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -276,6 +399,12 @@ def add_peers(parser):
     parser.add_argument("--json", type=pathlib.Path, help="turns are added to those already there")
 
 
+def merged(config, overrides):
+    """Other values in the place of some, as epsmoe's --hf-overrides has it."""
+    new = {key: merged(config[key], value) if isinstance(value, dict) and key in config else value for key, value in overrides.items()}
+    return config | new
+
+
 def models_of(options, preset, config, dtype):
     """The GGUF of each peer that takes part; what is not there is written."""
     dtype = options.peer_dtype or dtype
@@ -283,7 +412,7 @@ def models_of(options, preset, config, dtype):
     models = {}
     for name in (name for name, programs in options.peers.items() if programs):
         whole = name == "ik_llama.cpp" and "kv_lora_rank" in config
-        other = "".join(f"-{key}-{value}" for key, value in options.hf_overrides.items())
+        other = "-" + hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8] if options.hf_overrides else ""
         models[name] = options.gguf / f"{preset}{other}-{dtype}{'-whole' if whole else ''}.gguf"
         if not models[name].exists():
             write_gguf(config, dtype, models[name], whole)
@@ -300,14 +429,14 @@ def main():
     options.peers = {"llama.cpp": options.llama_cpp, "ik_llama.cpp": options.ik_llama_cpp}
     turns = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     for preset in options.presets or DEFAULT:
-        config = json.loads((PRESETS / f"{preset}.json").read_text()) | options.hf_overrides
+        config = merged(json.loads((PRESETS / f"{preset}.json").read_text()), options.hf_overrides)
         for dtype in options.dtype or ["bfloat16"]:
             models = models_of(options, preset, config, dtype)
             for _ in range(options.rounds):
                 for threads in options.threads or [os.cpu_count()]:
                     own = ["--model", f"preset:{preset}", "--hf-overrides", json.dumps(options.hf_overrides)]
                     rates = {"epsmoe": time_epsmoe(options.epsmoe, own, dtype, threads)}
-                    if options.peer_dtype in QUANTISED:
+                    if options.peer_dtype in QUANTISED and config["model_type"] not in WITHOUT_GGUF:
                         file = ["--model", str(next(iter(models.values())))]
                         rates = {"epsmoe": time_epsmoe(options.epsmoe, file, dtype, threads), "epsmoe bf16": rates["epsmoe"]}
                     for name, model in models.items():

@@ -57,7 +57,7 @@ pub(crate) struct Layout {
 pub(crate) struct CodedTile<'a> {
     pub layout: &'a Layout,
     pub rows: usize,
-    /// The first panel and the last, of one or two.
+    /// The first panel and the last, of one or two, or of neighbours.
     pub panels: [*const u8; 2],
     pub count: usize,
     /// Activations, as [`super::Blocks`] says, float32 in words; or as [`TileProducts`] packs them.
@@ -79,7 +79,9 @@ pub(crate) struct TileProducts {
     pub pack: unsafe fn(&[&[u8]], &mut [u32]),
     /// Words for decoded weights.
     pub decoded_words: usize,
-    /// Multiplies with one panel. The sums have room for whole tiles of rows.
+    /// Neighbouring panels at once, at most, for so many rows.
+    pub panels: fn(usize) -> usize,
+    /// Multiplies with neighbouring panels. The sums have room for whole tiles of rows of the last.
     pub multiply: unsafe fn(&CodedTile<'_>),
 }
 

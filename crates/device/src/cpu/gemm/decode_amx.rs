@@ -10,7 +10,7 @@
 //! Decoded tiles go through the first cache: vector instructions fill one buffer while tiles are loaded from the other.
 
 use super::amx::{SIDE, Shapes};
-use super::coded::{CodedTile, TILE, TileProducts};
+use super::coded::{CodedTile, Layout, TILE, TileProducts};
 use super::decode_avx512::{Minima, Powers, Scaled, ScaledFloats, Weights, Zeros};
 use super::kernel::VECTORS;
 use crate::threaded::LINE_BYTES;
@@ -20,7 +20,7 @@ use std::arch::x86_64::*;
 use std::mem::transmute;
 
 pub(super) const PRODUCTS: TileProducts =
-    TileProducts { words, pack, decoded_words: BLOCK * VECTORS * SIDE * SIDE, multiply };
+    TileProducts { words, pack, decoded_words: BLOCK * VECTORS * SIDE * SIDE, panels, multiply };
 
 /// Tiles along K that are decoded before many rows are multiplied with them; few rows are with one at a time.
 const BLOCK: usize = 32;
@@ -33,6 +33,11 @@ const ROWS_AT_ONCE: usize = 2 * SIDE;
 
 /// Streams in which the panel that follows is brought into L2.
 const STREAMS: usize = 4;
+
+/// Panels that are multiplied one after the other: of few rows one ends while the next has begun.
+fn panels(rows: usize) -> usize {
+    if rows <= ROWS_AT_ONCE { 8 } else { 1 }
+}
 
 /// Rows side by side in a tile of activations or of sums.
 fn across(rows: usize) -> usize {
@@ -124,19 +129,47 @@ unsafe fn multiply(tile: &CodedTile<'_>) {
             (Code::U4, _) => walk::<_, Scaled>(Nibbles::new(&whole.map(|value| value - 8.0)), tile),
             (Code::I8, Scale::NestedWithMinima) => walk::<_, Minima>(Signed, tile),
             (Code::I8, _) if zeros => walk::<_, Zeros>(Signed, tile),
+            (Code::I8, Scale::F16 | Scale::BF16) => walk::<_, Shifted>(InFraction::new(), tile),
             (Code::I8, _) => walk::<_, Scaled>(Signed, tile),
             (Code::E4M3, _) => walk::<_, ScaledFloats>(Floats::new(), tile),
         }
     }
 }
 
-/// Decodes a panel block by block and multiplies all rows with each.
+/// Multiplies with panels that lie one after the other.
 ///
 /// # Safety
 /// Like [`multiply`].
 #[inline(always)]
 unsafe fn walk<U: Unit<W>, W: Column>(mut unit: U, tile: &CodedTile<'_>) {
-    let &CodedTile { layout, rows, activations, sums, .. } = tile;
+    let panel_bytes = tile.layout.format.groups(tile.layout.k) * tile.layout.group_bytes;
+    // SAFETY: the caller's promise.
+    unsafe {
+        configure(across(tile.rows));
+        for panel in 0..tile.count {
+            let codes = tile.panels[0].add(panel * panel_bytes);
+            let last = panel + 1 == tile.count;
+            let following = if last { tile.following } else { codes.add(panel_bytes) };
+            let sums = tile.sums.add(panel * tile.rows * VECTORS * SIDE);
+            multiply_panel(&mut unit, tile, codes, [following, following.wrapping_add(panel_bytes)], sums);
+        }
+        release();
+    }
+}
+
+/// Decodes a panel block by block and multiplies all rows with each, while what follows is brought into L2.
+///
+/// # Safety
+/// Like [`multiply`], and [`configure`] was called.
+#[inline(always)]
+unsafe fn multiply_panel<U: Unit<W>, W: Column>(
+    unit: &mut U,
+    tile: &CodedTile<'_>,
+    mut codes: *const u8,
+    following: [*const u8; 2],
+    sums: *mut f32,
+) {
+    let &CodedTile { layout, rows, activations, .. } = tile;
     let Format { group, part, .. } = layout.format;
     let tiles = layout.k.div_ceil(TILE[1]);
     let (tiles_of_a_group, tiles_of_a_part) = (group.div_ceil(TILE[1]), part.div_ceil(TILE[1]));
@@ -144,9 +177,8 @@ unsafe fn walk<U: Unit<W>, W: Column>(mut unit: U, tile: &CodedTile<'_>) {
     let (parts_of_a_tile, other) = if part < TILE[1] && group > part { (2, 1) } else { (1, 0) };
     let few = rows <= ROWS_AT_ONCE;
     let across = across(rows);
-    let (mut following, apart) =
-        (tile.following, layout.format.groups(layout.k) * layout.group_bytes / STREAMS);
-    let (mut header, mut codes) = (tile.panels[0], tile.panels[0]);
+    let apart = (following[1].addr() - following[0].addr()) / STREAMS;
+    let (mut following, mut header) = (following[0], codes);
     let (mut of_group, mut of_part) = (0, 0);
     let mut halves = [Halves::default(); VECTORS];
     let decoded = tile.decoded.cast::<DecodedTiles>();
@@ -160,7 +192,6 @@ unsafe fn walk<U: Unit<W>, W: Column>(mut unit: U, tile: &CodedTile<'_>) {
     };
     // SAFETY: the caller's promise. There is room for the decoded tiles of a block.
     unsafe {
-        configure(across);
         let first_rows = multiplied(0);
         zero_sums();
         for index in 0..tiles {
@@ -218,7 +249,6 @@ unsafe fn walk<U: Unit<W>, W: Column>(mut unit: U, tile: &CodedTile<'_>) {
             first_rows.add_products(decoded.add((tiles - 1) % TURNS), tiles - 1);
             first_rows.store_sums();
         }
-        release();
         if across > 1 {
             turn_sums(sums, rows, across);
         }
@@ -524,6 +554,27 @@ linear!(Zeros, self => (self.scale, self.zero),
 linear!(Minima, self => (self.scale, self.minimum),
     (scale, minimum, values) => _mm512_fmsub_ps(values, scale, minimum));
 
+/// Scales of at most eleven bits for bytes in the fraction of 2¹⁵: `byte · scale` is `(2¹⁵ + 128 + byte) · scale − (2¹⁵ + 128) · scale`, and
+/// what is taken off has twenty bits, so that one multiply-add gives it exactly.
+struct Shifted(Scaled);
+
+impl Weights for Shifted {
+    #[inline(always)]
+    unsafe fn load(layout: &Layout, header: *const u8, part: usize, octet: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Shifted(Scaled::load(layout, header, part, octet)) }
+    }
+
+    #[inline(always)]
+    unsafe fn of(&self, even: __m512, odd: __m512) -> __m512i {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.of(even, odd) }
+    }
+}
+
+linear!(Shifted, self => (self.0.0, _mm512_mul_ps(self.0.0, _mm512_set1_ps(32768.0 + 128.0))),
+    (scale, shift, values) => _mm512_fmsub_ps(values, scale, shift));
+
 /// # Safety
 /// The processor has the instructions; there is such a column.
 #[inline(always)]
@@ -604,6 +655,66 @@ impl<W: Linear> Unit<W> for Signed {
                     of_column::<W>(&halves[half], column, values)
                 };
                 _mm512_store_si512(decoded.as_mut_ptr().cast(), rounded(half(0), half(1)));
+            }
+        }
+    }
+}
+
+/// Bytes that become numbers without being converted: 128 more than a byte in the second lowest byte of 2¹⁵ is that much added to it.
+struct InFraction {
+    /// Which byte of two columns goes to each number: the halves of the first, then those of the second.
+    places: [__m512i; 4],
+}
+
+impl InFraction {
+    /// # Safety
+    /// The processor has the instructions.
+    #[inline(always)]
+    unsafe fn new() -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+            let places = [0, 1, 2, 3].map(|half| {
+                let bytes = _mm512_add_epi32(lanes, _mm512_set1_epi32(16 * half));
+                _mm512_slli_epi32::<8>(bytes)
+            });
+            InFraction { places }
+        }
+    }
+}
+
+/// Sixteen of the bytes at `codes`, each in its number. The compiler would make several instructions of it.
+///
+/// # Safety
+/// The processor has AVX-512 with its instructions for bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+unsafe fn in_fraction(codes: __m512i, places: __m512i) -> __m512 {
+    let mut numbers = _mm512_set1_ps(32768.0);
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!("vpermb {numbers}{{{second}}}, {places}, {codes}", numbers = inout(zmm_reg) numbers,
+            places = in(zmm_reg) places, codes = in(zmm_reg) codes, second = in(kreg) 0x2222_2222_2222_2222_u64,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    numbers
+}
+
+impl Unit<Shifted> for InFraction {
+    #[inline(always)]
+    unsafe fn decode(&mut self, codes: *const u8, halves: &Halves, decoded: &mut [[u8; LINE_BYTES]; SIDE]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for (pair, decoded) in decoded.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let codes = _mm512_loadu_si512(codes.add(pair * LINE_BYTES).cast());
+                let codes = _mm512_xor_si512(codes, _mm512_set1_epi8(i8::MIN));
+                for (other, decoded) in decoded.iter_mut().enumerate() {
+                    let half = |half: usize| {
+                        let values = in_fraction(codes, self.places[2 * other + half]);
+                        of_column::<Shifted>(&halves[half], 2 * pair + other, values)
+                    };
+                    _mm512_store_si512(decoded.as_mut_ptr().cast(), rounded(half(0), half(1)));
+                }
             }
         }
     }

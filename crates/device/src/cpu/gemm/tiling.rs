@@ -163,7 +163,10 @@ impl Plan {
             for chunk in even_parts(0..count, count.div_ceil(most_tiles)) {
                 let rows = even_part(rows.clone(), count, chunk.start).start
                     ..even_part(rows.clone(), count, chunk.end).start;
-                let (tiles, grouping) = if shape.coded().is_some() {
+                let tiled = shape.coded().filter(Layout::is_tiled).and(functions.tile_products);
+                let (tiles, grouping) = if let Some(products) = tiled {
+                    (*tiles, Grouping::Runs((products.panels)(rows.len())))
+                } else if shape.coded().is_some() {
                     // Sums of one row in one panel would wait for each other.
                     let pairs = rows.len() == 1 && !functions.fused.is_empty();
                     (*tiles, if pairs { Grouping::Pairs } else { Grouping::Runs(1) })
@@ -317,7 +320,7 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
             let tiles = self.tiled().map_or(0, |(_, products)| products.decoded_words);
             scratch.weights.grow(tiles.max((DECODED_STEPS + SIDE) * width));
         }
-        let sums_rows = rows.len().next_multiple_of(TILE[0]).max(grouping.most() * rows.len() + SPARE_ROWS);
+        let sums_rows = grouping.most() * rows.len() + SPARE_ROWS.max(TILE[0]);
         scratch.sums.grow(sums_rows * width);
         for group in grouping.groups(panels.clone()) {
             let last_panels = group.first + group.count == panels.end;
