@@ -82,7 +82,7 @@ if is_wanted ablation; then
         # shellcheck disable=SC2046
         within 60 "ablation-$model" bench --ablation --device cuda:0 --dtype bfloat16 --model "preset:$model" -dp 4 -ep \
             --hf-overrides '{"num_hidden_layers": 3}' --link 40GB/s --batch-size 8 --input-len 1024 --num-iters 4 \
-            --max-seconds 12 --json "ablation-$model.json"
+            --max-model-len 2048 --max-num-batched-tokens 2048 --max-seconds 12 --json "ablation-$model.json"
     done
 fi
 python3 "$here/emulated.py"
