@@ -221,7 +221,9 @@ __device__ __forceinline__ Work take_tile(u32 base, SlotCursor& c, bool hand_bac
     barrier_wait(base + BAR_SLOT_FULL + 8 * c.slot, c.phase);
     uint4 v = load_shared16(base + OFF_SLOTS + 16 * c.slot);
     Work t = {v.x, v.y, v.z, v.w};
-    __syncwarp(LANES);
+    // The slot goes back when its words are here, not when they were asked for. A load may wait behind stores to a memory that others keep busy,
+    // and the arrival, which goes another way, would overtake it: the scheduler's next word came first, and a warpgroup took the end for its tile.
+    t.rows = __any_sync(LANES, v.y) ? v.y : 0;
     if (hand_back) barrier_arrive_cluster(peer_addr(base + BAR_SLOT_EMPTY + 8 * c.slot, 0));
     c.next();
     return t;

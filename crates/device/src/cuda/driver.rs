@@ -238,6 +238,15 @@ impl Stream {
         unsafe { call!(cuStreamSynchronize(self.handle)) }
     }
 
+    /// Whether all its work is done.
+    pub(super) fn is_idle(&self) -> Result<bool, CudaError> {
+        // SAFETY: the handle lives until `Drop`.
+        match unsafe { sys::cuStreamQuery(self.handle) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => check("cuStreamQuery", code).map(|()| true),
+        }
+    }
+
     /// Lets nothing enqueued from now on start before what `event` was last recorded after.
     pub(super) fn wait(&self, event: &Event) -> Result<(), CudaError> {
         // SAFETY: both handles are alive; the driver takes the event's record when called.

@@ -656,9 +656,30 @@ impl Drop for CudaBackend {
         // Work in flight uses memory that is about to be given back. A failed GPU has nothing in flight.
         if self.device.context.bind().is_ok() {
             for queue in &self.queues {
-                let _ = queue.stream.synchronize();
+                match self.options.faults.get() {
+                    None => drop(queue.stream.synchronize()),
+                    Some(fault) => leave_unless_idle(&queue.stream, fault),
+                }
             }
         }
+    }
+}
+
+/// Waits for a stream of a world that has ended by a fault, which may be that it stands still for good. Neither its memory nor its context can be
+/// given back then, and whoever ends in good order waits for it without an end: so the process ends here.
+fn leave_unless_idle(stream: &Stream, fault: &Fault) {
+    const LAST_WAIT: Duration = Duration::from_secs(10);
+    const NAP: Duration = Duration::from_millis(1);
+    let begun = Instant::now();
+    while let Ok(false) = stream.is_idle() {
+        if begun.elapsed() > LAST_WAIT {
+            eprintln!(
+                "error: {fault}; what the GPU was given does not end, so this process leaves without it"
+            );
+            // SAFETY: ends the process; nothing of it runs afterwards.
+            unsafe { libc::_exit(1) };
+        }
+        std::thread::sleep(NAP);
     }
 }
 
