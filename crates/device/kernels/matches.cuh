@@ -73,11 +73,9 @@ __device__ __forceinline__ u32 for_matches(u32 count, Wanted wanted, Found found
 
 constexpr u32 NONE = ~0u; // fills up rows of indices
 
-// Where a slot is, or would be, in an ascending row of `width` slots that NONE fills up. All of the row is read at once: one word after the
-// other, each as long on its way, is what blocks that look through thousands of rows would wait for.
+// Where a slot is, or would be, in an ascending row of `width` slots that NONE fills up.
 __device__ __forceinline__ u32 place_of(const u32* slots, u32 width, u32 slot) {
     u32 place = 0;
-#pragma unroll 4
-    for (u32 other = 0; other < width; ++other) place += slots[other] < slot;
+    while (place < width && slots[place] < slot) ++place;
     return place;
 }
