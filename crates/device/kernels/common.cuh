@@ -192,6 +192,24 @@ template <typename T> __device__ __forceinline__ void write(T* to, const Run& ru
     }
 }
 
+// The same of ROWS rows that are `apart` elements from each other, of which so many are there: all are on their way before any is
+// looked at.
+template <u32 ROWS, typename T>
+__device__ __forceinline__ void read_rows(Run (&runs)[ROWS], const T* from, u64 apart, u32 rows, u32 count) {
+    constexpr u32 PIECES = RUN * sizeof(T) / 16;
+    if (rows >= ROWS && in_pieces(from, count) && apart * sizeof(T) % 16 == 0) {
+        union { uint4 pieces[ROWS][PIECES]; T elements[ROWS][RUN]; } held;
+#pragma unroll
+        for (u32 i = 0; i < ROWS * PIECES; ++i)
+            held.pieces[i / PIECES][i % PIECES] = reinterpret_cast<const uint4*>(from + i / PIECES * apart)[i % PIECES];
+#pragma unroll
+        for (u32 i = 0; i < ROWS * RUN; ++i) runs[i / RUN].values[i % RUN] = wide(held.elements[i / RUN][i % RUN]);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < ROWS; ++i) runs[i] = i < rows ? read(from + i * apart, count) : Run{};
+    }
+}
+
 // Run by run: `count` columns of row m from n on.
 #define FOR_RUNS(view, m, n, count)                                                                          \
     for (u32 runs_ = ((view).width + RUN - 1) / RUN, at_ = blockIdx.x * THREADS + threadIdx.x;              \

@@ -12,6 +12,11 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes) 
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// So many bytes, 4, 8 or 16, likewise.
+template <u32 BYTES> __device__ __forceinline__ void copy_few_async(u32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
+}
+
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // At most PENDING groups of copies have yet to arrive.
 template <u32 PENDING> __device__ __forceinline__ void copies_wait() {

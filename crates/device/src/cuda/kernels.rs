@@ -104,7 +104,8 @@ sources! {
     "activate": ["activate"] in ANY, 256 threads;
     "add_slot_bias": ["add_slot_bias"] in SAME, 256 threads;
     "short_conv": ["short_conv", "keep_rows"] in [(F32, F32), (BF16, F32), (BF16, BF16)], 256 threads;
-    "recurrence": ["delta128", "delta256", "space128", "space256"] in [(F32, F32), (BF16, F32)], 128 threads;
+    "recurrence": ["delta128", "delta128_few", "delta256", "delta256_few", "space128", "space128_few", "space256", "space256_few"]
+        in [(F32, F32), (BF16, F32)], 128 threads;
     "gate": ["gate"] in [(F32, F32), (F32, BF16), (BF16, BF16)], 256 threads;
     "gather": ["gather"] in [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (E4M3, F32), (E4M3, BF16)], 256 threads;
     "gather_fp8": ["to_fp8", "from_fp8", "through_fp8"] in SAME, 256 threads;
