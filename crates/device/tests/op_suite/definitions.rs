@@ -735,6 +735,7 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
     // Several steps of keys, tiles of queries and sequences that share neither.
     let long: Lengths<'_> = &[(0, 150), (200, 1), (61, 70), (0, 0), (127, 2)];
     let several_spans: Lengths<'_> = &[(8190, 4), (4094, 3), (12_300, 1)];
+    let longest: Lengths<'_> = &[(32_766, 5), (32_767, 1)];
     let mixed: Lengths<'_> = &[(0, 7), (12, 1), (0, 0), (3, 4), (0, 1), (40, 1)];
     let cases: &[(Heads, Lengths<'_>, usize)] = &[
         (plain, &[(0, 1)], 4),
@@ -783,6 +784,7 @@ fn attentions<B: Backend>(bench: &Bench<B>) {
         (Heads { heads: 2, kv_heads: 1, sinks: true, ..window(wide, 4500) }, several_spans, 16),
         (Heads { heads: 2, ..few_latents }, several_spans, 64),
         (Heads { heads: 1, kv_heads: 1, ..widest }, several_spans, 64),
+        (Heads { heads: 2, kv_heads: 1, key_width: 64, value_width: 64, ..plain }, longest, 64),
     ];
     for (heads, lengths, block_size) in cases {
         let what = format!("{heads:?} over {lengths:?} in blocks of {block_size}");
