@@ -141,7 +141,9 @@ unsafe fn multiply(tile: &CodedTile<'_>) {
 /// # Safety
 /// Like [`multiply`].
 #[inline(always)]
-unsafe fn walk<U: Unit<W>, W: Column>(mut unit: U, tile: &CodedTile<'_>) {
+unsafe fn walk<U: Unit<W> + Copy, W: Column>(unit: U, tile: &CodedTile<'_>) {
+    // One for each half of a panel, which may be gate and up and have other scales.
+    let mut units = [unit; VECTORS];
     let panel_bytes = tile.layout.format.groups(tile.layout.k) * tile.layout.group_bytes;
     // SAFETY: the caller's promise.
     unsafe {
@@ -151,7 +153,7 @@ unsafe fn walk<U: Unit<W>, W: Column>(mut unit: U, tile: &CodedTile<'_>) {
             let last = panel + 1 == tile.count;
             let following = if last { tile.following } else { codes.add(panel_bytes) };
             let sums = tile.sums.add(panel * tile.rows * VECTORS * SIDE);
-            multiply_panel(&mut unit, tile, codes, [following, following.wrapping_add(panel_bytes)], sums);
+            multiply_panel(&mut units, tile, codes, [following, following.wrapping_add(panel_bytes)], sums);
         }
         release();
     }
@@ -163,7 +165,7 @@ unsafe fn walk<U: Unit<W>, W: Column>(mut unit: U, tile: &CodedTile<'_>) {
 /// Like [`multiply`], and [`configure`] was called.
 #[inline(always)]
 unsafe fn multiply_panel<U: Unit<W>, W: Column>(
-    unit: &mut U,
+    units: &mut [U; VECTORS],
     tile: &CodedTile<'_>,
     mut codes: *const u8,
     following: [*const u8; 2],
@@ -212,7 +214,8 @@ unsafe fn multiply_panel<U: Unit<W>, W: Column>(
                 }
             }
             let within = if few { index % TURNS } else { index % BLOCK };
-            for (halves, decoded) in halves.iter().zip(&mut *decoded.add(within)) {
+            let vectors = units.iter_mut().zip(&halves).zip(&mut *decoded.add(within));
+            for ((unit, halves), decoded) in vectors {
                 for line in 0..layout.unit_bytes / LINE_BYTES / STREAMS {
                     for stream in 0..STREAMS {
                         let ahead = following.wrapping_add(stream * apart + line * LINE_BYTES);
@@ -605,6 +608,7 @@ trait Unit<W> {
 }
 
 /// Four bits: what they mean.
+#[derive(Clone, Copy)]
 struct Nibbles(__m512);
 
 impl Nibbles {
@@ -641,6 +645,7 @@ impl<W: Column> Unit<W> for Nibbles {
 }
 
 /// Bytes.
+#[derive(Clone, Copy)]
 struct Signed;
 
 impl<W: Linear> Unit<W> for Signed {
@@ -661,6 +666,7 @@ impl<W: Linear> Unit<W> for Signed {
 }
 
 /// Bytes that become numbers without being converted: 128 more than a byte in the second lowest byte of 2¹⁵ is that much added to it.
+#[derive(Clone, Copy)]
 struct InFraction {
     /// Which byte of two columns goes to each number: the halves of the first, then those of the second.
     places: [__m512i; 4],
@@ -721,6 +727,7 @@ impl Unit<Shifted> for InFraction {
 }
 
 /// FP8 e4m3.
+#[derive(Clone, Copy)]
 struct Floats {
     /// The scale that `tables` are of.
     scale: u32,
