@@ -83,6 +83,11 @@ pub struct AutoPlanner {
     ran: Vec<Ran>,
     /// The last layer of this step that was planned.
     planned: Option<Layer>,
+    /// Whether the last look at layers left the correction about as it was, or there were many: until then plans are chosen by a
+    /// model that is still moving.
+    steady: bool,
+    /// How often layers were looked at.
+    looks: u32,
     /// Whether what layers take is being recorded.
     recorded: bool,
     /// Steps until layers are sampled again.
@@ -106,6 +111,9 @@ const HOLDS: u64 = 4;
 /// Work shorter than this says more about the clock than about the machine.
 const SHORTEST_NS: u64 = 20_000;
 
+/// Looks at layers after which plans are tried though the correction still moves: clocks may be that bad.
+const MOST_LOOKS: u32 = 8;
+
 /// A decision is searched for again when a factor has moved by more than this, in permille.
 const MOVED: u64 = 80;
 
@@ -124,6 +132,8 @@ impl AutoPlanner {
             waiting: BTreeMap::new(),
             ran: Vec::new(),
             planned: None,
+            steady: false,
+            looks: 0,
             recorded: true,
             rest: 0,
             feedback: None,
@@ -179,6 +189,8 @@ impl AutoPlanner {
             dense: if unused(all.dense) { like(before.dense, before.grouped, grouped) } else { dense },
             rows: step(before.rows, all.rows),
         };
+        self.looks = self.looks.saturating_add(1);
+        self.steady = self.looks >= MOST_LOOKS || !before.is_far_from(&self.correction);
         if self.correction == before {
             return;
         }
@@ -210,7 +222,7 @@ impl AutoPlanner {
         decided.layers += 1;
         self.layers += 1;
         let is_sampled = self.recorded && self.rest == 0 && self.ran.len() < SAMPLED;
-        let trial = if is_sampled { decided.contest.next_trial() } else { None };
+        let trial = if is_sampled && self.steady { decided.contest.next_trial() } else { None };
         let decision = decided.contest.decision(trial.unwrap_or_else(|| decided.contest.best()));
         self.shared = decision.shared;
         let is_whole = decision.shared == shared;
@@ -341,7 +353,10 @@ impl Planner for AutoPlanner {
         let all_ran = std::mem::take(&mut self.ran);
         for (number, ran) in all_ran.iter().enumerate() {
             let (of_layer, trial) = self.compare(rank, ran, spans);
-            feedback.add(&of_layer);
+            // The model is corrected for the plan that is thought best: others would pull it to and fro.
+            if trial.is_none_or(|trial| trial.plan == 0) {
+                feedback.add(&of_layer);
+            }
             feedback.trials[number] = trial.unwrap_or_default();
             self.rest = REST;
         }
@@ -359,7 +374,7 @@ impl Planner for AutoPlanner {
 
     fn digest(&self) -> u64 {
         // What is tried next follows from the layers that were sampled in this step, too.
-        let of_step = (self.recorded, self.rest, self.ran.len(), self.layers);
+        let of_step = (self.recorded, self.steady, self.rest, self.ran.len(), self.layers);
         let state = format!("{} {:?} {of_step:?}", self.known, self.shared);
         hash_bytes(state.as_bytes())
     }
@@ -379,9 +394,22 @@ impl Planner for AutoPlanner {
             sampled: self.sampled,
             mispredicted: self.mispredicted,
             correction: self.correction,
-            trying: self.decisions.values().any(|decided| decided.contest.next_trial().is_some()),
+            trying: !self.steady
+                || self.decisions.values().any(|decided| decided.contest.next_trial().is_some()),
             plans: self.decisions.iter().map(plan).collect(),
         })
+    }
+}
+
+impl Correction {
+    /// Whether a factor is further away than [`MOVED`].
+    fn is_far_from(&self, other: &Correction) -> bool {
+        let factors = |correction: &Correction| {
+            let Correction { link, grouped, dense, rows } = *correction;
+            [link, grouped, dense, rows]
+        };
+        let mut pairs = factors(self).into_iter().zip(factors(other));
+        pairs.any(|(then, now)| then.abs_diff(now) * 1000 > then * MOVED)
     }
 }
 
@@ -389,12 +417,7 @@ impl Decided {
     /// Whether a factor has moved enough since to look again. A search costs as much as some layers: the next one
     /// waits until half as many more have run as before it.
     fn is_stale(&self, now: &Correction) -> bool {
-        let factors = |correction: &Correction| {
-            let Correction { link, grouped, dense, rows } = *correction;
-            [link, grouped, dense, rows]
-        };
-        let mut pairs = factors(&self.correction).into_iter().zip(factors(now));
-        let moved = pairs.any(|(then, now)| then.abs_diff(now) * 1000 > then * MOVED);
+        let moved = self.correction.is_far_from(now);
         moved && self.layers - self.since >= self.since / 2
     }
 }

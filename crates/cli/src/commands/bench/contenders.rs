@@ -143,8 +143,10 @@ pub(super) struct Contender {
 /// Rounds that tell what ran when, where others do not.
 const RECORDED: usize = 3;
 
-/// Rounds after the first in which an auto schedule that still tries plans is left to find the best, at most.
-const LEARNING: usize = 4;
+/// Rounds after the first in which an auto schedule that still tries plans is left to find the best, at most, and of the time to
+/// measure.
+const LEARNING: usize = 16;
+const LEARNING_SHARE: f64 = 0.25;
 
 /// Rounds in which every schedule takes its turn, the first of them to warm up; who begins moves on. Where it costs time to
 /// tell what ran when (`apart`), rates are those of rounds that do not, and a few more rounds tell it.
@@ -158,10 +160,13 @@ pub(super) fn measure(
     for contender in &mut *contenders {
         contender.engine.record_spans(!apart);
         contender.round(prompts, args.output_len)?;
+        let begun = Instant::now();
         for _ in 0..LEARNING {
-            if contender.engine.schedule().is_some_and(|report| report.trying) {
-                contender.round(prompts, args.output_len)?;
+            let is_trying = contender.engine.schedule().is_some_and(|report| report.trying);
+            if !is_trying || begun.elapsed().as_secs_f64() > args.max_seconds * LEARNING_SHARE {
+                break;
             }
+            contender.round(prompts, args.output_len)?;
         }
         contender.forget();
     }
