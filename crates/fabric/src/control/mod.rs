@@ -3,7 +3,7 @@
 mod tcp;
 mod threads;
 
-pub(crate) use tcp::TcpControl;
+pub(crate) use tcp::{TcpControl, has_ended};
 pub(crate) use threads::ThreadControl;
 
 use epsmoe_base::{Fault, FaultCell, Place, Rank};

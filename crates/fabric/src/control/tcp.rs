@@ -286,8 +286,13 @@ fn why_lost(member: &Member, error: &io::Error) -> String {
         io::ErrorKind::InvalidData => format!("{member} sent what is no message ({error})"),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => format!("{member} takes no more messages"),
         io::ErrorKind::InvalidInput => format!("{member} cannot be told: {error}"),
-        _ => format!("{member} has ended: its connection is closed"),
+        _ => has_ended(member),
     }
+}
+
+/// What everybody says of a process whose connection is closed, whether they waited for it or sent to it.
+pub(crate) fn has_ended(name: impl std::fmt::Display) -> String {
+    format!("{name} has ended: its connection is closed")
 }
 
 impl Party {

@@ -6,7 +6,7 @@
 //! ranks that are at different exchanges see it, and none is more than one exchange ahead of another.
 
 use super::{Exchange, Transport, check_part, check_parts, check_subgroup, position};
-use crate::control::TcpControl;
+use crate::control::{TcpControl, has_ended};
 use crate::signal::{Signal, lock};
 use crate::{Control, Link, PacedLink};
 use epsmoe_base::{DType, Deadline, Fault, FaultKind, Lane, Place, Rank, hash_bytes};
@@ -14,6 +14,7 @@ use epsmoe_device::{Backend, DeviceError, HostQueue};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -272,10 +273,11 @@ impl<C: Carrier> RunningExchange<C> {
             Unsent::Fault(fault) => fault,
             Unsent::Broken(error) => {
                 let (name, what) = (self.end.control.name(receiver), self.exchange.name);
-                self.raise(
-                    FaultKind::Lost,
-                    format!("the connection to {name} broke while {what} was sent ({error})"),
-                )
+                let message = match error.kind() {
+                    ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => has_ended(name),
+                    _ => format!("the connection to {name} broke while {what} was sent ({error})"),
+                };
+                self.raise(FaultKind::Lost, message)
             }
         })
     }
