@@ -27,7 +27,7 @@ impl Advisor<'_> {
     fn sizes(&self, map: &SlotMap, inner: usize, shared_inner: usize) -> LayerSizes {
         let load = self.load;
         let (hidden, top_k, wire) = (self.model.hidden, self.moe.computed(), load.wire());
-        let weights = load.weights.experts.into();
+        let weights = load.weights.experts;
         LayerSizes { hidden, inner, shared_inner, top_k, wire, weights, ..LayerSizes::of(map, DTYPE) }
     }
 

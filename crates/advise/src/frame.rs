@@ -1,6 +1,6 @@
 //! The parts of a layer that no schedule changes: attention, collectives, dense MLPs, weights and cache.
 
-use crate::{AdviseError, Advisor, DTYPE, ELEMENT, Strategy, WeightBits, limits};
+use crate::{AdviseError, Advisor, DTYPE, ELEMENT, HeldAs, Strategy, limits};
 use epsmoe_model::{AttentionSpec, GqaSpec, LayerSpec, Map, MlaSpec, MlpSpec, RecurrentSpec, StateRows};
 
 /// A product with a matrix `[N, K]`.
@@ -217,10 +217,10 @@ impl Advisor<'_> {
         let layers = sum(model.layers.iter().map(layer).collect::<Result<Vec<_>, _>>()?)?;
         let mixtures = model.layers.iter().filter(|layer| layer.mlp.moe().is_some()).count();
         let tables = if model.tie_embeddings { 1 } else { 2 } * (model.vocab * model.hidden).div_ceil(parts);
-        let WeightBits { experts: of_experts, layers: of_layers, tables: of_tables } = self.load.weights;
+        let HeldAs { experts: of_experts, layers: of_layers, tables: of_tables } = self.load.weights;
         let bits = [
-            product([mixtures as u64, routed, of_experts])?,
-            product([layers, of_layers])?,
+            product([mixtures as u64, routed, of_experts.millibits])?,
+            product([layers, of_layers.millibits])?,
             product([tables as u64, of_tables])?,
         ];
         Ok(sum(bits)?.div_ceil(8000))

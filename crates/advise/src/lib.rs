@@ -25,7 +25,7 @@ mod text;
 
 use epsmoe_base::{CacheDType, DType, WireDType, WireFormat};
 use epsmoe_model::{ModelSpec, MoeSpec};
-use epsmoe_plan::{CostModel, MOST_NS, Machine, PlanError, millibits};
+use epsmoe_plan::{CostModel, MOST_NS, Machine, PlanError, WeightCost, millibits};
 use frame::{Frame, sum};
 use serde::Serialize;
 use std::fmt;
@@ -127,26 +127,26 @@ pub struct Load {
     pub wire: WireDType,
     /// What keys and values are cached in.
     pub cache: CacheDType,
-    /// What weights are held in.
-    pub weights: WeightBits,
+    /// How weights are held.
+    pub weights: HeldAs,
 }
 
-/// Thousandths of a bit that a number of the weights takes up, scales included, on average.
+/// How the weights of a model are held, on average, and multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WeightBits {
-    /// Of routed experts.
-    pub experts: u64,
-    /// Of everything else in a layer.
-    pub layers: u64,
-    /// Of embeddings and the output projection.
+pub struct HeldAs {
+    /// Routed experts.
+    pub experts: WeightCost,
+    /// Everything else in a layer.
+    pub layers: WeightCost,
+    /// Thousandths of a bit of a number of embeddings and the output projection.
     pub tables: u64,
 }
 
-impl Default for WeightBits {
+impl Default for HeldAs {
     /// Nothing in codes.
     fn default() -> Self {
         let plain = millibits(DTYPE);
-        WeightBits { experts: plain, layers: plain, tables: plain }
+        HeldAs { experts: plain.into(), layers: plain.into(), tables: plain }
     }
 }
 
@@ -223,6 +223,8 @@ pub struct Advice {
     pub sequence: usize,
     /// What rows travel in.
     pub wire: String,
+    /// How the weights of experts are held and multiplied.
+    pub experts: String,
     /// Memory of a GPU.
     pub memory_bytes: u64,
     /// Strategies by schedules.
@@ -273,6 +275,7 @@ pub fn advise(name: &str, model: &ModelSpec, machine: &Machine, load: &Load) -> 
         batch: load.batch,
         sequence: load.sequence,
         wire: load.wire().to_string(),
+        experts: load.weights.experts.to_string(),
         memory_bytes: machine.gpu.memory_bytes.value,
         rows,
         best,

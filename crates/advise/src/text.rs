@@ -57,13 +57,14 @@ impl fmt::Display for Advice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} on {}, batch {} x sequence {}, {} a GPU, {}",
+            "{} on {}, batch {} x sequence {}, {} a GPU, {}, experts in {}",
             self.model,
             self.machine,
             self.batch,
             self.sequence,
             Bytes(self.memory_bytes),
-            self.wire
+            self.wire,
+            self.experts
         )?;
         writeln!(
             f,

@@ -1,6 +1,6 @@
 //! Numbers that users may give: a plan is told, or one sentence says which number is too large. Nothing wraps.
 
-use epsmoe_advise::{Advice, Load, WeightBits, advise};
+use epsmoe_advise::{Advice, HeldAs, Load, advise};
 use epsmoe_base::{CacheDType, Mix, WireDType, env::test_seed};
 use epsmoe_model::{PRESETS, config, preset};
 use epsmoe_plan::Machine;
@@ -14,7 +14,7 @@ fn load(batch: usize, sequence: usize) -> Load {
         stages: 4,
         wire: WireDType::Auto,
         cache: CacheDType::Auto,
-        weights: WeightBits::default(),
+        weights: HeldAs::default(),
     }
 }
 

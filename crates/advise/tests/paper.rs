@@ -30,7 +30,7 @@ fn load(batch: usize, sequence: usize, stages: usize) -> Load {
         stages,
         wire: WireDType::Auto,
         cache: CacheDType::Auto,
-        weights: WeightBits::default(),
+        weights: HeldAs::default(),
     }
 }
 

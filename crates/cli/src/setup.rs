@@ -2,9 +2,11 @@
 //! that cannot work is refused here, before weights are read.
 
 mod budget;
+mod planned;
 mod rows;
 mod world;
 
+pub(crate) use planned::planned_weights;
 pub(crate) use world::Worker;
 
 use crate::args::{
@@ -17,7 +19,6 @@ use crate::output;
 use crate::prompt::encode;
 use crate::watch::LayerSample;
 use anyhow::{Context, Result, anyhow, bail};
-use epsmoe_advise::{DTYPE, WeightBits};
 use epsmoe_base::files::open_plain;
 use epsmoe_base::{
     Bytes, CacheDType, DType, FaultCell, Rank, WireDType, WireFormat, cores, count, hash_bytes,
@@ -31,11 +32,10 @@ use epsmoe_device::{Backend, PeerQueue, WeightFormat};
 use epsmoe_engine::{Engine, EngineError, EngineOptions, Experts, Parallel, RoutingLog, RoutingMode, work};
 use epsmoe_fabric::process::Processes;
 use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOptions};
-use epsmoe_model::checkpoint;
 use epsmoe_model::config::Config;
 use epsmoe_model::{
-    Activations, Checkpoint, HeldWeights, LayerPart, Method, Model, ModelOptions, ModelSpec, Part,
-    Quantising, Synthetic, WeightSource, gguf_file, preset_text,
+    Activations, Checkpoint, HeldWeights, Method, Model, ModelOptions, ModelSpec, Quantising, Synthetic,
+    WeightSource, gguf_file, preset_text,
 };
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
@@ -195,6 +195,33 @@ fn check_quantisation(typed: Quantisation, model: &str, found: Option<Method>) -
     }
 }
 
+/// Whether rows become FP8 codes for the weights of a model, where processors can multiply those.
+fn codes_rows(
+    typed: ActivationScheme,
+    name: &str,
+    weights: &dyn WeightSource,
+    held: &HeldWeights,
+) -> Result<bool> {
+    let in_blocks = has_fp8_blocks(held);
+    match typed {
+        ActivationScheme::None => Ok(false),
+        ActivationScheme::Auto => {
+            Ok(in_blocks && matches!(weights.activations()?, Activations::Dynamic { .. }))
+        }
+        ActivationScheme::Dynamic if !in_blocks => bail!(
+            "--activation-scheme dynamic multiplies FP8 codes, but no weights of {name} are FP8 in blocks of 128: leave it \
+             out, or add --quantization fp8_per_block for plain weights"
+        ),
+        ActivationScheme::Dynamic => Ok(true),
+    }
+}
+
+/// Whether some of the weights are FP8 in blocks of 128.
+fn has_fp8_blocks(held: &HeldWeights) -> bool {
+    let in_blocks = |format: &_| matches!(format, WeightFormat::Coded(format) if format.may_be_fp8_blocks());
+    held.formats.iter().any(|(format, _)| in_blocks(format))
+}
+
 /// The same weights, quantised while they are loaded if that was typed.
 fn on_line(weights: Box<dyn WeightSource>, typed: Quantisation) -> Box<dyn WeightSource> {
     match typed {
@@ -218,37 +245,6 @@ pub(crate) fn spec(args: &ModelArgs) -> Result<ModelSpec> {
             config.remarks.iter().for_each(output::warn);
             config.spec
         }
-    })
-}
-
-/// What the weights of a model take up on GPUs. Where only the configuration is here, its weights count in bfloat16.
-pub(crate) fn weight_bits(args: &ModelArgs, spec: &ModelSpec) -> Result<WeightBits> {
-    let plain = WeightBits::default();
-    let Place::Folder(folder) = locate(&args.model, &args.revision)? else { return Ok(plain) };
-    let Some(method) = checkpoint::method(&folder)? else { return Ok(plain) };
-    let weights = match Checkpoint::open(&folder) {
-        Ok(weights) => weights,
-        Err(error) => {
-            output::remark(format_args!(
-                "its weights are quantised ({method}), but they are not here ({error}): they are counted and computed with in \
-                 bfloat16"
-            ));
-            return Ok(plain);
-        }
-    };
-    let of = |kind: fn(Part) -> bool, plain| -> Result<u64> {
-        let parts = spec.parts().filter(|&part| kind(part));
-        let bits = |format: &_| cuda::held_bits(format, DTYPE);
-        let held = HeldWeights::of_parts(spec, &weights, DTYPE, bits, parts)?;
-        Ok(held.millibits().unwrap_or(plain))
-    };
-    let is_expert = |part| matches!(part, Part::Layer(_, LayerPart::Expert(..)));
-    let in_layer = |part| matches!(part, Part::Layer(_, of) if !matches!(of, LayerPart::Expert(..)));
-    let is_table = |part| !matches!(part, Part::Layer(..));
-    Ok(WeightBits {
-        experts: of(is_expert, plain.experts)?,
-        layers: of(in_layer, plain.layers)?,
-        tables: of(is_table, plain.tables)?,
     })
 }
 
@@ -351,26 +347,13 @@ impl Processor {
             }
             _ => false,
         };
-        let in_blocks = held.formats.iter().any(|(format, _)| match format {
-            WeightFormat::Coded(format) => format.may_be_fp8_blocks(),
-            _ => false,
-        });
-        match typed {
-            ActivationScheme::None => Ok(false),
-            ActivationScheme::Auto => {
-                Ok(able && in_blocks && matches!(model.weights.activations()?, Activations::Dynamic { .. }))
-            }
-            ActivationScheme::Dynamic if !able => bail!(
+        if typed == ActivationScheme::Dynamic && !able {
+            bail!(
                 "--activation-scheme dynamic multiplies FP8 codes, which takes --device cuda with a Hopper GPU and bfloat16 \
                  activations: leave it out"
-            ),
-            ActivationScheme::Dynamic if !in_blocks => bail!(
-                "--activation-scheme dynamic multiplies FP8 codes, but no weights of {} are FP8 in blocks of 128: leave it \
-                 out, or add --quantization fp8_per_block for plain weights",
-                model.name
-            ),
-            ActivationScheme::Dynamic => Ok(true),
+            );
         }
+        Ok(able && codes_rows(typed, &model.name, &*model.weights, held)?)
     }
 
     /// How many ranks share the first GPU, if more than one do.

@@ -7,7 +7,7 @@ use crate::{LayerPart, Map, MlaSpec, ModelError, ModelSpec, Part, Source, Tensor
 use epsmoe_base::{DType, Expert, Layer, by_threads, cores};
 use epsmoe_device::{Backend, DeviceError, Drawn, Weight, WeightFormat, WeightShape};
 use epsmoe_pipeline::Mlp;
-use epsmoe_plan::ExpertWeights;
+use epsmoe_plan::WeightCost;
 use epsmoe_quant::{Codes, Target};
 use std::ops::Range;
 
@@ -404,7 +404,7 @@ impl<B: Backend> Loader<'_, B> {
 
     /// How the model's first expert is held if it is in codes, by which all experts are priced: ranks that plan together must
     /// find the same.
-    pub(crate) fn coded_experts(&self) -> Result<Option<ExpertWeights>, ModelError> {
+    pub(crate) fn coded_experts(&self) -> Result<Option<WeightCost>, ModelError> {
         let mut layers = self.spec.layers.iter().enumerate();
         let Some((layer, moe)) = layers.find_map(|(layer, of)| Some((layer, of.mlp.moe()?))) else {
             return Ok(None);
@@ -412,7 +412,7 @@ impl<B: Backend> Loader<'_, B> {
         let part = LayerPart::Expert(Expert(0), Map::UpProj).of(Layer(layer));
         let format = held_format(self.spec, self.source, part, &Window::whole())?;
         let held = format.filter(|format| self.device.holds(format));
-        Ok(held.map(|format| ExpertWeights {
+        Ok(held.map(|format| WeightCost {
             millibits: (1000.0 * format.bits()) as u64,
             fp8_rows: self.device.fp8_rows()
                 && format.may_be_fp8_blocks()

@@ -7,6 +7,7 @@ use crate::piecewise::{MOST_NS, saturated, scale};
 use crate::{GemmKind, Piecewise, Work};
 use epsmoe_base::{DType, hash_bytes};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::ops::{Range, RangeInclusive};
 
 /// A cost model, or a machine's description, that cannot be used.
@@ -207,30 +208,37 @@ impl TileCost {
     }
 }
 
-/// How an expert's weights are held, and so how they are multiplied.
+/// How the weights of experts, or of other maps, are held, and so how they are multiplied.
 ///
 /// ```
 /// # use epsmoe_plan::*;
 /// let gemm = CostModel::unmeasured(epsmoe_base::DType::BF16, 1, 1).grouped;
-/// let ns = |fp8_rows| gemm.product(4096, 4096, ExpertWeights { millibits: 8000, fp8_rows }).expert_ns(8192) as f64;
+/// let ns = |fp8_rows| gemm.product(4096, 4096, WeightCost { millibits: 8000, fp8_rows }).expert_ns(8192) as f64;
 /// assert!((ns(true) / ns(false) - 0.75).abs() < 0.001);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ExpertWeights {
+pub struct WeightCost {
     /// Thousandths of a bit that a number takes up, with its share of scales.
     pub millibits: u64,
     /// Whether rows become FP8 codes for them, and codes are multiplied.
     pub fp8_rows: bool,
 }
 
-impl From<u64> for ExpertWeights {
+impl From<u64> for WeightCost {
     /// Numbers of so many thousandths of a bit, multiplied in the format of activations.
     fn from(millibits: u64) -> Self {
-        ExpertWeights { millibits, fp8_rows: false }
+        WeightCost { millibits, fp8_rows: false }
     }
 }
 
-impl ExpertWeights {
+impl fmt::Display for WeightCost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bits", self.millibits as f64 / 1000.0)?;
+        f.write_str(if self.fp8_rows { ", multiplied as FP8 codes" } else { "" })
+    }
+}
+
+impl WeightCost {
     /// What products of FP8 codes take of the time of the same in bfloat16: 12 products of 6 models, 256 to 4096 rows each, on an
     /// H200 (`docs/gpu.md`).
     const FP8_PERMILLE: u64 = 750;
@@ -310,7 +318,7 @@ impl Tiles {
 
 impl GemmCost {
     /// For matrices of `columns` N by `depth` K, whose numbers are held so.
-    pub fn product(&self, columns: usize, depth: usize, weights: impl Into<ExpertWeights>) -> Product<'_> {
+    pub fn product(&self, columns: usize, depth: usize, weights: impl Into<WeightCost>) -> Product<'_> {
         let weights = weights.into();
         let elements = columns as u128 * depth as u128;
         let computed = (columns as u128).max(self.least_columns.into()) * depth as u128;

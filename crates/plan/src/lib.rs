@@ -71,8 +71,8 @@ mod token_histograms;
 pub mod traffic;
 
 pub use cost::{
-    Correction, CostError, CostModel, ExpertWeights, GemmCost, HostCost, LinkCost, Payload, Product,
-    RowsCost, ShareCost, TileCost,
+    Correction, CostError, CostModel, GemmCost, HostCost, LinkCost, Payload, Product, RowsCost, ShareCost,
+    TileCost, WeightCost,
 };
 pub use error::PlanError;
 pub use fit::{Sample, Work};

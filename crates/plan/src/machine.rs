@@ -31,6 +31,9 @@ pub struct Gpu {
     pub flops_per_second: Sourced<u64>,
     /// Best rate of its memory.
     pub memory_bytes_per_second: Sourced<u64>,
+    /// Whether it multiplies FP8 codes.
+    #[serde(default)]
+    pub multiplies_fp8: bool,
 }
 
 /// One kind of link, as one GPU sees it while all use it.

@@ -1,6 +1,6 @@
 //! How much a layer needs before it runs, and whether it fits.
 
-use crate::{ExpertWeights, Policy, SlotMap, Traffic};
+use crate::{Policy, SlotMap, Traffic, WeightCost};
 use epsmoe_base::{Bytes, DType, Rank, RowFormat, Stage, WireFormat};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -134,7 +134,7 @@ pub struct LayerSizes {
     /// The format of activations.
     pub dtype: DType,
     /// How experts' weights are held: in `dtype`, or in codes.
-    pub weights: ExpertWeights,
+    pub weights: WeightCost,
     /// The formats that rows and partial sums travel in.
     pub wire: WireFormat,
 }

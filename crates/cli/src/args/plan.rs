@@ -1,7 +1,9 @@
 //! Predictions, and the profiles that they are made from.
 
 use super::ModelArgs;
-use super::values::{DeviceKind, Dtype, KvCacheDtype, WireDtype, bounded, exponent, seconds};
+use super::values::{
+    ActivationScheme, DeviceKind, Dtype, KvCacheDtype, Quantisation, WireDtype, bounded, exponent, seconds,
+};
 use clap::Args;
 use clap::builder::BoolishValueParser;
 use epsmoe_device::cpu::gemm::Isa;
@@ -14,6 +16,7 @@ describes another machine. Predictions are estimates, not measurements.
 
 Examples:
   epsmoe plan --model preset:deepseek-v2 --machine 8xH800 --batch 64 --seq 1024
+  epsmoe plan --model preset:deepseek-v3 --machine 8xH200 --quantization fp8_per_block
   epsmoe plan --model ./Qwen3-30B-A3B --machine my-machine.toml --json")]
 pub(crate) struct PlanArgs {
     #[command(flatten)]
@@ -38,6 +41,24 @@ pub(crate) struct PlanArgs {
     /// What keys and values are cached in: bfloat16, which auto is too, or fp8, which takes half the memory
     #[arg(long, env = "EPSMOE_KV_CACHE_DTYPE", value_enum, value_name = "FORMAT", default_value_t = KvCacheDtype::Auto)]
     pub(crate) kv_cache_dtype: KvCacheDtype,
+
+    /// What the checkpoint must be quantised with; fp8_per_block, int4 and q8_0 take plain weights, or those of a model of which
+    /// only the configuration is here, to be quantised so; none (or dequantise) takes all to be decoded to bfloat16 [default: what
+    /// the checkpoint says]
+    #[arg(
+        short,
+        long,
+        env = "EPSMOE_QUANTIZATION",
+        value_name = "METHOD",
+        default_value = "auto",
+        hide_default_value = true
+    )]
+    pub(crate) quantization: Quantisation,
+
+    /// With dynamic, activations become FP8 codes where weights are FP8 in blocks of 128; with auto where the checkpoint says so and
+    /// the machine's GPUs multiply them
+    #[arg(long, env = "EPSMOE_ACTIVATION_SCHEME", value_enum, value_name = "SCHEME", default_value_t = ActivationScheme::Auto)]
+    pub(crate) activation_scheme: ActivationScheme,
 
     /// How unevenly experts are chosen: the exponent of a Zipf law; 0 is even
     #[arg(long, value_name = "EXPONENT", default_value = "0", value_parser = exponent)]

@@ -33,7 +33,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
         stages: STAGES,
         wire: args.wire_dtype.of(DTYPE)?,
         cache: args.kv_cache_dtype.of(DTYPE)?,
-        weights: setup::weight_bits(&args.model, &spec)?,
+        weights: setup::planned_weights(args, &spec, &machine)?,
     };
     let advice = advise(&args.model.model, &spec, &machine, &load)?;
     if args.json { output::show_json(&advice) } else { output::show(&advice.to_string()) }

@@ -62,6 +62,41 @@ fn a_gguf_file_is_a_model() {
     contains(&refused(&mut command("generate --model ./none.gguf --ids 5")), "there is no file ./none.gguf");
 }
 
+/// A plan takes a model to be held, and multiplied, as its checkpoint or the flags say and the machine can.
+#[test]
+fn plans_price_what_is_held() {
+    let experts = |model: &str, typed: &str| {
+        let typed = format!("plan --model {model} {typed} --json");
+        let plan: serde_json::Value = serde_json::from_str(&printed(&mut command(&typed))).unwrap();
+        let serial = &plan["rows"][0];
+        (plan["experts"].as_str().unwrap().to_owned(), serial["layer_ns"].as_u64().unwrap())
+    };
+    let mini = |typed: &str| experts("preset:mixtral-mini", typed);
+    let plain = mini("--machine 8xH200");
+    let codes = mini("--machine 8xH200 -q fp8_per_block");
+    let rows = mini("--machine 8xH200 -q fp8_per_block --activation-scheme none");
+    assert_eq!([&plain.0, &codes.0, &rows.0], ["16 bits", "8.5 bits, multiplied as FP8 codes", "8.5 bits"]);
+    assert!(codes.1 < rows.1 && rows.1 <= plain.1, "{codes:?} {rows:?} {plain:?}");
+    assert_eq!(mini("--machine 8xA100 -q fp8_per_block").0, "8.5 bits", "a GPU that multiplies no FP8");
+    assert_eq!(mini("--machine 8xH200 -q int4").0, "4.5 bits");
+    let checkpoint = fixture("deepseek_v3_fp8");
+    let held = "9 bits, multiplied as FP8 codes";
+    assert_eq!(experts(&checkpoint, "--machine 8xH200").0, held);
+    assert_eq!(experts(&checkpoint, "--machine 8xH200 -q none").0, plain.0);
+    // Of a model whose weights are not here the configuration says what they would be.
+    let folder = Folder::new();
+    std::fs::copy(format!("{checkpoint}/config.json"), folder.path("config.json")).unwrap();
+    assert_eq!(experts(&folder.text(""), "--machine 8xH200").0, plain.0);
+    assert_eq!(experts(&folder.text(""), "--machine 8xH200 -q fp8_per_block").0, held);
+    for (typed, words) in [
+        ("--machine 8xA100 --activation-scheme dynamic", "which the GPUs of 8xA100 cannot"),
+        ("--machine 8xH200 --activation-scheme dynamic", "no weights of preset:mixtral-mini are FP8"),
+        ("--machine 8xH200 -q fp8", "the weights of preset:mixtral-mini are not quantised"),
+    ] {
+        contains(&refused(&mut command(&format!("plan --model preset:mixtral-mini {typed}"))), words);
+    }
+}
+
 #[test]
 fn quantization_holds_against_the_checkpoint() {
     let of = |model: &str, method: &str| {

@@ -9,7 +9,7 @@ use epsmoe_device::op::Gather;
 use epsmoe_device::{Backend, Buffer, Reserve};
 use epsmoe_fabric::Fabric;
 use epsmoe_pipeline::{ExpertPipeline, MoeLayer, Pending, PipelineError, PipelineOptions, PipelineSizes};
-use epsmoe_plan::{Capacity, ExpertWeights, LayerSizes, Policy, Routing, Schedule};
+use epsmoe_plan::{Capacity, LayerSizes, Policy, Routing, Schedule, WeightCost};
 use std::sync::Arc;
 
 /// What runs the MoE layers of one rank, if the model has any: whole experts over all ranks, or a part of every
@@ -21,7 +21,7 @@ pub(super) fn pipeline<B: Backend>(
     identity: u64,
     device: &Arc<B>,
     fabric: &Fabric<B>,
-    coded: Option<ExpertWeights>,
+    coded: Option<WeightCost>,
 ) -> Result<Option<ExpertPipeline<B>>, ModelError> {
     let Some(told) = pipeline_options(spec, layout, options, device.dtype())? else { return Ok(None) };
     let mut told = PipelineOptions { identity, ..told };
