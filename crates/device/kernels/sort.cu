@@ -19,21 +19,25 @@ BLOCK_PER_BIN(sort) {
     };
     const Stretch stretch(count);
     u32 mine = 0, below = 0, found;
-    for (u32 r = stretch.from + threadIdx.x % 32; r < stretch.to; r += 32) {
-        const u32* slots = slots_of(r);
-        if (!slots) {
-            complain(args.report, SOURCE_ROW, at<u32>(args.order, r), count);
-            continue;
+    for (u32 first = stretch.from; first < stretch.to; first += 32) {
+        const u32 r = first + threadIdx.x % 32;
+        bool here = false;
+        if (r < stretch.to) {
+            const u32* slots = slots_of(r);
+            if (slots) {
+                const u32 place = place_of(slots, width, slot);
+                here = place < width && slots[place] == slot;
+                below += place;
+                for (u32 other = 0; slot == 0 && other < width; ++other)
+                    if (slots[other] != NONE && slots[other] >= local) complain(args.report, SLOT, slots[other], local);
+            } else {
+                complain(args.report, SOURCE_ROW, at<u32>(args.order, r), count);
+            }
         }
-        const u32 place = place_of(slots, width, slot);
-        mine += place < width && slots[place] == slot;
-        below += place;
-        if (slot == 0)
-            for (u32 other = 0; other < width; ++other)
-                if (slots[other] != NONE && slots[other] >= local) complain(args.report, SLOT, slots[other], local);
+        mine += keep(first, here);
     }
     const u32 start = block_total(below);
-    const u32 rank = warps_before(__reduce_add_sync(~0u, mine), found);
+    const u32 rank = warps_before(mine, found);
     if (threadIdx.x == 0) {
         *row<u32>(args.starts, slot) = start;
         if (slot + 1 == local) {
@@ -48,7 +52,8 @@ BLOCK_PER_BIN(sort) {
     for (u32 r = threadIdx.x; !args.travelled && slot == 0 && r < count; r += WARPS * 32)
         if (*row<u32>(args.slots, r) == NONE)
             for (u32 place = 0; place < width; ++place) row<u32>(args.terms, r)[place] = NONE;
-    visit(stretch, start + rank, wanted, [&](u32 r, u32 assignment) {
+    share(stretch, rank, found, wanted, [&](u32 r, u32 match) {
+        const u32 assignment = start + match;
         if (assignment >= all) return complain(args.report, SOURCE_ROW, assignment, all);
         const u32 m = args.travelled ? at<u32>(args.order, r) : r;
         const u32 sum = args.travelled ? at<u32>(args.sums, m) : m;
