@@ -198,16 +198,16 @@ struct Products : Weights {
     using Ring = RowRing<MAX_ROWS>;
     static constexpr u32 K_BLOCK = ::K_BLOCK, TILE = WEIGHT_TILE, STEP = ROW_BOX, WEIGHT_BYTES = ::WEIGHT_BYTES;
 
-    template <bool> static __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
+    static __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
         ::consume<Weights, MAX_ROWS, LEAVING>(a, base);
     }
 };
 
 // The variants: most rows of a tile.
 #define HOPPER_VARIANT(name, Weights, MAX_ROWS)                                                               \
-    HOPPER_KERNEL(gemm_##name##MAX_ROWS##_bf16_bf16, false, Products<Weights, MAX_ROWS, NARROW>)              \
-    HOPPER_KERNEL(gated_##name##MAX_ROWS##_bf16_bf16, true, Products<Weights, MAX_ROWS, GATED>)
+    HOPPER_KERNEL(gemm_##name##MAX_ROWS##_bf16_bf16, Products<Weights, MAX_ROWS, NARROW>)              \
+    HOPPER_KERNEL(gated_##name##MAX_ROWS##_bf16_bf16, Products<Weights, MAX_ROWS, GATED>)
 
 // The same that give float32.
 #define HOPPER_WIDE(name, Weights, MAX_ROWS)                                                                  \
-    HOPPER_KERNEL(gemm_##name##MAX_ROWS##_bf16_f32, false, Products<Weights, MAX_ROWS, WIDE>)
+    HOPPER_KERNEL(gemm_##name##MAX_ROWS##_bf16_f32, Products<Weights, MAX_ROWS, WIDE>)

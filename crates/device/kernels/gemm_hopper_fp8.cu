@@ -62,7 +62,7 @@ constexpr u32 OFF_MOST = 64 * 80;  // of a staging block: the largest of each ro
 
 __device__ __forceinline__ void all_consumers() { asm volatile("bar.sync 5, 256;" ::: "memory"); }
 
-template <Out OUT>
+template <Out OUT, bool GATED>
 struct Fp8 {
     static constexpr u32 K_BLOCK = SCALED, TILE = 2 * HALF, STEP = GROUP_ROWS, WEIGHT_BYTES = 2 * HALF_BYTES;
     using Ring = ::Ring<WEIGHT_BYTES + 2 * GROUP_ROWS * LINE_BYTES>;
@@ -78,7 +78,6 @@ struct Fp8 {
     }
 
     // The scales of a tile's weights: of its halves, or of gate and up, which alternate in both halves.
-    template <bool GATED>
     static __device__ __forceinline__ void weight_scales(const HopperArgs& a, u64 weight, u32 tile, u32 blocks, const float* (&scales)[2]) {
         const float* all = weight_scales_of(weight);
         const u32 down = div_up(a.columns, SCALED);  // block rows of a matrix
@@ -90,7 +89,6 @@ struct Fp8 {
     }
 
     // acc += the products of one half, each with its factor.
-    template <bool GATED>
     static __device__ __forceinline__ void promote(float* acc, const float* products, const float (&factors)[2][2], u32 half) {
 #pragma unroll
         for (u32 j = 0; j < HALF / 8; ++j)
@@ -100,7 +98,7 @@ struct Fp8 {
     }
 
     // The sums over k of a warpgroup's 64 rows: of both halves of the weights, or of the half that is the warpgroup's.
-    template <bool GATED, u32 HALVES>
+    template <u32 HALVES>
     static __device__ __forceinline__ void multiply(float* acc, Ring& ring, u32 base, u32 blocks, u32 group, const Scales& scales) {
         const u32 lane = threadIdx.x & 31;
 #pragma unroll
@@ -128,20 +126,20 @@ struct Fp8 {
                 wgmma_wait<0>();
                 settle<128>(products);
                 if (h == HALVES - 1) release_stage(base, ring.stage, lane);
-                promote<GATED>(acc + h * 64, products, factors, h);
+                promote(acc + h * 64, products, factors, h);
             }
             ring.next();
         }
     }
 
     // Output `i` of fragment j, 8 columns, that a thread has of its row `row`.
-    template <bool GATED> static __device__ __forceinline__ float output(const float* acc, u32 j, u32 row, u32 i) {
+    static __device__ __forceinline__ float output(const float* acc, u32 j, u32 row, u32 i) {
         const float* f = acc + (GATED ? 8 * j : 4 * j) + 2 * row + i;
         return GATED ? quick_silu(f[0]) * f[4] : f[0];
     }
 
-    template <bool GATED> static __device__ __forceinline__ u32 pair(const float* acc, u32 j, u32 row) {
-        return pack_bf16(output<GATED>(acc, j, row, 0), output<GATED>(acc, j, row, 1));
+    static __device__ __forceinline__ u32 pair(const float* acc, u32 j, u32 row) {
+        return pack_bf16(output(acc, j, row, 0), output(acc, j, row, 1));
     }
 
     // Adds the bias of a thread's columns of COLUMNS.
@@ -158,7 +156,7 @@ struct Fp8 {
     }
 
     // COLUMNS columns leave as bf16, 128 a round, which fill the staging block as two pieces of 64.
-    template <bool GATED, u32 COLUMNS>
+    template <u32 COLUMNS>
     static __device__ __forceinline__ void finish_bf16(const float* acc, Target t, u32 staging, u32 thread, u32 id) {
         const u32 lane = thread & 31, row = thread / 32 * 16 + (lane & 15);
         constexpr u32 ROUND = COLUMNS < 128 ? COLUMNS : 128;
@@ -169,8 +167,8 @@ struct Fp8 {
 #pragma unroll
             for (u32 j = 0; j < ROUND / 8; j += 2) {
                 const u32 at = from / 8 + j, chunk = (j & 7) + (lane >> 4);
-                stmatrix(staging + j / 8 * 8192 + row * 128 + ((chunk ^ (row & 7)) << 4), pair<GATED>(acc, at, 0), pair<GATED>(acc, at, 1),
-                         pair<GATED>(acc, at + 1, 0), pair<GATED>(acc, at + 1, 1));
+                stmatrix(staging + j / 8 * 8192 + row * 128 + ((chunk ^ (row & 7)) << 4), pair(acc, at, 0), pair(acc, at, 1),
+                         pair(acc, at + 1, 0), pair(acc, at + 1, 1));
             }
             fence_for_tma();
             warpgroup_barrier(id);
@@ -185,7 +183,7 @@ struct Fp8 {
     }
 
     // COLUMNS columns leave as float32, from registers: four lanes have 32 bytes of a row.
-    template <bool GATED, u32 COLUMNS>
+    template <u32 COLUMNS>
     static __device__ __forceinline__ void finish_f32(const float* acc, float* out, u32 stride, u32 rows, u32 columns, u32 thread) {
         const u32 lane = thread & 31;
 #pragma unroll
@@ -197,7 +195,7 @@ struct Fp8 {
             for (u32 j = 0; j < COLUMNS / 8; ++j)
                 if (8 * j < columns)
                     *reinterpret_cast<float2*>(to + 8 * j) =
-                        make_float2(output<GATED>(acc, j, half, 0), output<GATED>(acc, j, half, 1));
+                        make_float2(output(acc, j, half, 0), output(acc, j, half, 1));
         }
     }
 
@@ -218,7 +216,7 @@ struct Fp8 {
 #pragma unroll
                 for (u32 i = 0; i < 2; ++i) {
                     float& f = acc[8 * j + 2 * half + i];
-                    f = wide(narrow<bf16>(output<true>(acc, j, half, i)));
+                    f = wide(narrow<bf16>(output(acc, j, half, i)));
                     largest = larger(largest, f);
                 }
 #pragma unroll
@@ -266,7 +264,7 @@ struct Fp8 {
     }
 
     // HALVES halves of the weights leave, of a tile whose first row of this warpgroup is `first`.
-    template <bool GATED, u32 HALVES>
+    template <u32 HALVES>
     static __device__ __forceinline__ void finish(float* acc, const HopperArgs& a, const Work& t, u32 first, u32 base, u32 group) {
         constexpr u32 WIDTH = GATED ? HALF / 2 : HALF, COLUMNS = HALVES * WIDTH;
         const u32 thread = threadIdx.x & 127, staging = base + OFF_STAGING + group * STAGING_BYTES;
@@ -278,16 +276,16 @@ struct Fp8 {
             finish_codes<COLUMNS>(acc, reinterpret_cast<char*>(a.out_start) + (u64)row0 * a.out_stride, a.out_stride, a.columns, column,
                                   rows, staging, base + OFF_STAGING + (1 - group) * STAGING_BYTES, thread, 1 + group);
         } else if (OUT == WIDE) {
-            finish_f32<GATED, COLUMNS>(acc, reinterpret_cast<float*>(a.out_start) + (u64)row0 * a.out_stride + column, a.out_stride, rows,
+            finish_f32<COLUMNS>(acc, reinterpret_cast<float*>(a.out_start) + (u64)row0 * a.out_stride + column, a.out_stride, rows,
                                        columns, thread);
         } else {
             Target target = {&a.out, reinterpret_cast<u16*>(a.out_start) + (u64)row0 * a.out_stride + column, a.out_stride, row0, column, rows,
                              columns};
-            finish_bf16<GATED, COLUMNS>(acc, target, staging, thread, 1 + group);
+            finish_bf16<COLUMNS>(acc, target, staging, thread, 1 + group);
         }
     }
 
-    template <bool GATED> static __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
+    static __device__ __forceinline__ void consume(const HopperArgs& a, u32 base) {
         const u32 group = threadIdx.x / 128 - 1, thread = threadIdx.x & 127, lane = threadIdx.x & 31;
         const u32 blocks = div_up(a.k, K_BLOCK), rank = cluster_rank();
         Ring ring = {0, 0};
@@ -300,7 +298,7 @@ struct Fp8 {
             const bool tall = t.rows > GROUP_ROWS;
             const u32 first = tall ? group * GROUP_ROWS : 0;
             Scales scales;
-            weight_scales<GATED>(a, blocks_of(a)[t.block].weight, t.pair * CLUSTER + rank, blocks, scales.weights);
+            weight_scales(a, blocks_of(a)[t.block].weight, t.pair * CLUSTER + rank, blocks, scales.weights);
 #pragma unroll
             for (u32 i = 0; i < 2; ++i) {
                 const u32 row = first + thread / 32 * 16 + lane / 4 + 8 * i;
@@ -308,12 +306,12 @@ struct Fp8 {
                     a.rows_start + (u64)(t.row0 + min(row, t.rows - 1)) * a.rows_stride + round_up(a.k, 4));
             }
             if (tall) {
-                multiply<GATED, 2>(acc, ring, base, blocks, group, scales);
-                finish<GATED, 2>(acc, a, t, first, base, group);
+                multiply<2>(acc, ring, base, blocks, group, scales);
+                finish<2>(acc, a, t, first, base, group);
             } else {
                 if (!GATED && group == 1) scales.weights[0] = scales.weights[1];
-                multiply<GATED, 1>(acc, ring, base, blocks, group, scales);
-                finish<GATED, 1>(acc, a, t, first, base, group);
+                multiply<1>(acc, ring, base, blocks, group, scales);
+                finish<1>(acc, a, t, first, base, group);
             }
             warpgroup_barrier(1 + group);  // none may begin a tile while another still sends the last one
         }
@@ -322,7 +320,7 @@ struct Fp8 {
     }
 };
 
-HOPPER_KERNEL(gemm_fp8_u32_bf16, false, Fp8<NARROW>)
-HOPPER_KERNEL(gemm_fp8_u32_f32, false, Fp8<WIDE>)
-HOPPER_KERNEL(gated_fp8_u32_bf16, true, Fp8<NARROW>)
-HOPPER_KERNEL(gated_fp8_u32_u32, true, Fp8<CODES>)
+HOPPER_KERNEL(gemm_fp8_u32_bf16, Fp8<NARROW, false>)
+HOPPER_KERNEL(gemm_fp8_u32_f32, Fp8<WIDE, false>)
+HOPPER_KERNEL(gated_fp8_u32_bf16, Fp8<NARROW, true>)
+HOPPER_KERNEL(gated_fp8_u32_u32, Fp8<CODES, true>)

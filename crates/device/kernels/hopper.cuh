@@ -420,7 +420,7 @@ __device__ __forceinline__ void send_block(const Target& t, u32 staging, u32 fro
 
 // ---------------------------------------------------------------------------------------------------------- kernel
 
-template <typename Operands, bool GATED>
+template <typename Operands>
 __device__ __forceinline__ void hopper_gemm(const HopperArgs& a) {
     take_turn();
     extern __shared__ char shared[];
@@ -450,14 +450,14 @@ __device__ __forceinline__ void hopper_gemm(const HopperArgs& a) {
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        Operands::template consume<GATED>(a, base);
+        Operands::consume(a, base);
     }
     cluster_sync();  // no CTA leaves while its peer may still signal its barriers
 }
 
 // A kernel of products of some operands.
-#define HOPPER_KERNEL(name, GATED, ...)                                                                       \
+#define HOPPER_KERNEL(name, ...)                                                                       \
     extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(384, 1)                      \
         name(const __grid_constant__ HopperArgs args) {                                                       \
-        hopper_gemm<__VA_ARGS__, GATED>(args);                                                                \
+        hopper_gemm<__VA_ARGS__>(args);                                                                       \
     }
