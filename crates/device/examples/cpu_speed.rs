@@ -233,11 +233,11 @@ impl Layer {
         let part = |(expert, weight): (usize, &Weight)| {
             let rows = expert * rows..(expert + 1) * rows;
             let (x, out) = (x.rows(rows.clone()).map_err(text)?, out.rows(rows).map_err(text)?);
-            Ok(GemmPart { x, weight: weight.clone(), out })
+            Ok(GemmPart { x, weight: weight.clone(), bias: None, out })
         };
         let parts = weights.iter().enumerate().map(part).collect::<Result<Vec<_>, String>>()?;
         for parts in parts.chunks(if dense { 1 } else { parts.len() }) {
-            let gemm = Gemm { parts: parts.to_vec(), bias: None, epilogue };
+            let gemm = Gemm { parts: parts.to_vec(), epilogue };
             self.device.enqueue(Lane::Compute, Place::default(), gemm).map_err(text)?;
         }
         let event = self.device.record(Lane::Compute);

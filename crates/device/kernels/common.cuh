@@ -72,7 +72,7 @@ enum Cause : u32 {
     EXPERT = 10,       // first is not below second
     ROWS_DESCEND = 11, // rows of expert first end at second, but start at third
     ROWS_END = 12,     // first is not below second
-    NOT_FINITE = 13,   // row first holds a NaN or an infinity
+    NOT_FINITE = 13,   // row first, of the operation's part second, holds a NaN or an infinity
     POSITION = 14,     // first is not below second
     EXPERT_TWICE = 20, // token first is sent to expert second twice
     SLOT = 21,         // first is not below second

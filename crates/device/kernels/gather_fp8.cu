@@ -4,28 +4,6 @@
 
 struct Args { Rows x, index, out; Report report; };
 
-// The scale of the group that the lane's run is of: the largest magnitude of the half warp's runs, and never 0.
-__device__ __forceinline__ f32 scale_of(const Run& run) {
-    f32 most = LEAST;
-#pragma unroll
-    for (f32 value : run.values) most = larger(most, value);
-#pragma unroll
-    for (u32 step = 8; step > 0; step >>= 1) most = larger(most, __shfl_xor_sync(~0u, most, step));
-    return most / E4M3_LARGEST;
-}
-
-// The words of a run's codes.
-struct Codes { u32 words[RUN / 4]; };
-
-__device__ __forceinline__ Codes encode(const Run& run, f32 scale) {
-    Codes codes;
-#pragma unroll
-    for (u32 i = 0; i < RUN; i += 4)
-        codes.words[i / 4] = encode(run.values[i] / scale, run.values[i + 1] / scale) |
-                             encode(run.values[i + 2] / scale, run.values[i + 3] / scale) << 16;
-    return codes;
-}
-
 __device__ __forceinline__ Run decode(const Codes& codes, f32 scale) {
     Run run;
 #pragma unroll
@@ -49,7 +27,7 @@ __device__ __forceinline__ bool source_of(const Args& args, u32 m, u32& source) 
 }
 
 template <typename X, typename> __device__ void to_fp8(const Args& args) {
-    const u32 width = args.x.width, words = (width + 3) / 4;
+    const u32 width = args.x.width;
     const Rows numbers = {0, 0, args.out.rows, width};
     FOR_STRETCHES(numbers, m, n) {
         u32 source;
@@ -62,15 +40,7 @@ template <typename X, typename> __device__ void to_fp8(const Args& args) {
             const f32 scale = scale_of(runs[i]);
             const Codes codes = encode(runs[i], scale);
             const u32 column = n + i * STRIDE;
-            if (column >= width) continue;
-            u32* place = to + column / 4;
-            if (width - column > 4 && reinterpret_cast<u64>(place) % 8 == 0) {
-                *reinterpret_cast<uint2*>(place) = make_uint2(codes.words[0], codes.words[1]);
-            } else {
-                place[0] = codes.words[0];
-                if (width - column > 4) place[1] = codes.words[1];
-            }
-            if (column % GROUP == 0) to[words + column / GROUP] = __float_as_uint(scale);
+            if (column < width) store(to, column, width, codes, scale);
         }
     }
 }

@@ -23,7 +23,7 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
     for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const Tile at = locate<TILE_M, TILE_N>(args, tile);
         const Loader<TILE_M, BLOCK> x(reinterpret_cast<const bf16*>(at.part.x), at.part.x_stride, at.m, at.part.rows);
-        const Loader<TILE_N, BLOCK> w(reinterpret_cast<const bf16*>(at.part.weight), args.weight_stride, at.n, args.n);
+        const Loader<TILE_N, BLOCK> w(reinterpret_cast<const bf16*>(at.part.weight), args.weight_stride, at.n, at.part.n);
         const auto fetch = [&](u32 stage) {
             if (stage < stages) {
                 const u32 slot = stage % STAGES, depth = stage * DEPTH;
@@ -56,7 +56,7 @@ __device__ __forceinline__ void gemm(const GemmArgs& args) {
                     for (u32 j = 0; j < STEPS_N; ++j) multiply(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
             }
         }
-        finish<Y, STEPS_M, STEPS_N>(args, at.part, at.m + warp_m, at.n + warp_n, GATED, sums);
+        finish<Y, STEPS_M, STEPS_N>(at.part, at.m + warp_m, at.n + warp_n, GATED, sums);
         // The next tile overwrites what slower warps may still be reading.
         __syncthreads();
     }

@@ -15,8 +15,6 @@ struct CodedArgs {
     u32 parts;       // scales that a row of a brick has: 1, 2 or 4
     u32 brick_bytes;
     u32 gated;       // whether rows of gate and up alternate
-    u32 wide;        // whether sums are stored in float32
-    u32 padding;
 };
 
 // TILE_M x TILE_N outputs a block, shared by DOWN x ACROSS warps.
@@ -47,7 +45,7 @@ __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
 #pragma unroll
                 for (u32 i = 0; i < BRICKS; ++i) {
                     // There are whole bricks, but the last tile may reach beyond them: nobody stores what comes of that.
-                    if (at.n + i * BRICK >= args.n) break;
+                    if (at.n + i * BRICK >= at.part.n) break;
                     const char* from = weight + (u64(i) * stages + stage) * brick_bytes + own;
                     const u32 to = shared_address(bricks + (slot * BRICKS + i) * brick_bytes + own);
 #pragma unroll
@@ -83,8 +81,8 @@ __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
             }
         }
         const u32 m = at.m + warp_m, n = at.n + warp_n;
-        if (coded.wide) finish<f32, STEPS_M, STEPS_N>(args, at.part, m, n, coded.gated, sums);
-        else finish<bf16, STEPS_M, STEPS_N>(args, at.part, m, n, coded.gated, sums);
+        if (at.part.wide) finish<f32, STEPS_M, STEPS_N>(at.part, m, n, coded.gated, sums);
+        else finish<bf16, STEPS_M, STEPS_N>(at.part, m, n, coded.gated, sums);
         // The next tile overwrites what slower warps may still be reading.
         __syncthreads();
     }

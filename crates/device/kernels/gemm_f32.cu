@@ -24,7 +24,7 @@ template <typename X, typename W, bool GATED> __device__ void gemm(const GemmArg
                 const u32 k = i % DEPTH, line = i / DEPTH, m = at.m + line, n = weight_row<GATED>(at.n + line);
                 const bool inside = depth + k < args.k;
                 xs[k][line] = inside && m < at.part.rows ? wide(x[m * at.part.x_stride + depth + k]) : 0.0f;
-                ws[k][line] = inside && n < args.n ? wide(w[n * args.weight_stride + depth + k]) : 0.0f;
+                ws[k][line] = inside && n < at.part.n ? wide(w[n * args.weight_stride + depth + k]) : 0.0f;
             }
             __syncthreads();
 #pragma unroll
@@ -35,7 +35,7 @@ template <typename X, typename W, bool GATED> __device__ void gemm(const GemmArg
                     for (u32 j = 0; j < 4; ++j) sums[i][j] = fmaf(xs[k][down + i], ws[k][across + j], sums[i][j]);
             __syncthreads();
         }
-        const f32* bias = reinterpret_cast<const f32*>(args.bias);
+        const f32* bias = reinterpret_cast<const f32*>(at.part.bias);
         f32* out = reinterpret_cast<f32*>(at.part.out);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
@@ -44,7 +44,7 @@ template <typename X, typename W, bool GATED> __device__ void gemm(const GemmArg
 #pragma unroll
             for (u32 j = 0; j < 4; j += GATED ? 2 : 1) {
                 const u32 n = (at.n + across + j) / (GATED ? 2 : 1);
-                if (n >= args.columns) continue;
+                if (n >= at.part.columns) continue;
                 if (GATED) out[m * at.part.out_stride + n] = silu(sums[i][j]) * sums[i][j + (GATED ? 1 : 0)];
                 else out[m * at.part.out_stride + n] = sums[i][j] + (bias ? bias[n] : 0.0f);
             }

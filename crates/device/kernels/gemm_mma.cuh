@@ -55,11 +55,11 @@ template <u32 LINES, u32 BLOCK> struct Loader {
 template <typename Y> struct __align__(2 * sizeof(Y)) Pair { Y first, second; };
 
 template <typename Y>
-__device__ __forceinline__ void store(const GemmArgs& args, const GemmPart& part, u32 m, u32 n, f32 first, f32 second) {
-    if (m >= part.rows || n >= args.columns) return;
+__device__ __forceinline__ void store(const GemmPart& part, u32 m, u32 n, f32 first, f32 second) {
+    if (m >= part.rows || n >= part.columns) return;
     Y* out = reinterpret_cast<Y*>(part.out) + m * part.out_stride;
-    const f32* bias = reinterpret_cast<const f32*>(args.bias);
-    const bool both = n + 1 < args.columns;
+    const f32* bias = reinterpret_cast<const f32*>(part.bias);
+    const bool both = n + 1 < part.columns;
     if (bias) first += bias[n], second += both ? bias[n + 1] : 0.0f;
     if (both && reinterpret_cast<u64>(out + n) % sizeof(Pair<Y>) == 0) {
         *reinterpret_cast<Pair<Y>*>(out + n) = {narrow<Y>(first), narrow<Y>(second)};
@@ -72,8 +72,7 @@ __device__ __forceinline__ void store(const GemmArgs& args, const GemmPart& part
 // Stores what a warp has summed, from row m and column n of packed weights on. A lane holds two neighbouring columns of
 // rows lane/4 and lane/4 + 8 of each 16 x 8 piece; the up factors of a piece of gates are in the next.
 template <typename Y, u32 STEPS_M, u32 STEPS_N>
-__device__ __forceinline__ void finish(const GemmArgs& args, const GemmPart& part, u32 first_m, u32 first_n, bool gated,
-                                       const f32 (&sums)[STEPS_M][STEPS_N][4]) {
+__device__ __forceinline__ void finish(const GemmPart& part, u32 first_m, u32 first_n, bool gated, const f32 (&sums)[STEPS_M][STEPS_N][4]) {
     const u32 lane = threadIdx.x % 32, fold = gated ? 2 : 1;
 #pragma unroll
     for (u32 i = 0; i < STEPS_M; ++i)
@@ -85,7 +84,7 @@ __device__ __forceinline__ void finish(const GemmArgs& args, const GemmPart& par
 #pragma unroll
             for (u32 v = 0; v < 4; ++v)
                 values[v] = gated ? quick_silu(sums[i][j][v]) * sums[i][(j + 1) % STEPS_N][v] : sums[i][j][v];
-            store<Y>(args, part, m, n, values[0], values[1]);
-            store<Y>(args, part, m + 8, n, values[2], values[3]);
+            store<Y>(part, m, n, values[0], values[1]);
+            store<Y>(part, m + 8, n, values[2], values[3]);
         }
 }

@@ -11,26 +11,26 @@ constexpr u32 DEPTH = 256;             // k-values of a stage
 constexpr u32 LINE = DEPTH * 2 + 16;   // bytes of a row of a stage: eight rows meet all banks
 constexpr u32 LOADERS = 3, BLOCK = 32 * (1 + LOADERS); // warps that bring stages; threads, with those of the one that multiplies
 
+// Where a tile starts.
+struct Place {
+    const GemmPart& part;
+    u32 m, n;
+};
+
 // The tile of a list of parts that is the `index`-th, by a whole warp at once: its lanes look at 32 parts each time.
-template <u32 ROWS> __device__ __forceinline__ Tile find(const GemmArgs& args, u32 index) {
-    Tile found;
-    found.part = args.only;
-    if (args.parts) {
-        const GemmPart* parts = reinterpret_cast<const GemmPart*>(args.parts);
-        u32 through = 0; // parts that start at or before the tile: the last of them has it
-        for (u32 first = 0; first < args.part_count; first += 32) {
-            const u32 part = first + threadIdx.x % 32;
-            through += __popc(__ballot_sync(~0u, part < args.part_count && parts[part].first_tile <= index));
-        }
-        found.part = parts[through - 1];
+template <u32 ROWS> __device__ __forceinline__ Place find(const GemmArgs& args, u32 index) {
+    const GemmPart* parts = parts_of(args);
+    u32 through = 0; // parts that start at or before the tile: the last of them has it
+    for (u32 first = 0; first < args.part_count; first += 32) {
+        const u32 part = first + threadIdx.x % 32;
+        through += __popc(__ballot_sync(~0u, part < args.part_count && parts[part].first_tile <= index));
     }
-    const u32 down = (found.part.rows + ROWS - 1) / ROWS, at = index - found.part.first_tile;
-    found.m = at % down * ROWS;
-    found.n = at / down * CHANNELS;
-    return found;
+    const GemmPart& part = parts[through - 1];
+    const u32 down = (part.rows + ROWS - 1) / ROWS, at = index - part.first_tile;
+    return {part, at % down * ROWS, at / down * CHANNELS};
 }
 
-template <typename Y, bool GATED, u32 ROWS, u32 STAGES> struct Thin {
+template <bool GATED, u32 ROWS, u32 STAGES> struct Thin {
     static constexpr u32 STAGE = (CHANNELS + ROWS) * LINE;
     const GemmArgs& args;
     const u32 ring, full, empty; // stages, and their barriers
@@ -58,14 +58,24 @@ template <typename Y, bool GATED, u32 ROWS, u32 STAGES> struct Thin {
         }
     }
 
-    __device__ __forceinline__ void bring_weights(const Tile& tile, u32 depth, u32 slot) const {
-        bring<CHANNELS>(ring + slot * STAGE, tile.part.weight + tile.n * args.weight_stride * 2, args.weight_stride,
-                        min(args.n - tile.n, CHANNELS), depth);
+    // What a tile is made of.
+    struct Source {
+        u64 weights, rows, apart; // where they start, and elements from a row to the next
+        u32 channels, count;      // of weights and of rows
+    };
+
+    __device__ __forceinline__ Source source_of(const Place& tile) const {
+        const GemmPart& part = tile.part;
+        return {part.weight + tile.n * args.weight_stride * 2, part.x + tile.m * part.x_stride * 2, part.x_stride,
+                min(part.n - tile.n, CHANNELS), min(part.rows - tile.m, ROWS)};
     }
 
-    __device__ __forceinline__ void bring_rows(const Tile& tile, u32 depth, u32 slot) const {
-        bring<ROWS>(ring + slot * STAGE + CHANNELS * LINE, tile.part.x + tile.m * tile.part.x_stride * 2, tile.part.x_stride,
-                    min(tile.part.rows - tile.m, ROWS), depth);
+    __device__ __forceinline__ void bring_weights(const Source& from, u32 depth, u32 slot) const {
+        bring<CHANNELS>(ring + slot * STAGE, from.weights, args.weight_stride, from.channels, depth);
+    }
+
+    __device__ __forceinline__ void bring_rows(const Source& from, u32 depth, u32 slot) const {
+        bring<ROWS>(ring + slot * STAGE + CHANNELS * LINE, from.rows, from.apart, from.count, depth);
         barrier_follow(full + 8 * slot);
     }
 
@@ -73,7 +83,7 @@ template <typename Y, bool GATED, u32 ROWS, u32 STAGES> struct Thin {
     __device__ __forceinline__ void load(u32 tiles) const {
         u32 sent = 0;
         for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
-            const Tile tile = find<ROWS>(args, index);
+            const Source tile = source_of(find<ROWS>(args, index));
             // Weights do not wait for what runs before; where parts are listed, the list does.
             const u32 ahead = index == blockIdx.x && !args.parts ? min(depths, STAGES) : 0;
             for (u32 depth = 0; depth < ahead; ++depth) bring_weights(tile, depth, depth);
@@ -124,8 +134,8 @@ template <typename Y, bool GATED, u32 ROWS, u32 STAGES> struct Thin {
     }
 
     // A lane holds two neighbouring rows of channels lane/4 and lane/4 + 8: with gates, the second are their up factors.
-    __device__ __forceinline__ void store(const f32 (&sums)[ROWS / 8][4], const Tile& tile) const {
-        const f32* bias = reinterpret_cast<const f32*>(args.bias);
+    template <typename Y> __device__ __forceinline__ void store(const f32 (&sums)[ROWS / 8][4], const Place& tile) const {
+        const f32* bias = reinterpret_cast<const f32*>(tile.part.bias);
 #pragma unroll
         for (u32 j = 0; j < ROWS / 8; ++j)
 #pragma unroll
@@ -135,13 +145,13 @@ template <typename Y, bool GATED, u32 ROWS, u32 STAGES> struct Thin {
                 Y* out = reinterpret_cast<Y*>(tile.part.out) + m * tile.part.out_stride;
                 if constexpr (GATED) {
                     const u32 n = tile.n / 2 + lane / 4;
-                    if (n < args.columns) out[n] = narrow<Y>(quick_silu(sums[j][v]) * sums[j][v + 2]);
+                    if (n < tile.part.columns) out[n] = narrow<Y>(quick_silu(sums[j][v]) * sums[j][v + 2]);
                 } else {
 #pragma unroll
                     for (u32 half = 0; half < 2; ++half) {
                         const u32 n = tile.n + half * 8 + lane / 4;
                         const f32 sum = sums[j][v + 2 * half];
-                        if (n < args.columns) out[n] = narrow<Y>(bias ? sum + bias[n] : sum);
+                        if (n < tile.part.columns) out[n] = narrow<Y>(bias ? sum + bias[n] : sum);
                     }
                 }
             }
@@ -158,7 +168,9 @@ template <typename Y, bool GATED, u32 ROWS, u32 STAGES> struct Thin {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(empty + 8 * slot);
             }
-            store(sums, find<ROWS>(args, index));
+            const Place tile = find<ROWS>(args, index);
+            if (tile.part.wide) store<f32>(sums, tile);
+            else store<bf16>(sums, tile);
         }
     }
 
@@ -180,20 +192,16 @@ template <typename Y, bool GATED, u32 ROWS, u32 STAGES> struct Thin {
     }
 };
 
-// The variants: most rows of a tile, stages. `kernels.rs` repeats both.
-#define VARIANT(Y, ROWS, STAGES)                                                                             \
-    extern "C" __global__ void __launch_bounds__(BLOCK) gemm_thin##ROWS##_bf16_##Y(const __grid_constant__ GemmArgs args) {  \
+// The variants: most rows of a tile, stages, which `kernels.rs` repeats. Two blocks a multiprocessor leave registers enough for none to spill.
+#define VARIANT(name, GATED, ROWS, STAGES)                                                                    \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 2) name##ROWS##_bf16_bf16(const __grid_constant__ GemmArgs args) { \
         extern __shared__ __align__(128) unsigned char shared[];                                             \
-        Thin<Y, false, ROWS, STAGES>(args, shared_address(shared)).run();                                    \
-    }                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(BLOCK) gated_thin##ROWS##_bf16_##Y(const __grid_constant__ GemmArgs args) { \
-        extern __shared__ __align__(128) unsigned char shared[];                                             \
-        Thin<Y, true, ROWS, STAGES>(args, shared_address(shared)).run();                                     \
+        Thin<GATED, ROWS, STAGES>(args, shared_address(shared)).run();                                       \
     }
 
-VARIANT(bf16, 8, 5)
-VARIANT(f32, 8, 5)
-VARIANT(bf16, 16, 4)
-VARIANT(f32, 16, 4)
-VARIANT(bf16, 32, 4)
-VARIANT(f32, 32, 4)
+VARIANT(gemm_thin, false, 8, 5)
+VARIANT(gated_thin, true, 8, 5)
+VARIANT(gemm_thin, false, 16, 4)
+VARIANT(gated_thin, true, 16, 4)
+VARIANT(gemm_thin, false, 32, 4)
+VARIANT(gated_thin, true, 32, 4)

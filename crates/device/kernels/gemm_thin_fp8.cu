@@ -7,6 +7,7 @@
 // leaves as codes has a scale for 128 outputs: four blocks are a cluster then, and tell each other the largest of their 32.
 #include "gemm_fp8.cuh"
 
+constexpr u32 MOST_MAPS = 4;                      // that rows are multiplied with in one launch
 constexpr u32 TILE = 64;                          // packed weight rows of a block
 constexpr u32 WEIGHT_BYTES = TILE * LINE_BYTES;   // of a block of k
 constexpr u32 FEW_BOX = 8;                        // token rows per TMA box, where a tile has no more; else ROW_BOX
@@ -30,6 +31,25 @@ constexpr u32 OFF_TOLD = OFF_EMPTY + 8 * MOST_STAGES;  // two barriers
 constexpr u32 OFF_CHUNK_FULL = OFF_TOLD + 16;
 constexpr u32 OFF_CHUNK_EMPTY = OFF_CHUNK_FULL + 8 * CHUNKS;
 static_assert(OFF_CHUNK_EMPTY + 8 * CHUNKS + 1024 == FEW_SHARED_BYTES, "");
+
+// One of several maps that lie beside each other as if they were one weight, each from a tile of its own on; or what all experts have
+// in common. The twin of `launch::FewMap`.
+struct FewMap {
+    u64 weight;     // as of a Block, which has it where there is one map
+    u64 out;        // row-major
+    u64 bias;       // float32 of the outputs, or null
+    u32 out_stride; // elements per out row, multiple of 8; of codes bytes
+    u32 columns;    // of out, multiple of 8
+    u32 first;      // its first tile
+    u32 wide;       // whether outputs are float32, where they are no codes
+};
+
+// The twin of `launch::FewArgs`.
+struct FewArgs {
+    HopperArgs gemm; // `n`: packed weight rows of all maps, each in whole tiles
+    FewMap maps[MOST_MAPS];
+    u32 count; // of maps
+};
 
 // d[64 packed weights x N rows] (+)= a * b^T for 32 values of k; `add` = 0 starts the sum.
 #define FEW_REGS_8 "%0,%1,%2,%3"
@@ -63,9 +83,9 @@ __device__ __forceinline__ float4 floats(uint4 v) {
     return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
 }
 
-template <Out OUT, bool GATED> struct Few {
+template <bool GATED, bool CODED> struct Few {
     static constexpr u32 WIDTH = GATED ? TILE / 2 : TILE;  // outputs of a block
-    static constexpr u32 BESIDE = OUT == CODES ? SHARERS : 1;
+    static constexpr u32 BESIDE = CODED ? SHARERS : 1;
 
     struct Cursor {
         u32 stage = 0, phase = 0;
@@ -74,11 +94,19 @@ template <Out OUT, bool GATED> struct Few {
         }
     };
 
+    // What a block multiplies with: a tile of a map, whose weight is at an address.
+    struct Own {
+        const FewMap& map;
+        u64 weight;
+        u32 tile;
+    };
+
+    const FewArgs& args;
     const HopperArgs& a;
     const u32 base, blocks, stage_bytes, stages;
 
-    __device__ __forceinline__ Few(const HopperArgs& a, u32 base)
-        : a(a), base(base), blocks(div_up(a.k, SCALED)),
+    __device__ __forceinline__ Few(const FewArgs& args, u32 base)
+        : args(args), a(args.gemm), base(base), blocks(div_up(a.k, SCALED)),
           stage_bytes(WEIGHT_BYTES + round_up(a.tile_rows, a.tile_rows <= FEW_BOX ? FEW_BOX : ROW_BOX) * LINE_BYTES),
           stages(min(FEW_RING_BYTES / stage_bytes, MOST_STAGES)) {}
 
@@ -90,8 +118,12 @@ template <Out OUT, bool GATED> struct Few {
         return base + OFF_FACTORS + (chunk * CHUNK + b % CHUNK) * FACTOR_BYTES;
     }
     __device__ __forceinline__ u32 across() const { return div_up(a.n, TILE * BESIDE); }
-    // Which 64 weight rows of a tile are the block's.
-    __device__ __forceinline__ u32 at(const Work& t) const { return t.pair * BESIDE + (BESIDE > 1 ? cluster_rank() : 0); }
+    __device__ __forceinline__ Own own_of(const Work& t) const {
+        const u32 tile = t.pair * BESIDE + (BESIDE > 1 ? cluster_rank() : 0);
+        u32 i = 0;
+        while (i + 1 < args.count && args.maps[i + 1].first <= tile) ++i;
+        return {args.maps[i], args.count > 1 ? args.maps[i].weight : blocks_of(a)[t.block].weight, tile - args.maps[i].first};
+    }
 
     // ------------------------------------------------------------------------------------------------- the loader
 
@@ -100,9 +132,9 @@ template <Out OUT, bool GATED> struct Few {
         return round_up(t.rows, t.rows <= FEW_BOX ? FEW_BOX : ROW_BOX) * LINE_BYTES;
     }
 
-    __device__ __forceinline__ void bring_weights(const TensorMap* map, const Work& t, u32 b, u32 stage) const {
+    __device__ __forceinline__ void bring_weights(const Own& own, const Work& t, u32 b, u32 stage) const {
         barrier_expect(full(stage), WEIGHT_BYTES + row_bytes(t));
-        tma_load_2d(base + stage * stage_bytes, map, full(stage), b * SCALED, at(t) * TILE);
+        tma_load_2d(base + stage * stage_bytes, reinterpret_cast<const TensorMap*>(own.weight), full(stage), b * SCALED, own.tile * TILE);
     }
 
     __device__ __forceinline__ void bring_rows(const Work& t, u32 b, u32 stage) const {
@@ -124,20 +156,19 @@ template <Out OUT, bool GATED> struct Few {
         for (u32 unit = first;; unit += step) {
             const Work t = walk.find(unit);
             if (!t.rows) break;
-            const u64 weight = walk.blocks[t.block].weight;
-            const TensorMap* map = reinterpret_cast<const TensorMap*>(weight);
+            const Own own = own_of(t);
             // Weights do not wait for what runs before.
             const u32 ahead = waited ? 0 : min(blocks, stages);
             if (lead) {
-                open_map(weight);
-                for (u32 b = 0; b < ahead; ++b) bring_weights(map, t, b, b);
+                open_map(own.weight);
+                for (u32 b = 0; b < ahead; ++b) bring_weights(own, t, b, b);
             }
             if (!waited) take_turn();
             waited = true;
             if (lead)
                 for (u32 b = 0; b < blocks; ++b) {
                     barrier_wait(empty(cursor.stage), cursor.phase);
-                    if (b >= ahead) bring_weights(map, t, b, cursor.stage);
+                    if (b >= ahead) bring_weights(own, t, b, cursor.stage);
                     bring_rows(t, b, cursor.stage);
                     cursor.next(stages);
                 }
@@ -166,8 +197,9 @@ template <Out OUT, bool GATED> struct Few {
         for (u32 unit = first;; unit += step) {
             const Work t = walk.find(unit);
             if (!t.rows) break;
-            const u32 down = div_up(a.columns, SCALED), part = min(at(t) * WIDTH / SCALED, down - 1);
-            const float* gate = weight_scales_of(walk.blocks[t.block].weight) + (u64)part * blocks;
+            const Own own = own_of(t);
+            const u32 down = div_up(own.map.columns, SCALED), part = min(own.tile * WIDTH / SCALED, down - 1);
+            const float* gate = weight_scales_of(own.weight) + (u64)part * blocks;
             for (u32 b = 0; b < blocks; b += CHUNK) {
                 barrier_wait(chunk_empty(cursor.stage), cursor.phase);
                 bring_factors(t, gate, gate + (u64)down * blocks, b, cursor.stage);
@@ -238,7 +270,7 @@ template <Out OUT, bool GATED> struct Few {
             take<N>(acc, second, two, chunk, b);
         }
         stage_sums<N>(acc);
-        if (OUT == CODES) store_codes(t, tile);
+        if (CODED) store_codes(t, tile);
         else store(t);
     }
 
@@ -254,7 +286,7 @@ template <Out OUT, bool GATED> struct Few {
                 const float first = acc[4 * j + i], second = acc[4 * j + 2 + i];
                 if (GATED) {
                     const float value = quick_silu(first) * second;
-                    store_shared(to + (warp * 8 + lane / 4) * 4, OUT == CODES ? wide(narrow<bf16>(value)) : value);
+                    store_shared(to + (warp * 8 + lane / 4) * 4, CODED ? wide(narrow<bf16>(value)) : value);
                 } else {
                     store_shared(to + (warp * 16 + lane / 4) * 4, first);
                     store_shared(to + (warp * 16 + lane / 4 + 8) * 4, second);
@@ -270,25 +302,27 @@ template <Out OUT, bool GATED> struct Few {
     // As bf16 or float32, eight columns a thread.
     __device__ __forceinline__ void store(const Work& t) const {
         constexpr u32 PIECES = WIDTH / 8;
-        const u32 piece = threadIdx.x % PIECES * 8, column = at(t) * WIDTH + piece;
-        if (column >= a.columns) return;
+        const Own own = own_of(t);
+        const FewMap& map = own.map;
+        const u32 piece = threadIdx.x % PIECES * 8, column = own.tile * WIDTH + piece;
+        if (column >= map.columns) return;
         float bias[8] = {};
-        if (!GATED && a.bias)
+        if (!GATED && map.bias)
 #pragma unroll
-            for (u32 i = 0; i < 8; ++i) bias[i] = __ldg(reinterpret_cast<const float*>(a.bias) + column + i);
+            for (u32 i = 0; i < 8; ++i) bias[i] = __ldg(reinterpret_cast<const float*>(map.bias) + column + i);
         for (u32 row = threadIdx.x / PIECES; row < t.rows; row += MULTIPLIERS / PIECES) {
             float4 low = staged(row, piece), high = staged(row, piece + 4);
-            if (!GATED && a.bias) {
+            if (!GATED && map.bias) {
                 low.x += bias[0], low.y += bias[1], low.z += bias[2], low.w += bias[3];
                 high.x += bias[4], high.y += bias[5], high.z += bias[6], high.w += bias[7];
             }
-            const u64 to = (u64)(t.row0 + row) * a.out_stride + column;
-            if (OUT == WIDE) {
-                float4* out = reinterpret_cast<float4*>(reinterpret_cast<float*>(a.out_start) + to);
+            const u64 to = (u64)(t.row0 + row) * map.out_stride + column;
+            if (map.wide) {
+                float4* out = reinterpret_cast<float4*>(reinterpret_cast<float*>(map.out) + to);
                 out[0] = low;
                 out[1] = high;
             } else {
-                store_global16(reinterpret_cast<u16*>(a.out_start) + to, make_uint4(pack_bf16(low.x, low.y), pack_bf16(low.z, low.w),
+                store_global16(reinterpret_cast<u16*>(map.out) + to, make_uint4(pack_bf16(low.x, low.y), pack_bf16(low.z, low.w),
                                                                                     pack_bf16(high.x, high.y), pack_bf16(high.z, high.w)));
             }
         }
@@ -296,7 +330,9 @@ template <Out OUT, bool GATED> struct Few {
 
     // As codes and scales, four columns a thread. Tiles take the two rooms for the largest in turn.
     __device__ __forceinline__ void store_codes(const Work& t, u32 tile) const {
-        const u32 thread = threadIdx.x, part = thread & 7, column = at(t) * WIDTH + 4 * part;
+        const Own own = own_of(t);
+        const FewMap& map = own.map;
+        const u32 thread = threadIdx.x, part = thread & 7, column = own.tile * WIDTH + 4 * part;
         const u32 told = base + OFF_TOLD + tile % 2 * 8, largest = base + OFF_LARGEST + tile % 2 * LARGEST_BYTES;
         if (thread == 0) barrier_expect(told, t.rows * SHARERS * 4);
         for (u32 first = 0; first < t.rows; first += MULTIPLIERS / 8) {
@@ -316,16 +352,16 @@ template <Out OUT, bool GATED> struct Few {
             }
         }
         barrier_wait(told, tile / 2 % 2);
-        if (column >= a.columns) return;
+        if (column >= map.columns) return;
         for (u32 row = thread / 8; row < t.rows; row += MULTIPLIERS / 8) {
             const float4 all = floats(load_shared16(largest + row * SHARERS * 4)), v = staged(row, 4 * part);
             const float scale = __fdiv_rn(larger(larger(larger(larger(LEAST, all.x), all.y), all.z), all.w), E4M3_LARGEST);
             const float inverse = __frcp_rn(scale);
-            char* out = reinterpret_cast<char*>(a.out_start) + (u64)(t.row0 + row) * a.out_stride;
+            char* out = reinterpret_cast<char*>(map.out) + (u64)(t.row0 + row) * map.out_stride;
             *reinterpret_cast<u32*>(out + column) =
                 encode(quotient(v.x, scale, inverse), quotient(v.y, scale, inverse)) |
                 encode(quotient(v.z, scale, inverse), quotient(v.w, scale, inverse)) << 16;
-            if (column % SCALED == 0) *reinterpret_cast<float*>(out + round_up(a.columns, 4) + column / SCALED * 4) = scale;
+            if (column % SCALED == 0) *reinterpret_cast<float*>(out + round_up(map.columns, 4) + column / SCALED * 4) = scale;
         }
     }
 
@@ -367,14 +403,13 @@ template <Out OUT, bool GATED> struct Few {
     }
 };
 
-#define FEW_KERNEL(name, GATED, OUT)                                                                                        \
-    extern "C" __global__ void __cluster_dims__(Few<OUT, GATED>::BESIDE, 1, 1) __launch_bounds__(FEW_THREADS)               \
-        name(const __grid_constant__ HopperArgs args) {                                                                     \
+#define FEW_KERNEL(name, GATED, CODED)                                                                                      \
+    extern "C" __global__ void __cluster_dims__(Few<GATED, CODED>::BESIDE, 1, 1) __launch_bounds__(FEW_THREADS)             \
+        name(const __grid_constant__ FewArgs args) {                                                                        \
         extern __shared__ char shared[];                                                                                    \
-        Few<OUT, GATED>(args, (smem_addr(shared) + 1023) & ~1023u).run();                                                   \
+        Few<GATED, CODED>(args, (smem_addr(shared) + 1023) & ~1023u).run();                                                 \
     }
 
-FEW_KERNEL(gemm_thin_fp8_u32_bf16, false, NARROW)
-FEW_KERNEL(gemm_thin_fp8_u32_f32, false, WIDE)
-FEW_KERNEL(gated_thin_fp8_u32_bf16, true, NARROW)
-FEW_KERNEL(gated_thin_fp8_u32_u32, true, CODES)
+FEW_KERNEL(gemm_thin_fp8_u32_bf16, false, false)
+FEW_KERNEL(gated_thin_fp8_u32_bf16, true, false)
+FEW_KERNEL(gated_thin_fp8_u32_u32, true, true)

@@ -1,14 +1,17 @@
 // out[m] = round((x[m] - mean) / sqrt(variance + eps) * weight + bias); the mean counts as 0 for RMS. A row whose squares have no
-// finite sum is not finite itself. Before, what is added may come to x, which is stored; afterwards, heads may be turned.
+// finite sum is not finite itself. Before, what is added may come to x, which is stored; afterwards, heads may be turned, and rows
+// may be left as e4m3 codes besides: those of what is stored, rounded to bfloat16.
 //
-// A block takes a row, or, where rows are narrow, each of its warps or halves of warps takes one: what the other lanes of a
+// A block takes a row, or, where rows are narrow and not wanted as codes, each of its warps or halves of warps takes one: what the other lanes of a
 // block would add is zero, so the bits are the same.
+#include "scaled.cuh"
 #include "turn.cuh"
 
 struct Args {
     Rows x, out;
     Rows added;      // likewise, or nothing
     Rows rope_table; // of tokens, each of `heads` rows, or nothing
+    Rows codes;      // or nothing
     u64 weight, bias;
     f32 eps;
     u32 centred;
@@ -61,6 +64,16 @@ template <typename X> __device__ __forceinline__ Run take(const Args& args, u32 
     return run;
 }
 
+// Stores a run from column n on, if there is any of it, as numbers and, CODED, as codes; by whole half warps, which have a group of columns.
+template <typename Y, bool CODED> __device__ __forceinline__ void leave(const Args& args, Run run, u32 m, u32 n, u32 count) {
+    if (count > 0) write(row<Y>(args.out, m) + n, run, count);
+    if (!CODED) return;
+#pragma unroll
+    for (u32 j = 0; j < RUN; ++j) run.values[j] = j < count ? wide(narrow<bf16>(run.values[j])) : 0.0f;
+    const f32 scale = scale_of(run);
+    if (count > 0) store(row<u32>(args.codes, m), n, args.out.width, encode(run, scale), scale);
+}
+
 // Over a warp, or each half of it.
 __device__ __forceinline__ f32 lanes_sum(f32 value, u32 lanes) {
     if (lanes == 32) value += __shfl_xor_sync(~0u, value, 16);
@@ -104,7 +117,7 @@ template <typename X, typename Y> __device__ void norm_narrow(const Args& args) 
     f32 squares = 0.0f;
     add_squares(squares, run, mean, count);
     const f32 variance = lanes_sum(squares, lanes) / f32(width);
-    if (there && n == 0 && !finite(variance)) complain(args.report, NOT_FINITE, m, 0);
+    if (there && n == 0 && !finite(variance)) complain(args.report, NOT_FINITE, m, blockIdx.y);
     const f32 factor = 1.0f / sqrtf(variance + args.eps);
     if (count > 0) scale<Y>(args, run, m, n, mean, factor, count);
     if (args.rope_table.start) turn_head(args, run, there ? m / args.heads : 0, n);
@@ -112,7 +125,7 @@ template <typename X, typename Y> __device__ void norm_narrow(const Args& args) 
 }
 
 // Rows of up to PIECES * THREADS runs, which stay in registers.
-template <typename X, typename Y, u32 PIECES> __device__ void norm_held(const Args& args) {
+template <typename X, typename Y, u32 PIECES, bool CODED> __device__ void norm_held(const Args& args) {
     const u32 width = args.x.width, m = blockIdx.x;
     const auto column = [&](u32 piece) { return (piece * THREADS + threadIdx.x) * RUN; };
     const auto length = [&](u32 piece) { return column(piece) < width ? min(width - column(piece), RUN) : 0; };
@@ -136,9 +149,8 @@ template <typename X, typename Y, u32 PIECES> __device__ void norm_held(const Ar
 #pragma unroll
     for (u32 piece = 0; piece < PIECES; ++piece) {
         const u32 n = column(piece), count = length(piece);
-        if (count == 0) break;
-        scale<Y>(args, runs[piece], m, n, mean, factor, count);
-        write(row<Y>(args.out, m) + n, runs[piece], count);
+        if (count > 0) scale<Y>(args, runs[piece], m, n, mean, factor, count);
+        leave<Y, CODED>(args, runs[piece], m, n, count);
     }
 }
 
@@ -146,7 +158,7 @@ template <typename X, typename Y, u32 PIECES> __device__ void norm_held(const Ar
     for (u32 n = threadIdx.x * RUN; n < (width); n += THREADS * RUN)                                         \
         if (const u32 count = min((width) - n, RUN); true)
 
-template <typename X, typename Y> __device__ void norm_wide(const Args& args) {
+template <typename X, typename Y, bool CODED> __device__ void norm_wide(const Args& args) {
     const u32 width = args.x.width, m = blockIdx.x;
     X* x = row<X>(args.x, m);
     if (args.added.start) FOR_RUNS_OF_ROW(width, n, count) take<X>(args, m, n, count);
@@ -164,27 +176,47 @@ template <typename X, typename Y> __device__ void norm_wide(const Args& args) {
     const f32 variance = block_sum(squares) / f32(width);
     if (threadIdx.x == 0 && !finite(variance)) complain(args.report, NOT_FINITE, m, 0);
     const f32 factor = 1.0f / sqrtf(variance + args.eps);
-    FOR_RUNS_OF_ROW(width, n, count) {
-        Run run = read(x + n, count);
-        scale<Y>(args, run, m, n, mean, factor, count);
-        write(row<Y>(args.out, m) + n, run, count);
+    for (u32 n = threadIdx.x * RUN; n < (width + GROUP - 1) / GROUP * GROUP; n += THREADS * RUN) {
+        const u32 count = n < width ? min(width - n, RUN) : 0;
+        Run run = {};
+        if (count > 0) {
+            run = read(x + n, count);
+            scale<Y>(args, run, m, n, mean, factor, count);
+        }
+        leave<Y, CODED>(args, run, m, n, count);
     }
 }
 
-template <typename X, typename Y> __device__ void norm(const Args& args) {
+template <typename X, typename Y, bool CODED = false> __device__ void norm(const Args& args) {
     constexpr u32 PIECE = THREADS * RUN;
     const u32 width = args.x.width;
-    if (width <= PIECE) norm_held<X, Y, 1>(args);
-    else if (width <= 2 * PIECE) norm_held<X, Y, 2>(args);
-    else if (width <= 4 * PIECE) norm_held<X, Y, 4>(args);
-    else norm_wide<X, Y>(args);
+    if (width <= PIECE) norm_held<X, Y, 1, CODED>(args);
+    else if (width <= 2 * PIECE) norm_held<X, Y, 2, CODED>(args);
+    else if (width <= 4 * PIECE) norm_held<X, Y, 4, CODED>(args);
+    else norm_wide<X, Y, CODED>(args);
 }
+
+// Three blocks a multiprocessor keep memory busy, as many as have room without codes.
+#define CODED_KERNEL(X, Y)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) norm_coded_##X##_##Y(const __grid_constant__ Args args) {  \
+        take_turn();                                                                                                    \
+        norm<X, Y, true>(args);                                                                                         \
+    }
+
+// Queries and keys, say: what belongs to one is the blocks of a row of the grid. The twin of `norm::NarrowArgs`.
+struct Narrow { Args parts[2]; };
+
+template <typename X, typename Y> __device__ void norm_narrow(const Narrow& args) { norm_narrow<X, Y>(args.parts[blockIdx.y]); }
 
 KERNEL(norm, Args, f32, f32)
 KERNEL(norm, Args, f32, bf16)
 KERNEL(norm, Args, bf16, f32)
 KERNEL(norm, Args, bf16, bf16)
-KERNEL(norm_narrow, Args, f32, f32)
-KERNEL(norm_narrow, Args, f32, bf16)
-KERNEL(norm_narrow, Args, bf16, f32)
-KERNEL(norm_narrow, Args, bf16, bf16)
+CODED_KERNEL(f32, f32)
+CODED_KERNEL(f32, bf16)
+CODED_KERNEL(bf16, f32)
+CODED_KERNEL(bf16, bf16)
+KERNEL(norm_narrow, Narrow, f32, f32)
+KERNEL(norm_narrow, Narrow, f32, bf16)
+KERNEL(norm_narrow, Narrow, bf16, f32)
+KERNEL(norm_narrow, Narrow, bf16, bf16)

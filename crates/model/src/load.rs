@@ -268,6 +268,24 @@ impl<B: Backend> Loader<'_, B> {
         Ok(None)
     }
 
+    /// A matrix that is not held in codes, but as what they mean.
+    pub(crate) fn decoded(&self, part: Part) -> Result<Weight, ModelError> {
+        let (whole, (n, k)) = (Window::whole(), self.matrix(part));
+        let (shape, name) = (WeightShape::Matrix { n, k }, format!("{} decoded", self.name(part, &whole)));
+        if let Some(weight) = self.device.find(&name) {
+            return Ok(weight);
+        }
+        let Some(codes) = self.codes(shape, &[part], &whole)? else { return self.part(part) };
+        self.held(&name, shape, || {
+            let mut numbers = vec![0.0f32; n * k];
+            for (row, numbers) in numbers.chunks_exact_mut(k.max(1)).enumerate() {
+                codes[0].decode(row, numbers);
+            }
+            let bytes = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+            Ok(vec![Tensor { dtype: DType::F32, shape: vec![n, k], bytes }])
+        })
+    }
+
     /// A matrix whose rows become its columns.
     pub(crate) fn transposed(&self, part: Part) -> Result<Weight, ModelError> {
         let (n, k) = self.matrix(part);

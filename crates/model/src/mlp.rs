@@ -39,6 +39,20 @@ impl MlpWeights {
     }
 }
 
+impl MlpWeights {
+    /// Whether the rows that it reads are wanted as codes.
+    pub(crate) fn takes_codes(&self) -> bool {
+        let codes = |mlp: &Mlp| mlp.gate_up.format == WeightFormat::Fp8;
+        match self {
+            MlpWeights::Absent => false,
+            MlpWeights::Dense(mlp, _) => codes(mlp),
+            MlpWeights::Moe(moe) => {
+                moe.experts.iter().take(1).chain(moe.shared.iter().map(|shared| &shared.mlp)).any(codes)
+            }
+        }
+    }
+}
+
 fn load_moe<B: Backend>(
     loader: &Loader<'_, B>,
     layer: Layer,

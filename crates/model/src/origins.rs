@@ -33,9 +33,6 @@ pub(crate) struct Round {
     pub(crate) cached: Buffer,
 }
 
-/// Heads whose keys and values are decompressed by one product, at most.
-pub(crate) const HEADS_TOGETHER: usize = 8;
-
 /// Room for the contexts of a round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RoundRoom {
@@ -43,26 +40,32 @@ pub(crate) struct RoundRoom {
     pub(crate) positions: usize,
     /// Keys and values: a position's of one head.
     pub(crate) pairs: usize,
+    /// Heads whose keys and values are decompressed by one product, at most.
+    pub(crate) together: usize,
 }
 
 impl RoundRoom {
     /// Where nothing is decompressed.
-    pub(crate) const NONE: RoundRoom = RoundRoom { positions: 0, pairs: 0 };
+    pub(crate) const NONE: RoundRoom = RoundRoom { positions: 0, pairs: 0, together: 0 };
 
     /// For a model with so many heads and sequences of so many blocks.
     pub(crate) fn of(heads: usize, sequences: usize, most_blocks: usize) -> Self {
         /// Enough to keep a GPU busy, and little beside a model.
         const POSITIONS: usize = 16 << 10;
         const PAIRS: usize = 256 << 10;
+        /// More fill a GPU no better, and fewer of long contexts leave it idle.
+        const FEWEST: usize = 8;
+        const MOST: usize = 16;
         let longest = most_blocks.saturating_mul(BLOCK_SIZE);
         let positions = longest.saturating_mul(sequences).min(longest.max(POSITIONS));
-        let least = longest.saturating_mul(heads.min(HEADS_TOGETHER));
-        RoundRoom { positions, pairs: heads.saturating_mul(positions).min(PAIRS).max(least) }
+        let together = if positions.saturating_mul(MOST) <= PAIRS { MOST } else { FEWEST };
+        let least = longest.saturating_mul(heads.min(together));
+        RoundRoom { positions, pairs: heads.saturating_mul(positions).min(PAIRS).max(least), together }
     }
 
     /// How many such products there is room for at a time, of so many positions.
     pub(crate) fn products(&self, positions: usize) -> usize {
-        (self.pairs / positions.max(1) / HEADS_TOGETHER).max(1)
+        (self.pairs / positions.max(1) / self.together).max(1)
     }
 }
 
@@ -97,10 +100,12 @@ mod tests {
 
     #[test]
     fn room_is_bounded_and_holds_some_heads_of_the_longest() {
-        let room = |positions, pairs| RoundRoom { positions, pairs };
-        assert_eq!(RoundRoom::of(4, 2, 3), room(384, 4 * 384));
-        assert_eq!(RoundRoom::of(16, 256, 512), room(32_768, 262_144));
-        assert_eq!(RoundRoom::of(16, 256, 2560), room(163_840, 1_310_720));
+        let room = |positions, pairs, together| RoundRoom { positions, pairs, together };
+        assert_eq!(RoundRoom::of(4, 2, 3), room(384, 4 * 384, 16));
+        assert_eq!(RoundRoom::of(16, 256, 256), room(16_384, 262_144, 16));
+        assert_eq!(RoundRoom::of(16, 256, 512), room(32_768, 262_144, 8));
+        assert_eq!(RoundRoom::of(16, 256, 2560), room(163_840, 1_310_720, 8));
+        assert_eq!(RoundRoom::of(128, 256, 16).products(8192), 2);
         assert_eq!(RoundRoom::of(128, 256, 512).products(32_768), 1);
         assert_eq!(RoundRoom::of(128, 256, 512).products(8192), 4);
         assert_eq!(RoundRoom::of(4, 2, 3).products(384), 1);

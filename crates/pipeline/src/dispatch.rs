@@ -56,8 +56,8 @@ impl<B: Backend> ExpertPipeline<B> {
             sums: buffers.combine_index.rows(tokens.clone())?,
         };
         self.compute(place, order)?;
-        let x = call.x.rows(tokens.clone())?;
-        let packed = [x, index, buffers.send_rows.rows(rows)?];
+        let out = buffers.send_rows.rows(rows)?;
+        let packed = [call.rows_for(&tokens, &out)?, index, out];
         self.gather_rows(place.phase(Phase::Pack), Fp8::Encode, packed)?;
         Ok(Packed { tokens, buffers, counts })
     }
@@ -83,7 +83,11 @@ impl<B: Backend> ExpertPipeline<B> {
         if self.options.sizes.layer.wire.dispatch == RowFormat::Fp8 {
             let index = buffers.every_token.rows(0..tokens.len())?;
             let out = buffers.send_rows.rows(0..tokens.len())?;
-            self.gather_rows(place.phase(Phase::Pack), Fp8::Encode, [x.clone(), index, out])?;
+            self.gather_rows(
+                place.phase(Phase::Pack),
+                Fp8::Encode,
+                [call.rows_for(tokens, &out)?, index, out],
+            )?;
         }
         self.device.lane_wait(Lane::Transfer, &self.device.record(Lane::Compute));
         self.run_shared_if(table.shared == SharedExpert::BesideCountExchange, call, tokens)?;

@@ -127,7 +127,11 @@ impl<B: Backend> ExpertPipeline<B> {
         let expanded = expanded(call, buffers)?.rows(assignments.clone())?;
         let outputs = buffers.outputs.rows(assignments.clone())?;
         let index = buffers.expand_index.rows(assignments)?;
-        self.gather_rows(place.phase(Phase::Expand), how, [x, index, expanded.clone()])?;
+        let from = match &batch.rows {
+            Rows::InPlace => call.rows_for(&batch.tokens, &expanded)?,
+            Rows::Gathered(_) | Rows::Travel(_) => x,
+        };
+        self.gather_rows(place.phase(Phase::Expand), how, [from, index, expanded.clone()])?;
         if call.layer.scaled_inputs {
             self.scale_inputs(place, &expanded, [&buffers.reduce_index.rows(tokens.clone())?, &weights], 0)?;
         }
@@ -186,7 +190,7 @@ impl<B: Backend> ExpertPipeline<B> {
             }
             let in_stage = of_slot.start - assignments.start..of_slot.end - assignments.start;
             let x = rows.rows(in_stage.clone())?;
-            let part = |x, weight: &Weight, out| GemmPart { x, weight: weight.clone(), out };
+            let part = |x, weight: &Weight, out| GemmPart { x, weight: weight.clone(), bias: None, out };
             gate_up.push(part(x, &mlp.gate_up, activated.rows(in_stage.clone())?));
             down.push(part(inner.rows(in_stage)?, &mlp.down, buffers.outputs.rows(of_slot)?));
         }
@@ -275,10 +279,10 @@ impl<B: Backend> ExpertPipeline<B> {
         epilogue: Epilogue,
     ) -> Result<(), PipelineError> {
         match kind {
-            GemmKind::Grouped => self.compute(place, Gemm { parts, bias: None, epilogue }),
+            GemmKind::Grouped => self.compute(place, Gemm { parts, epilogue }),
             GemmKind::Dense => parts
                 .into_iter()
-                .try_for_each(|part| self.compute(place, Gemm { parts: vec![part], bias: None, epilogue })),
+                .try_for_each(|part| self.compute(place, Gemm { parts: vec![part], epilogue })),
         }
     }
 

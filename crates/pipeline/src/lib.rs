@@ -47,7 +47,7 @@ pub use count_exchange::disagreement;
 pub use routed_peers::RoutedPeers;
 pub use routing_log::{Flips, RoutingLog, RoutingLogError, TokenId};
 pub use run::{
-    ExpertActivation, ExpertPipeline, HostTimes, Identities, LayerReport, Mlp, MoeLayer, Pending,
+    ExpertActivation, ExpertPipeline, HostTimes, Identities, Input, LayerReport, Mlp, MoeLayer, Pending,
     PipelineOptions, SharedMlp,
 };
 pub use spans::take_spans;

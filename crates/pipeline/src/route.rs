@@ -22,8 +22,8 @@ impl<B: Backend> ExpertPipeline<B> {
     pub(crate) fn choose(&self, layer: &MoeLayer, x: &Buffer) -> Result<(), PipelineError> {
         let (place, tokens) = (Place::layer(layer.layer), 0..x.rows);
         let logits = self.buffers.router_logits.rows(tokens.clone())?;
-        let router = Gemm::linear(x.clone(), &layer.router_weight, logits.clone());
-        let router = Gemm { bias: layer.router_bias.clone(), ..router };
+        let bias = layer.router_bias.as_ref();
+        let router = Gemm::biased(x.clone(), &layer.router_weight, bias, logits.clone());
         self.compute(place.phase(Phase::RouterLogits), router)?;
         let route = Route {
             logits,

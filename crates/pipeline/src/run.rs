@@ -9,7 +9,7 @@ use epsmoe_base::{
 use epsmoe_device::op::{
     Activate, Activation, Fp8, GateRows, Gather, GatherFp8, Gemm, HostToDevice, Op, TopKRouter,
 };
-use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
+use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight, WeightFormat};
 use epsmoe_fabric::Fabric;
 use epsmoe_plan::{
     Ahead, Capacity, LayerBytes, Planner, Policy, Routing, Schedule, ScheduleReport, SharedExpert, SlotMap,
@@ -202,6 +202,21 @@ pub struct ExpertPipeline<B: Backend> {
     pub(crate) held_map: Cell<Option<u64>>,
 }
 
+/// The rows of a layer, on their way in.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// `[T, H]`.
+    pub x: &'a Buffer,
+    /// The same as FP8 codes with their scales, if they are there already: for experts that take them so, and to travel.
+    pub codes: Option<&'a Buffer>,
+}
+
+impl<'a> From<&'a Buffer> for Input<'a> {
+    fn from(x: &'a Buffer) -> Self {
+        Input { x, codes: None }
+    }
+}
+
 /// A layer that was called for.
 #[derive(Clone, Copy)]
 pub(crate) struct Call<'a> {
@@ -213,8 +228,18 @@ pub(crate) struct Call<'a> {
     /// Input and output `[T, H]`.
     pub(crate) x: &'a Buffer,
     pub(crate) y: &'a Buffer,
+    /// The input as codes.
+    pub(crate) codes: Option<&'a Buffer>,
     /// Where the shared expert's output is wanted by itself, instead of in `y`.
     pub(crate) shared_out: Option<&'a Buffer>,
+}
+
+impl Call<'_> {
+    /// The rows of some tokens, as codes if they are there and `out` is for codes.
+    pub(crate) fn rows_for(&self, tokens: &Range<usize>, out: &Buffer) -> Result<Buffer, DeviceError> {
+        let codes = self.codes.filter(|codes| codes.dtype == out.dtype);
+        codes.unwrap_or(self.x).rows(tokens.clone())
+    }
 }
 
 /// A layer that is enqueued up to its last sums.
@@ -309,32 +334,34 @@ impl<B: Backend> ExpertPipeline<B> {
     /// `[T, H]`. T may differ between ranks and may be 0; all ranks must call. Returns once everything is
     /// enqueued: `y` is complete when the compute lane is. `known` are the tokens of every rank, where all ranks know them and
     /// [agree on everything else](Self::settings): then no host needs to ask.
-    pub fn run(
+    pub fn run<'a>(
         &self,
         layer: &MoeLayer,
         known: Option<&[usize]>,
-        x: &Buffer,
+        input: impl Into<Input<'a>>,
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
+        let Input { x, codes } = input.into();
         self.choose(layer, x)?;
-        self.run_chosen(Call { layer, table: None, known, x, y, shared_out: None })
+        self.run_chosen(Call { layer, table: None, known, x, y, codes, shared_out: None })
     }
 
     /// The first part of a layer whose shared expert's output goes to `shared`, and what the experts give to `y`, but not
     /// before [`finish`](Self::finish): what is enqueued until then computes while the last sums travel. `routing`, if
     /// there is one, overrules the router.
-    pub fn begin(
+    pub fn begin<'a>(
         &self,
         layer: &MoeLayer,
         (known, routing): (Option<&[usize]>, Option<&Routing>),
-        x: &Buffer,
+        input: impl Into<Input<'a>>,
         [shared, y]: [&Buffer; 2],
     ) -> Result<Pending<B>, PipelineError> {
+        let Input { x, codes } = input.into();
         match routing {
             Some(routing) => self.overrule(layer, routing)?,
             None => self.choose(layer, x)?,
         }
-        self.begin_chosen(&Call { layer, table: None, known, x, y, shared_out: Some(shared) })
+        self.begin_chosen(&Call { layer, table: None, known, x, y, codes, shared_out: Some(shared) })
     }
 
     /// The rest of it, as work of `place`.
@@ -349,15 +376,16 @@ impl<B: Backend> ExpertPipeline<B> {
     }
 
     /// [`run`](Self::run) with experts that are already chosen.
-    pub fn run_routed(
+    pub fn run_routed<'a>(
         &self,
         layer: &MoeLayer,
         (known, routing): (Option<&[usize]>, &Routing),
-        x: &Buffer,
+        input: impl Into<Input<'a>>,
         y: &Buffer,
     ) -> Result<LayerReport, PipelineError> {
+        let Input { x, codes } = input.into();
         self.overrule(layer, routing)?;
-        self.run_chosen(Call { layer, table: None, known, x, y, shared_out: None })
+        self.run_chosen(Call { layer, table: None, known, x, y, codes, shared_out: None })
     }
 
     /// [`run`](Self::run) by a given table, the same on all ranks, instead of what was asked for at the start: to measure
@@ -374,7 +402,7 @@ impl<B: Backend> ExpertPipeline<B> {
         if let Some(routing) = routing {
             self.overrule(layer, routing)?;
         }
-        self.run_chosen(Call { layer, table: Some(table), known: None, x, y, shared_out: None })
+        self.run_chosen(Call { layer, table: Some(table), known: None, x, y, codes: None, shared_out: None })
     }
 
     /// Whether layers may be gathered, if they are short enough and everybody knows it.
@@ -592,7 +620,12 @@ impl<B: Backend> ExpertPipeline<B> {
         let inner = buffers.shared_inner.rows(tokens.clone())?.for_weight(&shared.mlp.down)?;
         match &call.layer.activation {
             None => {
-                let rows = self.device.rows_for(place, &x, &shared.mlp.gate_up, &buffers.shared_rows)?;
+                let rows = match call.codes {
+                    Some(codes) if shared.mlp.gate_up.format == WeightFormat::Fp8 => {
+                        codes.rows(tokens.clone())?
+                    }
+                    _ => self.device.rows_for(place, &x, &shared.mlp.gate_up, &buffers.shared_rows)?,
+                };
                 self.compute(place, Gemm::gated(rows, &shared.mlp.gate_up, inner.clone()))?;
             }
             Some(ExpertActivation { activation, .. }) => {

@@ -21,6 +21,9 @@ pub(super) const WEIGHT_PIECE: (u32, u32) = (128, 64);
 const ROW_BOX: u32 = 32;
 const FEW_ROW_BOX: u32 = 8;
 
+/// Packed weight rows of a tile for few rows of codes: `TILE` of the source.
+pub(super) const FEW_TILE: u32 = 64;
+
 /// Blocks that fit into a kernel's arguments; more of them are listed in device memory. Repeats the number of the source.
 pub(super) const OWN_BLOCKS: usize = 64;
 
@@ -281,7 +284,7 @@ pub(super) fn plan_few_codes(
         return None;
     }
     let tile_rows = busy().max().unwrap_or(1).clamp(FEW_ROW_BOX, MOST).next_power_of_two();
-    let tiles = tiles_of(tile_rows, 64 * together).max(1);
+    let tiles = tiles_of(tile_rows, FEW_TILE * together).max(1);
     // Not all clusters fit that would by count, and one more round of a few takes as long as one of all.
     let resident = multiprocessors * RESIDENT / together;
     let clusters = match together {

@@ -111,7 +111,7 @@ sources! {
     "gather_fp8": ["to_fp8", "from_fp8", "through_fp8"] in SAME, 256 threads;
     "kv_write": ["kv_write"] in [(F32, F32), (F32, BF16), (BF16, BF16), (F32, E4M3), (BF16, E4M3)], 256 threads;
     "embed": ["embed"] in [(F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, F32), (F16, BF16)], 256 threads;
-    "norm": ["norm", "norm_narrow"] in ANY, 256 threads;
+    "norm": ["norm", "norm_coded", "norm_narrow"] in ANY, 256 threads;
     "rope_table": ["rope_table"] in [(F32, F32)], 256 threads;
     "rotate": ["rotate"] in SAME, 256 threads;
     "reduce": ["reduce"] in ANY, 256 threads;
@@ -143,7 +143,7 @@ sources! {
         256 threads;
     "gemm_bf16": ["gemm_small", "gated_small"] in [(BF16, F32), (BF16, BF16)], 128 threads;
     "gemm_thin": ["gemm_thin8", "gated_thin8", "gemm_thin16", "gated_thin16", "gemm_thin32", "gated_thin32"]
-        in [(BF16, F32), (BF16, BF16)], 128 threads on "sm_90a";
+        in [(BF16, BF16)], 128 threads on "sm_90a";
     "gemm_coded": ["coded_middle"] in [(BF16, BF16)], 256 threads;
     "gemm_coded": ["coded_small"] in [(BF16, BF16)], 128 threads;
     "gemm_hopper": ["gemm_hopper256", "gated_hopper256", "gemm_hopper128", "gated_hopper128", "gemm_hopper64", "gated_hopper64"]
@@ -154,7 +154,7 @@ sources! {
     "gemm_hopper_coded": ["gemm_codes256", "gemm_codes64"] in [(BF16, F32)], 384 threads on "sm_90a";
     "gemm_hopper_fp8": ["gemm_fp8"] in [(CODES, BF16), (CODES, F32)], 384 threads on "sm_90a";
     "gemm_hopper_fp8": ["gated_fp8"] in [(CODES, BF16), (CODES, CODES)], 384 threads on "sm_90a";
-    "gemm_thin_fp8": ["gemm_thin_fp8"] in [(CODES, BF16), (CODES, F32)], 192 threads on "sm_90a";
+    "gemm_thin_fp8": ["gemm_thin_fp8"] in [(CODES, BF16)], 192 threads on "sm_90a";
     "gemm_thin_fp8": ["gated_thin_fp8"] in [(CODES, BF16), (CODES, CODES)], 192 threads on "sm_90a";
 }
 

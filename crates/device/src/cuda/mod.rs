@@ -348,7 +348,16 @@ struct Pending {
 #[derive(Clone)]
 struct Subject {
     buffer: Buffer,
+    /// Of the operation's second part, if it has one.
+    second: Option<Buffer>,
     origin: Option<Origin>,
+}
+
+impl Subject {
+    /// What complaints of a part are about.
+    fn of_part(&self, part: u32) -> &Buffer {
+        self.second.as_ref().filter(|_| part > 0).unwrap_or(&self.buffer)
+    }
 }
 
 struct Timed {
@@ -811,16 +820,21 @@ impl Backend for CudaBackend {
         let op = op.into();
         op.check()?;
         let place = place.or_phase(op.phase());
-        let subject = match &op {
-            Op::Attention(op) => Some(&op.keys),
-            Op::KvWrite(op) => Some(&op.x),
-            Op::Norm(op) => Some(&op.x),
-            Op::AddNorm(op) => Some(&op.norm.x),
-            Op::NormRotate(op) => Some(&op.norm.x),
-            Op::ArgMax(op) => Some(&op.logits),
-            _ => None,
+        let [first, second] = match &op {
+            Op::Attention(op) => [Some(&op.keys), None],
+            Op::KvWrite(op) => [0, 1].map(|part| op.parts.get(part).map(|part| &part.x)),
+            Op::Norm(op) => [Some(&op.x), None],
+            Op::AddNorm(op) => [Some(&op.norm.x), None],
+            Op::NormRotate(op) => [0, 1].map(|part| op.parts.get(part).map(|part| &part.norm.x)),
+            Op::ArgMax(op) => [Some(&op.logits), None],
+            _ => [None; 2],
         };
-        let subject = subject.map(|buffer| Subject { buffer: buffer.clone(), origin: op.origin() });
+        let subject = |buffer: &Buffer| Subject {
+            buffer: buffer.clone(),
+            second: second.cloned(),
+            origin: op.origin(),
+        };
+        let subject = first.map(subject);
         self.append(lane, place, op.name(), &op.accesses(), subject, |order| self.launch(order, lane, &op))
     }
 

@@ -131,7 +131,7 @@ impl Complaint {
             cause::ROWS_END => below("end of an expert's rows"),
             cause::NOT_FINITE => subject.map_or_else(
                 || format!("row {first} holds a NaN or an infinity"),
-                |subject| not_finite(first as usize, &subject.buffer, subject.origin),
+                |subject| not_finite(first as usize, subject.of_part(second), subject.origin),
             ),
             cause::EXPERT_TWICE => format!("token {first} is sent to expert {second} twice"),
             cause::SLOT => below("slot"),

@@ -4,16 +4,23 @@ use super::{Accesses, expect, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
 use epsmoe_base::DType;
 
-/// `cache[slots[t]] = x[t] / scale`: rows into the paged cache. A slot is `block · block_size + offset`.
+/// `cache[slots[t]] = x[t] / scale`: rows into the paged cache, of keys and of values. A slot is `block · block_size + offset`.
 ///
 /// A cache in the format of the rows holds them as they are, with a scale of 1. One in e4m3 holds the nearest codes, ties to even; what
 /// is beyond ±448 becomes ±448, and what is not finite stops the world.
 #[derive(Clone, Debug)]
 pub struct KvWrite {
-    /// New rows `[T, W]`.
-    pub x: Buffer,
+    /// Rows with their caches, at most two, all of the same formats.
+    pub parts: Vec<KvRows>,
     /// Slot of each row `[T, 1]`, uint32, all different.
     pub slots: Buffer,
+}
+
+/// Rows that are cached.
+#[derive(Clone, Debug)]
+pub struct KvRows {
+    /// New rows `[T, W]`.
+    pub x: Buffer,
     /// The cache `[slots, W]`, in the format of `x` or in e4m3.
     pub cache: Buffer,
     /// What the numbers of the cache are multiplied with to be those of `x`.
@@ -21,24 +28,36 @@ pub struct KvWrite {
 }
 
 impl KvWrite {
+    /// Most parts.
+    pub(crate) const PARTS: usize = 2;
+
+    /// Rows of one cache.
+    pub fn of(x: Buffer, slots: Buffer, cache: Buffer, scale: f32) -> Self {
+        KvWrite { parts: vec![KvRows { x, cache, scale }], slots }
+    }
+
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        same_rows("kv_write", &[&self.x, &self.slots])?;
         expect("kv_write", "slots", &self.slots, DType::U32, 1)?;
-        let dtype = cached(&self.cache, self.x.dtype);
-        expect("kv_write", "cache", &self.cache, dtype, self.x.width)?;
-        let fits =
-            if dtype == DType::E4M3 { self.scale > 0.0 && self.scale.is_finite() } else { self.scale == 1.0 };
-        if !fits {
-            return Err(DeviceError::Shape(format!(
-                "kv_write: a scale of {} for {:?}",
-                self.scale, self.cache
-            )));
+        let formats = |part: &KvRows| (part.x.dtype, part.cache.dtype);
+        let alike = self.parts.iter().all(|part| formats(part) == formats(&self.parts[0]));
+        if !alike || self.parts.len() > Self::PARTS {
+            return Err(DeviceError::Shape(format!("kv_write: {:?} are not two alike", self.parts)));
         }
-        Ok(())
+        self.parts.iter().try_for_each(|KvRows { x, cache, scale }| {
+            same_rows("kv_write", &[x, &self.slots])?;
+            let dtype = cached(cache, x.dtype);
+            expect("kv_write", "cache", cache, dtype, x.width)?;
+            let fits = if dtype == DType::E4M3 { *scale > 0.0 && scale.is_finite() } else { *scale == 1.0 };
+            match fits {
+                true => Ok(()),
+                false => Err(DeviceError::Shape(format!("kv_write: a scale of {scale} for {cache:?}"))),
+            }
+        })
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new().read(&self.x).read(&self.slots).write(&self.cache)
+        let reads = self.parts.iter().fold(Accesses::new().read(&self.slots), |all, part| all.read(&part.x));
+        self.parts.iter().fold(reads, |all, part| all.write(&part.cache))
     }
 }
 

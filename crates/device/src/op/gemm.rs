@@ -24,19 +24,20 @@ pub struct GemmPart {
     pub x: Buffer,
     /// Weight; its shape agrees with the epilogue.
     pub weight: Weight,
+    /// Added to every output row, in float32 before rounding (`Store` only).
+    pub bias: Option<Weight>,
     /// Output `[M, N]`: in the input's format or float32; of FP8 in bfloat16, or in float32 if it is just stored, or as codes
     /// and scales if it is activated, each the code of the bfloat16 that it would be.
     pub out: Buffer,
 }
 
 /// Several products in one operation, which share the processor tile by tile: with one part per expert this
-/// is the grouped kernel, with a single part the dense one. Both give equal bits.
+/// is the grouped kernel, with a single part the dense one; maps of the same rows, such as queries, keys and values, may differ in
+/// width, formats and biases. All give equal bits.
 #[derive(Clone, Debug)]
 pub struct Gemm {
-    /// The operation's parts; all of one weight shape, inputs and outputs of the same formats. Weights may be held in several.
+    /// The operation's parts.
     pub parts: Vec<GemmPart>,
-    /// Added to every output row, in float32 before rounding (`Store` with a single part only).
-    pub bias: Option<Weight>,
     /// What happens before storing.
     pub epilogue: Epilogue,
 }
@@ -44,11 +45,14 @@ pub struct Gemm {
 impl Gemm {
     /// A single linear map.
     pub fn linear(x: Buffer, weight: &Weight, out: Buffer) -> Self {
-        Gemm {
-            parts: vec![GemmPart { x, weight: weight.clone(), out }],
-            bias: None,
-            epilogue: Epilogue::Store,
-        }
+        let part = GemmPart { x, weight: weight.clone(), bias: None, out };
+        Gemm { parts: vec![part], epilogue: Epilogue::Store }
+    }
+
+    /// The same with a bias, if there is one.
+    pub fn biased(x: Buffer, weight: &Weight, bias: Option<&Weight>, out: Buffer) -> Self {
+        let part = GemmPart { x, weight: weight.clone(), bias: bias.cloned(), out };
+        Gemm { parts: vec![part], epilogue: Epilogue::Store }
     }
 
     /// A single gate and up map with its activation.
@@ -57,44 +61,38 @@ impl Gemm {
     }
 
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        let Some(first) = self.parts.first() else { return Ok(()) };
+        self.parts.iter().try_for_each(|part| part.check(self.epilogue))?;
+        // Of each allocation the output that came last.
+        let mut last: Vec<&Buffer> = Vec::new();
         for part in &self.parts {
-            part.check(self.epilogue)?;
-            let alike = part.weight.shape == first.weight.shape
-                && (part.x.dtype, part.out.dtype) == (first.x.dtype, first.out.dtype);
-            if !alike {
-                return Err(DeviceError::Shape(format!(
-                    "gemm: parts differ: {:?}·{:?} → {:?} and {:?}·{:?} → {:?}",
-                    first.x, first.weight.shape, first.out, part.x, part.weight.shape, part.out
-                )));
+            match last.iter_mut().find(|last| last.allocation == part.out.allocation) {
+                Some(last) if ascending(last, &part.out) => *last = &part.out,
+                Some(_) => {
+                    let message = "gemm: outputs of the parts must ascend without overlap";
+                    return Err(DeviceError::Shape(message.into()));
+                }
+                None => last.push(&part.out),
             }
         }
-        let disjoint = self.parts.windows(2).all(|pair| ascending(&pair[0].out, &pair[1].out));
-        if !disjoint {
-            return Err(DeviceError::Shape("gemm: outputs of the parts must ascend without overlap".into()));
-        }
-        match &self.bias {
-            Some(_) if self.parts.len() != 1 || self.epilogue != Epilogue::Store => {
-                Err(DeviceError::Shape("gemm: a bias needs a single part and a plain store".into()))
-            }
-            Some(bias) if bias.shape != (WeightShape::Vector { n: first.out.width }) => {
-                Err(DeviceError::Shape(format!(
-                    "gemm: bias {} is {:?}, the output {:?}",
-                    bias.name, bias.shape, first.out
-                )))
-            }
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     pub(super) fn accesses(&self) -> Accesses {
         let reads = self.parts.iter().fold(Accesses::new(), |all, part| all.read(&part.x));
-        let reads = reads.read_weights(self.parts.iter().map(|part| &part.weight).chain(&self.bias));
+        let weights = self.parts.iter().flat_map(|part| [&part.weight].into_iter().chain(&part.bias));
+        let reads = reads.read_weights(weights);
         self.parts.iter().fold(reads, |all, part| all.write(&part.out))
     }
 }
 
 impl GemmPart {
+    /// Whether a kernel that takes one of them in one launch takes both: weights of one shape, rows and outputs of the same formats,
+    /// no bias.
+    pub(crate) fn is_like(&self, other: &GemmPart) -> bool {
+        let kind = |part: &GemmPart| (part.weight.shape, part.x.dtype, part.out.dtype);
+        kind(self) == kind(other) && self.bias.is_none() && other.bias.is_none()
+    }
+
     fn check(&self, epilogue: Epilogue) -> Result<(), DeviceError> {
         same_rows("gemm", &[&self.x, &self.out])?;
         let (n, k) = match (self.weight.shape, epilogue) {
@@ -107,6 +105,14 @@ impl GemmPart {
                 )));
             }
         };
+        if let Some(bias) = &self.bias
+            && (epilogue != Epilogue::Store || bias.shape != (WeightShape::Vector { n }))
+        {
+            return Err(DeviceError::Shape(format!(
+                "gemm: bias {} is {:?}, which does not go with {epilogue:?} of {n} columns",
+                bias.name, bias.shape
+            )));
+        }
         check_formats(&self.x, &self.weight, [n, k], epilogue, &self.out)
     }
 }

@@ -15,10 +15,10 @@ pub use activate::{Activate, Activation, AddSlotBias, SlotBias, Swish};
 pub use assignments::{
     AssignSlots, CountSlots, NONE, ReceiveOrder, SendOrder, Slotless, SortBySlot, SpreadSlots, Travelled,
 };
-pub use attention::{Attention, KvWrite, Sight};
+pub use attention::{Attention, KvRows, KvWrite, Sight};
 pub use gemm::{Epilogue, ExpertGemm, Gemm, GemmPart};
 pub(crate) use norm::not_finite;
-pub use norm::{AddNorm, Norm, NormKind, NormRotate, Origin};
+pub use norm::{AddNorm, Norm, NormKind, NormRotate, Origin, TurnedNorm};
 pub use recurrent::{Carried, Gate, Gating, Recurrence, Rule, ShortConv};
 pub use rope::{Growth, RopeStyle, RopeTable, Rotate};
 pub use route::{ArgMax, GroupLimit, GroupScore, Route, Score, TopKRouter};
@@ -112,7 +112,6 @@ impl Op {
         match self {
             Op::Norm(op) => op.origin,
             Op::AddNorm(op) => op.norm.origin,
-            Op::NormRotate(op) => op.norm.origin,
             _ => None,
         }
     }

@@ -1,8 +1,8 @@
 //! Normalisation of rows.
 
-use super::{Accesses, Add, Rotate, expect_wide, same_rows};
+use super::{Accesses, Add, Rotate, expect, expect_wide, same_rows};
 use crate::{Buffer, DeviceError, Weight, WeightShape};
-use epsmoe_base::Place;
+use epsmoe_base::{Place, RowFormat};
 
 /// Which norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,9 @@ pub struct Norm {
     pub eps: f32,
     /// Output `[M, W]`, another buffer than the input.
     pub out: Buffer,
+    /// The output also as FP8 codes with their scales `[M, words of W]`, as [`GatherFp8`](super::GatherFp8) makes them of it, if it is
+    /// wanted so.
+    pub codes: Option<Buffer>,
     /// What last wrote the input; named, instead of the norm itself, where a row is not finite.
     pub origin: Option<Origin>,
 }
@@ -59,6 +62,11 @@ impl Norm {
     pub(super) fn check(&self) -> Result<(), DeviceError> {
         same_rows("norm", &[&self.x, &self.out])?;
         expect_wide("norm", "input", &self.x, self.out.dtype, self.out.width)?;
+        if let Some(codes) = &self.codes {
+            same_rows("norm", &[&self.out, codes])?;
+            let (dtype, words) = RowFormat::Fp8.elements(self.out.width);
+            expect("norm", "codes", codes, dtype, words)?;
+        }
         let n = self.groups() * self.x.width;
         let fits = |vector: &&Weight| n > 0 && vector.shape == (WeightShape::Vector { n });
         match [&self.weight].into_iter().chain(&self.bias).find(|vector| !fits(vector)) {
@@ -76,7 +84,12 @@ impl Norm {
 
     pub(super) fn accesses(&self) -> Accesses {
         let reads = Accesses::new().read(&self.x).read_weights([&self.weight]).read_weights(&self.bias);
-        reads.write(&self.out)
+        self.writes(reads)
+    }
+
+    /// What it writes, beside what else is touched.
+    fn writes(&self, accesses: Accesses) -> Accesses {
+        self.codes.iter().fold(accesses.write(&self.out), Accesses::write)
     }
 }
 
@@ -103,18 +116,22 @@ impl AddNorm {
     }
 
     pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new()
-            .read(&self.add.x)
-            .write(&self.add.out)
-            .read_weights([&self.norm.weight])
-            .read_weights(&self.norm.bias)
-            .write(&self.norm.out)
+        let reads = Accesses::new().read(&self.add.x).write(&self.add.out);
+        self.norm.writes(reads.read_weights([&self.norm.weight]).read_weights(&self.norm.bias))
     }
 }
 
-/// [`Norm`] of every head of every token, which then [`Rotate`] turns: the bits of the two, in one pass where a processor can.
+/// [`Norm`] of every head of every token, which then [`Rotate`] turns, of queries and of keys: the bits of the two, in one pass where
+/// a processor can.
 #[derive(Clone, Debug)]
 pub struct NormRotate {
+    /// At most two, of the same formats.
+    pub parts: Vec<TurnedNorm>,
+}
+
+/// Heads that are normed and turned.
+#[derive(Clone, Debug)]
+pub struct TurnedNorm {
     /// Of rows `[T · heads, W]`.
     pub norm: Norm,
     /// Of the rows `[T, heads · W]` that these are, in heads of `W`.
@@ -122,15 +139,44 @@ pub struct NormRotate {
 }
 
 impl NormRotate {
+    /// Most parts.
+    pub(crate) const PARTS: usize = 2;
+
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        let formats = |part: &TurnedNorm| (part.norm.x.dtype, part.norm.out.dtype);
+        let alike = self.parts.iter().all(|part| formats(part) == formats(&self.parts[0]));
+        if !alike || self.parts.len() > Self::PARTS {
+            return Err(DeviceError::Shape(format!(
+                "norm_rotate: {} parts are not two alike",
+                self.parts.len()
+            )));
+        }
+        self.parts.iter().try_for_each(TurnedNorm::check)
+    }
+
+    pub(super) fn accesses(&self) -> Accesses {
+        self.parts.iter().fold(Accesses::new(), |all, TurnedNorm { norm, rotate }| {
+            let reads = all.read(&norm.x).read(&rotate.rope_table).read_weights([&norm.weight]);
+            norm.writes(reads.read_weights(&norm.bias))
+        })
+    }
+}
+
+impl TurnedNorm {
     /// Heads of a token.
     pub(crate) fn heads(&self) -> usize {
         self.rotate.x.width / self.norm.out.width.max(1)
     }
 
-    pub(super) fn check(&self) -> Result<(), DeviceError> {
+    fn check(&self) -> Result<(), DeviceError> {
         self.norm.check()?;
         self.rotate.check()?;
         let heads = self.rotate.x.reshape(self.rotate.head_width)?;
+        if self.norm.codes.is_some() {
+            return Err(DeviceError::Shape(
+                "norm_rotate: heads that are turned are not left as codes".into(),
+            ));
+        }
         if heads != self.norm.out {
             return Err(DeviceError::Shape(format!(
                 "norm_rotate: heads of {} of {:?} are not the normed rows {:?}",
@@ -138,14 +184,5 @@ impl NormRotate {
             )));
         }
         Ok(())
-    }
-
-    pub(super) fn accesses(&self) -> Accesses {
-        Accesses::new()
-            .read(&self.norm.x)
-            .read(&self.rotate.rope_table)
-            .read_weights([&self.norm.weight])
-            .read_weights(&self.norm.bias)
-            .write(&self.norm.out)
     }
 }

@@ -22,7 +22,7 @@ pub use weights::{Pack, WeightStore};
 pub(crate) use weights::{check_codes, check_sources, held_format};
 
 use crate::hazard::{Agent, Clock, Hazards};
-use crate::op::{Accesses, AddNorm, Epilogue, ExpertGemm, GemmPart, NormRotate, Op};
+use crate::op::{Accesses, Epilogue, ExpertGemm, GatherFp8, GemmPart, Norm, Op};
 use crate::{Backend, Buffer, DeviceError, Record, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank};
 use epsmoe_quant::{Codes, Format};
@@ -313,10 +313,10 @@ fn run<K: Kernels>(
 ) -> Result<(), String> {
     let rows = rows::Rows { kernels, weights, memory };
     macro_rules! typed {
-        ($dtype:expr, $name:ident, $op:expr) => {
+        ($dtype:expr, $name:ident, $op:expr $(; $beside:expr)?) => {
             match $dtype {
-                DType::F32 => rows.$name::<f32>($op),
-                DType::BF16 => rows.$name::<bf16>($op),
+                DType::F32 => rows.$name::<f32>($op $(, $beside)?),
+                DType::BF16 => rows.$name::<bf16>($op $(, $beside)?),
                 other => Err(format!("{other} is no format to compute in")),
             }
         };
@@ -342,6 +342,11 @@ fn run<K: Kernels>(
             }
         };
     }
+    let norm = |op: &Norm| {
+        typed!(op.x.dtype, op.out.dtype, norm, op)?;
+        let Some(codes) = &op.codes else { return Ok(()) };
+        typed!(op.out.dtype, gather_fp8, &GatherFp8::encode(op.out.clone(), codes.clone()))
+    };
     match op {
         Op::HostToDevice(op) => rows.host_to_device(op),
         Op::RopeTable(op) => rows.rope_table(op),
@@ -354,25 +359,30 @@ fn run<K: Kernels>(
         Op::ReceiveOrder(op) => rows.receive_order(op),
         Op::SortBySlot(op) => rows.sort_by_slot(op),
         Op::Gemm(op) => {
-            let products: Vec<_> = op.parts.iter().map(Product::of).collect();
-            gemm(kernels, weights, memory, &products, op.epilogue, op.bias.as_ref())
+            for parts in op.parts.chunk_by(GemmPart::is_like) {
+                let products: Vec<_> = parts.iter().map(Product::of).collect();
+                gemm(kernels, weights, memory, &products, op.epilogue, parts[0].bias.as_ref())?;
+            }
+            Ok(())
         }
         Op::ExpertGemm(op) => {
             gemm(kernels, weights, memory, &expert_products(memory, op)?, op.epilogue, None)
         }
         Op::Embed(op) => typed!(op.out.dtype, embed, op),
-        Op::Norm(op) => typed!(op.x.dtype, op.out.dtype, norm, op),
+        Op::Norm(op) => norm(op),
         Op::Rotate(op) => typed!(op.x.dtype, rotate, op),
-        Op::AddNorm(AddNorm { add, norm }) => {
-            typed!(add.x.dtype, add, add)?;
-            typed!(norm.x.dtype, norm.out.dtype, norm, norm)
+        Op::AddNorm(op) => {
+            typed!(op.add.x.dtype, add, &op.add)?;
+            norm(&op.norm)
         }
-        Op::NormRotate(NormRotate { norm, rotate }) => {
-            typed!(norm.x.dtype, norm.out.dtype, norm, norm)?;
-            typed!(rotate.x.dtype, rotate, rotate)
-        }
-        Op::KvWrite(op) if op.cache.dtype == DType::E4M3 => typed!(op.x.dtype, kv_write_codes, op),
-        Op::KvWrite(op) => typed!(op.x.dtype, kv_write, op),
+        Op::NormRotate(op) => op.parts.iter().try_for_each(|part| {
+            norm(&part.norm)?;
+            typed!(part.rotate.x.dtype, rotate, &part.rotate)
+        }),
+        Op::KvWrite(op) => op.parts.iter().try_for_each(|part| match part.cache.dtype {
+            DType::E4M3 => typed!(part.x.dtype, kv_write_codes, part; &op.slots),
+            _ => typed!(part.x.dtype, kv_write, part; &op.slots),
+        }),
         Op::Attention(op) => cached!(op.q.dtype, op.keys.dtype, attention, op),
         Op::Gather(op) => cached!(op.out.dtype, op.x.dtype, gather, op),
         Op::GatherFp8(op) => typed!(op.numbers().dtype, gather_fp8, op),

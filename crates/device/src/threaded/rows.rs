@@ -4,8 +4,8 @@ use super::element::{Cached, E4m3, Element, Plain};
 use super::{Kernels, Memory, View, ViewMut, WeightStore, even_part};
 use crate::op::{
     Activate, Activation, Add, AddSlotBias, ArgMax, Attention, Clamp, Copy, Embed, Fp8, GateRows, Gather,
-    GatherFp8, GroupLimit, GroupScore, HostToDevice, KvWrite, NONE, Norm, NormKind, Origin, Reduce,
-    RopeStyle, RopeTable, Rotate, Route, Scale, ScaleTerms, Score, SlotBias, SoftCap, TopKRouter, not_finite,
+    GatherFp8, GroupLimit, GroupScore, HostToDevice, KvRows, NONE, Norm, NormKind, Origin, Reduce, RopeStyle,
+    RopeTable, Rotate, Route, Scale, ScaleTerms, Score, SlotBias, SoftCap, TopKRouter, not_finite,
 };
 use crate::{Buffer, Weight};
 use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words, to_e4m3};
@@ -180,13 +180,13 @@ impl<'a, K: Kernels> Rows<'a, K> {
         Ok(())
     }
 
-    pub(super) fn kv_write<T: Element>(&self, op: &KvWrite) -> Result<(), String> {
-        self.store_rows::<T, T>(op, |_, x, stored| stored.copy_from_slice(x))
+    pub(super) fn kv_write<T: Element>(&self, op: &KvRows, slots: &Buffer) -> Result<(), String> {
+        self.store_rows::<T, T>(op, slots, |_, x, stored| stored.copy_from_slice(x))
     }
 
-    pub(super) fn kv_write_codes<T: Element>(&self, op: &KvWrite) -> Result<(), String> {
+    pub(super) fn kv_write_codes<T: Element>(&self, op: &KvRows, slots: &Buffer) -> Result<(), String> {
         let refused = FirstRow::default();
-        self.store_rows::<T, E4m3>(op, |t, x, stored| {
+        self.store_rows::<T, E4m3>(op, slots, |t, x, stored| {
             refused.note(t, x.iter().any(|x| !x.to_f32().is_finite()));
             let codes = x.iter().map(|x| E4m3(to_e4m3(x.to_f32() / op.scale)));
             stored.iter_mut().zip(codes).for_each(|(stored, code)| *stored = code);
@@ -197,11 +197,12 @@ impl<'a, K: Kernels> Rows<'a, K> {
     /// Puts pieces of rows into their slots, each as `store` does.
     fn store_rows<T: Element, C: Cached<T>>(
         &self,
-        op: &KvWrite,
+        op: &KvRows,
+        slots: &Buffer,
         store: impl Fn(usize, &[T], &mut [C]) + Sync,
     ) -> Result<(), String> {
         let (x, slots, cache) =
-            (self.view::<T>(&op.x), self.view::<u32>(&op.slots), self.view_mut::<C>(&op.cache));
+            (self.view::<T>(&op.x), self.view::<u32>(slots), self.view_mut::<C>(&op.cache));
         all_in_range("cache slot", &slots, cache.rows)?;
         /// Bytes of a row that a thread stores at once, so that threads do not write to the same cache lines.
         const PIECE: usize = 256;

@@ -190,7 +190,7 @@ impl<B: Backend> Bench<B> {
         let values = stored.iter().flat_map(|&row| sheet.row(row as usize)).copied().collect();
         let x = self.put(&Sheet { rows: stored.len(), width: sheet.width, values }).view;
         let (slots, cache) = (self.put_words(&stored, 1).view, placed.view.clone());
-        self.run("filling", KvWrite { x, slots, cache, scale });
+        self.run("filling", KvWrite::of(x, slots, cache, scale));
         let number = |value: &f32| E4M3[usize::from(to_e4m3(value / scale))];
         (placed, Sheet { values: sheet.values.iter().map(number).collect(), ..sheet.clone() })
     }

@@ -140,10 +140,10 @@ fn mixed<B: Backend>(bench: &Bench<B>) {
         let part = |(expert, weight): (usize, &Weight)| {
             let rows = starts[expert] as usize..starts[expert + 1] as usize;
             let view = |buffer: &epsmoe_device::Buffer| buffer.rows(rows.clone()).expect("inside");
-            GemmPart { x: view(&x.view), weight: weight.clone(), out: view(&outs[0].view) }
+            GemmPart { x: view(&x.view), weight: weight.clone(), bias: None, out: view(&outs[0].view) }
         };
         let parts = weights.iter().enumerate().map(part).collect();
-        bench.run(&what, Gemm { parts, bias: None, epilogue: Epilogue::Store });
+        bench.run(&what, Gemm { parts, epilogue: Epilogue::Store });
         let op = ExpertGemm {
             x: x.view.clone(),
             starts: bench.put_words(&starts, 1).view,
@@ -225,8 +225,9 @@ fn run<B: Backend>(
     let part = |part: &Range<usize>| GemmPart {
         x: input.view.rows(part.clone()).expect("inside"),
         weight: weight.clone(),
+        bias: None,
         out: out.view.rows(part.clone()).expect("inside"),
     };
-    bench.run(what, Gemm { parts: parts.iter().map(part).collect(), bias: None, epilogue });
+    bench.run(what, Gemm { parts: parts.iter().map(part).collect(), epilogue });
     bench.get(what, &out)
 }

@@ -5,7 +5,7 @@ use crate::bench::{Bench, CacheParts, Heads, Placed, Sequences, Sheet};
 use epsmoe_base::float8::E4M3;
 use epsmoe_base::{DType, RowFormat};
 use epsmoe_device::op::*;
-use epsmoe_device::{Backend, Buffer, WeightShape};
+use epsmoe_device::{Backend, Buffer, Weight, WeightShape};
 use half::bf16;
 
 /// `[rows, width]` that row operations are tried on: nothing, one, odd, more than a vector register, enough for several
@@ -93,7 +93,7 @@ fn norms<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
         let (input, out) = (bench.put_as(format, &x), bench.room(bench.dtype, rows, width));
         let (from, to) = (input.view.clone(), out.view.clone());
         let (weight, bias) = (bench.vector(&scale), biased.then(|| bench.vector(&added)));
-        bench.run(&what, Norm { kind, x: from, weight, bias, eps, out: to, origin: None });
+        bench.run(&what, Norm { kind, x: from, weight, bias, eps, out: to, codes: None, origin: None });
         let want = (0..rows).flat_map(|row| {
             let own = row % groups * width;
             let row = wide(x.row(row));
@@ -111,7 +111,7 @@ fn norms<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     }
 }
 
-/// What is added and normed in one has the bits of both, one after the other: in rows of one run, of a block's registers, and
+/// What is added, normed and left as codes too in one has the bits of all, one after the other: in rows of one run, of a block's registers, and
 /// wider ones.
 fn sums_and_their_norms<B: Backend>(bench: &Bench<B>) {
     for (rows, width) in [(0, 8), (3, 5), (40, 128), (5, 256), (7, 300), (3, 2048), (2, 5000), (2, 9001)] {
@@ -122,6 +122,8 @@ fn sums_and_their_norms<B: Backend>(bench: &Bench<B>) {
             let (stream, delta) = (sheet(), bench.put_as(format, &sheet()));
             let run = |together: bool| {
                 let (x, out) = (bench.put_as(format, &stream), bench.room(bench.dtype, rows, width));
+                let (dtype, words) = RowFormat::Fp8.elements(width);
+                let codes = bench.room(dtype, rows, words);
                 let add = Add { x: delta.view.clone(), out: x.view.clone() };
                 let (weight, eps) = (scale.clone(), 1e-5);
                 let norm = Norm {
@@ -131,6 +133,7 @@ fn sums_and_their_norms<B: Backend>(bench: &Bench<B>) {
                     bias: None,
                     eps,
                     out: out.view.clone(),
+                    codes: together.then(|| codes.view.clone()),
                     origin: None,
                 };
                 if together {
@@ -138,8 +141,9 @@ fn sums_and_their_norms<B: Backend>(bench: &Bench<B>) {
                 } else {
                     bench.run(&what, add);
                     bench.run(&what, norm);
+                    bench.run(&what, GatherFp8::encode(out.view.clone(), codes.view.clone()));
                 }
-                (bench.get(&what, &x), bench.get(&what, &out))
+                (bench.get(&what, &x), bench.get(&what, &out), bench.get_words(&what, &codes))
             };
             assert_eq!(run(true), run(false), "{what}, seed {}", bench.seed);
         }
@@ -159,36 +163,47 @@ fn turned_norms<B: Backend>(bench: &Bench<B>) {
         (4, 3, 20, 12),
         (2, 2, 320, 64),
     ] {
-        let scale = bench.vector(&bench.random_of(DType::F32, 1, width, 2.0));
-        let rope_table = bench.put_as(DType::F32, &bench.random_of(DType::F32, tokens, dims, 1.0)).view;
-        let x = bench.put(&bench.random(tokens * heads, width, 3.0)).view;
+        // Of queries and of more keys, say, with fewer heads.
+        let inputs = [(tokens, heads), (tokens + 3, 1)].map(|(tokens, heads)| {
+            let scale = bench.vector(&bench.random_of(DType::F32, 1, width, 2.0));
+            let rope_table = bench.put_as(DType::F32, &bench.random_of(DType::F32, tokens, dims, 1.0)).view;
+            (tokens, heads, scale, rope_table, bench.put(&bench.random(tokens * heads, width, 3.0)).view)
+        });
         for style in [RopeStyle::HalfSplit, RopeStyle::Interleaved] {
             let what = format!("{style:?} of {dims} of {width} after a norm, {heads} heads, {tokens} tokens");
-            let run = |together: bool| {
+            let part = |(tokens, heads, scale, rope_table, x): &(usize, usize, Weight, Buffer, Buffer)| {
                 let rows =
                     bench.device.allocate("normed", bench.dtype, tokens * heads, width).expect("memory");
                 let turned = rows.reshape(heads * width).expect("no gaps");
-                let (weight, eps) = (scale.clone(), 1e-5);
                 let norm = Norm {
                     kind: NormKind::Rms,
                     x: x.clone(),
-                    weight,
+                    weight: scale.clone(),
                     bias: None,
-                    eps,
+                    eps: 1e-5,
                     out: rows,
+                    codes: None,
                     origin: None,
                 };
-                let (x, rope_table) = (turned.clone(), rope_table.clone());
-                let rotate = Rotate { x, head_width: width, start: 0, style, rope_table };
+                let (x, rope_table) = (turned, rope_table.clone());
+                TurnedNorm { norm, rotate: Rotate { x, head_width: width, start: 0, style, rope_table } }
+            };
+            let run = |together: bool| -> Vec<Vec<f32>> {
+                let parts: Vec<TurnedNorm> = inputs.iter().map(part).collect();
                 if together {
-                    bench.run(&what, NormRotate { norm, rotate });
+                    bench.run(&what, NormRotate { parts: parts.clone() });
                 } else {
-                    bench.run(&what, norm);
-                    bench.run(&what, rotate);
+                    for TurnedNorm { norm, rotate } in &parts {
+                        bench.run(&what, norm.clone());
+                        bench.run(&what, rotate.clone());
+                    }
                 }
-                let out = bench.room(bench.dtype, tokens, heads * width);
-                bench.run(&what, Copy { x: turned, out: out.view.clone() });
-                bench.get(&what, &out)
+                let got = |TurnedNorm { rotate, .. }: TurnedNorm| {
+                    let out = bench.room(bench.dtype, rotate.x.rows, rotate.x.width);
+                    bench.run(&what, Copy { x: rotate.x, out: out.view.clone() });
+                    bench.get(&what, &out)
+                };
+                parts.into_iter().map(got).collect()
             };
             assert_eq!(run(true), run(false), "{what}, seed {}", bench.seed);
         }
@@ -243,11 +258,19 @@ fn gathers<B: Backend>(bench: &Bench<B>, rows: usize, width: usize) {
     let x = bench.random(rows, width, 3.0);
     let mut cache = bench.random(rows + 4, width, 3.0);
     let slots = bench.shuffled(rows + 4)[..rows].to_vec();
+    // Beside rows of another width.
+    let (other, others) =
+        (bench.random(rows, 3 * width, 3.0), bench.put(&bench.random(rows + 4, 3 * width, 3.0)));
     let held = bench.put(&cache);
     let places = bench.put_words(&slots, 1).view;
-    bench.run(&what, KvWrite { x: bench.put(&x).view, slots: places, cache: held.view.clone(), scale: 1.0 });
+    let part =
+        |x: &Sheet, cache: &Placed| KvRows { x: bench.put(x).view, cache: cache.view.clone(), scale: 1.0 };
+    let parts = vec![part(&x, &held), part(&other, &others)];
+    bench.run(&what, KvWrite { parts, slots: places });
+    let stored = bench.get(&what, &others);
     for (row, &slot) in slots.iter().enumerate() {
         cache.values[slot as usize * width..][..width].copy_from_slice(x.row(row));
+        assert_eq!(stored[slot as usize * 3 * width..][..3 * width], *other.row(row), "{what}, row {row}");
     }
     bench.check_exactly(&what, &held, &cache.values);
 
@@ -428,8 +451,8 @@ fn stored_formats<B: Backend>(bench: &Bench<B>) {
         let out = bench.room(bench.dtype, 3, 5);
         let matrix = bench.load(WeightShape::Matrix { n: 5, k: 9 }, stored, &[&weight]);
         let bias = bench.load(WeightShape::Vector { n: 5 }, stored, &[&bias]);
-        let product = Gemm::linear(bench.put(&x).view, &matrix, out.view.clone());
-        bench.run("a stored weight", Gemm { bias: Some(bias), ..product });
+        let product = Gemm::biased(bench.put(&x).view, &matrix, Some(&bias), out.view.clone());
+        bench.run("a stored weight", product);
         bench.check(&format!("a weight stored as {stored}"), &out, &want);
     }
 }
@@ -595,10 +618,10 @@ fn product<B: Backend>(bench: &Bench<B>, parts: Parts, k: usize, n: usize, epilo
                 let rows = buffer.view.rows(rows.clone());
                 rows.and_then(|rows| rows.columns(at * width..(at + 1) * width)).expect("inside")
             };
-            GemmPart { x: view(&input, k), weight: weights[part].clone(), out: view(&out, n) }
+            let bias = biased.then(|| bench.vector(&bias));
+            GemmPart { x: view(&input, k), weight: weights[part].clone(), bias, out: view(&out, n) }
         };
-        let parts = (0..rows.len()).map(part).collect();
-        bench.run(&what, Gemm { parts, bias: biased.then(|| bench.vector(&bias)), epilogue });
+        bench.run(&what, Gemm { parts: (0..rows.len()).map(part).collect(), epilogue });
         bench.check(&format!("{what} into {format}"), &out, &want);
         if side == 1 && !biased && !rows.is_empty() {
             let starts: Vec<u32> = rows.iter().map(|rows| rows.start as u32).chain([total as u32]).collect();

@@ -93,8 +93,16 @@ fn vector<B: Backend>(bench: &Bench<B>, n: usize) {
     let run = |weight: &Weight| {
         let out = bench.room(bench.dtype, 3, n);
         let (x, weight, out_buffer) = (x.view.clone(), weight.clone(), out.view.clone());
-        let norm =
-            Norm { kind: NormKind::Rms, x, weight, eps: 1e-6, out: out_buffer, bias: None, origin: None };
+        let norm = Norm {
+            kind: NormKind::Rms,
+            x,
+            weight,
+            eps: 1e-6,
+            out: out_buffer,
+            bias: None,
+            codes: None,
+            origin: None,
+        };
         bench.run(&name(shape), norm);
         bench.get(&name(shape), &out)
     };

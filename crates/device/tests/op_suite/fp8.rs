@@ -3,6 +3,7 @@
 
 use crate::bench::{Bench, Placed};
 use crate::drawn::{random as random_places, sheet};
+use crate::invariance::{Map, together_as_alone};
 use epsmoe_base::float8::{E4M3, encode_row, scaled_words};
 use epsmoe_base::{DType, RowFormat};
 use epsmoe_device::op::*;
@@ -87,9 +88,10 @@ fn run<B: Backend>(
     let part = |(rows, weight): (&Range<usize>, &Weight)| GemmPart {
         x: x.rows(rows.clone()).expect("inside"),
         weight: weight.clone(),
+        bias: None,
         out: out.rows(rows.clone()).expect("inside"),
     };
-    bench.run(what, Gemm { parts: parts.iter().zip(weights).map(part).collect(), bias: None, epilogue });
+    bench.run(what, Gemm { parts: parts.iter().zip(weights).map(part).collect(), epilogue });
 }
 
 pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
@@ -103,7 +105,28 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     for size in [[8, 128], [72, 136], [264, 200], [136, 1408], [512, 4096]] {
         drawn(&bench, size);
     }
+    for rows in [1, 3, 8, 9, 16, 33, 64, 65, 200] {
+        maps_of_the_same_rows(&bench, rows);
+    }
     refused(&bench);
+}
+
+/// Uneven maps, with biases and without, into both formats.
+fn maps_of_the_same_rows<B: Backend>(bench: &Bench<B>, rows: usize) {
+    let k = 8 * (1 + bench.below(200));
+    // Some of the same width.
+    let widths = [8 * (1 + bench.below(60)), 8 * (1 + bench.below(60))];
+    let map = |_| {
+        let n = widths[bench.below(2)];
+        let bias = (bench.below(2) == 0).then(|| bench.vector(&bench.random_of(DType::F32, 1, n, 1.0)));
+        let (name, codes) = (format!("weight {}", bench.below(usize::MAX)), [random(bench, [n, k], true)]);
+        let weight = bench.device.load_fp8(&name, WeightShape::Matrix { n, k }, &codes);
+        let weight = weight.expect("memory").expect("a kernel");
+        Map { weight, bias, format: [DType::BF16, DType::F32][bench.below(2)] }
+    };
+    let maps: Vec<Map> = (0..2 + bench.below(4)).map(map).collect();
+    let x = put(bench, &rows_of(bench, [rows, k], true));
+    together_as_alone(bench, &format!("{rows} rows of {k} as codes"), &x.view, (&maps, 8));
 }
 
 /// Weights that are made where they will be have the codes that a host would have made.
@@ -289,8 +312,8 @@ fn same_in_float32<B: Backend>(
     let sheet = bench.random_of(DType::F32, 1, n, 1.0);
     let bias = bench.load(WeightShape::Vector { n }, DType::F32, &[&sheet]);
     let (rows, biased) = (parts[5].clone(), bench.room_on(8, DType::BF16, parts[5].len(), n));
-    let product = Gemm::linear(x.rows(rows.clone()).expect("inside"), &weights[5], biased.view.clone());
-    bench.run(what, Gemm { bias: Some(bias), ..product });
+    let some = x.rows(rows.clone()).expect("inside");
+    bench.run(what, Gemm::biased(some, &weights[5], Some(&bias), biased.view.clone()));
     let sums = wide[rows.start * n..rows.end * n].iter().zip(sheet.values.iter().cycle());
     let sums: Vec<f32> = sums.map(|(sum, bias)| sum + bias).collect();
     assert!(bits(&bench.get(what, &biased)) == bits(&rounded(&sums)), "{what}: a bias");

@@ -10,6 +10,7 @@ use std::slice::from_ref;
 
 pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
     products(&bench);
+    maps_of_the_same_rows(&bench);
     row_operations(&bench);
     attentions(&bench);
     crate::recurrent::invariance(&bench);
@@ -64,10 +65,10 @@ fn products<B: Backend>(bench: &Bench<B>) {
                 let part = |part: &Range<usize>| {
                     let part = part.start - rows.start..part.end - rows.start;
                     let view = |placed: &Placed| placed.view.rows(part.clone()).expect("inside");
-                    GemmPart { x: view(&input), weight: weight.clone(), out: view(&out) }
+                    GemmPart { x: view(&input), weight: weight.clone(), bias: None, out: view(&out) }
                 };
                 let parts = parts.iter().map(part).collect();
-                bench.run(&what, Gemm { parts, bias: None, epilogue });
+                bench.run(&what, Gemm { parts, epilogue });
                 (rows, bench.get(&what, &out))
             };
             let whole = run(from_ref(&(0..all_rows))).1;
@@ -97,6 +98,59 @@ fn products<B: Backend>(bench: &Bench<B>) {
 /// An operation on the rows of `x`, from a buffer of one format into a buffer of another.
 type RowOperation<'a> = (&'a str, [DType; 2], &'a dyn Fn(Range<usize>, Buffer, Buffer) -> Op);
 
+/// Uneven maps, with biases and without, into both formats.
+fn maps_of_the_same_rows<B: Backend>(bench: &Bench<B>) {
+    for rows in [1, 2, 7, 8, 9, 16, 17, 32, 33, 64, 65, 129, 300] {
+        let (k, unit) = ([32, 96, 576, 57, 288][bench.below(5)], [1, 8][bench.below(2)]);
+        // Some of the same width.
+        let widths = [1 + bench.below(150), 8 * (1 + bench.below(40))];
+        let map = |_| {
+            let n = widths[bench.below(2)];
+            let bias = (bench.below(2) == 0).then(|| bench.vector(&bench.random_of(DType::F32, 1, n, 1.0)));
+            let weight = bench.matrix(&bench.random(n, k, 1.0));
+            Map { weight, bias, format: [bench.dtype, DType::F32][bench.below(2)] }
+        };
+        let maps: Vec<Map> = (0..2 + bench.below(4)).map(map).collect();
+        let x = bench.put_on(unit, &bench.random(rows, k, 1.0));
+        together_as_alone(bench, &format!("{rows} rows of {k} on {unit}"), &x.view, (&maps, unit));
+    }
+}
+
+/// A map, what is added to what it gives, and the format of that.
+pub(crate) struct Map {
+    pub(crate) weight: Weight,
+    pub(crate) bias: Option<Weight>,
+    pub(crate) format: DType,
+}
+
+/// Several maps of the same rows in one operation give what each gives by itself, into rows on `unit` elements.
+pub(crate) fn together_as_alone<B: Backend>(
+    bench: &Bench<B>,
+    what: &str,
+    x: &Buffer,
+    (maps, unit): (&[Map], usize),
+) {
+    let widths: Vec<usize> = maps.iter().map(|map| map.weight.shape.sources().1[0]).collect();
+    let what = format!("{what} by maps of {widths:?}, seed {}", bench.seed);
+    let rooms = || -> Vec<Placed> {
+        let room = |(map, &n): (&Map, &usize)| bench.room_on(unit, map.format, x.rows, n);
+        maps.iter().zip(&widths).map(room).collect()
+    };
+    let part = |(map, out): (&Map, &Placed)| {
+        let (weight, bias) = (map.weight.clone(), map.bias.clone());
+        GemmPart { x: x.clone(), weight, bias, out: out.view.clone() }
+    };
+    let (together, alone) = (rooms(), rooms());
+    let (epilogue, parts) = (Epilogue::Store, maps.iter().zip(&together).map(part).collect());
+    bench.run(&what, Gemm { parts, epilogue });
+    for (map, (together, alone)) in maps.iter().zip(together.iter().zip(&alone)) {
+        bench.run(&what, Gemm { parts: vec![part((map, alone))], epilogue });
+        let [got, want] = [together, alone].map(|placed| bench.get(&what, placed));
+        let n = want.len() / x.rows;
+        same_bits(bench, &format!("{what}, map of {n}"), 0..x.rows, &got, &want, n);
+    }
+}
+
 fn row_operations<B: Backend>(bench: &Bench<B>) {
     const ROWS: usize = 23;
     const WIDTH: usize = 37;
@@ -105,7 +159,17 @@ fn row_operations<B: Backend>(bench: &Bench<B>) {
     let vector = bench.vector(&bench.random_of(DType::F32, 1, WIDTH, 1.0));
     let gates = bench.random_of(DType::F32, ROWS, 1, 2.0);
     let norm = |kind, x, out| {
-        Norm { kind, x, weight: Weight::clone(&vector), bias: None, eps: 1e-5, out, origin: None }.into()
+        Norm {
+            kind,
+            x,
+            weight: Weight::clone(&vector),
+            bias: None,
+            eps: 1e-5,
+            out,
+            codes: None,
+            origin: None,
+        }
+        .into()
     };
     let rope_table = bench.random_of(DType::F32, ROWS, 36, 1.0);
     let terms: Vec<u32> = (0..3 * ROWS).map(|term| (term * 7 % 3) as u32).collect();

@@ -43,13 +43,14 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
     let (scale, long) =
         (one("scale", WeightShape::Vector { n: 4 }), one("long", WeightShape::Vector { n: 5 }));
     let table = one("table", WeightShape::Table { rows: 9, width: 4 });
-    let part = |weight: &Weight, rows: std::ops::Range<usize>| GemmPart {
+    let part = |weight: &Weight, bias: Option<&Weight>, rows: std::ops::Range<usize>| GemmPart {
         x: x.rows(rows.clone()).expect("inside"),
         weight: weight.clone(),
+        bias: bias.cloned(),
         out: y.rows(rows).expect("inside"),
     };
-    let parts =
-        |parts: Vec<GemmPart>, bias: Option<&Weight>, epilogue| Gemm { parts, bias: bias.cloned(), epilogue };
+    let parts = |parts: Vec<GemmPart>, epilogue| Gemm { parts, epilogue };
+    let elsewhere = GemmPart { out: f32s(bench, "elsewhere", 3, 4), ..part(&map, None, 0..3) };
     let router = TopKRouter { top_k: 2, score: Score::Softmax, groups: None, normalise: false, scale: 1.0 };
     let route = |router, bias: Option<&Weight>| Route {
         logits: x.clone(),
@@ -122,6 +123,7 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         bias: None,
         eps: 1e-5,
         out: out.clone(),
+        codes: None,
         origin: None,
     };
     let rotate = |head_width, start, rope_table: &Buffer| Rotate {
@@ -168,7 +170,10 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             "add_norm: the norm of x[3, 4] float32 is not of the sum y[3, 4] float32",
         ),
         (
-            NormRotate { norm: rms(&x, &scale, &y), rotate: rotate(4, 0, &narrow) }.into(),
+            NormRotate {
+                parts: vec![TurnedNorm { norm: rms(&x, &scale, &y), rotate: rotate(4, 0, &narrow) }],
+            }
+            .into(),
             "norm_rotate: heads of 4 of x[3, 4] float32 are not the normed rows y[3, 4] float32",
         ),
         (
@@ -192,20 +197,20 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
             "gemm: table is a Table { rows: 9, width: 4 }, which does not go with Store",
         ),
         (
-            parts(vec![part(&map, 0..2), part(&map, 1..3)], None, store).into(),
+            parts(vec![part(&map, None, 0..2), part(&map, None, 1..3)], store).into(),
             "gemm: outputs of the parts must ascend without overlap",
         ),
         (
-            parts(vec![part(&map, 0..1), part(&map, 1..3)], Some(&scale), store).into(),
-            "gemm: a bias needs a single part and a plain store",
+            parts(vec![part(&map, None, 0..2), elsewhere, part(&map, None, 1..3)], store).into(),
+            "gemm: outputs of the parts must ascend without overlap",
         ),
         (
-            parts(vec![part(&pair, 0..3)], Some(&scale), Epilogue::SwiGlu).into(),
-            "gemm: a bias needs a single part and a plain store",
+            parts(vec![part(&pair, Some(&scale), 0..3)], Epilogue::SwiGlu).into(),
+            "gemm: bias scale is Vector { n: 4 }, which does not go with SwiGlu of 4 columns",
         ),
         (
-            parts(vec![part(&map, 0..3)], Some(&long), store).into(),
-            "gemm: bias long is Vector { n: 5 }, the output y[3, 4] float32",
+            parts(vec![part(&map, Some(&long), 0..3)], store).into(),
+            "gemm: bias long is Vector { n: 5 }, which does not go with Store of 4 columns",
         ),
         (rope_table(&map).into(), "rope_table: map is no vector"),
         (
@@ -216,15 +221,15 @@ fn at_the_door<B: Backend>(bench: &Bench<B>) {
         (rotate(3, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 3 cannot turn elements 0..2"),
         (rotate(0, 0, &narrow).into(), "rotate: x[3, 4] float32 in heads of 0 cannot turn elements 0..2"),
         (
-            KvWrite { x: x.clone(), slots: ids.clone(), cache: narrow.clone(), scale: 1.0 }.into(),
+            KvWrite::of(x.clone(), ids.clone(), narrow.clone(), 1.0).into(),
             "kv_write: cache is narrow[3, 2] float32, but must be float32 of width 4",
         ),
         (
-            KvWrite { x: x.clone(), slots: ids.clone(), cache: y.clone(), scale: 2.0 }.into(),
+            KvWrite::of(x.clone(), ids.clone(), y.clone(), 2.0).into(),
             "kv_write: a scale of 2 for y[3, 4] float32",
         ),
         (
-            KvWrite { x: x.clone(), slots: ids.clone(), cache: codes.clone(), scale: 0.0 }.into(),
+            KvWrite::of(x.clone(), ids.clone(), codes.clone(), 0.0).into(),
             "kv_write: a scale of 0 for codes[8, 4] float8_e4m3",
         ),
         (
@@ -401,7 +406,7 @@ fn not_finite<B: Backend>(fresh: impl Fn() -> Bench<B>) {
     let norm = |bench: &Bench<B>, kind, x: &Sheet, origin| {
         let weight = bench.vector(&bench.random_of(DType::F32, 1, WIDTH, 1.0));
         let (x, out) = (bench.put(x).view, f32s(bench, "out", x.rows, WIDTH));
-        Op::from(Norm { kind, x, weight, bias: None, eps: 1e-5, out, origin })
+        Op::from(Norm { kind, x, weight, bias: None, eps: 1e-5, out, codes: None, origin })
     };
     let argmax = |bench: &Bench<B>, logits: &Sheet| {
         let tokens = u32s(bench, "tokens", logits.rows, 1);
@@ -582,7 +587,7 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
         }),
         ("kv_write: cache slot 8 is not below 8", &|bench| {
             let (x, cache) = (bench.put(&bench.random(2, 4, 1.0)).view, f32s(bench, "cache", 8, 4));
-            KvWrite { x, slots: bench.put_words(&[7, 8], 1).view, cache, scale: 1.0 }.into()
+            KvWrite::of(x, bench.put_words(&[7, 8], 1).view, cache, 1.0).into()
         }),
         (
             "kv_write: row 1 of room is not finite (a NaN, an infinity, or numbers whose squares are): the weights are damaged, \
@@ -591,7 +596,12 @@ fn while_running<B: Backend>(fresh: impl Fn() -> Bench<B>) {
                 let values = [[1.0; 4], [0.0, f32::INFINITY, 2.0, 1.0]].concat();
                 let x = bench.put(&Sheet { rows: 2, width: 4, values }).view;
                 let cache = bench.device.allocate("codes", DType::E4M3, 8, 4).expect("memory");
-                KvWrite { x, slots: bench.put_words(&[7, 0], 1).view, cache, scale: 0.5 }.into()
+                let fine = bench.put(&bench.random(2, 4, 1.0)).view;
+                let other = bench.device.allocate("other codes", DType::E4M3, 8, 4).expect("memory");
+                // The second of two parts is the one to be named.
+                let first = KvRows { x: fine, cache: other, scale: 0.5 };
+                let parts = vec![first, KvRows { x, cache, scale: 0.5 }];
+                KvWrite { parts, slots: bench.put_words(&[7, 0], 1).view }.into()
             },
         ),
         ("gather: row 4 is not below 4", &|bench| gather(bench, &[0, 4])),

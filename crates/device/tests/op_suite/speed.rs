@@ -312,7 +312,7 @@ impl Stock {
                 out = if gated { out.as_fp8().expect("room") } else { out };
             }
             let parts = self.parts(&backend, set, counts, (&x, &out), [n, k], gated);
-            let gemm = |parts| Op::from(Gemm { parts, bias: None, epilogue });
+            let gemm = |parts| Op::from(Gemm { parts, epilogue });
             if grouped {
                 return vec![gemm(parts)];
             }
@@ -344,6 +344,7 @@ impl Stock {
             GemmPart {
                 x: x.rows(rows.clone()).expect("inside"),
                 weight: self.load(backend, &name, shape, set * counts.len() + expert),
+                bias: None,
                 out: out.rows(rows).expect("inside"),
             }
         };
@@ -390,7 +391,7 @@ impl Stock {
             (room(copies, hidden), room(copies, inner), room(copies, hidden), room(arrived as usize, hidden));
         let factors = backend.allocate("factors", DType::F32, terms.len(), TOP).expect("memory");
         run(&backend, HostToDevice { words: weights.into(), out: factors.clone() });
-        let gemm = |parts, epilogue| Op::from(Gemm { parts, bias: None, epilogue });
+        let gemm = |parts, epilogue| Op::from(Gemm { parts, epilogue });
         let turn = vec![
             Gather { x: rows, index: words(&backend, &expand), out: expanded.clone() }.into(),
             gemm(
@@ -542,7 +543,7 @@ fn measure_attention(
         }
         let cache = backend.allocate(name, dtype, slots, width).expect("memory");
         let places = words("slots", (0..slots as u32).collect(), 1);
-        let write = KvWrite { x, slots: places, cache: cache.clone(), scale: 1.0 };
+        let write = KvWrite::of(x, places, cache.clone(), 1.0);
         backend.enqueue(lane, place, write).expect("it fits");
         cache
     };

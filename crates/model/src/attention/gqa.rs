@@ -6,7 +6,7 @@ use crate::parallel::Share;
 use crate::step::Queries;
 use crate::{GqaSpec, LayerPart, ModelError, QkNorm, Window};
 use epsmoe_base::Layer;
-use epsmoe_device::op::{Clamp, Gate, Gating, Sight};
+use epsmoe_device::op::{Clamp, Gate, Gating, NormRotate, Sight};
 use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use std::ops::Range;
 
@@ -184,6 +184,11 @@ impl Gqa {
         })
     }
 
+    /// The maps of what it reads.
+    pub(super) fn maps_of_input(&self) -> impl Iterator<Item = &Linear> {
+        [&self.query, &self.key].into_iter().chain(&self.value)
+    }
+
     pub(super) fn run<B: Backend>(
         &self,
         cx: &Context<'_, B>,
@@ -191,17 +196,12 @@ impl Gqa {
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let (own, spec, tokens, queries) = (&self.own, &self.own.spec, 0..x.rows, 0..out.rows);
-        let input = cx.queries_of(x, &self.workspace.input)?;
         let mut query = self.workspace.query.rows(queries.clone())?;
         let mut key = self.workspace.key.rows(tokens.clone())?;
         let mut value = self.workspace.value.rows(tokens.clone())?;
-        let mut maps = vec![(&self.key, &key)];
-        maps.extend(self.value.as_ref().map(|map| (map, &value)));
-        match cx.queries.index {
-            None => maps.insert(0, (&self.query, &query)),
-            Some(_) => cx.linear(&input, &self.query, &query)?,
-        }
-        cx.linears(x, &maps)?;
+        let mut others = vec![(&self.key, &key)];
+        others.extend(self.value.as_ref().map(|map| (map, &value)));
+        cx.linears_of_queries(x, &self.workspace.input, (&self.query, &query), &others)?;
         if self.value.is_none() {
             value = key.clone();
         }
@@ -228,9 +228,24 @@ impl Gqa {
         if let Some([query_norm, key_norm]) = &self.norms {
             let (normed_query, normed_key) =
                 (self.workspace.normed_query.rows(queries.clone())?, self.workspace.normed_key.rows(tokens)?);
-            let [query_tokens, key_tokens] = [cx.queries, &cx.step.all.queries].map(|of| turns.then_some(of));
-            query = self.norm_heads(cx, query_tokens, &query, query_norm, normed_query)?;
-            key = self.norm_heads(cx, key_tokens, &key, key_norm, normed_key)?;
+            let heads = [
+                (cx.queries, self.heads_of(&query, &normed_query)?, query_norm, &normed_query),
+                (&cx.step.all.queries, self.heads_of(&key, &normed_key)?, key_norm, &normed_key),
+            ];
+            match cx.rope.filter(|_| turns) {
+                Some((number, rope)) => {
+                    let part = |(tokens, x, weight, out): &(&Queries, Buffer, &Weight, &Buffer)| {
+                        cx.turned_norm((tokens, number, rope), x, weight, out)
+                    };
+                    cx.compute(NormRotate { parts: heads.iter().map(part).collect::<Result<_, _>>()? })?;
+                }
+                None => {
+                    for (_, x, weight, out) in &heads {
+                        cx.norm(x, weight, cx.eps, &out.reshape(x.width)?)?;
+                    }
+                }
+            }
+            (query, key) = (normed_query, normed_key);
         }
         let (projected_queries, projected_keys) = own.projected();
         let query = query.columns(own.among(&own.query, &projected_queries))?;
@@ -243,8 +258,7 @@ impl Gqa {
         if !rotate_first && !turns {
             rotate(&query, &key)?;
         }
-        cx.store(&key, &self.cached_keys)?;
-        cx.store(&value, &self.cached_values)?;
+        cx.store(&[(&key, &self.cached_keys), (&value, &self.cached_values)])?;
         let mut context = self.workspace.context.rows(queries.clone())?;
         let (heads, kv_heads) = (own.query.len(), own.kv.len());
         let heads =
@@ -267,27 +281,14 @@ impl Gqa {
         gated.then(of).transpose()
     }
 
-    /// The norm of queries or keys, each head by itself or all of a token together; heads of `turned` tokens are then turned.
-    fn norm_heads<B: Backend>(
-        &self,
-        cx: &Context<'_, B>,
-        turned: Option<&Queries>,
-        x: &Buffer,
-        weight: &Weight,
-        out: Buffer,
-    ) -> Result<Buffer, DeviceError> {
+    /// Queries or keys as rows that are normed, into rows of `out`: each head by itself, or all of a token together.
+    fn heads_of(&self, x: &Buffer, out: &Buffer) -> Result<Buffer, DeviceError> {
         let width = match self.own.spec.qk_norm {
             Some(QkNorm::PerHead | QkNorm::Unweighted) => self.own.spec.head_dim,
             _ => out.width,
         };
         // What is projected for a head may be more than is normed.
-        let x = x.reshape(x.width / (out.width / width))?.columns(0..width)?;
-        if let Some(tokens) = turned {
-            cx.norm_rotate(tokens, &x, weight, &out)?;
-            return Ok(out);
-        }
-        cx.norm(&x, weight, cx.eps, &out.reshape(width)?)?;
-        Ok(out)
+        x.reshape(x.width / (out.width / width))?.columns(0..width)
     }
 }
 

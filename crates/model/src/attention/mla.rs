@@ -14,7 +14,7 @@
 use super::{BLOCK_SIZE, Cached, Context, Heads, Linear, Slots, blocks};
 use crate::forward::ModelOptions;
 use crate::load::Loader;
-use crate::origins::{HEADS_TOGETHER, Round, RoundRoom, Span};
+use crate::origins::{Round, RoundRoom, Span};
 use crate::{LayerPart, MlaSpec, ModelError, Window};
 use epsmoe_base::{DType, Layer};
 use epsmoe_device::op::{Copy, Epilogue, Gather, Gemm, GemmPart, Sight};
@@ -26,8 +26,8 @@ pub(crate) struct Mla {
     spec: MlaSpec,
     /// Into the query latent, and its norm, if queries have one.
     query_down: Option<(Linear, Weight)>,
-    /// `[heads · (nope + rope), …]`.
-    query: Weight,
+    /// `[heads · (nope + rope), …]`, of the latent or of the input.
+    query: Linear,
     kv_down: Linear,
     kv_norm: Weight,
     heads: Vec<Head>,
@@ -160,19 +160,27 @@ impl Mla {
         let query_rows = Window::rows(blocks(&heads, spec.nope + spec.rope));
         Ok(Mla {
             query_down: spec.q_lora.map(down).transpose()?,
-            query: loader.window_for(query.of(layer), &query_rows, true)?,
+            query: Linear::load(loader, layer, query, None, &query_rows)?,
             kv_down: linear(LayerPart::KvDown, LayerPart::KvDownBias)?,
             kv_norm: loader.scaled(LayerPart::KvDownNorm.of(layer), spec.latent_scale)?,
             output: Linear::load_output(loader, layer, spec.bias, blocks(&heads, spec.value))?,
             decompressing: match workspace.room {
                 RoundRoom::NONE => Vec::new(),
-                _ => Decompressing::load(loader, layer, &spec, &heads)?,
+                room => Decompressing::load(loader, layer, &spec, &heads, room.together)?,
             },
-            heads: heads.map(|head| Head::load(loader, layer, head)).collect::<Result<_, _>>()?,
+            heads: heads
+                .map(|head| Head::load(loader, layer, head, workspace.room))
+                .collect::<Result<_, _>>()?,
             cache: Cached::of(loader, LayerPart::KvDown.of(layer), 'k', cache)?,
             workspace: workspace.clone(),
             spec,
         })
+    }
+
+    /// The maps of what it reads.
+    pub(super) fn maps_of_input(&self) -> impl Iterator<Item = &Linear> {
+        let query = self.query_down.as_ref().map_or(&self.query, |(down, _)| down);
+        [query, &self.kv_down].into_iter()
     }
 
     pub(super) fn run<B: Backend>(
@@ -182,8 +190,8 @@ impl Mla {
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let workspace = self.workspace.first(x.rows, out.rows)?;
-        self.project_queries(cx, &cx.queries_of(x, &workspace.input)?, &workspace)?;
-        self.cache_rows(cx, x, &workspace)?;
+        self.project(cx, x, &workspace)?;
+        self.cache_rows(cx, &workspace)?;
         let MlaSpec { nope, rope, .. } = self.spec;
         cx.rotate(cx.queries, &workspace.query, nope + rope, nope)?;
         let origins = cx.queries.origins.as_ref();
@@ -196,34 +204,31 @@ impl Mla {
         cx.linear(&workspace.context, &self.output, out)
     }
 
-    fn project_queries<B: Backend>(
+    /// Queries, and what the cached rows are made of.
+    fn project<B: Backend>(
         &self,
         cx: &Context<'_, B>,
         x: &Buffer,
         workspace: &Workspace,
     ) -> Result<(), DeviceError> {
+        let others = [(&self.kv_down, &workspace.kv)];
+        let (room, queries) = (&workspace.input, &workspace.query);
         let Some((down, norm)) = &self.query_down else {
-            return cx.product(x, &self.query, None, &workspace.query);
+            return cx.linears_of_queries(x, room, (&self.query, queries), &others);
         };
-        cx.linear(x, down, &workspace.query_latent)?;
-        cx.norm(&workspace.query_latent, norm, self.spec.inner_eps, &workspace.query_normed)?;
-        cx.product(&workspace.query_normed, &self.query, None, &workspace.query)
+        cx.linears_of_queries(x, room, (down, &workspace.query_latent), &others)?;
+        let normed = (norm, self.spec.inner_eps, &workspace.query_normed);
+        cx.linear_of_norm(&workspace.query_latent, normed, &self.query, queries)
     }
 
     /// The normed latent, then the rotated key.
-    fn cache_rows<B: Backend>(
-        &self,
-        cx: &Context<'_, B>,
-        x: &Buffer,
-        workspace: &Workspace,
-    ) -> Result<(), DeviceError> {
+    fn cache_rows<B: Backend>(&self, cx: &Context<'_, B>, workspace: &Workspace) -> Result<(), DeviceError> {
         let (latent, width) = (self.spec.kv_lora, self.spec.kv_lora + self.spec.rope);
-        cx.linear(x, &self.kv_down, &workspace.kv)?;
         let (normed, key) = (workspace.row.columns(0..latent)?, workspace.row.columns(latent..width)?);
         cx.norm(&workspace.kv.columns(0..latent)?, &self.kv_norm, self.spec.inner_eps, &normed)?;
         cx.compute(Copy { x: workspace.kv.columns(latent..width)?, out: key })?;
         cx.rotate(&cx.step.all.queries, &workspace.row, width, latent)?;
-        cx.store(&workspace.row, &self.cache)
+        cx.store(&[(&workspace.row, &self.cache)])
     }
 
     /// Queries in terms of the cached rows, which are keys, and in front of them values.
@@ -316,37 +321,47 @@ impl Mla {
     ) -> Result<(), DeviceError> {
         let parts = self.heads.iter().enumerate().map(|(head, weights)| {
             let (x, weight, out) = part(head, weights)?;
-            Ok(GemmPart { x, weight, out })
+            Ok(GemmPart { x, weight, bias: None, out })
         });
         let parts = parts.collect::<Result<_, DeviceError>>()?;
-        cx.compute(Gemm { parts, bias: None, epilogue: Epilogue::Store })
+        cx.compute(Gemm { parts, epilogue: Epilogue::Store })
     }
 }
 
 impl Decompressing {
-    /// For the heads `heads` of the model, which are this rank's.
+    /// For the heads `heads` of the model, which are this rank's, some together.
     fn load<B: Backend>(
         loader: &Loader<'_, B>,
         layer: Layer,
         spec: &MlaSpec,
         heads: &Range<usize>,
+        together: usize,
     ) -> Result<Vec<Self>, ModelError> {
         let some = |first: usize| {
-            let of_model = first..heads.end.min(first + HEADS_TOGETHER);
+            let of_model = first..heads.end.min(first + together);
             Ok(Decompressing {
                 keys: loader.keys_of_rows(layer, spec, &of_model)?,
                 values: loader.values_of_latents(layer, spec, &of_model)?,
                 heads: of_model.start - heads.start..of_model.end - heads.start,
             })
         };
-        heads.clone().step_by(HEADS_TOGETHER).map(some).collect()
+        heads.clone().step_by(together).map(some).collect()
     }
 }
 
 impl Head {
-    fn load<B: Backend>(loader: &Loader<'_, B>, layer: Layer, head: usize) -> Result<Self, ModelError> {
-        let keys = loader.transposed(LayerPart::KeyUp(head).of(layer))?;
-        Ok(Head { keys, values: loader.layer(layer, LayerPart::ValueUp(head))? })
+    fn load<B: Backend>(
+        loader: &Loader<'_, B>,
+        layer: Layer,
+        head: usize,
+        room: RoundRoom,
+    ) -> Result<Self, ModelError> {
+        let values = LayerPart::ValueUp(head).of(layer);
+        Ok(Head {
+            keys: loader.transposed(LayerPart::KeyUp(head).of(layer))?,
+            // Of few rows of codes a GPU would be busy with decoding; what is decompressed lies there decoded too.
+            values: if room == RoundRoom::NONE { loader.part(values)? } else { loader.decoded(values)? },
+        })
     }
 }
 

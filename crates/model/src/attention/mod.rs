@@ -14,8 +14,10 @@ use crate::{
     AttentionSpec, LayerPart, LayerSpec, MlaSpec, ModelError, ModelSpec, Part, RecurrentSpec, RopeSpec,
     Window,
 };
-use epsmoe_base::{DType, Lane, Layer, Phase, Place};
-use epsmoe_device::op::{self, Carried, Gather, Gemm, KvWrite, NormKind, NormRotate, Op, Rotate, Sight};
+use epsmoe_base::{DType, Lane, Layer, Phase, Place, RowFormat};
+use epsmoe_device::op::{
+    self, Carried, Epilogue, Gather, Gemm, GemmPart, KvRows, KvWrite, NormKind, Op, Rotate, Sight, TurnedNorm,
+};
 use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight, WeightFormat};
 use gqa::Gqa;
 use mla::Mla;
@@ -206,6 +208,16 @@ impl Attention {
         })
     }
 
+    /// Whether the rows that it reads are wanted as codes.
+    pub(crate) fn takes_codes(&self) -> bool {
+        let codes = |linear: &Linear| linear.weight.format == WeightFormat::Fp8;
+        match self {
+            Attention::Gqa(attention) => attention.maps_of_input().any(codes),
+            Attention::Mla(attention) => attention.maps_of_input().any(codes),
+            Attention::Recurrent(_) => false,
+        }
+    }
+
     /// `out = attention(x)` for `x` `[T, H]` and `out` `[Q, H]`, one row for each query: of this rank's heads, to be
     /// added over its group.
     pub(crate) fn run<B: Backend>(
@@ -220,6 +232,12 @@ impl Attention {
             Attention::Recurrent(attention) => attention.run(context, x, out),
         }
     }
+}
+
+/// Where in a room the codes of some rows go.
+pub(crate) fn codes_of(rows: &Buffer, room: &Buffer) -> Result<Buffer, DeviceError> {
+    let (_, words) = RowFormat::Fp8.elements(rows.width);
+    room.rows(0..rows.rows)?.columns(0..words)
 }
 
 /// A linear map with its bias, if it has one.
@@ -267,6 +285,8 @@ pub(crate) struct Context<'a, B> {
     pub(crate) rope: Option<(usize, &'a RopeSpec)>,
     /// Epsilon of the model's norms.
     pub(crate) eps: f32,
+    /// The rows that attention reads, as codes too, if they are wanted so and there already.
+    pub(crate) input_codes: Option<Buffer>,
     /// Room for rows as codes, for maps that take them so.
     pub(crate) codes: &'a Buffer,
 }
@@ -282,53 +302,80 @@ struct Heads {
 
 impl<B: Backend> Context<'_, B> {
     fn linear(&self, x: &Buffer, linear: &Linear, out: &Buffer) -> Result<(), DeviceError> {
-        self.product(x, &linear.weight, linear.bias.as_ref(), out)
+        let rows = self.rows_for(x, &linear.weight)?;
+        self.compute(Gemm::biased(rows, &linear.weight, linear.bias.as_ref(), out.clone()))
     }
 
-    /// Several maps of the same rows, which become codes once for all that take them so.
+    /// Several maps of the rows that attention reads, in one operation; these become codes once for all that take them so.
     fn linears(&self, x: &Buffer, maps: &[(&Linear, &Buffer)]) -> Result<(), DeviceError> {
-        let mut codes = None;
+        let (mut codes, mut parts) = (self.input_codes.clone(), Vec::with_capacity(maps.len()));
         for (Linear { weight, bias }, out) in maps {
-            let rows = match &codes {
+            let x = match &codes {
                 Some(codes) if weight.format == WeightFormat::Fp8 => Buffer::clone(codes),
                 _ => self.rows_for(x, weight)?,
             };
             if weight.format == WeightFormat::Fp8 {
-                codes = Some(rows.clone());
+                codes = Some(x.clone());
             }
-            self.compute(Gemm { bias: bias.clone(), ..Gemm::linear(rows, weight, Buffer::clone(out)) })?;
+            let (weight, bias, out) = (weight.clone(), bias.clone(), Buffer::clone(out));
+            parts.push(GemmPart { x, weight, bias, out });
         }
-        Ok(())
+        self.compute(Gemm { parts, epilogue: Epilogue::Store })
+    }
+
+    /// The same with one map whose outcome is wanted of queries alone; `room` is for their rows, if they are not all.
+    fn linears_of_queries(
+        &self,
+        x: &Buffer,
+        room: &Buffer,
+        (map, out): (&Linear, &Buffer),
+        others: &[(&Linear, &Buffer)],
+    ) -> Result<(), DeviceError> {
+        if self.queries.index.is_none() {
+            let maps: Vec<_> = [(map, out)].into_iter().chain(others.iter().copied()).collect();
+            return self.linears(x, &maps);
+        }
+        self.linear(&self.queries_of(x, room)?, map, out)?;
+        self.linears(x, others)
     }
 
     fn rows_for(&self, x: &Buffer, weight: &Weight) -> Result<Buffer, DeviceError> {
         self.device.rows_for(self.place.or_phase(Phase::Projection), x, weight, self.codes)
     }
 
-    fn product(
-        &self,
-        x: &Buffer,
-        weight: &Weight,
-        bias: Option<&Weight>,
-        out: &Buffer,
-    ) -> Result<(), DeviceError> {
-        let x = self.rows_for(x, weight)?;
-        self.compute(Gemm { bias: bias.cloned(), ..Gemm::linear(x, weight, out.clone()) })
-    }
-
     fn norm(&self, x: &Buffer, weight: &Weight, eps: f32, out: &Buffer) -> Result<(), DeviceError> {
         let (x, weight, out) = (x.clone(), weight.clone(), out.clone());
-        self.compute(op::Norm { kind: NormKind::Rms, x, weight, bias: None, eps, out, origin: None })
+        let (kind, bias, codes) = (NormKind::Rms, None, None);
+        self.compute(op::Norm { kind, x, weight, bias, eps, out, codes, origin: None })
     }
 
-    /// The norm of every head of these tokens, turned like [`rotate`](Self::rotate) from its first element on.
-    fn norm_rotate(
+    /// A map of rows that are normed first, into `normed`: as the map takes them.
+    fn linear_of_norm(
         &self,
-        tokens: &Queries,
+        x: &Buffer,
+        (weight, eps, normed): (&Weight, f32, &Buffer),
+        map: &Linear,
+        out: &Buffer,
+    ) -> Result<(), DeviceError> {
+        let codes = match map.weight.format {
+            WeightFormat::Fp8 => Some(codes_of(normed, self.codes)?),
+            _ => None,
+        };
+        let rows = codes.as_ref().unwrap_or(normed).clone();
+        let (kind, x, weight, normed) = (NormKind::Rms, x.clone(), weight.clone(), normed.clone());
+        self.compute(op::Norm { kind, x, weight, bias: None, eps, out: normed, codes, origin: None })?;
+        self.compute(Gemm::biased(rows, &map.weight, map.bias.as_ref(), out.clone()))
+    }
+
+    /// The norm of every head of these tokens, to be turned like [`rotate`](Self::rotate) from its first element on by the
+    /// embedding `(number, rope)`.
+    fn turned_norm(
+        &self,
+        (tokens, number, rope): (&Queries, usize, &RopeSpec),
         x: &Buffer,
         weight: &Weight,
         heads: &Buffer,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<TurnedNorm, DeviceError> {
         let (x, weight, head_width) = (x.clone(), weight.clone(), x.width);
         let norm = op::Norm {
             kind: NormKind::Rms,
@@ -337,12 +384,12 @@ impl<B: Backend> Context<'_, B> {
             bias: None,
             eps: self.eps,
             out: heads.reshape(head_width)?,
+            codes: None,
             origin: None,
         };
-        let Some((number, rope)) = self.rope else { return self.compute(norm) };
         let rope_table = tokens.rope_tables[number].clone();
         let rotate = Rotate { x: heads.clone(), head_width, start: 0, style: rope.style, rope_table };
-        self.compute(NormRotate { norm, rotate })
+        Ok(TurnedNorm { norm, rotate })
     }
 
     /// The rows of `x` whose queries are computed, in `room` if they are not all.
@@ -381,9 +428,14 @@ impl<B: Backend> Context<'_, B> {
         }
     }
 
-    fn store(&self, x: &Buffer, cache: &Cached) -> Result<(), DeviceError> {
-        let (slots, rows) = (self.step.slots.clone(), cache.rows.clone());
-        self.compute(KvWrite { x: x.clone(), slots, cache: rows, scale: cache.scale })
+    /// Rows into their caches.
+    fn store(&self, rows: &[(&Buffer, &Cached)]) -> Result<(), DeviceError> {
+        let part = |(x, cache): &(&Buffer, &Cached)| KvRows {
+            x: Buffer::clone(x),
+            cache: cache.rows.clone(),
+            scale: cache.scale,
+        };
+        self.compute(KvWrite { parts: rows.iter().map(part).collect(), slots: self.step.slots.clone() })
     }
 
     /// Attention of all queries to what is cached.

@@ -10,7 +10,7 @@ use crate::names::StateRows;
 use crate::parallel::Share;
 use crate::{LayerPart, ModelError, Part, RecurrentRule, RecurrentSpec, Window};
 use epsmoe_base::{DType, Layer};
-use epsmoe_device::op::{Gate, Gating, Gemm, Recurrence, Rule, Scale, ShortConv};
+use epsmoe_device::op::{Gate, Gating, Recurrence, Rule, Scale, ShortConv};
 use epsmoe_device::{Backend, Buffer, DeviceError, Reserve, Weight};
 use std::ops::Range;
 
@@ -18,12 +18,12 @@ pub(crate) struct Recurrent {
     /// With the heads of this rank.
     spec: RecurrentSpec,
     /// To queries, keys and values.
-    mixed: Weight,
+    mixed: Linear,
     convolution: Weight,
     convolution_bias: Option<Weight>,
-    gate: Weight,
+    gate: Linear,
     /// To what weighs the updates of the state, and its decay.
-    weights: Weight,
+    weights: Linear,
     decay: Weight,
     bias: Weight,
     /// Of a state space.
@@ -117,7 +117,9 @@ impl Recurrent {
             let of_kind = |&kind: &StateRows| heads.clone().map(move |head| part(head, kind).of(layer));
             kinds.iter().flat_map(of_kind).collect()
         };
-        let matrix = |kinds: &[StateRows]| loader.rows(&of_heads(kinds, LayerPart::State));
+        let matrix = |kinds: &[StateRows]| -> Result<Linear, ModelError> {
+            Ok(Linear { weight: loader.rows(&of_heads(kinds, LayerPart::State))?, bias: None })
+        };
         let whole_parts = |part: fn(usize, StateRows) -> LayerPart| -> Vec<(Part, Window)> {
             of_heads(&StateRows::MIXED, part).into_iter().map(|part| (part, Window::whole())).collect()
         };
@@ -169,8 +171,12 @@ impl Recurrent {
         let convolved = self.workspace.convolved.rows(tokens.clone())?;
         let weights = self.workspace.weights.rows(tokens.clone())?;
         let context = self.workspace.context.rows(tokens)?;
-        cx.compute(Gemm::linear(x.clone(), &self.mixed, mixed.clone()))?;
-        cx.compute(Gemm::linear(x.clone(), &self.weights, weights.clone()))?;
+        let Workspace { input, normed, gate, gated, .. } = &self.workspace;
+        let (normed, gate) = (normed.rows(queries.clone())?, gate.rows(queries.clone())?);
+        let gated = gated.rows(queries)?;
+        // All tokens go into the state; what comes of them is wanted of some.
+        let others = [(&self.mixed, &mixed), (&self.weights, &weights)];
+        cx.linears_of_queries(x, input, (&self.gate, &gate), &others)?;
         cx.compute(ShortConv {
             x: mixed,
             weight: self.convolution.clone(),
@@ -197,13 +203,7 @@ impl Recurrent {
             states: self.states.clone(),
             out: context.clone(),
         })?;
-        // All tokens go into the state; what comes of them is wanted of some.
         let context = cx.queries_of(&context, &self.workspace.wanted_context)?;
-        let input = cx.queries_of(x, &self.workspace.input)?;
-        let Workspace { normed, gate, gated, .. } = &self.workspace;
-        let (normed, gate) = (normed.rows(queries.clone())?, gate.rows(queries.clone())?);
-        let gated = gated.rows(queries)?;
-        cx.compute(Gemm::linear(input, &self.gate, gate.clone()))?;
         let gating = Gating::Silu;
         match spec.rule {
             RecurrentRule::Delta => {

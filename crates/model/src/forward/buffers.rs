@@ -48,6 +48,8 @@ pub(super) struct StepBuffers {
     pub(super) inner: Buffer,
     /// Its products before an activation of its own, float32.
     pub(super) open: Buffer,
+    /// What is normed, as codes.
+    pub(super) normed_codes: Buffer,
     /// Rows of attention or of an MLP as codes, for maps that take them so.
     pub(super) codes: Buffer,
     /// `[LOGIT_ROWS, V]`, and the largest of each row, where the host finds it `[LOGIT_ROWS, 1]`.
@@ -124,6 +126,7 @@ impl StepBuffers {
             )?,
             inner: values("inner", mlp_tokens, inner)?,
             open: floats("open_inner", mlp_tokens, most_factors(spec) * inner)?,
+            normed_codes: device.allocate_codes("normed_codes", shard, spec.hidden)?,
             codes: device.allocate_codes("codes", tokens.max(mlp_tokens), spec.hidden.max(rooms.widest()))?,
             logits: floats("logits", tokens.min(LOGIT_ROWS), spec.vocab)?,
             tokens: device.allocate_for_host("tokens", DType::U32, tokens.min(LOGIT_ROWS), 1)?,

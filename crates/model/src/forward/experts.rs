@@ -8,7 +8,9 @@ use epsmoe_base::{DType, Phase, Place, WireDType, WireFormat};
 use epsmoe_device::op::Gather;
 use epsmoe_device::{Backend, Buffer, Reserve};
 use epsmoe_fabric::Fabric;
-use epsmoe_pipeline::{ExpertPipeline, MoeLayer, Pending, PipelineError, PipelineOptions, PipelineSizes};
+use epsmoe_pipeline::{
+    ExpertPipeline, Input, MoeLayer, Pending, PipelineError, PipelineOptions, PipelineSizes,
+};
 use epsmoe_plan::{Capacity, LayerSizes, Policy, Routing, Schedule, WeightCost};
 use std::sync::Arc;
 
@@ -105,14 +107,14 @@ impl<B: Backend> Model<B> {
         &self,
         moe: &MoeLayer,
         (step, tokens): (&Step, &LayerTokens),
-        [x, y]: [&Buffer; 2],
+        (input, y): (Input<'_>, &Buffer),
         output: &mut StepOutput,
     ) -> Result<(), ModelError> {
-        let (pipeline, routing) = (self.pipeline(), self.routing(moe, step, x, output)?);
+        let (pipeline, routing) = (self.pipeline(), self.routing(moe, step, input.x, output)?);
         let known = tokens.known.as_deref();
         output.layers.push(match routing {
-            Some(routing) => pipeline.run_routed(moe, (known, &routing), x, y)?,
-            None => pipeline.run(moe, known, x, y)?,
+            Some(routing) => pipeline.run_routed(moe, (known, &routing), input, y)?,
+            None => pipeline.run(moe, known, input, y)?,
         });
         Ok(())
     }
@@ -123,7 +125,7 @@ impl<B: Backend> Model<B> {
         place: Place,
         moe: &MoeLayer,
         (step, tokens): (&Step, &LayerTokens),
-        [x, shared]: [&Buffer; 2],
+        (Input { x, codes }, shared): (Input<'_>, &Buffer),
         output: &mut StepOutput,
     ) -> Result<LateExperts<B>, ModelError> {
         let (pipeline, out) = (self.pipeline(), self.buffers.late.rows(0..x.rows)?);
@@ -136,7 +138,7 @@ impl<B: Backend> Model<B> {
             |x, outs| -> Result<_, ModelError> {
                 let routing = self.routing(moe, step, x, output)?;
                 let known = (tokens.known.as_deref(), routing.as_ref());
-                let pending = pipeline.begin(moe, known, x, outs)?;
+                let pending = pipeline.begin(moe, known, Input { x, codes }, outs)?;
                 if alone {
                     return Ok(Some(pending));
                 }

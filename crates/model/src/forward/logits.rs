@@ -41,8 +41,8 @@ impl<B: Backend> Model<B> {
     pub(super) fn compute_logits(&self, last: &Buffer) -> Result<(), DeviceError> {
         let (place, buffers) = (Place::default(), &self.buffers);
         let (logits, tokens) = (buffers.logits.rows(0..last.rows)?, buffers.tokens.rows(0..last.rows)?);
-        let product = Gemm::linear(last.clone(), &self.head, logits.clone());
-        self.compute(place.phase(Phase::LmHead), Gemm { bias: self.head_bias.clone(), ..product })?;
+        let product = Gemm::biased(last.clone(), &self.head, self.head_bias.as_ref(), logits.clone());
+        self.compute(place.phase(Phase::LmHead), product)?;
         self.scale(place.phase(Phase::LmHead), &logits, self.spec.factors.logits)?;
         if let Some(cap) = self.spec.factors.cap {
             self.compute(place, SoftCap { x: logits.clone(), cap })?;

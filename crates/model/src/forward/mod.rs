@@ -6,7 +6,7 @@ mod input;
 mod logits;
 mod repeat;
 
-use crate::attention::{Attention, Context, Rooms};
+use crate::attention::{Attention, Context, Rooms, codes_of};
 use crate::collectives::Group;
 use crate::load::{Loader, NormWeights, by_readers};
 use crate::mlp::{MlpWeights, ResidualWeights, Sandwich, experts_of, load_expert};
@@ -20,7 +20,7 @@ use epsmoe_device::op::{
 };
 use epsmoe_device::{Backend, Buffer, DeviceError, Weight};
 use epsmoe_fabric::Fabric;
-use epsmoe_pipeline::{ExpertPipeline, LayerReport, Mlp, RoutingLog};
+use epsmoe_pipeline::{ExpertPipeline, Input, LayerReport, Mlp, RoutingLog};
 use epsmoe_plan::{Capacity, Policy, ScheduleReport, Span};
 use experts::LateExperts;
 use repeat::Repeats;
@@ -345,7 +345,9 @@ impl<B: Backend> Model<B> {
         match (self.layers.get(layer.0), given) {
             (Some(weights), given) => {
                 let normed = self.buffers.normed.rows(0..stream.rows)?;
-                self.add_and_norm(Place::layer(layer), given, stream, before, &weights.input_norm, &normed)
+                let codes = self.codes_for_attention(weights, &normed)?;
+                let norm = (&weights.input_norm, &normed, codes);
+                self.add_and_norm(Place::layer(layer), given, stream, before, norm)
             }
             (None, Some(delta)) => self.add_to_stream(before.place, delta, stream),
             (None, None) => Ok(()),
@@ -376,6 +378,7 @@ impl<B: Backend> Model<B> {
             }
             None => stream.clone(),
         };
+        let input_codes = self.codes_for_attention(weights, &normed)?;
         let delta = self.buffers.delta.rows(0..stream.rows)?;
         let pre_attention = self.buffers.pre_attention.rows(0..stream.rows)?;
         let early = weights.residual.is_some() && weights.sandwich.is_none();
@@ -389,6 +392,7 @@ impl<B: Backend> Model<B> {
             queries: &tokens.queries,
             rope: self.spec.layers[layer.0].rope.map(|rope| (rope, &self.spec.ropes[rope])),
             eps: self.spec.norm.eps,
+            input_codes,
             codes: &self.buffers.codes,
         };
         let attention = |x: &Buffer, out: &Buffer| weights.attention.run(&context, x, out);
@@ -406,26 +410,31 @@ impl<B: Backend> Model<B> {
         }
         let (attended, normed) = (Origin { place, part: "attention" }, normed.rows(0..stream.rows)?);
         let shares = [&tokens.mlp; 2];
-        let input = match &weights.residual {
+        let (input, codes) = match &weights.residual {
             Some(residual) => {
-                self.add_and_norm(place, Some(&delta), &stream, attended, &residual.norm, &normed)?;
-                let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, None, x, out);
+                let norm = (&residual.norm, &normed, None);
+                self.add_and_norm(place, Some(&delta), &stream, attended, norm)?;
+                let dense = |x: &Buffer, out: &Buffer| self.dense(place, &residual.mlp, None, x.into(), out);
                 self.mlp.gather_compute_scatter(place, shares, &normed, &delta, dense)?;
                 self.add_to_stream(place, &delta, &stream)?;
-                pre_attention
+                (pre_attention, None)
             }
             None => {
-                self.add_and_norm(place, Some(&delta), &stream, attended, mlp_norm, &normed)?;
-                normed
+                let codes = self.codes_of_normed(&self.mlp, weights.mlp.takes_codes(), &normed)?;
+                let norm = (mlp_norm, &normed, codes.clone());
+                self.add_and_norm(place, Some(&delta), &stream, attended, norm)?;
+                (normed, codes)
             }
         };
         let experts_before = late.take();
         match &weights.mlp {
             MlpWeights::Moe(moe) if self.spec.layers[layer.0].late_experts => {
-                *late = Some(self.begin_late(place, moe, (step, tokens), [&input, &delta], output)?);
+                let input = Input { x: &input, codes: codes.as_ref() };
+                *late = Some(self.begin_late(place, moe, (step, tokens), (input, &delta), output)?);
             }
             mlp => self.mlp.gather_compute_scatter(place, shares, &input, &delta, |x, out| {
-                self.run_mlp(place, mlp, (step, tokens), [x, out], output)
+                let input = Input { x, codes: codes.as_ref() };
+                self.run_mlp(place, mlp, (step, tokens), (input, out), output)
             })?,
         }
         let given = match experts_before {
@@ -461,12 +470,12 @@ impl<B: Backend> Model<B> {
         };
         self.norm(place, stream, attended, &residual.norm, &normed)?;
         self.mlp.gather_compute_scatter(place, shares, &normed, delta, |x: &Buffer, out: &Buffer| {
-            self.dense(place, &residual.mlp, residual.activation, x, out)
+            self.dense(place, &residual.mlp, residual.activation, x.into(), out)
         })?;
         self.norm(place, delta, given, &sandwich.dense, &both)?;
         self.norm(place, stream, attended, mlp_norm, &normed)?;
         self.mlp.gather_compute_scatter(place, shares, &normed, delta, |x, out| {
-            self.run_mlp(place, &weights.mlp, (step, tokens), [x, out], output)
+            self.run_mlp(place, &weights.mlp, (step, tokens), (x.into(), out), output)
         })?;
         self.norm(place, delta, given, &sandwich.experts, &one)?;
         self.compute(place, Add { x: one.clone(), out: both.clone() })?;
@@ -498,13 +507,13 @@ impl<B: Backend> Model<B> {
         place: Place,
         mlp: &MlpWeights,
         tokens: (&Step, &LayerTokens),
-        [x, out]: [&Buffer; 2],
+        (input, out): (Input<'_>, &Buffer),
         output: &mut StepOutput,
     ) -> Result<(), ModelError> {
         match mlp {
             MlpWeights::Absent => Ok(()),
-            MlpWeights::Dense(mlp, activation) => Ok(self.dense(place, mlp, *activation, x, out)?),
-            MlpWeights::Moe(moe) => self.mixture(moe, tokens, [x, out], output),
+            MlpWeights::Dense(mlp, activation) => Ok(self.dense(place, mlp, *activation, input, out)?),
+            MlpWeights::Moe(moe) => self.mixture(moe, tokens, (input, out), output),
         }
     }
 
@@ -513,7 +522,7 @@ impl<B: Backend> Model<B> {
         place: Place,
         mlp: &Mlp,
         activation: Option<Activation>,
-        x: &Buffer,
+        Input { x, codes }: Input<'_>,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
         let rows = 0..x.rows;
@@ -523,7 +532,10 @@ impl<B: Backend> Model<B> {
         let place = place.phase(Phase::Mlp);
         match activation {
             None => {
-                let x = self.device.rows_for(place, x, &mlp.gate_up, &self.buffers.codes)?;
+                let x = match codes {
+                    Some(codes) => codes.clone(),
+                    None => self.device.rows_for(place, x, &mlp.gate_up, &self.buffers.codes)?,
+                };
                 self.compute(place, Gemm::gated(x, &mlp.gate_up, inner.clone()))?;
             }
             Some(activation) => {
@@ -544,9 +556,38 @@ impl<B: Backend> Model<B> {
         weights: &NormWeights,
         out: &Buffer,
     ) -> Result<(), DeviceError> {
+        self.compute(place, self.norm_of(x, origin, (weights, out, None)))
+    }
+
+    fn norm_of(
+        &self,
+        x: &Buffer,
+        origin: Origin,
+        (weights, out, codes): (&NormWeights, &Buffer, Option<Buffer>),
+    ) -> Norm {
         let (kind, eps, origin) = (self.spec.norm.kind, self.spec.norm.eps, Some(origin));
-        let NormWeights { weight, bias } = weights.clone();
-        self.compute(place, Norm { kind, x: x.clone(), weight, bias, eps, out: out.clone(), origin })
+        let (x, NormWeights { weight, bias }, out) = (x.clone(), weights.clone(), out.clone());
+        Norm { kind, x, weight, bias, eps, out, codes, origin }
+    }
+
+    /// Where the norm before a layer's attention leaves its rows as codes, if that takes them so.
+    fn codes_for_attention(
+        &self,
+        layer: &LayerWeights,
+        normed: &Buffer,
+    ) -> Result<Option<Buffer>, DeviceError> {
+        self.codes_of_normed(&self.attention, layer.attention.takes_codes(), normed)
+    }
+
+    /// The same of what a group computes together. Where there are several ranks, rows travel as numbers first.
+    fn codes_of_normed(
+        &self,
+        group: &Group<B>,
+        wanted: bool,
+        normed: &Buffer,
+    ) -> Result<Option<Buffer>, DeviceError> {
+        let wanted = wanted && group.ranks().len() == 1;
+        wanted.then(|| codes_of(normed, &self.buffers.normed_codes)).transpose()
     }
 
     /// Adds to the residual stream what a part of a model gave, if it gave anything, and norms the stream.
@@ -556,15 +597,13 @@ impl<B: Backend> Model<B> {
         delta: Option<&Buffer>,
         stream: &Buffer,
         origin: Origin,
-        weights: &NormWeights,
-        out: &Buffer,
+        norm: (&NormWeights, &Buffer, Option<Buffer>),
     ) -> Result<(), DeviceError> {
-        let Some(delta) = delta else { return self.norm(place, stream, origin, weights, out) };
+        let norm = self.norm_of(stream, origin, norm);
+        let Some(delta) = delta else { return self.compute(place, norm) };
         self.scale(place, delta, self.spec.factors.residual)?;
-        let (kind, eps, origin) = (self.spec.norm.kind, self.spec.norm.eps, Some(origin));
-        let (x, NormWeights { weight, bias }, out) = (stream.clone(), weights.clone(), out.clone());
         let add = Add { x: delta.clone(), out: stream.clone() };
-        self.compute(place, AddNorm { add, norm: Norm { kind, x, weight, bias, eps, out, origin } })
+        self.compute(place, AddNorm { add, norm })
     }
 
     fn add_to_stream(&self, place: Place, delta: &Buffer, stream: &Buffer) -> Result<(), DeviceError> {

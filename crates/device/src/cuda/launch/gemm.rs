@@ -2,6 +2,7 @@
 
 use super::{Launch, Refusal, Rows, is_empty, within};
 use crate::cuda::bricks::Bricks;
+use crate::cuda::driver::TensorMap;
 use crate::cuda::hopper::{self, HopperArgs};
 use crate::cuda::kernels::{CODED_MIDDLE, CODED_SMALL, GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE, THIN};
 use crate::cuda::layout::twin;
@@ -12,35 +13,40 @@ use crate::{Buffer, DeviceError, Weight, WeightFormat};
 use bytemuck::Zeroable;
 use epsmoe_base::DType;
 
+/// Parts that fit into a kernel's arguments; more of them are listed in device memory. Repeats the number of the source.
+const OWN_PARTS: usize = 4;
+
 twin! {
     pub(in crate::cuda) struct GemmPart = "GemmPart" in "gemm.cuh" {
         pub(in crate::cuda) x: u64,
         pub(in crate::cuda) weight: u64,
         pub(in crate::cuda) out: u64,
+        pub(in crate::cuda) bias: u64,
         pub(in crate::cuda) x_stride: u64,
         pub(in crate::cuda) out_stride: u64,
         pub(in crate::cuda) rows: u32,
         pub(in crate::cuda) first_tile: u32,
+        pub(in crate::cuda) n: u32,
+        pub(in crate::cuda) columns: u32,
+        pub(in crate::cuda) wide: u32,
+        pub(in crate::cuda) padding: u32,
     }
 }
 
 // SAFETY: all its bits may be zero.
 unsafe impl bytemuck::Zeroable for GemmPart {}
-// SAFETY: plain integers without padding: five of eight bytes, two of four.
+// SAFETY: plain integers without padding: six of eight bytes, six of four.
 unsafe impl bytemuck::Pod for GemmPart {}
 
 twin! {
     pub(super) struct GemmArgs = "GemmArgs" in "gemm.cuh" {
         parts: u64,
-        only: GemmPart,
-        bias: u64,
-        part_count: u32,
-        padding: u32,
-        n: u32,
-        k: u32,
+        own: [GemmPart; OWN_PARTS],
         weight_stride: u64,
+        part_count: u32,
+        k: u32,
         vectors: u32,
-        columns: u32,
+        padding: u32,
     }
 }
 
@@ -51,8 +57,29 @@ twin! {
         parts: u32,
         brick_bytes: u32,
         gated: u32,
+    }
+}
+
+twin! {
+    pub(super) struct FewMap = "FewMap" in "gemm_thin_fp8.cu" {
+        weight: u64,
+        out: u64,
+        bias: u64,
+        out_stride: u32,
+        columns: u32,
+        first: u32,
         wide: u32,
-        padding: u32,
+    }
+}
+
+// SAFETY: all its bits may be zero.
+unsafe impl Zeroable for FewMap {}
+
+twin! {
+    pub(super) struct FewArgs = "FewArgs" in "gemm_thin_fp8.cu" {
+        gemm: HopperArgs,
+        maps: [FewMap; OWN_PARTS],
+        count: u32,
     }
 }
 
@@ -63,12 +90,9 @@ struct Products<'a> {
     /// How their codes lie, if they are held in them.
     bricks: Option<Bricks>,
     epilogue: Epilogue,
-    bias: Option<&'a Weight>,
-    /// Formats of the input and the output.
+    /// Formats of the input and the output; of several maps of the same rows that of the first.
     from: DType,
     to: DType,
-    /// Of the output.
-    columns: usize,
     tile: GemmTile,
     /// The operation, if only the GPU knows how many rows each product has.
     decided: Option<Decided<'a>>,
@@ -79,6 +103,22 @@ impl Products<'_> {
     fn bytes(&self) -> [u64; 2] {
         [self.from, self.to].map(|dtype| dtype.bytes() as u64)
     }
+
+    /// From a row of the input to the next.
+    fn row_bytes(&self, part: &GemmPart) -> u64 {
+        part.x_stride * self.bytes()[0]
+    }
+}
+
+/// From a row of the output to the next: elements, or bytes of codes.
+fn out_stride(products: &Products<'_>, part: &GemmPart) -> u32 {
+    let bytes = if products.to == DType::U32 { 4 } else { 1 };
+    part.out_stride as u32 * bytes
+}
+
+/// Rows from those of the first part on that blocks are of.
+fn rows_of(blocks: &[hopper::Block]) -> usize {
+    blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize
 }
 
 /// Products of experts whose rows the GPU decides.
@@ -107,43 +147,90 @@ twin! {
 impl Launch<'_> {
     pub(super) fn gemm(&mut self, op: &Gemm) -> Result<(), Refusal> {
         let busy: Vec<&op::GemmPart> = op.parts.iter().filter(|part| !is_empty(&part.out)).collect();
-        for parts in busy.chunk_by(|left, right| left.weight.format == right.weight.format) {
-            self.gemm_of_one_format(op, parts)?;
+        if self.maps_of_few_rows(op.epilogue, &busy)? {
+            return Ok(());
         }
-        Ok(())
+        // Maps of the same rows are no parts of one product.
+        let alike = |left: &&op::GemmPart, right: &&op::GemmPart| {
+            left.weight.format == right.weight.format && left.is_like(right) && left.x != right.x
+        };
+        busy.chunk_by(alike).try_for_each(|parts| self.gemm_of_alike(op.epilogue, parts))
     }
 
-    fn gemm_of_one_format(&mut self, op: &Gemm, busy: &[&op::GemmPart]) -> Result<(), Refusal> {
-        let Some(first) = busy.first() else { return Ok(()) };
-        let rows: usize = busy.iter().map(|part| part.x.rows).sum();
-        if first.weight.format == WeightFormat::Fp8 {
-            return self.gemm_of_codes(op, busy);
+    /// Different maps of the same few rows in one launch, if there is a kernel: alone, each would take as long as it takes to begin.
+    fn maps_of_few_rows(&mut self, epilogue: Epilogue, busy: &[&op::GemmPart]) -> Result<bool, Refusal> {
+        let &[first, _, ..] = busy else { return Ok(false) };
+        let together = busy.len() <= OWN_PARTS
+            && epilogue == Epilogue::Store
+            && busy.iter().all(|part| part.x == first.x && part.weight.format == first.weight.format);
+        if !together {
+            return Ok(false);
         }
-        let weight = self.weights.get(&first.weight)?;
-        let products = Products {
+        let products = self.products(epilogue, busy)?;
+        if first.weight.format == WeightFormat::Fp8 {
+            let parts = self.parts(&products, busy)?.0;
+            return self.few_codes_of_maps(&products, &parts);
+        }
+        let across = busy.iter().map(|part| self.small_tiles(&part.weight)).sum::<Result<usize, _>>()?;
+        let Some(tile) = self.thin_tile(&products, &[&first.x], (across, first.x.rows))? else {
+            return Ok(false);
+        };
+        let products = Products { tile, ..products };
+        let (parts, tiles) = self.parts(&products, busy)?;
+        self.mma(&products, &parts, tiles)?;
+        Ok(true)
+    }
+
+    /// What products have in common of which the rows are known.
+    fn products<'a>(
+        &self,
+        epilogue: Epilogue,
+        busy: &[&'a op::GemmPart],
+    ) -> Result<Products<'a>, DeviceError> {
+        let (first, rows) = (busy[0], busy.iter().map(|part| part.x.rows).sum());
+        let bricks = self.weights.get(&first.weight)?.bricks;
+        Ok(Products {
             weights: busy.iter().map(|part| &part.weight).collect(),
-            bricks: weight.bricks,
-            epilogue: op.epilogue,
-            bias: op.bias.as_ref(),
+            bricks,
+            epilogue,
             from: first.x.dtype,
             to: first.out.dtype,
-            columns: first.out.width,
-            tile: tile_for(first.x.dtype, weight.bricks, rows, busy.len()),
+            tile: tile_for(first.x.dtype, bricks, rows, busy.len()),
             decided: None,
-        };
-        let inputs: Vec<&Buffer> = busy.iter().map(|part| &part.x).collect();
-        let tile =
-            self.thin_tile(&products, &inputs, (busy.len(), rows / busy.len()))?.unwrap_or(products.tile);
-        let products = Products { tile, ..products };
-        let columns = (weight.rows as u32).div_ceil(products.tile.columns);
-        let mut parts = Vec::with_capacity(busy.len());
-        let mut tiles = 0u32;
+        })
+    }
+
+    /// Products as a kernel sees them, and the number of their tiles.
+    fn parts(
+        &self,
+        products: &Products<'_>,
+        busy: &[&op::GemmPart],
+    ) -> Result<(Vec<GemmPart>, u32), DeviceError> {
+        let (mut parts, mut tiles) = (Vec::with_capacity(busy.len()), 0u32);
         for part in busy {
-            let rows = part.x.rows as u32;
-            parts.push(GemmPart { rows, first_tile: tiles, ..self.part(&part.x, &part.weight, &part.out)? });
-            tiles = tiles.saturating_add(rows.div_ceil(products.tile.rows).saturating_mul(columns));
+            let (rows, columns) = (part.x.rows as u32, products.tile.columns);
+            let bias = part.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start));
+            let described = self.part(&part.x, &part.weight, &part.out)?;
+            let across = described.n.div_ceil(columns);
+            parts.push(GemmPart { rows, first_tile: tiles, bias: bias?, ..described });
+            tiles = tiles.saturating_add(rows.div_ceil(products.tile.rows).saturating_mul(across));
         }
-        if self.takes_hopper(&products)
+        Ok((parts, tiles))
+    }
+
+    fn gemm_of_alike(&mut self, epilogue: Epilogue, busy: &[&op::GemmPart]) -> Result<(), Refusal> {
+        let Some(first) = busy.first() else { return Ok(()) };
+        let products = self.products(epilogue, busy)?;
+        if first.weight.format == WeightFormat::Fp8 {
+            return self.gemm_of_codes(&products, busy);
+        }
+        let inputs: Vec<&Buffer> = busy.iter().map(|part| &part.x).collect();
+        let rows: usize = busy.iter().map(|part| part.x.rows).sum();
+        let others = busy.len() * self.small_tiles(&first.weight)?;
+        let tile = self.thin_tile(&products, &inputs, (others, rows / busy.len()))?.unwrap_or(products.tile);
+        let products = Products { tile, ..products };
+        let (parts, tiles) = self.parts(&products, busy)?;
+        if self.takes_hopper(&products, &parts[0])
             && let Some(starts) = hopper::common_rows(&parts, products.bytes())
         {
             let rows = parts.iter().map(|part| part.rows);
@@ -183,10 +270,8 @@ impl Launch<'_> {
                 weights: weights.iter().collect(),
                 bricks: None,
                 epilogue: op.epilogue,
-                bias: None,
                 from: op.x.dtype,
                 to: op.out.dtype,
-                columns: weights[0].shape.sources().1[0],
                 tile: LARGE,
                 decided: Some(Decided { op, starts }),
             };
@@ -197,19 +282,20 @@ impl Launch<'_> {
             weights: weights.iter().collect(),
             bricks: weight.bricks,
             epilogue: op.epilogue,
-            bias: None,
             from: op.x.dtype,
             to: op.out.dtype,
-            columns: op.out.width,
             tile: tile_for(op.x.dtype, weight.bricks, rows, likely),
             decided: Some(Decided { op, starts }),
         };
         // With more rows than that some expert has more than a tile of eight.
-        let few = if rows / likely <= 2 { self.thin_tile(&products, &[&op.x], (likely, 1))? } else { None };
+        let others = likely * self.small_tiles(&weights[0])?;
+        let few = if rows / likely <= 2 { self.thin_tile(&products, &[&op.x], (others, 1))? } else { None };
         let products = Products { tile: few.unwrap_or(products.tile), ..products };
         let parts = weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
         let parts = parts.collect::<Result<Vec<_>, _>>()?;
-        if self.takes_hopper(&products) && hopper::common_rows(&parts[..1], products.bytes()).is_some() {
+        if self.takes_hopper(&products, &parts[0])
+            && hopper::common_rows(&parts[..1], products.bytes()).is_some()
+        {
             let first = GemmPart { rows: rows as u32, ..parts[0] };
             return self.hopper(&products, &first, &even_blocks(rows, experts));
         }
@@ -219,27 +305,11 @@ impl Launch<'_> {
     }
 
     /// Products of rows in codes: by wgmma alone, for one row as for thousands.
-    fn gemm_of_codes(&mut self, op: &Gemm, busy: &[&op::GemmPart]) -> Result<(), Refusal> {
-        let Some(first) = busy.first() else { return Ok(()) };
-        let products = Products {
-            weights: busy.iter().map(|part| &part.weight).collect(),
-            bricks: None,
-            epilogue: op.epilogue,
-            bias: op.bias.as_ref(),
-            from: first.x.dtype,
-            to: first.out.dtype,
-            columns: first.weight.shape.sources().1[0],
-            tile: LARGE,
-            decided: None,
-        };
-        let part = |part: &&op::GemmPart| {
-            let rows = part.x.rows as u32;
-            Ok(GemmPart { rows, ..self.part(&part.x, &part.weight, &part.out)? })
-        };
-        let parts = busy.iter().map(part).collect::<Result<Vec<_>, DeviceError>>()?;
-        let starts = self.followed(&products, &parts)?;
+    fn gemm_of_codes(&mut self, products: &Products<'_>, busy: &[&op::GemmPart]) -> Result<(), Refusal> {
+        let (parts, _) = self.parts(products, busy)?;
+        let starts = self.followed(products, &parts)?;
         let blocks: Vec<_> = starts.into_iter().zip(parts.iter().map(|part| part.rows)).collect();
-        self.hopper(&products, &parts[0], &blocks)
+        self.hopper(products, &parts[0], &blocks)
     }
 
     /// Where the parts of products start that no other kernel takes.
@@ -255,23 +325,34 @@ impl Launch<'_> {
 
     /// A product as a kernel sees it, but for its rows.
     fn part(&self, x: &Buffer, weight: &Weight, out: &Buffer) -> Result<GemmPart, DeviceError> {
+        let held = self.weights.get(weight)?;
         Ok(GemmPart {
             x: self.rows(x)?.start,
-            weight: self.weights.get(weight)?.start,
+            weight: held.start,
             out: self.rows(out)?.start,
+            bias: 0,
             x_stride: x.stride as u64,
             out_stride: out.stride as u64,
             rows: 0,
             first_tile: 0,
+            n: held.rows as u32,
+            columns: weight.shape.sources().1[0] as u32,
+            wide: u32::from(out.dtype == DType::F32),
+            padding: 0,
         })
     }
 
-    /// The tile for so many products of so few rows each that other tiles would leave the GPU idle, if there is one.
+    /// Small tiles that lie beside each other along a weight.
+    fn small_tiles(&self, weight: &Weight) -> Result<usize, DeviceError> {
+        Ok(self.weights.get(weight)?.rows.div_ceil(SMALL.columns as usize))
+    }
+
+    /// The tile for products of so few rows each that `others`, the small tiles of all, would leave the GPU idle, if there is one.
     fn thin_tile(
         &self,
         products: &Products<'_>,
         inputs: &[&Buffer],
-        (parts, rows): (usize, usize),
+        (others, rows): (usize, usize),
     ) -> Result<Option<GemmTile>, DeviceError> {
         /// Blocks of other tiles on each multiprocessor that bring weights as fast as memory gives them.
         const ENOUGH: usize = 2;
@@ -286,15 +367,14 @@ impl Launch<'_> {
         if !fits || !inputs.iter().map(on_vectors).collect::<Result<Vec<_>, _>>()?.into_iter().all(|on| on) {
             return Ok(None);
         }
-        let others = parts * weight.rows.div_ceil(SMALL.columns as usize);
         let fills = others >= ENOUGH * self.multiprocessors as usize;
         Ok(THIN.into_iter().find(|tile| rows <= tile.rows as usize).filter(|_| !fills))
     }
 
-    fn takes_hopper(&self, products: &Products<'_>) -> bool {
+    fn takes_hopper(&self, products: &Products<'_>, first: &GemmPart) -> bool {
         // bfloat16 leaves in whole 16 bytes, without a bias; float32 as it comes.
         let leaves = products.to == DType::F32 && products.epilogue == Epilogue::Store
-            || products.to == DType::BF16 && products.bias.is_none() && products.columns.is_multiple_of(8);
+            || products.to == DType::BF16 && first.bias == 0 && first.columns.is_multiple_of(8);
         products.from == DType::BF16
             && leaves
             && !products.tile.is_thin()
@@ -304,7 +384,7 @@ impl Launch<'_> {
 
     /// Products by mma.sync or in float32, of at most so many tiles.
     fn mma(&mut self, products: &Products<'_>, parts: &[GemmPart], tiles: u32) -> Result<(), Refusal> {
-        let Products { tile, columns, .. } = products;
+        let tile = &products.tile;
         let weight = self.weights.get(products.weights[0])?;
         let (from, to) = match products.from {
             DType::F32 => (DType::F32, weight.dtype),
@@ -316,21 +396,22 @@ impl Launch<'_> {
             }
         };
         let aligned = |part: &GemmPart| part.x.is_multiple_of(16) && part.x_stride.is_multiple_of(8);
-        let (staged, listed) = self.list(parts, products, "list_parts")?;
+        let (staged, listed) = self.list(parts, products, OWN_PARTS, "list_parts")?;
+        let mut own = [GemmPart::zeroed(); OWN_PARTS];
+        own.iter_mut().zip(parts).for_each(|(own, part)| *own = *part);
         let arguments = GemmArgs {
             parts: listed,
-            only: parts[0],
-            bias: products.bias.map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
-            part_count: parts.len() as u32,
-            padding: 0,
-            n: weight.rows as u32,
-            k: weight.width as u32,
+            own,
             weight_stride: weight.stride as u64,
+            part_count: parts.len() as u32,
+            k: weight.width as u32,
             vectors: u32::from(parts.iter().all(aligned)),
-            columns: *columns as u32,
+            padding: 0,
         };
         let gated = products.epilogue == Epilogue::SwiGlu;
         let Some(bricks) = products.bricks else {
+            // Kernels for few rows store either.
+            let to = if tile.is_thin() { from } else { to };
             self.start_tiles(tile, (from, to), gated, 0, tiles, arguments)?;
             return staged.map_or(Ok(()), |staged| self.sent(&staged));
         };
@@ -340,8 +421,6 @@ impl Launch<'_> {
             parts: bricks.parts as u32,
             brick_bytes: bricks.bytes() as u32,
             gated: u32::from(gated),
-            wide: u32::from(to == DType::F32),
-            padding: 0,
         };
         self.start_tiles(tile, (from, DType::BF16), gated, arguments.brick_bytes, tiles, arguments)?;
         staged.map_or(Ok(()), |staged| self.sent(&staged))
@@ -381,22 +460,22 @@ impl Launch<'_> {
         let weight = self.weights.get(products.weights[0])?;
         let block = |(&(row0, rows), weight): (&(u32, u32), u64)| hopper::Block { row0, rows, weight };
         let blocks: Vec<hopper::Block> = blocks.iter().zip(maps).map(block).collect();
-        let gated = products.epilogue == Epilogue::SwiGlu;
-        let rows = blocks.iter().map(|block| block.row0 + block.rows).max().unwrap_or(1) as usize;
         let codes = products.weights[0].format == WeightFormat::Fp8;
-        let row_bytes = first.x_stride * products.from.bytes() as u64;
-        let narrow = (products.to == DType::BF16).then_some(products.columns);
+        let gated = products.epilogue == Epilogue::SwiGlu;
         // Blocks whose outputs share a scale tell each other the largest of theirs.
         let together = if products.to == DType::U32 { 4 } else { 1 };
         let few = codes
             .then(|| hopper::plan_few_codes(&blocks, weight.rows, together, self.multiprocessors))
             .flatten();
-        let (plan, (x, out)) = if let Some(plan) = few {
-            (plan, hopper::few_code_maps(first, rows, row_bytes, weight.width)?)
-        } else if codes {
+        if let Some(plan) = few {
+            return self.few_codes(products, plan, std::slice::from_ref(first), &blocks);
+        }
+        let rows = rows_of(&blocks);
+        let narrow = (products.to == DType::BF16).then_some(first.columns as usize);
+        let (plan, maps) = if codes {
             (
                 hopper::plan_codes(&blocks, weight.rows, weight.width, self.multiprocessors),
-                hopper::code_maps(first, rows, weight.width, row_bytes, narrow)?,
+                hopper::code_maps(first, rows, weight.width, products.row_bytes(first), narrow)?,
             )
         } else {
             (
@@ -404,57 +483,117 @@ impl Launch<'_> {
                 hopper::maps(first, rows, weight.width, narrow, gated)?,
             )
         };
-        // Codes are stored as bytes.
-        let out_stride = if products.to == DType::U32 { 4 * first.out_stride } else { first.out_stride };
-        let mut own = [hopper::Block::zeroed(); hopper::OWN_BLOCKS];
-        // Few go with the arguments: a copy of their own would take the host and the lane longer than they do.
-        let (staged, listed) = match own.get_mut(..blocks.len()) {
-            Some(own) if products.decided.is_none() => {
-                own.copy_from_slice(&blocks);
-                (None, 0)
-            }
-            _ => self.list(&blocks, products, "list_blocks")?,
+        let (staged, arguments) = self.hopper_args(products, plan, first, &blocks, maps)?;
+        let operations = match codes {
+            true => ["gemm_fp8", "gated_fp8"],
+            false => plan.operations(products.bricks.is_some()),
         };
+        let kernel = self.kernels.get(operations[usize::from(gated)], products.from, products.to)?;
+        let shared = within("gemm: tiles", hopper::SHARED_BYTES, kernel.shared_limit)?;
+        self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
+        staged.map_or(Ok(()), |staged| self.sent(&staged))
+    }
+
+    /// Several maps of the same few rows of codes in one launch, unless there are too many weights for that.
+    fn few_codes_of_maps(&mut self, products: &Products<'_>, parts: &[GemmPart]) -> Result<bool, Refusal> {
+        let block = hopper::Block { row0: 0, rows: parts[0].rows, weight: 0 };
+        let n = parts.iter().map(|part| part.n.next_multiple_of(hopper::FEW_TILE) as usize).sum();
+        let bytes = |part: &GemmPart| {
+            [products.from, if part.wide == 1 { DType::F32 } else { DType::BF16 }]
+                .map(|dtype| dtype.bytes() as u64)
+        };
+        let follows = |part: &GemmPart| hopper::common_rows(&[*part], bytes(part)).is_some();
+        match hopper::plan_few_codes(&[block], n, 1, self.multiprocessors) {
+            Some(plan) if parts.iter().all(follows) => {
+                self.few_codes(products, plan, parts, &[block])?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Products of few rows of codes: of one map, or experts' that are alike, or of several maps of the rows of one block.
+    fn few_codes(
+        &mut self,
+        products: &Products<'_>,
+        plan: hopper::Plan,
+        parts: &[GemmPart],
+        blocks: &[hopper::Block],
+    ) -> Result<(), Refusal> {
+        let (first, k) = (&parts[0], self.weights.get(products.weights[0])?.width);
+        let rows = hopper::few_code_maps(first, rows_of(blocks), products.row_bytes(first), k)?;
+        let (staged, gemm) = self.hopper_args(products, plan, first, blocks, rows)?;
+        let mut maps = [FewMap::zeroed(); OWN_PARTS];
+        let mut n = 0;
+        for ((map, part), weight) in maps.iter_mut().zip(parts).zip(&products.weights) {
+            *map = FewMap {
+                weight: self.weights.get(weight)?.map,
+                out: part.out,
+                bias: part.bias,
+                out_stride: out_stride(products, part),
+                columns: part.columns,
+                first: n / hopper::FEW_TILE,
+                wide: part.wide,
+            };
+            n += part.n.next_multiple_of(hopper::FEW_TILE);
+        }
+        let arguments = FewArgs { gemm: HopperArgs { n, ..gemm }, maps, count: parts.len() as u32 };
+        let (operation, to) = match products.epilogue {
+            Epilogue::Store => ("gemm_thin_fp8", DType::BF16),
+            Epilogue::SwiGlu => ("gated_thin_fp8", products.to),
+        };
+        let kernel = self.kernels.get(operation, products.from, to)?;
+        let shared = within("gemm: tiles", hopper::FEW_SHARED_BYTES, kernel.shared_limit)?;
+        self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
+        staged.map_or(Ok(()), |staged| self.sent(&staged))
+    }
+
+    /// What all Hopper kernels are told, and what was sent for it.
+    fn hopper_args(
+        &mut self,
+        products: &Products<'_>,
+        plan: hopper::Plan,
+        first: &GemmPart,
+        blocks: &[hopper::Block],
+        (rows, out): (TensorMap, TensorMap),
+    ) -> Result<(Option<Staged>, HopperArgs), Refusal> {
+        let weight = self.weights.get(products.weights[0])?;
+        let (staged, listed) = self.list(blocks, products, hopper::OWN_BLOCKS, "list_blocks")?;
+        let mut own = [hopper::Block::zeroed(); hopper::OWN_BLOCKS];
+        own.iter_mut().zip(blocks).for_each(|(own, block)| *own = *block);
         let arguments = HopperArgs {
-            rows: x,
+            rows,
             out,
             blocks: listed,
             own,
             rows_start: first.x,
             out_start: first.out,
-            bias: products.bias.map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
+            bias: first.bias,
             ticket: self.tickets,
             count: blocks.len() as u32,
             n: weight.rows as u32,
             k: weight.width as u32,
-            out_stride: out_stride as u32,
-            columns: products.columns as u32,
+            out_stride: out_stride(products, first),
+            columns: first.columns,
             tile_rows: plan.tile_rows,
             kind: products.bricks.map_or(0, Bricks::kind),
             parts: products.bricks.map_or(0, |bricks| bricks.parts as u32),
             brick_bytes: products.bricks.map_or(0, |bricks| bricks.bytes() as u32),
-            rows_stride: row_bytes as u32,
+            rows_stride: products.row_bytes(first) as u32,
         };
-        let (operations, shared) = match (codes, few) {
-            (_, Some(_)) => (["gemm_thin_fp8", "gated_thin_fp8"], hopper::FEW_SHARED_BYTES),
-            (true, None) => (["gemm_fp8", "gated_fp8"], hopper::SHARED_BYTES),
-            (false, None) => (plan.operations(products.bricks.is_some()), hopper::SHARED_BYTES),
-        };
-        let kernel = self.kernels.get(operations[usize::from(gated)], products.from, products.to)?;
-        let shared = within("gemm: tiles", shared, kernel.shared_limit)?;
-        self.start(&kernel.function, (plan.grid, 1), shared, arguments)?;
-        staged.map_or(Ok(()), |staged| self.sent(&staged))
+        Ok((staged, arguments))
     }
 
-    /// Brings the list of several products to the GPU, which writes their rows into it if only it knows them. A single
-    /// product goes with the arguments instead.
+    /// Brings the list of several products to the GPU, which writes their rows into it if only it knows them. Up to `own` of
+    /// them go with the arguments instead: a copy of their own would take the host and the lane longer than they do.
     fn list<T: bytemuck::Pod>(
         &mut self,
         list: &[T],
         products: &Products<'_>,
+        own: usize,
         completing: &'static str,
     ) -> Result<(Option<Staged>, u64), Refusal> {
-        if list.len() == 1 && products.decided.is_none() {
+        if list.len() <= own && products.decided.is_none() {
             return Ok((None, 0));
         }
         let (staged, listed) = match &mut self.kept {

@@ -89,8 +89,11 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     gemm::GemmPart::LAYOUT,
     gemm::GemmArgs::LAYOUT,
     gemm::CodedArgs::LAYOUT,
+    gemm::FewMap::LAYOUT,
+    gemm::FewArgs::LAYOUT,
     gemm::ListArgs::LAYOUT,
     norm::NormArgs::LAYOUT,
+    norm::NarrowArgs::LAYOUT,
     recurrent::CarriedArgs::LAYOUT,
     recurrent::RecurrenceArgs::LAYOUT,
     recurrent::GateArgs::LAYOUT,
@@ -109,6 +112,7 @@ pub(super) const LAYOUTS: &[&Layout] = &[
     rows::GateRowsArgs::LAYOUT,
     rows::GatherArgs::LAYOUT,
     rows::GatherFp8Args::LAYOUT,
+    rows::KvRowsArgs::LAYOUT,
     rows::KvWriteArgs::LAYOUT,
     rows::ScaleArgs::LAYOUT,
     rows::ScaleTermsArgs::LAYOUT,
@@ -235,6 +239,18 @@ impl Launch<'_> {
         over: &Buffer,
         arguments: A,
     ) -> Result<(), Refusal> {
+        self.by_columns_of((columns, 1), operation, (from, to), over, arguments)
+    }
+
+    /// The same over several buffers no larger than `over`, each a row of the grid.
+    fn by_columns_of<A: Copy>(
+        &mut self,
+        (columns, buffers): (Columns, usize),
+        operation: &'static str,
+        (from, to): (DType, DType),
+        over: &Buffer,
+        arguments: A,
+    ) -> Result<(), Refusal> {
         if is_empty(over) {
             return Ok(());
         }
@@ -245,7 +261,7 @@ impl Launch<'_> {
             let message = format!("{operation}: {over:?} is too large for one launch");
             return Err(DeviceError::Unsupported(message).into());
         }
-        self.start(&kernel.function, (threads.div_ceil(THREADS) as u32, 1), 0, arguments)
+        self.start(&kernel.function, (threads.div_ceil(THREADS) as u32, buffers as u32), 0, arguments)
     }
 
     /// Starts a kernel over the elements of `over`; its arguments are the kernel's own struct.

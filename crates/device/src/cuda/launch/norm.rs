@@ -3,7 +3,7 @@
 use super::{Launch, RUN, Refusal, Rows, THREADS, WARP, is_empty};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
-use crate::op::{AddNorm, Norm, NormKind, NormRotate, RopeStyle};
+use crate::op::{AddNorm, Norm, NormKind, NormRotate, RopeStyle, TurnedNorm};
 
 /// Widest rows of which several are a block's, each a warp's or half a warp's; `NARROW` in `norm.cu`.
 const NARROW: usize = WARP * RUN;
@@ -14,6 +14,7 @@ twin! {
         out: Rows,
         added: Rows,
         rope_table: Rows,
+        codes: Rows,
         weight: u64,
         bias: u64,
         eps: f32,
@@ -23,6 +24,12 @@ twin! {
         interleaved: u32,
         groups: u32,
         padding: u32,
+    }
+}
+
+twin! {
+    pub(super) struct NarrowArgs = "Narrow" in "norm.cu" {
+        parts: [NormArgs; NormRotate::PARTS],
     }
 }
 
@@ -40,19 +47,26 @@ impl Launch<'_> {
 
     /// Where the halves of a head lie in whole runs of one warp the norm turns them, else a kernel of its own does.
     pub(super) fn norm_rotate(&mut self, op: &NormRotate) -> Result<(), Refusal> {
-        let NormRotate { norm, rotate } = op;
-        let half = rotate.rope_table.width / 2;
-        if norm.out.width > NARROW || rotate.start != 0 || !half.is_multiple_of(RUN) || half == 0 {
-            self.norm(norm)?;
-            return self.rotate(rotate);
-        }
-        let arguments = NormArgs {
-            rope_table: self.rows(&rotate.rope_table)?,
-            heads: op.heads() as u32,
-            interleaved: u32::from(rotate.style == RopeStyle::Interleaved),
-            ..self.norm_args(norm)?
+        let turns = |TurnedNorm { norm, rotate }: &TurnedNorm| {
+            let half = rotate.rope_table.width / 2;
+            norm.out.width <= NARROW && rotate.start == 0 && half.is_multiple_of(RUN) && half > 0
         };
-        self.start_norm(norm, arguments)
+        let (narrow, others): (Vec<&TurnedNorm>, Vec<_>) = op.parts.iter().partition(|part| turns(part));
+        for TurnedNorm { norm, rotate } in others {
+            self.norm(norm)?;
+            self.rotate(rotate)?;
+        }
+        let arguments = |part: &TurnedNorm| -> Result<NormArgs, Refusal> {
+            Ok(NormArgs {
+                rope_table: self.rows(&part.rotate.rope_table)?,
+                heads: part.heads() as u32,
+                interleaved: u32::from(part.rotate.style == RopeStyle::Interleaved),
+                ..self.norm_args(&part.norm)?
+            })
+        };
+        let parts = narrow.into_iter().map(|part| Ok((&part.norm, arguments(part)?)));
+        let parts = parts.collect::<Result<Vec<_>, Refusal>>()?;
+        self.start_narrow(&parts)
     }
 
     fn norm_args(&self, op: &Norm) -> Result<NormArgs, Refusal> {
@@ -61,6 +75,7 @@ impl Launch<'_> {
             out: self.rows(&op.out)?,
             added: Rows::NONE,
             rope_table: Rows::NONE,
+            codes: op.codes.as_ref().map_or(Ok(Rows::NONE), |codes| self.rows(codes))?,
             weight: self.weights.get(&op.weight)?.start,
             bias: op.bias.as_ref().map_or(Ok(0), |bias| self.weights.get(bias).map(|held| held.start))?,
             eps: op.eps,
@@ -77,13 +92,26 @@ impl Launch<'_> {
         if is_empty(&op.out) {
             return Ok(());
         }
-        let (kernel, rows) = match op.x.width {
-            width if width <= HALF => ("norm_narrow", 2 * THREADS / WARP),
-            width if width <= NARROW => ("norm_narrow", THREADS / WARP),
-            _ => ("norm", 1),
-        };
+        if op.x.width <= NARROW && op.codes.is_none() {
+            return self.start_narrow(&[(op, arguments)]);
+        }
+        let kernel = if op.codes.is_some() { "norm_coded" } else { "norm" };
         let kernel = self.kernels.get(kernel, op.x.dtype, op.out.dtype)?;
-        self.start(&kernel.function, (op.out.rows.div_ceil(rows) as u32, 1), 0, arguments)
+        self.start(&kernel.function, (op.out.rows as u32, 1), 0, arguments)
+    }
+
+    /// Norms of narrow rows, all of the same formats, in one launch.
+    fn start_narrow(&mut self, norms: &[(&Norm, NormArgs)]) -> Result<(), Refusal> {
+        let blocks = |norm: &Norm| {
+            let lanes = if norm.x.width <= HALF { WARP / 2 } else { WARP };
+            norm.out.rows.div_ceil(THREADS / lanes) as u32
+        };
+        let most = norms.iter().map(|(norm, _)| blocks(norm)).max().unwrap_or(0);
+        let Some((first, arguments)) = norms.first().filter(|_| most > 0) else { return Ok(()) };
+        let mut parts = [*arguments; NormRotate::PARTS];
+        parts.iter_mut().zip(norms).for_each(|(part, (_, arguments))| *part = *arguments);
+        let kernel = self.kernels.get("norm_narrow", first.x.dtype, first.out.dtype)?;
+        self.start(&kernel.function, (most, norms.len() as u32), 0, NarrowArgs { parts })
     }
 }
 

@@ -6,7 +6,7 @@ use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::op::{
     Activate, Activation, Add, AddSlotBias, ArgMax, Clamp, Copy, Embed, Fp8, GateRows, Gather, GatherFp8,
-    KvWrite, Scale, ScaleTerms, SlotBias, SoftCap, Swish,
+    KvRows, KvWrite, Scale, ScaleTerms, SlotBias, SoftCap, Swish,
 };
 use epsmoe_base::DType;
 
@@ -28,13 +28,19 @@ twin! {
 }
 
 twin! {
-    pub(super) struct KvWriteArgs = "Args" in "kv_write.cu" {
+    pub(super) struct KvRowsArgs = "KvRows" in "kv_write.cu" {
         x: Rows,
-        slots: Rows,
         cache: Rows,
-        report: Report,
         scale: f32,
         padding: u32,
+    }
+}
+
+twin! {
+    pub(super) struct KvWriteArgs = "Args" in "kv_write.cu" {
+        parts: [KvRowsArgs; KvWrite::PARTS],
+        slots: Rows,
+        report: Report,
     }
 }
 
@@ -234,9 +240,15 @@ impl Launch<'_> {
     }
 
     pub(super) fn kv_write(&mut self, op: &KvWrite) -> Result<(), Refusal> {
-        let (x, slots, cache) = (self.rows(&op.x)?, self.rows(&op.slots)?, self.rows(&op.cache)?);
-        let arguments = KvWriteArgs { x, slots, cache, report: self.report, scale: op.scale, padding: 0 };
-        self.by_columns(Columns::Runs, "kv_write", op.x.dtype, op.cache.dtype, &op.x, arguments)
+        let mut parts =
+            [KvRowsArgs { x: Rows::NONE, cache: Rows::NONE, scale: 1.0, padding: 0 }; KvWrite::PARTS];
+        for (part, KvRows { x, cache, scale }) in parts.iter_mut().zip(&op.parts) {
+            (part.x, part.cache, part.scale) = (self.rows(x)?, self.rows(cache)?, *scale);
+        }
+        let Some(widest) = op.parts.iter().max_by_key(|part| part.x.width) else { return Ok(()) };
+        let arguments = KvWriteArgs { parts, slots: self.rows(&op.slots)?, report: self.report };
+        let (x, cache) = (&widest.x, widest.cache.dtype);
+        self.by_columns_of((Columns::Runs, op.parts.len()), "kv_write", (x.dtype, cache), x, arguments)
     }
 
     pub(super) fn gather(&mut self, op: &Gather) -> Result<(), Refusal> {

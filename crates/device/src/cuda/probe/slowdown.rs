@@ -4,7 +4,7 @@ use super::bench::{Bench, LARGEST, time_until};
 use super::beside::Work;
 use super::{Figure, Table};
 use crate::cuda::{CudaBackend, CudaOptions, CudaWeights};
-use crate::op::{Embed, Epilogue, Gemm, GemmPart, HostToDevice};
+use crate::op::{Embed, Gemm, HostToDevice};
 use crate::{Backend, Buffer, DeviceError, Reserve, TensorBytes, Weight, WeightShape};
 use epsmoe_base::{DType, Deadline, Lane, Mix, Place, Rank};
 use half::bf16;
@@ -51,8 +51,7 @@ impl Product {
     fn time(&self) -> Result<f64, DeviceError> {
         let (lane, place) = (Lane::Compute, Place::default());
         for _ in 0..PRODUCTS {
-            let part = GemmPart { x: self.x.clone(), weight: self.weight.clone(), out: self.out.clone() };
-            let op = Gemm { parts: vec![part], bias: None, epilogue: Epilogue::Store };
+            let op = Gemm::linear(self.x.clone(), &self.weight, self.out.clone());
             self.backend.enqueue(lane, place, op)?;
         }
         let deadline = Deadline::after(Duration::from_secs(10));
