@@ -213,6 +213,11 @@ fn codes_rows(
              out, or add --quantization fp8_per_block for plain weights"
         ),
         ActivationScheme::Dynamic => Ok(true),
+        ActivationScheme::Int8 => {
+            bail!(
+                "--activation-scheme int8 multiplies integers, which is for CPUs (--device cpu): leave it out"
+            )
+        }
     }
 }
 
@@ -333,27 +338,40 @@ impl Processor {
         Ok(Processor::Cuda(devices))
     }
 
-    /// Whether rows become FP8 codes for a model's weights.
-    fn fp8_rows(
+    /// What rows become for a model's weights: nothing else, or what multiplies with them.
+    fn activations(
         &self,
         typed: ActivationScheme,
         model: &OpenModel,
         held: &HeldWeights,
         dtype: DType,
-    ) -> Result<bool> {
-        let able = match self {
+    ) -> Result<ActivationScheme> {
+        let multiplies_fp8 = match self {
             Processor::Cuda(devices) => {
                 dtype == DType::BF16 && devices.iter().all(|device| device.multiplies_fp8())
             }
             _ => false,
         };
-        if typed == ActivationScheme::Dynamic && !able {
-            bail!(
+        match typed {
+            ActivationScheme::Int8 if matches!(self, Processor::Cpu) => {
+                let integers = |format: &_| matches!(format, WeightFormat::Coded(format) if cpu::multiplies_int8(format));
+                if !held.formats.iter().any(|(format, _)| integers(format)) {
+                    bail!(
+                        "--activation-scheme int8 multiplies integers, but no weights of {} are held in four bits or as int8: \
+                         leave it out, or add --quantization int4 or q8_0 for plain weights",
+                        model.name
+                    );
+                }
+                Ok(ActivationScheme::Int8)
+            }
+            ActivationScheme::Dynamic if !multiplies_fp8 => bail!(
                 "--activation-scheme dynamic multiplies FP8 codes, which takes --device cuda with a Hopper GPU and bfloat16 \
                  activations: leave it out"
-            );
+            ),
+            ActivationScheme::Auto | ActivationScheme::None if !multiplies_fp8 => Ok(ActivationScheme::None),
+            _ if codes_rows(typed, &model.name, &*model.weights, held)? => Ok(ActivationScheme::Dynamic),
+            _ => Ok(ActivationScheme::None),
         }
-        Ok(able && codes_rows(typed, &model.name, &*model.weights, held)?)
     }
 
     /// How many ranks share the first GPU, if more than one do.
@@ -412,7 +430,8 @@ pub(crate) struct Setup {
     gpu_weights: OnceLock<Vec<CudaWeights>>,
     dtype: DType,
     /// Whether rows become FP8 codes for weights in FP8.
-    fp8_rows: bool,
+    /// What rows become for weights in codes; settled, so not auto.
+    activations: ActivationScheme,
     wire: WireDType,
     cache: CacheDType,
     /// Most tokens of layers that are gathered.
@@ -503,7 +522,10 @@ impl Setup {
             policy.cost = Some(Arc::new(cost_model(args.profile.as_deref(), &machine, args.link.0)?));
         }
         let held = HeldWeights::of(&model.spec, &*model.weights, dtype, |format| match &processor {
-            Processor::Cpu => cpu::holds(isa, format, dtype).then(|| format.bits()),
+            Processor::Cpu => {
+                let int8 = args.activation_scheme == ActivationScheme::Int8 && cpu::multiplies_int8(format);
+                (int8 || cpu::holds(isa, format, dtype)).then(|| format.bits())
+            }
             Processor::Reference => Some(format.bits()),
             Processor::Cuda(_) => cuda::held_bits(format, dtype),
         })?;
@@ -513,7 +535,7 @@ impl Setup {
             (None, Processor::Cuda(_)) => args.gather_tokens.unwrap_or(GATHERED_ON_GPUS),
             (None, _) => args.gather_tokens.unwrap_or(0),
         };
-        let fp8_rows = processor.fp8_rows(args.activation_scheme, &model, &held, dtype)?;
+        let activations = processor.activations(args.activation_scheme, &model, &held, dtype)?;
         let setup = Setup {
             held,
             ranks,
@@ -535,7 +557,7 @@ impl Setup {
             processor,
             gpu_weights: OnceLock::new(),
             dtype,
-            fp8_rows,
+            activations,
             wire,
             cache,
             gather_tokens,
@@ -638,17 +660,25 @@ impl Setup {
                 "{ranks} ranks share one GPU: what they take is no measure of {ranks} GPUs"
             ));
         }
-        let (threads, isa) = (self.threads, self.isa);
         match &self.processor {
-            Processor::Cpu => {
-                self.engines_on_host(options, ThreadedOptions::new, || CpuKernels::new(threads, isa))
-            }
+            Processor::Cpu => self.engines_on_host(options, ThreadedOptions::new, || self.cpu()),
             Processor::Reference => {
                 let host = |dtype| reference::options(dtype, self.seed);
                 self.engines_on_host(options, host, || Ok(PlainKernels))
             }
             Processor::Cuda(devices) => self.engines_on_gpus(options, devices),
         }
+    }
+
+    /// Kernels of a rank on the CPU.
+    fn cpu(&self) -> Result<CpuKernels, String> {
+        let kernels = CpuKernels::new(self.threads, self.isa)?;
+        Ok(if self.activations == ActivationScheme::Int8 { kernels.with_int8_rows() } else { kernels })
+    }
+
+    /// Whether rows become FP8 codes where weights are.
+    fn fp8_rows(&self) -> bool {
+        self.activations == ActivationScheme::Dynamic
     }
 
     /// How long the threads of ranks look for each other before they sleep. What computes on a host needs its cores; a GPU
@@ -731,11 +761,8 @@ impl Setup {
 
     /// What a worker has to do with engines.
     fn work(&self, processes: &Processes) -> Result<()> {
-        let (threads, isa) = (self.threads, self.isa);
         match &self.processor {
-            Processor::Cpu => {
-                self.work_on_host(processes, ThreadedOptions::new, || CpuKernels::new(threads, isa))
-            }
+            Processor::Cpu => self.work_on_host(processes, ThreadedOptions::new, || self.cpu()),
             Processor::Reference => {
                 let host = |dtype| reference::options(dtype, self.seed);
                 self.work_on_host(processes, host, || Ok(PlainKernels))
@@ -801,7 +828,7 @@ impl Setup {
 
     /// What the processors of GPUs are told, but for the world that they are in.
     fn cuda_options(&self) -> CudaOptions {
-        CudaOptions { fp8_rows: self.fp8_rows, ..CudaOptions::new(self.dtype) }
+        CudaOptions { fp8_rows: self.fp8_rows(), ..CudaOptions::new(self.dtype) }
     }
 
     /// Where the weights of each rank are. Ranks of one GPU share them there, and so do engines started one after another.
@@ -947,8 +974,12 @@ impl Setup {
                 processor += &format!(" ({rate} MB/s a rank, {start} us an exchange)");
             }
         }
-        if self.fp8_rows {
-            processor += ", activations in fp8 where weights are";
+        match self.activations {
+            ActivationScheme::Dynamic => processor += ", activations in fp8 where weights are",
+            ActivationScheme::Int8 => {
+                processor += ", activations in int8 where weights are four bits or int8"
+            }
+            ActivationScheme::Auto | ActivationScheme::None => (),
         }
         if self.cache == CacheDType::Fp8 {
             processor += ", KV cache in fp8";

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! cargo run --release -p epsmoe-device --example cpu_speed [THREADS] [scalar|avx2|avx512|amx] [float32|bfloat16] \
-//!     [mxfp4|int4|q4_0|q4_k|q6_k|q8_0|fp8]
+//!     [mxfp4|int4|q4_0|q4_k|q6_k|q8_0|fp8] [int8]
 //! ```
 //!
-//! Without arguments: as many threads as cores, the best instructions, both formats, weights in the format of activations.
+//! Without arguments: as many threads as cores, the best instructions, both formats, weights in the format of activations. With `int8` rows become
+//! int8 for weights in codes that are integers.
 //!
 //! A line is the product of all experts of a layer, each with as many rows: gate and up, then down, FLOP-weighted, the
 //! median of rounds in which the grouped form, the dense form and a loop on registers only take turns. That loop's median
@@ -40,6 +41,7 @@ struct Asked {
     dtypes: Vec<DType>,
     /// What weights are held in, if not in the format of activations.
     coded: Option<Format>,
+    int8_rows: bool,
 }
 
 /// Codings that weights can be held in, by the names of their files.
@@ -64,6 +66,7 @@ impl Asked {
             isa: Isa::detect(),
             dtypes: vec![DType::F32, DType::BF16],
             coded: None,
+            int8_rows: false,
         };
         for word in words {
             if let Ok(threads) = word.parse() {
@@ -74,6 +77,8 @@ impl Asked {
                 asked.dtypes = vec![*dtype];
             } else if let Some((_, format)) = CODED.iter().find(|(name, _)| *name == word) {
                 asked.coded = Some(*format);
+            } else if word == "int8" {
+                asked.int8_rows = true;
             } else {
                 return Err(format!(
                     "{word:?} is no number of threads, no instruction set, no format and no coding"
@@ -84,7 +89,8 @@ impl Asked {
     }
 
     fn kernels(&self) -> Result<CpuKernels, String> {
-        CpuKernels::new(self.threads, self.isa)
+        let kernels = CpuKernels::new(self.threads, self.isa)?;
+        Ok(if self.int8_rows { kernels.with_int8_rows() } else { kernels })
     }
 }
 
@@ -92,7 +98,8 @@ fn main() -> Result<(), String> {
     let asked = Asked::parse(std::env::args().skip(1))?;
     println!("{}, {} threads", asked.isa, asked.threads);
     if let Some(format) = asked.coded {
-        println!("weights held as {format}, {:.2} bits each", format.bits());
+        let rows = if asked.int8_rows { ", rows in int8" } else { "" };
+        println!("weights held as {format}, {:.2} bits each{rows}", format.bits());
     }
     for &dtype in &asked.dtypes {
         for shape in SHAPES {

@@ -63,7 +63,8 @@ pub(crate) struct RunArgs {
 
     /// With dynamic, activations become FP8 codes too where weights are FP8 in blocks of 128, which a Hopper GPU multiplies faster:
     /// each row by itself, with a scale for every 128. With auto they do where the checkpoint says so and the GPU can; with none
-    /// they stay as they are, as on every other processor
+    /// they stay as they are, as on every other processor. With int8, on a CPU, activations become int8 where weights are held in
+    /// four bits or as int8, each row by itself with a scale for every 32: new tokens come faster, and their numbers are others
     #[arg(long, env = "EPSMOE_ACTIVATION_SCHEME", value_enum, value_name = "SCHEME", default_value_t = ActivationScheme::Auto, help_heading = PROCESSOR)]
     pub(crate) activation_scheme: ActivationScheme,
 

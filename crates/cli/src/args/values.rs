@@ -6,6 +6,7 @@ use epsmoe_base::{CacheDType, DType, WireDType};
 use epsmoe_fabric::Link;
 use epsmoe_model::{Method, Target};
 use epsmoe_plan::{Schedule, Stages, Transfer, parse_order};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fmt;
 use std::str::FromStr;
@@ -76,12 +77,13 @@ impl WireDtype {
     }
 }
 
-/// What becomes of activations before they are multiplied with weights in FP8.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// What becomes of activations before they are multiplied with weights in codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub(crate) enum ActivationScheme {
     Auto,
     None,
     Dynamic,
+    Int8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -222,10 +222,10 @@ impl Setup {
         for model in options {
             let of_all = |bytes: u64| bytes.saturating_mul(ranks as u64);
             let all = of_all(match worst {
-                true => model.reserved_bytes(spec, self.ranks, dtype, self.fp8_rows)?,
+                true => model.reserved_bytes(spec, self.ranks, dtype, self.fp8_rows())?,
                 false => {
                     let alone = ModelOptions { parallel: Parallel::default(), ..model.clone() };
-                    alone.reserved_bytes(spec, 1, dtype, self.fp8_rows)?
+                    alone.reserved_bytes(spec, 1, dtype, self.fp8_rows())?
                 }
             });
             let cache = of_all(self.block_bytes(&model.parallel).saturating_mul(model.cache_blocks as u64));

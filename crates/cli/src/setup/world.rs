@@ -24,8 +24,8 @@ struct Charter {
     isa: String,
     /// What rows travel by.
     fabric: FabricKind,
-    /// Whether rows become FP8 codes where rank 0 computes, and so everywhere.
-    fp8_rows: bool,
+    /// What rows become for weights in codes where rank 0 computes, and so everywhere.
+    activations: ActivationScheme,
 }
 
 /// A world whose rank 0 is here. The others end when it is dropped, and then those that it started are gone.
@@ -51,7 +51,7 @@ impl Setup {
             flags: self.flags.clone(),
             isa: self.isa.to_string(),
             fabric: self.rows.kind,
-            fp8_rows: self.fp8_rows,
+            activations: self.activations,
         };
         let processes = lobby.wait(&serde_json::to_string(&charter)?, || crew.check())?;
         self.agree(&processes)?;
@@ -156,8 +156,7 @@ impl Worker<'_> {
         if args.isa.is_none() {
             args.isa = Some(charter.isa.parse().map_err(|problem| anyhow!("{problem}"))?);
         }
-        args.activation_scheme =
-            if charter.fp8_rows { ActivationScheme::Dynamic } else { ActivationScheme::None };
+        args.activation_scheme = charter.activations;
         *rows = Rows::by(charter.fabric)?;
         let setup = Setup { rows: rows.clone(), ..Setup::of_worker(&args, self.launch.clone())? };
         setup.agree(processes)?;

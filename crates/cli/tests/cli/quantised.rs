@@ -118,6 +118,34 @@ fn quantization_holds_against_the_checkpoint() {
     contains(&refused(&mut of(&fp8, "int3")), "`int3` is not known: write auto, none, fp8");
 }
 
+/// Rows in int8 change numbers a little, for ranks in other processes as in this one, and only where there is something to multiply.
+#[test]
+fn rows_in_int8_are_asked_for() {
+    let (model, int8) = (fixture("mixtral_int4"), "--activation-scheme int8");
+    let (plain, got) = (logits(&model, ""), logits(&model, int8));
+    let scale = plain.iter().fold(0.0f32, |most, logit| most.max(logit.abs()));
+    let distance = furthest(&got, &plain) / scale;
+    assert!((1e-4..0.1).contains(&distance), "{distance}");
+    let ranks = format!("{int8} -dp 2 -ep");
+    let processes = logits(&model, &format!("{ranks} --distributed-executor-backend process"));
+    assert_eq!(processes, logits(&model, &ranks), "processes, and threads");
+    let of = |model: &str, more: &str| command(&format!("generate --model {model} --ids 5 {int8} {more}"));
+    contains(&refused(&mut of(&fixture("mixtral"), "")), "are held in four bits or as int8: leave it out");
+    contains(
+        &refused(&mut of(&fixture("deepseek_v3_fp8"), "")),
+        "are held in four bits or as int8: leave it out",
+    );
+    contains(&refused(&mut of(&model, "--device reference")), "is for CPUs (--device cpu): leave it out");
+    let plan = format!("plan --model {model} --machine 8xH100 {int8}");
+    contains(&refused(&mut command(&plan)), "is for CPUs (--device cpu): leave it out");
+    let bench = "bench --contender serial --batch-size 1 --input-len 1 --output-len 1 --num-iters 1 --data-parallel-size 1";
+    let first = printed(&mut command(&format!("{bench} --model {model} {int8}")));
+    contains(
+        first.lines().next().unwrap(),
+        ", activations in int8 where weights are four bits or int8, weights held as",
+    );
+}
+
 fn convert(model: &str, coding: &str, out: &str) -> String {
     format!("convert --quantization {coding} {model} {out}")
 }

@@ -27,6 +27,7 @@ pub type Cpu = ThreadedBackend<CpuKernels>;
 /// Kernels for one instruction set on a fixed number of threads.
 pub struct CpuKernels {
     isa: Isa,
+    int8_rows: bool,
     /// Only the compute lane runs on it, so the lock is never waited for.
     pool: Mutex<ComputePool>,
     /// Where packed weights lie.
@@ -51,7 +52,12 @@ impl CpuKernels {
                  raise the limit (`ulimit -u`, or that of the control group)"
             )
         })?;
-        Ok(CpuKernels { isa, pool: Mutex::new(pool), slabs: Slabs::default() })
+        Ok(CpuKernels { isa, int8_rows: false, pool: Mutex::new(pool), slabs: Slabs::default() })
+    }
+
+    /// The same kernels, which multiply weights whose codes are integers ([`multiplies_int8`]) with rows that become int8 for them.
+    pub fn with_int8_rows(self) -> Self {
+        CpuKernels { int8_rows: true, ..self }
     }
 
     /// What the threads can do at most: floating-point operations a second in float32 and bfloat16 on registers
@@ -82,6 +88,11 @@ pub fn holds(isa: Isa, _: &Format, dtype: DType) -> bool {
     dtype == DType::BF16 || isa != Isa::Amx
 }
 
+/// Whether rows become int8 for weights in codes of this format, where that is asked for ([`CpuKernels::with_int8_rows`]).
+pub fn multiplies_int8(format: &Format) -> bool {
+    gemm::int8::multiplies(format)
+}
+
 /// The most that some threads can do.
 #[derive(Clone, Copy, Debug)]
 pub struct Peaks {
@@ -97,7 +108,8 @@ impl Kernels for CpuKernels {
     type Matrix = PackedMatrix;
 
     fn describe(&self) -> String {
-        format!("cpu {}, {}", self.isa, epsmoe_base::count(self.pool().threads(), "thread"))
+        let int8 = if self.int8_rows { ", rows in int8" } else { "" };
+        format!("cpu {}, {}{int8}", self.isa, epsmoe_base::count(self.pool().threads(), "thread"))
     }
 
     fn pack(&self, pack: &Pack<'_>) -> Option<PackedMatrix> {
@@ -110,12 +122,13 @@ impl Kernels for CpuKernels {
     }
 
     fn holds(&self, format: &Format, dtype: DType) -> bool {
-        holds(self.isa, format, dtype)
+        self.int8_rows && multiplies_int8(format) || holds(self.isa, format, dtype)
     }
 
     fn pack_codes(&self, matrices: &[Codes], dtype: DType) -> Option<PackedMatrix> {
         let mut pool = self.pool();
-        PackedMatrix::pack_codes(&mut pool, &self.slabs, self.isa, ElementType::of(dtype), matrices)
+        let element = ElementType::of(dtype);
+        PackedMatrix::pack_codes(&mut pool, &self.slabs, self.isa, element, self.int8_rows, matrices)
     }
 
     fn parallel(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

@@ -7,12 +7,12 @@ use epsmoe_quant::{Code, Codes, Format, Scale};
 use half::{bf16, f16};
 use std::ops::Range;
 
-fn format(code: Code, scale: Scale, [group, part]: [usize; 2], zeros: bool) -> Format {
+pub(crate) fn format(code: Code, scale: Scale, [group, part]: [usize; 2], zeros: bool) -> Format {
     Format { code, scale, group, part, zeros }
 }
 
 /// One of every kind that checkpoints have.
-fn formats() -> [Format; 15] {
+pub(crate) fn formats() -> [Format; 15] {
     [
         format(Code::E2M1, Scale::E8M0, [32, 32], false),
         format(Code::U4, Scale::BF16, [32, 32], false),
@@ -34,7 +34,7 @@ fn formats() -> [Format; 15] {
 }
 
 /// Codes at random, and scales such that weights are about one.
-fn random<B: Backend>(bench: &Bench<B>, format: Format, rows: usize, columns: usize) -> Codes {
+pub(crate) fn random<B: Backend>(bench: &Bench<B>, format: Format, rows: usize, columns: usize) -> Codes {
     let byte = || bench.below(256) as u8;
     let code = || match format.code {
         // Neither NaN.
@@ -209,7 +209,7 @@ fn product<B: Backend>(bench: &Bench<B>, format: Format, [n, k]: [usize; 2], epi
     }
 }
 
-fn run<B: Backend>(
+pub(crate) fn run<B: Backend>(
     bench: &Bench<B>,
     what: &str,
     weight: &Weight,

@@ -1,5 +1,5 @@
 //! Every operation on every processor: against its definition in float64 (`definitions`), against itself
-//! with other rows around (`invariance`), with weights in codes (`coded`), in codes on both sides (`fp8`) or made on the spot (`drawn`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
+//! with other rows around (`invariance`), with weights in codes (`coded`), in codes on both sides (`fp8`, `int8`) or made on the spot (`drawn`), with arguments that do not fit (`refusals`), and on two lanes (`lanes`).
 //!
 //! A new processor is one line in `processors!`. A new operation does not compile until `Bench::run` knows it,
 //! and fails `definitions` until it is checked there. `EPSMOE_TEST_SEED` repeats a run;
@@ -11,6 +11,7 @@ mod coded;
 mod definitions;
 mod drawn;
 mod fp8;
+mod int8;
 mod invariance;
 mod lanes;
 mod recurrent;
@@ -120,6 +121,15 @@ macro_rules! processors {
 #[test]
 fn products_of_fp8_codes_match_their_definition() {
     on(cuda_with(CudaOptions { fp8_rows: true, ..CudaOptions::new(DType::BF16) }), fp8::suite);
+}
+
+#[test]
+fn products_of_rows_in_int8_match_their_definition() {
+    for (isa, dtype) in
+        Isa::ALL.into_iter().flat_map(|isa| [DType::F32, DType::BF16].map(|dtype| (isa, dtype)))
+    {
+        on(host(CpuKernels::new(2, isa).map(CpuKernels::with_int8_rows), dtype), int8::suite);
+    }
 }
 
 processors! {

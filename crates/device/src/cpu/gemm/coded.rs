@@ -16,10 +16,15 @@
 //! the tile that the processor multiplies: 32 elements along K, which most often have one scale. Of byte
 //! `64·(column / 4) + 2·k + column % 4 / 2` an even column has the low nibble, an odd one the high; bytes lie column after column.
 //!
+//! Where rows are multiplied as int8 ([`super::int8`]), a unit is a vector of columns by eight along K, and has four elements of a
+//! column side by side, which one instruction multiplies: byte `4·column + j` is `k = j`, the vector after it `k = 4 + j`. Of four bits
+//! the low nibble is `k = j`, the high one `k = 4 + j`. A group fills whole blocks of 32 along K.
+//!
 //! Decoded words are those that a matrix of bfloat16 has when it is packed, so whatever multiplies with them gives the same bits.
 
-use super::ElementType;
-use epsmoe_quant::{Codes, Format};
+use super::kernel::VECTORS;
+use super::{ElementType, int8};
+use epsmoe_quant::{Code, Codes, Format};
 use half::bf16;
 use std::ops::Range;
 
@@ -28,6 +33,17 @@ pub(crate) const SIDE: usize = 8;
 
 /// Columns of the product in a tile, and elements along K.
 pub(crate) const TILE: [usize; 2] = [16, 32];
+
+/// In what order codes lie in a panel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Eight by eight, to be decoded.
+    Units,
+    /// For AMX.
+    Tiles,
+    /// For rows in int8.
+    Quads,
+}
 
 /// Bytes that a record has at most: two factors, and scale and minimum of sixteen parts.
 const MOST_RECORD: usize = 36;
@@ -41,6 +57,7 @@ pub(crate) struct Layout {
     pub width: usize,
     /// Length of the rows that are multiplied.
     pub k: usize,
+    pub order: Order,
     /// Columns of the product, and elements along K, in a unit.
     pub unit: [usize; 2],
     /// Bytes of a unit.
@@ -60,23 +77,23 @@ pub(crate) struct CodedTile<'a> {
     /// The first panel and the last, of one or two, or of neighbours.
     pub panels: [*const u8; 2],
     pub count: usize,
-    /// Activations, as [`super::Blocks`] says, float32 in words; or as [`TileProducts`] packs them.
+    /// Activations, as [`super::Blocks`] says, float32 in words; or as [`CodedProducts`] packs them.
     pub activations: *const u32,
     /// The panel that follows, which may be brought into L2 meanwhile.
     pub following: *const u8,
-    /// Room for decoded weights, on a cache line: [`TileProducts::decoded_words`].
+    /// Room for decoded weights, on a cache line: [`CodedProducts::decoded_words`].
     pub decoded: *mut u32,
     /// Sums `[panels, rows, width]`, written at the end.
     pub sums: *mut f32,
 }
 
-/// Products with panels of one order, tiles, for any number of rows.
+/// Products with panels of one order, tiles or quads, for any number of rows.
 #[derive(Clone, Copy)]
-pub(crate) struct TileProducts {
-    /// Words that the activations of some rows of so many steps are packed into.
-    pub words: fn(usize, usize) -> usize,
+pub(crate) struct CodedProducts {
+    /// Words that the activations of so many rows are packed into.
+    pub words: fn(&Layout, usize) -> usize,
     /// Packs the little-endian elements of all rows, one after the other.
-    pub pack: unsafe fn(&[&[u8]], &mut [u32]),
+    pub pack: unsafe fn(&Layout, ElementType, &[&[u8]], &mut [u32]),
     /// Words for decoded weights.
     pub decoded_words: usize,
     /// Neighbouring panels at once, at most, for so many rows.
@@ -99,7 +116,7 @@ pub(crate) struct Run {
 impl Layout {
     /// Panels of `width` columns, whole units.
     pub(crate) fn new(format: Format, width: usize, k: usize) -> Self {
-        Self::of_units(format, width, k, [SIDE; 2])
+        Self::of_units(format, width, k, Order::Units, [SIDE; 2])
     }
 
     /// Panels of tiles; nothing if in some tile a column would have scales that are not those of its halves.
@@ -108,20 +125,28 @@ impl Layout {
         let whole = |length: usize| length.is_multiple_of(TILE[1]);
         let alone = group == part && group >= k;
         let fits = alone || whole(group) && (whole(part) || code.bits() == 8 && part == TILE[1] / 2);
-        fits.then(|| Self::of_units(format, width, k, TILE))
+        fits.then(|| Self::of_units(format, width, k, Order::Tiles, TILE))
     }
 
-    fn of_units(format: Format, width: usize, k: usize, unit: [usize; 2]) -> Self {
+    /// Panels for rows in int8; nothing if codes are no integers, or some block of 32 along K has scales of which none is that of a
+    /// half.
+    pub(crate) fn in_quads(format: Format, width: usize, k: usize) -> Option<Self> {
+        let Format { code, group, part, .. } = format;
+        let whole_row = group == part && group >= k && code != Code::E4M3;
+        let unit = [width / VECTORS, SIDE];
+        (whole_row || int8::multiplies(&format)).then(|| Self::of_units(format, width, k, Order::Quads, unit))
+    }
+
+    fn of_units(format: Format, width: usize, k: usize, order: Order, unit: [usize; 2]) -> Self {
         let [across, along] = unit;
         let (unit_bytes, octets) = (across * along * format.code.bits() / 8, width / across);
         let header_bytes = format.record_bytes() * width;
-        let group_bytes = header_bytes + format.group.div_ceil(along) * octets * unit_bytes;
-        Layout { format, width, k, unit, unit_bytes, octets, header_bytes, group_bytes }
-    }
-
-    /// Whether units are tiles.
-    pub(crate) fn is_tiled(&self) -> bool {
-        self.unit == TILE
+        let units = match order {
+            Order::Quads => format.group.next_multiple_of(int8::BLOCK) / along,
+            Order::Units | Order::Tiles => format.group.div_ceil(along),
+        };
+        let group_bytes = header_bytes + units * octets * unit_bytes;
+        Layout { format, width, k, order, unit, unit_bytes, octets, header_bytes, group_bytes }
     }
 
     /// Bytes of a panel; nothing if there are too many.
@@ -166,9 +191,10 @@ impl Layout {
             let [across, along] = self.unit;
             let own = units.chunks_exact_mut(self.unit_bytes).skip(column / across).step_by(self.octets);
             for (from, to) in from.chunks(self.format.row_bytes(along)).zip(own) {
-                match self.is_tiled() {
-                    true => self.pack_tile(from, column % across, to),
-                    false => self.pack_unit(from, column % across, to),
+                match self.order {
+                    Order::Units => self.pack_unit(from, column % across, to),
+                    Order::Tiles => self.pack_tile(from, column % across, to),
+                    Order::Quads => self.pack_quads(from, column % across, to),
                 }
             }
         }
@@ -200,13 +226,32 @@ impl Layout {
         }
     }
 
+    fn pack_quads(&self, from: &[u8], column: usize, to: &mut [u8]) {
+        if self.format.code.bits() == 8 {
+            let vectors = to.chunks_exact_mut(4 * self.unit[0]);
+            vectors
+                .zip(from.chunks(4))
+                .for_each(|(to, from)| to[4 * column..][..from.len()].copy_from_slice(from));
+            return;
+        }
+        for (pair, &codes) in from.iter().enumerate() {
+            let (own, shift) = (&mut to[4 * column + pair % 2 * 2..], pair / 2 * 4);
+            own[0] |= (codes & 15) << shift;
+            own[1] |= (codes >> 4) << shift;
+        }
+    }
+
     /// The code of element `k`, both counted in the unit.
     fn code(&self, unit: &[u8], column: usize, k: usize) -> u8 {
-        let (byte, shift) = match (self.is_tiled(), self.format.code.bits()) {
-            (false, 8) => return unit[SIDE * k + column],
-            (true, 8) => return unit[TILE[1] * column + k],
-            (false, _) => (16 * (column / 4) + 8 * (k % 4 / 2) + 2 * (column % 4) + k % 2, 4 * (k / 4)),
-            (true, _) => (64 * (column / 4) + 2 * k + column % 4 / 2, 4 * (column % 2)),
+        let (byte, shift) = match (self.order, self.format.code.bits()) {
+            (Order::Units, 8) => return unit[SIDE * k + column],
+            (Order::Tiles, 8) => return unit[TILE[1] * column + k],
+            (Order::Quads, 8) => return unit[4 * (k / 4 * self.unit[0] + column) + k % 4],
+            (Order::Units, _) => {
+                (16 * (column / 4) + 8 * (k % 4 / 2) + 2 * (column % 4) + k % 2, 4 * (k / 4))
+            }
+            (Order::Tiles, _) => (64 * (column / 4) + 2 * k + column % 4 / 2, 4 * (column % 2)),
+            (Order::Quads, _) => (4 * column + k % 4, k / 4 * 4),
         };
         unit[byte] >> shift & 15
     }
@@ -272,7 +317,7 @@ mod tests {
     use super::*;
     use crate::cpu::gemm::{Isa, kernel::Functions};
     use epsmoe_base::Mix;
-    use epsmoe_quant::{Code, Scale};
+    use epsmoe_quant::Scale;
 
     const FORMATS: [Format; 6] = [
         Format { code: Code::E2M1, scale: Scale::E8M0, group: 32, part: 32, zeros: false },
@@ -311,7 +356,8 @@ mod tests {
         {
             let codes = random(&mut mix, format, width, k);
             let tiled = Layout::in_tiles(format, width, k).filter(|_| width.is_multiple_of(TILE[0]));
-            for layout in [Some(Layout::new(format, width, k)), tiled].into_iter().flatten() {
+            let in_quads = Layout::in_quads(format, width, k);
+            for layout in [Some(Layout::new(format, width, k)), tiled, in_quads].into_iter().flatten() {
                 decode_as_the_codes_are(&mut mix, &layout, &codes);
             }
         }
@@ -335,14 +381,14 @@ mod tests {
                         let word = words[within / each * width + column];
                         let got = if each == 2 && within % 2 == 0 { word << 16 } else { word & !0xffff };
                         let want = bf16::from_f32(want).to_f32().to_bits();
-                        let tiled = if layout.is_tiled() { " in tiles" } else { "" };
                         assert_eq!(
                             got, want,
-                            "{format}{tiled}, width {width}, column {column}, {within} of {range:?}"
+                            "{format} in {:?}, width {width}, column {column}, {within} of {range:?}",
+                            layout.order
                         );
                     }
                 }
-                if layout.is_tiled() {
+                if layout.order != Order::Units {
                     continue;
                 }
                 for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
@@ -356,6 +402,16 @@ mod tests {
         }
     }
 
+    /// Where something is in a panel of sixteen columns whose only code is 14, k = 45 of column 13.
+    fn bytes_of_one_code(layout: &Layout) -> Vec<(usize, u8)> {
+        let mut codes = vec![0; 16 * 32];
+        codes[13 * 32 + 22] = 0xe0;
+        let codes = Codes { format: FORMATS[1], rows: 16, columns: 64, codes, records: vec![0; 16 * 4] };
+        let mut panel = vec![0; layout.panel_bytes().expect("small")];
+        (0..16).for_each(|column| layout.pack(&codes, column, column, &mut panel));
+        panel.into_iter().enumerate().filter(|(_, byte)| *byte != 0).collect()
+    }
+
     /// Two groups of 32 of four bits, 16 columns wide: 32 bytes of scales, then 4 units of 2 · 32 bytes. k = 45 of column 13 is in
     /// group 1, unit 1 of it, the second eight columns: column 5 and k 5 of the unit, so in the high nibble of byte
     /// 16 · 1 + 8 · 0 + 2 · 1 + 1 = 19.
@@ -363,15 +419,9 @@ mod tests {
     fn place_of_a_code_worked_example() {
         let layout = Layout::new(FORMATS[1], 16, 64);
         assert_eq!((layout.header_bytes, layout.group_bytes), (32, 288));
-        let mut codes = vec![0; 16 * 32];
-        codes[13 * 32 + 22] = 0xe0;
-        let codes = Codes { format: FORMATS[1], rows: 16, columns: 64, codes, records: vec![0; 16 * 4] };
-        let mut panel = vec![0; layout.panel_bytes().expect("small")];
-        (0..16).for_each(|column| layout.pack(&codes, column, column, &mut panel));
         let at = 288 + 32 + (2 + 1) * 32 + 19;
         assert_eq!(layout.offset(40) + 32 + 19, at);
-        let set: Vec<_> = (0..panel.len()).filter(|&at| panel[at] != 0).collect();
-        assert_eq!((set, panel[at]), (vec![at], 0xe0));
+        assert_eq!(bytes_of_one_code(&layout), [(at, 0xe0)]);
     }
 
     /// The same in tiles of 256 bytes: k = 45 of column 13 is in group 1, at k 13 of its tile, in the high nibble (the column is odd) of byte
@@ -380,13 +430,16 @@ mod tests {
     fn place_of_a_code_in_a_tile_worked_example() {
         let layout = Layout::in_tiles(FORMATS[1], 16, 64).expect("whole groups");
         assert_eq!((layout.header_bytes, layout.group_bytes), (32, 288));
-        let mut codes = vec![0; 16 * 32];
-        codes[13 * 32 + 22] = 0xe0;
-        let codes = Codes { format: FORMATS[1], rows: 16, columns: 64, codes, records: vec![0; 16 * 4] };
-        let mut panel = vec![0; layout.panel_bytes().expect("small")];
-        (0..16).for_each(|column| layout.pack(&codes, column, column, &mut panel));
-        let set: Vec<_> = (0..panel.len()).filter(|&at| panel[at] != 0).collect();
-        assert_eq!((set, panel[288 + 32 + 218]), (vec![288 + 32 + 218], 0xe0));
+        assert_eq!(bytes_of_one_code(&layout), [(288 + 32 + 218, 0xe0)]);
+    }
+
+    /// The same for rows in int8, in vectors of eight columns: k = 45 of column 13 is in group 1, unit 1 of it, of the second eight
+    /// columns: k 5 of column 5, so in the high nibble of byte 4 · 5 + 1 = 21.
+    #[test]
+    fn place_of_a_code_for_rows_in_int8_worked_example() {
+        let layout = Layout::in_quads(FORMATS[1], 16, 64).expect("whole groups");
+        assert_eq!((layout.header_bytes, layout.group_bytes), (32, 288));
+        assert_eq!(bytes_of_one_code(&layout), [(288 + 32 + (2 + 1) * 32 + 21, 0xe0)]);
     }
 
     /// What has scales for parts of a half of a tile keeps to units.

@@ -9,8 +9,9 @@
 //!
 //! Decoded tiles go through the first cache: vector instructions fill one buffer while tiles are loaded from the other.
 
+use super::ElementType;
 use super::amx::{SIDE, Shapes};
-use super::coded::{CodedTile, Layout, TILE, TileProducts};
+use super::coded::{CodedProducts, CodedTile, Layout, TILE};
 use super::decode_avx512::{Minima, Powers, Scaled, ScaledFloats, Weights, Zeros};
 use super::kernel::VECTORS;
 use crate::threaded::LINE_BYTES;
@@ -19,8 +20,8 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-pub(super) const PRODUCTS: TileProducts =
-    TileProducts { words, pack, decoded_words: BLOCK * VECTORS * SIDE * SIDE, panels, multiply };
+pub(super) const PRODUCTS: CodedProducts =
+    CodedProducts { words, pack, decoded_words: BLOCK * VECTORS * SIDE * SIDE, panels, multiply };
 
 /// Tiles along K that are decoded before many rows are multiplied with them; few rows are with one at a time.
 const BLOCK: usize = 32;
@@ -44,18 +45,18 @@ fn across(rows: usize) -> usize {
     rows.next_power_of_two().min(SIDE)
 }
 
-/// Words of `rows` rows of `steps` steps.
-fn words(rows: usize, steps: usize) -> usize {
-    steps.next_multiple_of(SIDE) * rows.next_multiple_of(across(rows))
+/// See [`CodedProducts`].
+fn words(layout: &Layout, rows: usize) -> usize {
+    layout.k.div_ceil(TILE[1]) * SIDE * rows.next_multiple_of(across(rows))
 }
 
-/// See [`TileProducts`]: tile after tile of sixteen steps and, for each, some rows side by side, of all steps; then the next rows. What is
+/// See [`CodedProducts`]: tile after tile of sixteen steps and, for each, some rows side by side, of all steps; then the next rows. What is
 /// missing is zero.
 ///
 /// # Safety
 /// The processor has AVX-512.
 #[target_feature(enable = "avx512f")]
-unsafe fn pack(rows: &[&[u8]], words: &mut [u32]) {
+unsafe fn pack(_: &Layout, _: ElementType, rows: &[&[u8]], words: &mut [u32]) {
     let (bytes, across) = (rows[0].len(), across(rows.len()));
     let tiles = bytes.div_ceil(LINE_BYTES);
     for (rows, words) in rows.chunks(across).zip(words.chunks_mut(tiles * SIDE * across)) {
@@ -111,7 +112,7 @@ fn turn(rows: [__m512i; SIDE]) -> [__m512i; SIDE] {
     columns
 }
 
-/// See [`TileProducts`].
+/// See [`CodedProducts`].
 ///
 /// # Safety
 /// The pointers of `tile` are valid for the shapes given at its fields, and the processor has the tiles and AVX-512 with its

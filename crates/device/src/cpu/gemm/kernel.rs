@@ -8,7 +8,7 @@
 //! f32 and multiplied, then the high halves. Activations are widened when they are packed, a word for each part: every
 //! tile of columns reads them again, and widening there would take as long as multiplying.
 
-use super::coded::{CodedTile, Layout, TileProducts};
+use super::coded::{CodedProducts, CodedTile, Layout};
 use super::epilogue::Finish;
 use super::{ElementType, Isa, amx, avx2, avx512, scalar};
 use crate::cpu::attention::KEYS;
@@ -379,7 +379,7 @@ pub(crate) struct Functions {
     /// Products of 1, 2, … rows with panels of codes, for as few as are decoded where they are multiplied.
     pub fused: &'static [unsafe fn(&CodedTile<'_>)],
     /// Products with panels of codes in tiles, where codes lie like that.
-    pub tile_products: Option<TileProducts>,
+    pub tile_products: Option<CodedProducts>,
     /// See `epilogue::store`, into float32 and bfloat16.
     pub store_f32: unsafe fn(&Finish<'_, f32>),
     pub store_bf16: unsafe fn(&Finish<'_, half::bf16>),

@@ -22,6 +22,11 @@ mod decode_avx2;
 #[cfg(target_arch = "x86_64")]
 mod decode_avx512;
 mod epilogue;
+pub(crate) mod int8;
+#[cfg(target_arch = "x86_64")]
+mod int8_avx2;
+#[cfg(target_arch = "x86_64")]
+mod int8_avx512;
 mod kernel;
 mod pack;
 pub mod peak;

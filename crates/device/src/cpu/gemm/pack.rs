@@ -1,9 +1,9 @@
 //! Weights packed into column panels, and the small types they are made of.
 
-use super::Isa;
-use super::coded::Layout;
+use super::coded::{CodedProducts, Layout};
 use super::epilogue::round_to_bf16;
 use super::kernel::Functions;
+use super::{Isa, int8};
 use crate::cpu::pool::ComputePool;
 use crate::threaded::{Pages, Piece, Slabs};
 use epsmoe_base::DType;
@@ -157,6 +157,8 @@ pub struct PackedMatrix {
     gated: bool,
     /// How panels of codes lie.
     coded: Option<Layout>,
+    /// What multiplies with them in that order, if they are not decoded first.
+    products: Option<CodedProducts>,
     functions: &'static Functions,
 }
 
@@ -215,12 +217,14 @@ impl PackedMatrix {
         gated: bool,
     ) -> Option<Self> {
         let piece = |words: usize| slabs.cut(words.checked_mul(size_of::<u32>())?);
-        let mut matrix = Self { memory: piece(0)?, columns, k, element, gated, coded: None, functions };
+        let mut matrix =
+            Self { memory: piece(0)?, columns, k, element, gated, coded: None, products: None, functions };
         matrix.memory = piece(matrix.panels().checked_mul(matrix.panel_words())?)?;
         Some(matrix)
     }
 
-    /// Packs matrices in codes, one or gate and up, into a piece of `slabs`; nothing if there is no memory for them.
+    /// Packs matrices in codes, one or gate and up, into a piece of `slabs`, with `int8_rows` for rows that become int8 if the format
+    /// has such products; nothing if there is no memory for them.
     ///
     /// # Panics
     /// If the processor does not support `isa`, or two matrices differ in shape or format.
@@ -229,18 +233,33 @@ impl PackedMatrix {
         slabs: &Slabs,
         isa: Isa,
         element: ElementType,
+        int8_rows: bool,
         matrices: &[Codes],
     ) -> Option<Self> {
         let functions = Functions::select(isa, element);
         let Codes { format, rows, columns: k, .. } = matrices[0];
-        let tiled = functions.tile_products.and_then(|_| Layout::in_tiles(format, functions.width(), k));
-        let layout = tiled.unwrap_or_else(|| Layout::new(format, functions.width(), k));
+        let width = functions.width();
+        let in_quads =
+            Layout::in_quads(format, width, k).filter(|_| int8_rows).zip(Some(int8::products(isa)));
+        let tiled = || Layout::in_tiles(format, width, k).zip(functions.tile_products);
+        let (layout, products) = match in_quads.or_else(tiled) {
+            Some((layout, products)) => (layout, Some(products)),
+            None => (Layout::new(format, width, k), None),
+        };
         let gated = matrices.len() > 1;
         let alike = |other: &Codes| (other.format, other.rows, other.columns) == (format, rows, k);
         assert!(matrices.iter().all(alike), "gate and up differ in kind");
         let empty = slabs.cut(0)?;
-        let mut matrix =
-            Self { memory: empty, columns: rows, k, element, gated, coded: Some(layout), functions };
+        let mut matrix = Self {
+            memory: empty,
+            columns: rows,
+            k,
+            element,
+            gated,
+            coded: Some(layout),
+            products,
+            functions,
+        };
         let (panels, panel_bytes) = (matrix.panels(), layout.panel_bytes()?);
         matrix.memory = slabs.cut(panels.checked_mul(panel_bytes)?)?;
         let each = matrix.panel_columns();
@@ -352,6 +371,11 @@ impl PackedMatrix {
     /// How its panels of codes lie; nothing if they are words.
     pub(crate) fn coded(&self) -> Option<Layout> {
         self.coded
+    }
+
+    /// The same with what multiplies with panels in that order; nothing if they are words, or codes that are decoded first.
+    pub(crate) fn coded_products(&self) -> Option<(Layout, CodedProducts)> {
+        self.coded.zip(self.products)
     }
 
     /// The bytes of a panel of codes.

@@ -10,7 +10,7 @@
 //! Weights in codes are decoded a short block of a panel at a time, into words that stay in L1 while all tiles of rows pass over
 //! them.
 
-use super::coded::{CodedTile, Layout, SIDE, TILE, TileProducts};
+use super::coded::{CodedProducts, CodedTile, Layout, SIDE, TILE};
 use super::epilogue::Finish;
 use super::kernel::{
     BLOCK_STEPS, Blocks, Functions, Grouping, PANEL_BLOCK_STEPS, Prefetch, SPARE_ROWS, Tile,
@@ -163,8 +163,7 @@ impl Plan {
             for chunk in even_parts(0..count, count.div_ceil(most_tiles)) {
                 let rows = even_part(rows.clone(), count, chunk.start).start
                     ..even_part(rows.clone(), count, chunk.end).start;
-                let tiled = shape.coded().filter(Layout::is_tiled).and(functions.tile_products);
-                let (tiles, grouping) = if let Some(products) = tiled {
+                let (tiles, grouping) = if let Some((_, products)) = shape.coded_products() {
                     (*tiles, Grouping::Runs((products.panels)(rows.len())))
                 } else if shape.coded().is_some() {
                     // Sums of one row in one panel would wait for each other.
@@ -274,18 +273,13 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         self.shape.functions().blocks.row_words(self.shape.steps())
     }
 
-    /// How panels of tiles of codes lie, and what multiplies with them; nothing if that is not what there is.
-    fn tiled(&self) -> Option<(Layout, TileProducts)> {
-        self.shape.coded().filter(Layout::is_tiled).zip(self.shape.functions().tile_products)
-    }
-
     fn pack_activations(&self, chunk: &Chunk, packed: &mut AlignedWords) {
         let (rows, x) = (&chunk.rows, &self.parts[chunk.part].x);
-        if let Some((_, TileProducts { words, pack, .. })) = self.tiled() {
+        if let Some((layout, CodedProducts { words, pack, .. })) = self.shape.coded_products() {
             let rows: Vec<&[u8]> = rows.clone().map(|row| bytemuck::cast_slice(x.row(row))).collect();
-            packed.grow(words(rows.len(), self.shape.steps()));
+            packed.grow(words(&layout, rows.len()));
             // SAFETY: the table exists only where its instructions do.
-            unsafe { pack(&rows, packed) };
+            unsafe { pack(&layout, self.shape.element(), &rows, packed) };
             return;
         }
         let row_words = self.packed_row_words();
@@ -317,16 +311,16 @@ impl<X: Element, Y: Element> Product<'_, '_, X, Y> {
         let coded = self.shape.coded();
         let block_steps = if coded.is_some() { DECODED_STEPS } else { grouping.block_steps(steps) };
         if coded.is_some() {
-            let tiles = self.tiled().map_or(0, |(_, products)| products.decoded_words);
-            scratch.weights.grow(tiles.max((DECODED_STEPS + SIDE) * width));
+            let decoded = self.shape.coded_products().map_or(0, |(_, products)| products.decoded_words);
+            scratch.weights.grow(decoded.max((DECODED_STEPS + SIDE) * width));
         }
         let sums_rows = grouping.most() * rows.len() + SPARE_ROWS.max(TILE[0]);
         scratch.sums.grow(sums_rows * width);
         for group in grouping.groups(panels.clone()) {
             let last_panels = group.first + group.count == panels.end;
-            let tiled = self.tiled().map(|(layout, products)| (layout, products.multiply));
+            let ordered = self.shape.coded_products().map(|(layout, products)| (layout, products.multiply));
             let fused = self.shape.functions().fused.get(rows.len() - 1).copied();
-            if let Some((layout, multiply)) = tiled.or(coded.zip(fused)) {
+            if let Some((layout, multiply)) = ordered.or(coded.zip(fused)) {
                 let following = match next {
                     Some(next) if last_panels => (self.parts[next.chunk.part].matrix, next.panels.start),
                     None if last_panels => (matrix, group.first),
