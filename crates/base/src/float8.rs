@@ -82,14 +82,36 @@ const fn power_of_two(exponent: i32) -> f32 {
 /// Neighbours in a row that share a scale; the last of a row may be fewer.
 pub const SCALE_GROUP: usize = 128;
 
-/// The scale of some neighbours: `max(amax, 1e-4) / 448`; not finite if one of them is not.
-pub fn scale_of(values: impl IntoIterator<Item = f32>) -> f32 {
+/// What scales of rows may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RowScales {
+    /// Any number: `max(amax, 1e-4) / 448`.
+    #[default]
+    Exact,
+    /// Powers of two: the next one, where that is none.
+    Powers,
+}
+
+/// The scale of some neighbours; not finite if one of them is not.
+///
+/// ```
+/// # use epsmoe_base::float8::{RowScales, scale_of};
+/// assert_eq!(scale_of([3.0, -3.5], RowScales::Powers), 1.0 / 128.0); // 3.5 / 448 is one
+/// assert_eq!(scale_of([3.0, -3.6], RowScales::Powers), 1.0 / 64.0);
+/// assert_eq!(scale_of([3.0, -3.6], RowScales::Exact), 3.6 / 448.0);
+/// ```
+pub fn scale_of(values: impl IntoIterator<Item = f32>, scales: RowScales) -> f32 {
     /// What groups of nothing but tiny numbers are scaled by, so that nothing is divided by zero.
     const LEAST: f32 = 1e-4;
     // `f32::max` would drop a NaN.
     let larger =
         |most: f32, value: f32| if value.abs() > most || value.is_nan() { value.abs() } else { most };
-    values.into_iter().fold(LEAST, larger) / E4M3_MAX
+    let scale = values.into_iter().fold(LEAST, larger) / E4M3_MAX;
+    match scales {
+        // A fraction, if there is one, carries into the exponent.
+        RowScales::Powers if scale.is_finite() => f32::from_bits((scale.to_bits() + 0x7f_ffff) & !0x7f_ffff),
+        _ => scale,
+    }
 }
 
 /// Words of a row of `width` codes: four codes a word, the first in its lowest byte, then the scales, as the bits of
@@ -103,11 +125,11 @@ pub const fn scaled_words(width: usize) -> usize {
 ///
 /// Worked example: `[1.0, −0.3, 0.007, 3.5]` in bfloat16 has the scale 3.5 / 448 = 0.0078125 and the codes
 /// `70 e2 36 7e`, which mean 1.0, −0.3125, 0.00683594 and 3.5.
-pub fn encode_row<T: Copy>(row: &[T], number: impl Fn(T) -> f32, words: &mut [u32]) {
-    let (codes, scales) = words.split_at_mut(row.len().div_ceil(4));
-    let groups = row.chunks(SCALE_GROUP).zip(codes.chunks_mut(SCALE_GROUP / 4)).zip(scales);
+pub fn encode_row<T: Copy>(row: &[T], number: impl Fn(T) -> f32, scales: RowScales, words: &mut [u32]) {
+    let (codes, kept) = words.split_at_mut(row.len().div_ceil(4));
+    let groups = row.chunks(SCALE_GROUP).zip(codes.chunks_mut(SCALE_GROUP / 4)).zip(kept);
     for ((group, codes), kept) in groups {
-        let scale = scale_of(group.iter().map(|&element| number(element)));
+        let scale = scale_of(group.iter().map(|&element| number(element)), scales);
         for (elements, word) in group.chunks(4).zip(codes) {
             let mut bytes = [0; 4];
             bytes.iter_mut().zip(elements).for_each(|(code, &x)| *code = to_e4m3(number(x) / scale));
@@ -183,7 +205,7 @@ mod tests {
 
     fn coded(row: &[f32]) -> Vec<u32> {
         let mut words = vec![u32::MAX; scaled_words(row.len())];
-        encode_row(row, |x| x, &mut words);
+        encode_row(row, |x| x, RowScales::Exact, &mut words);
         words
     }
 

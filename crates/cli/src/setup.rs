@@ -429,9 +429,10 @@ pub(crate) struct Setup {
     processor: Processor,
     gpu_weights: OnceLock<Vec<CudaWeights>>,
     dtype: DType,
-    /// Whether rows become FP8 codes for weights in FP8.
     /// What rows become for weights in codes; settled, so not auto.
     activations: ActivationScheme,
+    /// Whether scales of rows in FP8 are powers of two, as the checkpoint asks.
+    power_scales: bool,
     wire: WireDType,
     cache: CacheDType,
     /// Most tokens of layers that are gathered.
@@ -536,6 +537,7 @@ impl Setup {
             (None, _) => args.gather_tokens.unwrap_or(0),
         };
         let activations = processor.activations(args.activation_scheme, &model, &held, dtype)?;
+        let power_scales = model.weights.activations()? == Activations::Dynamic { powers: true };
         let setup = Setup {
             held,
             ranks,
@@ -558,6 +560,7 @@ impl Setup {
             gpu_weights: OnceLock::new(),
             dtype,
             activations,
+            power_scales,
             wire,
             cache,
             gather_tokens,
@@ -828,7 +831,8 @@ impl Setup {
 
     /// What the processors of GPUs are told, but for the world that they are in.
     fn cuda_options(&self) -> CudaOptions {
-        CudaOptions { fp8_rows: self.fp8_rows(), ..CudaOptions::new(self.dtype) }
+        let (fp8_rows, power_scales) = (self.fp8_rows(), self.fp8_rows() && self.power_scales);
+        CudaOptions { fp8_rows, power_scales, ..CudaOptions::new(self.dtype) }
     }
 
     /// Where the weights of each rank are. Ranks of one GPU share them there, and so do engines started one after another.

@@ -2,7 +2,11 @@
 // scale for every GROUP of columns. What is encoded is rounded to bfloat16 first. A half warp has a group at a time.
 #include "scaled.cuh"
 
-struct Args { Rows x, index, out; Report report; };
+struct Args {
+    Rows x, index, out;
+    Report report;
+    u32 powers, padding; // whether scales are powers of two
+};
 
 __device__ __forceinline__ Run decode(const Codes& codes, f32 scale) {
     Run run;
@@ -37,7 +41,7 @@ template <typename X, typename> __device__ void to_fp8(const Args& args) {
         u32* to = row<u32>(args.out, m);
 #pragma unroll
         for (u32 i = 0; i < RUNS; ++i) {
-            const f32 scale = scale_of(runs[i]);
+            const f32 scale = scale_of(runs[i], args.powers);
             const Codes codes = encode(runs[i], scale);
             const u32 column = n + i * STRIDE;
             if (column < width) store(to, column, width, codes, scale);
@@ -83,7 +87,7 @@ template <typename X, typename> __device__ void through_fp8(const Args& args) {
         read_rounded(runs, row<X>(args.x, source), n, args.out.width);
 #pragma unroll
         for (u32 i = 0; i < RUNS; ++i) {
-            const f32 scale = scale_of(runs[i]);
+            const f32 scale = scale_of(runs[i], args.powers);
             runs[i] = decode(encode(runs[i], scale), scale);
         }
         write_runs(row<X>(args.out, m), runs, n, args.out.width);

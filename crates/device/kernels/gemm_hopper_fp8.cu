@@ -203,7 +203,7 @@ struct Fp8 {
     // each. What is coded is rounded to bf16 first, as everywhere.
     template <u32 COLUMNS>
     static __device__ __forceinline__ void finish_codes(float* acc, char* out, u32 stride, u32 width, u32 column, u32 rows, u32 staging,
-                                                        u32 other, u32 thread, u32 id) {
+                                                        u32 other, u32 thread, u32 id, bool powers) {
         constexpr u32 PITCH = COLUMNS + 16;  // rows of the staging block, on different banks
         const u32 lane = thread & 31, most = OFF_MOST;
         float scales[2], inverse[2];
@@ -235,7 +235,7 @@ struct Fp8 {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
             const u32 row = thread / 32 * 16 + lane / 4 + 8 * half;
-            scales[half] = __fdiv_rn(scales[half], E4M3_LARGEST);
+            scales[half] = scale_for(scales[half], powers);
             inverse[half] = __frcp_rn(scales[half]);
 #pragma unroll
             for (u32 j = 0; j < COLUMNS / 8; ++j) {
@@ -274,7 +274,7 @@ struct Fp8 {
         if (!GATED && a.bias) add_bias<COLUMNS>(acc, reinterpret_cast<const float*>(a.bias) + column, columns);
         if (OUT == CODES) {
             finish_codes<COLUMNS>(acc, reinterpret_cast<char*>(a.out_start) + (u64)row0 * a.out_stride, a.out_stride, a.columns, column,
-                                  rows, staging, base + OFF_STAGING + (1 - group) * STAGING_BYTES, thread, 1 + group);
+                                  rows, staging, base + OFF_STAGING + (1 - group) * STAGING_BYTES, thread, 1 + group, a.powers);
         } else if (OUT == WIDE) {
             finish_f32<COLUMNS>(acc, reinterpret_cast<float*>(a.out_start) + (u64)row0 * a.out_stride + column, a.out_stride, rows,
                                        columns, thread);

@@ -355,7 +355,7 @@ template <bool GATED, bool CODED> struct Few {
         if (column >= map.columns) return;
         for (u32 row = thread / 8; row < t.rows; row += MULTIPLIERS / 8) {
             const float4 all = floats(load_shared16(largest + row * SHARERS * 4)), v = staged(row, 4 * part);
-            const float scale = __fdiv_rn(larger(larger(larger(larger(LEAST, all.x), all.y), all.z), all.w), E4M3_LARGEST);
+            const float scale = scale_for(larger(larger(larger(larger(LEAST, all.x), all.y), all.z), all.w), a.powers);
             const float inverse = __frcp_rn(scale);
             char* out = reinterpret_cast<char*>(map.out) + (u64)(t.row0 + row) * map.out_stride;
             *reinterpret_cast<u32*>(out + column) =

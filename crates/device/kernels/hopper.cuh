@@ -38,6 +38,8 @@ struct HopperArgs {
     // Of weights in codes, as in `CodedArgs`.
     u32 kind, parts, brick_bytes;
     u32 rows_stride; // bytes between rows that are codes and scales
+    u32 powers;      // whether scales of codes that leave are powers of two
+    u32 padding;
 };
 
 constexpr u32 LINE_BYTES = 128;     // k values of a row that one stage holds: a swizzled line

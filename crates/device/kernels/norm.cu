@@ -17,7 +17,8 @@ struct Args {
     u32 centred;
     Report report;
     u32 heads, interleaved;
-    u32 groups, padding; // row m has the weights of group m % groups
+    u32 groups; // row m has the weights of group m % groups
+    u32 powers; // whether scales of codes are powers of two
 };
 
 constexpr u32 NARROW = 32 * RUN; // columns of a warp; `launch/norm.rs` repeats it
@@ -70,7 +71,7 @@ template <typename Y, bool CODED> __device__ __forceinline__ void leave(const Ar
     if (!CODED) return;
 #pragma unroll
     for (u32 j = 0; j < RUN; ++j) run.values[j] = j < count ? wide(narrow<bf16>(run.values[j])) : 0.0f;
-    const f32 scale = scale_of(run);
+    const f32 scale = scale_of(run, args.powers);
     if (count > 0) store(row<u32>(args.codes, m), n, args.out.width, encode(run, scale), scale);
 }
 

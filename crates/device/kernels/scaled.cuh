@@ -11,14 +11,20 @@ __device__ __forceinline__ f32 larger(f32 most, f32 value) {
     return size > most || size != size ? size : most;
 }
 
-// The scale of the group that the lane's run is of: the largest magnitude of the half warp's runs, and never 0.
-__device__ __forceinline__ f32 scale_of(const Run& run) {
+// The scale of codes of which the largest has this magnitude; with `powers` a power of two, the next one where it is none.
+__device__ __forceinline__ f32 scale_for(f32 most, bool powers) {
+    const f32 scale = __fdiv_rn(most, E4M3_LARGEST);
+    return powers && finite(scale) ? __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & ~0x7fffffu) : scale;
+}
+
+// The scale of the group that the lane's run is of: by the largest magnitude of the half warp's runs, and never 0.
+__device__ __forceinline__ f32 scale_of(const Run& run, bool powers) {
     f32 most = LEAST;
 #pragma unroll
     for (f32 value : run.values) most = larger(most, value);
 #pragma unroll
     for (u32 step = 8; step > 0; step >>= 1) most = larger(most, __shfl_xor_sync(~0u, most, step));
-    return most / E4M3_LARGEST;
+    return scale_for(most, powers);
 }
 
 // The words of a run's codes.

@@ -66,6 +66,8 @@ twin! {
         pub(super) parts: u32,
         pub(super) brick_bytes: u32,
         pub(super) rows_stride: u32,
+        pub(super) powers: u32,
+        pub(super) padding: u32,
     }
 }
 

@@ -251,6 +251,8 @@ pub struct CudaOptions {
     pub reserved_multiprocessors: u32,
     /// Whether maps in FP8 blocks are multiplied as codes, with rows that become codes for them.
     pub fp8_rows: bool,
+    /// Whether scales of rows that become FP8 codes are powers of two.
+    pub power_scales: bool,
 }
 
 impl CudaOptions {
@@ -263,6 +265,7 @@ impl CudaOptions {
             fill: Fill::Zero,
             reserved_multiprocessors: 0,
             fp8_rows: false,
+            power_scales: false,
         }
     }
 }
@@ -610,6 +613,7 @@ impl CudaBackend {
             tickets: self.tickets[lane.index()].start,
             memory: &regions,
             report: self.report.for_operation(order.serial),
+            power_scales: self.options.power_scales,
             multiprocessors: self.free_multiprocessors(),
             scratch: (lane == Lane::Compute).then_some(&self.scratch),
             kept: reads.as_deref().map(|stream| Kept { pool: &mut order.kept, stream }),

@@ -8,7 +8,7 @@ use crate::op::{
     RopeTable, Rotate, Route, Scale, ScaleTerms, Score, SlotBias, SoftCap, TopKRouter, not_finite,
 };
 use crate::{Buffer, Weight};
-use epsmoe_base::float8::{SCALE_GROUP, decode_row, encode_row, scaled_words, to_e4m3};
+use epsmoe_base::float8::{RowScales, SCALE_GROUP, decode_row, encode_row, scaled_words, to_e4m3};
 use half::bf16;
 use std::cmp::Ordering;
 use std::sync::Arc;
@@ -471,7 +471,8 @@ impl<'a, K: Kernels> Rows<'a, K> {
 
 /// Writes a row in codes. What is encoded is bfloat16 everywhere: of float32 rows what they round to.
 fn encode<T: Element>(row: &[T], words: &mut [u32]) {
-    encode_row(row, |x| Element::to_f32(<bf16 as Element>::from_f32(x.to_f32())), words);
+    let rounded = |x: T| Element::to_f32(<bf16 as Element>::from_f32(x.to_f32()));
+    encode_row(row, rounded, RowScales::Exact, words);
 }
 
 /// A [`SlotBias`] with its numbers at hand.

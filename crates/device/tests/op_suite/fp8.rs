@@ -4,7 +4,7 @@
 use crate::bench::{Bench, Placed};
 use crate::drawn::{random as random_places, sheet};
 use crate::invariance::{Map, together_as_alone};
-use epsmoe_base::float8::{E4M3, encode_row, scaled_words};
+use epsmoe_base::float8::{E4M3, RowScales, encode_row, scaled_words};
 use epsmoe_base::{DType, RowFormat};
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, Buffer, Drawn, Weight, WeightFormat, WeightShape};
@@ -37,14 +37,14 @@ fn rows_of<B: Backend>(bench: &Bench<B>, [rows, k]: [usize; 2], signed: bool) ->
             })
             .take(k)
             .collect();
-        codes_of(&numbers)
+        codes_of(&numbers, RowScales::Exact)
     };
     (0..rows).map(row).collect()
 }
 
-fn codes_of(numbers: &[f32]) -> Vec<u32> {
+fn codes_of(numbers: &[f32], scales: RowScales) -> Vec<u32> {
     let mut words = vec![0; scaled_words(numbers.len())];
-    encode_row(numbers, |number| number, &mut words);
+    encode_row(numbers, |number| number, scales, &mut words);
     words
 }
 
@@ -207,7 +207,7 @@ fn products<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2], epilogue: Epilogue
     same_of_few(bench, &what, &weights, &words, &parts, epilogue, &got);
     match epilogue {
         Epilogue::Store => same_in_float32(bench, &what, &weights, (&x.view, &parts), &got),
-        Epilogue::SwiGlu => same_as_codes(bench, &what, &weights, (&x.view, &parts), &got),
+        Epilogue::SwiGlu => same_as_codes(bench, &what, &weights, (&x.view, &parts), RowScales::Exact, &got),
     }
 }
 
@@ -289,7 +289,7 @@ fn same_of_few<B: Backend>(
         assert!(bits(&bench.get(what, &out)) == bits(&want), "{what}: {few:?} alone");
         same_from_the_gpus_list(bench, what, weights, &x.view, &starts, epilogue, &want);
         if epilogue == Epilogue::SwiGlu {
-            same_as_codes(bench, what, weights, (&x.view, &few), &want);
+            same_as_codes(bench, what, weights, (&x.view, &few), RowScales::Exact, &want);
         }
     }
 }
@@ -325,6 +325,7 @@ fn same_as_codes<B: Backend>(
     what: &str,
     weights: &[Weight],
     (x, parts): (&Buffer, &[Range<usize>]),
+    scales: RowScales,
     want: &[f32],
 ) {
     let n = want.len() / x.rows;
@@ -333,9 +334,31 @@ fn same_as_codes<B: Backend>(
     run(bench, what, weights, (x, parts), Epilogue::SwiGlu, &out.view);
     for (m, got) in bench.get_words(what, &out).chunks(words).enumerate() {
         assert!(
-            got == codes_of(&want[m * n..(m + 1) * n]),
+            got == codes_of(&want[m * n..(m + 1) * n], scales),
             "{what}: codes of row {m} are not those of its numbers"
         );
+    }
+}
+
+/// Where scales of rows are powers of two: of rows that become codes, and of gated products of few rows and many that leave as such.
+pub(crate) fn power_scales<B: Backend>(bench: Bench<B>) {
+    for rows in [1, 7, 64, 200] {
+        let (n, k) = (8 * (1 + bench.below(60)), 8 * (1 + bench.below(60)));
+        let what = format!("powers of two, {rows} rows, n {n}, k {k}, seed {}", bench.seed);
+        let numbers = bench.random_of(DType::BF16, rows, k, 100.0);
+        let coded = bench.room_on(4, DType::U32, rows, scaled_words(k));
+        let x = bench.put(&numbers);
+        bench.run(&what, GatherFp8::encode(x.view.clone(), coded.view.clone()));
+        let want: Vec<u32> =
+            numbers.values.chunks(k).flat_map(|row| codes_of(row, RowScales::Powers)).collect();
+        assert!(bench.get_words(&what, &coded) == want, "{what}: rows");
+        let matrices = [(); 2].map(|()| random(&bench, [n, k], true));
+        let weight = bench.device.load_fp8(&what, WeightShape::GateUp { inner: n, k }, &matrices);
+        let weights = [weight.expect("memory").expect("a kernel")];
+        let (out, all) = (bench.room_on(8, DType::BF16, rows, n), [0..rows]);
+        run(&bench, &what, &weights, (&coded.view, &all), Epilogue::SwiGlu, &out.view);
+        let outputs = bench.get(&what, &out);
+        same_as_codes(&bench, &what, &weights, (&coded.view, &all), RowScales::Powers, &outputs);
     }
 }
 

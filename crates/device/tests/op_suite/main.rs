@@ -120,7 +120,9 @@ macro_rules! processors {
 
 #[test]
 fn products_of_fp8_codes_match_their_definition() {
-    on(cuda_with(CudaOptions { fp8_rows: true, ..CudaOptions::new(DType::BF16) }), fp8::suite);
+    let options = CudaOptions { fp8_rows: true, ..CudaOptions::new(DType::BF16) };
+    on(cuda_with(options.clone()), fp8::suite);
+    on(cuda_with(CudaOptions { power_scales: true, ..options }), fp8::power_scales);
 }
 
 #[test]

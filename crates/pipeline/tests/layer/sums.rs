@@ -1,7 +1,7 @@
 //! The layer equals the plain mixture of experts that it stands for.
 
 use crate::world::{Case, Setup, random_policy, rounded, run};
-use epsmoe_base::float8::{decode_row, encode_row};
+use epsmoe_base::float8::{RowScales, decode_row, encode_row};
 use epsmoe_base::{DType, Mix, RowFormat, WireDType, WireFormat, env::test_seed};
 use epsmoe_device::op::Score;
 use epsmoe_plan::SlotMap;
@@ -28,7 +28,7 @@ fn travelled(case: &Case, x: &[f64]) -> Vec<f64> {
         return x.to_vec();
     }
     let mut words = vec![0; RowFormat::Fp8.elements(x.len()).1];
-    encode_row(x, |x| rounded(DType::BF16, x as f32), &mut words);
+    encode_row(x, |x| rounded(DType::BF16, x as f32), RowScales::Exact, &mut words);
     let mut back = vec![0.0; x.len()];
     decode_row(&words, &mut back, |number| f64::from(rounded(case.dtype, number)));
     back

@@ -580,6 +580,8 @@ impl Launch<'_> {
             parts: products.bricks.map_or(0, |bricks| bricks.parts as u32),
             brick_bytes: products.bricks.map_or(0, |bricks| bricks.bytes() as u32),
             rows_stride: products.row_bytes(first) as u32,
+            powers: u32::from(self.power_scales),
+            padding: 0,
         };
         Ok((staged, arguments))
     }

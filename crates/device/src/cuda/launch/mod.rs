@@ -154,6 +154,8 @@ pub(super) struct Launch<'a> {
     pub(super) tickets: u64,
     pub(super) memory: &'a Memory,
     pub(super) report: Report,
+    /// Whether scales of rows that become codes are powers of two.
+    pub(super) power_scales: bool,
     /// Multiprocessors that products may fill.
     pub(super) multiprocessors: u32,
     /// Memory for what two kernels of one operation hand over; none on lanes whose operations have none such.

@@ -23,7 +23,7 @@ twin! {
         heads: u32,
         interleaved: u32,
         groups: u32,
-        padding: u32,
+        powers: u32,
     }
 }
 
@@ -84,7 +84,7 @@ impl Launch<'_> {
             heads: 1,
             interleaved: 0,
             groups: op.groups() as u32,
-            padding: 0,
+            powers: u32::from(self.power_scales),
         })
     }
 

@@ -59,6 +59,8 @@ twin! {
         index: Rows,
         out: Rows,
         report: Report,
+        powers: u32,
+        padding: u32,
     }
 }
 
@@ -260,7 +262,8 @@ impl Launch<'_> {
     pub(super) fn gather_fp8(&mut self, op: &GatherFp8) -> Result<(), Refusal> {
         let (x, out) = (self.rows(&op.x)?, self.rows(&op.out)?);
         let index = op.index.as_ref().map_or(Ok(Rows::NONE), |index| self.rows(index))?;
-        let arguments = GatherFp8Args { x, index, out, report: self.report };
+        let powers = u32::from(self.power_scales);
+        let arguments = GatherFp8Args { x, index, out, report: self.report, powers, padding: 0 };
         let numbers = op.numbers();
         let kernel = match op.how {
             Fp8::Encode => "to_fp8",
