@@ -35,7 +35,7 @@ use epsmoe_fabric::{EmulatedOptions, Fabric, Link, PacedLink, Peers, ThreadsOpti
 use epsmoe_model::config::Config;
 use epsmoe_model::{
     Activations, Checkpoint, HeldWeights, Method, Model, ModelOptions, ModelSpec, Quantising, Synthetic,
-    WeightSource, gguf_file, preset_text,
+    Target, WeightSource, gguf_file, preset_text,
 };
 use epsmoe_pipeline::RoutedPeers;
 use epsmoe_plan::{
@@ -80,9 +80,9 @@ impl OpenModel {
         let name = args.model.clone();
         match locate(&name, &args.revision)? {
             Place::Preset(preset_name) => {
-                check_quantisation(quantisation, &name, None)?;
+                let target = on_line(quantisation, &name, None)?;
                 let Config { spec, .. } = preset_config(&preset_name, args)?;
-                let weights = on_line(Box::new(Synthetic::new(&spec, seed)), quantisation);
+                let weights = quantised(Box::new(Synthetic::new(&spec, seed)), target);
                 let generation = GenerationConfig::default();
                 Ok(OpenModel { name, spec: Arc::new(spec), generation, text: None, weights })
             }
@@ -91,7 +91,7 @@ impl OpenModel {
                     Config::read_with(&folder, &args.hf_overrides.0)?;
                 let generation = GenerationConfig::open(&folder)?;
                 let weights = Box::new(Checkpoint::open(&folder)?);
-                check_quantisation(quantisation, &name, weights.method()?)?;
+                let target = on_line(quantisation, &name, weights.method()?)?;
                 let weights = match quantisation {
                     Quantisation::None => Box::new(weights.decoded()),
                     _ => weights,
@@ -104,7 +104,7 @@ impl OpenModel {
                 if !says_dtype {
                     spec.dtype = weights.dtype(&spec).unwrap_or(spec.dtype);
                 }
-                let weights = on_line(weights, quantisation);
+                let weights = quantised(weights, target);
                 let text = Some(text_place(folder)?);
                 Ok(OpenModel { name, spec: Arc::new(spec), generation, text, weights })
             }
@@ -173,16 +173,20 @@ fn samples(file: &Path) -> Result<Vec<u8>> {
     Ok(samples)
 }
 
-/// Holds what was typed against what a checkpoint says of its weights.
-fn check_quantisation(typed: Quantisation, model: &str, found: Option<Method>) -> Result<()> {
+/// Holds what was typed against what a checkpoint says of its weights; the coding that plain ones are brought into when they are
+/// loaded, if any.
+fn on_line(typed: Quantisation, model: &str, found: Option<Method>) -> Result<Option<Target>> {
     let typed = match (typed, found) {
-        (Quantisation::Method(typed), _) => typed,
-        (Quantisation::OnLine(target), Some(found)) => {
-            bail!(
+        (Quantisation::OnLine(target), None) => return Ok(Some(target)),
+        // mxfp4 is a coding, and what checkpoints say that are in it.
+        (Quantisation::OnLine(target), Some(found)) => match Method::named(&target.to_string()) {
+            Some(method) => method,
+            None => bail!(
                 "--quantization {target} is for plain weights, but {model} is quantised with {found}: leave it out"
-            )
-        }
-        _ => return Ok(()),
+            ),
+        },
+        (Quantisation::Method(typed), _) => typed,
+        _ => return Ok(None),
     };
     match found {
         None => {
@@ -191,7 +195,7 @@ fn check_quantisation(typed: Quantisation, model: &str, found: Option<Method>) -
         Some(found) if typed != found => {
             bail!("--quantization says {typed}, but {model} is quantised with {found}: leave it out")
         }
-        Some(_) => Ok(()),
+        Some(_) => Ok(None),
     }
 }
 
@@ -199,18 +203,18 @@ fn check_quantisation(typed: Quantisation, model: &str, found: Option<Method>) -
 fn codes_rows(
     typed: ActivationScheme,
     name: &str,
+    spec: &ModelSpec,
     weights: &dyn WeightSource,
-    held: &HeldWeights,
 ) -> Result<bool> {
-    let in_blocks = has_fp8_blocks(held);
+    let in_blocks = || HeldWeights::may_take_fp8_rows(spec, weights);
     match typed {
         ActivationScheme::None => Ok(false),
         ActivationScheme::Auto => {
-            Ok(in_blocks && matches!(weights.activations()?, Activations::Dynamic { .. }))
+            Ok(matches!(weights.activations()?, Activations::Dynamic { .. }) && in_blocks()?)
         }
-        ActivationScheme::Dynamic if !in_blocks => bail!(
-            "--activation-scheme dynamic multiplies FP8 codes, but no weights of {name} are FP8 in blocks of 128: leave it \
-             out, or add --quantization fp8_per_block for plain weights"
+        ActivationScheme::Dynamic if !in_blocks()? => bail!(
+            "--activation-scheme dynamic multiplies FP8 codes, but no weights of {name} that take them are FP8 in blocks of 128, or \
+             MXFP4, which folds into such: leave it out, or add --quantization fp8_per_block for plain weights"
         ),
         ActivationScheme::Dynamic => Ok(true),
         ActivationScheme::Int8 => {
@@ -221,17 +225,11 @@ fn codes_rows(
     }
 }
 
-/// Whether some of the weights are FP8 in blocks of 128.
-fn has_fp8_blocks(held: &HeldWeights) -> bool {
-    let in_blocks = |format: &_| matches!(format, WeightFormat::Coded(format) if format.may_be_fp8_blocks());
-    held.formats.iter().any(|(format, _)| in_blocks(format))
-}
-
-/// The same weights, quantised while they are loaded if that was typed.
-fn on_line(weights: Box<dyn WeightSource>, typed: Quantisation) -> Box<dyn WeightSource> {
-    match typed {
-        Quantisation::OnLine(target) => Box::new(Quantising::new(weights, target)),
-        _ => weights,
+/// The same weights, quantised while they are loaded if that is wanted.
+fn quantised(weights: Box<dyn WeightSource>, target: Option<Target>) -> Box<dyn WeightSource> {
+    match target {
+        Some(target) => Box::new(Quantising::new(weights, target)),
+        None => weights,
     }
 }
 
@@ -369,7 +367,9 @@ impl Processor {
                  activations: leave it out"
             ),
             ActivationScheme::Auto | ActivationScheme::None if !multiplies_fp8 => Ok(ActivationScheme::None),
-            _ if codes_rows(typed, &model.name, &*model.weights, held)? => Ok(ActivationScheme::Dynamic),
+            _ if codes_rows(typed, &model.name, &model.spec, &*model.weights)? => {
+                Ok(ActivationScheme::Dynamic)
+            }
             _ => Ok(ActivationScheme::None),
         }
     }
@@ -522,21 +522,26 @@ impl Setup {
             };
             policy.cost = Some(Arc::new(cost_model(args.profile.as_deref(), &machine, args.link.0)?));
         }
-        let held = HeldWeights::of(&model.spec, &*model.weights, dtype, |format| match &processor {
-            Processor::Cpu => {
-                let int8 = args.activation_scheme == ActivationScheme::Int8 && cpu::multiplies_int8(format);
-                (int8 || cpu::holds(isa, format, dtype)).then(|| format.bits())
-            }
-            Processor::Reference => Some(format.bits()),
-            Processor::Cuda(_) => cuda::held_bits(format, dtype),
-        })?;
+        let hold = |fp8_rows| {
+            HeldWeights::of(&model.spec, &*model.weights, (dtype, fp8_rows), |format| match &processor {
+                Processor::Cpu => {
+                    let int8 =
+                        args.activation_scheme == ActivationScheme::Int8 && cpu::multiplies_int8(format);
+                    (int8 || cpu::holds(isa, format, dtype)).then(|| format.bits())
+                }
+                Processor::Reference => Some(format.bits()),
+                Processor::Cuda(_) => cuda::held_bits(format, dtype),
+            })
+        };
+        let held = hold(false)?;
+        let activations = processor.activations(args.activation_scheme, &model, &held, dtype)?;
+        let held = if activations == ActivationScheme::Dynamic { hold(true)? } else { held };
         let gather_tokens = match (&emulated, &processor) {
             // Of emulated ranks nobody knows what they would send.
             (Some(_), _) => 0,
             (None, Processor::Cuda(_)) => args.gather_tokens.unwrap_or(GATHERED_ON_GPUS),
             (None, _) => args.gather_tokens.unwrap_or(0),
         };
-        let activations = processor.activations(args.activation_scheme, &model, &held, dtype)?;
         let power_scales = model.weights.activations()? == Activations::Dynamic { powers: true };
         let setup = Setup {
             held,

@@ -44,3 +44,10 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
             : "memory");
     } while (!done);
 }
+
+// So many bytes from memory to shared memory, all on 16, at once; they count for a barrier.
+__device__ __forceinline__ void bulk_load(u32 to, u64 from, u32 bytes, u32 bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(bar)
+                 : "memory");
+}

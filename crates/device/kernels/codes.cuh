@@ -3,9 +3,9 @@
 // A weight lies in *bricks* of 64 packed rows by 64 k-values, those of one row of bricks one after the other, so that a tile is
 // a single stream. A brick is its codes, then its scales:
 //
-//   codes of row 0: lane 0, lane 1, lane 2, lane 3 | row 1 | ... | row 63 | scales of row 0 | row 1 | ...
+//   codes of row 0: lane 0, lane 1, lane 2, lane 3 | row 1 | ... | row 63 | scales of row 0 | row 8 | row 1 | row 9 | ...
 //
-// Lane q of four has what mma.sync and wgmma want of it in one load: of each of the four steps of 16 along k the pairs 2q, 2q + 1 (half
+// with codes of four bits those of rows 0 and 8 of lane 0, of lane 1, ... (`codes_of`). Lane q of four has what mma.sync and wgmma want of it in one load: of each of the four steps of 16 along k the pairs 2q, 2q + 1 (half
 // 0) and 2q + 8, 2q + 9 (half 1). Which bits of its words those are the codings below say, and `cuda/bricks.rs` for the host.
 #pragma once
 #include "tensor.cuh"
@@ -23,14 +23,20 @@ constexpr u32 ONE = 0x3f803f80, NOTHING = 0x80008000; // twice 1, and -0, which 
 // Codings: what codes mean before their scale, exact in bf16. A lane's sixteen codes of a row are WORDS words.
 
 // FP4 e2m1, times 2^-126: sign, exponent and fraction in their places. Code i of either half of a word is step i / 2, half
-// i % 2 of two steps. The bits of three of the codes lie such that a shift brings them all there; those of the last one are
-// what is left, 14, 13, 11 and 10.
+// i % 2 of two steps. The bits of three of the codes lie such that one rotation brings them all there; those of the last one are
+// in place but for the fraction, as the four cannot all lie so.
 struct E2m1 {
     static constexpr u32 WORDS = 2;
     static __device__ __forceinline__ u32 pair(const u32 (&words)[WORDS], u32 step, u32 half) {
         const u32 word = words[step / 2], i = step % 2 * 2 + half;
-        if (i < 3) return (word << (3 * i)) & 0x81c081c0;
-        return ((word << 1) & 0x80008000) | ((word >> 5) & 0x01000100) | ((word >> 4) & 0x00c000c0);
+        if (i == 3) return (word & 0x81808180) | (word >> 8 & 0x00400040);
+        return (i == 0 ? word << 6 : i == 1 ? word << 2 : __funnelshift_r(word, word, 4)) & 0x81c081c0;
+    }
+    // The bits of a code in the lower half of a word, or of its sign in the upper one.
+    static __device__ __forceinline__ u32 spread(u32 code, u32 i) {
+        const u32 sign = code >> 3, rest = code & 7;
+        if (i == 3) return sign << 15 | rest >> 1 << 7 | (rest & 1) << 14;
+        return i == 0 ? sign << 9 | rest : i == 1 ? sign << 13 | rest << 4 : sign << 19 | rest << 10;
     }
 };
 
@@ -63,12 +69,41 @@ struct Signed {
 
 // What makes a weight of a value, rounded to bf16 once.
 
+// Those of two rows are loaded together, `parts` of either: a part is four steps, two or one.
+template <typename Affine> __device__ __forceinline__ void load_each(Affine (&affine)[2][4], const char* from, u32 parts) {
+#pragma unroll
+    for (u32 i = 0; i < 2; ++i) {
+        const char* scales = from + i * parts * Affine::BYTES;
+        affine[i][0].load(scales);
+        affine[i][2].load(scales + parts / 2 * Affine::BYTES);
+        affine[i][1] = affine[i][0], affine[i][3] = affine[i][2];
+        if (parts == 4) {
+            affine[i][1].load(scales + Affine::BYTES);
+            affine[i][3].load(scales + 3 * Affine::BYTES);
+        }
+    }
+}
+
 // A scale in bf16: the product is exact before it is rounded.
 struct Short {
     static constexpr u32 BYTES = 2;
     u32 scale;
-    __device__ __forceinline__ void load(const char* at) {
-        scale = *reinterpret_cast<const unsigned short*>(at) * 0x10001u;
+    static __device__ __forceinline__ void load(Short (&affine)[2][4], const char* from, u32 parts) {
+        const auto low = [](u32 both) { return Short{__byte_perm(both, 0, 0x1010)}; };
+        const auto high = [](u32 both) { return Short{__byte_perm(both, 0, 0x3232)}; };
+        if (parts == 2) {
+            const uint2 held = *reinterpret_cast<const uint2*>(from);
+            affine[0][0] = affine[0][1] = low(held.x), affine[0][2] = affine[0][3] = high(held.x);
+            affine[1][0] = affine[1][1] = low(held.y), affine[1][2] = affine[1][3] = high(held.y);
+        } else if (parts == 1) {
+            const u32 held = *reinterpret_cast<const u32*>(from);
+            affine[0][0] = affine[0][1] = affine[0][2] = affine[0][3] = low(held);
+            affine[1][0] = affine[1][1] = affine[1][2] = affine[1][3] = high(held);
+        } else {
+            const uint4 held = *reinterpret_cast<const uint4*>(from);
+            affine[0][0] = low(held.x), affine[0][1] = high(held.x), affine[0][2] = low(held.y), affine[0][3] = high(held.y);
+            affine[1][0] = low(held.z), affine[1][1] = high(held.z), affine[1][2] = low(held.w), affine[1][3] = high(held.w);
+        }
     }
     __device__ __forceinline__ u32 of(u32 values) const { return fused_pair(values, scale, NOTHING); }
 };
@@ -81,6 +116,7 @@ struct Scaled {
     static constexpr u32 BYTES = 4;
     f32 scale;
     __device__ __forceinline__ void load(const char* at) { scale = *reinterpret_cast<const f32*>(at); }
+    static __device__ __forceinline__ void load(Scaled (&affine)[2][4], const char* from, u32 parts) { load_each(affine, from, parts); }
     __device__ __forceinline__ u32 of(u32 values) const {
         return narrow_pair(first_of(values) * scale, second_of(values) * scale);
     }
@@ -94,41 +130,51 @@ struct Shifted {
         const float2 both = *reinterpret_cast<const float2*>(at);
         scale = both.x, more = both.y;
     }
+    static __device__ __forceinline__ void load(Shifted (&affine)[2][4], const char* from, u32 parts) { load_each(affine, from, parts); }
     __device__ __forceinline__ u32 of(u32 values) const {
         return narrow_pair(fmaf(first_of(values), scale, more), fmaf(second_of(values), scale, more));
     }
 };
 
-// What one row of a warp's weights is decoded from: the lane's codes, and what makes weights of them in each of the four steps.
-// Everything is read before anything is decoded, so that a warp waits for shared memory once.
-template <typename Code, typename Affine> struct Row {
-    u32 words[Code::WORDS];
-    Affine affine[4];
+// Rows of a brick that lie beside each other, r and r + 8: what a lane multiplies of sixteen rows is then in one piece. Which of all rows in
+// the order in which they lie a row is:
+__device__ __forceinline__ u32 order_of(u32 row) { return row / 16 * 16 + row % 8 * 2 + row / 8 % 2; }
+
+// Where in a brick the codes of a row for a lane are: those of four bits lane by lane, those of eight row by row.
+template <typename Code> __device__ __forceinline__ u32 codes_of(u32 row, u32 lane) {
+    if (Code::WORDS == 2) return row / 16 * 512 + row % 8 * 64 + lane * 16 + row / 8 % 2 * 8;
+    return row * 64 + lane * 16;
+}
+
+// The same of the scales of a row that has `parts`.
+template <typename Code, typename Affine> __device__ __forceinline__ u32 scales_of(u32 row, u32 parts) {
+    return BRICK * Code::WORDS * 16 + order_of(row) * parts * Affine::BYTES;
+}
+
+// What rows r and r + 8 of a warp's weights are decoded from: the lane's codes, and what makes weights of them in each of the four
+// steps. Everything is read before anything is decoded, so that a warp waits for shared memory once.
+template <typename Code, typename Affine> struct TwoRows {
+    u32 words[2][Code::WORDS];
+    Affine affine[2][4];
 
     __device__ __forceinline__ void load(const char* brick, u32 row, u32 parts) {
-        constexpr u32 LANE_BYTES = Code::WORDS * 4, ROW_BYTES = 4 * LANE_BYTES;
-        const char* codes = brick + row * ROW_BYTES + threadIdx.x % 4 * LANE_BYTES;
+        const char* codes = brick + codes_of<Code>(row, threadIdx.x % 4);
         if constexpr (Code::WORDS == 2) {
-            const uint2 held = *reinterpret_cast<const uint2*>(codes);
-            words[0] = held.x, words[1] = held.y;
-        } else {
             const uint4 held = *reinterpret_cast<const uint4*>(codes);
-            words[0] = held.x, words[1] = held.y, words[2] = held.z, words[3] = held.w;
+            words[0][0] = held.x, words[0][1] = held.y, words[1][0] = held.z, words[1][1] = held.w;
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                const uint4 held = *reinterpret_cast<const uint4*>(codes + i * 8 * 64);
+                words[i][0] = held.x, words[i][1] = held.y, words[i][2] = held.z, words[i][3] = held.w;
+            }
         }
-        // A part is four steps, two or one.
-        const char* scales = brick + BRICK * ROW_BYTES + row * parts * Affine::BYTES;
-        affine[0].load(scales);
-        affine[2].load(scales + parts / 2 * Affine::BYTES);
-        affine[1] = affine[0], affine[3] = affine[2];
-        if (parts == 4) {
-            affine[1].load(scales + Affine::BYTES);
-            affine[3].load(scales + 3 * Affine::BYTES);
-        }
+        Affine::load(affine, brick + scales_of<Code, Affine>(row, parts), parts);
     }
 
-    // What mma.sync and wgmma take of this row in a step, of either half.
-    __device__ __forceinline__ u32 pair(u32 step, u32 half) const {
-        return affine[step].of(Code::pair(words, step, half));
+    // What mma.sync and wgmma take of either row in a step, of either half.
+    __device__ __forceinline__ u32 pair(u32 i, u32 step, u32 half) const {
+        return affine[i][step].of(Code::pair(words[i], step, half));
     }
 };
 

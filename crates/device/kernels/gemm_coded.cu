@@ -8,15 +8,6 @@
 static_assert(BRICK == DEPTH, "a stage is as deep as a brick");
 constexpr u32 MOST_BYTES = 6144; // of a brick; `bricks.rs` repeats it
 
-// The twin of `launch::CodedArgs`.
-struct CodedArgs {
-    GemmArgs gemm;
-    u32 kind;        // which coding, below
-    u32 parts;       // scales that a row of a brick has: 1, 2 or 4
-    u32 brick_bytes;
-    u32 gated;       // whether rows of gate and up alternate
-};
-
 // TILE_M x TILE_N outputs a block, shared by DOWN x ACROSS warps.
 template <typename Code, typename Affine, u32 DOWN, u32 ACROSS, u32 TILE_M, u32 TILE_N, u32 STAGES>
 __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
@@ -63,9 +54,9 @@ __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
             fetch(stage + STAGES - 1);
             const bf16* x_tile = xs + stage % STAGES * TILE_M * DEPTH;
             const char* brick = bricks + (stage % STAGES * BRICKS + warp_n / BRICK) * brick_bytes;
-            Row<Code, Affine> rows[STEPS_N];
+            TwoRows<Code, Affine> rows[STEPS_N / 2];
 #pragma unroll
-            for (u32 j = 0; j < STEPS_N; ++j) rows[j].load(brick, warp_n % BRICK + j * 8 + lane / 4, parts);
+            for (u32 j = 0; j < STEPS_N / 2; ++j) rows[j].load(brick, warp_n % BRICK + j * 16 + lane / 4, parts);
 #pragma unroll
             for (u32 step = 0; step < DEPTH / 16; ++step) {
                 u32 a[STEPS_M][4];
@@ -74,7 +65,7 @@ __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
                     load_matrices(a[i], shared_address(x_tile + place(warp_m + i * 16 + lane % 16, step * 2 + lane / 16)));
 #pragma unroll
                 for (u32 j = 0; j < STEPS_N; ++j) {
-                    const u32 b0 = rows[j].pair(step, 0), b1 = rows[j].pair(step, 1);
+                    const u32 b0 = rows[j / 2].pair(j % 2, step, 0), b1 = rows[j / 2].pair(j % 2, step, 1);
 #pragma unroll
                     for (u32 i = 0; i < STEPS_M; ++i) multiply(sums[i][j], a[i], b0, b1);
                 }

@@ -30,20 +30,13 @@ DEFINE_CODED_WGMMA(256, 7, "%128, %129, %130, %131", "%132", "%133")
 // Two rows of a brick as the four steps of wgmma want them of a thread. `before` is done between reading codes and writing `a`.
 template <typename Code, typename Affine, typename Before>
 __device__ __forceinline__ void decode(u32 (&a)[4][4], const char* brick, u32 row, u32 parts, const Before& before) {
-    Row<Code, Affine> rows[2];
-    rows[0].load(brick, row, parts);
-    rows[1].load(brick, row + 8, parts);
+    TwoRows<Code, Affine> rows;
+    rows.load(brick, row, parts);
     before();
 #pragma unroll
     for (u32 step = 0; step < 4; ++step)
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) a[step][i] = rows[i % 2].pair(step, i / 2);
-}
-
-__device__ __forceinline__ void bulk_load(u32 to, u64 from, u32 bytes, u32 bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(bar)
-                 : "memory");
+        for (u32 i = 0; i < 4; ++i) a[step][i] = rows.pair(i % 2, step, i / 2);
 }
 
 struct Coded {

@@ -11,25 +11,6 @@ constexpr u32 DEPTH = 256;             // k-values of a stage
 constexpr u32 LINE = DEPTH * 2 + 16;   // bytes of a row of a stage: eight rows meet all banks
 constexpr u32 LOADERS = 3, BLOCK = 32 * (1 + LOADERS); // warps that bring stages; threads, with those of the one that multiplies
 
-// Where a tile starts.
-struct Place {
-    const GemmPart& part;
-    u32 m, n;
-};
-
-// The tile of a list of parts that is the `index`-th, by a whole warp at once: its lanes look at 32 parts each time.
-template <u32 ROWS> __device__ __forceinline__ Place find(const GemmArgs& args, u32 index) {
-    const GemmPart* parts = parts_of(args);
-    u32 through = 0; // parts that start at or before the tile: the last of them has it
-    for (u32 first = 0; first < args.part_count; first += 32) {
-        const u32 part = first + threadIdx.x % 32;
-        through += __popc(__ballot_sync(~0u, part < args.part_count && parts[part].first_tile <= index));
-    }
-    const GemmPart& part = parts[through - 1];
-    const u32 down = (part.rows + ROWS - 1) / ROWS, at = index - part.first_tile;
-    return {part, at % down * ROWS, at / down * CHANNELS};
-}
-
 template <bool GATED, u32 ROWS, u32 STAGES> struct Thin {
     static constexpr u32 STAGE = (CHANNELS + ROWS) * LINE;
     const GemmArgs& args;
@@ -83,7 +64,7 @@ template <bool GATED, u32 ROWS, u32 STAGES> struct Thin {
     __device__ __forceinline__ void load(u32 tiles) const {
         u32 sent = 0;
         for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
-            const Source tile = source_of(find<ROWS>(args, index));
+            const Source tile = source_of(find<ROWS, CHANNELS>(args, index));
             // Weights do not wait for what runs before; where parts are listed, the list does.
             const u32 ahead = index == blockIdx.x && !args.parts ? min(depths, STAGES) : 0;
             for (u32 depth = 0; depth < ahead; ++depth) bring_weights(tile, depth, depth);
@@ -133,30 +114,6 @@ template <bool GATED, u32 ROWS, u32 STAGES> struct Thin {
         }
     }
 
-    // A lane holds two neighbouring rows of channels lane/4 and lane/4 + 8: with gates, the second are their up factors.
-    template <typename Y> __device__ __forceinline__ void store(const f32 (&sums)[ROWS / 8][4], const Place& tile) const {
-        const f32* bias = reinterpret_cast<const f32*>(tile.part.bias);
-#pragma unroll
-        for (u32 j = 0; j < ROWS / 8; ++j)
-#pragma unroll
-            for (u32 v = 0; v < 2; ++v) {
-                const u32 m = tile.m + j * 8 + lane % 4 * 2 + v;
-                if (m >= tile.part.rows) continue;
-                Y* out = reinterpret_cast<Y*>(tile.part.out) + m * tile.part.out_stride;
-                if constexpr (GATED) {
-                    const u32 n = tile.n / 2 + lane / 4;
-                    if (n < tile.part.columns) out[n] = narrow<Y>(quick_silu(sums[j][v]) * sums[j][v + 2]);
-                } else {
-#pragma unroll
-                    for (u32 half = 0; half < 2; ++half) {
-                        const u32 n = tile.n + half * 8 + lane / 4;
-                        const f32 sum = sums[j][v + 2 * half];
-                        if (n < tile.part.columns) out[n] = narrow<Y>(bias ? sum + bias[n] : sum);
-                    }
-                }
-            }
-    }
-
     __device__ __forceinline__ void multiply_all(u32 tiles) const {
         u32 taken = 0;
         for (u32 index = blockIdx.x; index < tiles; index += gridDim.x) {
@@ -168,9 +125,9 @@ template <bool GATED, u32 ROWS, u32 STAGES> struct Thin {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(empty + 8 * slot);
             }
-            const Place tile = find<ROWS>(args, index);
-            if (tile.part.wide) store<f32>(sums, tile);
-            else store<bf16>(sums, tile);
+            const Place tile = find<ROWS, CHANNELS>(args, index);
+            if (tile.part.wide) store_transposed<f32, GATED, ROWS>(sums, tile);
+            else store_transposed<bf16, GATED, ROWS>(sums, tile);
         }
     }
 

@@ -3,7 +3,7 @@
 use crate::op::{Accesses, GatherFp8, Op};
 use crate::{AllocationId, Buffer, DeviceError, Drawn, TensorBytes, Weight, WeightFormat, WeightShape};
 use epsmoe_base::{DType, Deadline, Fault, Lane, Place, Rank, RowFormat};
-use epsmoe_quant::{Codes, Format};
+use epsmoe_quant::{Codes, Format, Target};
 use std::cell::Cell;
 
 /// Who is asked for buffers: a processor, or a [`Tally`].
@@ -140,8 +140,21 @@ pub trait Backend: Reserve + Send + Sync + 'static {
         )))
     }
 
+    /// What [`load_codes`](Backend::load_codes) takes in, for tensors that are made rather than stored: the codes that `target`
+    /// gives them. Nothing where the processor does not make them, and the codes are to be brought.
+    fn draw_codes(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        target: Target,
+        tensors: &[Drawn],
+    ) -> Result<Option<Weight>, DeviceError> {
+        let _ = (name, shape, target, tensors);
+        Ok(None)
+    }
+
     /// Takes a map in that is multiplied as FP8 codes, with rows in such codes: as many matrices as [`WeightShape::sources`]
-    /// says, of one format. Nothing if the processor has no such products, or none with these codes.
+    /// says, of one format. Nothing if the processor has no such products, or none with these codes or what they fold into.
     fn load_fp8(
         &self,
         name: &str,
@@ -153,14 +166,15 @@ pub trait Backend: Reserve + Send + Sync + 'static {
     }
 
     /// What [`load_fp8`](Backend::load_fp8) takes in, for tensors that are made rather than stored: the codes and scales that
-    /// `fp8_per_block` gives them. Nothing where the processor does not make them, and the codes are to be brought.
+    /// `target` gives them. Nothing where the processor does not make them, and the codes are to be brought.
     fn draw_fp8(
         &self,
         name: &str,
         shape: WeightShape,
+        target: Target,
         tensors: &[Drawn],
     ) -> Result<Option<Weight>, DeviceError> {
-        let _ = (name, shape, tensors);
+        let _ = (name, shape, target, tensors);
         Ok(None)
     }
 

@@ -1,6 +1,6 @@
 //! Parts of a model become weights of a device: read once, each rank only what it holds.
 
-use crate::checkpoint::held_format;
+use crate::checkpoint::{FP8_BITS, held_format, may_take_fp8_rows};
 use crate::names::Located;
 use crate::parallel::{Layout, Share};
 use crate::{LayerPart, Map, MlaSpec, ModelError, ModelSpec, Part, Source, Tensor, WeightSource, Window};
@@ -8,7 +8,7 @@ use epsmoe_base::{DType, Expert, Layer, by_threads, cores};
 use epsmoe_device::{Backend, DeviceError, Drawn, Weight, WeightFormat, WeightShape};
 use epsmoe_pipeline::Mlp;
 use epsmoe_plan::WeightCost;
-use epsmoe_quant::{Codes, Target};
+use epsmoe_quant::Codes;
 use std::ops::Range;
 
 /// A norm of the residual stream.
@@ -349,7 +349,7 @@ impl<B: Backend> Loader<'_, B> {
         if let Some(weight) = self.device.find(name) {
             return Ok(weight);
         }
-        if fp8 && let Some(weight) = self.drawn_fp8(name, shape, parts, window)? {
+        if let Some(weight) = self.drawn_codes(name, shape, parts, window, fp8)? {
             return Ok(weight);
         }
         if let Some(codes) = self.codes(shape, parts, window)? {
@@ -366,25 +366,26 @@ impl<B: Backend> Loader<'_, B> {
         self.held(name, shape, || parts.iter().map(|&part| self.read(part, window)).collect())
     }
 
-    /// Parts that are made rather than stored and quantised to FP8 blocks, if the device does both.
-    fn drawn_fp8(
+    /// Parts that are made rather than stored and quantised, if the device does both.
+    fn drawn_codes(
         &self,
         name: &str,
         shape: WeightShape,
         parts: &[Part],
         window: &Window,
+        fp8: bool,
     ) -> Result<Option<Weight>, ModelError> {
-        if self.source.quantises() != Some(Target::Fp8PerBlock) {
-            return Ok(None);
-        }
+        let Some(target) = self.source.quantises() else { return Ok(None) };
         for &part in parts {
-            let format = held_format(self.spec, self.source, part, window)?;
-            if format.is_none_or(|format| !format.may_be_fp8_blocks()) {
+            if held_format(self.spec, self.source, part, window)?.is_none() {
                 return Ok(None);
             }
         }
         let Some(drawn) = self.drawn(parts, window)? else { return Ok(None) };
-        Ok(self.device.draw_fp8(name, shape, &drawn)?)
+        if fp8 && let Some(weight) = self.device.draw_fp8(name, shape, target, &drawn)? {
+            return Ok(Some(weight));
+        }
+        Ok(self.device.draw_codes(name, shape, target, &drawn)?)
     }
 
     /// Parts that are made rather than stored; nothing unless all of them are.
@@ -424,18 +425,16 @@ impl<B: Backend> Loader<'_, B> {
     /// find the same.
     pub(crate) fn coded_experts(&self) -> Result<Option<WeightCost>, ModelError> {
         let mut layers = self.spec.layers.iter().enumerate();
-        let Some((layer, moe)) = layers.find_map(|(layer, of)| Some((layer, of.mlp.moe()?))) else {
+        let Some((layer, _)) = layers.find_map(|(layer, of)| Some((layer, of.mlp.moe()?))) else {
             return Ok(None);
         };
         let part = LayerPart::Expert(Expert(0), Map::UpProj).of(Layer(layer));
         let format = held_format(self.spec, self.source, part, &Window::whole())?;
         let held = format.filter(|format| self.device.holds(format));
-        Ok(held.map(|format| WeightCost {
-            millibits: (1000.0 * format.bits()) as u64,
-            fp8_rows: self.device.fp8_rows()
-                && format.may_be_fp8_blocks()
-                && moe.activation.is_none()
-                && !moe.scaled_inputs,
+        Ok(held.map(|format| {
+            let fp8_rows = self.device.fp8_rows() && may_take_fp8_rows(self.spec, part, &format);
+            let bits = if fp8_rows { FP8_BITS } else { format.bits() };
+            WeightCost { millibits: (1000.0 * bits) as u64, fp8_rows }
         }))
     }
 

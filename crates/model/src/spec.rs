@@ -648,6 +648,21 @@ impl ModelSpec {
         self.layers.iter().any(|layer| matches!(layer.attention, AttentionSpec::Mla(_)))
     }
 
+    /// Whether rows become FP8 codes for a map where that is wanted and its weights are FP8 blocks, or fold into them.
+    pub(crate) fn takes_fp8_rows(&self, part: Part) -> bool {
+        use LayerPart::*;
+        let Part::Layer(layer, of) = part else { return false };
+        match of {
+            Query | Key | Value | Output | QueryDown | QueryUp | KvDown | StateOutput => true,
+            Dense(_) | Shared(_) | Expert(..) | Residual(_) => match &self.layers[layer.0].mlp {
+                MlpSpec::Absent => false,
+                MlpSpec::Dense { activation, .. } => activation.is_none(),
+                MlpSpec::Moe(moe) => moe.activation.is_none() && !moe.scaled_inputs,
+            },
+            _ => false,
+        }
+    }
+
     /// Whether the weights of a norm are stored less 1.
     pub(crate) fn is_less_one(&self, part: Part) -> bool {
         use LayerPart::{InputNorm, KeyNorm, PostAttentionNorm, QueryNorm};

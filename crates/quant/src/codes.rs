@@ -83,6 +83,11 @@ impl Format {
         (self.code, self.group, self.part, self.zeros) == (Code::E4M3, 128, 128, false)
     }
 
+    /// Whether weights of this format may be multiplied as FP8 blocks: because they are such, or fold into them.
+    pub fn may_become_fp8_blocks(&self) -> bool {
+        self.may_be_fp8_blocks() || self.may_fold()
+    }
+
     /// Bytes of a record.
     pub fn record_bytes(&self) -> usize {
         self.fields().map(|field| field.len()).sum()

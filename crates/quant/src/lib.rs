@@ -15,6 +15,7 @@ mod decode;
 pub mod element;
 mod encode;
 mod error;
+mod fold;
 mod ggml;
 pub mod gguf;
 mod stored;

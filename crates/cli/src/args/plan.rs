@@ -42,7 +42,7 @@ pub(crate) struct PlanArgs {
     #[arg(long, env = "EPSMOE_KV_CACHE_DTYPE", value_enum, value_name = "FORMAT", default_value_t = KvCacheDtype::Auto)]
     pub(crate) kv_cache_dtype: KvCacheDtype,
 
-    /// What the checkpoint must be quantised with; fp8_per_block, int4 and q8_0 take plain weights, or those of a model of which
+    /// What the checkpoint must be quantised with; fp8_per_block, mxfp4, int4 and q8_0 take plain weights, or those of a model of which
     /// only the configuration is here, to be quantised so; none (or dequantise) takes all to be decoded to bfloat16 [default: what
     /// the checkpoint says]
     #[arg(
@@ -55,7 +55,7 @@ pub(crate) struct PlanArgs {
     )]
     pub(crate) quantization: Quantisation,
 
-    /// With dynamic, activations become FP8 codes where weights are FP8 in blocks of 128; with auto where the checkpoint says so and
+    /// With dynamic, activations become FP8 codes where weights are FP8 in blocks of 128, or MXFP4, which is held as such then; with auto where the checkpoint says so and
     /// the machine's GPUs multiply them
     #[arg(long, env = "EPSMOE_ACTIVATION_SCHEME", value_enum, value_name = "SCHEME", default_value_t = ActivationScheme::Auto)]
     pub(crate) activation_scheme: ActivationScheme,

@@ -49,7 +49,8 @@ pub(crate) struct RunArgs {
 
     /// Holds against the checkpoint that its weights are quantised so: fp8, compressed-tensors, mxfp4, awq, gptq, modelopt,
     /// quark or gguf; with `none` (or `dequantise`) they are decoded to bfloat16 when they are loaded: the same bits, in more
-    /// memory. fp8_per_block, int4 and q8_0 quantise plain weights while they are loaded [default: what the checkpoint says]
+    /// memory. fp8_per_block, mxfp4, int4 and q8_0 quantise plain weights while they are loaded [default: what the checkpoint
+    /// says]
     #[arg(
         short,
         long,
@@ -61,10 +62,11 @@ pub(crate) struct RunArgs {
     )]
     pub(crate) quantization: Quantisation,
 
-    /// With dynamic, activations become FP8 codes too where weights are FP8 in blocks of 128, which a Hopper GPU multiplies faster:
-    /// each row by itself, with a scale for every 128. With auto they do where the checkpoint says so and the GPU can; with none
-    /// they stay as they are, as on every other processor. With int8, on a CPU, activations become int8 where weights are held in
-    /// four bits or as int8, each row by itself with a scale for every 32: new tokens come faster, and their numbers are others
+    /// With dynamic, activations become FP8 codes too where weights are FP8 in blocks of 128, or MXFP4, which is held as such blocks
+    /// then: a Hopper GPU multiplies them faster. Each row is coded by itself, with a scale for every 128. With auto they do where the
+    /// checkpoint says so and the GPU can; with none they stay as they are, as on every other processor. With int8, on a CPU,
+    /// activations become int8 where weights are held in four bits or as int8, each row by itself with a scale for every 32: new
+    /// tokens come faster, and their numbers are others
     #[arg(long, env = "EPSMOE_ACTIVATION_SCHEME", value_enum, value_name = "SCHEME", default_value_t = ActivationScheme::Auto, help_heading = PROCESSOR)]
     pub(crate) activation_scheme: ActivationScheme,
 

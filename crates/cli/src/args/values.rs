@@ -215,12 +215,9 @@ pub(crate) enum Quantisation {
     None,
     /// The checkpoint must be quantised so.
     Method(Method),
-    /// Plain weights are quantised so when they are loaded.
+    /// Plain weights are quantised so when they are loaded; a checkpoint that is quantised must be so, where that is a method.
     OnLine(Target),
 }
-
-/// Codings that plain weights can be brought into while they are loaded. `mxfp4` is what a checkpoint is quantised with.
-const ON_LINE: [Target; 3] = [Target::Fp8PerBlock, Target::Int4, Target::Q8_0];
 
 impl FromStr for Quantisation {
     type Err = String;
@@ -230,11 +227,10 @@ impl FromStr for Quantisation {
             "auto" => Ok(Quantisation::Auto),
             "none" | "dequantise" | "dequantize" => Ok(Quantisation::None),
             _ => {
-                let target = ON_LINE.into_iter().find(|target| target.to_string() == text);
-                let on_line = target.map(Quantisation::OnLine);
+                let on_line = Target::named(text).map(Quantisation::OnLine);
                 on_line.or_else(|| Method::named(text).map(Quantisation::Method)).ok_or_else(|| {
-                    let methods = Method::ALL.iter().map(Method::to_string);
-                    let names: Vec<String> = methods.chain(ON_LINE.iter().map(Target::to_string)).collect();
+                    let mut names: Vec<String> = Method::ALL.iter().map(Method::to_string).collect();
+                    names.extend(Target::ALL.iter().map(Target::to_string).filter(|name| name != "mxfp4"));
                     format!("`{text}` is not known: write auto, none, {}", names.join(", "))
                 })
             }

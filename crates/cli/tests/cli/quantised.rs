@@ -53,7 +53,7 @@ fn a_gguf_file_is_a_model() {
     let message = refused(&mut command(&format!("generate --model {part} --ids 5")));
     contains(&message, "model-00002-of-00002.gguf: the file is missing; fetch it");
     // A plan counts what is held: in bfloat16 they would be 53248 and 184320.
-    for (model, bytes) in [(fixture("qwen3_moe_mxfp4"), 35584), (fixture("deepseek_v3_fp8"), 116_880)] {
+    for (model, bytes) in [(fixture("qwen3_moe_mxfp4"), 35584), (fixture("deepseek_v3_fp8"), 112_931)] {
         let plan = printed(&mut command(&format!("plan --model {model} --machine 8xH100 --json")));
         let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
         assert_eq!(plan["rows"][0]["bytes"]["weights"], bytes, "{model}");
@@ -75,12 +75,15 @@ fn plans_price_what_is_held() {
     let plain = mini("--machine 8xH200");
     let codes = mini("--machine 8xH200 -q fp8_per_block");
     let rows = mini("--machine 8xH200 -q fp8_per_block --activation-scheme none");
-    assert_eq!([&plain.0, &codes.0, &rows.0], ["16 bits", "8.5 bits, multiplied as FP8 codes", "8.5 bits"]);
+    assert_eq!([&plain.0, &codes.0, &rows.0], ["16 bits", "8.001 bits, multiplied as FP8 codes", "8.5 bits"]);
     assert!(codes.1 < rows.1 && rows.1 <= plain.1, "{codes:?} {rows:?} {plain:?}");
     assert_eq!(mini("--machine 8xA100 -q fp8_per_block").0, "8.5 bits", "a GPU that multiplies no FP8");
     assert_eq!(mini("--machine 8xH200 -q int4").0, "4.5 bits");
+    // MXFP4 folds into FP8 blocks.
+    assert_eq!(mini("--machine 8xH200 -q mxfp4").0, "4.5 bits");
+    assert_eq!(mini("--machine 8xH200 -q mxfp4 --activation-scheme dynamic").0, codes.0);
     let checkpoint = fixture("deepseek_v3_fp8");
-    let held = "9 bits, multiplied as FP8 codes";
+    let held = "8.668 bits, multiplied as FP8 codes";
     assert_eq!(experts(&checkpoint, "--machine 8xH200").0, held);
     assert_eq!(experts(&checkpoint, "--machine 8xH200 -q none").0, plain.0);
     // Of a model whose weights are not here the configuration says what they would be.
@@ -90,7 +93,10 @@ fn plans_price_what_is_held() {
     assert_eq!(experts(&folder.text(""), "--machine 8xH200 -q fp8_per_block").0, held);
     for (typed, words) in [
         ("--machine 8xA100 --activation-scheme dynamic", "which the GPUs of 8xA100 cannot"),
-        ("--machine 8xH200 --activation-scheme dynamic", "no weights of preset:mixtral-mini are FP8"),
+        (
+            "--machine 8xH200 --activation-scheme dynamic",
+            "no weights of preset:mixtral-mini that take them are FP8",
+        ),
         ("--machine 8xH200 -q fp8", "the weights of preset:mixtral-mini are not quantised"),
     ] {
         contains(&refused(&mut command(&format!("plan --model preset:mixtral-mini {typed}"))), words);
@@ -111,6 +117,12 @@ fn quantization_holds_against_the_checkpoint() {
     }
     json(&mut of(&fixture("mixtral_int4"), "compressed-tensors"));
     json(&mut of(&fixture("gguf/olmoe.gguf"), "gguf"));
+    // A coding that plain weights are brought into, and what a checkpoint says that is in it.
+    for model in [&fixture("mixtral"), "preset:mixtral-mini", &fixture("gpt_oss_mxfp4")] {
+        json(&mut of(model, "mxfp4 --dtype bfloat16"));
+    }
+    contains(&refused(&mut of(&fp8, "mxfp4")), "--quantization says mxfp4, but");
+    contains(&refused(&mut of(&fp8, "int4")), "--quantization int4 is for plain weights, but");
     contains(&refused(&mut of(&fp8, "awq")), "--quantization says awq, but");
     contains(&refused(&mut of(&fp8, "awq")), "is quantised with fp8: leave it out");
     contains(&refused(&mut of(&fixture("mixtral"), "gptq")), "are not quantised: leave it out");

@@ -105,14 +105,20 @@ impl Bricks {
         (8 * self.bytes()) as f64 / (SIDE * SIDE) as f64
     }
 
+    /// Rows, and bytes, of `count` matrices of so many rows and columns.
+    pub(super) fn size(self, [count, rows, columns]: [usize; 3]) -> (usize, usize) {
+        let rows = if count == 1 { rows } else { rows.next_multiple_of(INTERLEAVED) * count };
+        (rows, rows.div_ceil(SIDE) * columns.div_ceil(SIDE) * self.bytes())
+    }
+
     /// One matrix, or rows of gate and up in turn, and how many rows that makes. Nothing if some scale does not become one of
     /// these.
     pub(super) fn pack(self, matrices: &[Codes]) -> Option<(Vec<u8>, usize)> {
         let count = matrices.len();
         let first = matrices.first()?;
-        let rows = if count == 1 { first.rows } else { first.rows.next_multiple_of(INTERLEAVED) * count };
+        let (rows, bytes) = self.size([count, first.rows, first.columns]);
         let across = first.columns.div_ceil(SIDE);
-        let mut bricks = vec![0; rows.div_ceil(SIDE) * across * self.bytes()];
+        let mut bricks = vec![0; bytes];
         for (index, codes) in matrices.iter().enumerate() {
             for row in 0..codes.rows {
                 let (turn, within) = (row / INTERLEAVED, row % INTERLEAVED);
@@ -129,15 +135,14 @@ impl Bricks {
     /// Puts what row `row` has from `column` on into row `at` of a brick.
     fn place(self, codes: &Codes, row: usize, column: usize, at: usize, brick: &mut [u8]) -> Option<()> {
         let (own, scales) = brick.split_at_mut(SIDE * self.row_bytes());
-        let own = &mut own[at * self.row_bytes()..][..self.row_bytes()];
         let stored = &codes.row(row)[column * self.code.bits() / 8..];
         match self.code {
-            Code::E2M1 => place_nibbles(stored, own, bits_of_e2m1),
-            Code::U4 => place_nibbles(stored, own, nibble),
-            Code::I8 | Code::E4M3 => place_bytes(stored, own),
+            Code::E2M1 => place_nibbles(stored, own, at, bits_of_e2m1),
+            Code::U4 => place_nibbles(stored, own, at, nibble),
+            Code::I8 | Code::E4M3 => place_bytes(stored, &mut own[at * SIDE..][..SIDE]),
         }
         let Format { group, part, .. } = codes.format;
-        for (index, scale) in scales[at * self.parts * self.scales.bytes()..]
+        for (index, scale) in scales[order_of(at) * self.parts * self.scales.bytes()..]
             .chunks_exact_mut(self.scales.bytes())
             .take(self.parts)
             .enumerate()
@@ -180,16 +185,27 @@ fn place_of(pair: usize) -> (usize, usize, usize) {
     (2 * pair / STEP, 2 * pair % STEP / (STEP / 2), pair % LANES)
 }
 
-/// Codes of four bits: a word holds two steps of a lane, its lower half the first numbers of four pairs, its upper half the
-/// second ones. `spread` says which bits of a half are those of a code at one of the four places.
-fn place_nibbles(from: &[u8], to: &mut [u8], spread: impl Fn(u32, usize) -> u32) {
-    let mut words = [0; LANES * SIDE / STEP / 2];
+/// Which of all rows, in the order in which they lie, a row of a brick is: rows that a lane multiplies together are neighbours.
+fn order_of(row: usize) -> usize {
+    row / 16 * 16 + row % 8 * 2 + row / 8 % 2
+}
+
+/// Codes of four bits of row `at`: a word holds two steps of a lane, its lower half the first numbers of four pairs, its upper half the
+/// second ones. A lane has the words of two rows side by side. `spread` says which bits of a word those of a code are that is the first
+/// of one of the four pairs.
+fn place_nibbles(from: &[u8], to: &mut [u8], at: usize, spread: impl Fn(u32, usize) -> u32) {
+    const WORDS: usize = SIDE / STEP / 2;
+    let mut words = [0; LANES * WORDS];
     for (pair, &both) in from.iter().take(SIDE / 2).enumerate() {
         let (step, half, lane) = place_of(pair);
-        let (at, both) = (step % 2 * 2 + half, u32::from(both));
-        words[lane * 2 + step / 2] |= spread(both & 15, at) | spread(both >> 4, at) << 16;
+        let (place, both) = (step % 2 * 2 + half, u32::from(both));
+        words[lane * WORDS + step / 2] |= spread(both & 15, place) | spread(both >> 4, place).rotate_left(16);
     }
-    to.as_chunks_mut::<4>().0.iter_mut().zip(words).for_each(|(to, word)| *to = word.to_le_bytes());
+    let (to, _) = to.as_chunks_mut::<4>();
+    for (lane, words) in words.chunks_exact(WORDS).enumerate() {
+        let first = (at / 16 * 8 + at % 8) * 2 * LANES * WORDS + (lane * 2 + at / 8 % 2) * WORDS;
+        to[first..].iter_mut().zip(words).for_each(|(to, word)| *to = word.to_le_bytes());
+    }
 }
 
 /// Four bits side by side.
@@ -197,13 +213,15 @@ fn nibble(code: u32, at: usize) -> u32 {
     code << (4 * at)
 }
 
-/// Sign, two bits of exponent and one of fraction, where a shift brings them to 15, 8, 7 and 6; of the last place where room is
-/// left.
+/// Sign, two bits of exponent and one of fraction, where a rotation brings them to 15, 8, 7 and 6; of the last place where room is
+/// left, which is there but for the fraction. `E2m1` of the source takes them from there.
 fn bits_of_e2m1(code: u32, at: usize) -> u32 {
     let (sign, rest) = (code >> 3, code & 7);
     match at {
-        0..3 => (sign << 15 | rest << 6) >> (3 * at),
-        _ => sign << 14 | (rest >> 2) << 13 | (rest & 3) << 10,
+        0 => sign << 9 | rest,
+        1 => sign << 13 | rest << 4,
+        2 => sign << 19 | rest << 10,
+        _ => sign << 15 | (rest >> 1) << 7 | (rest & 1) << 14,
     }
 }
 
@@ -230,8 +248,9 @@ mod tests {
     const INT4: Format = Format { code: Code::U4, scale: Scale::F16, group: 32, part: 32, zeros: false };
 
     /// k = 93 of row 13 of up is in the second brick at 29: step 1, the second half of it, lane 2, the second of its pair.
-    /// Lane 2 begins at byte 16, its word of the steps 0 and 1 too, and nibble 3 of the upper half is the upper one of byte 3.
-    /// Row 13 of up is packed row 29: 16 rows before it, and 8 of gate.
+    /// Row 13 of up is packed row 29: 16 rows before it, and 8 of gate. It lies beside row 21, the sixth of the second sixteen: 512
+    /// bytes and 5 of 64 before it. Lane 2 begins 32 further, row 29 follows 8 bytes of row 21; of its word of the steps 0 and 1 nibble 3
+    /// of the upper half is the upper one of byte 3.
     #[test]
     fn place_of_a_code_worked_example() {
         let bricks = Bricks::of(&INT4).expect("a kernel");
@@ -248,26 +267,32 @@ mod tests {
         let (packed, rows) = bricks.pack(&[empty, up]).expect("scales of zero");
         assert_eq!(rows, 32);
         let set: Vec<_> = (0..packed.len()).filter(|&at| ![0, 0x80].contains(&packed[at])).collect();
-        let at = bricks.bytes() + 29 * 32 + 16 + 3;
+        let at = bricks.bytes() + 512 + 5 * 64 + 32 + 8 + 3;
         assert_eq!((set, packed[at]), (vec![at], 0xe0));
     }
 
-    /// No two of four codes share a bit, and what the kernel makes of a word is what they mean.
+    /// No two of eight codes share a bit, and what the kernel makes of a word is what they mean.
     #[test]
     fn bits_of_e2m1_come_to_their_places() {
         for codes in 0..1u32 << 16 {
-            let code = |at: usize| codes >> (4 * at) & 15;
-            let word = (0..4).map(|at| bits_of_e2m1(code(at), at)).fold(0, |word, bits| {
+            // The upper half has other codes than the lower one.
+            let code = |at: usize| (codes >> (4 * (at % 4)) & 15) ^ if at < 4 { 0 } else { 13 };
+            let word = (0..8).fold(0u32, |word, at| {
+                let bits = bits_of_e2m1(code(at), at % 4).rotate_left(16 * (at / 4) as u32);
                 assert_eq!(word & bits, 0);
                 word | bits
             });
             for at in 0..4 {
                 let bits = match at {
-                    0..3 => word << (3 * at) & 0x81c0,
-                    _ => word << 1 & 0x8000 | word >> 5 & 0x100 | word >> 4 & 0xc0,
+                    0 => word << 6 & 0x81c0_81c0,
+                    1 => word << 2 & 0x81c0_81c0,
+                    2 => word.rotate_right(4) & 0x81c0_81c0,
+                    _ => word & 0x8180_8180 | word >> 8 & 0x0040_0040,
                 };
-                let value = f32::from_bits(bits << 16) * 2f32.powi(126);
-                assert_eq!(value, Code::E2M1.value(code(at) as u8), "{codes:x}, {at}");
+                for (half, bits) in [bits << 16, bits & 0xffff_0000].into_iter().enumerate() {
+                    let value = f32::from_bits(bits) * 2f32.powi(126);
+                    assert_eq!(value, Code::E2M1.value(code(at + 4 * half) as u8), "{codes:x}, {at}");
+                }
             }
         }
     }

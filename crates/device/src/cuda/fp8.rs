@@ -30,10 +30,13 @@ pub(super) fn stride(width: usize) -> usize {
     width.next_multiple_of(16)
 }
 
-/// One matrix, or rows of gate and up in turn. Nothing for other codes than e4m3 in blocks of 128 × 128, and for widths that
-/// buffers have no aligned rows of.
+/// One matrix, or rows of gate and up in turn. Nothing for other codes than e4m3 in blocks of 128 × 128 and MXFP4 that folds into
+/// such, and for widths that buffers have no aligned rows of.
 pub(super) fn pack(matrices: &[Codes]) -> Option<Packed> {
     let first = matrices.first()?;
+    if first.format.may_fold() {
+        return pack(&matrices.iter().map(Codes::folded).collect::<Option<Vec<_>>>()?);
+    }
     let (count, height, width) = (matrices.len(), first.rows, first.columns);
     if !(first.format.may_be_fp8_blocks() && is_even([height, width])) {
         return None;

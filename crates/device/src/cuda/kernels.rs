@@ -21,9 +21,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// `$XDG_CACHE_HOME/epsmoe/kernels` or `~/.cache/epsmoe/kernels`.
 pub const CACHE_VARIABLE: &str = "EPSMOE_KERNEL_CACHE";
 
-const HEADERS: [(&str, &str); 20] = [
+const HEADERS: [(&str, &str); 21] = [
     ("common.cuh", include_str!("../../kernels/common.cuh")),
     ("turn.cuh", include_str!("../../kernels/turn.cuh")),
+    ("draw.cuh", include_str!("../../kernels/draw.cuh")),
     ("barrier.cuh", include_str!("../../kernels/barrier.cuh")),
     ("tensor.cuh", include_str!("../../kernels/tensor.cuh")),
     ("matches.cuh", include_str!("../../kernels/matches.cuh")),
@@ -93,7 +94,8 @@ const ANY: [(DType, DType); 4] = [(F32, F32), (F32, BF16), (BF16, F32), (BF16, B
 
 sources! {
     "draw": ["draw"] in [(BF16, F32), (BF16, BF16)], 256 threads;
-    "draw": ["draw_blocks"] in [(BF16, E4M3)], 256 threads;
+    "draw_coded": ["draw_blocks", "draw_folded"] in [(BF16, E4M3)], 256 threads;
+    "draw_coded": ["draw_mxfp4"] in [(BF16, CODES)], 256 threads;
     "copy": ["copy"] in ANY, 256 threads;
     "add": ["add"] in ANY, 256 threads;
     "clamp": ["clamp"] in SAME, 256 threads;
@@ -146,6 +148,7 @@ sources! {
         in [(BF16, BF16)], 128 threads on "sm_90a";
     "gemm_coded": ["coded_middle"] in [(BF16, BF16)], 256 threads;
     "gemm_coded": ["coded_small"] in [(BF16, BF16)], 128 threads;
+    "gemm_thin_coded": ["coded_thin8", "coded_thin16"] in [(BF16, BF16)], 160 threads on "sm_90a";
     "gemm_hopper": ["gemm_hopper256", "gated_hopper256", "gemm_hopper128", "gated_hopper128", "gemm_hopper64", "gated_hopper64"]
         in [(BF16, BF16)], 384 threads on "sm_90a";
     "gemm_hopper": ["gemm_hopper256", "gemm_hopper128", "gemm_hopper64"] in [(BF16, F32)], 384 threads on "sm_90a";
@@ -168,23 +171,45 @@ pub(super) struct GemmTile {
     pub(super) shared_bytes: u32,
     /// Bricks that are in shared memory besides, where weights are held in codes.
     pub(super) bricks: u32,
+    /// Whether it is for few rows, by a kernel that brings weights at the speed of memory.
+    pub(super) thin: bool,
 }
 
 /// Bytes of a row of a stage.
 const DEPTH_BYTES: u32 = 128;
 
 const fn tensor_tile(operations: [&'static str; 2], rows: u32, columns: u32, stages: u32) -> GemmTile {
-    GemmTile { operations, rows, columns, shared_bytes: stages * (rows + columns) * DEPTH_BYTES, bricks: 0 }
+    GemmTile {
+        operations,
+        rows,
+        columns,
+        shared_bytes: stages * (rows + columns) * DEPTH_BYTES,
+        bricks: 0,
+        thin: false,
+    }
 }
 
 const fn coded_tile(operation: &'static str, rows: u32, columns: u32, stages: u32) -> GemmTile {
     let bricks = stages * columns / SIDE as u32;
-    GemmTile { operations: [operation; 2], rows, columns, shared_bytes: stages * rows * DEPTH_BYTES, bricks }
+    GemmTile {
+        operations: [operation; 2],
+        rows,
+        columns,
+        shared_bytes: stages * rows * DEPTH_BYTES,
+        bricks,
+        thin: false,
+    }
 }
 
 /// Float32 arithmetic.
-pub(super) const PLAIN: GemmTile =
-    GemmTile { operations: ["gemm_plain", "gated_plain"], rows: 64, columns: 64, shared_bytes: 0, bricks: 0 };
+pub(super) const PLAIN: GemmTile = GemmTile {
+    operations: ["gemm_plain", "gated_plain"],
+    rows: 64,
+    columns: 64,
+    shared_bytes: 0,
+    bricks: 0,
+    thin: false,
+};
 /// Tensor cores, for few rows in a part up to many. All give the same bits.
 pub(super) const SMALL: GemmTile = tensor_tile(["gemm_small", "gated_small"], 16, 64, 6);
 pub(super) const MIDDLE: GemmTile = tensor_tile(["gemm_middle", "gated_middle"], 64, 128, 4);
@@ -192,12 +217,14 @@ pub(super) const LARGE: GemmTile = tensor_tile(["gemm_large", "gated_large"], 12
 pub(super) const SQUARE: GemmTile = tensor_tile(["gemm_square", "gated_square"], 128, 128, 3);
 
 const fn thin_tile(operations: [&'static str; 2], rows: u32, stages: u32) -> GemmTile {
-    const LINE_BYTES: u32 = 2 * 256 + 16;
     let columns = GemmTile::THIN;
-    // Each stage has two barriers.
-    let shared_bytes = stages * ((rows + columns) * LINE_BYTES + 16);
-    GemmTile { operations, rows, columns, shared_bytes, bricks: 0 }
+    let shared_bytes = stages * ((rows + columns) * LINE_BYTES + BARRIER_BYTES);
+    GemmTile { operations, rows, columns, shared_bytes, bricks: 0, thin: true }
 }
+
+/// Bytes of a row of a stage of the kernels for few rows, and of a stage's two barriers.
+const LINE_BYTES: u32 = 2 * 256 + 16;
+const BARRIER_BYTES: u32 = 16;
 
 /// Tensor cores of Hopper, for few rows: so many blocks that weights arrive at the speed of memory. The same bits too.
 pub(super) const THIN: [GemmTile; 3] = [
@@ -206,14 +233,25 @@ pub(super) const THIN: [GemmTile; 3] = [
     thin_tile(["gemm_thin32", "gated_thin32"], 32, 4),
 ];
 
+/// One stage of the same for weights in codes, of which there are as many as fit.
+const fn coded_thin_stage(operation: &'static str, rows: u32) -> GemmTile {
+    let (columns, shared_bytes) = (SIDE as u32, rows * LINE_BYTES + BARRIER_BYTES);
+    GemmTile { operations: [operation; 2], rows, columns, shared_bytes, bricks: 4, thin: true }
+}
+
+/// Weights in codes, for few rows on Hopper.
+pub(super) const CODED_THIN: [GemmTile; 2] =
+    [coded_thin_stage("coded_thin8", 8), coded_thin_stage("coded_thin16", 16)];
+
 impl GemmTile {
-    /// Columns of the tiles for few rows.
+    /// Columns of the tiles for few rows of weights in bfloat16.
     const THIN: u32 = 16;
     /// What k is a multiple of there.
     pub(super) const THIN_STEP: usize = 32;
 
-    pub(super) fn is_thin(&self) -> bool {
-        self.columns == Self::THIN
+    /// So many stages of what is one.
+    pub(super) fn stages(self, stages: u32) -> GemmTile {
+        GemmTile { shared_bytes: stages * self.shared_bytes, bricks: stages * self.bricks, ..self }
     }
 }
 

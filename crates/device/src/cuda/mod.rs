@@ -45,7 +45,7 @@ use cudarc::driver::sys::CUdevice_attribute::{
 };
 use driver::{Context, Copy2d, CudaError, DeviceMemory, End, Event, EventPool, PinnedMemory, Stream};
 use epsmoe_base::{Bytes, DType, Deadline, Fault, FaultCell, FaultKind, Lane, Place, Rank, panic_text};
-use epsmoe_quant::{Codes, Format};
+use epsmoe_quant::{Codes, Format, Target};
 use half::bf16;
 use kernels::Kernels;
 use launch::{Kept, Launch, Refusal};
@@ -782,10 +782,26 @@ impl Backend for CudaBackend {
         self.weights.0.draw(&self.device.kernels, self.options.dtype, name, shape, tensors).map(Some)
     }
 
+    fn draw_codes(
+        &self,
+        name: &str,
+        shape: WeightShape,
+        target: Target,
+        tensors: &[Drawn],
+    ) -> Result<Option<Weight>, DeviceError> {
+        if target != Target::Mxfp4 || self.options.dtype != DType::BF16 {
+            return Ok(None);
+        }
+        self.device.context.bind()?;
+        self.device.kernels.expect_codes();
+        self.weights.0.draw_mxfp4(&self.device.kernels, name, shape, tensors)
+    }
+
     fn draw_fp8(
         &self,
         name: &str,
         shape: WeightShape,
+        target: Target,
         tensors: &[Drawn],
     ) -> Result<Option<Weight>, DeviceError> {
         if !self.options.fp8_rows {
@@ -793,7 +809,7 @@ impl Backend for CudaBackend {
         }
         self.device.context.bind()?;
         self.device.kernels.expect_codes();
-        self.weights.0.draw_fp8(&self.device.kernels, name, shape, tensors)
+        self.weights.0.draw_fp8(&self.device.kernels, name, shape, target, tensors)
     }
 
     fn holds(&self, format: &Format) -> bool {

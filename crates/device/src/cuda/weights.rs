@@ -2,7 +2,7 @@
 
 use super::bricks::Bricks;
 use super::carrier::{Carriers, Lines};
-use super::driver::{Context, CudaError, Element, Matrix, Stream, TensorMap};
+use super::driver::{Context, CudaError, Element, Matrix, PinnedMemory, Stream, TensorMap};
 use super::fp8;
 use super::hopper;
 use super::kernels::Kernels;
@@ -11,7 +11,7 @@ use super::memory::Pool;
 use crate::threaded::{check_codes, check_sources, held_format};
 use crate::{DeviceError, Drawn, TensorBytes, Weight, WeightFormat, WeightShape, WeightSlot};
 use epsmoe_base::{Bytes, DType};
-use epsmoe_quant::Codes;
+use epsmoe_quant::{Codes, Target};
 use half::bf16;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -35,6 +35,7 @@ pub(super) struct Held {
 pub(super) struct WeightStore {
     /// Whether bf16 maps get a `TensorMap`.
     mapped: bool,
+    context: Arc<Context>,
     stream: Stream,
     carriers: Carriers,
     pool: Mutex<Pool>,
@@ -51,6 +52,7 @@ impl WeightStore {
     pub(super) fn new(context: &Arc<Context>, mapped: bool) -> Result<Self, CudaError> {
         Ok(WeightStore {
             mapped,
+            context: Arc::clone(context),
             stream: Stream::new(context)?,
             carriers: Carriers::new(context),
             pool: Mutex::new(Pool::new(context, None)),
@@ -105,12 +107,11 @@ impl WeightStore {
         let layout = Layout::of(shape, dtype, DType::BF16);
         let kernel = kernels.get("draw", DType::BF16, layout.dtype)?;
         let held = self.reserve(name, &layout)?;
-        for (tensor, to) in tensors.iter().zip(0..) {
-            let (out, together) = (held.start + layout.place(to, 0), layout.together());
-            let apart = together * layout.tensors;
+        for (index, tensor) in tensors.iter().enumerate() {
             let sizes = [layout.rows, layout.width, layout.stride];
-            let arguments = DrawArgs::of(tensor, out, sizes, [together, apart], 0);
-            let blocks = (layout.width.div_ceil(DRAW_THREADS) as u32, layout.rows.clamp(1, DRAW_ROWS) as u32);
+            let arguments = DrawArgs::of(tensor, held.start, sizes, [index, layout.tensors]);
+            let blocks =
+                (layout.width.div_ceil(DRAW_THREADS) as u32, layout.rows.clamp(1, DRAW_BLOCKS) as u32);
             // SAFETY: the kernel writes the rows of this tensor inside the memory of this weight, which nobody else has yet.
             unsafe { self.stream.launch(&kernel.function, blocks, 0, &arguments) }?;
         }
@@ -146,7 +147,7 @@ impl WeightStore {
     }
 
     /// Brings a map to the GPU as FP8 codes that are multiplied as such: their rows, and a map with the scales of blocks.
-    /// Nothing if codes are not in such blocks.
+    /// Nothing if codes neither are in such blocks nor fold into them.
     pub(super) fn load_fp8(
         &self,
         name: &str,
@@ -163,38 +164,82 @@ impl WeightStore {
         self.keep(name, shape, WeightFormat::Fp8, held).map(Some)
     }
 
-    /// Makes such a weight of numbers that follow from their places: the codes and scales that it has when it is quantised on
-    /// the host. Nothing if codes are not in such blocks.
-    pub(super) fn draw_fp8(
+    /// Makes a map of numbers that follow from their places, in the codes that it has when it is quantised to MXFP4 on the host.
+    /// Nothing where kernels could not do with scales what they mean.
+    pub(super) fn draw_mxfp4(
         &self,
         kernels: &Kernels,
         name: &str,
         shape: WeightShape,
         tensors: &[Drawn],
     ) -> Result<Option<Weight>, DeviceError> {
+        /// What is below it has scales below 4.
+        const LARGEST: f32 = 8.0;
         let (count, dimensions) = shape.sources();
         let (height, width) = (dimensions[0], dimensions[1]);
-        if !(self.mapped && fp8::is_even([height, width])) {
+        let format = Target::Mxfp4.format(width);
+        let small = tensors.iter().all(|tensor| tensor.step * 32768.0 < LARGEST);
+        let Some(bricks) = Bricks::of(&format).filter(|_| small && Target::Mxfp4.fits(width)) else {
+            return Ok(None);
+        };
+        let (rows, bytes) = bricks.size([count, height, width]);
+        let start = self.take(name, bytes)?;
+        // SAFETY: the piece was just taken with that size, and nobody else has it yet.
+        unsafe { self.stream.fill(start, 0, bytes) }?;
+        let kernel = kernels.get("draw_mxfp4", DType::BF16, DType::U32)?;
+        let parts = height * width / format.part;
+        for (index, tensor) in tensors.iter().enumerate() {
+            let arguments = DrawArgs::of(tensor, start, [height, width, bricks.bytes()], [index, count]);
+            let blocks = (parts.div_ceil(DRAW_THREADS).clamp(1, DRAW_BLOCKS) as u32, 1);
+            // SAFETY: the kernel writes the rows of this tensor inside the memory of this weight, which nobody else has yet.
+            unsafe { self.stream.launch(&kernel.function, blocks, 0, &arguments) }?;
+        }
+        self.stream.synchronize()?;
+        let held = Held { start, dtype: DType::BF16, bricks: Some(bricks), rows, width, stride: 0, map: 0 };
+        self.keep(name, shape, WeightFormat::Coded(format), held).map(Some)
+    }
+
+    /// Makes a map of numbers that follow from their places as FP8 codes that are multiplied as such: those that it has when it is
+    /// quantised on the host, and folded if that is to MXFP4. Nothing if codes are not in such blocks.
+    pub(super) fn draw_fp8(
+        &self,
+        kernels: &Kernels,
+        name: &str,
+        shape: WeightShape,
+        target: Target,
+        tensors: &[Drawn],
+    ) -> Result<Option<Weight>, DeviceError> {
+        let (count, dimensions) = shape.sources();
+        let (height, width) = (dimensions[0], dimensions[1]);
+        let in_blocks = target.fits(width) && target.format(width).may_become_fp8_blocks();
+        if !(self.mapped && in_blocks && fp8::is_even([height, width])) {
             return Ok(None);
         }
         let (rows, stride) = (count * height, fp8::stride(width));
         let start = self.take(name, rows * stride)?;
         let (down, across) = (height.div_ceil(fp8::BLOCK), width.div_ceil(fp8::BLOCK));
-        let sizes = [rows, width, stride];
-        let (held, scales) = self.mapped_codes(name, start, sizes, count * down * across)?;
-        let kernel = kernels.get("draw_blocks", DType::BF16, DType::E4M3)?;
-        let together = if count == 1 { height } else { hopper::INTERLEAVED };
+        let (held, scales) = self.mapped_codes(name, start, [rows, width, stride], count * down * across)?;
+        let operation = if target == Target::Mxfp4 { "draw_folded" } else { "draw_blocks" };
+        let kernel = kernels.get(operation, DType::BF16, DType::E4M3)?;
+        let refused = PinnedMemory::new(&self.context, size_of::<u32>())?;
+        // SAFETY: just allocated with that size, and nobody else has it.
+        unsafe { refused.start.cast::<u32>().write_volatile(0) };
         for (index, tensor) in tensors.iter().enumerate() {
-            let out = start + (index * together * stride) as u64;
-            let scales = scales + (index * down * across * size_of::<f32>()) as u64;
-            let arguments =
-                DrawArgs::of(tensor, out, [height, width, stride], [together, count * together], scales);
-            let blocks = (across as u32, down.min(DRAW_ROWS) as u32);
+            let arguments = DrawArgs {
+                scales: scales + (index * down * across * size_of::<f32>()) as u64,
+                refused: refused.device_address()?,
+                ..DrawArgs::of(tensor, start, [height, width, stride], [index, count])
+            };
+            let blocks = (across as u32, down.min(DRAW_BLOCKS) as u32);
             // SAFETY: the kernel writes the rows and scales of this tensor inside the memory of this weight, which nobody
-            // else has yet.
+            // else has yet, and a word that outlives it.
             unsafe { self.stream.launch(&kernel.function, blocks, 0, &arguments) }?;
         }
         self.stream.synchronize()?;
+        // SAFETY: written above, and by kernels that have ended.
+        if unsafe { refused.start.cast::<u32>().read_volatile() } != 0 {
+            return Ok(None);
+        }
         self.keep(name, shape, WeightFormat::Fp8, held).map(Some)
     }
 
@@ -299,12 +344,12 @@ impl WeightStore {
     }
 }
 
-/// Threads of a block of `draw`, and most blocks along its rows.
+/// Threads of a block of kernels that draw, and most blocks along the rows.
 const DRAW_THREADS: usize = 256;
-const DRAW_ROWS: usize = 4096;
+const DRAW_BLOCKS: usize = 4096;
 
 twin! {
-    pub(super) struct DrawArgs = "Args" in "draw.cu" {
+    pub(super) struct DrawArgs = "Args" in "draw.cuh" {
         out: u64,
         stride: u64,
         rows: u32,
@@ -316,35 +361,31 @@ twin! {
         row_step: u64,
         column_step: u64,
         step: f32,
-        padding: u32,
+        first_row: u32,
         scales: u64,
+        refused: u64,
     }
 }
 
 impl DrawArgs {
-    /// The numbers of a tensor of `rows` and `width`, of whose rows `together` begin `apart` after those before, `stride` elements
-    /// from one to the next.
-    fn of(
-        tensor: &Drawn,
-        out: u64,
-        [rows, width, stride]: [usize; 3],
-        [together, apart]: [usize; 2],
-        scales: u64,
-    ) -> Self {
+    /// The numbers of tensor `index` of `count`, of `rows` and `width`, whose rows stand as every weight's do.
+    fn of(tensor: &Drawn, out: u64, [rows, width, stride]: [usize; 3], [index, count]: [usize; 2]) -> Self {
+        let together = if count == 1 { rows.max(1) } else { hopper::INTERLEAVED };
         DrawArgs {
             out,
             stride: stride as u64,
             rows: rows as u32,
             width: width as u32,
             together: together as u32,
-            apart: apart as u32,
+            apart: (together * count) as u32,
             key: tensor.numbers.key(),
             first: tensor.first,
             row_step: tensor.row_step,
             column_step: tensor.column_step,
             step: tensor.step,
-            padding: 0,
-            scales,
+            first_row: (index * together) as u32,
+            scales: 0,
+            refused: 0,
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Weights that are held in codes: products with them have the bits of products with the bfloat16 numbers that the codes mean.
 
 use crate::bench::{Bench, Sheet};
+use crate::drawn::{random as random_places, sheet};
 use epsmoe_device::op::*;
-use epsmoe_device::{Backend, DeviceError, Weight, WeightShape};
-use epsmoe_quant::{Code, Codes, Format, Scale};
+use epsmoe_device::{Backend, DeviceError, Drawn, Weight, WeightShape};
+use epsmoe_quant::{Code, Codes, Format, Scale, Target};
 use half::{bf16, f16};
 use std::ops::Range;
 
@@ -107,6 +108,31 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
         }
     }
     mixed(&bench);
+    for size in [[1, 32], [17, 96], [64, 64], [72, 352], [130, 2048]] {
+        drawn(&bench, size);
+    }
+}
+
+/// Weights that are made where they will be have the codes that a host would have made.
+fn drawn<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2]) {
+    for shape in [WeightShape::Matrix { n, k }, WeightShape::GateUp { inner: n, k }] {
+        let what = format!("drawn as MXFP4, {shape:?}, seed {}", bench.seed);
+        let tensors: Vec<Drawn> = (0..shape.sources().0).map(|_| random_places(bench, [n, k])).collect();
+        let drawn = bench.device.draw_codes(&format!("{what} there"), shape, Target::Mxfp4, &tensors);
+        let Some(drawn) = drawn.expect("memory") else { return };
+        let codes = |tensor| Target::Mxfp4.codes(&what, &sheet(tensor, [n, k]).values, k);
+        let codes: Vec<Codes> =
+            tensors.iter().map(|tensor| codes(tensor).expect("finite").expect("codes")).collect();
+        let brought = bench.device.load_codes(&what, shape, &codes).expect("memory");
+        assert_eq!(drawn.format, brought.format);
+        let epilogue = if tensors.len() == 2 { Epilogue::SwiGlu } else { Epilogue::Store };
+        let x = bench.random(33, k, 1.0);
+        let [got, want] = [drawn, brought].map(|weight| {
+            let values = run(bench, &what, &weight, &x, &[0..33], epilogue);
+            values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        });
+        assert!(got == want, "{what}");
+    }
 }
 
 /// Experts held in different formats, some of them decoded, multiply in one operation as if all were.

@@ -5,7 +5,7 @@ use crate::bench::{Bench, Placed};
 use crate::drawn::{random as random_places, sheet};
 use crate::invariance::{Map, together_as_alone};
 use epsmoe_base::float8::{E4M3, RowScales, encode_row, scaled_words};
-use epsmoe_base::{DType, RowFormat};
+use epsmoe_base::{DType, Mix, RowFormat};
 use epsmoe_device::op::*;
 use epsmoe_device::{Backend, Buffer, Drawn, Weight, WeightFormat, WeightShape};
 use epsmoe_quant::{Code, Codes, Format, Scale, Target};
@@ -103,7 +103,11 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
         }
     }
     for size in [[8, 128], [72, 136], [264, 200], [136, 1408], [512, 4096]] {
-        drawn(&bench, size);
+        drawn(&bench, size, Target::Fp8PerBlock);
+    }
+    for size in [[8, 32], [72, 160], [264, 224], [512, 4096]] {
+        drawn(&bench, size, Target::Mxfp4);
+        folded(&bench, size);
     }
     for rows in [1, 3, 8, 9, 16, 33, 64, 65, 200] {
         maps_of_the_same_rows(&bench, rows);
@@ -129,27 +133,69 @@ fn maps_of_the_same_rows<B: Backend>(bench: &Bench<B>, rows: usize) {
     together_as_alone(bench, &format!("{rows} rows of {k} as codes"), &x.view, (&maps, 8));
 }
 
-/// Weights that are made where they will be have the codes that a host would have made.
-fn drawn<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2]) {
+/// Weights that are made where they will be have the codes that a host would have made, or what those fold into.
+fn drawn<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2], target: Target) {
     for shape in [WeightShape::Matrix { n, k }, WeightShape::GateUp { inner: n, k }] {
-        let what = format!("drawn as codes, {shape:?}");
+        let what = format!("drawn as {target}, {shape:?}, seed {}", bench.seed);
         let tensors: Vec<Drawn> = (0..shape.sources().0).map(|_| random_places(bench, [n, k])).collect();
-        let codes = |tensor| Target::Fp8PerBlock.codes(&what, &sheet(tensor, [n, k]).values, k);
-        let codes: Vec<Codes> =
-            tensors.iter().map(|tensor| codes(tensor).expect("finite").expect("codes")).collect();
+        let codes: Vec<Codes> = tensors.iter().map(|tensor| made(target, tensor, [n, k])).collect();
         let brought = bench.device.load_fp8(&what, shape, &codes).expect("memory").expect("a kernel");
-        let drawn = bench.device.draw_fp8(&format!("{what} there"), shape, &tensors);
+        let drawn = bench.device.draw_fp8(&format!("{what} there"), shape, target, &tensors);
         let drawn = drawn.expect("memory").expect("a kernel");
-        let words = rows_of(bench, [70, k], true);
-        let x = put(bench, &words);
-        let given = [brought, drawn].map(|weight| {
-            let epilogue = if tensors.len() == 2 { Epilogue::SwiGlu } else { Epilogue::Store };
-            let out = bench.room_on(8, DType::BF16, words.len(), n);
-            let all = 0..words.len();
-            run(bench, &what, &[weight], (&x.view, std::slice::from_ref(&all)), epilogue, &out.view);
-            bits(&bench.get(&what, &out))
-        });
-        assert!(given[0] == given[1], "{what}, seed {}", bench.seed);
+        let [brought, drawn] = [brought, drawn].map(|weight| outcome(bench, &what, shape, &weight));
+        assert!(brought == drawn, "{what}");
+    }
+}
+
+/// The codes that a host makes of what is drawn.
+fn made(target: Target, tensor: &Drawn, [n, k]: [usize; 2]) -> Codes {
+    target.codes("drawn", &sheet(tensor, [n, k]).values, k).expect("finite").expect("codes")
+}
+
+/// Bits of a product with 70 rows that are alike for all weights of a shape.
+fn outcome<B: Backend>(bench: &Bench<B>, what: &str, shape: WeightShape, weight: &Weight) -> Vec<u32> {
+    let (count, dimensions) = shape.sources();
+    let mut mix = Mix::new(dimensions[1] as u64);
+    let row = |_| codes_of(&(0..dimensions[1]).map(|_| mix.signed()).collect::<Vec<_>>(), RowScales::Exact);
+    let words: Vec<Vec<u32>> = (0..70).map(row).collect();
+    let epilogue = if count == 2 { Epilogue::SwiGlu } else { Epilogue::Store };
+    let (x, out) = (put(bench, &words), bench.room_on(8, DType::BF16, words.len(), dimensions[0]));
+    let all = 0..words.len();
+    run(
+        bench,
+        what,
+        std::slice::from_ref(weight),
+        (&x.view, std::slice::from_ref(&all)),
+        epilogue,
+        &out.view,
+    );
+    bits(&bench.get(what, &out))
+}
+
+/// MXFP4 is multiplied as the FP8 blocks with the same weights, and left to others where blocks have none.
+fn folded<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2]) {
+    let format = Format { code: Code::E2M1, scale: Scale::E8M0, group: 32, part: 32, zeros: false };
+    for shape in [WeightShape::Matrix { n, k }, WeightShape::GateUp { inner: n, k }] {
+        let what = format!("folded, {shape:?}, seed {}", bench.seed);
+        let random = |_| Codes {
+            format,
+            rows: n,
+            columns: k,
+            codes: (0..n * k / 2).map(|_| bench.below(256) as u8).collect(),
+            records: (0..n * k.div_ceil(32)).map(|_| 112 + bench.below(15) as u8).collect(),
+        };
+        let mut codes: Vec<Codes> = (0..shape.sources().0).map(random).collect();
+        let load = |name: &str, codes: &[Codes]| bench.device.load_fp8(name, shape, codes).expect("memory");
+        let weight = load(&what, &codes).expect("14 powers of two are few enough");
+        assert_eq!(weight.format, WeightFormat::Fp8);
+        let blocks: Vec<Codes> = codes.iter().map(|codes| codes.folded().expect("blocks")).collect();
+        let given = load(&format!("{what}, given"), &blocks).expect("blocks");
+        assert!(outcome(bench, &what, shape, &weight) == outcome(bench, &what, shape, &given), "{what}");
+        // The largest weight of the last matrix is too large for its block.
+        let last = codes.last_mut().expect("a matrix");
+        *last.codes.last_mut().expect("codes") = 0x77;
+        *last.records.last_mut().expect("scales") = 140;
+        assert!(load(&format!("{what}, too far apart"), &codes).is_none(), "{what}");
     }
 }
 

@@ -7,6 +7,9 @@ use epsmoe_device::{WeightFormat, WeightShape};
 use epsmoe_quant::Format;
 use std::fmt;
 
+/// Bits of a weight that is multiplied as FP8 blocks: a code, and its share of a block's scale.
+pub(crate) const FP8_BITS: f64 = 8.0 + 32.0 / (128.0 * 128.0);
+
 /// How the weights of a model are held.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HeldWeights {
@@ -19,21 +22,22 @@ pub struct HeldWeights {
 }
 
 impl HeldWeights {
-    /// On a processor that computes in `dtype` and holds some formats as they are, in so many bits a weight.
+    /// On a processor that computes in `dtype` and holds some formats as they are, in so many bits a weight; with `fp8_rows` what may
+    /// become FP8 blocks is held as such.
     pub fn of(
         spec: &ModelSpec,
         source: &dyn WeightSource,
-        dtype: DType,
+        (dtype, fp8_rows): (DType, bool),
         bits: impl Fn(&Format) -> Option<f64>,
     ) -> Result<Self, ModelError> {
-        Self::of_parts(spec, source, dtype, bits, spec.parts())
+        Self::of_parts(spec, source, (dtype, fp8_rows), bits, spec.parts())
     }
 
     /// The same of some parts.
     pub fn of_parts(
         spec: &ModelSpec,
         source: &dyn WeightSource,
-        dtype: DType,
+        (dtype, fp8_rows): (DType, bool),
         bits: impl Fn(&Format) -> Option<f64>,
         parts: impl Iterator<Item = Part>,
     ) -> Result<Self, ModelError> {
@@ -42,7 +46,12 @@ impl HeldWeights {
         for part in parts {
             let numbers = spec.shape(part).parameters() as u64;
             let coded = held_format(spec, source, part, &Window::whole())?;
-            let coded = coded.and_then(|format| Some((WeightFormat::Coded(format), bits(&format)?)));
+            let coded = coded.and_then(|format| {
+                if fp8_rows && may_take_fp8_rows(spec, part, &format) {
+                    return Some((WeightFormat::Fp8, FP8_BITS));
+                }
+                Some((WeightFormat::Coded(format), bits(&format)?))
+            });
             let (format, bits) = coded.unwrap_or((plain, 8.0 * dtype.bytes() as f64));
             held.stored += stored_bytes(spec, source, part)?;
             held.bytes += (numbers as f64 * bits / 8.0).ceil() as u64;
@@ -53,6 +62,17 @@ impl HeldWeights {
         }
         held.formats.sort_by_key(|&(_, numbers)| std::cmp::Reverse(numbers));
         Ok(held)
+    }
+
+    /// Whether some weights can be held as FP8 blocks that are multiplied with rows in FP8.
+    pub fn may_take_fp8_rows(spec: &ModelSpec, source: &dyn WeightSource) -> Result<bool, ModelError> {
+        for part in spec.parts() {
+            let format = held_format(spec, source, part, &Window::whole())?;
+            if format.is_some_and(|format| may_take_fp8_rows(spec, part, &format)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Thousandths of a bit that a number takes up on average; nothing without any.
@@ -75,6 +95,11 @@ impl HeldWeights {
         let all: u64 = self.formats.iter().map(|&(_, numbers)| numbers).sum();
         (u128::from(bytes) * u128::from(numbers) / u128::from(all.max(1))) as u64
     }
+}
+
+/// Whether a map in codes of this format can be held as FP8 blocks that are multiplied with rows in FP8.
+pub(crate) fn may_take_fp8_rows(spec: &ModelSpec, part: Part, format: &Format) -> bool {
+    format.may_become_fp8_blocks() && spec.takes_fp8_rows(part)
 }
 
 /// Bytes that a part takes up in the checkpoint, scales included; none if it is not there.

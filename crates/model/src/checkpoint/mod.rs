@@ -14,7 +14,7 @@ pub use folder::{Checkpoint, gguf_file, method};
 pub(crate) use gguf::GgufFiles;
 pub use header::{Header, Index};
 pub use held::HeldWeights;
-pub(crate) use held::held_format;
+pub(crate) use held::{FP8_BITS, held_format, may_take_fp8_rows};
 pub use quantising::Quantising;
 
 use crate::ModelError;

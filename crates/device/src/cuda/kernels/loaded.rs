@@ -3,7 +3,7 @@
 
 use super::cache::Cache;
 use super::parts::{Part, parts_for};
-use super::{HOPPER, Key, SOURCES, Source, THIN, TILES, short};
+use super::{CODED_THIN, HOPPER, Key, SOURCES, Source, THIN, TILES, short};
 use crate::DeviceError;
 use crate::cuda::driver::{Context, Function, Module};
 use crate::cuda::nvrtc;
@@ -151,9 +151,9 @@ impl Drop for Kernels {
 
 /// Whether weights in codes need it.
 fn is_coded(part: &Part) -> bool {
-    ["_coded.cu", "_fp8.cu"]
-        .iter()
-        .any(|end| part.source.file.starts_with("gemm") && part.source.file.ends_with(end))
+    let file = part.source.file;
+    let starts = ["gemm", "draw"].iter().any(|start| file.starts_with(start));
+    starts && ["_coded.cu", "_fp8.cu"].iter().any(|end| file.ends_with(end))
 }
 
 /// Whether keys and values in codes need it.
@@ -282,7 +282,7 @@ impl Workshop {
                 }
                 let shared_limit = self.shared_limit.saturating_sub(function.static_shared()?);
                 function.allow_shared(shared_limit)?;
-                let mut tiles = TILES.into_iter().chain(THIN);
+                let mut tiles = TILES.into_iter().chain(THIN).chain(CODED_THIN);
                 let tile = tiles.find(|tile| tile.operations.contains(&operation));
                 let resident = match tile {
                     Some(tile) => function.resident_blocks(tile.shared_bytes)?.max(1),

@@ -1,10 +1,12 @@
 //! Products of rows and weights: their list of parts, the shape of their tiles, and which kernels take them.
 
 use super::{Launch, Refusal, Rows, is_empty, within};
-use crate::cuda::bricks::Bricks;
+use crate::cuda::bricks::{Bricks, SIDE};
 use crate::cuda::driver::TensorMap;
 use crate::cuda::hopper::{self, HopperArgs};
-use crate::cuda::kernels::{CODED_MIDDLE, CODED_SMALL, GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE, THIN};
+use crate::cuda::kernels::{
+    CODED_MIDDLE, CODED_SMALL, CODED_THIN, GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE, THIN,
+};
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
 use crate::cuda::staging::Staged;
@@ -51,12 +53,14 @@ twin! {
 }
 
 twin! {
-    pub(super) struct CodedArgs = "CodedArgs" in "gemm_coded.cu" {
+    pub(super) struct CodedArgs = "CodedArgs" in "gemm.cuh" {
         gemm: GemmArgs,
         kind: u32,
         parts: u32,
         brick_bytes: u32,
         gated: u32,
+        stages: u32,
+        padding: u32,
     }
 }
 
@@ -287,9 +291,15 @@ impl Launch<'_> {
             tile: tile_for(op.x.dtype, weight.bricks, rows, likely),
             decided: Some(Decided { op, starts }),
         };
-        // With more rows than that some expert has more than a tile of eight.
         let others = likely * self.small_tiles(&weights[0])?;
-        let few = if rows / likely <= 2 { self.thin_tile(&products, &[&op.x], (others, 1))? } else { None };
+        let few = match (weight.bricks, rows / likely) {
+            // With more rows than that some expert has more than a tile of eight.
+            (None, 3..) => None,
+            (None, _) => self.thin_tile(&products, &[&op.x], (others, 1))?,
+            // Some have twice as many.
+            (Some(_), each @ 5..=16) => self.thin_tile(&products, &[&op.x], (others, each.max(9)))?,
+            (Some(_), each) => self.thin_tile(&products, &[&op.x], (others, each))?,
+        };
         let products = Products { tile: few.unwrap_or(products.tile), ..products };
         let parts = weights.iter().map(|weight| self.part(&op.x, weight, &op.out));
         let parts = parts.collect::<Result<Vec<_>, _>>()?;
@@ -347,7 +357,8 @@ impl Launch<'_> {
         Ok(self.weights.get(weight)?.rows.div_ceil(SMALL.columns as usize))
     }
 
-    /// The tile for products of so few rows each that `others`, the small tiles of all, would leave the GPU idle, if there is one.
+    /// The tile for products of so few rows each that `others`, the small tiles of all, would leave the GPU idle, or whose weights are in
+    /// codes, if there is one.
     fn thin_tile(
         &self,
         products: &Products<'_>,
@@ -360,15 +371,20 @@ impl Launch<'_> {
         let on_vectors = |x: &&Buffer| -> Result<bool, DeviceError> {
             Ok(self.rows(x)?.start.is_multiple_of(16) && x.stride.is_multiple_of(8))
         };
+        let step = if weight.bricks.is_some() { SIDE } else { GemmTile::THIN_STEP };
         let fits = self.kernels.has_hopper()
-            && weight.bricks.is_none()
             && (products.from, weight.dtype) == (DType::BF16, DType::BF16)
-            && weight.width.is_multiple_of(GemmTile::THIN_STEP);
+            && weight.width.is_multiple_of(step);
         if !fits || !inputs.iter().map(on_vectors).collect::<Result<Vec<_>, _>>()?.into_iter().all(|on| on) {
             return Ok(None);
         }
-        let fills = others >= ENOUGH * self.multiprocessors as usize;
-        Ok(THIN.into_iter().find(|tile| rows <= tile.rows as usize).filter(|_| !fills))
+        let takes = |tile: &GemmTile| rows <= tile.rows as usize;
+        let Some(bricks) = weight.bricks else {
+            let fills = others >= ENOUGH * self.multiprocessors as usize;
+            return Ok(THIN.into_iter().find(takes).filter(|_| !fills));
+        };
+        let tile = CODED_THIN.into_iter().find(takes);
+        Ok(tile.map(|tile| tile.stages(thin_stages(&tile, bricks))))
     }
 
     fn takes_hopper(&self, products: &Products<'_>, first: &GemmPart) -> bool {
@@ -377,7 +393,7 @@ impl Launch<'_> {
             || products.to == DType::BF16 && first.bias == 0 && first.columns.is_multiple_of(8);
         products.from == DType::BF16
             && leaves
-            && !products.tile.is_thin()
+            && !products.tile.thin
             && products.tile.rows > SMALL.rows
             && self.kernels.has_hopper()
     }
@@ -411,7 +427,7 @@ impl Launch<'_> {
         let gated = products.epilogue == Epilogue::SwiGlu;
         let Some(bricks) = products.bricks else {
             // Kernels for few rows store either.
-            let to = if tile.is_thin() { from } else { to };
+            let to = if tile.thin { from } else { to };
             self.start_tiles(tile, (from, to), gated, 0, tiles, arguments)?;
             return staged.map_or(Ok(()), |staged| self.sent(&staged));
         };
@@ -421,6 +437,8 @@ impl Launch<'_> {
             parts: bricks.parts as u32,
             brick_bytes: bricks.bytes() as u32,
             gated: u32::from(gated),
+            stages: tile.bricks / CODED_THIN[0].bricks,
+            padding: 0,
         };
         self.start_tiles(tile, (from, DType::BF16), gated, arguments.brick_bytes, tiles, arguments)?;
         staged.map_or(Ok(()), |staged| self.sent(&staged))
@@ -631,6 +649,13 @@ impl Launch<'_> {
         }
         Ok((staged, listed))
     }
+}
+
+/// Stages of a tile for few rows of weights in codes: as many as leave room for as many blocks on a multiprocessor as registers do.
+fn thin_stages(stage: &GemmTile, bricks: Bricks) -> u32 {
+    const ROOM: u32 = 56 << 10;
+    let bytes = stage.shared_bytes + stage.bricks * bricks.bytes() as u32;
+    (ROOM / bytes).max(2)
 }
 
 /// First rows and rows of experts that may have any, as a plan guesses them: all alike.
