@@ -18,6 +18,12 @@ __device__ __forceinline__ u32 fused_pair(u32 a, u32 b, u32 c) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
+// (word & MASK) | more, which the assembler would make two instructions of if it saw that both are constants.
+template <u32 MASK> __device__ __forceinline__ u32 masked_or(u32 word, u32 more) {
+    u32 both;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(both) : "r"(word), "n"(MASK), "r"(more));
+    return both;
+}
 constexpr u32 ONE = 0x3f803f80, NOTHING = 0x80008000; // twice 1, and -0, which leaves a sum as it is
 
 // Codings: what codes mean before their scale, exact in bf16. A lane's sixteen codes of a row are WORDS words.
@@ -44,7 +50,7 @@ struct E2m1 {
 template <u32 ZERO> struct Nibble {
     static constexpr u32 WORDS = 2;
     static __device__ __forceinline__ u32 pair(const u32 (&words)[WORDS], u32 step, u32 half) {
-        const u32 above = (words[step / 2] >> (step % 2 * 8 + half * 4) & 0x000f000f) | 0x43004300;
+        const u32 above = masked_or<0x000f000f>(words[step / 2] >> (step % 2 * 8 + half * 4), 0x43004300);
         return fused_pair(above, ONE, (0xc300 | ZERO) * 0x10001);
     }
 };
@@ -63,13 +69,42 @@ struct Signed {
     static constexpr u32 WORDS = 4;
     static __device__ __forceinline__ u32 pair(const u32 (&words)[WORDS], u32 step, u32 half) {
         const u32 bytes = words[step] >> (8 * half);
-        return fused_pair((bytes & 0x007f007f) | 0x43004300, ONE, (bytes & 0x00800080) | 0xc300c300);
+        return fused_pair(masked_or<0x007f007f>(bytes, 0x43004300), ONE, masked_or<0x00800080>(bytes, 0xc300c300));
     }
 };
 
 // What makes a weight of a value, rounded to bf16 once.
 
-// Those of two rows are loaded together, `parts` of either: a part is four steps, two or one.
+// A scale in bf16: the product is exact before it is rounded. It lies in either half of a word, which costs no instruction.
+struct Short {
+    static constexpr u32 BYTES = 2;
+    u32 word;
+    bool high;
+    // Those of two rows, `parts` of either: a part is four steps or two.
+    static __device__ __forceinline__ void load(Short (&affine)[2][4], const char* from, u32 parts) {
+        uint2 held;
+        if (parts == 2) {
+            held = *reinterpret_cast<const uint2*>(from);
+        } else {
+            const u32 both = *reinterpret_cast<const u32*>(from);
+            held = make_uint2(__byte_perm(both, 0, 0x1010), __byte_perm(both, 0, 0x3232));
+        }
+#pragma unroll
+        for (u32 step = 0; step < 4; ++step) affine[0][step] = {held.x, step > 1}, affine[1][step] = {held.y, step > 1};
+    }
+    __device__ __forceinline__ u32 of(u32 values) const {
+        u32 d;
+        if (high)
+            asm("{\n .reg .b16 low, high;\n .reg .b32 both;\n mov.b32 {low, high}, %2;\n mov.b32 both, {high, high};\n"
+                " fma.rn.bf16x2 %0, %1, both, %3;\n}" : "=r"(d) : "r"(values), "r"(word), "r"(NOTHING));
+        else
+            asm("{\n .reg .b16 low, high;\n .reg .b32 both;\n mov.b32 {low, high}, %2;\n mov.b32 both, {low, low};\n"
+                " fma.rn.bf16x2 %0, %1, both, %3;\n}" : "=r"(d) : "r"(values), "r"(word), "r"(NOTHING));
+        return d;
+    }
+};
+
+// Other scales of two rows, one by one; a part may be one step, too.
 template <typename Affine> __device__ __forceinline__ void load_each(Affine (&affine)[2][4], const char* from, u32 parts) {
 #pragma unroll
     for (u32 i = 0; i < 2; ++i) {
@@ -83,30 +118,6 @@ template <typename Affine> __device__ __forceinline__ void load_each(Affine (&af
         }
     }
 }
-
-// A scale in bf16: the product is exact before it is rounded.
-struct Short {
-    static constexpr u32 BYTES = 2;
-    u32 scale;
-    static __device__ __forceinline__ void load(Short (&affine)[2][4], const char* from, u32 parts) {
-        const auto low = [](u32 both) { return Short{__byte_perm(both, 0, 0x1010)}; };
-        const auto high = [](u32 both) { return Short{__byte_perm(both, 0, 0x3232)}; };
-        if (parts == 2) {
-            const uint2 held = *reinterpret_cast<const uint2*>(from);
-            affine[0][0] = affine[0][1] = low(held.x), affine[0][2] = affine[0][3] = high(held.x);
-            affine[1][0] = affine[1][1] = low(held.y), affine[1][2] = affine[1][3] = high(held.y);
-        } else if (parts == 1) {
-            const u32 held = *reinterpret_cast<const u32*>(from);
-            affine[0][0] = affine[0][1] = affine[0][2] = affine[0][3] = low(held);
-            affine[1][0] = affine[1][1] = affine[1][2] = affine[1][3] = high(held);
-        } else {
-            const uint4 held = *reinterpret_cast<const uint4*>(from);
-            affine[0][0] = low(held.x), affine[0][1] = high(held.x), affine[0][2] = low(held.y), affine[0][3] = high(held.y);
-            affine[1][0] = low(held.z), affine[1][1] = high(held.z), affine[1][2] = low(held.w), affine[1][3] = high(held.w);
-        }
-    }
-    __device__ __forceinline__ u32 of(u32 values) const { return fused_pair(values, scale, NOTHING); }
-};
 
 __device__ __forceinline__ f32 first_of(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ f32 second_of(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
@@ -178,15 +189,17 @@ template <typename Code, typename Affine> struct TwoRows {
     }
 };
 
-// Calls run(Code, Affine) of a kind; `bricks.rs` repeats the numbers.
-#define FOR_KIND(kind, run)                                                                                  \
-    switch (kind) {                                                                                          \
-        case 0: run(E2m1{}, Short{}); break;                                                                     \
-        case 1: run(Nibble<8>{}, Short{}); break;                                                                \
-        case 2: run(Nibble<0>{}, Shifted{}); break;                                                              \
-        case 3: run(Signed{}, Short{}); break;                                                                   \
-        case 4: run(Signed{}, Scaled{}); break;                                                                  \
-        case 5: run(Signed{}, Shifted{}); break;                                                                 \
-        case 6: run(E4m3{}, Short{}); break;                                                                     \
-        case 7: run(E4m3{}, Scaled{}); break;                                                                    \
-    }
+// Calls run(Code, Affine) of a kind: those with scales in bf16, those in float32, and all. `bricks.rs` repeats the numbers.
+#define SHORT_KINDS(run)                          \
+    case 0: run(E2m1{}, Short{}); break;          \
+    case 1: run(Nibble<8>{}, Short{}); break;     \
+    case 2: run(Signed{}, Short{}); break;        \
+    case 3: run(E4m3{}, Short{}); break;
+#define SCALED_KINDS(run)                         \
+    case 4: run(Nibble<0>{}, Shifted{}); break;   \
+    case 5: run(Signed{}, Scaled{}); break;       \
+    case 6: run(Signed{}, Shifted{}); break;      \
+    case 7: run(E4m3{}, Scaled{}); break;
+#define ALL_KINDS(run) SHORT_KINDS(run) SCALED_KINDS(run)
+#define FOR_KIND(KINDS, kind, run) \
+    switch (kind) { KINDS(run) }

@@ -88,7 +88,7 @@ __device__ __forceinline__ void multiply_coded(const CodedArgs& coded) {
         const auto run = [&](auto code, auto affine) {                                                       \
             multiply_coded<decltype(code), decltype(affine), DOWN, ACROSS, TILE_M, TILE_N, STAGES>(args);    \
         };                                                                                                   \
-        FOR_KIND(args.kind, run)                                                                             \
+        FOR_KIND(ALL_KINDS, args.kind, run)                                                                             \
     }
 
 VARIANT(middle, 2, 2, 4, 64, 128, 4)

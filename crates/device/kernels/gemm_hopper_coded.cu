@@ -85,7 +85,7 @@ struct Coded {
             const auto run = [&](auto code, auto affine) {
                 decode<decltype(code), decltype(affine)>(a, brick, row, args.parts, before);
             };
-            FOR_KIND(args.kind, run)
+            FOR_KIND(ALL_KINDS, args.kind, run)
             wgmma_fence();
 #pragma unroll
             for (u32 step = 0; step < 4; ++step) CodedWgmma<COLS>::run(acc, a[step], x + 2 * step, step ? 1 : b);

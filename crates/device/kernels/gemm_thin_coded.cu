@@ -155,16 +155,19 @@ template <typename Code, typename Affine, u32 ROWS> struct ThinCoded {
     }
 };
 
-// The variants: most rows of a tile, and blocks that are to fit a multiprocessor. `kernels.rs` repeats the rows.
-#define VARIANT(ROWS, RESIDENT)                                                                              \
+// The variants: scales, most rows of a tile, and blocks that are to fit a multiprocessor, for which `launch/gemm.rs` leaves room.
+// `kernels.rs` repeats the rows.
+#define VARIANT(name, KINDS, ROWS, RESIDENT)                                                                 \
     extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)                                            \
-        coded_thin##ROWS##_bf16_bf16(const __grid_constant__ CodedArgs args) {                               \
+        name##_thin##ROWS##_bf16_bf16(const __grid_constant__ CodedArgs args) {                              \
         extern __shared__ __align__(128) char shared[];                                                      \
         const auto run = [&](auto code, auto affine) {                                                       \
             ThinCoded<decltype(code), decltype(affine), ROWS>(args, shared).run();                           \
         };                                                                                                   \
-        FOR_KIND(args.kind, run)                                                                             \
+        FOR_KIND(KINDS, args.kind, run)                                                                      \
     }
 
-VARIANT(8, 4)
-VARIANT(16, 4)
+VARIANT(short, SHORT_KINDS, 8, 6)
+VARIANT(short, SHORT_KINDS, 16, 5)
+VARIANT(scaled, SCALED_KINDS, 8, 4)
+VARIANT(scaled, SCALED_KINDS, 16, 4)

@@ -54,24 +54,25 @@ impl Bricks {
     /// Of a format, if there are kernels for it.
     pub(super) fn of(format: &Format) -> Option<Bricks> {
         let Format { code, scale, part, zeros, .. } = *format;
-        let short = matches!(scale, Scale::E8M0 | Scale::BF16);
-        let minima = scale == Scale::NestedWithMinima;
-        let scales = match code {
-            // Zero times such a scale need not be exact.
-            _ if zeros && scale == Scale::F32 => return None,
-            Code::E2M1 | Code::E4M3 if zeros || minima => return None,
-            Code::E2M1 if scale != Scale::E8M0 => return None,
-            Code::E2M1 => Scales::Short,
-            _ if zeros || minima => Scales::Shifted,
-            _ if short => Scales::Short,
-            Code::U4 => Scales::Shifted,
-            Code::I8 | Code::E4M3 => Scales::Scaled,
-        };
         let parts = match part {
             16 => 4,
             32 => 2,
             part if part.is_multiple_of(SIDE) => 1,
             _ => return None,
+        };
+        // A word has two of them.
+        let short = matches!(scale, Scale::E8M0 | Scale::BF16) && parts <= 2;
+        let minima = scale == Scale::NestedWithMinima;
+        let scales = match code {
+            // Zero times such a scale need not be exact.
+            _ if zeros && scale == Scale::F32 => return None,
+            Code::E2M1 | Code::E4M3 if zeros || minima => return None,
+            Code::E2M1 if scale != Scale::E8M0 || !short => return None,
+            Code::E2M1 => Scales::Short,
+            _ if zeros || minima => Scales::Shifted,
+            _ if short => Scales::Short,
+            Code::U4 => Scales::Shifted,
+            Code::I8 | Code::E4M3 => Scales::Scaled,
         };
         Some(Bricks { code, scales, parts })
     }
@@ -81,13 +82,18 @@ impl Bricks {
         match (self.code, self.scales) {
             (Code::E2M1, _) => 0,
             (Code::U4, Scales::Short) => 1,
-            (Code::U4, _) => 2,
-            (Code::I8, Scales::Short) => 3,
-            (Code::I8, Scales::Scaled) => 4,
-            (Code::I8, Scales::Shifted) => 5,
-            (Code::E4M3, Scales::Short) => 6,
+            (Code::I8, Scales::Short) => 2,
+            (Code::E4M3, Scales::Short) => 3,
+            (Code::U4, _) => 4,
+            (Code::I8, Scales::Scaled) => 5,
+            (Code::I8, Scales::Shifted) => 6,
             (Code::E4M3, _) => 7,
         }
+    }
+
+    /// Whether scales are in bfloat16, which takes fewer registers.
+    pub(super) fn is_short(self) -> bool {
+        self.scales == Scales::Short
     }
 
     /// Bytes of the codes of a row of a brick.

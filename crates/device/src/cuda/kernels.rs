@@ -148,7 +148,7 @@ sources! {
         in [(BF16, BF16)], 128 threads on "sm_90a";
     "gemm_coded": ["coded_middle"] in [(BF16, BF16)], 256 threads;
     "gemm_coded": ["coded_small"] in [(BF16, BF16)], 128 threads;
-    "gemm_thin_coded": ["coded_thin8", "coded_thin16"] in [(BF16, BF16)], 160 threads on "sm_90a";
+    "gemm_thin_coded": ["short_thin8", "short_thin16", "scaled_thin8", "scaled_thin16"] in [(BF16, BF16)], 160 threads on "sm_90a";
     "gemm_hopper": ["gemm_hopper256", "gated_hopper256", "gemm_hopper128", "gated_hopper128", "gemm_hopper64", "gated_hopper64"]
         in [(BF16, BF16)], 384 threads on "sm_90a";
     "gemm_hopper": ["gemm_hopper256", "gemm_hopper128", "gemm_hopper64"] in [(BF16, F32)], 384 threads on "sm_90a";
@@ -239,9 +239,11 @@ const fn coded_thin_stage(operation: &'static str, rows: u32) -> GemmTile {
     GemmTile { operations: [operation; 2], rows, columns, shared_bytes, bricks: 4, thin: true }
 }
 
-/// Weights in codes, for few rows on Hopper.
-pub(super) const CODED_THIN: [GemmTile; 2] =
-    [coded_thin_stage("coded_thin8", 8), coded_thin_stage("coded_thin16", 16)];
+/// Weights in codes, for few rows on Hopper: those with scales in bfloat16, and in float32.
+pub(super) const SHORT_THIN: [GemmTile; 2] =
+    [coded_thin_stage("short_thin8", 8), coded_thin_stage("short_thin16", 16)];
+pub(super) const SCALED_THIN: [GemmTile; 2] =
+    [coded_thin_stage("scaled_thin8", 8), coded_thin_stage("scaled_thin16", 16)];
 
 impl GemmTile {
     /// Columns of the tiles for few rows of weights in bfloat16.

@@ -13,10 +13,12 @@ pub(crate) fn format(code: Code, scale: Scale, [group, part]: [usize; 2], zeros:
 }
 
 /// One of every kind that checkpoints have.
-pub(crate) fn formats() -> [Format; 15] {
+pub(crate) fn formats() -> [Format; 18] {
     [
         format(Code::E2M1, Scale::E8M0, [32, 32], false),
         format(Code::U4, Scale::BF16, [32, 32], false),
+        format(Code::U4, Scale::BF16, [16, 16], false),
+        format(Code::U4, Scale::BF16, [128, 128], false),
         format(Code::U4, Scale::F16, [32, 32], false),
         format(Code::U4, Scale::F16, [128, 128], true),
         format(Code::U4, Scale::F32, [8, 8], false),
@@ -29,6 +31,7 @@ pub(crate) fn formats() -> [Format; 15] {
         format(Code::I8, Scale::NestedWithMinima, [64, 32], false),
         format(Code::E4M3, Scale::F32, [128, 128], false),
         format(Code::E4M3, Scale::BF16, [24, 24], false),
+        format(Code::E4M3, Scale::BF16, [128, 128], false),
         // One group for a whole row.
         format(Code::E4M3, Scale::F32, [5000, 5000], false),
     ]
@@ -103,6 +106,8 @@ pub(crate) fn suite<B: Backend>(bench: Bench<B>) {
             (3, 4402, Epilogue::Store),
             (140, 130, Epilogue::SwiGlu),
             (88, 608, Epilogue::Store),
+            (72, 576, Epilogue::SwiGlu),
+            (150, 1088, Epilogue::Store),
         ] {
             product(&bench, format, [n, k], epilogue);
         }

@@ -3,7 +3,7 @@
 
 use super::cache::Cache;
 use super::parts::{Part, parts_for};
-use super::{CODED_THIN, HOPPER, Key, SOURCES, Source, THIN, TILES, short};
+use super::{HOPPER, Key, SCALED_THIN, SHORT_THIN, SOURCES, Source, THIN, TILES, short};
 use crate::DeviceError;
 use crate::cuda::driver::{Context, Function, Module};
 use crate::cuda::nvrtc;
@@ -282,7 +282,7 @@ impl Workshop {
                 }
                 let shared_limit = self.shared_limit.saturating_sub(function.static_shared()?);
                 function.allow_shared(shared_limit)?;
-                let mut tiles = TILES.into_iter().chain(THIN).chain(CODED_THIN);
+                let mut tiles = TILES.into_iter().chain(THIN).chain(SHORT_THIN).chain(SCALED_THIN);
                 let tile = tiles.find(|tile| tile.operations.contains(&operation));
                 let resident = match tile {
                     Some(tile) => function.resident_blocks(tile.shared_bytes)?.max(1),

@@ -5,7 +5,7 @@ use crate::cuda::bricks::{Bricks, SIDE};
 use crate::cuda::driver::TensorMap;
 use crate::cuda::hopper::{self, HopperArgs};
 use crate::cuda::kernels::{
-    CODED_MIDDLE, CODED_SMALL, CODED_THIN, GemmTile, LARGE, MIDDLE, PLAIN, SMALL, SQUARE, THIN,
+    CODED_MIDDLE, CODED_SMALL, GemmTile, LARGE, MIDDLE, PLAIN, SCALED_THIN, SHORT_THIN, SMALL, SQUARE, THIN,
 };
 use crate::cuda::layout::twin;
 use crate::cuda::report::Report;
@@ -383,7 +383,8 @@ impl Launch<'_> {
             let fills = others >= ENOUGH * self.multiprocessors as usize;
             return Ok(THIN.into_iter().find(takes).filter(|_| !fills));
         };
-        let tile = CODED_THIN.into_iter().find(takes);
+        let tiles = if bricks.is_short() { SHORT_THIN } else { SCALED_THIN };
+        let tile = tiles.into_iter().find(takes);
         Ok(tile.map(|tile| tile.stages(thin_stages(&tile, bricks))))
     }
 
@@ -437,7 +438,7 @@ impl Launch<'_> {
             parts: bricks.parts as u32,
             brick_bytes: bricks.bytes() as u32,
             gated: u32::from(gated),
-            stages: tile.bricks / CODED_THIN[0].bricks,
+            stages: tile.bricks / SHORT_THIN[0].bricks,
             padding: 0,
         };
         self.start_tiles(tile, (from, DType::BF16), gated, arguments.brick_bytes, tiles, arguments)?;
@@ -653,9 +654,13 @@ impl Launch<'_> {
 
 /// Stages of a tile for few rows of weights in codes: as many as leave room for as many blocks on a multiprocessor as registers do.
 fn thin_stages(stage: &GemmTile, bricks: Bricks) -> u32 {
-    const ROOM: u32 = 56 << 10;
+    let room = match (bricks.is_short(), stage.rows) {
+        (true, 0..=8) => 36 << 10,
+        (true, _) => 44 << 10,
+        (false, _) => 56 << 10,
+    };
     let bytes = stage.shared_bytes + stage.bricks * bricks.bytes() as u32;
-    (ROOM / bytes).max(2)
+    (room / bytes).max(2)
 }
 
 /// First rows and rows of experts that may have any, as a plan guesses them: all alike.
