@@ -249,8 +249,10 @@ fn products<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2], epilogue: Epilogue
         }
     }
     same_from_the_gpus_list(bench, &what, &weights, &x.view, &starts, epilogue, &got);
-    same_alone(bench, &what, &weights, &words, &parts, epilogue, &got);
-    same_of_few(bench, &what, &weights, &words, &parts, epilogue, &got);
+    let done =
+        Products { what: &what, weights: &weights, words: &words, parts: &parts, epilogue, want: &got };
+    same_alone(bench, &done);
+    same_of_few(bench, &done);
     match epilogue {
         Epilogue::Store => same_in_float32(bench, &what, &weights, (&x.view, &parts), &got),
         Epilogue::SwiGlu => same_as_codes(bench, &what, &weights, (&x.view, &parts), RowScales::Exact, &got),
@@ -284,16 +286,20 @@ fn same_from_the_gpus_list<B: Backend>(
     assert!(bits(&bench.get(what, &out)) == bits(want), "{what}: other bits from the GPU's own list");
 }
 
-/// A row by itself, and among some of its neighbours.
-fn same_alone<B: Backend>(
-    bench: &Bench<B>,
-    what: &str,
-    weights: &[Weight],
-    words: &[Vec<u32>],
-    parts: &[Range<usize>],
+/// What products of experts' rows, each some codes, gave.
+struct Products<'a> {
+    what: &'a str,
+    weights: &'a [Weight],
+    words: &'a [Vec<u32>],
+    /// The rows of each expert.
+    parts: &'a [Range<usize>],
     epilogue: Epilogue,
-    want: &[f32],
-) {
+    want: &'a [f32],
+}
+
+/// A row by itself, and among some of its neighbours.
+fn same_alone<B: Backend>(bench: &Bench<B>, done: &Products<'_>) {
+    let &Products { what, weights, words, parts, epilogue, want } = done;
     let n = want.len() / words.len();
     for (weight, part) in weights.iter().zip(parts).filter(|(_, part)| !part.is_empty()) {
         for most in [1, 8, 17, 32, 63, 90] {
@@ -310,15 +316,8 @@ fn same_alone<B: Backend>(
 }
 
 /// A few rows of each expert, of some none: products that are made for few.
-fn same_of_few<B: Backend>(
-    bench: &Bench<B>,
-    what: &str,
-    weights: &[Weight],
-    words: &[Vec<u32>],
-    parts: &[Range<usize>],
-    epilogue: Epilogue,
-    want: &[f32],
-) {
+fn same_of_few<B: Backend>(bench: &Bench<B>, done: &Products<'_>) {
+    let &Products { what, weights, words, parts, epilogue, want } = done;
     let n = want.len() / words.len();
     let most = [[1, 0, 2, 8, 1, 3, 2, 0], [9, 0, 16, 8, 1, 31, 2, 0], [17, 0, 64, 33, 1, 64, 2, 0]];
     for most in most {
