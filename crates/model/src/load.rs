@@ -93,7 +93,14 @@ impl<B: Backend> Loader<'_, B> {
     ) -> Result<Mlp, ModelError> {
         self.mlp_with(layer, share, map, |[gate, up], rows, [inner, k]| {
             let shape = WeightShape::Matrix { n: 2 * inner, k };
-            self.held(&format!("{} over up", self.name(gate, rows)), shape, || {
+            let name = format!("{} over up", self.name(gate, rows));
+            if let Some(weight) = self.device.find(&name) {
+                return Ok(weight);
+            }
+            if let Some(codes) = self.codes(shape, &[gate, up], rows)? {
+                return Ok(self.device.load_codes(&name, shape, &[Codes::stacked(codes)])?);
+            }
+            self.held(&name, shape, || {
                 self.joined([(gate, rows.clone()), (up, rows.clone())], vec![2 * inner, k])
             })
         })

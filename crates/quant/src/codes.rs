@@ -191,6 +191,22 @@ pub struct Codes {
 }
 
 impl Codes {
+    /// Matrices of one format and as many columns, the rows of each behind those of the one before.
+    ///
+    /// # Panics
+    /// If there are none, or they differ in format or columns.
+    pub fn stacked(matrices: Vec<Codes>) -> Codes {
+        let below = |mut whole: Codes, more: Codes| {
+            let kind = |codes: &Codes| (codes.format, codes.columns);
+            assert_eq!(kind(&whole), kind(&more), "matrices that are stacked differ in kind");
+            whole.rows += more.rows;
+            whole.codes.extend(more.codes);
+            whole.records.extend(more.records);
+            whole
+        };
+        matrices.into_iter().reduce(below).expect("a matrix to stack others on")
+    }
+
     /// The codes of a row.
     pub fn row(&self, row: usize) -> &[u8] {
         let bytes = self.format.row_bytes(self.columns);
