@@ -135,7 +135,7 @@ mod tests {
     /// trying all scales, and no others; and nothing changes, not even the sign of a zero.
     #[test]
     fn two_weights_fold_exactly_where_some_scale_has_both() {
-        let exact = |value: f32| E4M3_VALUES.iter().any(|&has| has == value);
+        let exact = |value: f32| E4M3_VALUES.contains(&value);
         for apart in 0..24 {
             for (a, b) in (0..256).map(|pair| (pair as u8 & 15, pair as u8 >> 4)) {
                 let mut codes = mxfp4(2, 32);

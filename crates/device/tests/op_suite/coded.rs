@@ -133,7 +133,7 @@ fn drawn<B: Backend>(bench: &Bench<B>, [n, k]: [usize; 2]) {
         let epilogue = if tensors.len() == 2 { Epilogue::SwiGlu } else { Epilogue::Store };
         let x = bench.random(33, k, 1.0);
         let [got, want] = [drawn, brought].map(|weight| {
-            let values = run(bench, &what, &weight, &x, &[0..33], epilogue);
+            let values = run(bench, &what, &weight, &x, std::slice::from_ref(&(0..33)), epilogue);
             values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         });
         assert!(got == want, "{what}");

@@ -400,10 +400,11 @@ pub(crate) fn power_scales<B: Backend>(bench: Bench<B>) {
         let matrices = [(); 2].map(|()| random(&bench, [n, k], true));
         let weight = bench.device.load_fp8(&what, WeightShape::GateUp { inner: n, k }, &matrices);
         let weights = [weight.expect("memory").expect("a kernel")];
-        let (out, all) = (bench.room_on(8, DType::BF16, rows, n), [0..rows]);
-        run(&bench, &what, &weights, (&coded.view, &all), Epilogue::SwiGlu, &out.view);
+        let (out, all) = (bench.room_on(8, DType::BF16, rows, n), 0..rows);
+        let all = std::slice::from_ref(&all);
+        run(&bench, &what, &weights, (&coded.view, all), Epilogue::SwiGlu, &out.view);
         let outputs = bench.get(&what, &out);
-        same_as_codes(&bench, &what, &weights, (&coded.view, &all), RowScales::Powers, &outputs);
+        same_as_codes(&bench, &what, &weights, (&coded.view, all), RowScales::Powers, &outputs);
     }
 }
 

@@ -37,7 +37,7 @@ pub(crate) enum Attention {
 /// Room for what is computed in between, which layers of one kind share.
 enum Workspace {
     Gqa(gqa::OwnHeads, gqa::Workspace),
-    Mla(MlaSpec, mla::Workspace),
+    Mla(MlaSpec, Box<mla::Workspace>),
     Recurrent(RecurrentSpec, recurrent::Workspace),
 }
 
@@ -57,7 +57,7 @@ impl Workspace {
             }
             AttentionSpec::Mla(spec) => {
                 let own = MlaSpec { heads: share.of(spec.heads).len(), ..*spec };
-                Workspace::Mla(own, mla::Workspace::allocate(device, &own, hidden, options)?)
+                Workspace::Mla(own, Box::new(mla::Workspace::allocate(device, &own, hidden, options)?))
             }
             AttentionSpec::Recurrent(spec) => {
                 let own = spec.of_heads(recurrent::heads_of(spec, share).len());
