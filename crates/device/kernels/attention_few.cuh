@@ -489,9 +489,16 @@ template <typename C> __device__ __forceinline__ void attention_sums(const FewAr
         attention_scores<C>(few);                                                                            \
     }
 
+// Blocks a multiprocessor has room for. Before Hopper the same sums want more registers than two blocks can have.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr u32 SUMS_AT_ONCE = 1;
+#else
+constexpr u32 SUMS_AT_ONCE = 2;
+#endif
+
 // Takes its turn itself: what it reads first was there before.
 #define SUMS(C)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(SUMS_BLOCK, 2)                                              \
+    extern "C" __global__ void __launch_bounds__(SUMS_BLOCK, SUMS_AT_ONCE)                                   \
         attention_sums_##C##_bf16(const __grid_constant__ FewArgs few) {                                     \
         attention_sums<C>(few);                                                                              \
     }
