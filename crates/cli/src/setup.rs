@@ -225,6 +225,18 @@ fn codes_rows(
     }
 }
 
+/// Holds against a model that some of its weights are multiplied as integers.
+fn check_integers(name: &str, held: &HeldWeights) -> Result<()> {
+    let integers = |format: &_| matches!(format, WeightFormat::Coded(format) if cpu::multiplies_int8(format));
+    if !held.formats.iter().any(|(format, _)| integers(format)) {
+        bail!(
+            "--activation-scheme int8 multiplies integers, but no weights of {name} are held in four bits or as int8: \
+             leave it out, or add --quantization int4 or q8_0 for plain weights"
+        );
+    }
+    Ok(())
+}
+
 /// The same weights, quantised while they are loaded if that is wanted.
 fn quantised(weights: Box<dyn WeightSource>, target: Option<Target>) -> Box<dyn WeightSource> {
     match target {
@@ -341,7 +353,6 @@ impl Processor {
         &self,
         typed: ActivationScheme,
         model: &OpenModel,
-        held: &HeldWeights,
         dtype: DType,
     ) -> Result<ActivationScheme> {
         let multiplies_fp8 = match self {
@@ -351,17 +362,7 @@ impl Processor {
             _ => false,
         };
         match typed {
-            ActivationScheme::Int8 if matches!(self, Processor::Cpu) => {
-                let integers = |format: &_| matches!(format, WeightFormat::Coded(format) if cpu::multiplies_int8(format));
-                if !held.formats.iter().any(|(format, _)| integers(format)) {
-                    bail!(
-                        "--activation-scheme int8 multiplies integers, but no weights of {} are held in four bits or as int8: \
-                         leave it out, or add --quantization int4 or q8_0 for plain weights",
-                        model.name
-                    );
-                }
-                Ok(ActivationScheme::Int8)
-            }
+            ActivationScheme::Int8 if matches!(self, Processor::Cpu) => Ok(ActivationScheme::Int8),
             ActivationScheme::Dynamic if !multiplies_fp8 => bail!(
                 "--activation-scheme dynamic multiplies FP8 codes, which takes --device cuda with a Hopper GPU and bfloat16 \
                  activations: leave it out"
@@ -522,20 +523,17 @@ impl Setup {
             };
             policy.cost = Some(Arc::new(cost_model(args.profile.as_deref(), &machine, args.link.0)?));
         }
-        let hold = |fp8_rows| {
-            HeldWeights::of(&model.spec, &*model.weights, (dtype, fp8_rows), |format| match &processor {
-                Processor::Cpu => {
-                    let int8 =
-                        args.activation_scheme == ActivationScheme::Int8 && cpu::multiplies_int8(format);
-                    (int8 || cpu::holds(isa, format, dtype)).then(|| format.bits())
-                }
-                Processor::Reference => Some(format.bits()),
-                Processor::Cuda(_) => cuda::held_bits(format, dtype),
-            })
-        };
-        let held = hold(false)?;
-        let activations = processor.activations(args.activation_scheme, &model, &held, dtype)?;
-        let held = if activations == ActivationScheme::Dynamic { hold(true)? } else { held };
+        let activations = processor.activations(args.activation_scheme, &model, dtype)?;
+        let (fp8, int8) = (activations == ActivationScheme::Dynamic, activations == ActivationScheme::Int8);
+        let held = HeldWeights::of(&model.spec, &*model.weights, (dtype, fp8), |format| match &processor {
+            Processor::Cpu => (int8 && cpu::multiplies_int8(format) || cpu::holds(isa, format, dtype))
+                .then(|| format.bits()),
+            Processor::Reference => Some(format.bits()),
+            Processor::Cuda(_) => cuda::held_bits(format, dtype),
+        })?;
+        if int8 {
+            check_integers(&model.name, &held)?;
+        }
         let gather_tokens = match (&emulated, &processor) {
             // Of emulated ranks nobody knows what they would send.
             (Some(_), _) => 0,
