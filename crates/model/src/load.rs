@@ -202,9 +202,8 @@ impl<B: Backend> Loader<'_, B> {
         let whole = Window::whole();
         self.held(&format!("{} times {factor}", self.name(part, &whole)), self.shape(part, &whole), || {
             let tensor = self.read(part, &whole)?;
-            let bytes =
-                tensor.floats().into_iter().flat_map(|value| (factor * value).to_le_bytes()).collect();
-            Ok(vec![Tensor { dtype: DType::F32, shape: tensor.shape, bytes }])
+            let scaled = tensor.floats().into_iter().map(|value| factor * value);
+            Ok(vec![Tensor::of_floats(tensor.shape, scaled)])
         })
     }
 
@@ -234,15 +233,13 @@ impl<B: Backend> Loader<'_, B> {
             let factors: Vec<f32> = own.iter().zip(&norm).map(|(own, norm)| own / (norm * root)).collect();
             let rows = floats(LayerPart::Router)?;
             let scaled = rows.iter().zip(factors.iter().cycle()).map(|(weight, factor)| weight * factor);
-            let bytes = scaled.flat_map(f32::to_le_bytes).collect();
-            Ok(vec![Tensor { dtype: DType::F32, shape: vec![n, k], bytes }])
+            Ok(vec![Tensor::of_floats(vec![n, k], scaled)])
         })
     }
 
     /// Numbers computed from the configuration rather than stored.
     pub(crate) fn vector(&self, name: &str, values: &[f32]) -> Result<Weight, ModelError> {
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        let tensor = Tensor { dtype: DType::F32, shape: vec![values.len()], bytes };
+        let tensor = Tensor::of_floats(vec![values.len()], values.iter().copied());
         self.held(name, WeightShape::Vector { n: values.len() }, || Ok(vec![tensor]))
     }
 
@@ -288,8 +285,7 @@ impl<B: Backend> Loader<'_, B> {
             for (row, numbers) in numbers.chunks_exact_mut(k.max(1)).enumerate() {
                 codes[0].decode(row, numbers);
             }
-            let bytes = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-            Ok(vec![Tensor { dtype: DType::F32, shape: vec![n, k], bytes }])
+            Ok(vec![Tensor::of_floats(vec![n, k], numbers)])
         })
     }
 
@@ -325,8 +321,7 @@ impl<B: Backend> Loader<'_, B> {
                     rows[(nope + turned) * k + kv_lora + turned] = 1.0;
                 }
             }
-            let bytes = rows.iter().flat_map(|weight| weight.to_le_bytes()).collect();
-            Ok(vec![Tensor { dtype: DType::F32, shape: vec![n, k], bytes }])
+            Ok(vec![Tensor::of_floats(vec![n, k], rows)])
         })
     }
 

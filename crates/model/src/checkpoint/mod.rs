@@ -284,6 +284,11 @@ impl Tensor {
         TensorBytes { dtype: self.dtype, bytes: &self.bytes }
     }
 
+    /// Of numbers in float32.
+    pub(crate) fn of_floats(shape: Vec<usize>, numbers: impl IntoIterator<Item = f32>) -> Tensor {
+        Tensor { dtype: DType::F32, shape, bytes: numbers.into_iter().flat_map(f32::to_le_bytes).collect() }
+    }
+
     /// Its elements, which are weights.
     pub fn floats(&self) -> Vec<f32> {
         let (pairs, _) = self.bytes.as_chunks();
@@ -297,8 +302,8 @@ impl Tensor {
 
     /// Every element is one more, in float32.
     pub(crate) fn plus_one(self) -> Tensor {
-        let bytes = self.floats().into_iter().flat_map(|value| (1.0 + value).to_le_bytes()).collect();
-        Tensor { dtype: DType::F32, shape: self.shape, bytes }
+        let numbers = self.floats().into_iter().map(|value| 1.0 + value);
+        Tensor::of_floats(self.shape, numbers)
     }
 
     /// Rows become columns, of a tensor of two dimensions.
